@@ -1,0 +1,3 @@
+"""vadapter: align any frozen vision encoder with any frozen LLM by training a tiny LM."""
+
+__version__ = "0.1.0"
