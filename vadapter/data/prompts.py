@@ -8,8 +8,8 @@ Source: PaLM2-VAdapter (arXiv:2402.10896), section 3 and Tables 10 and 11. The p
 prompts in slightly different forms; this file fixes one of each.
 """
 
-from collections.abc import Sequence
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,8 @@ class QuestionPrompt:
             draws four from the training set, as Flamingo does; they tell the model the form of
             an answer.
         """
-        shown = "".join(f"{self.after(q)[1:]} {a} Given" for q, a in examples)
+        # An example follows "Given" at once: the full stop closes the visual tokens it lacks.
+        shown = "".join(f"{self.after(q).removeprefix('.')} {a} Given" for q, a in examples)
         return Prompt(self.before + shown, self.after(question))
 
 
@@ -48,6 +49,11 @@ CAPTION = Prompt(before="Describe the following:", after=" :")
 QUESTION = QuestionPrompt(
     before="Answer the question given the images. Given",
     template=". Question: {question} Answer:",
+)
+# The video benchmarks score one word against one word.
+VIDEO_QUESTION = QuestionPrompt(
+    before=QUESTION.before,
+    template=". Question: {question} Answer in exactly one word:",
 )
 
 
