@@ -1,0 +1,266 @@
+"""Documents for language modelling, in the layout that the multimodal stages will have.
+
+A frozen language model must be steerable by what stands in front of it, and one that has only read
+single captions is not: a sibling caption as text made its loss worse. So text about the picture
+stands here where the visual tokens will stand later, between the same `before` and `after`:
+
+    siblings  "Describe the following:" " <1-3 sibling captions>" " :" " <caption>"
+    keywords  "Describe the following:" " <their content words, shuffled>" " :" " <caption>"
+    plain     "Describe the following:" " :" " <caption>"
+    text      a chunk of general text
+
+The pieces are tokenised separately and concatenated, as prompt, visual tokens and text will be;
+each carries its own leading space (see prompts.py).
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vadapter.data.prompts import CAPTION, text_piece
+from vadapter.data.sources import Example, Source
+from vadapter.data.tokenizer import Tokenizer
+from vadapter.errors import ConfigError, DataError
+
+Paths = Sequence[str | os.PathLike[str]]
+
+MIXTURE = {"siblings": 0.35, "keywords": 0.35, "plain": 0.2, "text": 0.1}
+_MAX_SIBLINGS = 3
+
+_FUNCTION_WORDS = """
+a an the this that these those some and or but of in on at by to into onto from with without for as
+is are was were be been being am has have had do does did it its he she they them his her their him
+there here who which what while then than very up down out over under near next one
+"""
+_STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
+
+
+class DocumentSource:
+    """Documents made from captions and general text; each is a function of (seed, index) alone.
+
+    Index i has caption i modulo their number as its target, so that `variants` documents, each
+    with a context of its own, end in any one caption. A caption without siblings is given its own
+    words as keywords, and becomes a plain document where siblings were drawn.
+    """
+
+    kind = "text"
+
+    def __init__(
+        self,
+        groups: Paths = (),
+        captions: Paths = (),
+        texts: Paths = (),
+        *,
+        mixture: Mapping[str, float] = MIXTURE,
+        seed: int = 0,
+        variants: int = 8,
+        chunk_chars: int = 600,
+    ):
+        """Reads the files.
+
+        Args:
+          groups: .jsonl or .jsonl.gz of {"captions": [...]}, a photo or a clip a line.
+          captions: .txt or .txt.gz, an independent caption a line.
+          texts: general text: .jsonl(.gz) of {"text": ...} or of plain strings, a text a line; or
+            .txt(.gz), the file being one text. Long texts are cut between words.
+          mixture: weight of each sort of document, normalised over those the files allow.
+          seed: another seed, other documents.
+          variants: documents for each caption (or chunk, where there are no captions).
+          chunk_chars: longest chunk of general text, in characters.
+
+        Raises:
+          ConfigError: an unknown sort, or weights that are negative or all 0.
+          DataError: a missing or malformed file, or nothing to read in all of them.
+        """
+        if unknown := sorted(set(mixture) - set(MIXTURE)):
+            raise ConfigError(f"mixture has unknown sorts {unknown}; known are {sorted(MIXTURE)}.")
+        self._groups = [*_groups(groups), *([line] for p in captions for line in _text_lines(p))]
+        self._chunks = [c for p in texts for t in _texts(p) for c in _cut(t, chunk_chars)]
+        # (group, place in it) of each caption: what an index points to.
+        self._flat = np.array(
+            [(g, i) for g, group in enumerate(self._groups) for i in range(len(group))], np.int32
+        ).reshape(-1, 2)
+        if not len(self._flat) and not self._chunks:
+            files = ", ".join(map(str, [*groups, *captions, *texts])) or "no files"
+            raise DataError(f"0 usable examples: no caption and no text in {files}.")
+        have = {sort: self._chunks if sort == "text" else len(self._flat) for sort in MIXTURE}
+        self._sorts = [sort for sort in MIXTURE if have[sort]]
+        weights = np.array([mixture.get(sort, 0.0) for sort in self._sorts], np.float64)
+        if (weights < 0).any() or not weights.sum() > 0:
+            raise ConfigError(
+                f"mixture={dict(mixture)} leaves nothing to draw: the files allow {self._sorts}, "
+                "whose weights must be >= 0 and not all 0."
+            )
+        self._edges = np.cumsum(weights / weights.sum())
+        self._seed, self._variants = seed, variants
+
+    def __len__(self) -> int:
+        return self._variants * (len(self._flat) or len(self._chunks))
+
+    def __getitem__(self, index: int) -> Example:
+        rng = np.random.default_rng((self._seed, index))
+        place = int(np.searchsorted(self._edges, rng.random(), side="right"))
+        sort = self._sorts[min(place, len(self._sorts) - 1)]
+        if sort == "text":
+            chunk = self._chunks[int(rng.integers(len(self._chunks)))]
+            return Example(id=f"text-{index}", pieces=(chunk,))
+        group, i = map(int, self._flat[index % len(self._flat)])
+        caption = self._groups[group][i]
+        siblings = [*self._groups[group][:i], *self._groups[group][i + 1 :]]
+        drawn = _draw(siblings, rng)
+        context = ""
+        if sort == "keywords":
+            words = list(dict.fromkeys(w for c in drawn or [caption] for w in content_words(c)))
+            context = " ".join(words[int(i)] for i in rng.permutation(len(words)))
+        elif sort == "siblings":
+            context = " ".join(drawn)
+        middle = (text_piece(context),) if context else ()
+        pieces = (CAPTION.before, *middle, CAPTION.after, text_piece(caption))
+        return Example(id=f"{sort}-{index}", pieces=pieces)
+
+    def fingerprint(self) -> str:
+        """sha256 in hex of the text read and of the parameters."""
+        parameters = [self._seed, self._variants, self._sorts, self._edges.tolist()]
+        digest = hashlib.sha256(json.dumps(parameters).encode())
+        for part in (*self._groups, self._chunks):
+            digest.update(json.dumps(part).encode() + b"\n")
+        return digest.hexdigest()
+
+    def texts(self) -> Iterator[str]:
+        """Every caption and every chunk once, and the prompt: what to train a tokenizer on."""
+        yield CAPTION.before
+        yield CAPTION.after
+        for group in self._groups:
+            yield from map(text_piece, group)
+        yield from self._chunks
+
+
+def content_words(caption: str) -> list[str]:
+    """The words that say what is seen, lower-cased, in their order, repeats included."""
+    words = re.findall(r"[^\W_]+(?:['-][^\W_]+)*", caption.lower())
+    return [word for word in words if word not in _STOP_WORDS]
+
+
+class Windows:
+    """Groups the documents of a source for packing: item r is a tuple of `size` of them.
+
+    Of R windows, window r holds the documents r, r + R, r + 2 R, … so that it is a function of r
+    alone, every document but the few of an incomplete window is in exactly one, and neighbours in
+    the files, which describe the same photo, are far apart. How many of them enter the row is
+    decided by `transforms.document_sample`.
+    """
+
+    kind = "text"
+
+    def __init__(self, source: Source, size: int):
+        if size < 1:
+            raise ConfigError(f"A window needs at least one document; size={size}.")
+        self.source, self.size = source, size
+
+    @classmethod
+    def to_fill(cls, source: Source, tokenizer: Tokenizer, text_len: int, *, sample: int = 256):
+        """The windows whose documents hold about 1.4 x `text_len` tokens.
+
+        Fewer leave rows half empty, more are tokenised in vain. The mean length is measured on
+        `sample` documents at even distances, so it depends on the arguments alone.
+        """
+        if not len(source):
+            raise DataError("0 usable examples: the source of documents is empty.")
+        indices = np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int)
+        lengths = [
+            1 + sum(len(tokenizer.encode(piece)) for piece in source[int(i)].pieces)
+            for i in indices
+        ]
+        size = max(1, round(1.4 * text_len / np.mean(np.minimum(lengths, text_len))))
+        return cls(source, min(size, len(source)))
+
+    def __len__(self) -> int:
+        return len(self.source) // self.size
+
+    def __getitem__(self, index: int) -> tuple[Example, ...]:
+        return tuple(self.source[index + i * len(self)] for i in range(self.size))
+
+    def fingerprint(self) -> str:
+        """sha256 in hex of the documents' fingerprint and the size of a window."""
+        return hashlib.sha256(f"{self.source.fingerprint()} {self.size}".encode()).hexdigest()
+
+
+def _draw(siblings: list[str], rng: np.random.Generator) -> list[str]:
+    if not siblings:
+        return []
+    count = int(rng.integers(1, min(_MAX_SIBLINGS, len(siblings)) + 1))
+    return [siblings[int(i)] for i in rng.permutation(len(siblings))[:count]]
+
+
+def _groups(paths: Paths) -> Iterator[list[str]]:
+    for path in paths:
+        for number, record in _records(path):
+            captions = record.get("captions") if isinstance(record, dict) else None
+            if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+                raise DataError(
+                    f'{path}, line {number}: expected {{"captions": ["...", ...]}}. Mend the line '
+                    "or leave it out."
+                )
+            if kept := [c for c in captions if c.strip()]:
+                yield kept
+
+
+def _texts(path: str | os.PathLike[str]) -> Iterator[str]:
+    if ".jsonl" not in Path(path).name:
+        yield "\n".join(_lines(path))
+        return
+    for number, record in _records(path):
+        text = record.get("text") if isinstance(record, dict) else record
+        if not isinstance(text, str):
+            raise DataError(
+                f'{path}, line {number}: expected {{"text": "..."}} or "...". Mend the line or '
+                "leave it out."
+            )
+        yield text
+
+
+def _cut(text: str, limit: int) -> Iterator[str]:
+    """Cuts a text between words into chunks of at most `limit` characters (longer words aside)."""
+    start = 0
+    text = text.strip()
+    while start < len(text):
+        end = start + limit
+        if end < len(text):
+            spaces = [text.rfind(c, start + 1, end + 1) for c in " \n"]
+            end = max(spaces) if max(spaces) > 0 else end
+        if chunk := text[start:end].strip():
+            yield chunk
+        start = end
+
+
+def _records(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error}).") from None
+
+
+def _text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
+    return (line for line in _lines(path) if line.strip())
+
+
+def _lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a text file, gzip or not; only a newline ends a line."""
+    try:
+        data = Path(path).read_bytes()
+        if Path(path).suffix == ".gz":
+            data = gzip.decompress(data)
+        return data.decode("utf-8").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"No text file at {path}: correct the path.") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"Cannot read {path} as UTF-8 text: {error}.") from None
