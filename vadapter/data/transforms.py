@@ -1,0 +1,257 @@
+"""From an example to one row of a batch: pure functions of the example and a generator.
+
+Every row is made of segments, each `lead` ids followed by `words` ids. The tokens are lead + words;
+the targets are words + EOS, the first of them predicted at the last id of `lead`:
+
+                    lead                          words
+    caption         " :"                          " <caption>"           behind CAPTION.before
+    question        ". Question: … Answer:"       " <answer>"            behind QUESTION.before
+    document        BOS                           all pieces             no prompt, no frames
+
+Text that does not fit is cut, the longest first, and keeps its EOS. A sample that cannot be used
+(media that cannot be read, no caption that is not blank, a question longer than its room) becomes a
+row of the usual shape whose frames and weights are 0 and whose `bad` is True: it is counted by the
+trainer, and the samples after it stay where they are in the stream.
+
+Training draws with `rng`; with rng=None nothing is drawn: the first captions, never mirrored.
+
+Legend: F frames, S pixels a side, P prompt tokens, T text tokens, M targets, N visual tokens a
+frame, D encoder width.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from vadapter.data.batch import Row
+from vadapter.data.images import BadMedia, load_media, resize
+from vadapter.data.prompts import CAPTION, QUESTION, text_piece
+from vadapter.data.sources import Example
+from vadapter.data.tokenizer import Tokenizer
+from vadapter.errors import ConfigError
+
+Segment = tuple[list[int], list[int]]  # lead, words
+
+# "left", "right", "leftmost", "right-hand": a mirrored image would make the words wrong.
+_SIDES = re.compile(r"\b(?:left|right)", re.IGNORECASE)
+# No token is that long on average: the rest of an endless text is not worth encoding.
+_CHARS_PER_TOKEN = 32
+
+
+def caption_sample(
+    example: Example,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator | None = None,
+    *,
+    size: int,
+    frames: int = 1,
+    captions_per_image: int = 1,
+    text_len: int,
+    target_len: int,
+    prompt_len: int,
+    flip: bool = False,
+    mode: str = "bicubic",
+    fit: str = "crop",
+) -> Row:
+    """One image or clip with up to `captions_per_image` of its captions behind one prefix.
+
+    Args:
+      example: its `media`, and the `captions` that are not blank, are used.
+      tokenizer: for prompt and captions.
+      rng: draws the captions (without repeats) and the mirroring.
+      size: S.
+      frames: F.
+      captions_per_image: segments in the row; fewer where there are fewer captions.
+      text_len: T.
+      target_len: M.
+      prompt_len: P.
+      flip: mirror half of the images, except those with a chosen caption that tells left from
+        right.
+      mode: resampling, see `images.resize`.
+      fit: how a picture that is not square becomes so, see `images.resize`.
+
+    Returns:
+      frames u8[F,S,S,3] (or features f16[F,N,D] where the example's media are such), prompt
+      i32[P], tokens, segments, positions i32[T], target_at, targets i32[M], weights f32[M], bad
+      bool[].
+
+    Raises:
+      ConfigError: `prompt_len`, `text_len` or `target_len` is too small.
+    """
+    captions = [caption for caption in example.captions if caption.strip()]
+    chosen = _choose(captions, captions_per_image, rng)
+    lead = tokenizer.encode(CAPTION.after)
+    segments = [(lead, _encode(tokenizer, text_piece(text), text_len)) for text in chosen]
+    text = _lay_out(segments, tokenizer.eos_id, text_len, target_len)
+    mirror = flip and _mirrored(chosen, rng)
+    visual, readable = _visual(example, size, frames, mirror, mode, fit)
+    return _row(visual, _prompt(tokenizer, CAPTION.before, prompt_len), text, readable)
+
+
+def question_sample(
+    example: Example,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator | None = None,
+    *,
+    size: int,
+    frames: int = 1,
+    questions_per_image: int = 1,
+    text_len: int,
+    target_len: int,
+    prompt_len: int,
+    flip: bool = False,
+    mode: str = "bicubic",
+    fit: str = "crop",
+) -> Row:
+    """One image or clip with up to `questions_per_image` questions; only answers are targets.
+
+    A question (with an answer of one token) must fit in text_len // questions_per_image tokens;
+    one that does not is left out. Arguments, result and errors as in `caption_sample`.
+    """
+    asked = [(q, a) for q, a, _ in example.qa if q.strip() and a.strip()]
+    chosen = _choose(asked, questions_per_image, rng)
+    segments = []
+    for question, answer in chosen:
+        lead = _encode(tokenizer, QUESTION.after(question), text_len)
+        if len(lead) < text_len // questions_per_image:
+            segments.append((lead, _encode(tokenizer, text_piece(answer), text_len)))
+    text = _lay_out(segments, tokenizer.eos_id, text_len, target_len)
+    mirror = flip and _mirrored([f"{q} {a}" for q, a in chosen], rng)
+    visual, readable = _visual(example, size, frames, mirror, mode, fit)
+    return _row(visual, _prompt(tokenizer, QUESTION.before, prompt_len), text, readable)
+
+
+def document_sample(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    rng: np.random.Generator | None = None,
+    *,
+    text_len: int,
+    target_len: int | None = None,
+    last_only: bool = False,
+) -> Row:
+    """A row of packed documents, each a segment that starts with BOS.
+
+    In their order, each document enters that still fits into the row as a whole; the others of the
+    window are left out (see `documents.Windows`). One longer than the row enters, cut, where the
+    row is still empty (with `last_only` it is left out: its targets may lie past the cut).
+
+    Args:
+      examples: a window of documents; their `pieces` are tokenised separately.
+      tokenizer: for the pieces.
+      rng: not used; nothing is drawn.
+      text_len: T.
+      target_len: M, T where None, which every row fits.
+      last_only: only the last piece (a caption, usually) and EOS are targets, for a loss that can
+        be compared between documents of different layouts.
+
+    Returns:
+      As `caption_sample`, with prompt i32[0] and without frames.
+    """
+    del rng
+    segments, room = [], text_len
+    for example in examples:
+        pieces = [_encode(tokenizer, piece, text_len) for piece in example.pieces]
+        body = [i for piece in pieces for i in piece]
+        if body and (1 + len(body) <= room or not (segments or last_only)):
+            words = pieces[-1] if last_only else body
+            lead = [tokenizer.bos_id, *body[: len(body) - len(words)]]
+            segments.append((lead, words))
+            room -= 1 + len(body)
+    target_len = text_len if target_len is None else target_len
+    text = _lay_out(segments, tokenizer.eos_id, text_len, target_len)
+    return _row({}, np.zeros(0, np.int32), text, True)
+
+
+def _lay_out(segments: Sequence[Segment], eos: int, text_len: int, target_len: int) -> Row:
+    """The text part of a row: segments from the left, one behind the other, then padding."""
+    leads = sum(len(lead) for lead, _ in segments)
+    room = min(text_len - leads, target_len - len(segments))
+    if room < len(segments):
+        raise ConfigError(
+            f"text_len={text_len}, target_len={target_len} are too small for {len(segments)} texts "
+            f"in a row with {leads} tokens in front of them: lengthen them, or put fewer texts in "
+            "a row."
+        )
+    limit = _limit([len(words) for _, words in segments], room)
+    tokens, ids, positions = np.zeros((3, text_len), np.int32)
+    target_at, targets = np.zeros((2, target_len), np.int32)
+    weights = np.zeros(target_len, np.float32)
+    t = m = 0
+    for number, (lead, words) in enumerate(segments, 1):
+        words = words[:limit]
+        n = len(lead) + len(words)
+        tokens[t : t + n] = [*lead, *words]
+        ids[t : t + n] = number
+        positions[t : t + n] = np.arange(n)
+        goals = [*words, eos]
+        target_at[m : m + len(goals)] = np.arange(t + len(lead) - 1, t + n)
+        targets[m : m + len(goals)] = goals
+        weights[m : m + len(goals)] = 1
+        t, m = t + n, m + len(goals)
+    return {
+        "tokens": tokens,
+        "segments": ids,
+        "positions": positions,
+        "target_at": target_at,
+        "targets": targets,
+        "weights": weights,
+    }
+
+
+def _limit(lengths: Sequence[int], room: int) -> int:
+    """The largest limit with sum(min(length, limit)) <= room: only the longest texts are cut."""
+    limit = max(lengths, default=0)
+    while limit and sum(min(n, limit) for n in lengths) > room:
+        limit -= 1
+    return limit
+
+
+def _row(visual: Row, prompt: np.ndarray, text: Row, readable: bool) -> Row:
+    bad = not readable or not text["weights"].any()
+    if bad:
+        text = {**text, "weights": np.zeros_like(text["weights"])}
+        visual = {key: np.zeros_like(value) for key, value in visual.items()}
+    return {**visual, "prompt": prompt, **text, "bad": np.array(bad)}
+
+
+def _visual(
+    example: Example, size: int, frames: int, mirror: bool, mode: str, fit: str
+) -> tuple[Row, bool]:
+    """What stands for the picture in the row, and whether it could be read."""
+    media = example.media
+    if isinstance(media, np.ndarray) and media.dtype == np.float16:
+        return {"features": media}, True
+    try:
+        if media is None:
+            raise BadMedia("there is none")
+        pixels = load_media(media, frames=frames)
+    except (BadMedia, OSError):
+        return {"frames": np.zeros((frames, size, size, 3), np.uint8)}, False
+    return {"frames": resize(pixels, size, mode=mode, fit=fit, flip=mirror)}, True
+
+
+def _prompt(tokenizer: Tokenizer, before: str, prompt_len: int) -> np.ndarray:
+    """BOS and the tokens of `before`, i32[P], padded on the left to end at the visual tokens."""
+    ids = [tokenizer.bos_id, *tokenizer.encode(before)]
+    if len(ids) > prompt_len:
+        raise ConfigError(
+            f"prompt_len={prompt_len} cannot hold {before!r}, which is {len(ids)} tokens long with "
+            f"BOS: set prompt_len to {len(ids)} or more."
+        )
+    return np.pad(np.array(ids, np.int32), (prompt_len - len(ids), 0))
+
+
+def _encode(tokenizer: Tokenizer, text: str, text_len: int) -> list[int]:
+    return tokenizer.encode(text[: _CHARS_PER_TOKEN * text_len])
+
+
+def _choose(items: list, count: int, rng: np.random.Generator | None) -> list:
+    if rng is None:
+        return items[:count]
+    return [items[int(i)] for i in rng.permutation(len(items))[:count]]
+
+
+def _mirrored(texts: Sequence[str], rng: np.random.Generator | None) -> bool:
+    return rng is not None and rng.random() < 0.5 and not any(_SIDES.search(text) for text in texts)
