@@ -1,0 +1,215 @@
+"""Images from bytes or files to RGB pixels, safely, and to the size an encoder wants.
+
+Whatever a file claims to be, only JPEG, PNG, WEBP, GIF and BMP decoders are tried, and the number
+of pixels is taken from the header and checked before any is decoded. What becomes of the rest:
+
+  EXIF orientation        applied; EXIF that cannot be read is ignored
+  grey, 1 bit, palette    the colours they stand for, as RGB
+  any transparency        laid over white
+  CMYK (JPEG)             converted without a colour profile; embedded profiles are ignored
+  16 bits a channel       the upper 8
+  animated                the first frame; `vadapter.data.video` reads all of it
+  truncated or corrupt    BadMedia, never half an image
+
+Dimension legend: F frames, H height, W width, S side of the square the encoder takes.
+"""
+
+import io
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from vadapter.errors import ConfigError, DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+CLIP_SUFFIXES = frozenset({".avi", ".mp4", ".webm", ".mkv", ".mov", ".gif"})
+MAX_PIXELS = 25_000_000
+
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_PAD_LEVEL = 127  # about zero once an encoder has normalised it
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadMedia(DataError):  # noqa: N818 - a property of one file, which a pipeline may count
+    """One image or clip that cannot be used; `reason` says why, without its name."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"unusable image or clip: {reason}")
+        self.reason = reason
+
+    def __reduce__(self):  # crosses process borders
+        return BadMedia, (self.reason,)
+
+
+def decode_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decodes one image.
+
+    Args:
+      data: the encoded image, or the file that holds it.
+      max_pixels: the most pixels (height x width) to decode.
+
+    Returns:
+      u8[H,W,3], writable.
+
+    Raises:
+      BadMedia: not an image of a supported format, too large, truncated or corrupt.
+    """
+    try:
+        with open_media(data) as file, Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise BadMedia(f"{width}x{height} pixels, more than the {max_pixels} allowed")
+            turn = _TURNS.get(_orientation(image))
+            rgb = to_rgb(image)
+            return np.array(rgb if turn is None else rgb.transpose(turn))
+    except (BadMedia, MemoryError):
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise BadMedia(f"starts with {_head(data)!r}: none of {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow raises a dozen kinds on damaged files
+        raise BadMedia(f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def open_media(data: bytes | Path) -> BinaryIO:
+    """Encoded media as a file to read; BadMedia if there is no regular file at the path."""
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    if not data.is_file():  # a FIFO or a device would block or never end
+        raise BadMedia(f"{data} is not a regular file")
+    return data.open("rb")
+
+
+def _head(data: bytes | Path) -> bytes:
+    with open_media(data) as file:
+        return file.read(16)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where there is none that can be read."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except MemoryError:
+        raise
+    except Exception:  # photos with damaged EXIF are common and otherwise good
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of the supported formats as RGB; loads the pixels."""
+    if image.mode.startswith("I"):
+        wide = np.clip(np.asarray(image).astype(np.int64), 0, 0xFFFF)
+        image = Image.fromarray((wide >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        over = image.convert("RGBA")
+        white = Image.new("RGBA", over.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, over)
+    return image.convert("RGB")
+
+
+def resize(
+    frames: np.ndarray, size: int, *, mode: str = "bicubic", fit: str = "crop", flip: bool = False
+) -> np.ndarray:
+    """Brings every frame to a square, antialiased.
+
+    The resampling is Pillow's, as the public encoders were trained with. "crop" gives the pixels
+    of "resize the short side to S, then cut out the centre" and computes only those, so that an
+    image of one pixel by thousands costs no more than another.
+
+    Args:
+      frames: u8[F,H,W,3].
+      size: S, in pixels.
+      mode: "bicubic" or "bilinear".
+      fit: "crop" (centre square), "stretch" (all of it, proportions lost) or "pad" (all of it,
+        centred on grey).
+      flip: mirror left and right.
+
+    Returns:
+      u8[F,S,S,3].
+
+    Raises:
+      ConfigError: an unknown `mode` or `fit`, or a size below 1.
+    """
+    if mode not in _RESAMPLE or fit not in ("crop", "stretch", "pad") or size < 1:
+        raise ConfigError(
+            f"resize cannot do size={size}, mode={mode!r}, fit={fit!r}; size is at least 1, "
+            f"mode one of {', '.join(_RESAMPLE)}, fit one of crop, stretch, pad"
+        )
+    height, width = frames.shape[1:3]
+    shape, box = (size, size), (0.0, 0.0, float(width), float(height))
+    if fit == "crop":
+        box = _centre_box(width, height, size)
+    elif fit == "pad":
+        longest = max(width, height)
+        shape = max(1, round(width * size / longest)), max(1, round(height * size / longest))
+    left, top = (size - shape[0]) // 2, (size - shape[1]) // 2
+    out = np.full((len(frames), size, size, 3), _PAD_LEVEL, np.uint8)
+    for frame, target in zip(frames, out, strict=True):
+        small = Image.fromarray(frame).resize(shape, _RESAMPLE[mode], box=box)
+        target[top : top + shape[1], left : left + shape[0]] = small
+    return np.ascontiguousarray(out[:, :, ::-1]) if flip else out
+
+
+def _centre_box(width: int, height: int, size: int) -> tuple[float, float, float, float]:
+    """The part of the image that stays when its short side becomes `size`: x0, y0, x1, y1.
+
+    Rounds like torchvision's Resize and CenterCrop, which the public encoders were trained with.
+    """
+    short = min(width, height)
+    edges = []
+    for side in (width, height):
+        scaled = size * side // short
+        start = round((scaled - size) / 2)
+        edges.append((start * side / scaled, (start + size) * side / scaled))
+    (x0, x1), (y0, y1) = edges
+    return x0, y0, x1, y1
+
+
+def load_media(media: bytes | np.ndarray | Path, *, frames: int) -> np.ndarray:
+    """The frames of whatever an example holds.
+
+    Args:
+      media: an encoded image or clip, raw frames u8[F,H,W,3] or u8[H,W,3], or a path.
+      frames: F. Of a clip they are taken uniformly in time; a still image is repeated.
+
+    Returns:
+      u8[F,H,W,3].
+
+    Raises:
+      BadMedia: the media cannot be used.
+    """
+    if isinstance(media, np.ndarray):
+        return _from_array(media, frames)
+    if _is_clip(media, frames):
+        from vadapter.data.video import decode_clip  # PyAV loads only where there are clips
+
+        return decode_clip(media, frames)
+    return np.repeat(decode_image(media)[None], frames, axis=0)
+
+
+def _from_array(media: np.ndarray, frames: int) -> np.ndarray:
+    media = media[None] if media.ndim == 3 else media
+    if media.dtype != np.uint8 or media.ndim != 4 or media.shape[-1] != 3 or not media.size:
+        raise BadMedia(f"raw frames must be u8[F,H,W,3], got {media.dtype}{list(media.shape)}")
+    middles = (2 * np.arange(frames) + 1) * len(media) // (2 * frames)
+    return media[middles]
+
+
+def _is_clip(media: bytes | Path, frames: int) -> bool:
+    """Whether to decode as a clip: by content, since names lie and bytes have none."""
+    head = _head(media)
+    if head[:4] == b"GIF8" or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return frames > 1
+    video = head[:4] in (b"\x1aE\xdf\xa3", b"RIFF") or head[4:8] in (b"ftyp", b"moov", b"mdat")
+    return video or (isinstance(media, Path) and media.suffix.lower() in CLIP_SUFFIXES)

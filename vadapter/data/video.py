@@ -1,0 +1,205 @@
+"""Frames of a clip, uniform in time.
+
+The rule: of a clip that lasts D seconds, frame i of F is the decoded frame whose presentation time
+is nearest to (i + 0.5) / F * D, the earlier one of two equally near. Times are the file's own
+time stamps, so a variable frame rate is respected; a clip of fewer frames repeats them. D runs
+from the first frame to the end of the last one, as read from the packets: headers may be wrong.
+
+Every frame is decoded at most once and in order, and only the chosen ones become RGB; a clip's
+cost is therefore its length up to the last chosen frame. Rotation in the metadata is applied,
+transparency is laid over white.
+
+Safety: only the container formats named below are probed, which leaves out play lists and other
+formats that make FFmpeg open further files or addresses.
+
+Dimension legend: F frames, H height, W width.
+"""
+
+import io
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import av
+import av.container
+import numpy as np
+from PIL import Image
+
+from vadapter.data.images import MAX_PIXELS, BadMedia, open_media, to_rgb
+
+CONTAINERS = "avi,mov,matroska,gif"
+MAX_PACKETS = 100_000  # about an hour; longer recordings are to be cut into clips first
+_COMPLETE = 0.75  # a file that ends before this share of the length it declares is cut short
+
+T = TypeVar("T")
+
+
+def decode_clip(data: bytes | Path, frames: int = 8, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decodes F frames of a clip.
+
+    Args:
+      data: an encoded clip (AVI, MP4, MOV, Matroska, WebM, GIF or animated WebP), or its file.
+      frames: F.
+      max_pixels: the most pixels (height x width) a frame may have.
+
+    Returns:
+      u8[F,H,W,3]; H and W are those of the first frame, after rotation.
+
+    Raises:
+      BadMedia: not a clip, no usable picture in it, cut short, corrupt, too large or too long.
+    """
+    try:
+        with open_media(data) as file:
+            head = file.read(12)
+            if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+                return _decode_webp(file, frames, max_pixels)
+            return _decode_stream(file, frames, max_pixels)
+    except (av.FFmpegError, OSError, ValueError, EOFError) as error:
+        raise BadMedia(f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def frame_times(duration: Fraction, frames: int) -> list[Fraction]:
+    """The times to show, in seconds from the first frame: the middles of F equal parts."""
+    return [duration * (2 * i + 1) / (2 * frames) for i in range(frames)]
+
+
+def nearest(timed: Iterable[tuple[Fraction, T]], targets: list[Fraction]) -> list[T]:
+    """For each target time the item nearest to it, the earlier of two; both in rising order.
+
+    Reads no further than it has to, and holds no more than what it returns and one item.
+    """
+    chosen: list[T] = []
+    last: tuple[Fraction, T] | None = None
+    for time, item in timed:
+        while len(chosen) < len(targets) and time >= (target := targets[len(chosen)]):
+            keep = last is not None and target - last[0] <= time - target
+            chosen.append(last[1] if last is not None and keep else item)
+        if len(chosen) == len(targets):
+            return chosen
+        last = time, item
+    if last is None:
+        raise BadMedia("no frame could be decoded")
+    return chosen + [last[1]] * (len(targets) - len(chosen))
+
+
+def _open(file: BinaryIO) -> av.container.InputContainer:
+    file.seek(0)
+    return av.open(file, options={"format_whitelist": CONTAINERS})
+
+
+def _video(container: av.container.InputContainer, max_pixels: int) -> av.VideoStream:
+    stream = container.streams.best("video")
+    if not isinstance(stream, av.VideoStream):
+        raise BadMedia("no video stream")
+    context = stream.codec_context
+    if context.width * context.height > max_pixels:
+        raise BadMedia(f"{context.width}x{context.height} pixels, more than {max_pixels}")
+    context.options = {"max_pixels": str(max_pixels)}  # a stream may change its size on the way
+    context.thread_count = 1  # the pipeline's workers are the parallelism
+    return stream
+
+
+def _duration(file: BinaryIO, max_pixels: int) -> Fraction:
+    """Seconds from the first frame to the end of the last one, from the packets alone."""
+    starts, end = [], 0
+    with _open(file) as container:
+        stream = _video(container, max_pixels)
+        for packet in container.demux(stream):
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if stamp is None or packet.is_discard:
+                continue
+            starts.append(stamp)
+            end = max(end, stamp + (packet.duration or 0))
+            if len(starts) > MAX_PACKETS:
+                raise BadMedia(f"more than {MAX_PACKETS} frames; cut it into clips")
+        if not starts or stream.time_base is None:
+            raise BadMedia("no frames with a time stamp")
+        first, last = min(starts), max(starts)
+        if end <= last and len(starts) > 1:  # the last frame lasts as long as the average one
+            end = last + Fraction(last - first, len(starts) - 1)
+        duration = Fraction(max(end, last) - first) * stream.time_base
+        declared = _declared(container, stream)
+    if duration < _COMPLETE * declared:
+        raise BadMedia(f"cut short: {float(duration):.1f} s of {float(declared):.1f} s are there")
+    return duration
+
+
+def _declared(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction:
+    """The length in seconds the header promises for the pictures, 0 where it says nothing."""
+    if stream.duration is not None and stream.time_base is not None:
+        return stream.duration * stream.time_base
+    if container.duration is not None and len(container.streams) == 1:
+        return Fraction(container.duration, av.time_base)
+    return Fraction(0)
+
+
+def _decode_stream(file: BinaryIO, frames: int, max_pixels: int) -> np.ndarray:
+    targets = frame_times(_duration(file, max_pixels), frames)
+    with _open(file) as container:
+        stream = _video(container, max_pixels)
+        chosen = nearest(_timed(container.decode(stream)), targets)
+        size = chosen[0].width, chosen[0].height
+        pictures: dict[int, np.ndarray] = {}  # frames chosen twice are converted once
+        for frame in chosen:
+            if frame.is_corrupt:
+                raise BadMedia("holds damaged frames")
+            if id(frame) not in pictures:
+                pictures[id(frame)] = _pixels(frame, size)
+        return np.stack([pictures[id(frame)] for frame in chosen])
+
+
+def _timed(frames: Iterable[av.VideoFrame]) -> Iterable[tuple[Fraction, av.VideoFrame]]:
+    """Frames with their time in seconds since the first one."""
+    first = None
+    for frame in frames:
+        if frame.pts is None or frame.time_base is None:
+            raise BadMedia("a frame without a time stamp")
+        first = frame.pts if first is None else first
+        yield (frame.pts - first) * frame.time_base, frame
+
+
+def _pixels(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
+    """One frame as u8[H,W,3], upright, of the (width, height) the clip started with."""
+    alpha = any(component.is_alpha for component in frame.format.components)
+    layout = "rgba" if alpha else "rgb24"
+    pixels = frame.to_ndarray(format=layout, width=size[0], height=size[1])
+    if alpha:
+        opacity = pixels[..., 3:].astype(np.uint16)
+        over = pixels[..., :3] * opacity + 255 * (255 - opacity)
+        pixels = ((over + 127) // 255).astype(np.uint8)
+    return np.rot90(pixels, round(frame.rotation / 90))  # both count anticlockwise
+
+
+def _decode_webp(file: BinaryIO, frames: int, max_pixels: int) -> np.ndarray:
+    """Animated WebP, which FFmpeg does not read."""
+    times, end = [], Fraction(0)
+    for duration in _webp_durations(file):
+        times.append(end)
+        end += duration
+    file.seek(0)
+    with Image.open(file, formats=("WEBP",)) as image:
+        if image.width * image.height > max_pixels:
+            raise BadMedia(f"{image.width}x{image.height} pixels, more than {max_pixels}")
+        indices = nearest(zip(times, range(len(times)), strict=True), frame_times(end, frames))
+        pictures: dict[int, np.ndarray] = {}
+        for index in indices:
+            if index not in pictures:
+                image.seek(index)
+                pictures[index] = np.array(to_rgb(image))
+    return np.stack([pictures[index] for index in indices])
+
+
+def _webp_durations(file: BinaryIO) -> list[Fraction]:
+    """Seconds of every frame, from the ANMF chunks (WebP container specification)."""
+    durations = []
+    file.seek(12)
+    while len(header := file.read(8)) == 8 and len(durations) <= MAX_PACKETS:
+        size = int.from_bytes(header[4:], "little")
+        if header[:4] == b"ANMF":
+            body = file.read(16)
+            milliseconds = int.from_bytes(body[12:15], "little") or 100  # as browsers show it
+            durations.append(Fraction(milliseconds, 1000))
+            size -= len(body)
+        file.seek(size + size % 2, io.SEEK_CUR)
+    return durations or [Fraction(1)]  # a still image is one frame
