@@ -6,9 +6,8 @@ questions from JSON lines such as
   {"image": "dog.jpg", "captions": ["a dog runs", "a brown dog"], "split": "train"}
   {"image": "dog.jpg", "question": "what runs?", "answer": "dog", "split": "train"}
 
-with the keys image (or clip, or video), captions (or caption), question, answer (may be left out
-where it is not public), kind of question, shard, and split (a row without one is in every split).
-Everything is checked when a source is built, the pixels when they are decoded.
+whose keys `vadapter.data.tables` explains. Names, sizes and texts are checked when a source is
+built, the pixels when they are decoded.
 
 Dimension legend: F frames, H height, W width.
 """
@@ -23,12 +22,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vadapter.data import tar
+from vadapter.data import tables, tar
 from vadapter.data.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from vadapter.errors import DataError
 
 _MEDIA = IMAGE_SUFFIXES | CLIP_SUFFIXES
-_MAX_TEXT_BYTES = 16 << 20
+_TABLES = ("captions.jsonl", "qa.jsonl")
+
+Span = tuple[int, int, int]  # shard, offset, size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +79,9 @@ class Source(Protocol):
 class CaptionTars:
     """Images or clips in tar shards named `<split>-NNN.tar`, with captions, questions or both.
 
-    The texts come from the *.jsonl files beside the shards. Where there is none, they come from
-    the shards, as webdataset writes them: `key.jpg` beside `key.txt` (one caption) or `key.json`
-    (a row as above, without the image). All questions about one image form one example.
+    The texts come from captions.jsonl and qa.jsonl beside the shards. Where there is neither, they
+    come from the shards, as webdataset writes them: `key.jpg` beside `key.txt` (one caption) or
+    `key.json` (a row as above, without the image). All questions about an image are one example.
 
     Shards are read in place. The index stays in memory, about 1 kB an example.
 
@@ -95,13 +96,14 @@ class CaptionTars:
     def __init__(self, folder: str | Path, split: str):
         folder = Path(folder)
         self._shards, spans, skipped = _scan_all(folder, split)
-        tables = sorted(folder.glob("*.jsonl"))
-        if tables:
-            rows = (row for table in tables for row in _rows(table, split))
-            self._examples = _gather(_check_members(rows, spans, skipped, self._shards))
-            names = [example.id for example in self._examples]
+        paths = [folder / name for name in _TABLES if (folder / name).is_file()]
+        if paths:
+            rows = (row for path in paths for row in tables.read_rows(path, split))
+            texts = tables.gather(_check_members(rows, spans, skipped, self._shards))
+            names = list(texts)
         else:
-            self._examples, names = _gather_pairs(spans, self._shards)
+            texts, names = _pairs(spans, self._shards)
+        self._examples = [Example(key, None, *both) for key, both in texts.items()]
         if not self._examples:
             raise DataError(f"{folder}: 0 usable examples in split {split!r}; check its rows")
         self._spans = [spans[name] for name in names]
@@ -139,13 +141,13 @@ class ImageFolder:
     ):
         table = Path(table)
         folder = table.parent if folder is None else Path(folder)
-        examples = _gather(_check_files(_rows(table, split), folder))
-        if not examples:
+        texts = tables.gather(_check_files(tables.read_rows(table, split), folder))
+        if not texts:
             raise DataError(f"{table}: 0 usable examples in split {split!r}; check its rows")
-        self.kind = _kind([example.id for example in examples], str(table))
-        self._examples = [dataclasses.replace(e, media=folder / e.id) for e in examples]
-        sizes = [(folder / example.id).stat().st_size for example in examples]
-        self._digest = _digest(self.kind, examples, sizes)
+        self.kind = _kind(list(texts), str(table))
+        self._examples = [Example(name, folder / name, *both) for name, both in texts.items()]
+        sizes = [(folder / name).stat().st_size for name in texts]
+        self._digest = _digest(self.kind, self._examples, sizes)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -156,10 +158,6 @@ class ImageFolder:
     def fingerprint(self) -> str:
         """Of names, sizes and texts; not of the pixels, nor of where the folder is."""
         return self._digest
-
-
-Span = tuple[int, int, int]  # shard, offset, size
-Row = tuple[str, dict[str, Any]]  # "file, line n", the parsed line
 
 
 def _scan_all(folder: Path, split: str) -> tuple[list[tar.Shard], dict[str, Span], dict[str, str]]:
@@ -185,98 +183,14 @@ def _scan_all(folder: Path, split: str) -> tuple[list[tar.Shard], dict[str, Span
     return shards, spans, skipped
 
 
-def _rows(path: Path, split: str | None) -> Iterator[Row]:
-    """The rows of a JSON lines file that belong to a split."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; check the path")
-    seen = set()
-    with path.open("rb") as file:
-        for number in range(1, 1 << 62):
-            line = file.readline(_MAX_TEXT_BYTES)
-            if not line:
-                break
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            row = _parse(line, where)
-            seen.add(row.get("split"))
-            if split is None or row.get("split", split) == split:
-                yield where, row
-    if not seen:
-        raise DataError(f"{path}: no rows; the file is empty")
-    if split is not None and not seen & {split, None}:
-        there = ", ".join(sorted(map(str, seen)))
-        raise DataError(f"{path}: no rows of split {split!r}; splits there: {there}")
-
-
-def _parse(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error}); convert the file to UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); mend or remove it") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object is expected, got {type(row).__name__}")
-    return row
-
-
-def _name(where: str, row: dict[str, Any]) -> str:
-    for key in ("image", "clip", "video"):
-        if key in row:
-            return _text(row[key], f"{where}: {key}")
-    raise DataError(f"{where}: none of the keys image, clip, video; it has {', '.join(row)}")
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: a text is expected, got {value!r:.60}; mend or remove it")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: holds half a character ({error}); mend it") from error
-    return value
-
-
-def _texts(where: str, row: dict[str, Any]) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """The captions and the questions of one row."""
-    captions = row.get("captions", row.get("caption", []))
-    captions = captions if isinstance(captions, list) else [captions]
-    captions = [_text(caption, f"{where}: caption") for caption in captions]
-    qa = []
-    if "question" in row:
-        question = _text(row["question"], f"{where}: question")
-        answer = _text(row["answer"], f"{where}: answer") if "answer" in row else ""
-        qa = [(question, answer, str(row.get("kind", "")))]
-    if not captions and not qa:
-        raise DataError(f"{where}: no captions and no question; add one or remove the row")
-    return captions, qa
-
-
-def _gather(rows: Iterable[tuple[str, str, dict[str, Any]]]) -> list[Example]:
-    """One example a name, in order of first appearance, from (where, name, row)."""
-    captions: dict[str, list[str]] = {}
-    qa: dict[str, list[tuple[str, str, str]]] = {}
-    first: dict[str, str] = {}  # where the captions of a name stood
-    for where, name, row in rows:
-        new_captions, new_qa = _texts(where, row)
-        if new_captions and name in first:
-            raise DataError(
-                f"{where}: {name!r} has captions already ({first[name]}); "
-                "put all captions of an image into one row"
-            )
-        if new_captions:
-            first[name] = where
-        captions.setdefault(name, []).extend(new_captions)
-        qa.setdefault(name, []).extend(new_qa)
-    return [Example(name, captions=tuple(captions[name]), qa=tuple(qa[name])) for name in captions]
-
-
 def _check_members(
-    rows: Iterable[Row], spans: dict[str, Span], skipped: dict[str, str], shards: list[tar.Shard]
+    rows: Iterable[tables.Row],
+    spans: dict[str, Span],
+    skipped: dict[str, str],
+    shards: list[tar.Shard],
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for where, row in rows:
-        name = _name(where, row)
+        name = tables.media_name(where, row)
         if name not in spans:
             why = skipped.get(name, f"no member of that name in {len(shards)} shards")
             raise DataError(f"{where}: {name!r} cannot be read: {why}")
@@ -286,9 +200,11 @@ def _check_members(
         yield where, name, row
 
 
-def _check_files(rows: Iterable[Row], folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _check_files(
+    rows: Iterable[tables.Row], folder: Path
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for where, row in rows:
-        name = _name(where, row)
+        name = tables.media_name(where, row)
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise DataError(f"{where}: {name!r} leaves the folder; use names inside {folder}")
         if not (folder / name).is_file():
@@ -296,41 +212,47 @@ def _check_files(rows: Iterable[Row], folder: Path) -> Iterator[tuple[str, str, 
         yield where, name, row
 
 
-def _gather_pairs(
+def _pairs(
     spans: dict[str, Span], shards: list[tar.Shard]
-) -> tuple[list[Example], list[str]]:
-    """Examples whose text lies in the shard, under the same key up to the first full stop."""
-    groups: dict[str, dict[str, str]] = {}  # key -> {"media" | ".txt" | ".json": name}
+) -> tuple[dict[str, tables.Texts], list[str]]:
+    """Texts that lie in the shards, under the key of their image: its name to the first dot.
+
+    Returns:
+      The texts of each key, and the member that holds its media, in the same order.
+    """
+    groups: dict[str, dict[str, str]] = {}  # key -> {"media" | ".txt" | ".json": member}
     for name in spans:
-        folder, _, base = name.rpartition("/")
-        key = f"{folder}/{base.split('.')[0]}".lstrip("/")
+        folder, slash, base = name.rpartition("/")
+        key = folder + slash + base.split(".")[0]
         suffix = PurePosixPath(name).suffix.lower()
-        slot = suffix if suffix in (".txt", ".json") else "media"
+        slot = "media" if suffix in _MEDIA else suffix
         if groups.setdefault(key, {}).setdefault(slot, name) != name:
             path = shards[spans[name][0]].path
             raise DataError(f"{path}: {name!r} is the second {slot} of {key!r}; keep one")
-    examples, names = [], []
+    texts = {}
     for key, group in groups.items():
-        anywhere = spans[next(iter(group.values()))]
-        where = f"{shards[anywhere[0]].path}: {key!r}"
-        text = group.get(".txt", group.get(".json"))
-        if "media" not in group or text is None:
-            raise DataError(f"{where} has only {', '.join(group.values())}; image and text needed")
-        shard, offset, size = spans[text]
-        if size > _MAX_TEXT_BYTES:
-            raise DataError(f"{where}: its text has {size} bytes; at most {_MAX_TEXT_BYTES}")
+        text = group.get(".txt", group.get(".json", ""))
+        shard, offset, size = spans[text or group["media"]]
+        where = f"{shards[shard].path}: {text or key}"
+        if not text or "media" not in group:
+            raise DataError(
+                f"{where}: {key!r} has only {', '.join(group.values())}; add the missing half, "
+                f"or put the texts beside the shards, in {' or '.join(_TABLES)}"
+            )
+        if size > tables.MAX_TEXT_BYTES:
+            raise DataError(f"{where}: {size} bytes; a text has at most {tables.MAX_TEXT_BYTES}")
         data = shards[shard].read(offset, size)
-        if text == group.get(".txt"):
-            try:
-                row = {"caption": data.decode("utf-8-sig")}
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: {text} is not UTF-8; write the shard again") from error
-        else:
-            row = _parse(data, where)
-        captions, qa = _texts(where, row)
-        examples.append(Example(key, captions=tuple(captions), qa=tuple(qa)))
-        names.append(group["media"])
-    return examples, names
+        texts[key] = tables.texts(where, _pair_row(data, where, text))
+    return texts, [group["media"] for group in groups.values()]
+
+
+def _pair_row(data: bytes, where: str, name: str) -> dict[str, Any]:
+    if name.lower().endswith(".json"):
+        return tables.parse(data, where)
+    try:
+        return {"caption": data.decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error}); write the shard again") from error
 
 
 def _kind(names: list[str], where: str) -> str:

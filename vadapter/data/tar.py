@@ -109,7 +109,7 @@ def scan(
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # tarfile would keep a kilobyte for each
+                archive.members.clear()  # type: ignore  # tarfile keeps a kilobyte for each
                 if member.isdir():
                     continue
                 if reason := _refusal(member, suffixes, max_bytes):

@@ -55,7 +55,11 @@ def decode_clip(data: bytes | Path, frames: int = 8, *, max_pixels: int = MAX_PI
             if head[:4] == b"RIFF" and head[8:] == b"WEBP":
                 return _decode_webp(file, frames, max_pixels)
             return _decode_stream(file, frames, max_pixels)
-    except (av.FFmpegError, OSError, ValueError, EOFError) as error:
+    except av.FFmpegError as error:  # some of its kinds are MemoryError too
+        raise BadMedia(f"cannot be decoded ({error})") from error
+    except (BadMedia, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds on damaged files
         raise BadMedia(f"cannot be decoded ({type(error).__name__}: {error})") from error
 
 
