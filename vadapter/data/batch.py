@@ -29,6 +29,7 @@ import numpy as np
 
 from vadapter.errors import DataError
 
+PAD, BOS, EOS = 0, 1, 2  # never produced by raw text
 Row = dict[str, np.ndarray]
 Batch = dict[str, Any]  # numpy arrays from the pipeline, jax arrays on the devices
 

@@ -1,0 +1,216 @@
+"""ConfigDict at the edge, frozen dataclasses inside: unknown keys and wrong types stop at once.
+
+Each dataclass is defined beside the code that reads it; this file only builds them.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from vadapter.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Builds the dataclass `cls` from a mapping, recursively and strictly.
+
+    Args:
+      cls: a dataclass; fields may be dataclasses, or dicts and tuples of them.
+      values: a ConfigDict or a dict.
+      where: dotted path of `values`, for messages.
+
+    Raises:
+      ConfigError: unknown key (with the nearest known one), missing key, wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{where}.{key}: unknown key{nearest(key, fields)}")
+    out = {k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in out:
+            raise ConfigError(f"{where}.{name}: missing; it has no default")
+    return cls(**out)
+
+
+def nearest(key: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(key, known, 1, 0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(value):
+            return value
+        if not isinstance(value, Mapping | ConfigDict):
+            raise ConfigError(f"{where}: expected a group of keys, got {value!r}")
+        return build(hint, value, where)  # type: ignore[arg-type]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (dict, Mapping) or origin is getattr(typing, "Mapping", None) or hint is dict:
+        if not isinstance(value, Mapping | ConfigDict):
+            raise ConfigError(f"{where}: expected a group of keys, got {value!r}")
+        item = args[1] if args else Any
+        return {str(k): _convert(item, v, f"{where}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, tuple | list):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if hint is Any:
+        return plain(value)
+    return _scalar(hint, value, where)
+
+
+def _scalar(hint: type, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is int and isinstance(value, float) and value == int(value):
+        value = int(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(
+            f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}"
+        )
+    if hint is float and value != value:
+        raise ConfigError(f"{where}: not a number")
+    return value
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, ConfigDicts and tuples as JSON-able dicts and lists, recursively."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping | ConfigDict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def digest(value: Any) -> str:
+    """sha256 hex of the canonical JSON of `plain(value)`."""
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    """Leaves in which two plain values differ: (dotted path, in a, in b), absent ones as `—`."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        rows = []
+        for key in sorted(a.keys() | b.keys()):
+            path = f"{where}.{key}" if where else str(key)
+            rows += differences(a.get(key, "—"), b.get(key, "—"), path)
+        return rows
+    return [] if a == b else [(where, a, b)]
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> Any:
+    """Parses a config file's argument, `a=1,b=x`, against typed defaults.
+
+    Raises:
+      ConfigError: an argument that has no default, or that its type cannot read.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        key, sep, text = item.partition("=")
+        if key not in defaults:
+            raise ConfigError(f"config argument {key!r}: unknown{nearest(key, defaults)}")
+        kind = type(defaults[key])
+        try:
+            if kind is bool:
+                values[key] = {"": True, "1": True, "true": True, "0": False, "false": False}[
+                    text.lower()
+                ]
+            elif not sep:
+                raise ValueError
+            else:
+                values[key] = kind(text)
+        except (KeyError, ValueError):
+            raise ConfigError(
+                f"config argument {key!r}: {text!r} is not of type {kind.__name__}"
+            ) from None
+    return types.SimpleNamespace(**values)
+
+
+def load(spec: str) -> ConfigDict:
+    """Runs `get_config(arg)` of a `FILE.py[:arg]` spec.
+
+    A relative file is looked up in the working directory, then among the packaged recipes.
+
+    Raises:
+      ConfigError: no such file, or no `get_config` in it.
+    """
+    name, _, arg = spec.partition(":")
+    path = find_recipe(name)
+    loader = importlib.util.spec_from_file_location(f"vadapter_recipe_{path.stem}", path)
+    assert loader is not None and loader.loader is not None
+    module = importlib.util.module_from_spec(loader)
+    loader.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path}: no get_config(arg) in it")
+    return module.get_config(arg or None)
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe's file: as given, or packaged (`configs/x.py`)."""
+    here = Path(__file__).resolve().parent
+    candidates = [Path(name), here.parent / name, here / name]
+    for path in candidates:
+        if path.is_file():
+            return path
+    folder = next((d for d in (here.parent / "configs", here / "configs") if d.is_dir()), None)
+    known = sorted(p.stem for p in folder.glob("*.py")) if folder else []
+    raise ConfigError(
+        f"--config={name}: no such file{nearest(Path(name).stem, known) if known else ''}"
+    )
+
+
+def override(config: ConfigDict, assignments: typing.Iterable[str]) -> None:
+    """Applies `a.b=v` overrides in place; values are JSON where they parse as JSON, else text.
+
+    Raises:
+      ConfigError: an unknown key (with the nearest one) or a value of another type.
+    """
+    for item in assignments:
+        key, sep, text = item.partition("=")
+        if not sep:
+            raise ConfigError(f"--config.{key}: needs a value, --config.{key}=VALUE")
+        *parents, leaf = key.split(".")
+        node: Any = config
+        for i, part in enumerate(parents):
+            if not isinstance(node, ConfigDict) or part not in node:
+                known = node.keys() if isinstance(node, ConfigDict) else ()
+                raise ConfigError(
+                    f"--config.{'.'.join(parents[: i + 1])}: unknown key{nearest(part, known)}"
+                )
+            node = node[part]
+        if not isinstance(node, ConfigDict) or leaf not in node:
+            known = node.keys() if isinstance(node, ConfigDict) else ()
+            raise ConfigError(f"--config.{key}: unknown key{nearest(leaf, known)}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = {"True": True, "False": False, "None": None}.get(text, text)
+        if isinstance(value, list):
+            value = tuple(value)
+        try:
+            node[leaf] = value
+        except TypeError as error:
+            raise ConfigError(f"--config.{key}={text}: {error}") from None

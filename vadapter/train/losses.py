@@ -1,0 +1,73 @@
+"""The losses. Every sum is masked, float32, and divided by at least one.
+
+Legend: B batch, M targets, E width, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def token_xent(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums of cross entropy (nats) and of correct predictions.
+
+    Args:
+      logits: f32[B, M, V]; targets: i32[B, M]; weights: f32[B, M], 0 where there is no target.
+    """
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nats = jax.nn.logsumexp(logits, axis=-1) - picked
+    correct = jnp.argmax(logits, axis=-1) == targets
+    return (nats * weights).sum(), (correct * weights).sum()
+
+
+def chunked_xent(
+    head: Callable[[jax.Array], jax.Array],
+    states: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    rows: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`token_xent(head(states), …)` with at most about `rows` rows of logits alive at a time.
+
+    Saves memory where batch times vocabulary is large; costs time under about 512 rows a chunk.
+
+    Args:
+      head: [b, M, E] -> f32[b, M, V]; states: [B, M, E].
+      rows: B·M is cut along B into chunks of at least one example.
+    """
+    B, M, _ = states.shape
+    per_chunk = max(1, rows // M)
+    while B % per_chunk:
+        per_chunk -= 1
+
+    @jax.checkpoint
+    def one(total, chunk):
+        nats, correct = token_xent(head(chunk[0]), chunk[1], chunk[2])
+        return (total[0] + nats, total[1] + correct), None
+
+    cut = lambda x: x.reshape(B // per_chunk, per_chunk, *x.shape[1:])  # noqa: E731
+    zero = jnp.zeros(())
+    return jax.lax.scan(one, (zero, zero), (cut(states), cut(targets), cut(weights)))[0]
+
+
+def contrastive(
+    image: jax.Array, text: jax.Array, temperature: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Symmetric InfoNCE between the rows of a batch (CLIP, arXiv 2103.00020).
+
+    Args:
+      image, text: unit vectors f32[B, ·]; temperature: f32[]; valid: bool[B], rows that count.
+
+    Returns:
+      Mean loss in nats over valid rows, and the share of images whose own text comes first.
+    """
+    scores = image @ text.T / temperature
+    scores = jnp.where(valid[:, None] & valid[None, :], scores, -1e30)
+    diagonal = jnp.diagonal(scores)
+    nats = jax.nn.logsumexp(scores, 1) + jax.nn.logsumexp(scores, 0) - 2 * diagonal
+    count = jnp.maximum(valid.sum(), 1)
+    first = (jnp.argmax(scores, 1) == jnp.arange(len(scores))) & valid
+    return jnp.where(valid, nats, 0.0).sum() / (2 * count), first.sum() / count

@@ -1,0 +1,73 @@
+"""AdamW with warm-up and decay (paper, Table 10)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from vadapter.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The paper's recipe by default.
+
+    Attributes:
+      lr: peak learning rate.
+      warmup: steps from 0 to `lr`.
+      schedule: linear | cosine decay to 0 at the last step, or constant.
+      weight_decay: decoupled, on matrices and embeddings only.
+      clip: global norm of the trained components' gradients; 0: off.
+    """
+
+    lr: float = 5e-4
+    warmup: int = 1000
+    schedule: str = "linear"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+
+
+def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
+    """The learning rate at each optimizer step.
+
+    Raises:
+      ConfigError: unknown schedule, or warm-up longer than the run.
+    """
+    if config.warmup >= steps:
+        raise ConfigError(f"optim.warmup={config.warmup} must be below steps={steps}")
+    rest = steps - config.warmup
+    decays = {
+        "linear": optax.linear_schedule(config.lr, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(config.lr, rest),
+        "constant": optax.constant_schedule(config.lr),
+    }
+    if config.schedule not in decays:
+        raise ConfigError(f"optim.schedule={config.schedule!r}: one of {', '.join(decays)}")
+    # The first step already moves: warm-up counts from 1.
+    warm = optax.linear_schedule(config.lr / (config.warmup + 1), config.lr, config.warmup)
+    return optax.join_schedules([warm, decays[config.schedule]], [config.warmup])
+
+
+def decayed(params: Any) -> Any:
+    """True for the leaves that weight decay acts on: kernels and embeddings."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: getattr(path[-1], "key", "") in ("kernel", "embedding"), params
+    )
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """clip → AdamW on the schedule, for the tree of trained components."""
+    clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    adam = optax.adamw(
+        learning_rate(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+    return optax.chain(*clip, adam)
