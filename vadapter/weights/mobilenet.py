@@ -1,0 +1,89 @@
+"""MobileNetV2 1.0/224 trained on ImageNet: numbered layers of a TFLite graph to our tree.
+
+The folder holds a .json that lists the graph's layers in order (batch norm folded) and an .npz with
+"<layer>/kernel" and "<layer>/bias"; kernels are float16, laid out as ours.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vadapter.errors import CheckpointError
+from vadapter.models.mobilenet import MobileNet, MobileNetConfig, block_specs
+from vadapter.weights import load
+
+_NAME = "mobilenet_v2_1.0_224"
+_CLASSES = 1001  # ImageNet's 1000 and, at index 0, "background"
+_MAX_BYTES = 64 * 2**20  # the file holds 7 MB
+
+
+def load_mobilenet(path: Path, *, head: bool = False) -> tuple[MobileNetConfig, dict[str, Any]]:
+    """Loads the encoder.
+
+    Args:
+      path: the folder with the .json and the .npz.
+      head: also load the classifier; by default its two tensors are left out.
+
+    Returns:
+      The configuration (`dataclasses.replace` it to choose how to compute) and the float32
+      parameters, numpy arrays: `MobileNet(config).apply({"params": params}, frames)`.
+
+    Raises:
+      CheckpointError: a file is missing or damaged, or describes another network.
+    """
+    config = MobileNetConfig(classes=_CLASSES if head else 0)
+    table = _name_table(config, path / f"{_NAME}.json")
+    tensors = load.read_npz(path / f"{_NAME}_float16.npz", max_bytes=_MAX_BYTES)
+    left_out = () if head else [name for name in table if table[name].startswith("head/")]
+    abstract = jax.eval_shape(
+        MobileNet(config).init, jax.random.key(0), jnp.zeros((1, 1, 32, 32, 3), jnp.uint8)
+    )
+    kept = {name: ours for name, ours in table.items() if name not in left_out}
+    return config, load.assign(abstract["params"], tensors, kept, ignore=left_out)
+
+
+def _name_table(config: MobileNetConfig, graph: Path) -> dict[str, str]:
+    """Name in the .npz to path in our tree, once the graph is known to be the network we build."""
+    load.require_file(graph)
+    try:
+        layers = json.loads(graph.read_text(encoding="utf-8"))["layers"]
+        names = [layer["name"] for layer in layers]
+        found = [
+            (layer["op"], layer.get("stride", 1), layer.get("activation", "none"))
+            for layer in layers
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{graph} does not list the layers of a network: {e!r}.") from e
+    ours, expected = zip(*_graph(config), strict=True)
+    if found != list(expected):
+        differing = [n for n, f, e in zip(names, found, expected, strict=False) if f != e]
+        raise CheckpointError(
+            f"{graph} describes another network than MobileNetV2 1.0: {len(found)} layers instead "
+            f"of {len(expected)}; other op, stride or activation in {differing}."
+        )
+    return {
+        f"{name}/{leaf}": f"{our_name}/{leaf}"
+        for name, our_name in zip(names, ours, strict=True)
+        if our_name
+        for leaf in ("kernel", "bias")
+    }
+
+
+def _graph(config: MobileNetConfig) -> Iterator[tuple[str, tuple[str, int, str]]]:
+    """Our layer ("" if it has no parameters) and the (op, stride, activation) expected there."""
+    yield "stem", ("conv", 2, "relu6")
+    for i, spec in enumerate(block_specs(config)):
+        block = f"block_{i:02d}"
+        if spec.expanded != spec.inputs:
+            yield f"{block}/expand", ("conv", 1, "relu6")
+        yield f"{block}/depthwise", ("depthwise", spec.stride, "relu6")
+        yield f"{block}/project", ("conv", 1, "none")
+        if spec.residual:
+            yield "", ("add", 1, "none")
+    yield "last", ("conv", 1, "relu6")
+    yield "", ("global_mean", 1, "none")
+    yield "head", ("conv", 1, "none")
