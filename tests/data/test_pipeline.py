@@ -9,10 +9,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import vadapter
 from vadapter.data.pipeline import Schedule, Stream, eval_batches, make_loader, require_usable
 from vadapter.errors import ConfigError, DataError
 
@@ -228,8 +230,13 @@ def test_workers_end_when_the_trainer_is_killed(tmp_path):
             """
         )
     )
+    root = str(Path(vadapter.__file__).parents[1])  # importable where it is not installed
     trainer = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": root},
     )
     try:
         assert trainer.stdout
