@@ -6,7 +6,7 @@ Source of the definitions: Vedantam et al. 2015 (CIDEr), Papineni et al. 2002 (B
 scale: multiply by 100 to print them (CIDEr reaches 10.0).
 
 The n-grams of a whole test set are counted at once with integer codes, so that MSRVTT (2,990 x 20
-references) takes about two seconds instead of twelve.
+references) takes a second instead of twelve.
 
 Dimensions: I items (images or clips), C captions (I candidates, then all references), K n-grams.
 """
@@ -114,7 +114,8 @@ def _grams(corpus: _Corpus) -> Iterator[_Grams]:
         if candidates:
             at = np.minimum(np.searchsorted(key[:candidates], item_key), candidates - 1)
             match = np.where(key[at] == item_key, at, -1)
-        in_references = np.unique(item_key[candidates:])
+        # Without the counts numpy would hash instead of sort: thirty times slower here.
+        in_references, _ = np.unique(item_key[candidates:], return_counts=True)
         df = np.bincount(in_references % kinds, minlength=kinds)
         yield _Grams(caption, kind, count, match, candidates, df)
 
