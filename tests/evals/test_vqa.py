@@ -74,6 +74,7 @@ def test_normal_forms(raw: str, vqa_form: str, evalai_form: str):
 def test_vizwiz_normalises_predictions_but_never_annotators():
     assert accuracy("Unanswerable.", ["unanswerable"] * 10, VIZWIZ) == 1
     assert accuracy("the cat", ["the cat"] * 10, VIZWIZ) == 0
+    assert accuracy("cat", ["Cat"] * 5 + ["cat "] * 5, VIZWIZ) == 0
     assert vqa.normalise_vizwiz("dont cant") == "don’t can't"
     assert accuracy("dont know", ["don't know"] * 10, VIZWIZ) == 0
 
