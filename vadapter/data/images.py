@@ -123,9 +123,9 @@ def resize(
 ) -> np.ndarray:
     """Brings every frame to a square, antialiased.
 
-    The resampling is Pillow's, as the public encoders were trained with. "crop" gives the pixels
-    of "resize the short side to S, then cut out the centre" and computes only those, so that an
-    image of one pixel by thousands costs no more than another.
+    The resampling is Pillow's, as the public encoders were trained with. "crop" is
+    "resize the short side to S, then cut out the centre", equal up to rounding, but computes only
+    what stays, so that an image of one pixel by thousands costs no more than another.
 
     Args:
       frames: u8[F,H,W,3].

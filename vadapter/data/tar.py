@@ -38,11 +38,8 @@ class _Handle:
 @functools.lru_cache(maxsize=128)
 def _handle(path: str, size: int, mtime_ns: int) -> _Handle:
     """One open file a shard, process and version; reading by offset makes sharing it safe."""
-    handle = _Handle(path)
-    now = os.fstat(handle.fd)
-    if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
-        raise DataError(f"{path}: changed since it was indexed; start again with the final file")
-    return handle
+    del size, mtime_ns  # a file that replaces another is opened anew
+    return _Handle(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +57,13 @@ class Shard:
           DataError: the file is gone, cannot be read, or has changed since it was indexed.
         """
         try:
-            data = os.pread(_handle(self.path, self.size, self.mtime_ns).fd, size, offset)
+            handle = _handle(self.path, self.size, self.mtime_ns)
+            data = os.pread(handle.fd, size, offset)
+            now = os.fstat(handle.fd)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error}); restore the shard") from error
-        if len(data) != size:
-            raise DataError(f"{self.path}: ends inside a member; copy the shard again")
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns) or len(data) != size:
+            raise DataError(f"{self.path}: changed since it was indexed; start again with it")
         return data
 
 

@@ -2,8 +2,9 @@
 
 The rule: of a clip that lasts D seconds, frame i of F is the decoded frame whose presentation time
 is nearest to (i + 0.5) / F * D, the earlier one of two equally near. Times are the file's own
-time stamps, so a variable frame rate is respected; a clip of fewer frames repeats them. D runs
-from the first frame to the end of the last one, as read from the packets: headers may be wrong.
+time stamps (in AVI, time slots), so a variable frame rate is respected; a clip of fewer frames
+repeats them. D runs from the first frame to the end of the last one, as read from the packets:
+headers may be wrong.
 
 Every frame is decoded at most once and in order, and only the chosen ones become RGB; a clip's
 cost is therefore its length up to the last chosen frame. Rotation in the metadata is applied,
@@ -15,6 +16,7 @@ formats that make FFmpeg open further files or addresses.
 Dimension legend: F frames, H height, W width.
 """
 
+import dataclasses
 import io
 from collections.abc import Iterable
 from fractions import Fraction
@@ -104,29 +106,54 @@ def _video(container: av.container.InputContainer, max_pixels: int) -> av.VideoS
     return stream
 
 
-def _duration(file: BinaryIO, max_pixels: int) -> Fraction:
-    """Seconds from the first frame to the end of the last one, from the packets alone."""
-    starts, end = [], 0
+@dataclasses.dataclass(frozen=True)
+class _Timeline:
+    """What the packets say, without decoding any.
+
+    Attributes:
+      duration: seconds from the first frame to the end of the last one.
+      slots: for AVI, which has time slots instead of time stamps, the slot of each frame in
+        seconds since the first. FFmpeg's guess at stamps is wrong where H.264 reorders frames.
+    """
+
+    duration: Fraction
+    slots: list[Fraction] | None
+
+
+def _timeline(file: BinaryIO, max_pixels: int) -> _Timeline:
+    stamps, end = [], 0
     with _open(file) as container:
         stream = _video(container, max_pixels)
+        avi = container.format.name == "avi"
         for packet in container.demux(stream):
-            stamp = packet.dts if packet.pts is None else packet.pts
+            if packet.is_corrupt:  # the file ended inside it
+                raise BadMedia("cut short: its last frame is incomplete")
+            stamp = packet.dts if avi or packet.pts is None else packet.pts
             if stamp is None or packet.is_discard:
                 continue
-            starts.append(stamp)
+            stamps.append(stamp)
             end = max(end, stamp + (packet.duration or 0))
-            if len(starts) > MAX_PACKETS:
+            if len(stamps) > MAX_PACKETS:
                 raise BadMedia(f"more than {MAX_PACKETS} frames; cut it into clips")
-        if not starts or stream.time_base is None:
+        if not stamps or stream.time_base is None:
             raise BadMedia("no frames with a time stamp")
-        first, last = min(starts), max(starts)
-        if end <= last and len(starts) > 1:  # the last frame lasts as long as the average one
-            end = last + Fraction(last - first, len(starts) - 1)
-        duration = Fraction(max(end, last) - first) * stream.time_base
-        declared = _declared(container, stream)
-    if duration < _COMPLETE * declared:
-        raise BadMedia(f"cut short: {float(duration):.1f} s of {float(declared):.1f} s are there")
-    return duration
+        if container.format.name == "gif" and not _tail(file).endswith(b";"):
+            raise BadMedia("cut short: a GIF without its end mark")
+        unit, declared = stream.time_base, _declared(container, stream)
+    stamps.sort()
+    first, last = stamps[0], stamps[-1]
+    if end <= last and len(stamps) > 1:  # the last frame lasts as long as the average one
+        end = last + Fraction(last - first, len(stamps) - 1)
+    if end * unit < _COMPLETE * declared:
+        raise BadMedia(f"cut short: it says {float(declared):.1f} s, has {float(end * unit):.1f} s")
+    slots = [(stamp - first) * unit for stamp in stamps] if avi else None
+    return _Timeline((max(end, last) - first) * unit, slots)
+
+
+def _tail(file: BinaryIO) -> bytes:
+    """The last bytes of a file, less the padding that some writers add."""
+    file.seek(max(0, file.seek(0, io.SEEK_END) - 64))
+    return file.read().rstrip(b"\0\r\n ")
 
 
 def _declared(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction:
@@ -139,10 +166,11 @@ def _declared(container: av.container.InputContainer, stream: av.VideoStream) ->
 
 
 def _decode_stream(file: BinaryIO, frames: int, max_pixels: int) -> np.ndarray:
-    targets = frame_times(_duration(file, max_pixels), frames)
+    timeline = _timeline(file, max_pixels)
+    targets = frame_times(timeline.duration, frames)
     with _open(file) as container:
         stream = _video(container, max_pixels)
-        chosen = nearest(_timed(container.decode(stream)), targets)
+        chosen = nearest(_timed(container.decode(stream), timeline.slots), targets)
         size = chosen[0].width, chosen[0].height
         pictures: dict[int, np.ndarray] = {}  # frames chosen twice are converted once
         for frame in chosen:
@@ -153,10 +181,15 @@ def _decode_stream(file: BinaryIO, frames: int, max_pixels: int) -> np.ndarray:
         return np.stack([pictures[id(frame)] for frame in chosen])
 
 
-def _timed(frames: Iterable[av.VideoFrame]) -> Iterable[tuple[Fraction, av.VideoFrame]]:
-    """Frames with their time in seconds since the first one."""
+def _timed(
+    frames: Iterable[av.VideoFrame], slots: list[Fraction] | None
+) -> Iterable[tuple[Fraction, av.VideoFrame]]:
+    """Frames, which the decoder gives in the order they are shown, with their time in seconds."""
     first = None
-    for frame in frames:
+    for index, frame in enumerate(frames):
+        if slots is not None:
+            yield slots[min(index, len(slots) - 1)], frame
+            continue
         if frame.pts is None or frame.time_base is None:
             raise BadMedia("a frame without a time stamp")
         first = frame.pts if first is None else first
