@@ -1,0 +1,274 @@
+"""The checkpoints of a run: whole and verified, or not used.
+
+One directory `<step>/` a checkpoint (see `snapshot`). Three things can be wrong, and each has its
+own answer: a checkpoint does not fit this run (an error with a table of the differences), it is
+damaged (a resume takes the one before it and says so), or the disk failed while it was written
+(training goes on without it, for a while). No run ever starts from zero because of a bad file.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as ocm
+
+from vadapter.errors import CheckpointError, ConfigError
+from vadapter.train import snapshot
+from vadapter.train.snapshot import DamagedError
+
+PyTree = Any
+
+MAX_FAILURES = 2  # saves in a row that may fail before the run stops
+
+log = logging.getLogger(__name__)
+
+
+def steps(directory: Path) -> list[int]:
+    """Committed steps, ascending: directories named by a number, as Orbax renames them at the end.
+
+    They may still be damaged: an interrupted copy of a run directory looks committed.
+    """
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
+
+
+def restore_step(
+    directory: Path,
+    abstract_state: PyTree,
+    step: int | None = None,
+    *,
+    expect: Mapping[str, Any] | None = None,
+    subset: bool = False,
+) -> tuple[PyTree, dict[str, Any]]:
+    """Loads exactly one step, the newest if None, and changes nothing on disk: for evaluation.
+
+    Raises:
+      CheckpointError: as `snapshot.load`, or there is no such step.
+    """
+    found = steps(directory)
+    step = max(found, default=None) if step is None else step
+    if step is None or step not in found:
+        raise CheckpointError(f"no checkpoint of step {step} in {directory}; steps there: {found}")
+    return snapshot.load(directory / str(step), abstract_state, expect=expect, subset=subset)
+
+
+class Checkpointer:
+    """Saves in the background, keeps the last few, restores the newest that verifies.
+
+    One writer a directory (see `lock.run_lock`): leftovers of interrupted saves are removed at
+    once. On several hosts all of them make the same calls, with the directory on a shared file
+    system.
+
+    Args:
+      directory: holds one directory a step; created if missing.
+      keep: number of newest checkpoints to keep, at least 1.
+      keep_every: also keep every step that is a multiple of this number, for ever.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, keep_every: int | None = None):
+        if keep < 1 or (keep_every is not None and keep_every < 1):
+            raise ConfigError(f"cannot keep {keep} checkpoints, every {keep_every} steps: use >= 1")
+        self._directory = Path(directory).absolute()
+        policies: list[Any] = [ocm.LatestN(keep)]
+        if keep_every:
+            policies.append(ocm.EveryNSteps(keep_every))
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocm.AnyPreservationPolicy(policies),
+            lightweight_initialize=True,  # do not read what may be damaged
+            # Made at once, a directory that cannot be made is an error and not a 300 s wait.
+            async_options=ocp.AsyncOptions(
+                timeout_secs=600, create_directories_asynchronously=False
+            ),
+        )
+        self._manager: ocp.CheckpointManager | None = None
+        self._in_flight: int | None = None
+        self._own: set[int] = set()  # steps this object has saved or restored
+        self._failures = 0  # in a row
+        snapshot.hush_orbax()
+        self._remove_leftovers()
+
+    def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> bool:
+        """Starts to save; returns when the arrays are copied, so they may be donated after.
+
+        Args:
+          step: number of finished updates.
+          state: tree of `jax.Array`, all on the same devices.
+          meta: JSON values a resume needs and checks: stage, configuration, data position, ...
+
+        Returns:
+          False if this object has that step already, or if the save failed at once.
+
+        Raises:
+          CheckpointError: too many failed saves in a row, or a checkpoint of a later step exists.
+        """
+        self._settle()
+        if step in self._own:
+            return False
+        if step <= (newest := max(steps(self._directory), default=-1)):
+            raise CheckpointError(
+                f"{self._directory} already has step {newest}, so step {step} cannot be saved: "
+                "resume that run, or choose another run directory"
+            )
+        args = snapshot.items(state, {**meta, "step": step})
+        try:
+            manager = self._manager or ocp.CheckpointManager(
+                self._directory, options=self._options, item_handlers=snapshot.handlers()
+            )
+            self._manager = manager
+            manager.save(step, args=args, force=True)
+        except Exception as e:
+            self._failed(step, e)
+            return False
+        self._own.add(step)
+        self._in_flight = step
+        return True
+
+    def committed(self) -> list[int]:
+        """Steps safely on disk, ascending; a save still in flight is not among them."""
+        parts = ("state", "meta")
+        return [
+            step
+            for step in steps(self._directory)
+            if all((self._directory / str(step) / part).is_dir() for part in parts)
+        ]
+
+    def wait(self) -> int | None:
+        """Waits for the save in flight and returns the newest committed step.
+
+        Raises:
+          CheckpointError: too many failed saves in a row.
+        """
+        self._settle()
+        return max(self.committed(), default=None)
+
+    def close(self) -> None:
+        """Waits and releases the threads.
+
+        Raises:
+          CheckpointError: the last save failed, so the end of the run is not on disk.
+        """
+        self._settle()
+        self._drop_manager()
+        if self._failures:
+            raise CheckpointError(
+                f"the last save failed; the newest checkpoint in {self._directory} is that of step "
+                f"{max(self.committed(), default=None)}"
+            )
+
+    def restore(
+        self,
+        abstract_state: PyTree,
+        *,
+        expect: Mapping[str, Any] | None = None,
+        at_most: int | None = None,
+    ) -> tuple[PyTree, dict[str, Any]] | None:
+        """Restores the newest checkpoint that verifies, and moves later ones to `quarantine/`.
+
+        Args:
+          abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
+          expect: values that `meta` must hold.
+          at_most: newest step to consider, to go back behind a bad stretch of training.
+
+        Returns:
+          State and meta, or None if there is no checkpoint at all.
+
+        Raises:
+          CheckpointError: the newest readable one does not fit this run, or none is readable.
+        """
+        self._settle()
+        found = self._agreed_steps()
+        if not found:
+            return None
+        reasons = []
+        for step in reversed(found):
+            if at_most is not None and step > at_most:
+                continue
+            path = self._directory / str(step)
+            try:
+                state, meta = snapshot.load(path, abstract_state, expect=expect)
+                if meta["step"] != step:
+                    raise DamagedError(f"{path}: holds step {meta['step']}")
+            except DamagedError as e:
+                log.warning("skipped a damaged checkpoint: %s", e)
+                reasons.append(str(e))
+                continue
+            self._set_aside([later for later in found if later > step])
+            self._own = {step}
+            return state, meta
+        if not reasons:
+            raise CheckpointError(f"no step up to {at_most} in {self._directory}, only {found}")
+        raise CheckpointError(
+            f"none of the {len(reasons)} checkpoints in {self._directory} can be used:\n  "
+            + "\n  ".join(reasons[:3])
+            + "\nBring back a copy, or move them away to start from the beginning."
+        )
+
+    def _agreed_steps(self) -> list[int]:
+        """The steps that the first host sees: network file systems may show others less."""
+        found = steps(self._directory)
+        if jax.process_count() > 1:
+            n = int(multihost_utils.broadcast_one_to_all(np.int32(len(found))))
+            padded = np.resize(np.array(found or [0], np.int32), n)
+            found = np.asarray(multihost_utils.broadcast_one_to_all(padded)).tolist()
+        return found
+
+    def _settle(self) -> None:
+        """Waits for the save in flight; only then is it known to have succeeded."""
+        if self._in_flight is None or self._manager is None:
+            return
+        step, self._in_flight = self._in_flight, None
+        try:
+            self._manager.wait_until_finished()
+            if step not in steps(self._directory):
+                raise OSError("the step did not appear")
+        except Exception as e:
+            self._own.discard(step)
+            self._failed(step, e)
+        else:
+            self._failures = 0
+
+    def _failed(self, step: int, e: Exception) -> None:
+        self._failures += 1
+        self._drop_manager()  # it believes that the step exists
+        self._remove_leftovers()  # or a full disk would stay full
+        message = f"could not save step {step} in {self._directory} ({snapshot.reason(e)})"
+        if self._failures > MAX_FAILURES:
+            raise CheckpointError(
+                f"{message}; {self._failures} saves in a row failed, the newest checkpoint is that "
+                f"of step {max(self.committed(), default=None)}. Free space and start again."
+            ) from e
+        log.warning("%s; going on without, %d of %d", message, self._failures, MAX_FAILURES)
+
+    def _drop_manager(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            try:
+                manager.close()
+            except Exception as e:
+                log.debug("closing after a failed save: %s", snapshot.reason(e))
+
+    def _remove_leftovers(self) -> None:
+        if jax.process_index() == 0:
+            for path in self._directory.glob(f"*{snapshot.TMP}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _set_aside(self, later: list[int]) -> None:
+        self._drop_manager()
+        if later and jax.process_index() == 0:
+            for step in later:
+                target = self._directory / "quarantine" / str(step)
+                target.parent.mkdir(exist_ok=True)
+                copy = 0
+                while target.exists():
+                    target = target.with_name(f"{step}.{(copy := copy + 1)}")
+                (self._directory / str(step)).rename(target)
+            log.warning("moved the later steps %s to %s", later, self._directory / "quarantine")
+        if later and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints set aside")

@@ -1,0 +1,101 @@
+"""Digests of arrays that do not depend on how the arrays are laid out over devices.
+
+Orbax restores an array with a flipped bit without complaint, so every checkpoint carries a digest
+of every leaf and every restore recomputes them. The same digests prove that a frozen component is
+bit for bit what it was when training began. They guard against accidents, not against attackers.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+Digests = dict[str, list]  # path -> [shape, dtype name, digest], ready for JSON
+
+_GOLDEN = 2654435761  # 2**32 / golden ratio: spreads neighbouring indices
+
+
+def leaf_digest(x: jax.Array) -> jax.Array:
+    """Sums the bits of `x`, each element weighted by its index, modulo 2**32.
+
+    Elementwise work and one sum: no reshape and no gather, so a sharded array stays sharded, and an
+    integer sum is the same in any order. The weights are odd, hence invertible modulo 2**32, so one
+    changed element always changes the sum.
+
+    Args:
+      x: array of any shape and of any numeric, boolean or PRNG key dtype.
+
+    Returns:
+      uint32 scalar.
+
+    Raises:
+      TypeError: complex or sub-byte elements.
+    """
+    bits = _bits(jnp.asarray(x))
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(bits.ndim)):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        index += iota * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    weight = (index * jnp.uint32(_GOLDEN) + jnp.uint32(1)) | jnp.uint32(1)
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def is_key(x: Any) -> bool:
+    """True for arrays of typed PRNG keys, which files and arithmetic know only as uint32."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """`x` as uint32, one word an element; 8-byte elements get a trailing axis of 2 words."""
+    if is_key(x):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+    sub_byte = jnp.dtype(x.dtype).name in ("int2", "int4", "uint2", "uint4", "float4_e2m1fn")
+    if jnp.issubdtype(x.dtype, jnp.complexfloating) or sub_byte:
+        raise TypeError(f"no digest for dtype {x.dtype}")
+    return jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize]).astype(jnp.uint32)
+
+
+_leaf_digests = jax.jit(lambda leaves: [leaf_digest(x) for x in leaves])
+
+
+def leaf_paths(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by dotted path, such as `params.adapter.block_0.kernel`.
+
+    Raises:
+      ValueError: two leaves would have the same path (a key that itself contains a dot).
+    """
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "value"
+        if name in leaves:
+            raise ValueError(f"two leaves of the tree are called {name!r}")
+        leaves[name] = leaf
+    return leaves
+
+
+def tree_digests(tree: PyTree) -> Digests:
+    """`{path: [shape, dtype, digest]}` of all leaves, in one compiled program for the whole tree.
+
+    All leaves must live on the same set of devices. On several hosts every host calls it, and every
+    host gets the same answer.
+    """
+    leaves = leaf_paths(tree)
+    values = jax.device_get(_leaf_digests(list(leaves.values())))
+    return {
+        path: [list(leaf.shape), str(leaf.dtype), int(value)]
+        for (path, leaf), value in zip(leaves.items(), values, strict=True)
+    }
+
+
+def combined(digests: Digests) -> str:
+    """One sha256 (hex) over paths, shapes, dtypes and digests, independent of their order."""
+    text = json.dumps(digests, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,141 @@
+"""The frozen parts of runs, stored once under the digest of their content.
+
+A checkpoint of a run holds what trains; the frozen encoder and LLM are hundreds of times larger and
+never change. They lie in `<root>/<name>-<digest>/`, and each checkpoint names them by digest.
+"""
+
+import contextlib
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from vadapter.errors import CheckpointError
+from vadapter.train import snapshot
+from vadapter.train.digest import combined, tree_digests
+from vadapter.train.lock import waiting_lock
+from vadapter.train.snapshot import DamagedError
+
+PyTree = Any
+
+
+class ComponentStore:
+    """A directory of components, each complete or invisible, and verified whenever it is read.
+
+    Several runs may share one store. On several hosts all make the same calls, with the root on a
+    shared file system.
+
+    Args:
+      root: created at the first `put`.
+    """
+
+    def __init__(self, root: Path):
+        self._root = Path(root).absolute()
+
+    def path(self, name: str, digest: str) -> Path:
+        """The directory of a component, which may not exist.
+
+        Raises:
+          ValueError: the name is not a plain file name, or the digest is not one of `put`.
+        """
+        if not re.fullmatch(r"\w[\w.-]*", name) or not re.fullmatch(r"[0-9a-f]{12,64}", digest):
+            raise ValueError(f"not a component: name {name!r}, digest {digest!r}")
+        return self._root / f"{name}-{digest[:12]}"
+
+    def put(self, name: str, params: PyTree) -> str:
+        """Stores `params` unless they are there already; what was interrupted is written again.
+
+        Args:
+          name: of the component, such as `encoder`.
+          params: tree of `jax.Array`, all on the same devices.
+
+        Returns:
+          The digest of the content, sha256 in hex, which `get` takes.
+
+        Raises:
+          CheckpointError: the disk is full or cannot be written.
+        """
+        snapshot.hush_orbax()
+        digest = combined(tree_digests(params))
+        path = self.path(name, digest)
+        first = jax.process_index() == 0
+        try:
+            if first:
+                self._root.mkdir(parents=True, exist_ok=True)
+            with waiting_lock(self._root / ".put") if first else contextlib.nullcontext():
+                if self._must_write(path, digest):
+                    self._write(path, params, {"component": name})
+        except CheckpointError:
+            raise
+        except Exception as e:
+            raise CheckpointError(f"could not store {name} in {path}: {snapshot.reason(e)}") from e
+        return digest
+
+    def get(self, name: str, digest: str, abstract: PyTree, *, subset: bool = False) -> PyTree:
+        """Reads a component into the shardings of `abstract` and verifies every leaf.
+
+        Args:
+          name: as in `put`.
+          digest: as returned by `put`.
+          abstract: tree of `jax.ShapeDtypeStruct` with shardings.
+          subset: leaves that `abstract` lacks are left on disk.
+
+        Raises:
+          CheckpointError: not in the store, another tree, shape or dtype, or damaged; the message
+            names the directory and the leaf.
+        """
+        path = self._existing(name, digest)
+        try:
+            params, meta = snapshot.load(path, abstract, expect={"component": name}, subset=subset)
+            _check_content(path, meta, digest)
+        except DamagedError as e:
+            raise CheckpointError(f"{e}. Delete {path} and load the weights again.") from e
+        return params
+
+    def describe(self, name: str, digest: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        """`{path: (shape, dtype)}` of a stored component, without reading its arrays.
+
+        Raises:
+          CheckpointError: not in the store, or damaged.
+        """
+        path = self._existing(name, digest)
+        meta = snapshot.read_meta(path)
+        _check_content(path, meta, digest)
+        return {leaf: (tuple(shape), dtype) for leaf, (shape, dtype, _) in meta["digests"].items()}
+
+    def _existing(self, name: str, digest: str) -> Path:
+        path = self.path(name, digest)
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is missing: load the weights of {name} again")
+        return path
+
+    def _must_write(self, path: Path, digest: str) -> bool:
+        """True if the component is missing or broken; the first host looks, for all."""
+        missing = True
+        if jax.process_index() == 0 and path.exists():
+            try:
+                _check_content(path, snapshot.read_meta(path), digest)
+                missing = not (path / "state").is_dir()
+            except DamagedError:
+                pass
+            if missing:
+                shutil.rmtree(path)
+        if jax.process_count() > 1:
+            missing = bool(multihost_utils.broadcast_one_to_all(missing))
+        return missing
+
+    def _write(self, path: Path, params: PyTree, meta: dict[str, Any]) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(f"{path}{snapshot.TMP}", ignore_errors=True)  # of an interrupted put
+        handler = ocp.CompositeCheckpointHandler(**snapshot.handlers())
+        with ocp.Checkpointer(handler) as writer:
+            writer.save(path, args=snapshot.items(params, meta))
+
+
+def _check_content(path: Path, meta: dict[str, Any], digest: str) -> None:
+    if not combined(meta["digests"]).startswith(digest):
+        raise DamagedError(f"{path}: holds other content than its name says")
