@@ -58,6 +58,7 @@ class DocumentSource:
         captions: Paths = (),
         texts: Paths = (),
         *,
+        split: str | None = None,
         mixture: Mapping[str, float] = MIXTURE,
         seed: int = 0,
         variants: int = 8,
@@ -70,6 +71,7 @@ class DocumentSource:
           captions: .txt or .txt.gz, an independent caption a line.
           texts: general text: .jsonl(.gz) of {"text": ...} or of plain strings, a text a line; or
             .txt(.gz), the file being one text. Long texts are cut between words.
+          split: of the groups, keep the lines with this "split"; None keeps all.
           mixture: weight of each sort of document, normalised over those the files allow.
           seed: another seed, other documents.
           variants: documents for each caption (or chunk, where there are no captions).
@@ -81,7 +83,7 @@ class DocumentSource:
         """
         if unknown := sorted(set(mixture) - set(MIXTURE)):
             raise ConfigError(f"mixture has unknown sorts {unknown}; known are {sorted(MIXTURE)}.")
-        self._groups = [*_groups(groups), *([line] for p in captions for line in _text_lines(p))]
+        self._groups = [*_groups(groups, split), *([line] for p in captions for line in _text_lines(p))]
         self._chunks = [c for p in texts for t in _texts(p) for c in _cut(t, chunk_chars)]
         # (group, place in it) of each caption: what an index points to.
         self._flat = np.array(
@@ -200,9 +202,11 @@ def _draw(siblings: list[str], rng: np.random.Generator) -> list[str]:
     return [siblings[int(i)] for i in rng.permutation(len(siblings))[:count]]
 
 
-def _groups(paths: Paths) -> Iterator[list[str]]:
+def _groups(paths: Paths, split: str | None) -> Iterator[list[str]]:
     for path in paths:
         for number, record in _records(path):
+            if split is not None and isinstance(record, dict) and record.get("split") != split:
+                continue
             captions = record.get("captions") if isinstance(record, dict) else None
             if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
                 raise DataError(

@@ -21,6 +21,7 @@ frame, D encoder width.
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -164,6 +165,33 @@ def document_sample(
     return _row({}, np.zeros(0, np.int32), text, True)
 
 
+def prompt_sample(
+    item: Any,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator | None = None,
+    *,
+    size: int,
+    frames: int = 1,
+    text_len: int,
+    mode: str = "bicubic",
+    fit: str = "crop",
+) -> Row:
+    """A row to be continued: an example (its caption) or (example, (question, answer, kind)).
+
+    The text is the lead alone, at most text_len tokens of it; the only target is EOS, so M is 1.
+    Other arguments and the result as in `caption_sample`.
+    """
+    example, question = item if isinstance(item, tuple) else (item, None)
+    before = CAPTION.before if question is None else QUESTION.before
+    after = CAPTION.after if question is None else QUESTION.after(question[0])
+    lead = _encode(tokenizer, after, text_len)[-text_len:]
+    text = _lay_out([(lead, [])], tokenizer.eos_id, text_len + 1, 2)
+    text = {k: v[:-1] for k, v in text.items()}  # the room that EOS alone does not need
+    prompt = _prompt(tokenizer, before, len(tokenizer.encode(before)) + 1)
+    visual, readable = _visual(example, size, frames, False, mode, fit)
+    return _row(visual, prompt, text, readable)
+
+
 def _lay_out(segments: Sequence[Segment], eos: int, text_len: int, target_len: int) -> Row:
     """The text part of a row: segments from the left, one behind the other, then padding."""
     leads = sum(len(lead) for lead, _ in segments)
@@ -222,7 +250,8 @@ def _visual(
     """What stands for the picture in the row, and whether it could be read."""
     media = example.media
     if isinstance(media, np.ndarray) and media.dtype == np.float16:
-        return {"features": media}, True
+        tokens = media[int(mirror)] if media.ndim == 4 else media
+        return {"features": tokens}, not np.isnan(tokens.flat[0])  # NaN: could not be encoded
     try:
         if media is None:
             raise BadMedia("there is none")

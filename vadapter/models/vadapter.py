@@ -113,11 +113,22 @@ class VAdapter:
           rng: turns dropout on.
         """
         prefix = None if visual is None else self.prefix(params, visual, rng)
+        return self.read(params, prefix, batch, rng)
+
+    def read(
+        self, params: Params, prefix: jax.Array | None, batch: Batch, rng: jax.Array | None = None
+    ) -> jax.Array:
+        """As `hidden`, from a prefix [B,Q,E] that is already there."""
         x, segments, positions = self.layout(params, prefix, batch)
         states, _ = self._apply(
-            params, self.lm, x, rng=rng, method="hidden",
-            positions=positions, mask=text_mask(segments),
-        )  # fmt: skip
+            params,
+            self.lm,
+            x,
+            rng=rng,
+            method="hidden",
+            positions=positions,
+            mask=text_mask(segments),
+        )
         text = states[:, -batch["tokens"].shape[1] :]
         return jnp.take_along_axis(text, batch["target_at"][:, :, None], axis=1)
 

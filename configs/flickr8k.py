@@ -1,0 +1,113 @@
+"""Flickr8k on two CPU cores: text-pretrained LMs, frozen MobileNetV2, stage 1, stage 2, baseline.
+
+    export VADAPTER_DATA=/path/to/data
+    vadapter train --config=configs/flickr8k.py --workdir=runs/flickr8k
+"""
+
+from ml_collections import ConfigDict
+
+from vadapter.config import parse_arg
+
+TEXT = "$VADAPTER_DATA/text/"
+PHOTOS = "$VADAPTER_DATA/flickr8k"
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, image_size=224, queries=16, scale=1.0)
+    steps = lambda n: max(2, int(n * arg.scale))
+
+    lm = dict(kind="lm", vocab_size=0, kv_heads=1, head_dim=32, max_len=512)
+    optim = dict(lr=2e-3, warmup=max(1, int(50 * arg.scale)), clip=1.0, weight_decay=1e-2)
+    photos = dict(
+        task="caption", text_len=110, target_len=105, texts=5, cache=True, size=arg.image_size
+    )
+    documents = dict(
+        task="document",
+        text_len=128,
+        source=dict(
+            kind="documents",
+            groups=[TEXT + "caption_groups.jsonl.gz"],
+            mixture=dict(siblings=0.4, keywords=0.4, plain=0.2),
+        ),
+    )
+    # What stands in front of a held-out caption: nothing, sibling captions, their content words.
+    held_out = lambda sort: {
+        **documents,
+        "source": dict(
+            kind="documents", groups=[PHOTOS + "/captions.jsonl"], split="val", variants=1,
+            mixture={sort: 1.0},
+        ),
+        "last_only": True,
+    }  # fmt: skip
+    steer = dict(loss=("plain", "siblings", "keywords"), loss_batches=16, save_every=200, log_every=20)
+    see = dict(encoder="encoder", batch=32, data=dict(photos=1.0), save_every=200, log_every=20)
+    resampler = dict(
+        kind="resampler", queries=arg.queries, query_dim=128, hidden_dim=128, heads=4,
+        time_embed=False, space_embed=True,
+    )  # fmt: skip
+    return ConfigDict(
+        dict(
+            name="flickr8k",
+            seed=0,
+            dtype="float32",
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+            workers=0,
+            tokenizer=dict(vocab_size=4096, lowercase=True, data=("documents",), texts=300_000),
+            components=dict(
+                encoder=dict(
+                    kind="mobilenet",
+                    image_size=arg.image_size,
+                    images_at_once=2,
+                    weights="$VADAPTER_DATA/weights/mobilenet",
+                ),
+                tlm={**lm, "width": 128, "depth": 4, "heads": 4, "mlp_dim": 384},
+                llm={**lm, "width": 192, "depth": 5, "heads": 6, "mlp_dim": 576},
+                resampler={**resampler, "layers": 1},
+                perceiver={**resampler, "layers": 6},
+                fc_in=dict(kind="fc", width=0),
+                fc_out=dict(kind="fc", width=0),
+            ),
+            data=dict(
+                documents=documents,
+                plain=held_out("plain"),
+                siblings=held_out("siblings"),
+                keywords=held_out("keywords"),
+                photos={**photos, "source": dict(kind="tars", folder=PHOTOS, split="train"), "flip": True},
+                val={**photos, "source": dict(kind="tars", folder=PHOTOS, split="val")},
+                test={**photos, "source": dict(kind="tars", folder=PHOTOS, split="test")},
+            ),
+            evals=dict(
+                val=dict(data="val", max_new=24, batch=100, limit=0),
+                test=dict(data="test", max_new=24, batch=100, limit=0),
+            ),
+            chain=("tlm", "llm", "decoder", "vadapter", "perceiver"),
+            stages=dict(
+                tlm=dict(
+                    kind="lm", lm="tlm", steps=steps(600), batch=24, data=dict(documents=1.0),
+                    optim=optim, **steer,
+                ),
+                llm=dict(
+                    kind="lm", lm="llm", steps=steps(1600), batch=24, data=dict(documents=1.0),
+                    optim=optim, **steer,
+                ),
+                decoder=dict(
+                    kind="decoder", lm="tlm", chain=("resampler", "fc_in"), steps=steps(1200),
+                    start=dict(tlm="tlm"), optim={**optim, "lr": 1e-3},
+                    loss=("val",), loss_batches=8, evals=("val",), eval_every=steps(300),
+                    eval_limit=500, **see,
+                ),
+                vadapter=dict(
+                    kind="adapter", lm="llm", chain=("resampler", "fc_in", "tlm", "fc_out"),
+                    steps=steps(1200), start=dict(resampler="decoder", fc_in="decoder", tlm="decoder", llm="llm"),
+                    optim={**optim, "lr": 1e-3}, loss=("val",), loss_batches=8, evals=("val", "test"),
+                    eval_every=steps(300), eval_limit=500, **see,
+                ),
+                perceiver=dict(
+                    kind="adapter", lm="llm", chain=("perceiver", "fc_out"),
+                    steps=steps(1200), start=dict(llm="llm"),
+                    optim={**optim, "lr": 1e-3}, loss=("val",), loss_batches=8, evals=("val", "test"),
+                    eval_every=steps(300), eval_limit=500, **see,
+                ),
+            ),
+        )
+    )  # fmt: skip

@@ -1,0 +1,7 @@
+"""`python -m vadapter`."""
+
+import sys
+
+from vadapter.cli import main
+
+sys.exit(main())

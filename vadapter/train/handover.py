@@ -1,0 +1,188 @@
+"""Where each component of a stage starts, tensor by tensor, with nothing left unaccounted for.
+
+Three ways, in this order: resume this stage's checkpoint (`loop`), load (a finished stage, or
+public weights), random. What is loaded comes by digest from the run's component store.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vadapter.errors import CheckpointError, ConfigError
+from vadapter.train.digest import leaf_paths
+from vadapter.train.inputs import resolve
+from vadapter.train.recipe import STAGES, Recipe, StageConfig, components, trained
+from vadapter.train.store import ComponentStore
+from vadapter.weights.mobilenet import load_mobilenet
+
+DONE = "done.json"
+STORE = "components"
+LOADERS = {"mobilenet": lambda path: load_mobilenet(path)[1]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where one component starts.
+
+    Attributes:
+      source: shown to people: random, weights PATH, stage NAME.
+      digest: of the stored content; "" if random.
+      name, root: the stored component's name and its store.
+      loaded, dropped, fresh: leaf paths; `fresh` starts random though the others are loaded.
+    """
+
+    component: str
+    source: str
+    digest: str = ""
+    name: str = ""
+    root: Path = Path()
+    loaded: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+
+
+def plan(
+    recipe: Recipe, stage: StageConfig, workdir: Path, abstract: Mapping[str, Any]
+) -> dict[str, Start]:
+    """Decides for every component of the stage where each of its leaves comes from.
+
+    Args:
+      abstract: component -> tree of shapes that the stage's model needs.
+
+    Raises:
+      ConfigError: a frozen component that starts nowhere.
+      CheckpointError: a stage that is not finished; leaves that neither match nor are listed as
+        dropped or fresh.
+    """
+    return {name: _start(recipe, stage, workdir, name, abstract[name]) for name in abstract}
+
+
+def _start(
+    recipe: Recipe, stage: StageConfig, workdir: Path, component: str, abstract: Any
+) -> Start:
+    weights = recipe.components[component].get("weights", "")
+    frozen = component not in trained(stage)
+    source = stage.start.get(component, "weights" if weights else "" if frozen else "random")
+    if source == "random":
+        if frozen:
+            raise ConfigError(f"{component} is frozen in this stage: it cannot start random")
+        return Start(component, "random")
+    if not source:
+        raise ConfigError(
+            f"{component} is frozen in this stage but starts nowhere: set start.{component} to a "
+            f"stage, or components.{component}.weights to a file"
+        )
+    if source == "weights":
+        root, name = workdir / STORE, component
+        digest, shown = _store_weights(recipe, component, workdir, abstract), f"weights {weights}"
+    else:
+        directory = Path(resolve(source)) if "/" in source else workdir / source
+        name = stage.rename.get(component, component)
+        done = finished(directory)
+        if name not in done["components"]:
+            raise CheckpointError(
+                f"stage {directory} trained {', '.join(done['components'])}, not {name}; mend "
+                f"start.{component} or rename.{component}"
+            )
+        digest, root, shown = done["components"][name], directory.parent / STORE, f"stage {source}"
+    return _match(stage, component, abstract, Start(component, shown, digest, name, root))
+
+
+def finished(directory: Path) -> dict[str, Any]:
+    """The record of a finished stage.
+
+    Raises:
+      CheckpointError: it is not finished, or not there.
+    """
+    path = directory / DONE
+    if not path.is_file():
+        raise CheckpointError(f"stage {directory} is not finished (no {path}); run it first")
+    return json.loads(path.read_text())
+
+
+def _store_weights(recipe: Recipe, component: str, workdir: Path, abstract: Any) -> str:
+    spec = recipe.components[component]
+    kind = spec.get("kind", "")
+    if kind not in LOADERS:
+        raise ConfigError(f"components.{component}: no weights are read for kind {kind!r}")
+    path = Path(resolve(spec["weights"], f"components.{component}.weights"))
+    params = jax.tree.map(jax.numpy.asarray, LOADERS[kind](path))
+    return ComponentStore(workdir / STORE).put(component, params)
+
+
+def _match(stage: StageConfig, component: str, abstract: Any, start: Start) -> Start:
+    """Accounts for every leaf of both sides; shapes must agree."""
+    have = ComponentStore(start.root).describe(start.name, start.digest)
+    want = {k: tuple(v.shape) for k, v in leaf_paths(abstract).items()}
+    in_chain = component in stage.chain
+    drops = tuple(f"{component}/{d}" for d in STAGES[stage.kind].chain_drops) if in_chain else ()
+    listed = lambda leaf, names: any(  # noqa: E731
+        f"{component}/{leaf.replace('.', '/')}/".startswith(f"{n}/") for n in names
+    )
+    missing = [leaf for leaf in want if leaf not in have]
+    extra = [leaf for leaf in have if leaf not in want]
+    wrong = [f"{k}: {have[k][0]} there, {want[k]} here" for k in want if k in have and have[k][0] != want[k]]
+    wrong += [f"{k}: not there (list it in fresh to start random)" for k in missing if not listed(k, stage.fresh)]
+    wrong += [f"{k}: not needed here (list it in drop)" for k in extra if not listed(k, (*drops, *stage.drop))]
+    if wrong:
+        more = f"\n  … {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise CheckpointError(
+            f"{component} from {start.source} does not fit:\n  " + "\n  ".join(wrong[:8]) + more
+        )
+    loaded = tuple(k for k in want if k in have)
+    return dataclasses.replace(start, loaded=loaded, dropped=tuple(extra), fresh=tuple(missing))
+
+
+def load(start: Start, abstract: Any, initial: Any | None) -> Any:
+    """The component's parameters: loaded leaves from the store, the others from `initial`.
+
+    Args:
+      abstract: tree of `jax.ShapeDtypeStruct` with shardings.
+      initial: random parameters; needed only where leaves are fresh or the start is random.
+    """
+    if start.source == "random":
+        return initial
+    store = ComponentStore(start.root)
+    stored = store.get(start.name, start.digest, only(abstract, start.loaded), subset=True)
+    return merge(initial, stored) if start.fresh else stored
+
+
+def only(tree: Any, paths: tuple[str, ...]) -> Any:
+    """The part of a nested dict whose dotted leaf paths are listed."""
+
+    def walk(node: Any, prefix: str) -> Any:
+        if not isinstance(node, Mapping):
+            return node if prefix in paths else None
+        out = {k: walk(v, f"{prefix}.{k}" if prefix else k) for k, v in node.items()}
+        return {k: v for k, v in out.items() if v is not None} or None
+
+    return walk(tree, "")
+
+
+def merge(base: Any, over: Any) -> Any:
+    """`base` with the leaves of `over` in their places."""
+    if not isinstance(base, Mapping):
+        return over
+    return {k: merge(v, over[k]) if k in over else v for k, v in base.items()}
+
+
+def report(starts: Mapping[str, Start], stage: StageConfig, abstract: Mapping[str, Any]) -> str:
+    """The hand-over as a table: component, parameters, trained or frozen, source, exceptions."""
+    lines = []
+    for name in components(stage):
+        start = starts[name]
+        count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract[name]))
+        state = "trained" if name in trained(stage) else "frozen"
+        line = f"  {name:<10} {count:>13,}  {state:<8} {start.source}"
+        if start.digest:
+            line += f" [{start.digest[:12]}] {len(start.loaded)} tensors"
+        for word, paths in (("dropped", start.dropped), ("fresh", start.fresh)):
+            if paths:
+                line += f"; {word}: {', '.join(paths)}"
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,129 @@
+"""From the recipe's data section to streams of rows."""
+
+import functools
+import inspect
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vadapter.config import nearest
+from vadapter.data.documents import DocumentSource, Windows
+from vadapter.data.prompts import CAPTION, QUESTION
+from vadapter.data.scenes import ScenesSource  # noqa
+from vadapter.data.sources import CaptionTars, ImageFolder
+from vadapter.data.tokenizer import Tokenizer
+from vadapter.data.transforms import caption_sample, document_sample, question_sample
+from vadapter.errors import ConfigError
+from vadapter.train.recipe import DataConfig
+
+SOURCES: dict[str, Callable[..., Any]] = {
+    "scenes": ScenesSource,
+    "tars": CaptionTars,
+    "folder": ImageFolder,
+    "documents": DocumentSource,
+}
+TASKS = {"caption": caption_sample, "question": question_sample, "document": document_sample}
+_BEFORE = {"caption": CAPTION.before, "question": QUESTION.before}
+
+
+def resolve(value: Any, where: str = "path") -> Any:
+    """Expands `~` and `$VARIABLES` in a string, or in those of a list.
+
+    Raises:
+      ConfigError: a variable that is not set.
+    """
+    if isinstance(value, list | tuple):
+        return [resolve(v, where) for v in value]
+    if not isinstance(value, str) or "$" not in value:
+        return os.path.expanduser(value) if isinstance(value, str) else value
+    for name in re.findall(r"\$\{?(\w+)\}?", value):
+        if name not in os.environ:
+            raise ConfigError(
+                f"{where}={value!r}: the environment variable {name} is not set; set it to the "
+                f"folder that holds the data, or give the path itself with --config.{where}=PATH"
+            )
+    return os.path.expandvars(value)
+
+
+def make_source(name: str, config: DataConfig) -> Any:
+    """The data set's source.
+
+    Raises:
+      ConfigError: unknown kind or argument, or a variable that is not set.
+      DataError: what the source finds wrong with its files.
+    """
+    where = f"data.{name}.source"
+    spec = dict(config.source)
+    kind = spec.pop("kind", "")
+    if kind not in SOURCES:
+        raise ConfigError(f"config.{where}.kind={kind!r}: unknown{nearest(str(kind), SOURCES)}")
+    known = inspect.signature(SOURCES[kind]).parameters
+    for key in spec:
+        if key not in known:
+            raise ConfigError(f"config.{where}.{key}: unknown key{nearest(key, known)}")
+    if config.task not in TASKS:
+        raise ConfigError(f"config.data.{name}.task={config.task!r}: one of {', '.join(TASKS)}")
+    arguments = {k: resolve(v, f"{where}.{k}") for k, v in spec.items()}
+    try:
+        return SOURCES[kind](**arguments)
+    except TypeError as error:
+        raise ConfigError(f"config.{where}: {error}") from None
+
+
+def make_stream(
+    name: str, config: DataConfig, source: Any, tokenizer: Tokenizer, *, image_size: int
+) -> tuple[Any, Callable[..., Any]]:
+    """(items, transform) of a data set, ready for `pipeline.make_loader` and `eval_batches`.
+
+    Args:
+      image_size: pixels a side where the recipe leaves it to the encoder; 0 for text only.
+    """
+    lengths = {"text_len": config.text_len, "target_len": config.target_len or config.text_len}
+    if config.task == "document":
+        items = Windows.to_fill(source, tokenizer, config.text_len)
+        return items, functools.partial(
+            document_sample, tokenizer=tokenizer, last_only=config.last_only, **lengths
+        )
+    many = {"caption": "captions_per_image", "question": "questions_per_image"}[config.task]
+    return source, functools.partial(
+        TASKS[config.task],
+        tokenizer=tokenizer,
+        size=config.size or image_size,
+        frames=config.frames if source.kind == "clip" else 1,
+        prompt_len=len(tokenizer.encode(_BEFORE[config.task])) + 1,
+        flip=config.flip,
+        fit=config.fit,
+        **{many: config.texts},
+        **lengths,
+    )
+
+
+def texts(source: Any) -> Iterator[str]:
+    """Everything a source says: what a tokenizer is trained on."""
+    if hasattr(source, "texts"):
+        yield from source.texts()
+        return
+    for i in range(len(source)):
+        example = source[i]
+        yield from example.captions
+        yield from example.pieces
+        for question, answer, _ in example.qa:
+            yield QUESTION.after(question)
+            yield answer
+
+
+def train_tokenizer(config: Any, sources: dict[str, Any], path: Path) -> Tokenizer:
+    """The run's tokenizer: read from `path`, or trained on the recipe's texts and written there."""
+    if path.exists():
+        return Tokenizer.load(path)
+    if not config.data:
+        raise ConfigError("config.tokenizer.data: empty; name the data sets whose texts it learns")
+    prompts = [CAPTION.before, CAPTION.after, QUESTION.before, QUESTION.after("")]
+    stream = itertools.chain.from_iterable(texts(sources[name]) for name in config.data)
+    lines = itertools.chain(prompts, itertools.islice(stream, config.texts))
+    tokenizer = Tokenizer.train(lines, config.vocab_size, lowercase=config.lowercase)
+    tokenizer.save(path)
+    return tokenizer

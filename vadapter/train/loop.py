@@ -1,0 +1,447 @@
+"""The one loop: builds a stage from its row in the recipe, starts or resumes it, and runs it.
+
+Order within a step, which resuming relies on: next batch → step → (metrics of the step before) →
+evaluate → save. Everything that a step depends on is a function of (recipe, step).
+"""
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vadapter import __version__
+from vadapter.config import differences, plain
+from vadapter.data.batch import check_batch
+from vadapter.data.pipeline import eval_batches, make_loader
+from vadapter.data.tokenizer import Tokenizer
+from vadapter.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
+from vadapter.evals.runner import Decoder, control_scores, evaluate, make_control, to_mesh
+from vadapter.models.coca import CoCa
+from vadapter.models.vadapter import component_seed
+from vadapter.parallel.mesh import make_mesh, replicated, shardings
+from vadapter.train import handover
+from vadapter.train.checkpoint import Checkpointer
+from vadapter.train.features import cached
+from vadapter.train.inputs import make_source, make_stream, train_tokenizer
+from vadapter.train.lock import run_lock
+from vadapter.train.optim import learning_rate, make_optimizer
+from vadapter.train.recipe import DTYPES, STAGES, Recipe, StageConfig, components, make_model, trained
+from vadapter.train.steps import CaptionObjective, CocaObjective, init_state, make_train_step, split
+from vadapter.train.store import ComponentStore
+from vadapter.train.writer import Writer, write_json
+
+MAX_SKIPPED = 3  # updates in a row that may be dropped
+MAX_BAD = 0.001  # share of samples that may be unusable
+
+
+def train(recipe: Recipe, workdir: Path) -> None:
+    """Runs the recipe's chain of stages in `workdir`, from wherever it stopped.
+
+    Raises:
+      UserError: something to mend in configuration, data or checkpoints.
+      Preempted: a signal came; the state is saved.
+      NonFiniteError: the loss diverged.
+    """
+    workdir = Path(workdir)
+    with run_lock(workdir), _signals() as stop:
+        write_json(workdir / "config.json", plain(recipe))
+        write_json(workdir / "env.json", environment())
+        run = Run(recipe, workdir)
+        for name in recipe.chain:
+            run.stage(name, stop)
+
+
+class Run:
+    """What the stages of a run share: mesh, data sources, tokenizer."""
+
+    def __init__(self, recipe: Recipe, workdir: Path):
+        self.recipe, self.workdir = recipe, Path(workdir)
+        self.mesh = make_mesh(recipe.mesh)
+        self._sources: dict[str, Any] = {}
+        names = dict.fromkeys(recipe.tokenizer.data)
+        sources = {n: self.source(n) for n in names} if not self._tokenizer_path.exists() else {}
+        self.tokenizer: Tokenizer = train_tokenizer(recipe.tokenizer, sources, self._tokenizer_path)
+
+    @property
+    def _tokenizer_path(self) -> Path:
+        return self.workdir / "tokenizer.json"
+
+    def source(self, name: str) -> Any:
+        """The data set's source, made once."""
+        if name not in self._sources:
+            self._sources[name] = make_source(name, self.recipe.data[name])
+        return self._sources[name]
+
+    def stage(self, name: str, stop: "Stop") -> None:
+        """Runs one stage, unless it is done."""
+        Stage(self, name).run(stop)
+
+
+class Stop:
+    """Set by SIGTERM or Ctrl-C; the loop looks at it once a step."""
+
+    signal = 0
+
+
+class Stage:
+    """One stage of a run: model, shardings, starts, and what identifies it when it resumes."""
+
+    def __init__(self, run: Run, name: str):
+        self.run_, self.name = run, name
+        self.recipe, self.mesh = run.recipe, run.mesh
+        self.config: StageConfig = run.recipe.stages[name]
+        self.directory = run.workdir / name
+        self.model = make_model(run.recipe, self.config, run.tokenizer.vocab_size)
+        if self.config.batch % (self.config.accumulate * self.mesh.size):
+            raise ConfigError(
+                f"stages.{name}.batch={self.config.batch} does not divide over {self.mesh.size} "
+                f"devices times accumulate={self.config.accumulate}"
+            )
+        boxed = jax.eval_shape(self._init, jax.random.key(0))
+        self.shardings = {k: shardings(v, self.mesh) for k, v in boxed.items()}
+        self.abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            nn.meta.unbox(boxed),
+            self.shardings,
+        )
+        self.starts = handover.plan(run.recipe, self.config, run.workdir, self.abstract)
+
+    # -- parameters ----------------------------------------------------------------------------
+
+    @property
+    def image_size(self) -> int:
+        if not STAGES[self.config.kind].visual:
+            return 0
+        return self.model.modules[self._encoder].image_size  # type: ignore[attr-defined]
+
+    @property
+    def _encoder(self) -> str:
+        return self.model.encoder
+
+    def _frames(self) -> jax.ShapeDtypeStruct:
+        size = self.image_size
+        return jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.uint8)
+
+    def _init(self, rng: jax.Array) -> dict[str, Any]:
+        """Random parameters of every component, boxed."""
+        if isinstance(self.model, CoCa):
+            return self.model.init(rng, self._frames())
+        if not self.model.encoder:
+            return self.model.init(rng, None)
+        module = self.model.modules[self.model.encoder]
+        key = jax.random.fold_in(rng, component_seed(self.model.encoder))
+        frames = jnp.zeros(self._frames().shape, jnp.uint8)
+        visual, variables = module.init_with_output(key, frames)
+        shape = jax.ShapeDtypeStruct(visual.shape, visual.dtype)
+        return {self.model.encoder: variables["params"], **self.model.init(rng, shape)}
+
+    def load_params(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(trained, frozen) parameters as the hand-over decided; frozen ones in compute dtype."""
+        names = [n for n, s in self.starts.items() if s.fresh or s.source == "random"]
+        rng = jax.random.fold_in(jax.random.key(self.recipe.seed), component_seed(self.name))
+        make = lambda key: {n: nn.meta.unbox(self._init(key))[n] for n in names}  # noqa: E731
+        initial = jax.jit(make, out_shardings={n: self.shardings[n] for n in names})(rng)
+        params = {
+            name: handover.load(start, self.abstract[name], initial.get(name))
+            for name, start in self.starts.items()
+        }
+        return self.divide(params)
+
+    def divide(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Splits components into trained and frozen, the latter cast to the compute dtype."""
+        learnt, frozen = split(params, trained(self.config))
+        dtype = DTYPES[self.recipe.dtype]
+        return learnt, jax.tree.map(lambda x: x.astype(dtype), frozen)
+
+    def abstract_state(self, tx: optax.GradientTransformation) -> Any:
+        """Shapes and shardings of the train state; optimizer moments lie as their parameters."""
+        learnt = {n: self.abstract[n] for n in trained(self.config)}
+        state = jax.eval_shape(lambda p: init_state(p, tx), learnt)
+        whole = replicated(self.mesh)
+        put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+        opt = optax.tree_utils.tree_map_params(
+            tx,
+            lambda x, p: put(x, p.sharding),
+            state.opt_state,
+            learnt,
+            transform_non_params=lambda x: put(x, whole),
+        )
+        return state.replace(
+            params=learnt, opt_state=opt, step=put(state.step, whole), skipped=put(state.skipped, whole)
+        )
+
+    # -- identity ------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint of this stage to be resumed."""
+        stage = {k: v for k, v in plain(self.config).items() if k not in StageConfig.FREE}
+        names = components(self.config)
+        return {
+            "stage": self.name,
+            "config": stage,
+            "components": {n: plain(self.recipe.components[n]) for n in names},
+            "data": {n: plain(self.recipe.data[n]) for n in self.config.data},
+            "fingerprints": {n: self.run_.source(n).fingerprint() for n in self.config.data},
+            "tokenizer": self.run_.tokenizer.digest,
+            "start": {n: self.starts[n].digest for n in names},
+            "seed": self.recipe.seed,
+            "dtype": self.recipe.dtype,
+        }
+
+    # -- running -------------------------------------------------------------------------------
+
+    def run(self, stop: Stop) -> None:
+        """Trains the stage to its end, from its newest checkpoint if there is one."""
+        identity = self.identity()
+        done = self.directory / handover.DONE
+        if done.is_file():
+            rows = differences(json.loads(done.read_text())["identity"], plain(identity))
+            if rows:
+                raise CheckpointError(
+                    f"{self.directory} was finished with another configuration:\n"
+                    + diff_table(rows)
+                    + "\nUse another --workdir, or remove that directory to train it again."
+                )
+            print(f"{self.name}: done before", flush=True)
+            return
+        c = self.config
+        tx = make_optimizer(c.optim, c.steps)
+        rate = learning_rate(c.optim, c.steps)
+        checkpointer = Checkpointer(self.directory / "checkpoints", keep=c.keep)
+        began = time.monotonic()
+        with Writer(self.directory, self.name, c.steps) as writer:
+            writer.say(
+                f"{c.kind}, {c.steps} steps of {c.batch}, mesh {dict(self.mesh.shape)}\n"
+                + handover.report(self.starts, c, self.abstract)
+            )
+            restored = checkpointer.restore(self.abstract_state(tx), expect=identity)
+            learnt, frozen = self.load_params()
+            if restored is None:
+                make = jax.jit(
+                    lambda p: init_state(p, tx),
+                    out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state(tx)),
+                )
+                state = make(learnt)
+            else:
+                state = restored[0]
+                writer.say(f"resumed at step {int(state.step)}")
+            del learnt
+            state = self._steps(state, frozen, tx, rate, checkpointer, identity, writer, stop)
+            checkpointer.close()
+            self._finish(state, frozen, identity, writer, time.monotonic() - began)
+
+    def _steps(self, state, frozen, tx, rate, checkpointer, identity, writer, stop):
+        c = self.config
+        objective = (
+            CocaObjective(self.model)
+            if isinstance(self.model, CoCa)
+            else CaptionObjective(self.model, c.chunk_rows)
+        )
+        step_fn = jax.jit(
+            make_train_step(
+                objective, tx, seed=self.recipe.seed, accumulate=c.accumulate, dropout=c.dropout
+            ),
+            donate_argnums=0,
+        )
+        start = int(state.step)
+        streams = {n: (*self.stream(n, frozen), w) for n, w in c.data.items()}
+        loader = make_loader(
+            streams,
+            global_batch=c.batch,
+            seed=self.recipe.seed,
+            start_step=start,
+            num_steps=c.steps,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+            workers=self.recipe.workers,
+        )
+        evaluator = Evaluator(self, frozen)
+        pending: tuple[int, Any] | None = None
+        bad, clock = 0, time.monotonic()
+        for step, batch in enumerate(loader, start + 1):
+            if step == start + 1:
+                check_batch(batch, self.run_.tokenizer.vocab_size)
+            bad += int(batch["bad"].sum())
+            if bad > max(MAX_BAD * (step - start) * c.batch, 10):
+                raise DataError(f"{bad} of {(step - start) * c.batch} samples could not be used")
+            state, metrics = step_fn(state, frozen, to_mesh(batch, self.mesh))
+            if pending is not None:
+                clock = self._log(writer, rate, clock, *pending)
+            pending = (step, metrics)
+            if c.eval_every and step % c.eval_every == 0 and step < c.steps:
+                writer.write(step, evaluator(state.params, c.eval_limit), loud=True)
+                clock = time.monotonic()
+            fault(step)
+            if step % c.save_every == 0 or step == c.steps or stop.signal:
+                checkpointer.save(step, state, identity)
+            if stop.signal:
+                checkpointer.close()
+                raise Preempted(f"stopped at step {step} of {self.name} by signal {stop.signal}; saved")
+        if pending is not None:
+            self._log(writer, rate, clock, *pending)
+        return state
+
+    def _log(self, writer, rate, clock, step, metrics):
+        """Logs a step's metrics once the next is under way; stops on repeated non-finite ones."""
+        c = self.config
+        if step % c.log_every and step != c.steps and step != 1:
+            return clock
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        if values["skipped"] >= MAX_SKIPPED:
+            raise NonFiniteError(
+                f"{self.name}: gradients were not finite for {values['skipped']:.0f} steps in a row, "
+                f"up to step {step}; the last checkpoint is finite"
+            )
+        now = time.monotonic()
+        steps = 1 if step == 1 else c.log_every
+        values |= {"lr": float(rate(step - 1)), "step_ms": 1000 * (now - clock) / steps}
+        writer.write(step, values)
+        return now
+
+    def stream(self, name: str, frozen: dict[str, Any]) -> tuple[Any, Any]:
+        """(items, transform) of a data set; with `cache`, over tokens of the frozen encoder."""
+        config, source = self.recipe.data[name], self.run_.source(name)
+        if config.cache and STAGES[self.config.kind].visual and self._encoder in frozen:
+            source = self.features(name, frozen)
+        return make_stream(name, config, source, self.run_.tokenizer, image_size=self.image_size)
+
+    def features(self, name: str, frozen: dict[str, Any]) -> Any:
+        """The data set's source with the frozen encoder's tokens in place of its pictures."""
+        config = self.recipe.data[name]
+        return cached(
+            self.run_.source(name),
+            self.run_.workdir / "features",
+            encode=self.model.modules[self._encoder],
+            params=frozen[self._encoder],
+            digest=self.starts[self._encoder].digest,
+            size=config.size or self.image_size,
+            frames=config.frames if self.run_.source(name).kind == "clip" else 1,
+            fit=config.fit,
+            flip=config.flip,
+            mesh=self.mesh,
+        )
+
+    def _finish(self, state, frozen, identity, writer, seconds):
+        evaluator = Evaluator(self, frozen)
+        scores = evaluator(state.params, 0, self.directory / "eval")
+        if scores:
+            writer.write(self.config.steps, scores, loud=True)
+        store = ComponentStore(self.run_.workdir / handover.STORE)
+        digests = {n: store.put(n, state.params[n]) for n in trained(self.config)}
+        record = {"components": digests, "identity": plain(identity), "scores": scores,
+                  "steps": self.config.steps, "seconds": round(seconds, 1)}  # fmt: skip
+        write_json(self.directory / handover.DONE, record)
+
+
+class Evaluator:
+    """The stage's losses and evaluations, compiled once."""
+
+    def __init__(self, stage: Stage, frozen: dict[str, Any]):
+        self.stage, self.frozen = stage, frozen
+        if not isinstance(stage.model, CoCa):
+            self.decoder = Decoder(stage.model, stage.run_.tokenizer, stage.mesh)
+            self.control = jax.jit(make_control(stage.model))
+
+    def __call__(self, learnt: Any, limit: int, directory: Path | None = None) -> dict[str, float]:
+        """Scores by name, `<data set>/<metric>`; predictions go to `directory` if given."""
+        stage, c = self.stage, self.stage.config
+        if isinstance(stage.model, CoCa):
+            return {}
+        params = {**self.frozen, **learnt}
+        scores: dict[str, float] = {}
+        for name in c.loss:
+            items, transform = stage.stream(name, self.frozen)
+            batches = eval_batches(items, transform, c.batch)
+            sums = [
+                jax.device_get(self.control(params, to_mesh(b, stage.mesh)))
+                for b, _ in zip(batches, range(c.loss_batches), strict=False)
+            ]
+            scores |= {f"{name}/{k}": v for k, v in control_scores(sums).items()}
+        for name in c.evals:
+            spec = stage.recipe.evals[name]
+            config = stage.recipe.data[spec.data]
+            source = stage.run_.source(spec.data)
+            frames = config.frames if source.kind == "clip" else 1
+            if config.cache:
+                source = stage.features(spec.data, self.frozen)
+            result = evaluate(
+                self.decoder, params, source, task=config.task, max_new=spec.max_new,
+                batch=spec.batch, limit=_least(limit, spec.limit), frames=frames,
+                size=config.size or stage.image_size, fit=config.fit,
+            )  # fmt: skip
+            scores |= {f"{name}/{k}": v for k, v in result.scores.items()}
+            if directory is not None:
+                save_result(directory / name, result, spec)
+        return scores
+
+
+def _least(*limits: int) -> int:
+    return min((n for n in limits if n), default=0)
+
+
+def save_result(directory: Path, result: Any, spec: Any) -> None:
+    """Writes predictions.jsonl and score.json of an evaluation."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "predictions.jsonl", "w", encoding="utf-8") as file:
+        for row in result.rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_json(directory / "score.json", {"scores": result.scores, "eval": plain(spec)})
+
+
+def diff_table(rows: list[tuple[str, Any, Any]], limit: int = 12) -> str:
+    """Differences as lines `key | there | here`."""
+    lines = [f"  {'key':<40} | there | here"]
+    lines += [f"  {key:<40} | {there} | {here}" for key, there, here in rows[:limit]]
+    return "\n".join(lines + ([f"  … {len(rows) - limit} more"] if len(rows) > limit else []))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and command line, for the record."""
+    return {
+        "vadapter": __version__,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "devices": [str(d) for d in jax.devices()],
+        "command": sys.argv,
+    }
+
+
+def fault(step: int) -> None:
+    """Test hook: VADAPTER_FAULT=kill:STEP ends the process at once after that step."""
+    kind, _, at = os.environ.get("VADAPTER_FAULT", "").partition(":")
+    if kind == "kill" and int(at) == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Stop]:
+    """SIGTERM and the first Ctrl-C ask for a stop; the second Ctrl-C ends at once."""
+    stop = Stop()
+
+    def ask(number: int, _: Any) -> None:
+        if stop.signal and number == signal.SIGINT:
+            os._exit(130)
+        stop.signal = number
+        print("\nstopping after this step, saving (Ctrl-C again: at once)", file=sys.stderr)
+
+    old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+

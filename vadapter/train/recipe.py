@@ -1,0 +1,309 @@
+"""What a run is made of: components, data, and stages that are rows of one table.
+
+A recipe (`configs/*.py`) returns a ConfigDict of `Recipe`'s shape; `read` turns it into frozen
+dataclasses and checks that the parts fit before anything is loaded or compiled.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vadapter.config import build, nearest
+from vadapter.errors import ConfigError
+from vadapter.models.coca import CoCa
+from vadapter.models.lm import LM
+from vadapter.models.variants import expand, make_module
+from vadapter.models.vadapter import VAdapter
+from vadapter.parallel.mesh import MeshConfig
+from vadapter.train.optim import OptimConfig
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A row of the stage table.
+
+    Attributes:
+      visual: the stage sees pictures.
+      trains: which of encoder, chain and lm it trains; "all" for CoCa's four components.
+      chain_drops: leaves of a language model that it does not need inside the chain, where it is
+        used through its hidden states.
+    """
+
+    visual: bool
+    trains: tuple[str, ...]
+    chain_drops: tuple[str, ...] = ("embedding", "head")
+
+
+STAGES = {
+    "lm": Kind(visual=False, trains=("lm",)),
+    "vision": Kind(visual=True, trains=("all",)),
+    "decoder": Kind(visual=True, trains=("chain", "lm")),  # the paper's stage 1
+    "adapter": Kind(visual=True, trains=("chain",)),  # the paper's stage 2
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """A tokenizer trained on the texts of some data sets, once per run directory.
+
+    Attributes:
+      vocab_size: upper bound; language models with vocab_size=0 take the size reached.
+      lowercase: fold case, for small models scored without case.
+      data: names of data sets whose texts it is trained on.
+      texts: at most this many texts.
+    """
+
+    vocab_size: int = 4096
+    lowercase: bool = True
+    data: tuple[str, ...] = ()
+    texts: int = 300_000
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """A data set and how its examples become rows of a batch.
+
+    Attributes:
+      source: `{kind: scenes|tars|folder|documents, …}`, see `vadapter.train.inputs`.
+      task: caption | question | document.
+      text_len, target_len: T and M of the batch; target_len=0 is text_len.
+      texts: captions or questions of one picture behind one prefix.
+      flip: mirror half of the pictures while training.
+      size: pixels a side; 0: the encoder's.
+      frames: of a clip; images have one.
+      cache: encode the pictures once and train on the stored tokens.
+      last_only: only a document's last piece is a target.
+    """
+
+    source: dict[str, Any]
+    task: str
+    text_len: int
+    target_len: int = 0
+    texts: int = 1
+    flip: bool = False
+    size: int = 0
+    frames: int = 8
+    fit: str = "crop"
+    cache: bool = False
+    last_only: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """An evaluation: greedy captions or answers over a data set.
+
+    Attributes:
+      data: name of a data set with task caption or question.
+      max_new: longest text in tokens.
+      batch: rows at a time.
+      limit: only the first so many examples; 0: all.
+    """
+
+    data: str
+    max_new: int = 32
+    batch: int = 100
+    limit: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of a run.
+
+    Attributes:
+      kind: row of `STAGES`.
+      lm: the component that predicts the text.
+      chain: components between encoder and lm.
+      encoder: the encoder's component.
+      start: where components start, `{component: STAGE | RUN_DIR/STAGE | weights | random}`; by
+        default weights where the component names some, else random for what trains. A frozen
+        component must start somewhere.
+      rename: `{component: name in the stage it starts from}` where they differ.
+      fresh: leaves (`component/path` prefixes) that may start random though others are loaded.
+      drop: leaves that may be left behind, beyond the table's.
+      steps, batch, accumulate: batches seen, global batch, micro-batches a step.
+      data: `{data set: weight}`, mixed by batch.
+      evals: run at the end, and every `eval_every` steps on their first `eval_limit` examples.
+      loss: names of data sets whose loss is measured with the evaluations, on `loss_batches`.
+      save_every, keep, log_every: checkpoints and log lines, in steps.
+      dropout: rate of the trained language models.
+      bidirectional: queries see each other both ways inside a language model of the chain.
+      chunk_rows: see `steps.CaptionObjective`.
+    """
+
+    kind: str
+    steps: int
+    batch: int
+    data: dict[str, float]
+    lm: str = ""
+    chain: tuple[str, ...] = ()
+    encoder: str = "encoder"
+    start: dict[str, str] = dataclasses.field(default_factory=dict)
+    rename: dict[str, str] = dataclasses.field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    accumulate: int = 1
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    evals: tuple[str, ...] = ()
+    eval_every: int = 0
+    eval_limit: int = 256
+    loss: tuple[str, ...] = ()
+    loss_batches: int = 4
+    save_every: int = 1000
+    keep: int = 2
+    log_every: int = 20
+    dropout: bool = False
+    bidirectional: bool = False
+    chunk_rows: int = 0
+
+    # Keys that do not change what is learnt: a run may be resumed with others.
+    FREE = ("evals", "eval_every", "eval_limit", "loss", "loss_batches", "save_every", "keep",
+            "log_every", "chunk_rows")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A whole run.
+
+    Attributes:
+      components: `{name: {size|kind: …, weights: PATH, fields…}}`.
+      chain: stages in order; a stage that is done is not run again.
+      seed: of initialisation, order, augmentation and dropout.
+      dtype: of the computation and of frozen parameters; trained ones are float32.
+      workers: processes that read data; 0: threads of this process.
+    """
+
+    name: str
+    components: dict[str, dict[str, Any]]
+    data: dict[str, DataConfig]
+    stages: dict[str, StageConfig]
+    chain: tuple[str, ...]
+    tokenizer: TokenizerConfig
+    evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    dtype: str = "float32"
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    workers: int = 0
+
+
+def read(config: Any) -> Recipe:
+    """ConfigDict -> Recipe, checked.
+
+    Raises:
+      ConfigError: naming the key, what is wrong with it and what is known.
+    """
+    recipe = build(Recipe, config)
+    if recipe.dtype not in DTYPES:
+        raise ConfigError(f"config.dtype={recipe.dtype!r}: one of {', '.join(DTYPES)}")
+    for name, spec in recipe.components.items():
+        expand(name, spec)
+    for name in recipe.chain:
+        _known("config.chain", name, recipe.stages)
+    for name in recipe.tokenizer.data:
+        _known("config.tokenizer.data", name, recipe.data)
+    for name, ev in recipe.evals.items():
+        _known(f"config.evals.{name}.data", ev.data, recipe.data)
+    for name, stage in recipe.stages.items():
+        _check_stage(recipe, name, stage)
+    return recipe
+
+
+def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
+    where = f"config.stages.{name}"
+    _known(f"{where}.kind", stage.kind, STAGES)
+    if stage.kind != "vision" and not stage.lm:
+        raise ConfigError(f"{where}.lm: missing; which language model predicts the text?")
+    for component in components(stage):
+        _known(f"{where}: component", component, recipe.components)
+    for component in (*stage.start, *stage.rename):
+        _known(f"{where}.start", component, components(stage))
+    for key, names, known in (
+        ("data", stage.data, recipe.data),
+        ("evals", stage.evals, recipe.evals),
+        ("loss", stage.loss, recipe.data),
+    ):
+        for item in names:
+            _known(f"{where}.{key}", item, known)
+    if not stage.data:
+        raise ConfigError(f"{where}.data: empty; nothing to train on")
+    if STAGES[stage.kind].visual and stage.kind != "vision" and not stage.chain:
+        raise ConfigError(f"{where}.chain: empty; visual tokens need a resampler, pooler or mlp")
+    if stage.batch % stage.accumulate:
+        raise ConfigError(
+            f"{where}: batch={stage.batch} does not divide into accumulate={stage.accumulate}"
+        )
+    if stage.kind == "vision" and stage.accumulate > 1:
+        raise ConfigError(f"{where}: the contrastive loss needs the whole batch: accumulate=1")
+
+
+def _known(where: str, name: str, known: Any) -> None:
+    if name not in known:
+        raise ConfigError(f"{where}: unknown {name!r}{nearest(name, known)}")
+
+
+COCA = ("encoder", "pooler", "text", "fusion")
+
+
+def components(stage: StageConfig) -> tuple[str, ...]:
+    """Names of the stage's components, in the order of the data flow."""
+    if stage.kind == "vision":
+        return COCA
+    encoder = (stage.encoder,) if STAGES[stage.kind].visual else ()
+    return (*encoder, *stage.chain, stage.lm)
+
+
+def trained(stage: StageConfig) -> tuple[str, ...]:
+    """Names of the components that the stage trains."""
+    parts = {"lm": (stage.lm,), "chain": stage.chain, "all": COCA}
+    return tuple(name for part in STAGES[stage.kind].trains for name in parts[part])
+
+
+def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> VAdapter | CoCa:
+    """The stage's model; widths that the recipe leaves open follow from what comes next.
+
+    Raises:
+      ConfigError: vocabularies or widths that do not fit.
+    """
+    dtype = DTYPES[recipe.dtype]
+    modules: dict[str, nn.Module] = {}
+    width = 0  # of the language model that follows
+    for name in reversed(components(stage)):
+        module = make_module(
+            name, recipe.components[name], dtype=dtype, **_derived(recipe, name, vocab_size, width)
+        )
+        modules[name] = module
+        if isinstance(module, LM):
+            width = module.config.width
+            if module.config.vocab_size < vocab_size:
+                raise ConfigError(
+                    f"components.{name}.vocab_size={module.config.vocab_size} is smaller than the "
+                    f"tokenizer's {vocab_size}; set it to 0 to follow the tokenizer"
+                )
+    if stage.kind == "vision":
+        return CoCa(modules)
+    _check_widths(stage, modules)
+    encoder = stage.encoder if STAGES[stage.kind].visual else ""
+    return VAdapter(modules, stage.lm, stage.chain, encoder, stage.bidirectional)
+
+
+def _derived(recipe: Recipe, name: str, vocab_size: int, width: int) -> dict[str, int]:
+    kind = expand(name, recipe.components[name])["kind"]
+    return {"lm": {"vocab_size": vocab_size}, "fc": {"width": width}, "mlp": {"width": width}}.get(
+        kind, {}
+    )
+
+
+def _check_widths(stage: StageConfig, modules: dict[str, nn.Module]) -> None:
+    before, width = "", 0
+    for name in (*stage.chain, stage.lm):
+        config: Any = modules[name].config  # type: ignore[attr-defined]
+        if isinstance(modules[name], LM):
+            if before and width != config.width:
+                raise ConfigError(
+                    f"{before} gives width {width}, but {name} reads {config.width}; put a "
+                    "component of kind fc between them"
+                )
+        before, width = name, getattr(config, "query_dim", 0) or config.width

@@ -1,0 +1,130 @@
+"""What a run says and writes: metrics.jsonl is the truth; the screen and TensorBoard are views."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Writer:
+    """Writes one stage's metrics; a progress bar on a terminal, plain lines elsewhere.
+
+    Args:
+      directory: of the stage; metrics.jsonl is appended to.
+      title: shown in front of every line.
+      total: steps of the stage.
+    """
+
+    def __init__(self, directory: Path, title: str, total: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        self._attempt = 1 + max((row.get("attempt", 0) for row in rows(path)), default=0)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # a line torn by a kill stays a line of its own
+        self._title, self._total = title, total
+        self._tensorboard = _tensorboard(directory / "tb")
+        self._bar: Progress | None = None
+        self._last = 0.0
+
+    def __enter__(self) -> "Writer":
+        if sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(30),
+                       TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())  # fmt: skip
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._total, note="")
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def write(self, step: int, values: Mapping[str, Any], *, loud: bool = False) -> None:
+        """Appends a row; shows it if `loud`, at the end, or when some seconds have passed."""
+        values = {k: float(v) for k, v in values.items()}
+        row = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(row) + "\n")
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                self._tensorboard.add(step, key, value)
+        note = "  ".join(f"{k} {number(v)}" for k, v in values.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, note=note[:80])
+        elif not loud and (time.monotonic() - self._last > 10 or step == self._total):
+            self._last = time.monotonic()
+            self.say(f"step {step}/{self._total}  {note}")
+        if loud:
+            self.say(f"step {step}/{self._total}  {note}")
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the progress bar if there is one."""
+        (self._bar.console.print if self._bar else print)(f"{self._title}: {text}")
+        sys.stdout.flush()
+
+
+def number(value: float) -> str:
+    """Four significant digits; integers as such."""
+    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:.4g}"
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics.jsonl in file order; lines torn by a kill are left out."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and "step" in row:
+                yield row
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """The rows by step: where a resumed run repeated a step, its last attempt counts."""
+    last: dict[tuple[int, bool], dict[str, Any]] = {}
+    for row in rows(path):
+        key = (row["step"], "loss" in row)
+        last[key] = last.get(key, {}) | row if key[1] is False else row
+    return [last[key] for key in sorted(last)]
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._writer = EventFileWriter(str(directory))
+
+    def add(self, step: int, key: str, value: float) -> None:
+        summary = self._summary(value=[self._summary.Value(tag=key, simple_value=value)])
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _tensorboard(directory: Path) -> _TensorBoard | None:
+    try:
+        return _TensorBoard(directory)
+    except ImportError:  # the extra [tensorboard] is not installed
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
