@@ -110,6 +110,21 @@ def test_a_state_restores_bit_for_bit_onto_any_number_of_devices(tmp_path, n_fro
     assert meta["step"] == 3
 
 
+@pytest.mark.parametrize("n_devices", [1, 8])
+def test_the_state_may_be_donated_while_it_is_being_written(tmp_path, n_devices):
+    update = jax.jit(lambda state: {"w": state["w"] + 1}, donate_argnums=0)
+    state = _shard({"w": jnp.zeros((64, 4096))}, n_devices)
+    target = _abstract(state)
+    checkpointer = Checkpointer(tmp_path, keep=9)
+    for step in range(3):
+        checkpointer.save(step, state, {})
+        state = update(update(state))
+    checkpointer.close()
+    for step in range(3):
+        restored, _ = restore_step(tmp_path, target, step)
+        assert float(restored["w"].min()) == float(restored["w"].max()) == 2 * step
+
+
 def test_the_newest_few_and_every_nth_step_are_kept(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep=2, keep_every=4)
     for step in range(1, 8):
@@ -277,6 +292,13 @@ def test_wrong_numbers_that_every_reader_accepts_are_found_by_their_digest(run, 
     shutil.copytree(other / "10" / "state", run / "10" / "state")
     assert _restored_step(run) == 5
     assert "the digest of 1 of 14 leaves differs, first params.adapter.kernel" in caplog.text
+
+
+def test_meta_that_changed_on_disk_is_damage_and_not_another_configuration(run, caplog):
+    path = run / "10" / "meta" / "metadata"
+    path.write_text(path.read_text().replace("vision", "visiom"))
+    assert _restored_step(run) == 5
+    assert "meta was changed after it was written" in caplog.text
 
 
 def test_interrupted_copies_and_renamed_steps_are_skipped_with_a_reason(run, caplog):
