@@ -19,7 +19,7 @@ def get_config(arg=None):
     lm = dict(kind="lm", vocab_size=0, kv_heads=1, head_dim=32, max_len=512)
     optim = dict(lr=2e-3, warmup=max(1, int(50 * arg.scale)), clip=1.0, weight_decay=1e-2)
     photos = dict(
-        task="caption", text_len=110, target_len=105, texts=5, cache=True, size=arg.image_size
+        task="caption", text_len=96, target_len=91, texts=5, cache=True, size=arg.image_size
     )
     documents = dict(
         task="document",
@@ -40,7 +40,7 @@ def get_config(arg=None):
         "last_only": True,
     }  # fmt: skip
     steer = dict(loss=("plain", "siblings", "keywords"), loss_batches=16, save_every=200, log_every=20)
-    see = dict(encoder="encoder", batch=32, data=dict(photos=1.0), save_every=200, log_every=20)
+    see = dict(encoder="encoder", batch=16, data=dict(photos=1.0), save_every=200, log_every=20)
     resampler = dict(
         kind="resampler", queries=arg.queries, query_dim=128, hidden_dim=128, heads=4,
         time_embed=False, space_embed=True,
@@ -87,26 +87,26 @@ def get_config(arg=None):
                     optim=optim, **steer,
                 ),
                 llm=dict(
-                    kind="lm", lm="llm", steps=steps(1600), batch=24, data=dict(documents=1.0),
+                    kind="lm", lm="llm", steps=steps(1300), batch=24, data=dict(documents=1.0),
                     optim=optim, **steer,
                 ),
                 decoder=dict(
-                    kind="decoder", lm="tlm", chain=("resampler", "fc_in"), steps=steps(1200),
+                    kind="decoder", lm="tlm", chain=("resampler", "fc_in"), steps=steps(1600),
                     start=dict(tlm="tlm"), optim={**optim, "lr": 1e-3},
-                    loss=("val",), loss_batches=8, evals=("val",), eval_every=steps(300),
+                    loss=("val",), loss_batches=16, evals=("val",), eval_every=steps(400),
                     eval_limit=500, **see,
                 ),
                 vadapter=dict(
                     kind="adapter", lm="llm", chain=("resampler", "fc_in", "tlm", "fc_out"),
-                    steps=steps(1200), start=dict(resampler="decoder", fc_in="decoder", tlm="decoder", llm="llm"),
-                    optim={**optim, "lr": 1e-3}, loss=("val",), loss_batches=8, evals=("val", "test"),
-                    eval_every=steps(300), eval_limit=500, **see,
+                    steps=steps(1600), start=dict(resampler="decoder", fc_in="decoder", tlm="decoder", llm="llm"),
+                    optim={**optim, "lr": 1e-3}, loss=("val",), loss_batches=16, evals=("val", "test"),
+                    eval_every=steps(400), eval_limit=500, **see,
                 ),
                 perceiver=dict(
                     kind="adapter", lm="llm", chain=("perceiver", "fc_out"),
-                    steps=steps(1200), start=dict(llm="llm"),
-                    optim={**optim, "lr": 1e-3}, loss=("val",), loss_batches=8, evals=("val", "test"),
-                    eval_every=steps(300), eval_limit=500, **see,
+                    steps=steps(1600), start=dict(llm="llm"),
+                    optim={**optim, "lr": 1e-3}, loss=("val",), loss_batches=16, evals=("val", "test"),
+                    eval_every=steps(400), eval_limit=500, **see,
                 ),
             ),
         )

@@ -179,12 +179,18 @@ class Attention(nn.Module):
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Scaled dot-product attention: q [B,T,H,K], k and v [B,S,H/G,K], mask bool[B,T,S]."""
+    """Scaled dot-product attention: q [B,T,H,K], k and v [B,S,H/G,K], mask bool[B,T,S].
+
+    The G query heads of a key head are laid end to end as G·T queries, so that both products are
+    plain batched matrix products.
+    """
     B, T, H, K = q.shape
-    q = q.reshape(B, T, k.shape[2], -1, K)
-    scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=jnp.float32)
-    scores = scores * K**-0.5
+    N = k.shape[2]
+    q = q.reshape(B, T, N, H // N, K).transpose(0, 2, 3, 1, 4).reshape(B, N, -1, K)
+    scores = jnp.einsum("bnqk,bsnk->bnqs", q, k, preferred_element_type=jnp.float32) * K**-0.5
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, MASKED)
+        scores = scores.reshape(B, H, T, -1)
+        scores = jnp.where(mask[:, None], scores, MASKED).reshape(B, N, H // N * T, -1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bngts,bsnk->btngk", weights, v).reshape(B, T, H, K)
+    y = jnp.einsum("bnqs,bsnk->bnqk", weights, v).reshape(B, N, H // N, T, K)
+    return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
