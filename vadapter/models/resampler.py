@@ -93,8 +93,9 @@ class Resampler(nn.Module):
                 raise ValueError(
                     f"{F} frames do not repeat to the {c.frames} of the time embedding"
                 )
-            # An image is one encoding that counts as `frames` equal frames: broadcast it only here.
-            x = jnp.tile(x, (1, c.frames // F, 1, 1))
+            # An image is one encoding that counts as `frames` equal frames: repeated only here.
+            # Shorter clips hold each frame, which keeps their order in time.
+            x = jnp.repeat(x, c.frames // F, axis=1)
             x = x + self._embed("time_embed", (1, c.frames, 1, c.query_dim)).astype(x.dtype)
         x = rearrange(x, "b f n d -> b (f n) d")
         queries = self._embed("queries", (1, c.queries, c.query_dim), c.query_std)

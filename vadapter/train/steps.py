@@ -176,7 +176,7 @@ def make_train_step(
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, metrics), _ = jax.lax.scan(micro, zeros, (jnp.arange(accumulate), parts))
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -197,7 +197,7 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(objective: Objective) -> Callable[[Params, Batch], Metrics]:
+def make_eval_step(objective: CaptionObjective) -> Callable[[Params, Batch], Metrics]:
     """(params of every component, batch) -> sums over the batch: nats, correct, targets."""
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
