@@ -1,0 +1,88 @@
+"""The vision transformer: its shapes and what it does to pixels."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from vadapter.models.vit import ViT
+
+
+@pytest.fixture
+def frames():
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (2, 3, tiny.IMAGE, tiny.IMAGE, 3), np.uint8)
+
+
+def run(module, params, frames):
+    return jax.jit(module.apply)({"params": params}, frames)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_tokens_have_the_announced_shape_and_the_class_token_comes_first(frames, class_token):
+    module = ViT(dataclasses.replace(tiny.VIT, class_token=class_token))
+    params = tiny.init(module, frames)
+    tokens = run(module, params, frames)
+    assert tokens.shape == (2, 3, module.tokens_per_frame(), module.width)
+    assert module.tokens_per_frame() == 4 + class_token
+    assert module.image_size == tiny.IMAGE
+    assert ("class_token" in params) == class_token
+    if class_token:  # nothing but the class token carries this change
+        other = params | {"class_token": params["class_token"] + 1}
+        change = np.abs(run(ViT(module.config), other, frames) - tokens).max(axis=(0, 1, 3))
+        assert change.argmax() == 0
+
+
+def test_pixels_are_scaled_to_one_then_normalised_by_mean_and_spread(frames):
+    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+    module = ViT(dataclasses.replace(tiny.VIT, mean=mean, std=std))
+    plain = ViT(dataclasses.replace(tiny.VIT, mean=(0.0,) * 3, std=(1.0,) * 3))
+    params = tiny.init(module, frames)
+    by_hand = ((frames / 255 - np.array(mean)) / np.array(std) * 255).astype(np.float32)
+    a, b = run(module, params, frames), run(plain, params, by_hand)
+    np.testing.assert_allclose(a, b, atol=1e-4)
+    assert np.abs(a - run(plain, params, frames)).max() > 0.01
+
+
+def test_patches_are_read_row_by_row_with_channels_innermost(frames):
+    module = ViT(tiny.VIT)
+    params = tiny.init(module, frames)
+    _, seen = jax.jit(
+        lambda p: module.apply(
+            {"params": p},
+            frames,
+            capture_intermediates=lambda m, _: m.name == "patches",
+            mutable=["intermediates"],
+        )
+    )(params)
+    patches = seen["intermediates"]["patches"]["__call__"][0]  # [B·F, N, D]
+    x = (frames / 255 - 0.5) / 0.5
+    kernel = params["patches"]["kernel"].reshape(8, 8, 3, module.width)
+    for n, (row, column) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):
+        patch = x[:, :, row : row + 8, column : column + 8]
+        expected = np.einsum("bfhwc,hwcd->bfd", patch, kernel) + params["patches"]["bias"]
+        np.testing.assert_allclose(patches[:, n], expected.reshape(6, -1), atol=1e-4)
+
+
+def test_frames_and_rows_do_not_see_each_other(frames):
+    module = ViT(tiny.VIT)
+    params = tiny.init(module, frames)
+    together = run(module, params, frames)
+    for b, f in ((0, 0), (1, 2)):
+        other = np.zeros_like(frames)
+        other[b, f] = frames[b, f]
+        np.testing.assert_allclose(run(module, params, other)[b, f], together[b, f], atol=1e-5)
+
+
+def test_positions_matter(frames):
+    module = ViT(tiny.VIT)
+    params = tiny.init(module, frames)
+    same = params | {"positions": np.zeros_like(params["positions"])}
+    swapped = np.concatenate([frames[:, :, 8:], frames[:, :, :8]], axis=2)
+    order = np.array([2, 3, 0, 1])
+    without = run(module, same, frames), run(module, same, swapped)
+    np.testing.assert_allclose(without[0], without[1][:, :, order], atol=1e-5)
+    within = run(module, params, frames), run(module, params, swapped)
+    assert np.abs(within[0] - within[1][:, :, order]).max() > 0.01
