@@ -54,7 +54,7 @@ def nearest(key: str, known: typing.Iterable[str]) -> str:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, hint):  # type: ignore[arg-type]
             return value
         if not isinstance(value, Mapping | ConfigDict):
             raise ConfigError(f"{where}: expected a group of keys, got {value!r}")
@@ -73,6 +73,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            known = map(str, args)
+            raise ConfigError(f"{where}={value!r}: unknown{nearest(str(value), known)}")
+        return value
     if hint is Any:
         return plain(value)
     return _scalar(hint, value, where)
@@ -81,7 +86,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _scalar(hint: type, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if hint is int and isinstance(value, float) and value == int(value):
+    if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(
@@ -142,6 +147,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> Any:
                 raise ValueError
             else:
                 values[key] = kind(text)
+            if values[key] != values[key]:  # not a number
+                raise ValueError
         except (KeyError, ValueError):
             raise ConfigError(
                 f"config argument {key!r}: {text!r} is not of type {kind.__name__}"
@@ -210,6 +217,8 @@ def override(config: ConfigDict, assignments: typing.Iterable[str]) -> None:
             value = {"True": True, "False": False, "None": None}.get(text, text)
         if isinstance(value, list):
             value = tuple(value)
+        if isinstance(node[leaf], str) and not isinstance(value, str):
+            value = text  # a name may look like a number
         try:
             node[leaf] = value
         except TypeError as error:

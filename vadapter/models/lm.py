@@ -51,10 +51,9 @@ class LMConfig:
 
     def block(self) -> BlockConfig:
         shared = {f.name for f in dataclasses.fields(BlockConfig)}
-        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in shared}
-        return BlockConfig(
-            **mine | {"rope_theta": self.rope_theta if self.positions == "rope" else None}
-        )
+        mine: dict[str, Any] = {name: getattr(self, name) for name in shared if hasattr(self, name)}
+        mine["rope_theta"] = self.rope_theta if self.positions == "rope" else None
+        return BlockConfig(**mine)
 
 
 class LM(nn.Module):

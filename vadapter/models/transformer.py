@@ -137,7 +137,7 @@ class Stack(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *(nn.broadcast,) * 5),
+            in_axes=(0, *(nn.broadcast,) * 5),  # type: ignore[arg-type]
             length=self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, self.dtype, name="blocks")(x, cache, mask, positions, kv, kv_mask, index)
