@@ -1,7 +1,7 @@
 """Flickr8k on two CPU cores: text-pretrained LMs, frozen MobileNetV2, stage 1, stage 2, baseline.
 
-    export VADAPTER_DATA=/path/to/data
-    vadapter train --config=configs/flickr8k.py --workdir=runs/flickr8k
+export VADAPTER_DATA=/path/to/data
+vadapter train --config=configs/flickr8k.py --workdir=runs/flickr8k
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +39,9 @@ def get_config(arg=None):
         ),
         "last_only": True,
     }  # fmt: skip
-    steer = dict(loss=("plain", "siblings", "keywords"), loss_batches=16, save_every=200, log_every=20)
+    steer = dict(
+        loss=("plain", "siblings", "keywords"), loss_batches=16, save_every=200, log_every=20
+    )
     see = dict(encoder="encoder", batch=16, data=dict(photos=1.0), save_every=200, log_every=20)
     resampler = dict(
         kind="resampler", queries=arg.queries, query_dim=128, hidden_dim=128, heads=4,
@@ -87,26 +89,26 @@ def get_config(arg=None):
                     optim=optim, **steer,
                 ),
                 llm=dict(
-                    kind="lm", lm="llm", steps=steps(1300), batch=24, data=dict(documents=1.0),
+                    kind="lm", lm="llm", steps=steps(1100), batch=16, data=dict(documents=1.0),
                     optim=optim, **steer,
                 ),
                 decoder=dict(
-                    kind="decoder", lm="tlm", chain=("resampler", "fc_in"), steps=steps(1600),
+                    kind="decoder", lm="tlm", chain=("resampler", "fc_in"), steps=steps(1000),
                     start=dict(tlm="tlm"), optim={**optim, "lr": 1e-3},
-                    loss=("val",), loss_batches=16, evals=("val",), eval_every=steps(400),
+                    loss=("val",), loss_batches=16, evals=("val",), eval_every=steps(250),
                     eval_limit=500, **see,
                 ),
                 vadapter=dict(
                     kind="adapter", lm="llm", chain=("resampler", "fc_in", "tlm", "fc_out"),
-                    steps=steps(1600), start=dict(resampler="decoder", fc_in="decoder", tlm="decoder", llm="llm"),
+                    steps=steps(1000), start=dict(resampler="decoder", fc_in="decoder", tlm="decoder", llm="llm"),
                     optim={**optim, "lr": 1e-3}, loss=("val",), loss_batches=16, evals=("val", "test"),
-                    eval_every=steps(400), eval_limit=500, **see,
+                    eval_every=steps(250), eval_limit=500, **see,
                 ),
                 perceiver=dict(
                     kind="adapter", lm="llm", chain=("perceiver", "fc_out"),
-                    steps=steps(1600), start=dict(llm="llm"),
+                    steps=steps(1000), start=dict(llm="llm"),
                     optim={**optim, "lr": 1e-3}, loss=("val",), loss_batches=16, evals=("val", "test"),
-                    eval_every=steps(400), eval_limit=500, **see,
+                    eval_every=steps(250), eval_limit=500, **see,
                 ),
             ),
         )
