@@ -167,7 +167,8 @@ def load(spec: str) -> ConfigDict:
     name, _, arg = spec.partition(":")
     path = find_recipe(name)
     loader = importlib.util.spec_from_file_location(f"vadapter_recipe_{path.stem}", path)
-    assert loader is not None and loader.loader is not None
+    assert loader is not None
+    assert loader.loader is not None
     module = importlib.util.module_from_spec(loader)
     loader.loader.exec_module(module)
     if not hasattr(module, "get_config"):

@@ -1,6 +1,7 @@
 """CoCa pretraining of an encoder (arXiv 2205.01917): contrastive and captioning loss together.
 
-Legend: B batch, F frames, N visual tokens, Q queries, T text tokens, M targets, E width, V vocabulary.
+Legend: B batch, F frames, N visual tokens, Q queries, T text tokens, M targets, E width,
+V vocabulary.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vadapter.models.layers import Dtype, Norm, linear, partitioned
-from vadapter.models.lm import LM, LMConfig
+from vadapter.models.lm import LM
 from vadapter.models.transformer import BlockConfig, Stack, text_mask
 from vadapter.models.vadapter import Batch, Params, component_seed
 
@@ -55,7 +56,7 @@ class Fusion(nn.Module):
           mask: bool[B, T, T].
 
         Returns:
-          ([B, T, E] multimodal states, ([B, ·] image, [B, ·] text) unit vectors, f32[] temperature).
+          [B, T, E] multimodal states, ([B, ·] image, [B, ·] text) unit vectors, f32[] temperature.
         """
         c = self.config
         block = BlockConfig(c.width, c.heads, c.mlp_dim, norm=c.norm, cross=True, remat=c.remat)
@@ -72,7 +73,7 @@ class Fusion(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class CoCa:
-    """Four trained components: encoder, pooler (its first query is the image summary), text, fusion.
+    """Four components: encoder, pooler (its first query is the image summary), text, fusion.
 
     The text's summary is its state at the last word, which has read the whole caption; CoCa
     appends a learned token there instead.
@@ -90,7 +91,7 @@ class CoCa:
     def __call__(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
-        """Batch -> (f32[B, M, V] caption logits, unit vectors of image and text [B, ·], temperature).
+        """Batch -> f32[B, M, V] caption logits, image and text unit vectors [B, ·], temperature.
 
         Uses one caption a row.
         """
@@ -120,7 +121,7 @@ class CoCa:
         """Random parameters of all four components, in logical-axis boxes."""
         key = {n: jax.random.fold_in(rng, component_seed(n)) for n in self.names()}
         text = self.modules[self.text]
-        assert isinstance(text, LM) and isinstance(text.config, LMConfig)
+        assert isinstance(text, LM)
         visual, encoder = self.modules[self.encoder].init_with_output(
             key[self.encoder], jnp.zeros(frames.shape, frames.dtype)
         )

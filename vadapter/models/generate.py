@@ -1,6 +1,7 @@
 """Greedy decoding with a key-value cache: one prefill, then one token at a time.
 
-Legend: B batch, P prompt tokens, Q queries, T text tokens, S cache slots, G new tokens, V vocabulary.
+Legend: B batch, P prompt tokens, Q queries, T text tokens, S cache slots, G new tokens,
+V vocabulary.
 """
 
 from typing import Any
