@@ -1,0 +1,156 @@
+"""Questions about a scene, with short answers that the question alone does not give away.
+
+Every answer is drawn before, or symmetrically to, the words of its question: the two sides of a
+yes/no or of an either-or question come equally often for the same wording, and a count is drawn
+among those the scene can show.
+"""
+
+from collections.abc import Callable
+
+from vadapter.data.scenes.captions import (
+    MOTION_WORDS,
+    PLACE_WORDS,
+    PLACES,
+    RELATION_WORDS,
+    article,
+    plural,
+    relations,
+)
+from vadapter.data.scenes.dice import Dice
+from vadapter.data.scenes.world import COLOURS, HELD_OUT, MOVING, PAIRS, SHAPES, Scene, Thing
+
+Asked = tuple[str, str] | None  # (question, answer), None where a scene does not allow the kind
+
+MOTION_ANSWERS = {
+    "left": "moving left",
+    "right": "moving right",
+    "up": "moving up",
+    "down": "moving down",
+    "grow": "growing",
+    "shrink": "shrinking",
+    "still": "staying still",
+}
+_CONVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+_EITHER = {
+    "left": "to the left or to the right of",
+    "right": "to the left or to the right of",
+    "above": "above or below",
+    "below": "above or below",
+}
+
+
+def questions(scene: Scene, dice: Dice) -> tuple[tuple[str, str, str], ...]:
+    """(question, answer, kind), one of every kind the scene allows, in random order."""
+    asked = ((ask(scene, dice), kind) for kind, ask in KINDS.items())
+    return tuple(dice.shuffled([(*qa, kind) for qa, kind in asked if qa]))
+
+
+def _name(thing: Thing) -> str:
+    return f"the {thing.colour} {thing.shape}"
+
+
+def _hints(scene: Scene, thing: Thing, dice: Dice) -> list[str]:
+    """Phrases that single a thing out of "the shape ..." by its place or its motion."""
+    if scene.kind == "image":
+        return [dice.pick(PLACE_WORDS[PLACES[thing.cell]])]
+    if [t.motion for t in scene.things].count(thing.motion) > 1:
+        return []
+    return ["that " + dice.pick(MOTION_WORDS[thing.motion])[0]]
+
+
+def _colour(scene: Scene, dice: Dice) -> Asked:
+    thing = dice.pick(scene.things)
+    ways = [f"the shape {hint}" for hint in _hints(scene, thing, dice)]
+    if [t.shape for t in scene.things].count(thing.shape) == 1:
+        ways.append(f"the {thing.shape}")
+    return (f"What color is {dice.pick(ways)}?", thing.colour) if ways else None
+
+
+def _shape(scene: Scene, dice: Dice) -> Asked:
+    thing = dice.pick(scene.things)
+    ways = [f"What is the shape {hint}?" for hint in _hints(scene, thing, dice)]
+    if [t.colour for t in scene.things].count(thing.colour) == 1:
+        ways.append(f"What shape is the {thing.colour} one?")
+    return (dice.pick(ways), thing.shape) if ways else None
+
+
+def _size(scene: Scene, dice: Dice) -> Asked:
+    sized = [t for t in scene.things if t.size]
+    if not sized:
+        return None
+    thing = dice.pick(sized)
+    return f"Is {_name(thing)} small or large?", thing.size
+
+
+def _count(scene: Scene, dice: Dice) -> Asked:
+    if dice.chance(0.3):
+        return "How many shapes are there?", str(len(scene.things))
+    if dice.chance(0.5):
+        values, ask = [t.shape for t in scene.things], {s: plural(s) for s in SHAPES}
+    else:
+        values, ask = [t.colour for t in scene.things], {c: f"{c} shapes" for c in COLOURS}
+    # Rare counts are asked for when they occur.
+    shown = {values.count(v) for v in ask}
+    count = int(dice.weighted({str(n): (1.0, 1.0, 3.0, 5.0)[n] for n in sorted(shown)}))
+    what = dice.pick([v for v in ask if values.count(v) == count])
+    return f"How many {ask[what]} are there?", str(count)
+
+
+def _position(scene: Scene, dice: Dice) -> Asked:
+    if scene.kind != "image":
+        return None
+    a, *others = dice.shuffled(scene.things)
+    if others and dice.chance(0.5):
+        side = dice.pick(relations(a, others[0]))
+        return f"Is {_name(a)} {_EITHER[side]} {_name(others[0])}?", side
+    return f"Where is {_name(a)}?", PLACES[a.cell]
+
+
+def _yes_no(scene: Scene, dice: Dice) -> Asked:
+    true = dice.chance(0.5)
+    answer = "yes" if true else "no"
+    a, *others = dice.shuffled(scene.things)
+    if scene.kind == "image" and others and dice.chance(0.5):
+        side = dice.pick(relations(a, others[0]))
+        side = side if true else _CONVERSE[side]
+        return f"Is {_name(a)} {dice.pick(RELATION_WORDS[side])} {_name(others[0])}?", answer
+    movers = [t for t in scene.things if t.motion != "still"]
+    if movers and dice.chance(0.5):
+        a = dice.pick(movers)
+        motion = a.motion if true else dice.pick([m for m in MOVING if m != a.motion])
+        return f"Is {_name(a)} {dice.pick(MOTION_WORDS[motion])[1]}?", answer
+    colour, shape = a.pair if true else _absent(scene, a, dice)
+    return f"Is there {article(f'{colour} {shape}')}?", answer
+
+
+def _absent(scene: Scene, thing: Thing, dice: Dice) -> tuple[str, str]:
+    """A pair the scene lacks, held out if and only if the thing's is; like it where that exists."""
+    present = {t.pair for t in scene.things}
+    held_out = thing.pair in HELD_OUT
+    pairs = [p for p in PAIRS if p not in present and (p in HELD_OUT) == held_out]
+    near = [(c, s) for c, s in pairs if c == thing.colour or s == thing.shape]
+    return dice.pick(near or pairs)
+
+
+def _motion(scene: Scene, dice: Dice) -> Asked:
+    if scene.kind != "clip":
+        return None
+    movers = [t for t in scene.things if t.motion != "still"]
+    thing = dice.pick(movers if dice.chance(0.8) else scene.things)
+    name = _name(thing)
+    if thing.motion != "still" and dice.chance(0.5):
+        if thing.motion in ("grow", "shrink"):
+            return f"Is {name} growing or shrinking?", MOTION_ANSWERS[thing.motion]
+        return f"Which way is {name} moving?", thing.motion
+    return f"What is {name} doing?", MOTION_ANSWERS[thing.motion]
+
+
+KINDS: dict[str, Callable[[Scene, Dice], Asked]] = {
+    "colour": _colour,
+    "shape": _shape,
+    "size": _size,
+    "count": _count,
+    "position": _position,
+    "yes/no": _yes_no,
+    "motion": _motion,
+}

@@ -1,0 +1,243 @@
+"""The world of the "scenes" data set: coloured shapes at random places, some of them moving.
+
+A scene is one to three shapes on a background, each shape with a colour of its own kind, a size,
+a place and, in a clip, a motion.
+"""
+
+import dataclasses
+import itertools
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from vadapter.data.scenes.dice import Dice
+
+FRAMES = 8
+SPLITS = ("train", "val", "test", "unseen")
+
+COLOURS = {
+    "red": (222, 38, 38),
+    "green": (30, 168, 62),
+    "blue": (45, 85, 235),
+    "yellow": (246, 224, 40),
+    "orange": (250, 132, 20),
+    "purple": (156, 50, 200),
+    "white": (248, 248, 248),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+# Never painted in train, val and test: each shape once, with a colour of its own.
+HELD_OUT = (
+    ("green", "circle"),
+    ("purple", "square"),
+    ("blue", "triangle"),
+    ("red", "star"),
+    ("yellow", "cross"),
+    ("white", "ring"),
+)
+PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+
+# Motion -> direction in (x, y, log radius); y points down. Every motion has its time reversal.
+MOTIONS = {
+    "left": (-1, 0, 0),
+    "right": (1, 0, 0),
+    "up": (0, -1, 0),
+    "down": (0, 1, 0),
+    "grow": (0, 0, 1),
+    "shrink": (0, 0, -1),
+    "still": (0, 0, 0),
+}
+OPPOSITE = {
+    m: next(o for o, w in MOTIONS.items() if w == tuple(-c for c in v)) for m, v in MOTIONS.items()
+}
+MOVING = tuple(m for m in MOTIONS if m != "still")
+# Radius in image sides; a growing shape passes from the small one to the large one.
+RADII = {"small": 0.09, "large": 0.155, "": 0.118}
+GROWTH = 1.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """One shape. Lengths are in image sides, the origin is the top left corner, y points down.
+
+    Attributes:
+      colour, shape: a pair that occurs once in its scene.
+      size: "small", "large", or "" where it changes.
+      cell: row * 3 + column of a 3x3 grid, or -1 in clips.
+      motion: a key of MOTIONS; "still" in images.
+      x, y, radius: in the middle of the clip.
+      travel: the length of the path of a moving shape.
+      angle: radians.
+      rgb: the colour as painted, 0..255.
+    """
+
+    colour: str
+    shape: str
+    size: str
+    cell: int = -1
+    motion: str = "still"
+    x: float = 0.5
+    y: float = 0.5
+    radius: float = 0.1
+    travel: float = 0.0
+    angle: float = 0.0
+    rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    pair = property(lambda self: (self.colour, self.shape))
+    row = property(lambda self: self.cell // 3)
+    column = property(lambda self: self.cell % 3)
+
+    def at(self, phase: float) -> tuple[float, float, float]:
+        """(x, y, radius) at `phase`, from -0.5, the first frame, to 0.5, the last."""
+        dx, dy, dr = MOTIONS[self.motion]
+        step = self.travel * phase
+        return self.x + dx * step, self.y + dy * step, self.radius * GROWTH ** (dr * phase)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a picture or a clip shows; the words and the pixels are both made from this.
+
+    Attributes:
+      kind: "image" or "clip".
+      things: one to three; later ones are painted over earlier ones.
+      tone: "dark" or "light".
+      texture: "plain", "shaded" or "grainy".
+      ground: two background colours, 0..255; only "shaded" uses the second.
+      slope: direction of the shading in radians.
+    """
+
+    kind: str
+    things: tuple[Thing, ...]
+    tone: str
+    texture: str
+    ground: tuple[tuple[float, ...], tuple[float, ...]]
+    slope: float
+
+
+def phases(kind: str) -> tuple[float, ...]:
+    """The phase of every frame, symmetric about 0 to the last bit."""
+    frames = 1 if kind == "image" else FRAMES
+    return tuple((2 * t + 1 - frames) / (2 * FRAMES - 2) for t in range(frames))
+
+
+def split_of(things: Sequence[Thing]) -> str:
+    """The split that owns a combination of attributes, by hash: 80 % train, 10 % val, 10 % test.
+
+    Two scenes that differ in pixels alone (jitter, background) share a split, so a test scene is
+    a combination that training has not painted, not only other noise.
+    """
+    what = sorted((t.colour, t.shape, t.size, t.cell, t.motion) for t in things)
+    bucket = zlib.crc32(repr(what).encode()) % 10
+    return {0: "val", 1: "test"}.get(bucket, "train")
+
+
+def draw(dice: Dice, kind: str, split: str, pairs: Sequence[tuple[str, str]] = SEEN) -> Scene:
+    """Draws a scene that belongs to `split`.
+
+    Args:
+      dice: the stream to draw from.
+      kind: "image" or "clip".
+      split: one of SPLITS. "unseen" scenes hold a pair of HELD_OUT, beside any others, and
+        combinations that "test" owns, so that no training document describes them.
+      pairs: the (colour, shape) pairs to choose from, except in "unseen", which uses all.
+    """
+    unseen = split == "unseen"
+    pairs, owner = (PAIRS, "test") if unseen else (pairs, split)
+    things: list[Thing] = []
+    while not things or split_of(things) != owner:
+        things = _attributes(dice, kind, pairs, HELD_OUT if unseen else pairs)
+    place = _place_image if kind == "image" else _place_clip
+    # White would not show on a light ground.
+    pale = all(t.colour != "white" for t in things) and dice.chance(0.4)
+    tone = "light" if pale else "dark"
+    low, high = (165, 215) if tone == "light" else (40, 90)
+    ground = tuple(_tint(dice, dice.between(low, high)) for _ in range(2))
+    return Scene(
+        kind=kind,
+        things=tuple(place(dice, things)),
+        tone=tone,
+        texture=dice.pick(("plain", "shaded", "grainy")),
+        ground=(ground[0], ground[1]),
+        slope=dice.between(0, 2 * math.pi),
+    )
+
+
+def _attributes(
+    dice: Dice,
+    kind: str,
+    pairs: Sequence[tuple[str, str]],
+    first: Sequence[tuple[str, str]],
+) -> list[Thing]:
+    count = dice.pick((1, 2, 3))
+    chosen = [dice.pick(first)]
+    while len(chosen) < count:
+        # Shared colours and shapes, more often than chance, make counting worth asking.
+        colour, shape = dice.pick(pairs)
+        like = dice.random()
+        pair = (chosen[0][0] if like < 0.25 else colour, chosen[0][1] if like > 0.75 else shape)
+        if pair in pairs and pair not in chosen:
+            chosen.append(pair)
+    chosen = dice.shuffled(chosen)
+    sizes = [dice.pick(("small", "large")) for _ in chosen]
+    if kind == "image":
+        cells = dice.shuffled(range(9))
+        return [Thing(*p, size=s, cell=c) for p, s, c in zip(chosen, sizes, cells, strict=False)]
+    movers = min(count, dice.pick((1, 2)))
+    motions = dice.shuffled(
+        [dice.pick(MOVING) for _ in range(movers)] + ["still"] * (count - movers)
+    )
+    return [
+        Thing(*p, size="" if m in ("grow", "shrink") else s, motion=m)
+        for p, s, m in zip(chosen, sizes, motions, strict=True)
+    ]
+
+
+def _place_image(dice: Dice, things: Sequence[Thing]) -> list[Thing]:
+    def place(t: Thing) -> Thing:
+        x, y = ((2 * n + 1) / 6 + dice.between(-0.02, 0.02) for n in (t.column, t.row))
+        return dataclasses.replace(t, x=x, y=y, **_look(dice, t))
+
+    return [place(t) for t in things]
+
+
+def _place_clip(dice: Dice, things: Sequence[Thing]) -> list[Thing]:
+    """Centres paths at random, so that a moving shape may stand nearly anywhere at any time."""
+
+    def place(t: Thing) -> Thing:
+        look, travel = _look(dice, t), dice.between(0.18, 0.26)
+        dx, dy, _ = MOTIONS[t.motion]
+        x_edge, y_edge = (look["radius"] + abs(d) * travel / 2 for d in (dx, dy))
+        x, y = dice.between(x_edge, 1 - x_edge), dice.between(y_edge, 1 - y_edge)
+        return dataclasses.replace(t, x=x, y=y, travel=travel, **look)
+
+    placed = [place(t) for t in things]
+    for _ in range(100):  # a crowded clip that stays so is still a clip: shapes overlap for a while
+        if not _touch(placed):
+            break
+        placed = [place(t) for t in things]
+    return placed
+
+
+def _touch(things: Sequence[Thing]) -> bool:
+    paths = [[t.at(p) for p in phases("clip")] for t in things]
+    return any(
+        (ax - bx) ** 2 + (ay - by) ** 2 < (ar + br) ** 2
+        for a, b in itertools.combinations(paths, 2)
+        for (ax, ay, ar), (bx, by, br) in zip(a, b, strict=True)
+    )
+
+
+def _look(dice: Dice, thing: Thing) -> dict[str, Any]:
+    return {
+        "radius": RADII[thing.size] * dice.between(0.94, 1.06),
+        "angle": dice.between(-0.2, 0.2),
+        "rgb": tuple(
+            min(max(c + dice.between(-12, 12), 0.0), 255.0) for c in COLOURS[thing.colour]
+        ),
+    }
+
+
+def _tint(dice: Dice, level: float) -> tuple[float, ...]:
+    return tuple(level + dice.between(-14, 14) for _ in range(3))
