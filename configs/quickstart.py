@@ -19,8 +19,8 @@ def get_config(arg=None):
     scenes = lambda media, split, count: dict(
         kind="scenes", media=media, split=split, size=64, count=count, seed=0
     )
-    caption = dict(task="caption", text_len=64, target_len=60, texts=3)
-    question = dict(task="question", text_len=44, target_len=12, texts=2)
+    caption = dict(task="caption", text_len=64, target_len=60, texts=3, cache=True)
+    question = dict(task="question", text_len=44, target_len=12, texts=2, cache=True)
     lm = dict(kind="lm", vocab_size=0, kv_heads=1, head_dim=32, max_len=256)
     resampler = dict(kind="resampler", queries=arg.queries, query_dim=96, hidden_dim=96, heads=3)
     optim = lambda lr, warmup=20: dict(lr=lr, warmup=steps(warmup) - 1, clip=1.0, weight_decay=1e-2)
@@ -58,9 +58,9 @@ def get_config(arg=None):
                 documents=dict(
                     task="document", text_len=96, source=scenes("text", "train", 60_000)
                 ),
-                pairs={**caption, "texts": 1, "text_len": 32, "target_len": 30, "source": scenes("image", "train", 20_000)},
-                images={**caption, "source": scenes("image", "train", 20_000)},
-                clips={**caption, "source": scenes("clip", "train", 10_000)},
+                pairs={**caption, "texts": 1, "text_len": 32, "target_len": 30, "source": scenes("image", "train", 8_000)},
+                images={**caption, "source": scenes("image", "train", 8_000)},
+                clips={**caption, "source": scenes("clip", "train", 1_500)},
                 held_images={**caption, "source": scenes("image", "test", 200)},
                 held_clips={**caption, "source": scenes("clip", "test", 64)},
                 questions={**question, "source": scenes("image", "test", 100)},

@@ -1,0 +1,84 @@
+"""The paper's recipe (arXiv 2402.10896, Table 10): batch 2048, 250K steps, 288 px, 8 frames.
+
+    vadapter train --workdir=RUN --config=configs/paper.py:stage=2,encoder=l,llm=1b
+
+Arguments: stage 1 (tiny LM as caption decoder) or 2 (as adapter of the frozen LLM); adapter
+vadapter | resampler | mlp; encoder b | l | g; llm 1b | 8b; batch and steps. Frozen and pretrained
+parts come from finished stages (`--config.stages.S.start.llm=RUN_DIR/STAGE`), data from tar shards
+under $VADAPTER_DATA/{pairs,clips}. Paper: 512 TPU v3, about 8 h (stage 1) and 20 h (stage 2), COCO
+CIDEr 83.0 (B), 89.6 (L), 97.5 (g) with the 1B model. Ours: not run.
+"""
+
+from ml_collections import ConfigDict
+
+from vadapter.config import parse_arg
+
+CHAINS = {
+    "vadapter": ("resampler", "fc_in", "tlm", "fc_out"),
+    "resampler": ("perceiver", "fc_out"),
+    "mlp": ("mlp",),
+}
+
+
+def get_config(arg=None):
+    arg = parse_arg(
+        arg, stage=2, adapter="vadapter", encoder="l", llm="1b", batch=2048, steps=250_000
+    )
+    # Names of finished stages to start from, `RUN_DIR/STAGE`: set them on the command line.
+    pretrained = dict(encoder="pretrained/encoder", tlm="pretrained/tlm", llm="pretrained/llm")
+    aligned = dict(resampler="stage1/decoder", fc_in="stage1/decoder", tlm="stage1/decoder")
+    common = dict(
+        steps=arg.steps,
+        batch=arg.batch,
+        data=dict(pairs=1.0, clips=1.0),
+        optim=dict(lr=5e-4, warmup=1000, schedule="linear", b1=0.9, b2=0.999, weight_decay=1e-4),
+        save_every=1000,
+        log_every=100,
+    )
+    if arg.stage == 1:
+        stage = dict(
+            kind="decoder",
+            lm="tlm",
+            chain=("resampler", "fc_in"),
+            start=dict(encoder=pretrained["encoder"], tlm=pretrained["tlm"]),
+            **common,
+        )
+    else:
+        chain = CHAINS[arg.adapter]
+        stage = dict(
+            kind="adapter",
+            lm="llm",
+            chain=chain,
+            start=dict(encoder=pretrained["encoder"], llm=pretrained["llm"])
+            | {name: source for name, source in aligned.items() if name in chain},
+            **common,
+        )
+    name = "decoder" if arg.stage == 1 else arg.adapter
+    caption = dict(task="caption", text_len=64)
+    tars = lambda folder: dict(kind="tars", folder=f"$VADAPTER_DATA/{folder}", split="train")
+    return ConfigDict(
+        dict(
+            name="paper",
+            seed=0,
+            dtype="bfloat16",
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+            workers=8,
+            tokenizer=dict(vocab_size=256_000, lowercase=False, data=("pairs", "clips")),
+            components=dict(
+                encoder=dict(size=f"coca_{arg.encoder}"),
+                tlm=dict(size="tlm_108m", remat="dots"),
+                llm=dict(size=f"llm_{arg.llm}", remat="names"),
+                resampler=dict(size="resampler_x1"),
+                perceiver=dict(size="resampler_x6"),
+                mlp=dict(kind="mlp", hidden_dim=2048, width=0, frames=8),
+                fc_in=dict(kind="fc", width=0),
+                fc_out=dict(kind="fc", width=0),
+            ),
+            data=dict(
+                pairs={**caption, "source": tars("pairs")},
+                clips={**caption, "source": tars("clips")},
+            ),
+            chain=(name,),
+            stages={name: stage},
+        )
+    )
