@@ -5,19 +5,24 @@ Legend: n examples, F frames, N visual tokens a frame, D encoder width, S pixels
 
 import dataclasses
 import functools
+import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vadapter.config import digest as digest_of
+from vadapter.config import plain
 from vadapter.data.batch import Row
 from vadapter.data.images import BadMedia, load_media, resize
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources import Example
+from vadapter.errors import ConfigError, DataError
 from vadapter.evals.runner import to_mesh
 from vadapter.train.writer import write_json
 
@@ -44,10 +49,11 @@ class FeatureSource:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        if self._array is None:
-            self._array = np.load(self.path, mmap_mode="r")
+        array = self._array
+        if array is None:
+            array = self._array = np.load(self.path, mmap_mode="r")
         example = self.source[index]
-        media = np.asarray(self._array[index])
+        media = np.asarray(array[index])
         return dataclasses.replace(example, media=media if self.flip else media[0])
 
     def fingerprint(self) -> str:
@@ -68,6 +74,7 @@ def cached(
     flip: bool,
     mesh: jax.sharding.Mesh,
     batch: int = 32,
+    watch: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> FeatureSource:
     """The source with its pictures encoded; computed into `folder` unless it is there already.
 
@@ -76,52 +83,75 @@ def cached(
       size, frames, fit: of the pictures, see `transforms.caption_sample`.
       flip: also of the mirrored picture.
       batch: pictures at a time.
+      watch: passes the batches on, or raises to stop; the next call then starts again.
+
+    Raises:
+      ConfigError: no space for them.
+      DataError: tokens that a float16 cannot hold.
     """
-    key = {"source": source.fingerprint(), "encoder": digest, "size": size, "frames": frames,
-           "fit": fit, "flip": flip}  # fmt: skip
+    key = {"source": source.fingerprint(), "encoder": digest, "model": plain(encode.config),
+           "dtype": jnp.dtype(encode.dtype).name, "size": size, "frames": frames, "fit": fit,
+           "flip": flip}  # fmt: skip
     path = folder / f"{digest_of(key)[:16]}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _compute(source, path, encode, params, size, frames, fit, flip, mesh, batch)
+        _compute(source, path, encode, params, size, frames, fit, flip, mesh, batch, watch)
         write_json(path.with_suffix(".json"), key)
     return FeatureSource(source, path, flip)
 
 
-def _compute(source, path, encode, params, size, frames, fit, flip, mesh, batch) -> None:
+def _compute(source, path, encode, params, size, frames, fit, flip, mesh, batch, watch) -> None:
     shape = jax.eval_shape(
         encode.apply, {"params": params}, np.zeros((1, frames, size, size, 3), np.uint8)
     ).shape[1:]
-    part = path.with_suffix(".part")
-    out = np.lib.format.open_memmap(
-        part, mode="w+", dtype=np.float16, shape=(len(source), 1 + flip, *shape)
-    )
+    part = path.with_suffix(".part")  # what a kill leaves of it is written over
+    out = _reserve(part, (len(source), 1 + flip, *shape))
     step = jax.jit(lambda p, x: encode.apply({"params": p}, x).astype(np.float16))
     batch = -(-batch // mesh.size) * mesh.size
     for mirror in range(1 + flip):
         row = functools.partial(_pixels, size=size, frames=frames, fit=fit, flip=bool(mirror))
         done = 0
-        for rows in eval_batches(source, row, batch):
+        for rows in watch(eval_batches(source, row, batch)):
             tokens = np.array(step(params, to_mesh({"frames": rows["frames"]}, mesh)["frames"]))
+            if not np.isfinite(tokens).all():
+                raise DataError("the encoder's tokens do not fit into float16; set cache=False")
             tokens[rows["bad"]] = np.nan
             real = rows["id"] >= 0
             out[rows["id"][real], mirror] = tokens[real]
             done += int(real.sum())
             if done % (batch * 32) < batch:
                 print(f"features: {done}/{len(source)}{' mirrored' * mirror}", flush=True)
-    out.flush()
+    out.flush()  # type: ignore[attr-defined]
     del out
     part.replace(path)
     sys.stdout.flush()
 
 
-def _pixels(
-    example: Example, rng: Any = None, *, size: int, frames: int, fit: str, flip: bool
-) -> Row:
+def _reserve(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A new .npy file, f16[shape], mapped for writing; its space is taken at once.
+
+    Without that, a disk that fills up kills a process that writes through a map (SIGBUS).
+    """
+    size = int(np.prod(shape)) * 2
+    try:
+        out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ConfigError(
+            f"{path}: {error.strerror}; the cached tokens need {size / 2**20:,.0f} MiB. "
+            "Free space, or set cache=False."
+        ) from error
+    return out
+
+
+def _pixels(item: Example, rng: Any = None, *, size: int, frames: int, fit: str, flip: bool) -> Row:
     weights = np.ones(1, np.float32)
     try:
-        if example.media is None:
+        if item.media is None:
             raise BadMedia("there is none")
-        pixels = resize(load_media(example.media, frames=frames), size, fit=fit, flip=flip)
+        pixels = resize(load_media(item.media, frames=frames), size, fit=fit, flip=flip)
         return {"frames": pixels, "weights": weights, "bad": np.array(False)}
     except (BadMedia, OSError):
         pixels = np.zeros((frames, size, size, 3), np.uint8)

@@ -6,7 +6,7 @@ public weights), random. What is loaded comes by digest from the run's component
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from vadapter.errors import CheckpointError, ConfigError
+from vadapter.models.variants import expand
 from vadapter.train.digest import leaf_paths
 from vadapter.train.inputs import resolve
 from vadapter.train.recipe import STAGES, Recipe, StageConfig, components, trained
@@ -65,32 +66,60 @@ def plan(
 def _start(
     recipe: Recipe, stage: StageConfig, workdir: Path, component: str, abstract: Any
 ) -> Start:
+    source = _source(recipe, stage, component)
+    if source == "random":
+        return Start(component, "random")
+    if source == "weights":
+        root, name = workdir / STORE, component
+        path, read = _weights(recipe, component)
+        digest = ComponentStore(root).put(name, jax.tree.map(jax.numpy.asarray, read(path)))
+        shown = f"weights {recipe.components[component]['weights']}"
+    else:
+        directory = _directory(source, workdir)
+        name, digest = _stored(stage, component, directory)
+        root, shown = directory.parent / STORE, f"stage {source}"
+    return _match(stage, component, abstract, Start(component, shown, digest, name, root))
+
+
+def _stored(stage: StageConfig, component: str, directory: Path) -> tuple[str, str]:
+    """Name and digest of what a component starts from, in a finished stage."""
+    name = stage.rename.get(component, component)
+    done = finished(directory)["components"]
+    if name not in done:
+        raise CheckpointError(
+            f"stage {directory} trained {', '.join(done)}, not {name}; mend start.{component} or "
+            f"rename.{component}"
+        )
+    return name, done[name]
+
+
+def _source(recipe: Recipe, stage: StageConfig, component: str) -> str:
+    """random, weights, or a stage."""
     weights = recipe.components[component].get("weights", "")
     frozen = component not in trained(stage)
     source = stage.start.get(component, "weights" if weights else "" if frozen else "random")
-    if source == "random":
-        if frozen:
-            raise ConfigError(f"{component} is frozen in this stage: it cannot start random")
-        return Start(component, "random")
     if not source:
         raise ConfigError(
             f"{component} is frozen in this stage but starts nowhere: set start.{component} to a "
             f"stage, or components.{component}.weights to a file"
         )
-    if source == "weights":
-        root, name = workdir / STORE, component
-        digest, shown = _store_weights(recipe, component, workdir, abstract), f"weights {weights}"
-    else:
-        directory = Path(resolve(source)) if "/" in source else workdir / source
-        name = stage.rename.get(component, component)
-        done = finished(directory)
-        if name not in done["components"]:
-            raise CheckpointError(
-                f"stage {directory} trained {', '.join(done['components'])}, not {name}; mend "
-                f"start.{component} or rename.{component}"
-            )
-        digest, root, shown = done["components"][name], directory.parent / STORE, f"stage {source}"
-    return _match(stage, component, abstract, Start(component, shown, digest, name, root))
+    if frozen and source == "random":
+        raise ConfigError(f"{component} is frozen in this stage: it cannot start random")
+    return source
+
+
+def _weights(recipe: Recipe, component: str) -> tuple[Path, Callable[[Path], Any]]:
+    """Where a component's public weights lie, and what reads them."""
+    spec, where = recipe.components[component], f"components.{component}"
+    kind = expand(component, spec)["kind"]
+    if not spec.get("weights"):
+        raise ConfigError(f"start.{component}='weights', but {where}.weights names no file")
+    if kind not in LOADERS:
+        raise ConfigError(f"{where}.weights: read for {', '.join(LOADERS)}, not for kind {kind!r}")
+    path = Path(resolve(spec["weights"], f"{where}.weights"))
+    if not path.exists():
+        raise CheckpointError(f"{where}.weights: nothing at {path}; correct the path")
+    return path, LOADERS[kind]
 
 
 def finished(directory: Path) -> dict[str, Any]:
@@ -102,17 +131,32 @@ def finished(directory: Path) -> dict[str, Any]:
     path = directory / DONE
     if not path.is_file():
         raise CheckpointError(f"stage {directory} is not finished (no {path}); run it first")
-    return json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_text())
+        return record if record["components"] and record["identity"] else {}
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); bring back a copy") from None
 
 
-def _store_weights(recipe: Recipe, component: str, workdir: Path, abstract: Any) -> str:
-    spec = recipe.components[component]
-    kind = spec.get("kind", "")
-    if kind not in LOADERS:
-        raise ConfigError(f"components.{component}: no weights are read for kind {kind!r}")
-    path = Path(resolve(spec["weights"], f"components.{component}.weights"))
-    params = jax.tree.map(jax.numpy.asarray, LOADERS[kind](path))
-    return ComponentStore(workdir / STORE).put(component, params)
+def check_sources(recipe: Recipe, stage: str, workdir: Path) -> None:
+    """Finds starts of a stage that no stage of this run will bring about, before it runs.
+
+    Raises:
+      ConfigError: a frozen component that starts nowhere, weights that cannot be read.
+      CheckpointError: weights that are missing, a stage elsewhere that is not finished or has not
+        trained the component.
+    """
+    config = recipe.stages[stage]
+    for component in components(config):
+        source = _source(recipe, config, component)
+        if source == "weights":
+            _weights(recipe, component)
+        elif source != "random" and source not in recipe.chain:
+            _stored(config, component, _directory(source, workdir))
+
+
+def _directory(source: str, workdir: Path) -> Path:
+    return Path(resolve(source)) if "/" in source else workdir / source
 
 
 def _match(stage: StageConfig, component: str, abstract: Any, start: Start) -> Start:
@@ -124,18 +168,29 @@ def _match(stage: StageConfig, component: str, abstract: Any, start: Start) -> S
     listed = lambda leaf, names: any(  # noqa: E731
         f"{component}/{leaf.replace('.', '/')}/".startswith(f"{n}/") for n in names
     )
-    missing = [leaf for leaf in want if leaf not in have]
-    extra = [leaf for leaf in have if leaf not in want]
-    wrong = [f"{k}: {have[k][0]} there, {want[k]} here" for k in want if k in have and have[k][0] != want[k]]
-    wrong += [f"{k}: not there (list it in fresh to start random)" for k in missing if not listed(k, stage.fresh)]
-    wrong += [f"{k}: not needed here (list it in drop)" for k in extra if not listed(k, (*drops, *stage.drop))]
+    other = [k for k in want if k in have and have[k][0] != want[k]]  # of another shape
+    replaced = [k for k in other if listed(k, stage.fresh)]
+    missing = [k for k in want if k not in have]
+    extra = [k for k in have if k not in want]
+    wrong = [f"{k}: {have[k][0]} there, {want[k]} here" for k in other if k not in replaced]
+    wrong += [
+        f"{k}: not there (list {component}/{k.replace('.', '/')} in fresh to start random)"
+        for k in missing
+        if not listed(k, stage.fresh)
+    ]
+    wrong += [
+        f"{k}: not needed here (list {component}/{k.replace('.', '/')} in drop)"
+        for k in extra
+        if not listed(k, (*drops, *stage.drop))
+    ]
     if wrong:
         more = f"\n  … {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise CheckpointError(
             f"{component} from {start.source} does not fit:\n  " + "\n  ".join(wrong[:8]) + more
         )
-    loaded = tuple(k for k in want if k in have)
-    return dataclasses.replace(start, loaded=loaded, dropped=tuple(extra), fresh=tuple(missing))
+    loaded = tuple(k for k in want if k in have and k not in replaced)
+    dropped, fresh = (*extra, *replaced), (*missing, *replaced)
+    return dataclasses.replace(start, loaded=loaded, dropped=dropped, fresh=fresh)
 
 
 def load(start: Start, abstract: Any, initial: Any | None) -> Any:

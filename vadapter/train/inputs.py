@@ -11,8 +11,9 @@ from typing import Any
 
 from vadapter.config import nearest
 from vadapter.data.documents import DocumentSource, Windows
+from vadapter.data.images import BadMedia, load_media
 from vadapter.data.prompts import CAPTION, QUESTION
-from vadapter.data.scenes import ScenesSource  # noqa
+from vadapter.data.scenes import ScenesSource
 from vadapter.data.sources import CaptionTars, ImageFolder
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.data.transforms import caption_sample, document_sample, question_sample
@@ -99,6 +100,23 @@ def make_stream(
         **{many: config.texts},
         **lengths,
     )
+
+
+def describe(name: str, source: Any, index: int) -> str:
+    """An example of a data set as people know it, and what is wrong with it if it is unusable."""
+    example = source[index] if source.kind != "text" else None
+    if example is None:
+        return f"{name} row {index} (no text in it)"
+    why = "no text that fits"
+    try:
+        if example.media is None:
+            raise BadMedia("there is no picture")
+        load_media(example.media, frames=1)
+    except BadMedia as error:
+        why = error.reason
+    except OSError as error:
+        why = str(error)
+    return f"{name} {example.id!r} ({why})"
 
 
 def texts(source: Any) -> Iterator[str]:

@@ -1,17 +1,16 @@
 """The one loop: builds a stage from its row in the recipe, starts or resumes it, and runs it.
 
 Order within a step, which resuming relies on: next batch → step → (metrics of the step before) →
-evaluate → save. Everything that a step depends on is a function of (recipe, step).
+save → evaluate. Everything that a step depends on is a function of (recipe, step).
 """
 
 import contextlib
+import errno
 import json
-import os
 import platform
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,37 @@ import optax
 from vadapter import __version__
 from vadapter.config import differences, plain
 from vadapter.data.batch import check_batch
-from vadapter.data.pipeline import eval_batches, make_loader
+from vadapter.data.pipeline import Schedule, eval_batches, make_loader
 from vadapter.data.tokenizer import Tokenizer
-from vadapter.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
+from vadapter.errors import CheckpointError, ConfigError, Preempted
 from vadapter.evals.runner import Decoder, control_scores, evaluate, make_control, to_mesh
 from vadapter.models.coca import CoCa
 from vadapter.models.vadapter import component_seed
 from vadapter.parallel.mesh import make_mesh, replicated, shardings
 from vadapter.train import handover
 from vadapter.train.checkpoint import Checkpointer
+from vadapter.train.digest import combined, tree_digests
 from vadapter.train.features import cached
-from vadapter.train.inputs import make_source, make_stream, train_tokenizer
+from vadapter.train.inputs import describe, make_source, make_stream, train_tokenizer
+from vadapter.train.interrupts import Stop, fault, signals
+from vadapter.train.journal import Journal
 from vadapter.train.lock import run_lock
 from vadapter.train.optim import learning_rate, make_optimizer
-from vadapter.train.recipe import DTYPES, STAGES, Recipe, StageConfig, components, make_model, trained
+from vadapter.train.recipe import (
+    DTYPES,
+    STAGES,
+    Recipe,
+    StageConfig,
+    components,
+    make_model,
+    trained,
+)
 from vadapter.train.steps import CaptionObjective, CocaObjective, init_state, make_train_step, split
 from vadapter.train.store import ComponentStore
 from vadapter.train.writer import Writer, write_json
 
-MAX_SKIPPED = 3  # updates in a row that may be dropped
-MAX_BAD = 0.001  # share of samples that may be unusable
+CONFIG = "config.json"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def train(recipe: Recipe, workdir: Path) -> None:
@@ -55,12 +65,26 @@ def train(recipe: Recipe, workdir: Path) -> None:
       NonFiniteError: the loss diverged.
     """
     workdir = Path(workdir)
-    with run_lock(workdir), _signals() as stop:
-        write_json(workdir / "config.json", plain(recipe))
-        write_json(workdir / "env.json", environment())
+    with run_lock(workdir), _disk_errors(workdir), signals() as stop:
         run = Run(recipe, workdir)
+        run.check()
         for name in recipe.chain:
+            stop.check(name)
             run.stage(name, stop)
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir: Path) -> Iterator[None]:
+    """A full disk or a forbidden file, wherever it is met, is something to mend."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _DISK:
+            raise
+        raise ConfigError(
+            f"{e.filename or workdir}: {e.strerror}. Free space or mend the permissions, then run "
+            "the same command again: what was saved is intact."
+        ) from e
 
 
 class Run:
@@ -70,6 +94,7 @@ class Run:
         self.recipe, self.workdir = recipe, Path(workdir)
         self.mesh = make_mesh(recipe.mesh)
         self._sources: dict[str, Any] = {}
+        self._check_tokenizer()
         names = dict.fromkeys(recipe.tokenizer.data)
         sources = {n: self.source(n) for n in names} if not self._tokenizer_path.exists() else {}
         self.tokenizer: Tokenizer = train_tokenizer(recipe.tokenizer, sources, self._tokenizer_path)
@@ -78,21 +103,59 @@ class Run:
     def _tokenizer_path(self) -> Path:
         return self.workdir / "tokenizer.json"
 
+    def _check_tokenizer(self) -> None:
+        """A tokenizer that is there already was made as the recipe says."""
+        config = self.workdir / CONFIG
+        if not (config.is_file() and self._tokenizer_path.is_file()):
+            return
+        before = json.loads(config.read_text()).get("tokenizer")
+        if diff := differences(before, plain(self.recipe.tokenizer), "tokenizer"):
+            raise CheckpointError(
+                f"{self._tokenizer_path} was made with another configuration:\n"
+                + diff_table(diff)
+                + "\nUse another --workdir, or the configuration of before."
+            )
+
+    def check(self) -> None:
+        """Finds what a later stage would stumble over before the first one is paid for.
+
+        Raises:
+          UserError: models that do not fit together, data that cannot be read, starts that are not
+            there.
+        """
+        for name in self.recipe.chain:
+            stage = self.recipe.stages[name]
+            if (self.workdir / name / handover.DONE).is_file():
+                continue
+            make_model(self.recipe, stage, self.tokenizer.vocab_size)
+            _check_batch_size(name, stage, self.mesh.size)
+            evaluated = [self.recipe.evals[e].data for e in stage.evals]
+            for data in (*stage.data, *stage.loss, *evaluated):
+                self.source(data)
+            handover.check_sources(self.recipe, name, self.workdir)
+
+    def record(self) -> None:
+        """Writes what is about to run; not before it is known to fit what ran before."""
+        write_json(self.workdir / CONFIG, plain(self.recipe))
+        write_json(self.workdir / "env.json", environment())
+
     def source(self, name: str) -> Any:
         """The data set's source, made once."""
         if name not in self._sources:
             self._sources[name] = make_source(name, self.recipe.data[name])
         return self._sources[name]
 
-    def stage(self, name: str, stop: "Stop") -> None:
+    def stage(self, name: str, stop: Stop) -> None:
         """Runs one stage, unless it is done."""
         Stage(self, name).run(stop)
 
 
-class Stop:
-    """Set by SIGTERM or Ctrl-C; the loop looks at it once a step."""
-
-    signal = 0
+def _check_batch_size(name: str, stage: StageConfig, devices: int) -> None:
+    if stage.batch % (stage.accumulate * devices):
+        raise ConfigError(
+            f"stages.{name}.batch={stage.batch} does not divide over {devices} devices times "
+            f"accumulate={stage.accumulate}; make it a multiple of {stage.accumulate * devices}"
+        )
 
 
 class Stage:
@@ -103,12 +166,9 @@ class Stage:
         self.recipe, self.mesh = run.recipe, run.mesh
         self.config: StageConfig = run.recipe.stages[name]
         self.directory = run.workdir / name
+        self.stop = Stop()
         self.model = make_model(run.recipe, self.config, run.tokenizer.vocab_size)
-        if self.config.batch % (self.config.accumulate * self.mesh.size):
-            raise ConfigError(
-                f"stages.{name}.batch={self.config.batch} does not divide over {self.mesh.size} "
-                f"devices times accumulate={self.config.accumulate}"
-            )
+        _check_batch_size(name, self.config, self.mesh.size)
         boxed = jax.eval_shape(self._init, jax.random.key(0))
         self.shardings = {k: shardings(v, self.mesh) for k, v in boxed.items()}
         self.abstract = jax.tree.map(
@@ -147,21 +207,28 @@ class Stage:
         shape = jax.ShapeDtypeStruct(visual.shape, visual.dtype)
         return {self.model.encoder: variables["params"], **self.model.init(rng, shape)}
 
-    def load_params(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(trained, frozen) parameters as the hand-over decided; frozen ones in compute dtype."""
-        names = [n for n, s in self.starts.items() if s.fresh or s.source == "random"]
+    def load_params(self, *, resumed: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(trained, frozen) parameters as the hand-over decided; frozen ones in compute dtype.
+
+        Args:
+          resumed: the trained ones come from a checkpoint: leave them out.
+        """
+        starts = {
+            n: s for n, s in self.starts.items() if not (resumed and n in trained(self.config))
+        }
+        names = [n for n, s in starts.items() if s.fresh or s.source == "random"]
         rng = jax.random.fold_in(jax.random.key(self.recipe.seed), component_seed(self.name))
         make = lambda key: {n: nn.meta.unbox(self._init(key))[n] for n in names}  # noqa: E731
         initial = jax.jit(make, out_shardings={n: self.shardings[n] for n in names})(rng)
         params = {
             name: handover.load(start, self.abstract[name], initial.get(name))
-            for name, start in self.starts.items()
+            for name, start in starts.items()
         }
         return self.divide(params)
 
     def divide(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Splits components into trained and frozen, the latter cast to the compute dtype."""
-        learnt, frozen = split(params, trained(self.config))
+        learnt, frozen = split(params, tuple(n for n in trained(self.config) if n in params))
         dtype = DTYPES[self.recipe.dtype]
         return learnt, jax.tree.map(lambda x: x.astype(dtype), frozen)
 
@@ -179,20 +246,26 @@ class Stage:
             transform_non_params=lambda x: put(x, whole),
         )
         return state.replace(
-            params=learnt, opt_state=opt, step=put(state.step, whole), skipped=put(state.skipped, whole)
+            params=learnt,
+            opt_state=opt,
+            step=put(state.step, whole),
+            skipped=put(state.skipped, whole),
         )
 
     # -- identity ------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint of this stage to be resumed."""
-        stage = {k: v for k, v in plain(self.config).items() if k not in StageConfig.FREE}
+        """What must be equal for a checkpoint of this stage to be resumed.
+
+        Data and starts count by their content, wherever they lie.
+        """
+        without = lambda group, keys: {k: v for k, v in plain(group).items() if k not in keys}  # noqa: E731
         names = components(self.config)
         return {
             "stage": self.name,
-            "config": stage,
-            "components": {n: plain(self.recipe.components[n]) for n in names},
-            "data": {n: plain(self.recipe.data[n]) for n in self.config.data},
+            "config": without(self.config, (*StageConfig.FREE, "start")),
+            "components": {n: without(self.recipe.components[n], ("weights",)) for n in names},
+            "data": {n: without(self.recipe.data[n], ("source",)) for n in self.config.data},
             "fingerprints": {n: self.run_.source(n).fingerprint() for n in self.config.data},
             "tokenizer": self.run_.tokenizer.digest,
             "start": {n: self.starts[n].digest for n in names},
@@ -204,14 +277,13 @@ class Stage:
 
     def run(self, stop: Stop) -> None:
         """Trains the stage to its end, from its newest checkpoint if there is one."""
-        identity = self.identity()
-        done = self.directory / handover.DONE
-        if done.is_file():
-            rows = differences(json.loads(done.read_text())["identity"], plain(identity))
-            if rows:
+        self.stop, identity = stop, self.identity()
+        if (self.directory / handover.DONE).is_file():
+            before = handover.finished(self.directory)["identity"]
+            if diff := differences(before, plain(identity)):
                 raise CheckpointError(
                     f"{self.directory} was finished with another configuration:\n"
-                    + diff_table(rows)
+                    + diff_table(diff)
                     + "\nUse another --workdir, or remove that directory to train it again."
                 )
             print(f"{self.name}: done before", flush=True)
@@ -227,7 +299,8 @@ class Stage:
                 + handover.report(self.starts, c, self.abstract)
             )
             restored = checkpointer.restore(self.abstract_state(tx), expect=identity)
-            learnt, frozen = self.load_params()
+            self.run_.record()
+            learnt, frozen = self.load_params(resumed=restored is not None)
             if restored is None:
                 make = jax.jit(
                     lambda p: init_state(p, tx),
@@ -238,12 +311,25 @@ class Stage:
                 state = restored[0]
                 writer.say(f"resumed at step {int(state.step)}")
             del learnt
-            state = self._steps(state, frozen, tx, rate, checkpointer, identity, writer, stop)
+            digests = {name: combined(tree_digests(tree)) for name, tree in frozen.items()}
+            try:
+                state = self._steps(state, frozen, tx, rate, checkpointer, identity, writer)
+            except BaseException:
+                with contextlib.suppress(CheckpointError):  # the first error is the one to tell
+                    checkpointer.close()
+                raise
             checkpointer.close()
+            for name, tree in frozen.items():
+                if combined(tree_digests(tree)) != digests[name]:
+                    raise CheckpointError(
+                        f"{self.name}: {name} is frozen but changed during training: the result is "
+                        f"worth nothing. Move {self.directory} away and train it again; if this "
+                        "comes back, suspect the memory."
+                    )
             self._finish(state, frozen, identity, writer, time.monotonic() - began)
 
-    def _steps(self, state, frozen, tx, rate, checkpointer, identity, writer, stop):
-        c = self.config
+    def _steps(self, state, frozen, tx, rate, checkpointer, identity, writer):
+        c, stop, start = self.config, self.stop, int(state.step)
         objective = (
             CocaObjective(self.model)
             if isinstance(self.model, CoCa)
@@ -255,7 +341,6 @@ class Stage:
             ),
             donate_argnums=0,
         )
-        start = int(state.step)
         streams = {n: (*self.stream(n, frozen), w) for n, w in c.data.items()}
         loader = make_loader(
             streams,
@@ -267,48 +352,48 @@ class Stage:
             host_count=jax.process_count(),
             workers=self.recipe.workers,
         )
+        drawn = lambda step: Schedule(c.data)(step - 1)[0]  # noqa: E731
+        journal = Journal(
+            writer, self.name, c, rate,
+            lambda step, i: describe(drawn(step), self.run_.source(drawn(step)), i),
+        )  # fmt: skip
         evaluator = Evaluator(self, frozen)
-        pending: tuple[int, Any] | None = None
-        bad, clock = 0, time.monotonic()
-        for step, batch in enumerate(loader, start + 1):
-            if step == start + 1:
-                check_batch(batch, self.run_.tokenizer.vocab_size)
-            bad += int(batch["bad"].sum())
-            if bad > max(MAX_BAD * (step - start) * c.batch, 10):
-                raise DataError(f"{bad} of {(step - start) * c.batch} samples could not be used")
-            state, metrics = step_fn(state, frozen, to_mesh(batch, self.mesh))
-            if pending is not None:
-                clock = self._log(writer, rate, clock, *pending)
-            pending = (step, metrics)
-            if c.eval_every and step % c.eval_every == 0 and step < c.steps:
-                writer.write(step, evaluator(state.params, c.eval_limit), loud=True)
-                clock = time.monotonic()
-            fault(step)
-            if step % c.save_every == 0 or step == c.steps or stop.signal:
-                checkpointer.save(step, state, identity)
-            if stop.signal:
-                checkpointer.close()
-                raise Preempted(f"stopped at step {step} of {self.name} by signal {stop.signal}; saved")
-        if pending is not None:
-            self._log(writer, rate, clock, *pending)
-        return state
+        due = lambda step: c.eval_every and step % c.eval_every == 0 and 0 < step < c.steps  # noqa: E731
 
-    def _log(self, writer, rate, clock, step, metrics):
-        """Logs a step's metrics once the next is under way; stops on repeated non-finite ones."""
-        c = self.config
-        if step % c.log_every and step != c.steps and step != 1:
-            return clock
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        if values["skipped"] >= MAX_SKIPPED:
-            raise NonFiniteError(
-                f"{self.name}: gradients were not finite for {values['skipped']:.0f} steps in a row, "
-                f"up to step {step}; the last checkpoint is finite"
-            )
-        now = time.monotonic()
-        steps = 1 if step == 1 else c.log_every
-        values |= {"lr": float(rate(step - 1)), "step_ms": 1000 * (now - clock) / steps}
-        writer.write(step, values)
-        return now
+        def look(step: int) -> None:
+            began = time.monotonic()
+            writer.write(step, evaluator(state.params, c.eval_limit), loud=True)
+            journal.paused(time.monotonic() - began)
+
+        if due(start) and not writer.evaluated(start):
+            look(start)
+        fault(self.name, "begin")
+        shapes = set()
+        for step, batch in enumerate(loader, start + 1):
+            began, shape = time.monotonic(), str({k: v.shape for k, v in batch.items()})
+            if shape not in shapes:
+                check_batch(batch, self.run_.tokenizer.vocab_size)
+            state, metrics = step_fn(state, frozen, to_mesh(batch, self.mesh))
+            if shape not in shapes:
+                shapes.add(shape)
+                journal.compiled(time.monotonic() - began)
+            journal.add(step, metrics, batch["id"][batch["bad"]])
+            fault(self.name, "step", step)
+            if step % c.save_every == 0 or step == c.steps:
+                journal.flush()
+                checkpointer.save(step, state, identity)
+                fault(self.name, "saving", step)
+            if due(step) and not stop.signal:
+                journal.flush()
+                with contextlib.suppress(Preempted):  # told below, once the state is saved
+                    look(step)
+            if stop.signal:
+                journal.flush()
+                checkpointer.save(step, state, identity)
+                checkpointer.close()
+                stop.check(f"{self.name}, step {step}, saved")
+        journal.flush()
+        return state
 
     def stream(self, name: str, frozen: dict[str, Any]) -> tuple[Any, Any]:
         """(items, transform) of a data set; with `cache`, over tokens of the frozen encoder."""
@@ -331,9 +416,11 @@ class Stage:
             fit=config.fit,
             flip=config.flip,
             mesh=self.mesh,
+            watch=lambda batches: self.stop.watch(batches, self.name, "features"),
         )
 
     def _finish(self, state, frozen, identity, writer, seconds):
+        fault(self.name, "finish")
         evaluator = Evaluator(self, frozen)
         scores = evaluator(state.params, 0, self.directory / "eval")
         if scores:
@@ -342,6 +429,7 @@ class Stage:
         digests = {n: store.put(n, state.params[n]) for n in trained(self.config)}
         record = {"components": digests, "identity": plain(identity), "scores": scores,
                   "steps": self.config.steps, "seconds": round(seconds, 1)}  # fmt: skip
+        fault(self.name, "stored")
         write_json(self.directory / handover.DONE, record)
 
 
@@ -351,8 +439,11 @@ class Evaluator:
     def __init__(self, stage: Stage, frozen: dict[str, Any]):
         self.stage, self.frozen = stage, frozen
         if not isinstance(stage.model, CoCa):
-            self.decoder = Decoder(stage.model, stage.run_.tokenizer, stage.mesh)
+            self.decoder = _Watched(stage.model, stage.run_.tokenizer, stage.mesh, self._watch)
             self.control = jax.jit(make_control(stage.model))
+
+    def _watch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        return self.stage.stop.watch(batches, self.stage.name, "evaluate")
 
     def __call__(self, learnt: Any, limit: int, directory: Path | None = None) -> dict[str, float]:
         """Scores by name, `<data set>/<metric>`; predictions go to `directory` if given."""
@@ -363,7 +454,7 @@ class Evaluator:
         scores: dict[str, float] = {}
         for name in c.loss:
             items, transform = stage.stream(name, self.frozen)
-            batches = eval_batches(items, transform, c.batch)
+            batches = self._watch(eval_batches(items, transform, c.batch))
             sums = [
                 jax.device_get(self.control(params, to_mesh(b, stage.mesh)))
                 for b, _ in zip(batches, range(c.loss_batches), strict=False)
@@ -378,13 +469,26 @@ class Evaluator:
                 source = stage.features(spec.data, self.frozen)
             result = evaluate(
                 self.decoder, params, source, task=config.task, max_new=spec.max_new,
-                batch=spec.batch, limit=_least(limit, spec.limit), frames=frames,
+                batch=-(-spec.batch // stage.mesh.size) * stage.mesh.size,
+                limit=_least(limit, spec.limit), frames=frames,
                 size=config.size or stage.image_size, fit=config.fit,
             )  # fmt: skip
             scores |= {f"{name}/{k}": v for k, v in result.scores.items()}
             if directory is not None:
                 save_result(directory / name, result, spec)
         return scores
+
+
+class _Watched(Decoder):
+    """A decoder that a signal stops between two batches."""
+
+    def __init__(self, model: Any, tokenizer: Any, mesh: Any, watch: Callable[[Any], Any]):
+        super().__init__(model, tokenizer, mesh)
+        self._watch = watch
+
+    def texts(self, params: Any, batches: Iterator[Any], max_new: int) -> Iterator[Any]:
+        """As in `Decoder`."""
+        return super().texts(params, self._watch(batches), max_new)
 
 
 def _least(*limits: int) -> int:
@@ -417,31 +521,3 @@ def environment() -> dict[str, Any]:
         "devices": [str(d) for d in jax.devices()],
         "command": sys.argv,
     }
-
-
-def fault(step: int) -> None:
-    """Test hook: VADAPTER_FAULT=kill:STEP ends the process at once after that step."""
-    kind, _, at = os.environ.get("VADAPTER_FAULT", "").partition(":")
-    if kind == "kill" and int(at) == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Stop]:
-    """SIGTERM and the first Ctrl-C ask for a stop; the second Ctrl-C ends at once."""
-    stop = Stop()
-
-    def ask(number: int, _: Any) -> None:
-        if stop.signal and number == signal.SIGINT:
-            os._exit(130)
-        stop.signal = number
-        print("\nstopping after this step, saving (Ctrl-C again: at once)", file=sys.stderr)
-
-    old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-
-

@@ -14,11 +14,12 @@ from vadapter.config import build, nearest
 from vadapter.errors import ConfigError
 from vadapter.models.coca import CoCa
 from vadapter.models.lm import LM
-from vadapter.models.variants import expand, make_module
 from vadapter.models.vadapter import VAdapter
+from vadapter.models.variants import expand, make_module
 from vadapter.parallel.mesh import MeshConfig
-from vadapter.train.optim import OptimConfig
+from vadapter.train.optim import OptimConfig, learning_rate
 
+TASKS = ("caption", "question", "document")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -204,11 +205,22 @@ def read(config: Any) -> Recipe:
         _known("config.chain", name, recipe.stages)
     for name in recipe.tokenizer.data:
         _known("config.tokenizer.data", name, recipe.data)
+    for name, data in recipe.data.items():
+        _known(f"config.data.{name}.task", data.task, TASKS)
     for name, ev in recipe.evals.items():
         _known(f"config.evals.{name}.data", ev.data, recipe.data)
+        _at_least_one(f"config.evals.{name}", ev, ("max_new", "batch"))
+        if recipe.data[ev.data].task == "document":
+            raise ConfigError(f"config.evals.{name}.data={ev.data!r}: documents are not evaluated")
     for name, stage in recipe.stages.items():
         _check_stage(recipe, name, stage)
     return recipe
+
+
+def _at_least_one(where: str, config: Any, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if getattr(config, key) < 1:
+            raise ConfigError(f"{where}.{key}={getattr(config, key)}: at least 1")
 
 
 def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
@@ -227,8 +239,18 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
     ):
         for item in names:
             _known(f"{where}.{key}", item, known)
+    _check_starts(recipe, name, stage)
     if not stage.data:
         raise ConfigError(f"{where}.data: empty; nothing to train on")
+    numbers = ("steps", "batch", "accumulate", "save_every", "keep", "log_every", "loss_batches")
+    _at_least_one(where, stage, numbers)
+    for item in (*stage.data, *stage.loss):
+        if STAGES[stage.kind].visual and recipe.data[item].task == "document":
+            raise ConfigError(f"{where}: data {item!r} has no pictures, which {stage.kind} needs")
+    try:
+        learning_rate(stage.optim, stage.steps)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error}") from None
     if STAGES[stage.kind].visual and stage.kind != "vision" and not stage.chain:
         raise ConfigError(f"{where}.chain: empty; visual tokens need a resampler, pooler or mlp")
     if stage.batch % stage.accumulate:
@@ -237,6 +259,30 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
         )
     if stage.kind == "vision" and stage.accumulate > 1:
         raise ConfigError(f"{where}: the contrastive loss needs the whole batch: accumulate=1")
+
+
+def _check_starts(recipe: Recipe, name: str, stage: StageConfig) -> None:
+    """Stages that others start from come before them; exceptions name components of the stage."""
+    where = f"config.stages.{name}"
+    for component, source in stage.start.items():
+        if source in ("random", "weights") or "/" in source:
+            continue
+        _known(f"{where}.start.{component}", source, (*recipe.stages, "random", "weights"))
+        before = recipe.chain[: recipe.chain.index(name)] if name in recipe.chain else recipe.chain
+        if source in recipe.chain and source not in before:
+            raise ConfigError(
+                f"{where}.start.{component}={source!r}: that stage comes later in config.chain="
+                f"{','.join(recipe.chain)}; put it before {name}"
+            )
+        there, wanted = trained(recipe.stages[source]), stage.rename.get(component, component)
+        if wanted not in there:
+            raise ConfigError(
+                f"{where}.start.{component}={source!r}: that stage trains {', '.join(there)}, not "
+                f"{wanted}; mend it, or name the component in rename.{component}"
+            )
+    for key in ("fresh", "drop"):
+        for leaf in getattr(stage, key):
+            _known(f"{where}.{key}", leaf.partition("/")[0], components(stage))
 
 
 def _known(where: str, name: str, known: Any) -> None:
@@ -300,10 +346,9 @@ def _check_widths(stage: StageConfig, modules: dict[str, nn.Module]) -> None:
     before, width = "", 0
     for name in (*stage.chain, stage.lm):
         config: Any = modules[name].config  # type: ignore[attr-defined]
-        if isinstance(modules[name], LM):
-            if before and width != config.width:
-                raise ConfigError(
-                    f"{before} gives width {width}, but {name} reads {config.width}; put a "
-                    "component of kind fc between them"
-                )
+        if isinstance(modules[name], LM) and before and width != config.width:
+            raise ConfigError(
+                f"{before} gives width {width}, but {name} reads {config.width}; put a component "
+                "of kind fc between them"
+            )
         before, width = name, getattr(config, "query_dim", 0) or config.width

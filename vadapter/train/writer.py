@@ -23,10 +23,13 @@ class Writer:
     def __init__(self, directory: Path, title: str, total: int):
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
-        self._attempt = 1 + max((row.get("attempt", 0) for row in rows(path)), default=0)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
+        before = list(rows(path))
+        self._attempt = 1 + max((row.get("attempt", 0) for row in before), default=0)
+        self._evaluated = {row["step"] for row in before if any("/" in key for key in row)}
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in __exit__
+        self._unwritten = b""  # what a full disk did not take yet
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")  # a line torn by a kill stays a line of its own
+            self._append(b"\n")  # a line torn by a kill stays a line of its own
         self._title, self._total = title, total
         self._tensorboard = _tensorboard(directory / "tb")
         self._bar: Progress | None = None
@@ -34,16 +37,18 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         if sys.stdout.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(30),
-                       TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())  # fmt: skip
-            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._total, note="")
+            count, note = "{task.completed}/{task.total}", "{task.fields[note]}"
+            columns = (TextColumn("{task.description}"), BarColumn(30), TextColumn(count))
+            columns = (*columns, TimeRemainingColumn(), TextColumn(note))
+            self._bar = bar = Progress(*columns, transient=True)
+            bar.start()
+            self._task = bar.add_task(self._title, total=self._total, note="")
         return self
 
     def __exit__(self, *exc: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
+        self._append(b"")
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -52,7 +57,7 @@ class Writer:
         """Appends a row; shows it if `loud`, at the end, or when some seconds have passed."""
         values = {k: float(v) for k, v in values.items()}
         row = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(row) + "\n")
+        self._append(json.dumps(row).encode() + b"\n")
         if self._tensorboard is not None:
             for key, value in values.items():
                 self._tensorboard.add(step, key, value)
@@ -64,6 +69,20 @@ class Writer:
             self.say(f"step {step}/{self._total}  {note}")
         if loud:
             self.say(f"step {step}/{self._total}  {note}")
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an attempt before this one has written scores of that step."""
+        return step in self._evaluated
+
+    def _append(self, line: bytes) -> None:
+        """Writes what waits and a line. On a full disk both wait; the checkpoints end the run."""
+        waited, self._unwritten = bool(self._unwritten), self._unwritten + line
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not waited:
+                self.say(f"cannot write {self._file.name} ({error.strerror}); trying again later")
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
