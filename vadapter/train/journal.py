@@ -1,0 +1,122 @@
+"""What the steps say of themselves: read one step late, logged now and then, always acted upon."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from vadapter.errors import DataError, NonFiniteError
+from vadapter.train.recipe import StageConfig
+from vadapter.train.writer import Writer
+
+MAX_SKIPPED = 3  # updates in a row that may be dropped
+MAX_BAD = 0.001  # share of samples that may be unusable
+FEW_BAD = 10  # unusable samples that never stop a run, and that are reported one by one
+
+
+class Journal:
+    """Follows the metrics of one attempt at a stage.
+
+    The metrics of a step are read when the next one is under way, so the devices never wait for the
+    host; whoever needs to know now calls `flush`. Two counts are read at every step, however seldom
+    lines are logged: of dropped updates and of unusable samples. A line holds their sums since the
+    line before, and the mean duration of a step without compilation and evaluation.
+
+    Args:
+      writer: of the stage.
+      name: of the stage, for messages.
+      config: its row of the recipe.
+      rate: learning rate at each optimizer step, from 0.
+      describe: (step, id in the source) -> what an unusable sample is called.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        name: str,
+        config: StageConfig,
+        rate: optax.Schedule,
+        describe: Callable[[int, int], str],
+    ):
+        self._writer, self._name, self._config = writer, name, config
+        self._rate, self._describe = rate, describe
+        self._pending: tuple[int, Any, Sequence[int]] | None = None
+        self._seen, self._bad = 0, 0  # samples of this attempt
+        self._named: list[str] = []  # unusable ones
+        self._new_line()
+
+    def _new_line(self) -> None:
+        self._clock, self._steps = time.monotonic(), 0
+        self._compile_s, self._sums = 0.0, {"skipped": 0, "bad": 0}
+
+    def compiled(self, seconds: float) -> None:
+        """Accounts for time that went into compiling a step, not into running it."""
+        self._compile_s += seconds
+        self._clock += seconds
+
+    def paused(self, seconds: float) -> None:
+        """Accounts for time that went into something else, such as an evaluation."""
+        self._clock += seconds
+
+    def add(self, step: int, metrics: Any, bad: Sequence[int]) -> None:
+        """Takes the metrics of a step under way, and reads those of the step before.
+
+        Args:
+          step: from 1.
+          metrics: of `steps.make_train_step`.
+          bad: ids of this host's unusable samples.
+
+        Raises:
+          NonFiniteError: too many updates in a row were dropped.
+          DataError: too many samples cannot be used.
+        """
+        for value in metrics.values():
+            value.copy_to_host_async()
+        previous, self._pending = self._pending, (step, metrics, bad)
+        if previous is not None:
+            self._read(*previous)
+
+    def flush(self) -> None:
+        """Waits for the last step and reads its metrics; raises as `add`."""
+        previous, self._pending = self._pending, None
+        if previous is not None:
+            self._read(*previous)
+
+    def _read(self, step: int, metrics: Any, bad: Sequence[int]) -> None:
+        c = self._config
+        row, count = (int(metrics[key]) for key in ("skipped", "bad"))
+        self._steps += 1
+        self._sums["skipped"] += row > 0
+        self._sums["bad"] += count
+        self._seen += c.batch
+        self._bad += count
+        if row:
+            self._writer.say(f"step {step}: gradients not finite, update dropped ({row} in a row)")
+        for index in bad:
+            if len(self._named) < FEW_BAD:
+                self._named.append(self._describe(step, index))
+                self._writer.say(f"step {step}: left out {self._named[-1]}")
+        if step % c.log_every == 0 or step in (1, c.steps) or row >= MAX_SKIPPED:
+            self._log(step, jax.device_get(metrics))
+        if row >= MAX_SKIPPED:
+            raise NonFiniteError(
+                f"{self._name}: gradients were not finite for {row} steps in a row, up to step "
+                f"{step}; the last checkpoint is finite. Lower optim.lr or look at the data of "
+                "these steps."
+            )
+        if self._bad > max(MAX_BAD * self._seen, FEW_BAD):
+            raise DataError(
+                f"{self._name}: {self._bad} of {self._seen} samples could not be used, more than "
+                f"{MAX_BAD:.1%}: {'; '.join(self._named)}. Mend or remove them."
+            )
+
+    def _log(self, step: int, metrics: dict[str, Any]) -> None:
+        spent = time.monotonic() - self._clock
+        values = {k: float(v) for k, v in metrics.items()} | self._sums
+        values |= {"lr": float(self._rate(step - 1)), "step_ms": 1000 * spent / self._steps}
+        if self._compile_s:
+            values["compile_s"] = self._compile_s
+        self._writer.write(step, values)
+        self._new_line()
