@@ -57,7 +57,7 @@ def recompute(model, params, batch):
     lm, p = model.modules["llm"], {"params": params["llm"]}
     prefix = None
     if "frames" in batch:
-        prefix = model.prefix(params, model.encode(params, batch))
+        prefix = jax.jit(lambda b: model.prefix(params, model.encode(params, b)))(batch)
     S = 3 + 4 + max(LENGTHS) + NEW  # everything is padded behind, where causality hides it
 
     @jax.jit
@@ -139,23 +139,25 @@ def test_behind_the_end_there_is_only_padding(decoder):
 
 @pytest.mark.parametrize(("word", "turns"), [(EOS, 0), (5, 3)])
 def test_decoding_stops_once_every_row_has_ended(monkeypatch, word, turns):
-    """A model that says one word for ever; the loop is replaced by one that counts its turns."""
+    """A model that says one word for ever; the loop also counts its turns."""
     model, params = make(False, norm="layer", depth=1)
     norm = {"scale": np.zeros(24, np.float32), "bias": np.ones(24, np.float32)}
     kernel = np.zeros((24, VOCAB), np.float32)
     kernel[:, word] = 1
     params = {"llm": params["llm"] | {"norm": norm, "head": {"kernel": kernel}}}
-    count = 0
+    loop, seen = jax.lax.while_loop, []
 
     def counted(cond, body, carry):
-        nonlocal count
-        while cond(carry):
-            carry, count = body(carry), count + 1
-        return carry
+        def turn(carry):
+            jax.debug.callback(seen.append, carry["i"])
+            return body(carry)
+
+        return loop(cond, turn, carry)
 
     monkeypatch.setattr(jax.lax, "while_loop", counted)
-    out = greedy(model, params, make_batch(False), 4)
-    assert count == turns, "the first token comes from the prefill"
+    out = jax.jit(lambda p: greedy(model, p, make_batch(False), 4))(params)
+    jax.effects_barrier()
+    assert len(seen) == turns, "the first token comes from the prefill"
     expected = [EOS, PAD, PAD, PAD] if word == EOS else [word] * 4
     np.testing.assert_array_equal(out["tokens"], [expected] * 3)
     np.testing.assert_array_equal(out["ended"], [word == EOS] * 3)

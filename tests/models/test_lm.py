@@ -199,7 +199,7 @@ def test_parameters_are_these_and_an_untied_head_is_counted_apart():
 
 def test_parameters_at_start_have_the_stated_spread():
     module = LM(LMConfig(256, width=64, depth=2, heads=4, mlp_dim=256))
-    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    params = nn.unbox(jax.jit(module.init)(tiny.key(0), jnp.zeros((1, 2), jnp.int32)))
     params = params["params"]
     embedded = module.apply({"params": params}, jnp.arange(256)[None], method="embed")
     assert float(embedded.std()) == pytest.approx(1.0, abs=0.05)

@@ -32,7 +32,14 @@ def build(**overrides):
 
 
 def run(module, params, x):
-    return jax.jit(module.apply)({"params": params}, x)
+    return np.asarray(jax.jit(module.apply)({"params": params}, x))
+
+
+@pytest.fixture(scope="module")
+def base():
+    """Parameters and output with everything on."""
+    module, params = build()
+    return params, run(module, params, visual())
 
 
 LAYERS = ("layer_0", "layer_1")
@@ -53,18 +60,18 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_every_switch_changes_the_output_and_these_parameters(switch):
+def test_every_switch_changes_the_output_and_these_parameters(switch, base):
     gone, come = SWITCHES[switch]
     key, value = switch.split("=")
     module, params = build(**{key: value if key == "norm" else bool(value)})
-    base, base_params = build()
+    base_params, reference = base
     old, new = set(tiny.paths(base_params)), set(tiny.paths(params))
     assert (old - new, new - old) == (gone, come)
 
     # With the parameters that both have in common, so that only the switch differs.
     merged = tiny.paths(params) | {k: v for k, v in tiny.paths(base_params).items() if k in new}
     params = jax.tree_util.tree_unflatten(jax.tree.structure(params), list(merged.values()))
-    out, reference = run(module, params, visual()), run(base, base_params, visual())
+    out = run(module, params, visual())
     assert out.shape == reference.shape == (2, BASE.queries, BASE.query_dim)
     assert np.isfinite(out).all()
     assert np.abs(out - reference).max() > 1e-3
@@ -132,7 +139,7 @@ def test_fewer_frames_are_held_in_order_and_other_counts_are_an_error():
 
 def test_queries_start_with_the_stated_spread():
     config = ResamplerConfig(queries=64, query_dim=16, hidden_dim=16, layers=0, query_std=0.3)
-    params = jax.jit(Resampler(config).init)(jax.random.key(0), visual())["params"]
+    params = jax.jit(Resampler(config).init)(tiny.key(0), visual())["params"]
     assert float(params["queries"].value.std()) == pytest.approx(0.3, rel=0.1)
 
 
@@ -170,8 +177,7 @@ def test_mlp_adapter_maps_token_by_token_and_averages_clips_over_time():
     assert run(two, params, x[:, :1]).shape == (2, tiny.N, 24), "an image stays one frame"
 
 
-def test_computation_runs_in_the_modules_dtype():
-    params = build()[1]
-    out = jax.jit(Resampler(BASE, jnp.bfloat16).apply)({"params": params}, visual())
+def test_computation_runs_in_the_modules_dtype(base):
+    out = jax.jit(Resampler(BASE, jnp.bfloat16).apply)({"params": base[0]}, visual())
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), run(*build(), visual()), atol=0.1)
+    np.testing.assert_allclose(np.asarray(out, np.float32), base[1], atol=0.1)

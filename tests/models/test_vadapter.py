@@ -81,14 +81,12 @@ def test_a_language_model_inside_the_chain_has_neither_embedding_nor_head():
 
 
 def test_a_components_start_depends_on_the_seed_and_its_name_alone():
-    lm = LM(dataclasses.replace(tiny.TLM, depth=1))
-    modules = {"fc_a": Fc(FcConfig(16)), "fc_b": Fc(FcConfig(16)), "lm": lm}
+    modules = {"fc_a": Fc(FcConfig(16)), "fc_b": Fc(FcConfig(16)), "lm": nn.Embed(8, 16)}
     flat = jax.ShapeDtypeStruct((1, 4, 16), jnp.float32)
 
     def start(chain, seed):
         model = VAdapter(modules, lm="lm", chain=chain)
-        key = jax.random.key(seed, impl="unsafe_rbg")  # compiles faster than the default
-        return nn.unbox(jax.jit(lambda k: model.init(k, flat))(key))
+        return nn.unbox(jax.jit(lambda k: model.init(k, flat))(tiny.key(seed)))
 
     alone, both, other = start(("fc_b",), 0), start(("fc_a", "fc_b"), 0), start(("fc_b",), 1)
     for name in ("fc_b", "lm"):
@@ -100,7 +98,7 @@ def test_a_components_start_depends_on_the_seed_and_its_name_alone():
 
 def test_the_prefix_layer_starts_with_the_stated_output_spread():
     module = Fc(FcConfig(64, scale=0.05))
-    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 256)))
+    params = jax.jit(module.init)(tiny.key(0), jnp.zeros((1, 256)))
     x = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
     assert float(module.apply(params, x).std()) == pytest.approx(0.05, rel=0.1)
 

@@ -26,7 +26,12 @@ MODEL = tiny.stage2()
 TRAINED = ("resampler", "fc_in", "tlm", "fc_out")
 FROZEN = ("encoder", "llm")
 OBJECTIVE = CaptionObjective(MODEL)
-TEXT = VAdapter({"tlm": LM(tiny.TLM)}, lm="tlm")  # compiles faster, where any model will do
+# Compile faster, where any model will do.
+STAGE1 = VAdapter(
+    {name: MODEL.modules[name] for name in ("encoder", "resampler", "tlm")},
+    lm="tlm", chain=("resampler",), encoder="encoder",
+)  # fmt: skip
+TEXT = VAdapter({"tlm": LM(tiny.TLM)}, lm="tlm")
 SGD = optax.sgd(0.1, momentum=0.9)  # Adam's first steps amplify rounding: no use in comparisons
 
 
@@ -42,8 +47,13 @@ def params():
 
 def start(params, tx):
     """State (on the device: it is donated) and frozen components."""
-    trained, frozen = split(params, TRAINED)
+    trained, frozen = split(params, tuple(n for n in TRAINED if n in params))
     return init_state(jax.tree.map(jnp.array, trained), tx), frozen
+
+
+@pytest.fixture(scope="module")
+def stage1():
+    return tiny.filled(tiny.boxed(STAGE1))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +69,7 @@ def adam_step(params, adam):
 
 @pytest.fixture(scope="module")
 def sgd_step():
-    return jax.jit(make_train_step(OBJECTIVE, SGD, seed=0))
+    return jax.jit(make_train_step(CaptionObjective(STAGE1), SGD, seed=0))
 
 
 def assert_same_bits(a, b):
@@ -166,11 +176,11 @@ def test_chunked_logits_give_the_same_step(text_params):
     assert_close(metrics_a, metrics_b, 1e-5)
 
 
-def test_four_micro_batches_give_the_step_of_the_whole_batch(params, sgd_step):
+def test_four_micro_batches_give_the_step_of_the_whole_batch(stage1, sgd_step):
     batch = batch_of()
     batch["weights"][:3, 2:] = 0  # shares of the targets that differ between micro-batches
-    state, frozen = start(params, SGD)
-    step = jax.jit(make_train_step(OBJECTIVE, SGD, seed=0, accumulate=4))
+    state, frozen = start(stage1, SGD)
+    step = jax.jit(make_train_step(CaptionObjective(STAGE1), SGD, seed=0, accumulate=4))
     whole, metrics = sgd_step(state, frozen, batch)
     parts, metrics_parts = step(state, frozen, batch)
     assert_close(whole.params, parts.params, 1e-6)
@@ -198,12 +208,12 @@ def test_non_finite_gradients_change_no_bit_and_are_counted_in_a_row(params, ada
             != before.params["tlm"]["norm"]["scale"]).any()  # fmt: skip
 
 
-def test_a_batch_of_padding_alone_has_loss_zero_and_no_gradient(params, sgd_step):
+def test_a_batch_of_padding_alone_has_loss_zero_and_no_gradient(stage1, sgd_step):
     empty = batch_of()
     for key in ("prompt", "tokens", "segments", "positions", "target_at", "targets", "weights"):
         empty[key] = np.zeros_like(empty[key])
     empty["bad"][:], empty["id"][:] = True, -1
-    state, frozen = start(params, SGD)
+    state, frozen = start(stage1, SGD)
     after, metrics = sgd_step(state, frozen, empty)
     assert (float(metrics["loss"]), float(metrics["grad_norm"])) == (0, 0)
     assert (int(metrics["bad"]), float(metrics["targets"])) == (tiny.B, 0)
@@ -211,8 +221,8 @@ def test_a_batch_of_padding_alone_has_loss_zero_and_no_gradient(params, sgd_step
     assert_same_bits(after.params, state.params)
 
 
-def test_a_bad_row_changes_no_gradient_and_is_counted(params, sgd_step):
-    state, frozen = start(params, SGD)
+def test_a_bad_row_changes_no_gradient_and_is_counted(stage1, sgd_step):
+    state, frozen = start(stage1, SGD)
     bad = batch_of()
     bad["weights"][2], bad["bad"][2] = 0, True
     other = {k: v.copy() for k, v in bad.items()}
@@ -243,19 +253,19 @@ def test_dropout_depends_on_seed_and_step_alone(text_params):
     assert loss(0) != loss(1)
 
 
-def test_evaluation_gives_sums_that_add_up_over_batches(params, sgd_step):
-    evaluate = jax.jit(make_eval_step(OBJECTIVE))
+def test_evaluation_gives_sums_that_add_up_over_batches(stage1, sgd_step):
+    evaluate = jax.jit(make_eval_step(CaptionObjective(STAGE1)))
     batch = batch_of()
-    whole = evaluate(params, batch)
+    whole = evaluate(stage1, batch)
     halves = []
     for keep in (slice(0, 4), slice(4, 8)):
         part = {k: v.copy() for k, v in batch.items()}
         part["weights"][:] = 0
         part["weights"][keep] = batch["weights"][keep]
-        halves.append(evaluate(params, part))
+        halves.append(evaluate(stage1, part))
     for key in ("nats", "correct", "targets"):
         assert float(whole[key]) == pytest.approx(sum(float(h[key]) for h in halves), rel=1e-5)
-    state, frozen = start(params, SGD)
+    state, frozen = start(stage1, SGD)
     _, metrics = sgd_step(state, frozen, batch)
     assert float(whole["nats"] / whole["targets"]) == pytest.approx(
         float(metrics["loss"]), rel=1e-5
@@ -265,8 +275,8 @@ def test_evaluation_gives_sums_that_add_up_over_batches(params, sgd_step):
 
 
 @pytest.fixture(scope="module")
-def one_device(params, sgd_step):
-    state, frozen = start(params, SGD)
+def one_device(stage1, sgd_step):
+    state, frozen = start(stage1, SGD)
     for seed in range(2):
         state, metrics = sgd_step(state, frozen, batch_of(seed))
     return jax.device_get((state.params, metrics))
@@ -277,18 +287,18 @@ def one_device(params, sgd_step):
     [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)],
     ids=["data", "data, fsdp and tensor"],
 )
-def test_eight_devices_take_the_steps_of_one(params, one_device, config):
+def test_eight_devices_take_the_steps_of_one(stage1, one_device, config):
     mesh = make_mesh(config)
-    boxed = tiny.boxed(MODEL)
+    boxed = tiny.boxed(STAGE1)
     where = shardings(boxed, mesh)
     assert jax.tree.structure(where) == jax.tree.structure(nn.unbox(boxed))
-    trained, frozen = split(jax.device_put(params, where), TRAINED)
+    trained, frozen = split(jax.device_put(stage1, where), ("resampler", "tlm"))
     state = jax.jit(lambda p: init_state(p, SGD))(trained)
     if config.fsdp > 1:
         kernel = state.params["tlm"]["stack"]["blocks"]["mlp"]["up"]["kernel"]
         shard = kernel.addressable_shards[0].data
         assert shard.size == kernel.size // (config.fsdp * config.tensor)
-    step = jax.jit(make_train_step(OBJECTIVE, SGD, seed=0), donate_argnums=0)
+    step = jax.jit(make_train_step(CaptionObjective(STAGE1), SGD, seed=0), donate_argnums=0)
     for seed in range(2):
         state, metrics = step(state, frozen, jax.device_put(batch_of(seed), batch_sharding(mesh)))
     expected_params, expected_metrics = one_device
