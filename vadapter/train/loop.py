@@ -16,7 +16,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -29,7 +28,7 @@ from vadapter.errors import CheckpointError, ConfigError, Preempted
 from vadapter.evals.runner import Decoder, control_scores, evaluate, make_control, to_mesh
 from vadapter.models.coca import CoCa
 from vadapter.models.vadapter import component_seed
-from vadapter.parallel.mesh import make_mesh, replicated, shardings
+from vadapter.parallel.mesh import make_mesh, replicated
 from vadapter.train import handover
 from vadapter.train.checkpoint import Checkpointer
 from vadapter.train.digest import combined, tree_digests
@@ -48,6 +47,7 @@ from vadapter.train.recipe import (
     make_model,
     trained,
 )
+from vadapter.train.shapes import abstract_params, image_size, init_params
 from vadapter.train.steps import CaptionObjective, CocaObjective, init_state, make_train_step, split
 from vadapter.train.store import ComponentStore
 from vadapter.train.writer import Writer, write_json
@@ -169,43 +169,15 @@ class Stage:
         self.stop = Stop()
         self.model = make_model(run.recipe, self.config, run.tokenizer.vocab_size)
         _check_batch_size(name, self.config, self.mesh.size)
-        boxed = jax.eval_shape(self._init, jax.random.key(0))
-        self.shardings = {k: shardings(v, self.mesh) for k, v in boxed.items()}
-        self.abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            nn.meta.unbox(boxed),
-            self.shardings,
-        )
+        self.abstract = abstract_params(self.model, self.mesh)
+        self.image_size = image_size(self.model)
         self.starts = handover.plan(run.recipe, self.config, run.workdir, self.abstract)
 
     # -- parameters ----------------------------------------------------------------------------
 
     @property
-    def image_size(self) -> int:
-        if not STAGES[self.config.kind].visual:
-            return 0
-        return self.model.modules[self._encoder].image_size  # type: ignore[attr-defined]
-
-    @property
     def _encoder(self) -> str:
         return self.model.encoder
-
-    def _frames(self) -> jax.ShapeDtypeStruct:
-        size = self.image_size
-        return jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.uint8)
-
-    def _init(self, rng: jax.Array) -> dict[str, Any]:
-        """Random parameters of every component, boxed."""
-        if isinstance(self.model, CoCa):
-            return self.model.init(rng, self._frames())
-        if not self.model.encoder:
-            return self.model.init(rng, None)
-        module = self.model.modules[self.model.encoder]
-        key = jax.random.fold_in(rng, component_seed(self.model.encoder))
-        frames = jnp.zeros(self._frames().shape, jnp.uint8)
-        visual, variables = module.init_with_output(key, frames)
-        shape = jax.ShapeDtypeStruct(visual.shape, visual.dtype)
-        return {self.model.encoder: variables["params"], **self.model.init(rng, shape)}
 
     def load_params(self, *, resumed: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
         """(trained, frozen) parameters as the hand-over decided; frozen ones in compute dtype.
@@ -218,8 +190,9 @@ class Stage:
         }
         names = [n for n, s in starts.items() if s.fresh or s.source == "random"]
         rng = jax.random.fold_in(jax.random.key(self.recipe.seed), component_seed(self.name))
-        make = lambda key: {n: nn.meta.unbox(self._init(key))[n] for n in names}  # noqa: E731
-        initial = jax.jit(make, out_shardings={n: self.shardings[n] for n in names})(rng)
+        make = lambda key: {n: nn.meta.unbox(init_params(self.model, key))[n] for n in names}  # noqa: E731
+        where = {n: jax.tree.map(lambda x: x.sharding, self.abstract[n]) for n in names}
+        initial = jax.jit(make, out_shardings=where)(rng)
         params = {
             name: handover.load(start, self.abstract[name], initial.get(name))
             for name, start in starts.items()
@@ -311,6 +284,7 @@ class Stage:
                 state = restored[0]
                 writer.say(f"resumed at step {int(state.step)}")
             del learnt
+            self.evaluator = Evaluator(self, frozen)  # compiled once, for the looks on the way too
             digests = {name: combined(tree_digests(tree)) for name, tree in frozen.items()}
             try:
                 state = self._steps(state, frozen, tx, rate, checkpointer, identity, writer)
@@ -357,7 +331,7 @@ class Stage:
             writer, self.name, c, rate,
             lambda step, i: describe(drawn(step), self.run_.source(drawn(step)), i),
         )  # fmt: skip
-        evaluator = Evaluator(self, frozen)
+        evaluator = self.evaluator
         due = lambda step: c.eval_every and step % c.eval_every == 0 and 0 < step < c.steps  # noqa: E731
 
         def look(step: int) -> None:
@@ -374,10 +348,11 @@ class Stage:
             if shape not in shapes:
                 check_batch(batch, self.run_.tokenizer.vocab_size)
             state, metrics = step_fn(state, frozen, to_mesh(batch, self.mesh))
+            journal.add(step, metrics, batch["id"][batch["bad"]])
             if shape not in shapes:
                 shapes.add(shape)
                 journal.compiled(time.monotonic() - began)
-            journal.add(step, metrics, batch["id"][batch["bad"]])
+                journal.flush()
             fault(self.name, "step", step)
             if step % c.save_every == 0 or step == c.steps:
                 journal.flush()
@@ -421,8 +396,7 @@ class Stage:
 
     def _finish(self, state, frozen, identity, writer, seconds):
         fault(self.name, "finish")
-        evaluator = Evaluator(self, frozen)
-        scores = evaluator(state.params, 0, self.directory / "eval")
+        scores = self.evaluator(state.params, 0, self.directory / "eval")
         if scores:
             writer.write(self.config.steps, scores, loud=True)
         store = ComponentStore(self.run_.workdir / handover.STORE)
