@@ -1,7 +1,10 @@
+# ruff: noqa: C408
 """A whole chain of stages in seconds: drawn pictures of 32 pixels, models of width 16 and 24.
 
     shapes = draw(tmp_path / "shapes")
     train(read(tiny_recipe(shapes)), tmp_path / "run")
+
+or `vadapter train --config=tests/recipes.py:FOLDER --workdir=RUN`.
 """
 
 import itertools
@@ -62,6 +65,11 @@ def _picture(colour: str, shape: str, ground: str, offset: int = 0) -> Image.Ima
     return image
 
 
+def get_config(arg: str) -> ConfigDict:
+    """The recipe over the folder that `draw` filled."""
+    return tiny_recipe(Path(arg))
+
+
 def tiny_recipe(shapes: Path, *, steps: int = 4, batch: int = 8) -> ConfigDict:
     """All kinds of stage: tlm, llm (lm) → vision → decoder → vadapter, perceiver (adapter).
 
@@ -84,10 +92,7 @@ def tiny_recipe(shapes: Path, *, steps: int = 4, batch: int = 8) -> ConfigDict:
         optim=dict(lr=1e-2, warmup=1, clip=1.0),
     )  # fmt: skip
     still = dict(data=dict(pictures=1.0), loss=("held",), loss_batches=1)
-    both = dict(
-        data=dict(pictures=1.0, clips=1.0), loss=("held",), loss_batches=1,
-        evals=("captions", "answers", "clips"), eval_every=steps // 2, eval_limit=8,
-    )  # fmt: skip
+    looks = dict(eval_every=steps // 2, eval_limit=8)
     start = dict(resampler="decoder", fc_in="decoder", tlm="decoder", llm="llm", encoder="vision")
     return ConfigDict(
         dict(
@@ -126,7 +131,10 @@ def tiny_recipe(shapes: Path, *, steps: int = 4, batch: int = 8) -> ConfigDict:
             chain=("tlm", "llm", "vision", "decoder", "vadapter", "perceiver"),
             stages=dict(
                 tlm=dict(kind="lm", lm="tlm", data=dict(documents=1.0), **every),
-                llm=dict(kind="lm", lm="llm", data=dict(documents=1.0), loss=("documents",), **every),
+                llm=dict(
+                    kind="lm", lm="llm", data=dict(documents=1.0), loss=("documents",),
+                    loss_batches=1, **every,
+                ),
                 vision=dict(kind="vision", data=dict(pictures=1.0), **every),
                 decoder=dict(
                     kind="decoder", lm="tlm", chain=("resampler", "fc_in"),
@@ -134,11 +142,13 @@ def tiny_recipe(shapes: Path, *, steps: int = 4, batch: int = 8) -> ConfigDict:
                 ),
                 vadapter=dict(
                     kind="adapter", lm="llm", chain=("resampler", "fc_in", "tlm", "fc_out"),
-                    start=start, **both, **every,
+                    start=start, **{**still, "data": dict(pictures=1.0, clips=1.0)}, **looks,
+                    evals=("captions", "answers", "clips"), **every,
                 ),
                 perceiver=dict(
                     kind="adapter", lm="llm", chain=("perceiver", "fc_out"),
-                    start=dict(llm="llm", encoder="vision"), **both, **every,
+                    start=dict(llm="llm", encoder="vision"), **still, **looks,
+                    evals=("captions",), **every,
                 ),
             ),
         )
