@@ -56,9 +56,11 @@ def get_config(arg=None):
             ),
             data=dict(
                 documents=dict(
-                    task="document", text_len=96, source=scenes("text", "train", 60_000)
+                    task="document", text_len=96, source=scenes("text", "train", 6_000)
                 ),
-                pairs={**caption, "texts": 1, "text_len": 32, "target_len": 30, "source": scenes("image", "train", 8_000)},
+                pairs=dict(
+                    task="caption", text_len=32, target_len=30, source=scenes("image", "train", 8_000)
+                ),
                 images={**caption, "source": scenes("image", "train", 8_000)},
                 clips={**caption, "source": scenes("clip", "train", 1_500)},
                 held_images={**caption, "source": scenes("image", "test", 200)},

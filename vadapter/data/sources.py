@@ -76,6 +76,11 @@ class Source(Protocol):
         ...
 
 
+def words_of(source: Any, index: int) -> Example:
+    """The example, without its media where the source can leave them out: its `words` method."""
+    return source.words(index) if hasattr(source, "words") else source[index]
+
+
 class CaptionTars:
     """Images or clips in tar shards named `<split>-NNN.tar`, with captions, questions or both.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vadapter.data.pipeline import eval_batches
+from vadapter.data.sources import words_of
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.data.transforms import prompt_sample
 from vadapter.evals.captioning import score_captions
@@ -47,7 +48,7 @@ class Questions:
         for i in range(len(source)):
             if limit and len(self._pairs) >= limit:
                 break
-            self._pairs += [(i, j) for j in range(len(source[i].qa))]
+            self._pairs += [(i, j) for j in range(len(words_of(source, i).qa))]
         self._pairs = self._pairs[: limit or None]
 
     def __len__(self) -> int:
@@ -56,6 +57,12 @@ class Questions:
     def __getitem__(self, index: int) -> tuple[Any, tuple[str, str, str]]:
         i, j = self._pairs[index]
         example = self._source[i]
+        return example, example.qa[j]
+
+    def words(self, index: int) -> tuple[Any, tuple[str, str, str]]:
+        """The pair without the example's media."""
+        i, j = self._pairs[index]
+        example = words_of(self._source, i)
         return example, example.qa[j]
 
 
@@ -70,6 +77,10 @@ class First:
 
     def __getitem__(self, index: int) -> Any:
         return self._source[index]
+
+    def words(self, index: int) -> Any:
+        """The item without its media."""
+        return words_of(self._source, index)
 
 
 class Decoder:
@@ -150,7 +161,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _score_captions(items: Any, texts: list[tuple[int, str, bool]]) -> Result:
-    examples = {i: items[i] for i, _, _ in texts}
+    examples = {i: words_of(items, i) for i, _, _ in texts}
     scores = score_captions(
         {i: text for i, text, _ in texts}, {i: e.captions for i, e in examples.items()}
     )
@@ -170,7 +181,7 @@ def _score_captions(items: Any, texts: list[tuple[int, str, bool]]) -> Result:
 
 
 def _score_questions(items: Questions, texts: list[tuple[int, str, bool]]) -> Result:
-    asked = {i: items[i] for i, _, _ in texts}
+    asked = {i: items.words(i) for i, _, _ in texts}
     scores = score_answers(
         {i: text for i, text, _ in texts},
         {i: (answer,) for i, (_, (_, answer, _)) in asked.items()},

@@ -21,7 +21,7 @@ from vadapter.config import plain
 from vadapter.data.batch import Row
 from vadapter.data.images import BadMedia, load_media, resize
 from vadapter.data.pipeline import eval_batches
-from vadapter.data.sources import Example
+from vadapter.data.sources import Example, words_of
 from vadapter.errors import ConfigError, DataError
 from vadapter.evals.runner import to_mesh
 from vadapter.train.writer import write_json
@@ -52,9 +52,13 @@ class FeatureSource:
         array = self._array
         if array is None:
             array = self._array = np.load(self.path, mmap_mode="r")
-        example = self.source[index]
+        example = words_of(self.source, index)
         media = np.asarray(array[index])
         return dataclasses.replace(example, media=media if self.flip else media[0])
+
+    def words(self, index: int) -> Example:
+        """The example without its tokens."""
+        return words_of(self.source, index)
 
     def fingerprint(self) -> str:
         """That of the pictures: the tokens follow from them and the encoder."""

@@ -7,6 +7,7 @@ colour and shape combinations never painted in training.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import operator
 from collections.abc import Callable, Iterator
@@ -73,19 +74,15 @@ class ScenesSource:
         return self.count
 
     def __getitem__(self, index: int) -> Example:
-        index = self._check(index)
-        name = f"scenes-{self.kind}-{self.split}-{self.seed}-{index}"
-        dice = self._dice(index, _PIXELS)
-        scene = self._draw(dice)
-        words = self._dice(index, _WORDS)
+        example = self.words(index)
         if self.kind == "text":
-            return Example(id=name, pieces=document(scene, words))
-        return Example(
-            id=name,
-            media=render(scene, self.size, dice),
-            captions=captions(scene, words),
-            qa=questions(scene, self._dice(index, _QUESTIONS)),
-        )
+            return example
+        dice = self._dice(index, _PIXELS)
+        return dataclasses.replace(example, media=render(self._draw(dice), self.size, dice))
+
+    def words(self, index: int) -> Example:
+        """The example at `index` without its pixels: nothing is rendered, and it is remembered."""
+        return _words(self, self._check(index))
 
     def scene(self, index: int) -> Scene:
         """The structure behind the example at `index`."""
@@ -128,6 +125,16 @@ class ScenesSource:
         if self.kind == "text":
             return draw(dice, dice.pick(("image", "clip")), self.split, PAIRS)
         return draw(dice, self.kind, self.split)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _words(source: ScenesSource, index: int) -> Example:
+    scene, words = source.scene(index), source._dice(index, _WORDS)
+    name = f"scenes-{source.kind}-{source.split}-{source.seed}-{index}"
+    if source.kind == "text":
+        return Example(id=name, pieces=document(scene, words))
+    qa = questions(scene, source._dice(index, _QUESTIONS))
+    return Example(id=name, captions=captions(scene, words), qa=qa)
 
 
 def example_digest(example: Example) -> str:
