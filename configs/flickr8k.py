@@ -21,6 +21,7 @@ def get_config(arg=None):
     photos = dict(
         task="caption", text_len=96, target_len=91, texts=5, cache=True, size=arg.image_size
     )
+    tars = lambda split: dict(kind="tars", folder=PHOTOS, split=split)
     documents = dict(
         task="document",
         text_len=128,
@@ -42,7 +43,12 @@ def get_config(arg=None):
     steer = dict(
         loss=("plain", "siblings", "keywords"), loss_batches=16, save_every=200, log_every=20
     )
-    see = dict(encoder="encoder", batch=16, data=dict(photos=1.0), save_every=200, log_every=20)
+    see = dict(
+        encoder="encoder", batch=16, steps=steps(1000), data=dict(photos=1.0),
+        optim={**optim, "lr": 1e-3}, loss=("val",), loss_batches=16, eval_every=steps(250),
+        eval_limit=500, save_every=200, log_every=20,
+    )  # fmt: skip
+    aligned = dict(resampler="decoder", fc_in="decoder", tlm="decoder", llm="llm")
     resampler = dict(
         kind="resampler", queries=arg.queries, query_dim=128, hidden_dim=128, heads=4,
         time_embed=False, space_embed=True,
@@ -74,9 +80,9 @@ def get_config(arg=None):
                 plain=held_out("plain"),
                 siblings=held_out("siblings"),
                 keywords=held_out("keywords"),
-                photos={**photos, "source": dict(kind="tars", folder=PHOTOS, split="train"), "flip": True},
-                val={**photos, "source": dict(kind="tars", folder=PHOTOS, split="val")},
-                test={**photos, "source": dict(kind="tars", folder=PHOTOS, split="test")},
+                photos={**photos, "source": tars("train"), "flip": True},
+                val={**photos, "source": tars("val")},
+                test={**photos, "source": tars("test")},
             ),
             evals=dict(
                 val=dict(data="val", max_new=24, batch=100, limit=0),
@@ -93,22 +99,16 @@ def get_config(arg=None):
                     optim=optim, **steer,
                 ),
                 decoder=dict(
-                    kind="decoder", lm="tlm", chain=("resampler", "fc_in"), steps=steps(1000),
-                    start=dict(tlm="tlm"), optim={**optim, "lr": 1e-3},
-                    loss=("val",), loss_batches=16, evals=("val",), eval_every=steps(250),
-                    eval_limit=500, **see,
+                    kind="decoder", lm="tlm", chain=("resampler", "fc_in"),
+                    start=dict(tlm="tlm"), evals=("val",), **see,
                 ),
                 vadapter=dict(
                     kind="adapter", lm="llm", chain=("resampler", "fc_in", "tlm", "fc_out"),
-                    steps=steps(1000), start=dict(resampler="decoder", fc_in="decoder", tlm="decoder", llm="llm"),
-                    optim={**optim, "lr": 1e-3}, loss=("val",), loss_batches=16, evals=("val", "test"),
-                    eval_every=steps(250), eval_limit=500, **see,
+                    start=aligned, evals=("val", "test"), **see,
                 ),
                 perceiver=dict(
                     kind="adapter", lm="llm", chain=("perceiver", "fc_out"),
-                    steps=steps(1000), start=dict(llm="llm"),
-                    optim={**optim, "lr": 1e-3}, loss=("val",), loss_batches=16, evals=("val", "test"),
-                    eval_every=steps(250), eval_limit=500, **see,
+                    start=dict(llm="llm"), evals=("val", "test"), **see,
                 ),
             ),
         )

@@ -59,7 +59,10 @@ def get_config(arg=None):
                     task="document", text_len=96, source=scenes("text", "train", 6_000)
                 ),
                 pairs=dict(
-                    task="caption", text_len=32, target_len=30, source=scenes("image", "train", 8_000)
+                    task="caption",
+                    text_len=32,
+                    target_len=30,
+                    source=scenes("image", "train", 8_000),
                 ),
                 images={**caption, "source": scenes("image", "train", 8_000)},
                 clips={**caption, "source": scenes("clip", "train", 1_500)},
