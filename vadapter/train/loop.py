@@ -344,14 +344,17 @@ class Stage:
         fault(self.name, "begin")
         shapes = set()
         for step, batch in enumerate(loader, start + 1):
-            began, shape = time.monotonic(), str({k: v.shape for k, v in batch.items()})
-            if shape not in shapes:
-                check_batch(batch, self.run_.tokenizer.vocab_size)
-            state, metrics = step_fn(state, frozen, to_mesh(batch, self.mesh))
-            journal.add(step, metrics, batch["id"][batch["bad"]])
-            if shape not in shapes:
+            shape = str({k: v.shape for k, v in batch.items()})
+            if new := shape not in shapes:
                 shapes.add(shape)
+                check_batch(batch, self.run_.tokenizer.vocab_size)
+                journal.flush()
+            began = time.monotonic()
+            state, metrics = step_fn(state, frozen, to_mesh(batch, self.mesh))
+            if new:
                 journal.compiled(time.monotonic() - began)
+            journal.add(step, metrics, batch["id"][batch["bad"]])
+            if new:
                 journal.flush()
             fault(self.name, "step", step)
             if step % c.save_every == 0 or step == c.steps:

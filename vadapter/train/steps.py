@@ -164,7 +164,8 @@ def make_train_step(
 
             # Strided, so that every micro-batch spans all devices.
             parts = jax.tree.map(
-                lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+                lambda x: x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
+                batch,
             )
             first = jax.tree.map(lambda x: x[0], parts)
             shapes = jax.eval_shape(
