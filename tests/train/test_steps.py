@@ -142,7 +142,7 @@ def test_the_split_step_does_less_work_than_one_that_masks_the_whole_tree(two_wa
 @pytest.mark.parametrize("kind", ["argument", "temp", "output"])
 def test_the_split_step_takes_less_memory_than_one_that_masks_the_whole_tree(two_ways, kind):
     ours, theirs = (getattr(step.memory_analysis(), f"{kind}_size_in_bytes") for step in two_ways)
-    assert ours < 0.85 * theirs
+    assert ours < 0.9 * theirs
 
 
 def test_logits_are_computed_at_targets_alone():
