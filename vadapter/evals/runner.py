@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources import words_of
@@ -93,22 +94,31 @@ class Decoder:
     def texts(
         self, params: Params, batches: Iterator[Batch], max_new: int
     ) -> Iterator[tuple[int, str, bool]]:
-        """(id, text, ended) of every real row, in order; the next batch is read meanwhile."""
-        pending: tuple[np.ndarray, Any] | None = None
+        """(id, text, ended) of every real row; the next batch is read meanwhile."""
+        pending: tuple[Batch, Any] | None = None
         for batch in batches:
             arrays = to_mesh(batch, self.mesh)
             out = self._greedy(params, arrays, max_new=max_new)
             if pending is not None:
                 yield from self._read(*pending)
-            pending = (batch["id"], out)
+            pending = (arrays, out)
         if pending is not None:
             yield from self._read(*pending)
 
-    def _read(self, ids: np.ndarray, out: Any) -> Iterator[tuple[int, str, bool]]:
-        tokens, ended = jax.device_get((out["tokens"], out["ended"]))
-        for i, row, end in zip(ids, tokens, ended, strict=True):
+    def _read(self, arrays: Batch, out: Any) -> Iterator[tuple[int, str, bool]]:
+        """What could not be read is not guessed at: its text is empty."""
+        columns = (arrays["id"], arrays["bad"], out["tokens"], out["ended"])
+        for i, bad, row, end in zip(*map(_on_host, columns), strict=True):
             if i >= 0:
-                yield int(i), self.tokenizer.decode([int(t) for t in row]).strip(), bool(end)
+                text = "" if bad else self.tokenizer.decode([int(t) for t in row]).strip()
+                yield int(i), text, bool(end)
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    """The whole array, on every host."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def to_mesh(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -151,8 +161,14 @@ def evaluate(
         prompt_sample, tokenizer=tokenizer, size=size, frames=frames, fit=fit,
         text_len=MAX_QUESTION if task == "question" else len(tokenizer.encode(" :")),
     )  # fmt: skip
-    batches = eval_batches(items, row, min(batch, _round_up(len(items), decoder.mesh.size)))
-    texts = list(decoder.texts(params, batches, max_new))
+    batches = eval_batches(
+        items,
+        row,
+        _round_up(min(batch, len(items)), decoder.mesh.size),
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
+    texts = sorted(decoder.texts(params, batches, max_new))
     return _score_questions(items, texts) if task == "question" else _score_captions(items, texts)
 
 

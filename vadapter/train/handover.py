@@ -6,15 +6,18 @@ public weights), random. What is loaded comes by digest from the run's component
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.models.variants import expand
+from vadapter.train import snapshot
 from vadapter.train.digest import leaf_paths
 from vadapter.train.inputs import resolve
 from vadapter.train.recipe import STAGES, Recipe, StageConfig, components, trained
@@ -78,7 +81,23 @@ def _start(
         directory = _directory(source, workdir)
         name, digest = _stored(stage, component, directory)
         root, shown = directory.parent / STORE, f"stage {source}"
+        if component not in trained(stage) and root.resolve() != (workdir / STORE).resolve():
+            _keep(root, workdir / STORE, name, digest)
+            root = workdir / STORE
     return _match(stage, component, abstract, Start(component, shown, digest, name, root))
+
+
+def _keep(theirs: Path, ours: Path, name: str, digest: str) -> None:
+    """Copies a frozen component of another run into this run's store: a run directory is whole."""
+    ComponentStore(theirs).describe(name, digest)  # it is there, and its record is intact
+    source, target = (ComponentStore(root).path(name, digest) for root in (theirs, ours))
+    if jax.process_index() == 0 and not target.is_dir():
+        part = target.with_name(f"{target.name}{snapshot.TMP}")
+        shutil.rmtree(part, ignore_errors=True)  # of an interrupted copy
+        shutil.copytree(source, part)
+        part.rename(target)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"kept {name}")
 
 
 def _stored(stage: StageConfig, component: str, directory: Path) -> tuple[str, str]:

@@ -1,0 +1,220 @@
+"""Held-out pictures and clips with what the stages say about them: one HTML file, nothing beside it.
+
+Captions, questions and names come from data sets and models: all of them are text, never markup.
+"""
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vadapter.data.images import BadMedia, load_media
+from vadapter.errors import UserError
+from vadapter.evals.runner import Questions
+from vadapter.train.inputs import make_source
+from vadapter.train.recipe import Recipe
+
+MAX_BYTES = 2_900_000
+EACH = 6  # items of each group
+SIZES = (160, 112, 80, 56)  # longest side of a picture, the first that fits into the file
+_FRAME_MS = 200
+_MAX_TEXT = 400  # characters
+
+Row = dict[str, Any]  # of predictions.jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One evaluation.
+
+    Attributes:
+      title: its name.
+      task: caption | question.
+      rows: stage -> what it predicted; the last stage decides which items are shown.
+      media: row -> frames u8[F,H,W,3]; raises UserError or OSError.
+    """
+
+    title: str
+    task: str
+    rows: Mapping[str, Sequence[Row]]
+    media: Callable[[Row], np.ndarray]
+
+
+def read_section(recipe: Recipe, name: str, predictions: Mapping[str, Path]) -> Section:
+    """The section of an evaluation.
+
+    Args:
+      recipe: of the run; the data set's source is made again for the pictures.
+      name: of the evaluation.
+      predictions: stage -> its predictions.jsonl.
+    """
+    spec = recipe.evals[name]
+    rows = {
+        stage: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for stage, path in predictions.items()
+    }
+    config = recipe.data[spec.data]
+    items: list[Any] = []  # made at the first picture, and only once
+
+    def media(row: Row) -> np.ndarray:
+        if not items:
+            source = make_source(spec.data, config)
+            items.append(Questions(source) if config.task == "question" else source)
+            items.append(config.frames if source.kind == "clip" else 1)
+        item = items[0][row["index"]] if row["index"] < len(items[0]) else None
+        example = item[0] if isinstance(item, tuple) else item
+        if example is None or example.id != row["id"]:
+            raise BadMedia("the data set has changed since")
+        return load_media(example.media, frames=items[1])
+
+    return Section(name, config.task, rows, media)
+
+
+def write_gallery(path: Path, title: str, sections: Sequence[Section], table: str = "") -> Path:
+    """Writes the page, with pictures as large as the size of the file allows.
+
+    Args:
+      path: of the file.
+      title: its heading.
+      sections: in order.
+      table: text of the summary, shown in front.
+    """
+    page = ""
+    for size in SIZES:
+        page = _page(title, sections, table, size)
+        if len(page.encode("utf-8", "replace")) <= MAX_BYTES:
+            break
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(page.encode("utf-8", "replace"))
+    return path
+
+
+def _page(title: str, sections: Sequence[Section], table: str, size: int) -> str:
+    body = [f"<h1>{_text(title)}</h1>"]
+    if table:
+        body.append(f"<pre>{_text(table, len(table))}</pre>")
+    for section in sections:
+        unit = "questions" if section.task == "question" else "items"
+        chosen = list(section.rows)[-1]
+        count = len(section.rows[chosen])
+        body.append(f"<h2>{_text(section.title)}</h2>")
+        body.append(f"<p>{count} held-out {unit}; best and worst by <b>{_text(chosen)}</b>.</p>")
+        for group, rows in choose(section.rows[chosen]).items():
+            cards = "\n".join(_card(section, row, size) for row in rows)
+            body.append(f"<h3>{group}</h3>\n<div class=cards>\n{cards}\n</div>")
+    return _FRAME.format(title=_text(title), body="\n".join(body))
+
+
+def choose(rows: Sequence[Row], each: int = EACH) -> dict[str, list[Row]]:
+    """The best, the worst and some random items; where scores are equal, by chance, but always so."""
+    shuffled = list(rows)
+    random.Random(0).shuffle(shuffled)
+    ranked = sorted(shuffled, key=lambda row: -row["score"])
+    best, worst = ranked[:each], ranked[each:][-each:][::-1]
+    taken = {id(row) for row in (*best, *worst)}
+    rest = [row for row in shuffled if id(row) not in taken][:each]
+    return {k: v for k, v in (("Best", best), ("Worst", worst), ("Random", rest)) if v}
+
+
+def _card(section: Section, row: Row, size: int) -> str:
+    lines = []
+    if section.task == "question":
+        lines.append(f"<p class=question>{_text(row['question'])} → {_text(row['answer'])}</p>")
+    for stage, rows in section.rows.items():
+        other = next((r for r in rows if r["index"] == row["index"] and r["id"] == row["id"]), None)
+        if other is None:
+            continue
+        score = other["score"]
+        mark = ("✓" if score else "✗") if section.task == "question" else f"{100 * score:.0f}"
+        said = _text(other["prediction"]) or "<i>nothing</i>"
+        lines.append(f"<p><b>{_text(stage)}</b> {said} <span class=score>{mark}</span></p>")
+    for reference in row.get("references", ())[:5]:
+        lines.append(f"<p class=reference>{_text(reference)}</p>")
+    text = "\n".join(lines)
+    return f"<article>{_picture(section, row, size)}\n{text}</article>"
+
+
+def _picture(section: Section, row: Row, size: int) -> str:
+    try:
+        frames = section.media(row)
+    except BadMedia as error:
+        return f"<p class=gone>no picture: {_text(error.reason)}</p>"
+    except (UserError, OSError) as error:
+        return f"<p class=gone>no picture: {_text(str(error))}</p>"
+    uri, small = thumbnail(frames, size)
+    pixelated = " class=small" if small else ""
+    return f'<img src="{uri}" alt="{_text(row["id"])}" title="{_text(row["id"])}"{pixelated}>'
+
+
+def thumbnail(frames: np.ndarray, size: int) -> tuple[str, bool]:
+    """A data URI: PNG where the picture is small by itself, else JPEG; an animated WebP of a clip.
+
+    Args:
+      frames: u8[F,H,W,3].
+      size: longest side in pixels.
+
+    Returns:
+      The URI, and whether the picture was that small.
+    """
+    images = [Image.fromarray(frame) for frame in frames]
+    small = max(images[0].size) <= min(size, 96)
+    for image in images:
+        image.thumbnail((size, size))
+    out, (first, *more) = io.BytesIO(), images
+    if more:
+        kind = "webp"
+        first.save(
+            out, "WEBP", save_all=True, append_images=more, duration=_FRAME_MS, loop=0, quality=70
+        )
+    elif small:
+        kind = "png"
+        first.save(out, "PNG", optimize=True)
+    else:
+        kind = "jpeg"
+        first.save(out, "JPEG", quality=82)
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}", small
+
+
+def _text(value: Any, limit: int = _MAX_TEXT) -> str:
+    """Any value as text of a page or of an attribute."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(value))
+    return html.escape(text if len(text) <= limit else text[: limit - 1] + "…")
+
+
+_FRAME = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; }}
+pre {{ overflow-x: auto; line-height: 1.3; }}
+h3 {{ margin: 1.2em 0 .4em; }}
+.cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 1em; }}
+article {{ border: 1px solid #8884; border-radius: 6px; padding: .7em; overflow-wrap: anywhere; }}
+article p {{ margin: .3em 0; unicode-bidi: isolate; }}
+img {{ display: block; width: 160px; height: auto; margin: 0 auto .5em; }}
+img.small {{ image-rendering: pixelated; }}
+.score {{ float: right; margin-left: .5em; font-variant-numeric: tabular-nums; opacity: .7; }}
+.reference {{ font-size: 12px; opacity: .65; }}
+.question {{ font-weight: 600; }}
+.gone {{ opacity: .6; font-style: italic; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""

@@ -1,0 +1,89 @@
+"""The recipe's evaluations, run again with a restored stage."""
+
+import dataclasses
+from pathlib import Path
+
+from vadapter.config import nearest
+from vadapter.errors import ConfigError
+from vadapter.evals.runner import Decoder, Result, evaluate
+from vadapter.train.features import cached
+from vadapter.train.inputs import make_source
+from vadapter.train.loop import save_result
+from vadapter.train.recipe import EvalConfig
+from vadapter.train.restore import Loaded, describing
+
+
+def choose(loaded: Loaded, names: str = "") -> list[str]:
+    """Names of evaluations: a list with commas, "all", or by default those of the stage.
+
+    Raises:
+      ConfigError: an unknown name, none at all, or a stage that cannot describe pictures.
+    """
+    evals = loaded.recipe.evals
+    if not loaded.image_size:
+        raise ConfigError(
+            f"stage {loaded.stage} reads text alone and has no evaluations; choose one of "
+            f"{', '.join(describing(loaded.recipe))}"
+        )
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    if chosen == ["all"] or not (chosen or loaded.config.evals):
+        chosen = list(evals)
+    for name in chosen:
+        if name not in evals:
+            raise ConfigError(f"--evals={name}: unknown{nearest(name, evals)}")
+    if not chosen and not loaded.config.evals:
+        raise ConfigError("the recipe has no evaluations: config.evals is empty")
+    return chosen or list(loaded.config.evals)
+
+
+def rescore(
+    loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0
+) -> tuple[Result, EvalConfig, Path]:
+    """Runs one evaluation as training does at its end, and writes its files.
+
+    Args:
+      loaded: the stage.
+      name: of the evaluation.
+      limit: only the first examples; 0: as the recipe says. What is measured on fewer examples is
+        written beside the full result, never over it.
+      batch: rows at a time; 0: as the recipe says.
+
+    Returns:
+      The result, the evaluation as it was run, and the directory of its predictions.jsonl and
+      score.json.
+
+    Raises:
+      UserError: data that cannot be read.
+    """
+    spec = loaded.recipe.evals[name]
+    partial = limit and (not spec.limit or limit < spec.limit)
+    spec = dataclasses.replace(
+        spec, batch=batch or spec.batch, limit=limit if partial else spec.limit
+    )
+    config = loaded.recipe.data[spec.data]
+    source = make_source(spec.data, config)
+    size = config.size or loaded.image_size
+    frames = config.frames if source.kind == "clip" else 1
+    if config.cache:  # the rounding of cached tokens is part of the score
+        encoder = loaded.model.encoder
+        source = cached(
+            source,
+            loaded.workdir / "features",
+            encode=loaded.model.modules[encoder],
+            params=loaded.params[encoder],
+            digest=loaded.digests[encoder],
+            size=size,
+            frames=frames,
+            fit=config.fit,
+            flip=config.flip,
+            mesh=loaded.mesh,
+        )
+    decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
+    result = evaluate(
+        decoder, loaded.params, source, task=config.task, max_new=spec.max_new, batch=spec.batch,
+        limit=spec.limit, size=size, frames=frames, fit=config.fit,
+    )  # fmt: skip
+    folder = f"{name}-first-{limit}" if partial else name
+    directory = loaded.workdir / loaded.stage / "eval" / folder
+    save_result(directory, result, spec)
+    return result, spec, directory

@@ -1,0 +1,120 @@
+"""A run as a table, a row a stage: steps, losses, scores, seconds."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vadapter.train.handover import DONE
+from vadapter.train.recipe import Recipe, StageConfig
+from vadapter.train.writer import history, rows
+
+Cell = tuple[str, ...]  # lines
+HEADER: tuple[Cell, ...] = (
+    ("stage",),
+    ("kind",),
+    ("steps",),
+    ("training", "loss"),
+    ("held-out loss", "right / wrong / mean picture"),
+    ("CIDEr",),
+    ("answers", "right, %"),
+    ("seconds",),
+)
+
+
+def summary(workdir: Path, recipe: Recipe) -> list[tuple[Cell, ...]]:
+    """One row of cells a stage of the chain, in the columns of `HEADER`; — is not measured.
+
+    Losses are nats a token. The held-out loss is that with the right picture, with another one, and
+    with the mean of several: only where the first is the lowest does the picture help.
+    """
+    return [_row(Path(workdir) / name, name, recipe) for name in recipe.chain]
+
+
+def _row(directory: Path, name: str, recipe: Recipe) -> tuple[Cell, ...]:
+    stage = recipe.stages[name]
+    log = history(directory / "metrics.jsonl")
+    done = finished(directory)
+    losses = [row["loss"] for row in log if "loss" in row]
+    reached = max((row["step"] for row in log), default=0)
+    steps = str(stage.steps) if done else f"{reached} of {stage.steps}"
+    scores = done.get("scores", {}) or {k: v for row in log for k, v in row.items() if "/" in k}
+    return (
+        (name,),
+        (stage.kind,),
+        (steps,),
+        (f"{losses[-1]:.3f}" if losses else "—",),
+        _losses(stage, scores),
+        _scores(recipe, stage, scores, "cider", "caption"),
+        _scores(recipe, stage, scores, "accuracy", "question"),
+        (f"{seconds(directory):.0f}" if log else "—",),
+    )
+
+
+def finished(directory: Path) -> dict[str, Any]:
+    """The record of a finished stage; empty if it is not finished."""
+    path = directory / DONE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def seconds(directory: Path) -> float:
+    """The time that a stage took, its interrupted attempts included."""
+    attempts: dict[int, list[dict[str, Any]]] = {}
+    for row in rows(directory / "metrics.jsonl"):
+        attempts.setdefault(row.get("attempt", 1), []).append(row)
+    spent = {k: v[-1]["time"] - v[0]["time"] + _before(v[0]) for k, v in attempts.items()}
+    if (done := finished(directory)) and spent:
+        spent[max(spent)] = done["seconds"]
+    return sum(spent.values())
+
+
+def _before(row: dict[str, Any]) -> float:
+    """What the first step took: it was over when its row was written."""
+    return row.get("step_ms", 0.0) / 1000 + row.get("compile_s", 0.0)
+
+
+def _losses(stage: StageConfig, scores: dict[str, float]) -> Cell:
+    lines = []
+    for name in stage.loss:
+        keys = (f"{name}/loss", f"{name}/loss_wrong", f"{name}/loss_mean")
+        values = [f"{scores[key]:.3f}" for key in keys if key in scores]
+        if values:
+            lines.append((name, " / ".join(values)))
+    return _named(lines, len(stage.loss) > 1)
+
+
+def _scores(
+    recipe: Recipe, stage: StageConfig, scores: dict[str, float], metric: str, task: str
+) -> Cell:
+    same = [n for n, spec in recipe.evals.items() if recipe.data[spec.data].task == task]
+    keys = {name: f"{name}/{metric}" for name in stage.evals}
+    lines = [(n, f"{100 * scores[key]:.1f}") for n, key in keys.items() if key in scores]
+    return _named(lines, len(same) > 1)
+
+
+def _named(lines: list[tuple[str, str]], several: bool) -> Cell:
+    return tuple(f"{n} {text}" if several else text for n, text in lines) or ("—",)
+
+
+def as_text(table: Sequence[tuple[Cell, ...]], header: tuple[Cell, ...] = HEADER) -> str:
+    """Aligned columns for a terminal."""
+    everything = [header, *table]
+    widths = [max(len(line) for row in everything for line in row[i]) for i in range(len(header))]
+    rule = "  ".join("-" * n for n in widths)
+    blocks = []
+    for row in everything:
+        height = max(len(cell) for cell in row)
+        padded = [(*cell, *[""] * (height - len(cell))) for cell in row]
+        for line in zip(*padded, strict=True):
+            cells = (text.ljust(n) for text, n in zip(line, widths, strict=True))
+            blocks.append("  ".join(cells).rstrip())
+        if row is header:
+            blocks.append(rule)
+    return "\n".join(blocks)
+
+
+def as_markdown(table: Sequence[tuple[Cell, ...]], header: tuple[Cell, ...] = HEADER) -> str:
+    """The same for a page."""
+    line = lambda row, sep: "| " + " | ".join(sep.join(c).replace("|", "\\|") for c in row) + " |"  # noqa: E731
+    rule = "|" + "---|" * len(header)
+    return "\n".join([line(header, " "), rule, *(line(row, "<br>") for row in table)]) + "\n"
