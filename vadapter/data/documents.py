@@ -83,7 +83,8 @@ class DocumentSource:
         """
         if unknown := sorted(set(mixture) - set(MIXTURE)):
             raise ConfigError(f"mixture has unknown sorts {unknown}; known are {sorted(MIXTURE)}.")
-        self._groups = [*_groups(groups, split), *([line] for p in captions for line in _text_lines(p))]
+        alone = ([line] for path in captions for line in _text_lines(path))
+        self._groups = [*_groups(groups, split), *alone]
         self._chunks = [c for p in texts for t in _texts(p) for c in _cut(t, chunk_chars)]
         # (group, place in it) of each caption: what an index points to.
         self._flat = np.array(

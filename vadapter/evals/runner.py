@@ -21,6 +21,7 @@ from vadapter.evals.captioning import score_captions
 from vadapter.evals.vqa import EXACT, score_answers
 from vadapter.models.generate import greedy
 from vadapter.models.vadapter import Batch, Params, VAdapter
+from vadapter.parallel.compile import jit
 from vadapter.parallel.mesh import batch_sharding
 from vadapter.train.losses import token_xent
 
@@ -89,7 +90,7 @@ class Decoder:
 
     def __init__(self, model: VAdapter, tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
-        self._greedy = jax.jit(functools.partial(greedy, model), static_argnames="max_new")
+        self._greedy = jit(functools.partial(greedy, model), static_argnames="max_new")
 
     def texts(
         self, params: Params, batches: Iterator[Batch], max_new: int

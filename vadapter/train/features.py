@@ -24,6 +24,7 @@ from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources import Example, words_of
 from vadapter.errors import ConfigError, DataError
 from vadapter.evals.runner import to_mesh
+from vadapter.parallel.compile import jit
 from vadapter.train.writer import write_json
 
 
@@ -110,7 +111,7 @@ def _compute(source, path, encode, params, size, frames, fit, flip, mesh, batch,
     ).shape[1:]
     part = path.with_suffix(".part")  # what a kill leaves of it is written over
     out = _reserve(part, (len(source), 1 + flip, *shape))
-    step = jax.jit(lambda p, x: encode.apply({"params": p}, x).astype(np.float16))
+    step = jit(lambda p, x: encode.apply({"params": p}, x).astype(np.float16))
     batch = -(-batch // mesh.size) * mesh.size
     for mirror in range(1 + flip):
         row = functools.partial(_pixels, size=size, frames=frames, fit=fit, flip=bool(mirror))

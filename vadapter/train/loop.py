@@ -28,6 +28,7 @@ from vadapter.errors import CheckpointError, ConfigError, Preempted
 from vadapter.evals.runner import Decoder, control_scores, evaluate, make_control, to_mesh
 from vadapter.models.coca import CoCa
 from vadapter.models.vadapter import component_seed
+from vadapter.parallel.compile import jit
 from vadapter.parallel.mesh import make_mesh, replicated
 from vadapter.train import handover
 from vadapter.train.checkpoint import Checkpointer
@@ -56,8 +57,15 @@ CONFIG = "config.json"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def train(recipe: Recipe, workdir: Path) -> None:
+def train(
+    recipe: Recipe, workdir: Path, *, before: Callable[[str], None] = lambda name: None
+) -> None:
     """Runs the recipe's chain of stages in `workdir`, from wherever it stopped.
+
+    Args:
+      recipe: what to run.
+      workdir: the run directory.
+      before: called with the name of each stage, done before or not, when its turn comes.
 
     Raises:
       UserError: something to mend in configuration, data or checkpoints.
@@ -70,6 +78,7 @@ def train(recipe: Recipe, workdir: Path) -> None:
         run.check()
         for name in recipe.chain:
             stop.check(name)
+            before(name)
             run.stage(name, stop)
 
 
@@ -192,7 +201,7 @@ class Stage:
         rng = jax.random.fold_in(jax.random.key(self.recipe.seed), component_seed(self.name))
         make = lambda key: {n: nn.meta.unbox(init_params(self.model, key))[n] for n in names}  # noqa: E731
         where = {n: jax.tree.map(lambda x: x.sharding, self.abstract[n]) for n in names}
-        initial = jax.jit(make, out_shardings=where)(rng)
+        initial = jit(make, out_shardings=where)(rng)
         params = {
             name: handover.load(start, self.abstract[name], initial.get(name))
             for name, start in starts.items()
@@ -275,7 +284,7 @@ class Stage:
             self.run_.record()
             learnt, frozen = self.load_params(resumed=restored is not None)
             if restored is None:
-                make = jax.jit(
+                make = jit(
                     lambda p: init_state(p, tx),
                     out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state(tx)),
                 )
@@ -309,7 +318,7 @@ class Stage:
             if isinstance(self.model, CoCa)
             else CaptionObjective(self.model, c.chunk_rows)
         )
-        step_fn = jax.jit(
+        step_fn = jit(
             make_train_step(
                 objective, tx, seed=self.recipe.seed, accumulate=c.accumulate, dropout=c.dropout
             ),
@@ -417,7 +426,7 @@ class Evaluator:
         self.stage, self.frozen = stage, frozen
         if not isinstance(stage.model, CoCa):
             self.decoder = _Watched(stage.model, stage.run_.tokenizer, stage.mesh, self._watch)
-            self.control = jax.jit(make_control(stage.model))
+            self.control = jit(make_control(stage.model))
 
     def _watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         return self.stage.stop.watch(batches, self.stage.name, "evaluate")
