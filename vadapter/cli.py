@@ -1,56 +1,224 @@
-"""`vadapter <verb>`: thin; every verb imports what it needs when it runs."""
+"""`vadapter VERB`: thin; every verb imports what it needs when it runs."""
 
 import argparse
 import os
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 from vadapter import __version__
-from vadapter.errors import NonFiniteError, Preempted, UserError
+from vadapter.errors import USER_ERROR, ConfigError, NonFiniteError, Preempted, UserError
+
+RUN: dict[str, Any] = {
+    "type": Path,
+    "metavar": "RUN",
+    "help": "run directory, the --workdir of `vadapter train`",
+}
+STAGE: dict[str, Any] = {
+    "metavar": "S",
+    "help": "stage of the run (default: the last that is trained)",
+}
+MAX_NEW: dict[str, Any] = {
+    "type": int,
+    "default": 32,
+    "metavar": "N",
+    "help": "longest text in tokens (32)",
+}
+CONFIG: dict[str, Any] = {"metavar": "FILE.py[:ARGS]"}
+EXIT_CODES = (
+    "exit codes: 0 finished, 2 mistake in the command, 75 stopped by a signal and saved,\n"
+    "77 training diverged, 78 something to mend in configuration, data or checkpoints"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a verb and returns its exit code, see `vadapter.errors`."""
-    parser, overrides = _parser(), []
-    argv = list(sys.argv[1:] if argv is None else argv)
-    rest = []
-    for item in argv:  # --config.a.b=v is not argparse's business
+    """Runs a verb and returns its exit code, see `vadapter.errors`; 2: a mistake in the command."""
+    parser, overrides, rest = _parser(), [], []
+    for item in sys.argv[1:] if argv is None else argv:  # not argparse's business
         (overrides if item.startswith("--config.") else rest).append(item)
     args = parser.parse_args(rest)
+    if overrides and not args.configurable:
+        parser.error(f"{args.verb} has no recipe to override: {overrides[0]}")
     args.overrides = [item.removeprefix("--config.") for item in overrides]
     try:
         _prepare()
-        args.run(args)
+        return args.run(args) or 0
     except (UserError, NonFiniteError, Preempted) as error:
         print(f"vadapter: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    return 0
+    except BrokenPipeError:  # the reader of the output has gone, for example `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vadapter", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="vadapter",
+        description="Aligns a frozen vision encoder with a frozen language model.",
+        epilog=f"`vadapter VERB --help` tells more.\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    train = verbs.add_parser("train", help="train a stage or a chain of stages; resumes by itself")
-    train.add_argument("--config", required=True, metavar="FILE.py[:ARGS]", help="the recipe")
-    train.add_argument("--workdir", required=True, type=Path, help="run directory")
-    train.add_argument(
-        "--config.a.b=VALUE", dest="_", metavar="", nargs="?", help="override a key of the recipe"
+    def verb(name: str, run: Any, text: str, example: str, overrides: str = ""):
+        change = f"  --config.a.b=VALUE    {overrides}\n\n" if overrides else ""
+        sub = verbs.add_parser(
+            name,
+            help=text.split(":")[0].split(".")[0],
+            description=text,
+            epilog=f"{change}example:\n  vadapter {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=run, configurable=bool(overrides))
+        return sub
+
+    sub = verb(
+        "quickstart", _quickstart,
+        "Trains the whole method on embedded scenes, with nothing to download.\n"
+        "Stage by stage, then prints a table and writes a plot and a gallery. The same command\n"
+        "again goes on where it stopped, and reuses what is done.",
+        "--workdir=runs/quickstart", overrides="override a key of the recipe",
+    )  # fmt: skip
+    sub.add_argument(
+        "--workdir", type=Path, default=Path("runs/quickstart"), metavar="DIR",
+        help="run directory (runs/quickstart)",
+    )  # fmt: skip
+    sub.add_argument("--config", default="configs/quickstart.py", **CONFIG, help="another recipe")
+
+    sub = verb(
+        "train", _train,
+        "Trains the stages of a recipe: what is done is not done again, what was stopped is\n"
+        "resumed. With evaluations it ends with table.md, plots/ and gallery.html in RUN.",
+        "--config=configs/flickr8k.py --workdir=runs/flickr8k --config.seed=1",
+        overrides="override a key of the recipe",
+    )  # fmt: skip
+    sub.add_argument("--config", required=True, **CONFIG, help="the recipe")
+    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="run directory")
+
+    sub = verb(
+        "eval", _eval,
+        "Scores a trained stage: the recipe's evaluations, with the newest checkpoint.\n"
+        "Writes RUN/STAGE/eval/NAME/{predictions.jsonl, score.json, gallery.html}.",
+        "runs/flickr8k --evals=test --config.data.test.source.folder=/data/flickr8k",
+        overrides="override data, evals, mesh or workers of the recipe",
+    )  # fmt: skip
+    sub.add_argument("workdir", **RUN)
+    sub.add_argument("--stage", **STAGE)
+    sub.add_argument(
+        "--evals", default="", metavar="A,B", help="their names, or all (default: the stage's)"
     )
-    train.set_defaults(run=_train)
+    sub.add_argument(
+        "--limit", type=_count, default=0, metavar="N",
+        help="only the first N examples; written to NAME-first-N",
+    )  # fmt: skip
+    sub.add_argument("--batch", type=_count, default=0, metavar="N", help="examples at a time")
+
+    sub = verb(
+        "caption", _caption,
+        "Captions images and clips: prints `FILE: CAPTION` lines.\n"
+        "A file that cannot be read is reported and the others are captioned; the exit code is\n"
+        "then 78. Of a clip eight frames are read, or as many as the stage was trained with.",
+        "runs/quickstart photo.jpg clip.mp4",
+    )  # fmt: skip
+    sub.add_argument("workdir", **RUN)
+    sub.add_argument("files", nargs="+", type=Path, metavar="FILE", help="images and clips")
+    sub.add_argument("--stage", **STAGE)
+    sub.add_argument("--max-new", **{**MAX_NEW, "type": _count})
+
+    sub = verb(
+        "ask", _ask,
+        "Answers a question about an image or a clip: prints the answer.",
+        'runs/quickstart photo.jpg "What colour is the circle?"',
+    )  # fmt: skip
+    sub.add_argument("workdir", **RUN)
+    sub.add_argument("file", type=Path, metavar="FILE", help="an image or a clip")
+    sub.add_argument("question", metavar="QUESTION", help="in quotes")
+    sub.add_argument("--stage", **STAGE)
+    sub.add_argument("--max-new", **{**MAX_NEW, "type": _count})
     return parser
 
 
-def _train(args: argparse.Namespace) -> None:
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _recipe(args: argparse.Namespace) -> Any:
     from vadapter import config
-    from vadapter.train.loop import train
     from vadapter.train.recipe import read
 
     values = config.load(args.config)
     config.override(values, args.overrides)
-    train(read(values), args.workdir)
+    return read(values)
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from vadapter.study.quickstart import quickstart
+
+    quickstart(_recipe(args), args.workdir)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from vadapter.train.loop import train
+
+    recipe = _recipe(args)
+    train(recipe, args.workdir)
+    import jax
+
+    if jax.process_index() == 0 and any(recipe.stages[name].evals for name in recipe.chain):
+        from vadapter.study.quickstart import show
+        from vadapter.study.report import write_report
+
+        show(write_report(args.workdir, recipe))
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from vadapter.study.gallery import read_section, write_gallery
+    from vadapter.study.rescore import as_table, choose, rescore
+    from vadapter.train.restore import open_run
+
+    loaded = open_run(args.workdir, args.stage, overrides=args.overrides)
+    print(f"{loaded.stage}, step {loaded.step}", flush=True)
+    results = {}
+    for name in choose(loaded, args.evals):
+        results[name], folder = rescore(loaded, name, limit=args.limit, batch=args.batch)
+        paths = {loaded.stage: folder / "predictions.jsonl"}
+        section = read_section(loaded.recipe, name, paths)
+        page = write_gallery(folder / "gallery.html", f"{loaded.stage}: {name}", [section])
+        print(page, flush=True)
+    print(f"\n{as_table(results)}")
+
+
+def _caption(args: argparse.Namespace) -> int:
+    return _describe(args, args.files, None)
+
+
+def _ask(args: argparse.Namespace) -> int:
+    return _describe(args, [args.file], args.question)
+
+
+def _describe(args: argparse.Namespace, files: list[Path], question: str | None) -> int:
+    """Results to stdout, everything else to stderr."""
+    from vadapter.study.ask import describe
+    from vadapter.train.restore import open_run
+
+    loaded = open_run(args.workdir, args.stage)
+    print(f"vadapter: {loaded.stage}, step {loaded.step}", file=sys.stderr, flush=True)
+    failed = 0
+    for reply in describe(loaded, files, question=question, max_new=args.max_new):
+        name = str(reply.path).encode("utf-8", "backslashreplace").decode()
+        if reply.error:
+            failed += 1
+            print(f"vadapter: {name}: {reply.error}", file=sys.stderr, flush=True)
+        else:
+            print(reply.text if question else f"{name}: {reply.text}", flush=True)
+    return USER_ERROR if failed else 0
 
 
 def _prepare() -> None:
@@ -65,7 +233,7 @@ def _prepare() -> None:
         return  # no home to write to: compile anew
     info = cache.stat()
     if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UserError(
+        raise ConfigError(
             f"{cache}: others can write to the compilation cache, and so run code as you; "
             f"chmod 700 it, or set VADAPTER_COMPILE_CACHE to a directory of your own"
         )

@@ -88,13 +88,15 @@ def describe(
             try:
                 pixels = resize(load_media(path, frames=frames), loaded.image_size, fit=data[0].fit)
             except BadMedia as error:
-                replies[i] = Reply(path, error=error.reason)
+                replies[i] = Reply(path, error=error.reason if path.exists() else "no such file")
             except OSError as error:
                 replies[i] = Reply(path, error=error.strerror or str(error))
             else:
                 readable.setdefault(frames, []).append((i, Example(str(path), pixels)))
         for frames, group in readable.items():
-            items = [e if question is None else (e, (question, "", "")) for _, e in group]
+            items: list[Any] = [
+                e if question is None else (e, (question, "", "")) for _, e in group
+            ]
             batches = eval_batches(items, functools.partial(row, frames=frames), rows, threads=0)
             for at, text, _ in decoder.texts(loaded.params, batches, max_new):
                 i = group[at][0]

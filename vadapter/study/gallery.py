@@ -1,4 +1,4 @@
-"""Held-out pictures and clips with what the stages say about them: one HTML file, nothing beside it.
+"""Held-out pictures and clips with what the stages say about them, in a single HTML file.
 
 Captions, questions and names come from data sets and models: all of them are text, never markup.
 """
@@ -103,26 +103,40 @@ def _page(title: str, sections: Sequence[Section], table: str, size: int) -> str
     if table:
         body.append(f"<pre>{_text(table, len(table))}</pre>")
     for section in sections:
-        unit = "questions" if section.task == "question" else "items"
         chosen = list(section.rows)[-1]
-        count = len(section.rows[chosen])
+        rows = section.rows[chosen]
+        groups = choose(rows, section.task)
+        by = " and ".join(list(groups)[:2]).lower()
+        what = "questions" if section.task == "question" else "items"
         body.append(f"<h2>{_text(section.title)}</h2>")
-        body.append(f"<p>{count} held-out {unit}; best and worst by <b>{_text(chosen)}</b>.</p>")
-        for group, rows in choose(section.rows[chosen]).items():
+        body.append(f"<p>{len(rows)} held-out {what}; {by} is by <b>{_text(chosen)}</b>.</p>")
+        for group, rows in groups.items():
             cards = "\n".join(_card(section, row, size) for row in rows)
             body.append(f"<h3>{group}</h3>\n<div class=cards>\n{cards}\n</div>")
     return _FRAME.format(title=_text(title), body="\n".join(body))
 
 
-def choose(rows: Sequence[Row], each: int = EACH) -> dict[str, list[Row]]:
-    """The best, the worst and some random items; where scores are equal, by chance, but always so."""
+def choose(rows: Sequence[Row], task: str, each: int = EACH) -> dict[str, list[Row]]:
+    """The best, the worst and some random items; equal scores by lot, which falls always the same.
+
+    Args:
+      rows: of predictions.jsonl.
+      task: caption, or question, whose answers are right or wrong.
+      each: items of a group.
+    """
     shuffled = list(rows)
     random.Random(0).shuffle(shuffled)
     ranked = sorted(shuffled, key=lambda row: -row["score"])
-    best, worst = ranked[:each], ranked[each:][-each:][::-1]
-    taken = {id(row) for row in (*best, *worst)}
-    rest = [row for row in shuffled if id(row) not in taken][:each]
-    return {k: v for k, v in (("Best", best), ("Worst", worst), ("Random", rest)) if v}
+    if task == "question":
+        groups = {
+            "Right": [row for row in ranked if row["score"]][:each],
+            "Wrong": [row for row in ranked if not row["score"]][:each],
+        }
+    else:
+        groups = {"Best": ranked[:each], "Worst": ranked[each:][-each:][::-1]}
+    taken = {id(row) for group in groups.values() for row in group}
+    groups["Random"] = [row for row in shuffled if id(row) not in taken][:each]
+    return {name: group for name, group in groups.items() if group}
 
 
 def _card(section: Section, row: Row, size: int) -> str:
@@ -195,17 +209,18 @@ _FRAME = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; }}
+body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; }}
 pre {{ overflow-x: auto; line-height: 1.3; }}
 h3 {{ margin: 1.2em 0 .4em; }}
-.cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 1em; }}
+.cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: 1em; }}
 article {{ border: 1px solid #8884; border-radius: 6px; padding: .7em; overflow-wrap: anywhere; }}
 article p {{ margin: .3em 0; unicode-bidi: isolate; }}
-img {{ display: block; width: 160px; height: auto; margin: 0 auto .5em; }}
+img {{ display: block; width: 150px; height: auto; margin: 0 auto .5em; }}
 img.small {{ image-rendering: pixelated; }}
 .score {{ float: right; margin-left: .5em; font-variant-numeric: tabular-nums; opacity: .7; }}
 .reference {{ font-size: 12px; opacity: .65; }}

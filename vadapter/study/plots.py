@@ -29,9 +29,10 @@ def convergence(workdir: Path, recipe: Recipe, path: Path) -> Path | None:
     if not logs:
         return None
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    losses, scores = figure.subplots(1, 2)
+    losses, scores = figure.subplots(1, 2, sharex=True)
     measured = False
     for i, (name, log) in enumerate(logs.items()):
         stage, colour = recipe.stages[name], COLOURS[i % len(COLOURS)]
@@ -46,15 +47,18 @@ def convergence(workdir: Path, recipe: Recipe, path: Path) -> Path | None:
         for key in evals[:1]:
             measured = True
             _scores(scores, log, key, colour, f"{name}: {key}")
-    losses.set(xlabel="step", ylabel="nats a token", title="Loss (line: training, dots: held out)")
+    losses.set(ylabel="nats a token", title="Loss (line: training, dots: held out)")
     losses.legend(frameon=False, fontsize=9)
-    title = "CIDEr (ring: all pictures, dots: the first ones)"
-    scores.set(xlabel="step", ylabel="CIDEr × 100", title=title, ylim=(0, None))
+    scores.set(ylabel="CIDEr × 100", title="CIDEr, held out (dots: on a part, ring: on all)")
     if measured:
+        scores.set_ylim(bottom=0, top=max(1.0, scores.get_ylim()[1]))
         scores.legend(frameon=False, fontsize=9)
     else:
         scores.text(0.5, 0.5, "not measured", ha="center", transform=scores.transAxes)
     for axes in (losses, scores):
+        axes.set_xlabel("step")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(recipe.name)
@@ -71,7 +75,7 @@ def _series(log: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray
 
 def _smooth(y: np.ndarray) -> np.ndarray:
     """A running mean over a twentieth of the line, shorter at its ends."""
-    half = max(1, len(y) // 40)
+    half = len(y) // 40
     total = np.concatenate([[0.0], np.cumsum(y)])
     at = np.arange(len(y))
     low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(y))

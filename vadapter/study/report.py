@@ -41,7 +41,7 @@ def write_report(workdir: Path, recipe: Recipe) -> Report:
     (workdir / "table.txt").write_text(text + "\n", encoding="utf-8")
     plot = convergence(workdir, recipe, workdir / "plots" / "convergence.png")
     sections = []
-    for name in recipe.evals:
+    for name in sorted(recipe.evals, key=lambda name: recipe.data[recipe.evals[name].data].task):
         paths = {s: workdir / s / "eval" / name / "predictions.jsonl" for s in recipe.chain}
         there = {stage: path for stage, path in paths.items() if path.is_file()}
         if there:

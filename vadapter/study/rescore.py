@@ -1,15 +1,16 @@
 """The recipe's evaluations, run again with a restored stage."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from vadapter.config import nearest
 from vadapter.errors import ConfigError
 from vadapter.evals.runner import Decoder, Result, evaluate
+from vadapter.study.table import as_text
 from vadapter.train.features import cached
 from vadapter.train.inputs import make_source
 from vadapter.train.loop import save_result
-from vadapter.train.recipe import EvalConfig
 from vadapter.train.restore import Loaded, describing
 
 
@@ -36,9 +37,7 @@ def choose(loaded: Loaded, names: str = "") -> list[str]:
     return chosen or list(loaded.config.evals)
 
 
-def rescore(
-    loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0
-) -> tuple[Result, EvalConfig, Path]:
+def rescore(loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0) -> tuple[Result, Path]:
     """Runs one evaluation as training does at its end, and writes its files.
 
     Args:
@@ -49,8 +48,7 @@ def rescore(
       batch: rows at a time; 0: as the recipe says.
 
     Returns:
-      The result, the evaluation as it was run, and the directory of its predictions.jsonl and
-      score.json.
+      The result, and the directory of its predictions.jsonl and score.json.
 
     Raises:
       UserError: data that cannot be read.
@@ -86,4 +84,16 @@ def rescore(
     folder = f"{name}-first-{limit}" if partial else name
     directory = loaded.workdir / loaded.stage / "eval" / folder
     save_result(directory, result, spec)
-    return result, spec, directory
+    return result, directory
+
+
+def as_table(results: Mapping[str, Result]) -> str:
+    """Scores as columns, in per cent; `n` as such."""
+    columns = list(dict.fromkeys(key for result in results.values() for key in result.scores))
+    columns.sort(key=lambda key: key != "n")
+    form = lambda key, value: str(int(value)) if key == "n" else f"{100 * value:.1f}"  # noqa: E731
+    rows = [
+        ((name,), *((form(k, r.scores[k]) if k in r.scores else "—",) for k in columns))
+        for name, r in results.items()
+    ]
+    return as_text(rows, (("evaluation",), *((key,) for key in columns)))

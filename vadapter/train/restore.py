@@ -126,7 +126,7 @@ def open_run(
       CheckpointError: no run, no checkpoint (yet), damaged or missing files.
       ConfigError: an unknown stage, or one that has no model which writes text about pictures.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).absolute()
     recipe = read_run(workdir, overrides)
     stage = _choose(recipe, workdir, stage)
     directory = workdir / stage / "checkpoints"

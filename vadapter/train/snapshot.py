@@ -137,7 +137,12 @@ def _read_leaf(path: Path, name: str, target: Any) -> jax.Array:
     stored = jax.eval_shape(jax.random.key_data, target) if is_key(target) else target
     spec = {
         "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": f"file://{path / 'state'}/", "path": f"{name}/"},
+        # Not a URL: in those, some characters of file names have a meaning.
+        "kvstore": {
+            "driver": "ocdbt",
+            "base": {"driver": "file", "path": f"{path / 'state'}/"},
+            "path": f"{name}/",
+        },
         "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
     }
     store = ts.open(spec, open=True, read=True).result()
@@ -145,7 +150,7 @@ def _read_leaf(path: Path, name: str, target: Any) -> jax.Array:
         raise ValueError(f"holds {store.dtype.name}{list(store.shape)}")
     parts: dict[str, Any] = {}
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         key = str(index)
         if key not in parts:
             parts[key] = store[index].read().result()
