@@ -1,0 +1,178 @@
+"""A run that is killed or stopped anywhere goes on with the same command and ends in the same bits.
+
+Real processes of `python -m vadapter train` on one device. One run is stopped at every point of
+`POINTS` in turn, each time by another signal, and compared with a run that nothing has stopped.
+"""
+
+import dataclasses
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+from vadapter.errors import PREEMPTED
+from vadapter.train.writer import history, rows
+
+KILLED = -signal.SIGKILL
+# (signal and point, exit code, step that the next process goes on from; None: from the start)
+POINTS = (
+    ("KILL:llm:step:5", KILLED, (2, 4)),  # the save of step 4 may be in flight still
+    ("TERM:llm:step:5", PREEMPTED, 5),
+    ("KILL:llm:stored", KILLED, 6),  # trained, but nobody was told
+    ("TERM:decoder:features:0", PREEMPTED, None),
+    ("KILL:decoder:features:0", KILLED, None),
+    ("KILL:decoder:saving:4", KILLED, (2, 4)),
+    ("INT:vadapter:step:1", PREEMPTED, 1),
+    ("TERM:vadapter:evaluate:0", PREEMPTED, 3),
+    ("KILL:vadapter:finish", KILLED, 6),
+)
+
+
+@dataclasses.dataclass
+class Runs:
+    """A run that nothing stopped, one that was stopped at every point, and its processes."""
+
+    whole: Path
+    stopped: Path
+    recipe: Path
+    outputs: list[Any]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Runs:
+    folder = runs.prepare(tmp_path_factory.mktemp("resume"))
+    recipe = runs.write_recipe(folder)
+    whole = runs.run(recipe, folder / "whole")
+    assert whole.returncode == 0, whole.stdout
+    outputs = [runs.run(recipe, folder / "stopped", fault=point) for point, *_ in POINTS]
+    outputs.append(runs.run(recipe, folder / "stopped"))
+    return Runs(folder / "whole", folder / "stopped", recipe, outputs)
+
+
+def test_a_run_stopped_anywhere_ends_in_the_same_bits(done):
+    codes = [output.returncode for output in done.outputs]
+    assert codes == [*(code for _, code, _ in POINTS), 0], done.outputs[-1].stdout
+    assert runs.handed_over(done.stopped) == runs.handed_over(done.whole)
+
+
+def test_each_process_goes_on_where_the_one_before_it_had_saved(done):
+    for (point, _, at), after in zip(POINTS, done.outputs[1:], strict=True):
+        stage = point.split(":")[1]
+        resumed = [line for line in after.stdout.splitlines() if line.startswith(f"{stage}: res")]
+        steps = at if isinstance(at, tuple) else (at,)
+        wanted = [f"{stage}: resumed at step {step}" for step in steps]
+        assert (resumed and resumed[0] in wanted) or (not resumed and at is None), point
+
+
+def test_a_signal_is_told_in_one_line_and_without_a_traceback(done):
+    for (point, code, _), output in zip(POINTS, done.outputs, strict=False):
+        assert "Traceback" not in output.stdout, output.stdout
+        if code == PREEMPTED:
+            kind, stage, *_ = point.split(":")
+            last = output.stdout.splitlines()[-1]
+            assert last.startswith(f"vadapter: {stage}, ")
+            assert last.endswith(f"stopped by SIG{kind}; run the same command again to go on")
+
+
+def test_the_stopped_run_has_the_metrics_of_the_whole_one(done):
+    for stage in runs.CHAIN:
+        whole, stopped = (
+            [{k: v for k, v in row.items() if k not in ("time", "attempt", "step_ms", "compile_s")}
+             for row in history(run / stage / "metrics.jsonl")]
+            for run in (done.whole, done.stopped)
+        )  # fmt: skip
+        assert stopped == whole
+        assert len(whole) >= runs.STEPS
+    looks = [r["step"] for r in rows(done.stopped / "vadapter/metrics.jsonl") if "captions/n" in r]
+    assert looks == [3, 6]  # the one that a signal cut short was made up for, once
+
+
+def test_a_half_written_cache_is_computed_again_and_a_whole_one_is_not(done):
+    cut, killed, after, *later = (output.stdout for output in done.outputs[3:])
+    assert "features: 24" not in cut + killed
+    assert "features: 24/24 mirrored" in after
+    assert "features: 24/24" not in later[0]
+    whole, stopped = (sorted((run / "features").iterdir()) for run in (done.whole, done.stopped))
+    assert [p.name for p in whole] == [p.name for p in stopped]  # nothing half-written stays
+    for one, other in zip(whole, stopped, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_finished_run_is_not_run_again(done):
+    before = {
+        p: p.stat().st_mtime_ns for name in runs.CHAIN for p in (done.whole / name).rglob("*")
+    }
+    again = runs.run(done.recipe, done.whole)
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[:3] == [f"{name}: done before" for name in runs.CHAIN]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+WAIT = """
+import time
+from vadapter.train.interrupts import signals
+with signals() as stop:
+    print("ready", flush=True)
+    while not stop.signal:
+        time.sleep(0.01)
+    print("asked", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_ctrl_c_ends_at_once(first):
+    command = [sys.executable, "-c", WAIT]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=runs.TESTS.parent, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(first)
+        assert process.stdout.readline() == "asked\n"
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+        assert "Ctrl-C again: at once" in process.stderr.read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_kills_at_random_times_change_nothing(done, tmp_path, seed):
+    rng, killed = random.Random(seed), 0
+    for _ in range(12):
+        with runs.start(done.recipe, tmp_path / "run") as process:
+            try:
+                process.communicate(timeout=rng.uniform(3, 12))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+        killed += process.returncode == KILLED
+        if process.returncode == 0:
+            break
+        assert process.returncode == KILLED
+    last = runs.run(done.recipe, tmp_path / "run")
+    assert last.returncode == 0, last.stdout
+    assert killed
+    assert runs.handed_over(tmp_path / "run") == runs.handed_over(done.whole)
+
+
+@pytest.mark.slow
+def test_signals_at_random_times_lose_no_step(done, tmp_path):
+    rng, code = random.Random(9), None
+    for _ in range(12):
+        with runs.start(done.recipe, tmp_path / "run") as process:
+            time.sleep(rng.uniform(4, 10))
+            process.send_signal(rng.choice([signal.SIGTERM, signal.SIGINT]))
+            out, _ = process.communicate(timeout=300)
+        code = process.returncode
+        # Before and after the run itself a signal simply ends the process.
+        assert code in (0, PREEMPTED, -signal.SIGTERM, -signal.SIGINT, 1), out
+        if code == 0:
+            break
+    assert code == 0 or runs.run(done.recipe, tmp_path / "run").returncode == 0
+    assert runs.handed_over(tmp_path / "run") == runs.handed_over(done.whole)
