@@ -41,20 +41,22 @@ class FeatureSource:
 
     def __post_init__(self):
         self.kind = self.source.kind
-        self._array: np.ndarray | None = None
+        # Not when the first thread asks: several at once trip over each other in the header's
+        # parser (CPython 3.11, "AST constructor recursion depth mismatch").
+        self._array = np.load(self.path, mmap_mode="r")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_array": None}  # a worker maps the file again
+        return {k: v for k, v in self.__dict__.items() if k != "_array"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_array": np.load(state["path"], mmap_mode="r")}
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        array = self._array
-        if array is None:
-            array = self._array = np.load(self.path, mmap_mode="r")
         example = words_of(self.source, index)
-        media = np.asarray(array[index])
+        media = np.asarray(self._array[index])
         return dataclasses.replace(example, media=media if self.flip else media[0])
 
     def words(self, index: int) -> Example:
