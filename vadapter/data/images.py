@@ -157,7 +157,7 @@ def resize(
     out = np.full((len(frames), size, size, 3), _PAD_LEVEL, np.uint8)
     for frame, target in zip(frames, out, strict=True):
         small = Image.fromarray(frame).resize(shape, _RESAMPLE[mode], box=box)
-        target[top : top + shape[1], left : left + shape[0]] = small
+        target[top : top + shape[1], left : left + shape[0]] = np.asarray(small)
     return np.ascontiguousarray(out[:, :, ::-1]) if flip else out
 
 

@@ -70,7 +70,7 @@ class Stream:
 
     def index(self, position: int) -> int:
         """The index in the source of the row at a global position, in 0..n-1."""
-        return int(self._order[position])
+        return int(np.asarray(self._order[position]))
 
     def __getitem__(self, position: int) -> Row:
         index = self.index(position)

@@ -91,7 +91,7 @@ def nearest(timed: Iterable[tuple[Fraction, T]], targets: list[Fraction]) -> lis
 
 def _open(file: BinaryIO) -> av.container.InputContainer:
     file.seek(0)
-    return av.open(file, options={"format_whitelist": CONTAINERS})
+    return av.open(file, mode="r", options={"format_whitelist": CONTAINERS})
 
 
 def _video(container: av.container.InputContainer, max_pixels: int) -> av.VideoStream:

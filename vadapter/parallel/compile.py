@@ -14,10 +14,9 @@ _CPU = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": Fals
 
 @functools.cache
 def options() -> dict[str, Any] | None:
-    """Compiler options of the default backend; None where XLA_FLAGS or the backend say otherwise."""
-    if jax.default_backend() != "cpu" or "xla_backend_optimization" in os.environ.get(
-        "XLA_FLAGS", ""
-    ):
+    """Compiler options of the default backend, unless XLA_FLAGS set them; None for the defaults."""
+    chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+    if chosen or jax.default_backend() != "cpu":
         return None
     try:
         jax.jit(lambda x: x + 1, compiler_options=_CPU)(0)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from vadapter.data.images import CLIP_SUFFIXES, BadMedia, load_media, resize
 from vadapter.data.pipeline import eval_batches
@@ -94,9 +95,7 @@ def describe(
             else:
                 readable.setdefault(frames, []).append((i, Example(str(path), pixels)))
         for frames, group in readable.items():
-            items: list[Any] = [
-                e if question is None else (e, (question, "", "")) for _, e in group
-            ]
+            items: Any = [e if question is None else (e, (question, "", "")) for _, e in group]
             batches = eval_batches(items, functools.partial(row, frames=frames), rows, threads=0)
             for at, text, _ in decoder.texts(loaded.params, batches, max_new):
                 i = group[at][0]
