@@ -78,19 +78,19 @@ def get_config(arg=None):
             chain=("tlm", "llm", "vision", "decoder", "vadapter", "perceiver"),
             stages=dict(
                 tlm=dict(
-                    kind="lm", lm="tlm", steps=steps(200), batch=24, data=dict(documents=1.0),
+                    kind="lm", lm="tlm", steps=steps(150), batch=24, data=dict(documents=1.0),
                     optim=optim(3e-3), **every,
                 ),
                 llm=dict(
-                    kind="lm", lm="llm", steps=steps(400), batch=24, data=dict(documents=1.0),
+                    kind="lm", lm="llm", steps=steps(300), batch=24, data=dict(documents=1.0),
                     optim=optim(3e-3), **every,
                 ),
                 vision=dict(
-                    kind="vision", steps=steps(400), batch=64, data=dict(pairs=1.0),
+                    kind="vision", steps=steps(450), batch=32, data=dict(pairs=1.0),
                     optim=optim(2e-3), **every,
                 ),
                 decoder=dict(
-                    kind="decoder", lm="tlm", chain=("resampler", "fc_in"), steps=steps(200),
+                    kind="decoder", lm="tlm", chain=("resampler", "fc_in"), steps=steps(150),
                     start=dict(encoder="vision", tlm="tlm"), optim=optim(2e-3), **see,
                 ),
                 vadapter=dict(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from vadapter.errors import DataError, NonFiniteError
@@ -115,7 +116,7 @@ class Journal:
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         spent = time.monotonic() - self._clock
         values = {k: float(v) for k, v in metrics.items()} | self._sums
-        values |= {"lr": float(self._rate(step - 1)), "step_ms": 1000 * spent / self._steps}
+        values |= {"lr": float(np.asarray(self._rate(step - 1))), "step_ms": 1000 * spent / self._steps}
         if self._compile_s:
             values["compile_s"] = self._compile_s
         self._writer.write(step, values)

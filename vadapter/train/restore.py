@@ -189,6 +189,8 @@ def _load(
 ) -> Loaded:
     path = workdir / stage / "checkpoints" / str(step)
     meta = snapshot.read_meta(path)
+    if meta["step"] != step:
+        raise DamagedError(f"{path}: holds step {meta['step']}")
     if meta["tokenizer"] != tokenizer.digest:
         raise CheckpointError(
             f"{path} was trained with another tokenizer than {workdir / 'tokenizer.json'}; bring "
