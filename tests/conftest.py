@@ -1,6 +1,8 @@
 """Strict numerics for every test, eight fake devices, and the optional real data folder."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,6 +16,9 @@ os.environ.setdefault(
 import jax
 import pytest
 from absl import flags
+from recipes import draw
+
+from vadapter.train.lock import waiting_lock
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -34,3 +39,31 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real data at {root}; set VADAPTER_DATA to a folder that holds it")
     return root
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory) -> Path:
+    """The chain of `recipes.get_config`, trained once by `vadapter quickstart` on one device.
+
+    Tests read it and leave it as it is. It holds shapes/ (the data), run/ (the run directory),
+    compiled/ and log.txt, what the command printed.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # shared by the workers
+    folder = root / "chain"
+    folder.mkdir(exist_ok=True)
+    with waiting_lock(folder / ".lock"):
+        if not (folder / "log.txt").exists():
+            recipe = f"{Path(__file__).parent / 'recipes.py'}:{draw(folder / 'shapes')}"
+            flags_ = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+            done = subprocess.run(
+                [sys.executable, "-m", "vadapter", "quickstart", f"--config={recipe}",
+                 f"--workdir={folder / 'run'}"],
+                env={**os.environ, "XLA_FLAGS": flags_, "PYTHONPATH": str(Path(__file__).parents[1]),
+                     "VADAPTER_COMPILE_CACHE": str(folder / "compiled")},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout
+            (folder / "log.txt").write_text(done.stdout)
+    return folder

@@ -66,8 +66,8 @@ def _picture(colour: str, shape: str, ground: str, offset: int = 0) -> Image.Ima
 
 
 def get_config(arg: str) -> ConfigDict:
-    """The recipe over the folder that `draw` filled."""
-    return tiny_recipe(Path(arg))
+    """The recipe over the folder that `draw` filled, trained until it has learnt something."""
+    return tiny_recipe(Path(arg), steps=40)
 
 
 def tiny_recipe(shapes: Path, *, steps: int = 4, batch: int = 8) -> ConfigDict:

@@ -116,7 +116,8 @@ class Journal:
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         spent = time.monotonic() - self._clock
         values = {k: float(v) for k, v in metrics.items()} | self._sums
-        values |= {"lr": float(np.asarray(self._rate(step - 1))), "step_ms": 1000 * spent / self._steps}
+        rate = float(np.asarray(self._rate(step - 1)))
+        values |= {"lr": rate, "step_ms": 1000 * spent / self._steps}
         if self._compile_s:
             values["compile_s"] = self._compile_s
         self._writer.write(step, values)
