@@ -55,15 +55,22 @@ def chain(tmp_path_factory) -> Path:
     folder.mkdir(exist_ok=True)
     with waiting_lock(folder / ".lock"):
         if not (folder / "log.txt").exists():
-            recipe = f"{Path(__file__).parent / 'recipes.py'}:{draw(folder / 'shapes')}"
-            flags_ = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-            done = subprocess.run(
-                [sys.executable, "-m", "vadapter", "quickstart", f"--config={recipe}",
-                 f"--workdir={folder / 'run'}"],
-                env={**os.environ, "XLA_FLAGS": flags_, "PYTHONPATH": str(Path(__file__).parents[1]),
-                     "VADAPTER_COMPILE_CACHE": str(folder / "compiled")},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stdout
-            (folder / "log.txt").write_text(done.stdout)
+            (folder / "log.txt").write_text(_quickstart(folder))
     return folder
+
+
+def _quickstart(folder: Path) -> str:
+    tests = Path(__file__).parent
+    recipe = f"{tests / 'recipes.py'}:{draw(folder / 'shapes')}"
+    command = [sys.executable, "-m", "vadapter", "quickstart", f"--config={recipe}"]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(tests.parent),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
+        "VADAPTER_COMPILE_CACHE": str(folder / "compiled"),
+    }
+    done = subprocess.run(
+        [*command, f"--workdir={folder / 'run'}"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

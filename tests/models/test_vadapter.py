@@ -14,7 +14,7 @@ from vadapter.models.lm import LM
 from vadapter.models.resampler import MlpAdapter, MlpAdapterConfig, Pooler, PoolerConfig, Resampler
 from vadapter.models.vadapter import Fc, FcConfig, VAdapter
 from vadapter.models.vit import ViT
-from vadapter.train.losses import token_xent
+from vadapter.models.losses import token_xent
 
 E = tiny.LLM.width
 MODULES = {

@@ -20,10 +20,10 @@ from vadapter.data.transforms import prompt_sample
 from vadapter.evals.captioning import score_captions
 from vadapter.evals.vqa import EXACT, score_answers
 from vadapter.models.generate import greedy
+from vadapter.models.losses import token_xent
 from vadapter.models.vadapter import Batch, Params, VAdapter
 from vadapter.parallel.compile import jit
-from vadapter.parallel.mesh import batch_sharding
-from vadapter.train.losses import token_xent
+from vadapter.parallel.mesh import to_mesh
 
 MAX_QUESTION = 40  # tokens of a question with its prompt; longer ones count as wrong
 
@@ -120,14 +120,6 @@ def _on_host(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
-
-
-def to_mesh(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Host rows -> global arrays, rows over all devices."""
-    sharding = batch_sharding(mesh)
-    return {
-        k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()
-    }
 
 
 def evaluate(

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -58,6 +59,14 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch, over `data` and `fsdp` together."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def to_mesh(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """Host rows -> global arrays, rows over all devices."""
+    sharding = batch_sharding(mesh)
+    return {
+        k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()
+    }
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

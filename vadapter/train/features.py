@@ -23,8 +23,8 @@ from vadapter.data.images import BadMedia, load_media, resize
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources import Example, words_of
 from vadapter.errors import ConfigError, DataError
-from vadapter.evals.runner import to_mesh
 from vadapter.parallel.compile import jit
+from vadapter.parallel.mesh import to_mesh
 from vadapter.train.writer import write_json
 
 

@@ -25,11 +25,11 @@ from vadapter.data.batch import check_batch
 from vadapter.data.pipeline import Schedule, eval_batches, make_loader
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.errors import CheckpointError, ConfigError, Preempted
-from vadapter.evals.runner import Decoder, control_scores, evaluate, make_control, to_mesh
+from vadapter.evals.runner import Decoder, control_scores, evaluate, make_control
 from vadapter.models.coca import CoCa
 from vadapter.models.vadapter import component_seed
 from vadapter.parallel.compile import jit
-from vadapter.parallel.mesh import make_mesh, replicated
+from vadapter.parallel.mesh import make_mesh, replicated, to_mesh
 from vadapter.train import handover
 from vadapter.train.checkpoint import Checkpointer
 from vadapter.train.digest import combined, tree_digests

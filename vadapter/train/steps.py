@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from vadapter.models.coca import CoCa
+from vadapter.models.losses import chunked_xent, contrastive, token_xent
 from vadapter.models.vadapter import Batch, Params, VAdapter
-from vadapter.train.losses import chunked_xent, contrastive, token_xent
 
 Metrics = dict[str, jax.Array]
 

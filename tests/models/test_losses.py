@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vadapter.train.losses import chunked_xent, contrastive, token_xent
+from vadapter.models.losses import chunked_xent, contrastive, token_xent
 
 
 def arrays(B=6, M=5, E=4, V=16, seed=0):
