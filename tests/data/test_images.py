@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from vadapter.data.images import BadMedia, decode_image, load_media, resize
+from vadapter.data.images import BadMedia, decode_image, resize
+from vadapter.data.media import load_media
 from vadapter.errors import ConfigError, DataError
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from test_tar import write_tar
 
-from vadapter.data.images import load_media
+from vadapter.data.media import load_media
 from vadapter.data.sources import CaptionTars, ImageFolder, Source
 from vadapter.errors import DataError
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from vadapter.data import video
-from vadapter.data.images import BadMedia, load_media
+from vadapter.data.images import BadMedia
+from vadapter.data.media import load_media
 from vadapter.data.sources import ImageFolder
 from vadapter.data.video import decode_clip, frame_times, nearest
 

@@ -77,7 +77,7 @@ def decode_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndar
     except (BadMedia, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
-        raise BadMedia(f"starts with {_head(data)!r}: none of {', '.join(FORMATS)}") from error
+        raise BadMedia(f"starts with {head(data)!r}: none of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow raises a dozen kinds on damaged files
         raise BadMedia(f"cannot be decoded ({type(error).__name__}: {error})") from error
 
@@ -91,7 +91,8 @@ def open_media(data: bytes | Path) -> BinaryIO:
     return data.open("rb")
 
 
-def _head(data: bytes | Path) -> bytes:
+def head(data: bytes | Path) -> bytes:
+    """The first 16 bytes, which tell the format."""
     with open_media(data) as file:
         return file.read(16)
 
@@ -174,42 +175,3 @@ def _centre_box(width: int, height: int, size: int) -> tuple[float, float, float
         edges.append((start * side / scaled, (start + size) * side / scaled))
     (x0, x1), (y0, y1) = edges
     return x0, y0, x1, y1
-
-
-def load_media(media: bytes | np.ndarray | Path, *, frames: int) -> np.ndarray:
-    """The frames of whatever an example holds.
-
-    Args:
-      media: an encoded image or clip, raw frames u8[F,H,W,3] or u8[H,W,3], or a path.
-      frames: F. Of a clip they are taken uniformly in time; a still image is repeated.
-
-    Returns:
-      u8[F,H,W,3].
-
-    Raises:
-      BadMedia: the media cannot be used.
-    """
-    if isinstance(media, np.ndarray):
-        return _from_array(media, frames)
-    if _is_clip(media, frames):
-        from vadapter.data.video import decode_clip  # PyAV loads only where there are clips
-
-        return decode_clip(media, frames)
-    return np.repeat(decode_image(media)[None], frames, axis=0)
-
-
-def _from_array(media: np.ndarray, frames: int) -> np.ndarray:
-    media = media[None] if media.ndim == 3 else media
-    if media.dtype != np.uint8 or media.ndim != 4 or media.shape[-1] != 3 or not media.size:
-        raise BadMedia(f"raw frames must be u8[F,H,W,3], got {media.dtype}{list(media.shape)}")
-    middles = (2 * np.arange(frames) + 1) * len(media) // (2 * frames)
-    return media[middles]
-
-
-def _is_clip(media: bytes | Path, frames: int) -> bool:
-    """Whether to decode as a clip: by content, since names lie and bytes have none."""
-    head = _head(media)
-    if head[:4] == b"GIF8" or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
-        return frames > 1
-    video = head[:4] in (b"\x1aE\xdf\xa3", b"RIFF") or head[4:8] in (b"ftyp", b"moov", b"mdat")
-    return video or (isinstance(media, Path) and media.suffix.lower() in CLIP_SUFFIXES)

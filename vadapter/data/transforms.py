@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from vadapter.data.batch import Row
-from vadapter.data.images import BadMedia, load_media, resize
+from vadapter.data.images import BadMedia, resize
+from vadapter.data.media import load_media
 from vadapter.data.prompts import CAPTION, QUESTION, text_piece
 from vadapter.data.sources import Example
 from vadapter.data.tokenizer import Tokenizer

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vadapter.data.images import CLIP_SUFFIXES, BadMedia, load_media, resize
+from vadapter.data.images import CLIP_SUFFIXES, BadMedia, resize
+from vadapter.data.media import load_media
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.sources import Example

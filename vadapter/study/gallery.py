@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vadapter.data.images import BadMedia, load_media
+from vadapter.data.images import BadMedia
+from vadapter.data.media import load_media
 from vadapter.errors import UserError
 from vadapter.evals.runner import Questions
 from vadapter.train.inputs import make_source

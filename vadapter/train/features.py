@@ -19,7 +19,8 @@ import numpy as np
 from vadapter.config import digest as digest_of
 from vadapter.config import plain
 from vadapter.data.batch import Row
-from vadapter.data.images import BadMedia, load_media, resize
+from vadapter.data.images import BadMedia, resize
+from vadapter.data.media import load_media
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources import Example, words_of
 from vadapter.errors import ConfigError, DataError

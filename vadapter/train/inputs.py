@@ -11,7 +11,8 @@ from typing import Any
 
 from vadapter.config import nearest
 from vadapter.data.documents import DocumentSource, Windows
-from vadapter.data.images import BadMedia, load_media
+from vadapter.data.images import BadMedia
+from vadapter.data.media import load_media
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.scenes import ScenesSource
 from vadapter.data.sources import CaptionTars, ImageFolder
