@@ -177,9 +177,15 @@ def test_pictures_that_are_gone_or_others_than_before_are_said_to_be(run, tmp_pa
     assert not page.pictures()
     assert "no picture: /nowhere/pictures.jsonl: no such file" in page.text
 
+    for file in target.glob("*/eval/captions/predictions.jsonl"):
+        file.write_text(file.read_text()[:-30])  # torn by a kill
+    for file in target.glob("*/eval/answers/predictions.jsonl"):
+        file.write_text("")
     (target / "config.json").write_text(config.replace('"split": "val"', '"split": "train"'))
     page = Page(write_report(target, read_run(target)).gallery.read_text())
     assert "no picture: the data set has changed since" in page.text
+    assert "11 held-out items" in page.text
+    assert "answers" not in [line.strip() for line in page.text.splitlines()]
 
 
 def test_large_pictures_become_smaller_until_the_file_is_small_enough(tmp_path, monkeypatch):

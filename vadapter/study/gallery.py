@@ -4,6 +4,7 @@ Captions, questions and names come from data sets and models: all of them are te
 """
 
 import base64
+import contextlib
 import dataclasses
 import html
 import io
@@ -59,10 +60,8 @@ def read_section(recipe: Recipe, name: str, predictions: Mapping[str, Path]) -> 
       predictions: stage -> its predictions.jsonl.
     """
     spec = recipe.evals[name]
-    rows = {
-        stage: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for stage, path in predictions.items()
-    }
+    rows = {stage: _read(path) for stage, path in predictions.items()}
+    rows = {stage: found for stage, found in rows.items() if found}
     config = recipe.data[spec.data]
     items: list[Any] = []  # made at the first picture, and only once
 
@@ -78,6 +77,15 @@ def read_section(recipe: Recipe, name: str, predictions: Mapping[str, Path]) -> 
         return load_media(example.media, frames=items[1])
 
     return Section(name, config.task, rows, media)
+
+
+def _read(path: Path) -> list[Row]:
+    """The rows of a predictions.jsonl; a line that a kill has torn is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def write_gallery(path: Path, title: str, sections: Sequence[Section], table: str = "") -> Path:
@@ -104,6 +112,8 @@ def _page(title: str, sections: Sequence[Section], table: str, size: int) -> str
     if table:
         body.append(f"<pre>{_text(table, len(table))}</pre>")
     for section in sections:
+        if not section.rows:
+            continue
         chosen = list(section.rows)[-1]
         rows = section.rows[chosen]
         groups = choose(rows, section.task)
