@@ -120,7 +120,7 @@ def _page(title: str, sections: Sequence[Section], table: str, size: int) -> str
         by = " and ".join(list(groups)[:2]).lower()
         what = "questions" if section.task == "question" else "items"
         body.append(f"<h2>{_text(section.title)}</h2>")
-        body.append(f"<p>{len(rows)} held-out {what}; {by} is by <b>{_text(chosen)}</b>.</p>")
+        body.append(f"<p>{len(rows)} held-out {what}; {by} by <b>{_text(chosen)}</b>.</p>")
         for group, rows in groups.items():
             cards = "\n".join(_card(section, row, size) for row in rows)
             body.append(f"<h3>{group}</h3>\n<div class=cards>\n{cards}\n</div>")
@@ -161,7 +161,7 @@ def _card(section: Section, row: Row, size: int) -> str:
         score = other["score"]
         mark = ("✓" if score else "✗") if section.task == "question" else f"{100 * score:.0f}"
         said = _text(other["prediction"]) or "<i>nothing</i>"
-        lines.append(f"<p><b>{_text(stage)}</b> {said} <span class=score>{mark}</span></p>")
+        lines.append(f"<p class=stage><b>{_text(stage)}</b> <span>{mark}</span></p><p>{said}</p>")
     for reference in row.get("references", ())[:5]:
         lines.append(f"<p class=reference>{_text(reference)}</p>")
     text = "\n".join(lines)
@@ -230,10 +230,10 @@ pre {{ overflow-x: auto; line-height: 1.3; }}
 h3 {{ margin: 1.2em 0 .4em; }}
 .cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: 1em; }}
 article {{ border: 1px solid #8884; border-radius: 6px; padding: .7em; overflow-wrap: anywhere; }}
-article p {{ margin: .3em 0; unicode-bidi: isolate; }}
+article p {{ margin: .2em 0; unicode-bidi: isolate; }}
 img {{ display: block; width: 150px; height: auto; margin: 0 auto .5em; }}
 img.small {{ image-rendering: pixelated; }}
-.score {{ float: right; margin-left: .5em; font-variant-numeric: tabular-nums; opacity: .7; }}
+.stage {{ display: flex; justify-content: space-between; font-size: 12px; opacity: .8; }}
 .reference {{ font-size: 12px; opacity: .65; }}
 .question {{ font-weight: 600; }}
 .gone {{ opacity: .6; font-style: italic; }}

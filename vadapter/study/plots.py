@@ -39,15 +39,16 @@ def convergence(workdir: Path, recipe: Recipe, path: Path) -> Path | None:
         label = f"{name}: {' → '.join(stage.chain)}"
         x, y = _series(log, "loss")
         losses.plot(x, y, color=colour, alpha=0.3, linewidth=1)
-        losses.plot(x, _smooth(y), color=colour, linewidth=1.8, label=label)
-        for key in stage.loss[:1]:
-            x, y = _series(log, f"{key}/loss")
-            losses.plot(x, y, "o--", color=colour, markersize=4, linewidth=1)
+        held = [_series(log, f"{key}/loss") for key in stage.loss]
+        held = [series for series in held if len(series[0])]
+        x, y = held[0] if held else (x, _smooth(y))
+        style = "o-" if held else "-"
+        losses.plot(x, y, style, color=colour, markersize=4, linewidth=1.8, label=label)
         evals = [e for e in stage.evals if len(_series(log, f"{e}/cider")[0])]
         for key in evals[:1]:
             measured = True
             _scores(scores, log, key, colour, f"{name}: {key}")
-    losses.set(ylabel="nats a token", title="Loss (line: training, dots: held out)")
+    losses.set(ylabel="nats a token", title="Loss (dots: held out, faint: training)")
     losses.legend(frameon=False, fontsize=9)
     scores.set(ylabel="CIDEr × 100", title="CIDEr, held out (dots: on a part, ring: on all)")
     if measured:
