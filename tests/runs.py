@@ -142,7 +142,7 @@ def cached_programs() -> Iterator[None]:
         name: getattr(jax.config, name)
         for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     }
-    for name, value in zip(before, (str(cache_dir()), 0.1), strict=True):
+    for name, value in zip(before, (str(cache_dir()), 0.0), strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()
     yield

@@ -225,6 +225,10 @@ def _prepare() -> None:
     """Compiled programs are kept on disk, in a directory of the user's own."""
     import jax
 
+    from vadapter.parallel.compile import keep_memory
+
+    keep_memory()
+
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     cache = Path(os.environ.get("VADAPTER_COMPILE_CACHE", root / "vadapter" / "compiled"))
     try:

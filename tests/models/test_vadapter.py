@@ -11,10 +11,10 @@ import tiny
 
 from vadapter.data.batch import EOS, fake_batch
 from vadapter.models.lm import LM
+from vadapter.models.losses import token_xent
 from vadapter.models.resampler import MlpAdapter, MlpAdapterConfig, Pooler, PoolerConfig, Resampler
 from vadapter.models.vadapter import Fc, FcConfig, VAdapter
 from vadapter.models.vit import ViT
-from vadapter.models.losses import token_xent
 
 E = tiny.LLM.width
 MODULES = {
