@@ -28,7 +28,7 @@ def get_config(arg=None):
     see = dict(
         encoder="encoder", batch=24, data=dict(images=2.0, clips=1.0),
         loss=("held_images",), loss_batches=4, evals=("captions", "clips", "answers"),
-        eval_every=steps(50), eval_limit=64, **every,
+        eval_every=steps(40), eval_limit=64, **every,
     )  # fmt: skip
     return ConfigDict(
         dict(
@@ -82,27 +82,27 @@ def get_config(arg=None):
                     optim=optim(3e-3), **every,
                 ),
                 llm=dict(
-                    kind="lm", lm="llm", steps=steps(280), batch=16, data=dict(documents=1.0),
+                    kind="lm", lm="llm", steps=steps(240), batch=16, data=dict(documents=1.0),
                     optim=optim(3e-3), **every,
                 ),
                 vision=dict(
-                    kind="vision", steps=steps(400), batch=32, data=dict(pairs=1.0),
+                    kind="vision", steps=steps(320), batch=32, data=dict(pairs=1.0),
                     optim=optim(2e-3), **every,
                 ),
                 decoder=dict(
-                    kind="decoder", lm="tlm", chain=("resampler", "fc_in"), steps=steps(120),
+                    kind="decoder", lm="tlm", chain=("resampler", "fc_in"), steps=steps(100),
                     start=dict(encoder="vision", tlm="tlm"), optim=optim(2e-3), **see,
                 ),
                 vadapter=dict(
                     kind="adapter", lm="llm", chain=("resampler", "fc_in", "tlm", "fc_out"),
-                    steps=steps(150), optim=optim(2e-3), **see,
+                    steps=steps(120), optim=optim(2e-3), **see,
                     start=dict(
                         encoder="vision", resampler="decoder", fc_in="decoder", tlm="decoder",
                         llm="llm",
                     ),
                 ),
                 perceiver=dict(
-                    kind="adapter", lm="llm", chain=("perceiver", "fc_out"), steps=steps(150),
+                    kind="adapter", lm="llm", chain=("perceiver", "fc_out"), steps=steps(120),
                     start=dict(encoder="vision", llm="llm"), optim=optim(2e-3), **see,
                 ),
             ),
