@@ -75,7 +75,7 @@ def get_config(arg=None):
                 clips=dict(data="held_clips", max_new=28, batch=64, limit=0),
                 answers=dict(data="questions", max_new=6, batch=128, limit=0),
             ),
-            chain=("tlm", "llm", "vision", "decoder", "vadapter", "perceiver"),
+            chain=("tlm", "llm", "vision", "decoder", "perceiver", "vadapter"),
             stages=dict(
                 tlm=dict(
                     kind="lm", lm="tlm", steps=steps(120), batch=16, data=dict(documents=1.0),

@@ -210,8 +210,8 @@ def test_differences_are_dotted_paths_with_both_values():
 def test_a_recipe_is_a_file_with_get_config(tmp_path: Path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text("def get_config(arg=None):\n    return {'arg': arg}\n")
-    assert config.load(str(recipe)) == {"arg": None}
-    assert config.load(f"{recipe}:a=1,b=2") == {"arg": "a=1,b=2"}
+    assert config.load(str(recipe)).to_dict() == {"arg": None}
+    assert config.load(f"{recipe}:a=1,b=2").to_dict() == {"arg": "a=1,b=2"}
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ConfigError, match="no get_config"):
         config.load(str(tmp_path / "empty.py"))

@@ -173,7 +173,13 @@ def load(spec: str) -> ConfigDict:
     loader.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path}: no get_config(arg) in it")
-    return module.get_config(arg or None)
+    return _own(module.get_config(arg or None))
+
+
+def _own(config: Mapping[str, Any]) -> ConfigDict:
+    """A copy in which no two groups are one object: an override changes one key alone."""
+    own = lambda v: _own(v) if isinstance(v, Mapping | ConfigDict) else v  # noqa: E731
+    return ConfigDict({key: own(value) for key, value in config.items()})
 
 
 def find_recipe(name: str) -> Path:
