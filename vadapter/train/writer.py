@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,14 @@ class Writer:
             self._bar.stop()
         self._append(b"")
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._view(lambda tensorboard: tensorboard.close())
 
     def write(self, step: int, values: Mapping[str, Any], *, loud: bool = False) -> None:
         """Appends a row; shows it if `loud`, at the end, or when some seconds have passed."""
         values = {k: float(v) for k, v in values.items()}
         row = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **values}
         self._append(json.dumps(row).encode() + b"\n")
-        if self._tensorboard is not None:
-            for key, value in values.items():
-                self._tensorboard.add(step, key, value)
+        self._view(lambda tensorboard: tensorboard.add(step, values))
         note = "  ".join(f"{k} {number(v)}" for k, v in values.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=note[:80])
@@ -83,6 +80,15 @@ class Writer:
         except OSError as error:
             if not waited:
                 self.say(f"cannot write {self._file.name} ({error.strerror}); trying again later")
+
+    def _view(self, show: Callable[["_TensorBoard"], None]) -> None:
+        """TensorBoard files are a view: where they cannot be written, the run goes on without."""
+        if self._tensorboard is not None:
+            try:
+                show(self._tensorboard)
+            except OSError as error:
+                self._tensorboard = None
+                self.say(f"cannot write TensorBoard files ({error.strerror}); going on without")
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
@@ -126,8 +132,9 @@ class _TensorBoard:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._writer = EventFileWriter(str(directory))
 
-    def add(self, step: int, key: str, value: float) -> None:
-        summary = self._summary(value=[self._summary.Value(tag=key, simple_value=value)])
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        value = self._summary.Value
+        summary = self._summary(value=[value(tag=k, simple_value=v) for k, v in values.items()])
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
