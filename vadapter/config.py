@@ -176,7 +176,7 @@ def load(spec: str) -> ConfigDict:
     return _own(module.get_config(arg or None))
 
 
-def _own(config: Mapping[str, Any]) -> ConfigDict:
+def _own(config: Any) -> ConfigDict:
     """A copy in which no two groups are one object: an override changes one key alone."""
     own = lambda v: _own(v) if isinstance(v, Mapping | ConfigDict) else v  # noqa: E731
     return ConfigDict({key: own(value) for key, value in config.items()})
