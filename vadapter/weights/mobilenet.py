@@ -1,7 +1,8 @@
 """MobileNetV2 1.0/224 trained on ImageNet: numbered layers of a TFLite graph to our tree.
 
 The folder holds a .json that lists the graph's layers in order (batch norm folded) and an .npz with
-"<layer>/kernel" and "<layer>/bias"; kernels are float16, laid out as ours.
+"<layer>/kernel" and "<layer>/bias"; kernels are float16, laid out as ours. They come from an 8-bit
+network, which lets the rounding to float16 be undone.
 """
 
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vadapter.errors import CheckpointError
 from vadapter.models.mobilenet import MobileNet, MobileNetConfig, block_specs
@@ -19,6 +21,7 @@ from vadapter.weights import load
 _NAME = "mobilenet_v2_1.0_224"
 _CLASSES = 1001  # ImageNet's 1000 and, at index 0, "background"
 _MAX_BYTES = 64 * 2**20  # the file holds 7 MB
+_STEPS = 254  # from the smallest to the largest value of a kernel, 8 bits without one end
 
 
 def load_mobilenet(path: Path, *, head: bool = False) -> tuple[MobileNetConfig, dict[str, Any]]:
@@ -38,12 +41,36 @@ def load_mobilenet(path: Path, *, head: bool = False) -> tuple[MobileNetConfig, 
     config = MobileNetConfig(classes=_CLASSES if head else 0)
     table = _name_table(config, path / f"{_NAME}.json")
     tensors = load.read_npz(path / f"{_NAME}_float16.npz", max_bytes=_MAX_BYTES)
+    tensors = {name: unround(tensor) for name, tensor in tensors.items()}
     left_out = () if head else [name for name in table if table[name].startswith("head/")]
     abstract = jax.eval_shape(
         MobileNet(config).init, jax.random.key(0), jnp.zeros((1, 1, 32, 32, 3), jnp.uint8)
     )
     kept = {name: ours for name, ours in table.items() if name not in left_out}
     return config, load.assign(abstract["params"], tensors, kept, ignore=left_out)
+
+
+def unround(tensor: np.ndarray) -> np.ndarray:
+    """Undoes the rounding to float16 of a tensor of whole multiples of one step.
+
+    Dequantised 8-bit kernels are such multiples. Each value confines the step to what would have
+    been rounded to that value; together they leave an interval of about 1e-6 of the step.
+
+    Returns:
+      f32 of the same shape, which rounds to `tensor`; `tensor` itself where it is not float16 or
+      not of that form.
+    """
+    if tensor.dtype != np.float16 or not np.ptp(tensor):
+        return tensor
+    values = np.abs(tensor).astype(np.float64)
+    counts = np.round(values / (np.ptp(tensor.astype(np.float64)) / _STEPS))
+    some = counts > 0
+    margin = np.spacing(np.abs(tensor)).astype(np.float64) / 2
+    low = ((values - margin)[some] / counts[some]).max()
+    high = ((values + margin)[some] / counts[some]).min()
+    if low > high or values[~some].any():
+        return tensor
+    return (np.sign(tensor) * counts * (low + high) / 2).astype(np.float32)
 
 
 def _name_table(config: MobileNetConfig, graph: Path) -> dict[str, str]:
