@@ -3,6 +3,7 @@
 Each dataclass is defined beside the code that reads it; this file only builds them.
 """
 
+import ast
 import dataclasses
 import difflib
 import hashlib
@@ -197,10 +198,14 @@ def find_recipe(name: str) -> Path:
 
 
 def override(config: ConfigDict, assignments: typing.Iterable[str]) -> None:
-    """Applies `a.b=v` overrides in place; values are JSON where they parse as JSON, else text.
+    """Applies `a.b=v` overrides in place.
+
+    A value is JSON or a Python literal where it reads as one (`[1, 2]`, `("a",)`, `true`, `None`),
+    else text; a list may also be given as `x,y`. The group `a` must be in the recipe; a key that
+    the recipe leaves at its default is added, and refused by `build` if there is no such key.
 
     Raises:
-      ConfigError: an unknown key (with the nearest one) or a value of another type.
+      ConfigError: an unknown group (with the nearest one) or a value of another type.
     """
     for item in assignments:
         key, sep, text = item.partition("=")
@@ -208,25 +213,37 @@ def override(config: ConfigDict, assignments: typing.Iterable[str]) -> None:
             raise ConfigError(f"--config.{key}: needs a value, --config.{key}=VALUE")
         *parents, leaf = key.split(".")
         node: Any = config
-        for i, part in enumerate(parents):
-            if not isinstance(node, ConfigDict) or part not in node:
-                known = node.keys() if isinstance(node, ConfigDict) else ()
-                raise ConfigError(
-                    f"--config.{'.'.join(parents[: i + 1])}: unknown key{nearest(part, known)}"
-                )
-            node = node[part]
-        if not isinstance(node, ConfigDict) or leaf not in node:
+        for i, part in enumerate([*parents, leaf]):
             known = node.keys() if isinstance(node, ConfigDict) else ()
-            raise ConfigError(f"--config.{key}: unknown key{nearest(leaf, known)}")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = {"True": True, "False": False, "None": None}.get(text, text)
-        if isinstance(value, list):
-            value = tuple(value)
-        if isinstance(node[leaf], str) and not isinstance(value, str):
-            value = text  # a name may look like a number
-        try:
+            if not isinstance(node, ConfigDict) or (i < len(parents) and part not in node):
+                where = ".".join([*parents, leaf][: i + 1])
+                raise ConfigError(f"--config.{where}: unknown key{nearest(part, known)}")
+            node = node[part] if i < len(parents) else node
+        _assign(node, leaf, text, key)
+
+
+def _assign(node: ConfigDict, leaf: str, text: str, key: str) -> None:
+    value = _literal(text)
+    if leaf not in node:
+        with node.unlocked():
             node[leaf] = value
-        except TypeError as error:
-            raise ConfigError(f"--config.{key}={text}: {error}") from None
+        return
+    before = node[leaf]
+    if isinstance(before, str) and not isinstance(value, str):
+        value = text  # a name may look like a number
+    if isinstance(before, tuple) and isinstance(value, str):
+        value = tuple(filter(None, value.split(",")))
+    try:
+        node[leaf] = value
+    except TypeError as error:
+        raise ConfigError(f"--config.{key}={text}: {error}") from None
+
+
+def _literal(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        return tuple(value) if isinstance(value, list) else value
+    return text

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from vadapter.models.layers import Norm
 from vadapter.models.resampler import (
     MlpAdapter,
     MlpAdapterConfig,
@@ -15,6 +16,7 @@ from vadapter.models.resampler import (
     PoolerConfig,
     Resampler,
     ResamplerConfig,
+    ResamplerLayer,
 )
 from vadapter.models.vit import ViT
 
@@ -42,16 +44,15 @@ def base():
     return params, run(module, params, visual())
 
 
-LAYERS = ("layer_0", "layer_1")
 # switch: (parameters that go, parameters that come), against two layers with everything on
 SWITCHES = {
     "norm=none": (
-        {f"{n}/{m}/{p}" for n in LAYERS for m in ("norm_queries", "norm_visual")
-         for p in ("scale", "bias")}, set()),
-    "norm=shared": ({f"{n}/norm_visual/{p}" for n in LAYERS for p in ("scale", "bias")}, set()),
+        {f"layers/{m}/{p}" for m in ("norm_queries", "norm_visual") for p in ("scale", "bias")},
+        set()),
+    "norm=shared": ({f"layers/norm_visual/{p}" for p in ("scale", "bias")}, set()),
     "final_norm=": ({"norm/scale", "norm/bias"}, set()),
     "ffn=": (
-        {f"{n}/{p}" for n in LAYERS for p in (
+        {f"layers/{p}" for p in (
             "norm_mlp/scale", "norm_mlp/bias", "mlp/up/kernel", "mlp/down/kernel")}, set()),
     "time_embed=": ({"time_embed"}, set()),
     "space_embed=yes": (set(), {"space_embed"}),
@@ -77,15 +78,27 @@ def test_every_switch_changes_the_output_and_these_parameters(switch, base):
     assert np.abs(out - reference).max() > 1e-3
 
 
-def test_one_layer_equals_the_six_layer_models_first_and_sizes_set_shapes():
-    one, six = build(layers=1)[1], build(layers=6)[1]
-    assert [k for k in six if k.startswith("layer_")] == [f"layer_{i}" for i in range(6)]
-    assert [k for k in one if k.startswith("layer_")] == ["layer_0"]
-    params = build(queries=6, query_dim=8, hidden_dim=20)[1]
+def test_sizes_set_shapes_and_layers_are_stacked():
+    params = build(queries=6, query_dim=8, hidden_dim=20, layers=6)[1]
     assert params["queries"].shape == (1, 6, 8)
     assert params["in_proj"]["kernel"].shape == (D, 8)
-    assert params["layer_0"]["attn"]["q"]["kernel"].shape == (8, 20)
-    assert params["layer_0"]["mlp"]["up"]["kernel"].shape == (8, 80)
+    assert params["layers"]["attn"]["q"]["kernel"].shape == (6, 8, 20)
+    assert params["layers"]["mlp"]["up"]["kernel"].shape == (6, 8, 80)
+
+
+def test_layers_start_different_and_run_one_after_the_other():
+    module, params = build(layers=3)
+    kernels = params["layers"]["attn"]["q"]["kernel"]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-2
+    inputs = visual()
+    x = inputs @ params["in_proj"]["kernel"] + params["in_proj"]["bias"][None, None, None]
+    x = (x + params["time_embed"]).reshape(2, -1, BASE.query_dim)
+    queries = np.repeat(params["queries"], 2, axis=0)
+    for i in range(3):
+        layer = {"params": jax.tree.map(lambda p, i=i: p[i], params["layers"])}
+        queries = ResamplerLayer(module.config, jnp.float32).apply(layer, queries, x)[0]
+    norm = Norm("layer").apply({"params": params["norm"]}, queries)
+    np.testing.assert_allclose(run(module, params, inputs), norm, atol=1e-5)
 
 
 def test_an_unknown_norm_is_an_error():
@@ -138,7 +151,7 @@ def test_fewer_frames_are_held_in_order_and_other_counts_are_an_error():
 
 
 def test_queries_start_with_the_stated_spread():
-    config = ResamplerConfig(queries=64, query_dim=16, hidden_dim=16, layers=0, query_std=0.3)
+    config = ResamplerConfig(queries=64, query_dim=16, hidden_dim=16, layers=1, query_std=0.3)
     params = jax.jit(Resampler(config).init)(tiny.key(0), visual())["params"]
     assert float(params["queries"].value.std()) == pytest.approx(0.3, rel=0.1)
 

@@ -1,3 +1,5 @@
+import math
+
 import jax.numpy as jnp
 import pytest
 
@@ -79,6 +81,18 @@ def test_a_step_is_read_when_the_next_is_under_way_or_when_asked_to(clock):
     journal.flush()
     journal.flush()
     assert [row["step"] for row in lines.rows] == [1, 4]
+
+
+def test_a_line_holds_the_mean_loss_of_its_updates_without_the_dropped_ones():
+    lines = Lines()
+    journal = make(lines)
+    nan = float("nan")
+    for step, (skipped, loss) in enumerate([(0, 8.0), (0, 1.0), (1, nan), (0, 3.0), (1, nan)], 1):
+        journal.add(step, metrics(skipped, loss=loss), [])
+    journal.add(8, metrics(2, loss=nan), [])
+    journal.flush()
+    assert [r["loss"] for r in lines.rows[:2]] == [8.0, 2.0]
+    assert math.isnan(lines.rows[2]["loss"])  # not a single update
 
 
 def test_counts_between_two_lines_are_not_lost(clock):

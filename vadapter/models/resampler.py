@@ -55,7 +55,7 @@ class ResamplerLayer(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, queries: jax.Array, visual: jax.Array) -> jax.Array:
+    def __call__(self, queries: jax.Array, visual: jax.Array) -> tuple[jax.Array, None]:
         c = self.config
         if c.norm == "none":
             q, kv = queries, visual
@@ -70,11 +70,11 @@ class ResamplerLayer(nn.Module):
         if c.ffn:
             h = Norm("layer", dtype=self.dtype, name="norm_mlp")(queries)
             queries = queries + Mlp(4 * c.hidden_dim, "gelu", dtype=self.dtype, name="mlp")(h)
-        return queries
+        return queries, None  # what `nn.scan` expects: carry, and nothing to stack
 
 
 class Resampler(nn.Module):
-    """visual tokens [B,F,N,D] -> [B,Q,query_dim]."""
+    """visual tokens [B,F,N,D] -> [B,Q,query_dim]; layers are scanned, their parameters stacked."""
 
     config: ResamplerConfig
     dtype: Dtype = jnp.float32
@@ -100,8 +100,15 @@ class Resampler(nn.Module):
         x = rearrange(x, "b f n d -> b (f n) d")
         queries = self._embed("queries", (1, c.queries, c.query_dim), c.query_std)
         queries = jnp.broadcast_to(queries, (B, c.queries, c.query_dim)).astype(self.dtype)
-        for i in range(c.layers):
-            queries = ResamplerLayer(c, self.dtype, name=f"layer_{i}")(queries, x)
+        layers = nn.scan(
+            ResamplerLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,  # type: ignore[arg-type]
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        queries, _ = layers(c, self.dtype, name="layers")(queries, x)
         return Norm("layer", dtype=self.dtype, name="norm")(queries) if c.final_norm else queries
 
     def _embed(self, name: str, shape: tuple[int, ...], std: float = 0.02) -> jax.Array:

@@ -94,7 +94,11 @@ def _keep(theirs: Path, ours: Path, name: str, digest: str) -> None:
     if jax.process_index() == 0 and not target.is_dir():
         part = target.with_name(f"{target.name}{snapshot.TMP}")
         shutil.rmtree(part, ignore_errors=True)  # of an interrupted copy
-        shutil.copytree(source, part)
+        try:
+            shutil.copytree(source, part)
+        except OSError as e:
+            shutil.rmtree(part, ignore_errors=True)
+            raise CheckpointError(f"could not copy {name} to {target}: {snapshot.reason(e)}") from e
         part.rename(target)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"kept {name}")

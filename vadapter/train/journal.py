@@ -21,9 +21,10 @@ class Journal:
     """Follows the metrics of one attempt at a stage.
 
     The metrics of a step are read when the next one is under way, so the devices never wait for the
-    host; whoever needs to know now calls `flush`. Two counts are read at every step, however seldom
-    lines are logged: of dropped updates and of unusable samples. A line holds their sums since the
-    line before, and the mean duration of a step without compilation and evaluation.
+    host; whoever needs to know now calls `flush`. A line speaks of the steps since the line before:
+    the numbers of dropped updates and of unusable samples, which are acted upon at every step, and
+    the means of everything else over the updates that were made, duration included (that without
+    compilation and evaluation). Single batches say little: images and clips take turns.
 
     Args:
       writer: of the stage.
@@ -51,6 +52,7 @@ class Journal:
     def _new_line(self) -> None:
         self._clock, self._steps = time.monotonic(), 0
         self._compile_s, self._sums = 0.0, {"skipped": 0, "bad": 0}
+        self._values: list[dict[str, float]] = []  # of the updates that were made
 
     def compiled(self, seconds: float) -> None:
         """Accounts for time that went into compiling a step, not into running it."""
@@ -87,7 +89,8 @@ class Journal:
 
     def _read(self, step: int, metrics: Any, bad: Sequence[int]) -> None:
         c = self._config
-        row, count = (int(metrics[key]) for key in ("skipped", "bad"))
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        row, count = (int(values.pop(key)) for key in ("skipped", "bad"))
         self._steps += 1
         self._sums["skipped"] += row > 0
         self._sums["bad"] += count
@@ -95,12 +98,14 @@ class Journal:
         self._bad += count
         if row:
             self._writer.say(f"step {step}: gradients not finite, update dropped ({row} in a row)")
+        else:
+            self._values.append(values)
         for index in bad:
             if len(self._named) < FEW_BAD:
                 self._named.append(self._describe(step, index))
                 self._writer.say(f"step {step}: left out {self._named[-1]}")
         if step % c.log_every == 0 or step in (1, c.steps) or row >= MAX_SKIPPED:
-            self._log(step, jax.device_get(metrics))
+            self._log(step, values)
         if row >= MAX_SKIPPED:
             raise NonFiniteError(
                 f"{self._name}: gradients were not finite for {row} steps in a row, up to step "
@@ -113,9 +118,10 @@ class Journal:
                 f"{MAX_BAD:.1%}: {'; '.join(self._named)}. Mend or remove them."
             )
 
-    def _log(self, step: int, metrics: dict[str, Any]) -> None:
+    def _log(self, step: int, last: dict[str, float]) -> None:
         spent = time.monotonic() - self._clock
-        values = {k: float(v) for k, v in metrics.items()} | self._sums
+        made = self._values or [last]
+        values = {k: float(np.mean([v[k] for v in made])) for k in last} | self._sums
         rate = float(np.asarray(self._rate(step - 1)))
         values |= {"lr": rate, "step_ms": 1000 * spent / self._steps}
         if self._compile_s:

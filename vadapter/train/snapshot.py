@@ -10,6 +10,7 @@ import concurrent.futures
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -240,9 +241,33 @@ def on_all_hosts(read: Callable[[], T]) -> T:
 
 
 def hush_orbax() -> None:
-    """Orbax logs hundreds of lines about errors that it also raises; the raised ones suffice."""
-    logging.getLogger("absl").addFilter(_not_from_orbax)
+    """Orbax logs hundreds of lines about errors that it also raises; the raised ones suffice.
+
+    Where one array of a save fails, the others report to an event loop that is closed by then, or
+    to nobody.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_worth_telling)
+    if not isinstance(sys.unraisablehook, _Hook):
+        sys.unraisablehook = _Hook(sys.unraisablehook)
 
 
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname or record.levelno >= logging.CRITICAL
+class _Hook:
+    """What Python does with errors that nobody can catch, but for those of closed event loops."""
+
+    def __init__(self, honest: Callable[[Any], Any]):
+        self._honest = honest
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._honest(unraisable)
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """Not what Orbax logs, nor what asyncio logs about a task of it whose error nobody fetched."""
+    if record.levelno >= logging.CRITICAL:
+        return True
+    if record.name == "asyncio":
+        message = record.getMessage()
+        return not ("never retrieved" in message and "orbax" in message)
+    return "orbax" not in record.pathname

@@ -1,0 +1,440 @@
+"""Bad input ends in one clear line and exit code 78, or is left out and counted; nothing is lost.
+
+All through the command line. Where a run gets as far as steps, they have no model (`fake_step`).
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+import runs
+from PIL import Image
+
+from vadapter import cli
+from vadapter.parallel.mesh import make_mesh
+from vadapter.train import loop
+from vadapter.train.checkpoint import steps
+from vadapter.train.lock import run_lock
+from vadapter.train.writer import rows
+
+RECIPE = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from runs import blind
+
+def get_config(arg):
+    config = blind(Path({folder!r}))
+    with config.unlocked():
+        {change}
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with runs.cached_programs():
+        yield runs.prepare(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(cli, "_prepare", lambda: None)
+    monkeypatch.setattr(loop, "make_train_step", runs.fake_step)
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+
+
+class Command:
+    """`vadapter train` with the recipe `runs.blind`, its data and its run directory."""
+
+    def __init__(self, folder: Path, data: Path, capsys: Any):
+        self.folder, self.data, self.capsys = folder, data, capsys
+        self.workdir = folder / "run"
+        self.change("")
+
+    def change(self, line: str) -> None:
+        """Changes the recipe by a line of Python."""
+        text = RECIPE.format(tests=str(runs.TESTS), folder=str(self.data), change=line or "pass")
+        (self.folder / "recipe.py").write_text(text)
+
+    def __call__(self, *overrides: str, config: Path | str = "") -> tuple[int, str]:
+        """Exit code, and what was written to stderr."""
+        arguments = [f"--config.{item}" for item in overrides]
+        config = config or self.folder / "recipe.py"
+        self.capsys.readouterr()
+        code = cli.main(["train", f"--config={config}", f"--workdir={self.workdir}", *arguments])
+        captured = self.capsys.readouterr()
+        self.out = captured.out
+        return code, captured.err
+
+    def refused(self, *overrides: str, lines: int = 1, **options: Any) -> str:
+        """The message of a run that is refused; checks that it changes no file."""
+        before = self.files()
+        code, message = self(*overrides, **options)
+        assert code == 78, self.out + message
+        assert message.startswith("vadapter: ")
+        assert len(message.splitlines()) <= lines, message
+        assert before.items() <= self.files().items(), "a file was changed or lost"
+        return message.removeprefix("vadapter: ").strip()
+
+    def files(self) -> dict[str, bytes]:
+        """All that must survive: everything but the lock, and the logs, which grow."""
+        return {
+            str(p.relative_to(self.workdir)): p.read_bytes()
+            for p in self.workdir.rglob("*")
+            if p.is_file() and p.name != ".lock" and p.parent.name != "tb"
+        }
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return list(rows(self.workdir / "decoder" / "metrics.jsonl"))
+
+
+@pytest.fixture
+def train(world, tmp_path, capsys):
+    """A command whose data no test changes."""
+    return Command(tmp_path, world, capsys)
+
+
+@pytest.fixture
+def spoil(world, tmp_path, capsys):
+    """A command whose data a test may change."""
+    return Command(tmp_path, shutil.copytree(world, tmp_path / "own"), capsys)
+
+
+@pytest.fixture
+def half(train, monkeypatch):
+    """A command that was stopped after step 3."""
+    with monkeypatch.context() as patch:
+        patch.setenv("VADAPTER_FAULT", "TERM:decoder:step:3")
+        assert train()[0] == 75
+    return train
+
+
+# -- configuration -----------------------------------------------------------------------------
+
+MISTAKES = {
+    "stages.decoder.stpes=3": r"config\.stages\.decoder\.stpes: unknown key; did you mean 'step",
+    "components.tlm.dropuot=0.1": r"components\.tlm\.dropuot: unknown key; did you mean 'dropout",
+    "stage.decoder.steps=3": r"--config\.stage: unknown key; did you mean 'stages'\?",
+    "seed=one": r"--config\.seed=one: .*int",
+    "seed": r"--config\.seed: needs a value, --config\.seed=VALUE",
+    "components.tlm.vocab_size=100": r"components\.tlm\.vocab_size=100 is smaller than the token",
+    "stages.decoder.optim.warmup=6": r"config\.stages\.decoder\.optim\.warmup=6 must be below ste",
+    "mesh.data=3": r"mesh data=3 fsdp=1 tensor=1 does not cover 1 devices",
+    "data.pictures.source.table=nowhere.jsonl": r"nowhere\.jsonl: no such file; check the path",
+    "data.pictures.source.split=tran": r"pictures\.jsonl: no rows of split 'tran'; splits: train,",
+    "data.pictures.source.table=$NO_SUCH_VARIABLE/x": r"environment variable NO_SUCH_VARIABLE is n",
+    "stages.decoder.batch=100": r"24 usable examples in 'pictures' \(ImageFolder\), and a batch ne",
+    "data.pictures.text_len=1": r"text_len=1, target_len=36 are too small for 1 texts in a row",
+    "tokenizer.vocab_size=100": r"vocab_size=100 is too small: the specials and the bytes alone n",
+    "stages.decoder.start.encoder=/nowhere/vision": r"stage /nowhere/vision is not finished",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_in_the_configuration(train, override):
+    assert re.search(MISTAKES[override], train.refused(override))
+
+
+def test_a_recipe_that_is_not_there(train, tmp_path):
+    message = train.refused(config="configs/quikstart.py")
+    assert message == "--config=configs/quikstart.py: no such file; did you mean 'quickstart'?"
+    (tmp_path / "empty.py").write_text("")
+    assert "no get_config(arg) in it" in train.refused(config=tmp_path / "empty.py")
+
+
+def test_weights_that_are_not_there(train):
+    train.change(
+        "config.components.encoder = dict(kind='mobilenet', weights='/nowhere');"
+        "config.stages.decoder.start = {}"
+    )
+    assert train.refused() == "components.encoder.weights: nothing at /nowhere; correct the path"
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(12, 1), (8, 2)])
+def test_a_batch_that_does_not_divide_over_eight_devices(train, monkeypatch, batch, accumulate):
+    monkeypatch.setattr(loop, "make_mesh", make_mesh)
+    train.change(f"config.stages.decoder.update(batch={batch}, accumulate={accumulate})")
+    assert train.refused() == (
+        f"stages.decoder.batch={batch} does not divide over 8 devices times "
+        f"accumulate={accumulate}; make it a multiple of {8 * accumulate}"
+    )
+
+
+def test_a_later_stage_that_cannot_run_is_found_before_the_first_one_is_paid_for(train):
+    train.change(
+        "config.stages.later = {**config.stages.decoder.to_dict(), 'lm': 'llm'};"
+        "config.chain = ('decoder', 'later')"
+    )
+    assert "front gives width 16, but llm reads 24; put a component" in train.refused()
+    assert not (train.workdir / "decoder").exists()
+
+
+# -- directories -------------------------------------------------------------------------------
+
+
+def test_a_directory_that_cannot_be_written(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    train.workdir = tmp_path / "file" / "run"
+    code, message = train()
+    assert code == 78
+    assert re.fullmatch(
+        r"vadapter: cannot write .*file/run: Not a directory\. Choose .*\n", message
+    )
+
+
+def test_two_runs_in_one_directory(half):
+    with run_lock(half.workdir):
+        assert f"is in use by another run: process {os.getpid()} on " in half.refused()
+    assert half()[0] == 0
+
+
+# -- resuming what does not fit ----------------------------------------------------------------
+
+CHANGES = {
+    "seed=1": r"seed +\| 0 +\| 1$",
+    "stages.decoder.batch=4": r"config\.batch +\| 8 +\| 4$",
+    "stages.decoder.optim.lr=0.5": r"config\.optim\.lr +\| 0\.01 +\| 0\.5$",
+    "stages.decoder.steps=7": r"config\.steps +\| 6 +\| 7$",
+    "data.pictures.text_len=41": r"data\.pictures\.text_len +\| 40 +\| 41$",
+    "data.pictures.source.split=val": r"fingerprints\.pictures +\| [0-9a-f]+ +\| [0-9a-f]+$",
+    "components.tlm.mlp_dim=48": r"components\.tlm\.mlp_dim +\| 32 +\| 48$",
+}
+
+
+@pytest.mark.parametrize("override", CHANGES)
+def test_another_configuration_in_the_directory_of_a_run(half, override):
+    message = half.refused(override, lines=20)
+    assert re.search(r"does not fit this run, \d+ differences?:\n", message)
+    assert any(re.search(CHANGES[override], line.strip()) for line in message.splitlines()), message
+    assert message.endswith("Use the configuration it was made with, or another run directory.")
+    if override == "seed=1":
+        assert half()[0] == 0
+        message = half.refused(override, lines=20)
+        assert "decoder was finished with another configuration:\n" in message
+        assert any(re.search(CHANGES[override], line.strip()) for line in message.splitlines())
+        assert "or remove that directory to train it again." in message
+
+
+def test_another_tokenizer_in_the_directory_of_a_run(half):
+    message = half.refused("tokenizer.vocab_size=310", lines=4)
+    assert "tokenizer.json was made with another configuration:\n" in message
+    assert re.search(r"tokenizer\.vocab_size +\| 320 \| 310", message)
+    path = half.workdir / "tokenizer.json"
+    other = half.folder / "other"
+    first, half.workdir = half.workdir, other
+    half.change("config.tokenizer.vocab_size = 310; config.stages.decoder.steps = 2")
+    assert half()[0] == 0
+    half.change("")
+    half.workdir = first
+    shutil.copy(other / "tokenizer.json", path)
+    assert re.search(r"  tokenizer +\| [0-9a-f]+ +\| [0-9a-f]+", half.refused(lines=20))
+
+
+def test_data_that_changed_under_a_run(spoil, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("VADAPTER_FAULT", "TERM:decoder:step:3")
+        assert spoil()[0] == 75
+    picture = spoil.data / "shapes" / "00.png"
+    picture.write_bytes(picture.read_bytes() + b"x")
+    assert "fingerprints.pictures" in spoil.refused(lines=6)
+
+
+def test_checkpoints_of_another_stage(half):
+    other = half.workdir / "other"
+    shutil.copytree(half.workdir / "decoder" / "checkpoints", other / "checkpoints")
+    half.change(
+        "config.components.back = config.components.front;"
+        "config.stages.other = {**config.stages.decoder.to_dict(), 'chain': ('back',)};"
+        "config.chain = ('other',)"
+    )
+    message = half.refused(lines=20)
+    assert re.search(r"  stage +\| decoder +\| other\n", message)
+    assert re.search(r"  config\.chain +\| \['front'\] +\| \['back'\]\n", message)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(half):
+    for path in half.workdir.glob("decoder/checkpoints/*/meta/metadata"):
+        path.write_text("{}")
+    message = half.refused(lines=8)
+    assert "checkpoints can be used" in message or "can be used:" in message
+    assert "Bring back a copy, or move them away to start from the beginning." in message
+
+
+def test_a_checkpoint_that_is_damaged_is_passed_over_for_the_one_before(half):
+    assert steps(half.workdir / "decoder/checkpoints") == [2, 3]
+    (half.workdir / "decoder/checkpoints/3/meta/metadata").write_text("{}")
+    assert half()[0] == 0
+    assert "decoder: resumed at step 2" in half.out
+    assert (half.workdir / "decoder/checkpoints/quarantine/3").is_dir()
+
+
+# -- data --------------------------------------------------------------------------------------
+
+
+def captions(command: Command, change: Any) -> None:
+    path = command.data / "shapes" / "pictures.jsonl"
+    rows_ = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [
+        json.dumps({**row, "captions": change(i, row["captions"])}) for i, row in enumerate(rows_)
+    ]
+    path.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("caption", ["", "  \t ", None, 7])
+def test_a_caption_that_is_no_text_is_named_by_its_line(spoil, caption):
+    captions(spoil, lambda i, old: [caption] if i == 4 else old)
+    assert re.search(r"pictures\.jsonl, line 5: caption: a text is expected, got", spoil.refused())
+
+
+def test_text_that_is_not_utf8_is_named_by_its_line(spoil):
+    path = spoil.data / "shapes" / "pictures.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    lines[6] = lines[6].replace(b"a ", b"\xe9 ", 1)
+    path.write_bytes(b"\n".join(lines))
+    assert re.search(r"pictures\.jsonl, line 7: not UTF-8 .*; convert the file", spoil.refused())
+
+
+def test_an_empty_table_and_an_empty_folder(spoil):
+    (spoil.data / "shapes" / "pictures.jsonl").write_text("")
+    assert spoil.refused().endswith("pictures.jsonl: no rows; the file is empty")
+    (spoil.data / "empty").mkdir()
+    spoil.change(
+        f"config.data.pictures.source = dict(kind='tars', folder={str(spoil.data / 'empty')!r}, "
+        "split='train')"
+    )
+    assert spoil.refused().endswith("empty: no shards train-NNN.tar; check the path")
+
+
+def test_a_picture_that_is_listed_but_not_there(spoil):
+    (spoil.data / "shapes" / "04.png").unlink()
+    assert re.search(r"line 5: no file .*04\.png; add it or remove the row", spoil.refused())
+
+
+def test_strange_captions_are_trained_on_like_any_other(spoil):
+    strange = [
+        "</s><pad><eos><image>[PAD]",
+        "w" * 200_000,
+        "e\u0301 \U0001f600 \u202eabc \x00 \u2028",
+    ]
+    captions(spoil, lambda i, old: strange if i % 3 == 0 else old)
+    assert spoil()[0] == 0, spoil.out
+    assert [row["bad"] for row in spoil.metrics()] == [0] * runs.STEPS
+
+
+def spoil_pictures(command: Command, number: int) -> list[str]:
+    """Corrupts some pictures of the train split, each in another way; the table stays."""
+    large = io.BytesIO()
+    Image.new("1", (6000, 6000)).save(large, "PNG")
+    names = [f"{i:02d}.png" for i in range(36) if i % 3 != 2][:number]
+    for i, name in enumerate(names):
+        path = command.data / "shapes" / name
+        content = path.read_bytes()
+        ways = [content[: len(content) // 2], large.getvalue(), b"<html>404</html>", b""]
+        path.write_bytes(ways[i % len(ways)])
+    return names
+
+
+def test_pictures_that_cannot_be_read_are_left_out_counted_and_named(spoil):
+    names = spoil_pictures(spoil, 4)
+    code, _ = spoil("stages.decoder.steps=3")  # one epoch: each picture once
+    assert code == 0
+    assert sum(row["bad"] for row in spoil.metrics()) == 4
+    told = [line for line in spoil.out.splitlines() if "left out" in line]
+    assert sorted(re.search(r"pictures '(.*?)' \(", line)[1] for line in told) == names
+    faults = " ".join(told)
+    assert "more than the 25000000 allowed" in faults
+    assert "cannot be decoded" in faults
+    assert "starts with b'<html>404" in faults
+
+
+def test_too_many_pictures_that_cannot_be_read_end_the_run_by_name(spoil):
+    names = spoil_pictures(spoil, 12)
+    code, message = spoil("stages.decoder.save_every=1")
+    assert code == 78
+    assert re.search(
+        r"^vadapter: decoder: 1\d of \d+ samples could not be used, more than 0\.1%: ", message
+    )
+    assert len(message.splitlines()) == 1
+    assert sum(f"'{name}'" in message for name in names) >= 5
+    assert message.endswith("Mend or remove them.\n")
+    assert steps(spoil.workdir / "decoder/checkpoints")  # what was trained until then is there
+
+
+# -- full disks --------------------------------------------------------------------------------
+
+# A process of its own: what fails in the background of a save is noise within pytest.
+PROCESS = """
+import resource, sys
+import runs
+from vadapter import cli
+from vadapter.train import loop
+loop.make_train_step = runs.fake_step
+if limit := int(sys.argv[1]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+sys.exit(cli.main(["train", *sys.argv[2:]]))
+"""
+
+
+def process(train: Command, *, limit: int = 0) -> subprocess.CompletedProcess:
+    """Runs the command in a process, in which files may grow to `limit` bytes (0: without end)."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{runs.TESTS}:{runs.TESTS.parent}",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
+        "VADAPTER_COMPILE_CACHE": str(runs.cache_dir()),
+    }
+    arguments = [f"--config={train.folder / 'recipe.py'}", f"--workdir={train.workdir}"]
+    command = [sys.executable, "-c", PROCESS, str(limit), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+@contextlib.contextmanager
+def small_disk(path: Path) -> Iterator[Callable[[], None]]:
+    """A disk of 600 kB; what it yields makes it larger."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    larger = ["mount", "-o", "remount,size=50m", str(path)]
+    try:
+        yield lambda: subprocess.run(larger, check=True)
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.parametrize("kind", ["disk", "limit"])
+def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(train, tmp_path, kind):
+    train.change("config.stages.decoder.update(save_every=1, keep=20)")
+    train.workdir = tmp_path / "whole"
+    assert train()[0] == 0
+    whole = runs.handed_over(train.workdir, ("decoder",))
+    disk = small_disk(tmp_path / "disk") if kind == "disk" else contextlib.nullcontext()
+    with disk as enlarge:
+        train.workdir = tmp_path / "disk" / "run"
+        ended = process(train, limit=0 if kind == "disk" else 14_000)
+        assert ended.returncode == 78, ended.stderr
+        assert "Traceback" not in ended.stderr
+        lines = ended.stderr.splitlines()
+        assert len(lines) <= 6, ended.stderr
+        assert "3 saves in a row failed, the newest checkpoint is that of step" in lines[-1]
+        assert lines[-1].endswith("Free space and start again.")
+        if enlarge:
+            enlarge()
+        kept = steps(train.workdir / "decoder/checkpoints")
+        code, message = train()
+        assert code == 0, message
+        assert (f"decoder: resumed at step {max(kept, default=0)}" in train.out) == bool(kept)
+        assert bool(kept) == (kind == "disk")
+        assert runs.handed_over(train.workdir, ("decoder",)) == whole
+        assert {row["step"] for row in train.metrics()} == set(range(1, 7))
