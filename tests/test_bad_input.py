@@ -22,7 +22,7 @@ from PIL import Image
 
 from vadapter import cli
 from vadapter.parallel.mesh import make_mesh
-from vadapter.train import loop
+from vadapter.train import loop, run
 from vadapter.train.checkpoint import steps
 from vadapter.train.lock import run_lock
 from vadapter.train.writer import rows
@@ -51,7 +51,7 @@ def world(tmp_path_factory):
 def quick(monkeypatch):
     monkeypatch.setattr(cli, "_prepare", lambda: None)
     monkeypatch.setattr(loop, "make_train_step", runs.fake_step)
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
 
 class Command:
@@ -163,7 +163,7 @@ def test_weights_that_are_not_there(train):
 
 @pytest.mark.parametrize(("batch", "accumulate"), [(12, 1), (8, 2)])
 def test_a_batch_that_does_not_divide_over_eight_devices(train, monkeypatch, batch, accumulate):
-    monkeypatch.setattr(loop, "make_mesh", make_mesh)
+    monkeypatch.setattr(run, "make_mesh", make_mesh)
     train.change(f"config.stages.decoder.update(batch={batch}, accumulate={accumulate})")
     assert train.refused() == (
         f"stages.decoder.batch={batch} does not divide over 8 devices times "

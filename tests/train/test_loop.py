@@ -12,12 +12,14 @@ from vadapter.data.pipeline import make_loader
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted
 from vadapter.evals.runner import to_mesh
 from vadapter.parallel.mesh import make_mesh
-from vadapter.train import loop
+from vadapter.train import loop, run
 from vadapter.train.checkpoint import steps
 from vadapter.train.handover import DONE
 from vadapter.train.inputs import make_stream
-from vadapter.train.loop import Run, Stage, train
+from vadapter.train.loop import train
 from vadapter.train.recipe import read
+from vadapter.train.run import Run
+from vadapter.train.stage import Stage
 from vadapter.train.writer import rows
 
 
@@ -36,7 +38,7 @@ def fake(monkeypatch):
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Programs compile faster for one device than for eight."""
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
 
 @pytest.fixture
@@ -77,8 +79,8 @@ def test_the_first_loss_is_that_of_the_first_batch_at_the_first_parameters(folde
     items, transform = make_stream(
         "documents",
         recipe.data["documents"],
-        stage.run_.source("documents"),
-        stage.run_.tokenizer,
+        stage.run.source("documents"),
+        stage.run.tokenizer,
         image_size=0,
     )
     streams = {"documents": (items, transform, 1.0)}
@@ -179,16 +181,16 @@ def test_dropped_updates_are_counted_across_a_restart(folder, tmp_path, fake, ba
 def test_a_frozen_component_that_changes_is_an_error_and_nothing_is_handed_over(
     folder, tmp_path, fake, monkeypatch
 ):
-    honest = Stage._steps
+    honest = loop._steps
 
-    def drift(self, state, frozen, *rest):
-        state = honest(self, state, frozen, *rest)
+    def drift(stage, tx, state, frozen, *rest):
+        state = honest(stage, tx, state, frozen, *rest)
         leaves, tree = jax.tree.flatten(frozen["encoder"])
         leaves[3] = leaves[3].at[(0,) * leaves[3].ndim].multiply(1 + 2**-20)
         frozen["encoder"] = jax.tree.unflatten(tree, leaves)
         return state
 
-    monkeypatch.setattr(Stage, "_steps", drift)
+    monkeypatch.setattr(loop, "_steps", drift)
     with pytest.raises(
         CheckpointError, match="decoder: encoder is frozen but changed during train"
     ):

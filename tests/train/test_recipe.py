@@ -100,6 +100,10 @@ MISTAKES = {
         "stages.vadapter.start.tlm", "decode",
         "config.stages.vadapter.start.tlm: unknown 'decode'; did you mean 'decoder'?",
     ),
+    "a frozen part that would stay random": (
+        "stages.vadapter.fresh", ("llm/head",),
+        "config.stages.vadapter.fresh: llm/head would stay random, since llm is frozen",
+    ),
     "a start of a component that is not there": (
         "stages.decoder.start.llm", "llm", "config.stages.decoder.start: unknown 'llm'"
     ),

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from vadapter.config import nearest
 from vadapter.errors import ConfigError
-from vadapter.evals.runner import Decoder, Result, evaluate
+from vadapter.evals.runner import Decoder, Result
 from vadapter.study.table import as_text
-from vadapter.train.features import cached
+from vadapter.train.evaluator import save_result, score
+from vadapter.train.features import encoded
 from vadapter.train.inputs import make_source
-from vadapter.train.loop import save_result
 from vadapter.train.restore import Loaded, describing
 
 
@@ -60,27 +60,19 @@ def rescore(loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0) -> tup
     )
     config = loaded.recipe.data[spec.data]
     source = make_source(spec.data, config)
-    size = config.size or loaded.image_size
-    frames = config.frames if source.kind == "clip" else 1
     if config.cache:  # the rounding of cached tokens is part of the score
         encoder = loaded.model.encoder
-        source = cached(
+        source = encoded(
             source,
-            loaded.workdir / "features",
-            encode=loaded.model.modules[encoder],
+            config,
+            loaded.workdir,
+            model=loaded.model,
             params=loaded.params[encoder],
             digest=loaded.digests[encoder],
-            size=size,
-            frames=frames,
-            fit=config.fit,
-            flip=config.flip,
             mesh=loaded.mesh,
         )
     decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
-    result = evaluate(
-        decoder, loaded.params, source, task=config.task, max_new=spec.max_new, batch=spec.batch,
-        limit=spec.limit, size=size, frames=frames, fit=config.fit,
-    )  # fmt: skip
+    result = score(decoder, loaded.params, source, config, spec, loaded.image_size)
     folder = f"{name}-first-{limit}" if partial else name
     directory = loaded.workdir / loaded.stage / "eval" / folder
     save_result(directory, result, spec)

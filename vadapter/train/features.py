@@ -24,8 +24,10 @@ from vadapter.data.media import load_media
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources import Example, words_of
 from vadapter.errors import ConfigError, DataError
+from vadapter.models.vadapter import VAdapter
 from vadapter.parallel.compile import jit
 from vadapter.parallel.mesh import to_mesh
+from vadapter.train.recipe import DataConfig
 from vadapter.train.writer import write_json
 
 
@@ -67,6 +69,41 @@ class FeatureSource:
     def fingerprint(self) -> str:
         """That of the pictures: the tokens follow from them and the encoder."""
         return self.source.fingerprint()
+
+
+def encoded(
+    source: Any,
+    config: DataConfig,
+    workdir: Path,
+    *,
+    model: VAdapter,
+    params: Any,
+    digest: str,
+    mesh: jax.sharding.Mesh,
+    watch: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+) -> FeatureSource:
+    """A data set's source as a stage's frozen encoder sees it, cached in the run directory.
+
+    Args:
+      config: of the data set.
+      workdir: the run directory.
+      model: of the stage; params, digest: of its encoder.
+      watch, and the errors: see `cached`.
+    """
+    encoder: Any = model.modules[model.encoder]
+    return cached(
+        source,
+        workdir / "features",
+        encode=encoder,
+        params=params,
+        digest=digest,
+        size=config.size or encoder.image_size,
+        frames=config.frames if source.kind == "clip" else 1,
+        fit=config.fit,
+        flip=config.flip,
+        mesh=mesh,
+        watch=watch,
+    )
 
 
 def cached(

@@ -283,6 +283,13 @@ def _check_starts(recipe: Recipe, name: str, stage: StageConfig) -> None:
     for key in ("fresh", "drop"):
         for leaf in getattr(stage, key):
             _known(f"{where}.{key}", leaf.partition("/")[0], components(stage))
+    for leaf in stage.fresh:
+        component = leaf.partition("/")[0]
+        if component not in trained(stage):
+            raise ConfigError(
+                f"{where}.fresh: {leaf} would stay random, since {component} is frozen in this "
+                "stage; start it from a stage or from weights that have it"
+            )
 
 
 def _known(where: str, name: str, known: Any) -> None:

@@ -1,0 +1,102 @@
+"""The losses and evaluations of a stage, while it trains, at its end, and once it is restored."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vadapter.config import plain
+from vadapter.data.pipeline import eval_batches
+from vadapter.evals.runner import Decoder, Result, control_scores, evaluate, make_control
+from vadapter.models.coca import CoCa
+from vadapter.parallel.compile import jit
+from vadapter.parallel.mesh import to_mesh
+from vadapter.train.recipe import DataConfig, EvalConfig
+from vadapter.train.stage import Stage
+from vadapter.train.writer import write_json
+
+
+class Evaluator:
+    """The stage's losses and evaluations, compiled once."""
+
+    def __init__(self, stage: Stage, frozen: dict[str, Any]):
+        self.stage, self.frozen = stage, frozen
+        if not isinstance(stage.model, CoCa):
+            self.decoder = _Watched(stage.model, stage.run.tokenizer, stage.mesh, self._watch)
+            self.control = jit(make_control(stage.model))
+
+    def _watch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        return self.stage.stop.watch(batches, self.stage.name, "evaluate")
+
+    def __call__(self, learnt: Any, limit: int, directory: Path | None = None) -> dict[str, float]:
+        """Scores by name, `<data set>/<metric>`; predictions go to `directory` if given."""
+        stage, c = self.stage, self.stage.config
+        if isinstance(stage.model, CoCa):
+            return {}
+        params = {**self.frozen, **learnt}
+        scores: dict[str, float] = {}
+        for name in c.loss:
+            items, transform = stage.stream(name, self.frozen)
+            batches = self._watch(eval_batches(items, transform, c.batch))
+            sums = [
+                jax.device_get(self.control(params, to_mesh(b, stage.mesh)))
+                for b, _ in zip(batches, range(c.loss_batches), strict=False)
+            ]
+            scores |= {f"{name}/{k}": v for k, v in control_scores(sums).items()}
+        for name in c.evals:
+            spec = stage.recipe.evals[name]
+            spec = dataclasses.replace(spec, limit=_least(limit, spec.limit))
+            config = stage.recipe.data[spec.data]
+            source = stage.run.source(spec.data)
+            if config.cache:
+                source = stage.features(spec.data, self.frozen)
+            result = score(self.decoder, params, source, config, spec, stage.image_size)
+            scores |= {f"{name}/{k}": v for k, v in result.scores.items()}
+            if directory is not None:
+                save_result(directory / name, result, spec)
+        return scores
+
+
+class _Watched(Decoder):
+    """A decoder that a signal stops between two batches."""
+
+    def __init__(self, model: Any, tokenizer: Any, mesh: Any, watch: Callable[[Any], Any]):
+        super().__init__(model, tokenizer, mesh)
+        self._watch = watch
+
+    def texts(self, params: Any, batches: Iterator[Any], max_new: int) -> Iterator[Any]:
+        """As in `Decoder`."""
+        return super().texts(params, self._watch(batches), max_new)
+
+
+def score(
+    decoder: Decoder, params: Any, source: Any, data: DataConfig, spec: EvalConfig, image_size: int
+) -> Result:
+    """Runs one evaluation over a source, `spec.limit` examples of it.
+
+    Args:
+      data: how the source's examples become rows.
+      image_size: pixels a side where `data` leaves it to the encoder.
+    """
+    devices = decoder.mesh.size
+    return evaluate(
+        decoder, params, source, task=data.task, max_new=spec.max_new,
+        batch=-(-spec.batch // devices) * devices, limit=spec.limit, fit=data.fit,
+        frames=data.frames if source.kind == "clip" else 1, size=data.size or image_size,
+    )  # fmt: skip
+
+
+def _least(*limits: int) -> int:
+    return min((n for n in limits if n), default=0)
+
+
+def save_result(directory: Path, result: Any, spec: Any) -> None:
+    """Writes predictions.jsonl and score.json of an evaluation."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "predictions.jsonl", "w", encoding="utf-8") as file:
+        for row in result.rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_json(directory / "score.json", {"scores": result.scores, "eval": plain(spec)})

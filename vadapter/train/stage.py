@@ -1,0 +1,127 @@
+"""A stage of a run, made ready: model, shardings, parameters, identity and data."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+
+from vadapter.config import plain
+from vadapter.models.vadapter import component_seed
+from vadapter.parallel.compile import jit
+from vadapter.parallel.mesh import replicated
+from vadapter.train import handover
+from vadapter.train.features import encoded
+from vadapter.train.inputs import make_stream
+from vadapter.train.interrupts import Stop
+from vadapter.train.recipe import DTYPES, STAGES, StageConfig, components, make_model, trained
+from vadapter.train.run import Run, check_batch_size
+from vadapter.train.shapes import abstract_params, image_size, init_params
+from vadapter.train.steps import init_state, split
+
+
+class Stage:
+    """One stage of a run: model, shardings, starts, and what identifies it when it resumes."""
+
+    def __init__(self, run: Run, name: str, stop: Stop | None = None):
+        self.run, self.name, self.stop = run, name, stop or Stop()
+        self.recipe, self.mesh = run.recipe, run.mesh
+        self.config: StageConfig = run.recipe.stages[name]
+        self.directory = run.workdir / name
+        self.model = make_model(run.recipe, self.config, run.tokenizer.vocab_size)
+        check_batch_size(name, self.config, self.mesh.size)
+        self.abstract = abstract_params(self.model, self.mesh)
+        self.image_size = image_size(self.model)
+        self.starts = handover.plan(run.recipe, self.config, run.workdir, self.abstract)
+
+    # -- parameters ----------------------------------------------------------------------------
+
+    def load_params(self, *, resumed: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(trained, frozen) parameters as the hand-over decided; frozen ones in compute dtype.
+
+        Args:
+          resumed: the trained ones come from a checkpoint: leave them out.
+        """
+        starts = {
+            n: s for n, s in self.starts.items() if not (resumed and n in trained(self.config))
+        }
+        names = [n for n, s in starts.items() if s.fresh or s.source == "random"]
+        rng = jax.random.fold_in(jax.random.key(self.recipe.seed), component_seed(self.name))
+        make = lambda key: {n: nn.meta.unbox(init_params(self.model, key))[n] for n in names}  # noqa: E731
+        where = {n: jax.tree.map(lambda x: x.sharding, self.abstract[n]) for n in names}
+        initial = jit(make, out_shardings=where)(rng)
+        params = {
+            name: handover.load(start, self.abstract[name], initial.get(name))
+            for name, start in starts.items()
+        }
+        return self.divide(params)
+
+    def divide(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Splits components into trained and frozen, the latter cast to the compute dtype."""
+        learnt, frozen = split(params, tuple(n for n in trained(self.config) if n in params))
+        dtype = DTYPES[self.recipe.dtype]
+        return learnt, jax.tree.map(lambda x: x.astype(dtype), frozen)
+
+    def abstract_state(self, tx: optax.GradientTransformation) -> Any:
+        """Shapes and shardings of the train state; optimizer moments lie as their parameters."""
+        learnt = {n: self.abstract[n] for n in trained(self.config)}
+        state = jax.eval_shape(lambda p: init_state(p, tx), learnt)
+        whole = replicated(self.mesh)
+        put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+        opt = optax.tree_utils.tree_map_params(
+            tx,
+            lambda x, p: put(x, p.sharding),
+            state.opt_state,
+            learnt,
+            transform_non_params=lambda x: put(x, whole),
+        )
+        return state.replace(
+            params=learnt,
+            opt_state=opt,
+            step=put(state.step, whole),
+            skipped=put(state.skipped, whole),
+        )
+
+    # -- identity ------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint of this stage to be resumed.
+
+        Data and starts count by their content, wherever they lie.
+        """
+        without = lambda group, keys: {k: v for k, v in plain(group).items() if k not in keys}  # noqa: E731
+        names = components(self.config)
+        return {
+            "stage": self.name,
+            "config": without(self.config, (*StageConfig.FREE, "start")),
+            "components": {n: without(self.recipe.components[n], ("weights",)) for n in names},
+            "data": {n: without(self.recipe.data[n], ("source",)) for n in self.config.data},
+            "fingerprints": {n: self.run.source(n).fingerprint() for n in self.config.data},
+            "tokenizer": self.run.tokenizer.digest,
+            "start": {n: self.starts[n].digest for n in names},
+            "seed": self.recipe.seed,
+            "dtype": self.recipe.dtype,
+        }
+
+    # -- data ----------------------------------------------------------------------------------
+
+    def stream(self, name: str, frozen: dict[str, Any]) -> tuple[Any, Any]:
+        """(items, transform) of a data set; with `cache`, over tokens of the frozen encoder."""
+        config, source = self.recipe.data[name], self.run.source(name)
+        if config.cache and STAGES[self.config.kind].visual and self.model.encoder in frozen:
+            source = self.features(name, frozen)
+        return make_stream(name, config, source, self.run.tokenizer, image_size=self.image_size)
+
+    def features(self, name: str, frozen: dict[str, Any]) -> Any:
+        """The data set's source with the frozen encoder's tokens in place of its pictures."""
+        encoder = self.model.encoder
+        return encoded(
+            self.run.source(name),
+            self.recipe.data[name],
+            self.run.workdir,
+            model=self.model,
+            params=frozen[encoder],
+            digest=self.starts[encoder].digest,
+            mesh=self.mesh,
+            watch=lambda batches: self.stop.watch(batches, self.name, "features"),
+        )
