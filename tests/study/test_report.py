@@ -13,6 +13,7 @@ from PIL import Image
 from recipes import tiny_recipe
 
 from vadapter.data.images import BadMedia
+from vadapter.evals.blind import constant_caption, majority_answer
 from vadapter.study import gallery
 from vadapter.study.gallery import Section, choose, thumbnail, write_gallery
 from vadapter.study.plots import convergence
@@ -20,6 +21,7 @@ from vadapter.study.report import write_report
 from vadapter.study.table import as_markdown, as_text, seconds, summary
 from vadapter.train.recipe import read
 from vadapter.train.restore import read_run
+from vadapter.train.writer import lines
 
 NASTY = '<script>alert("1")</script>\' onload="x" & ]]> \x00'
 
@@ -62,7 +64,7 @@ class Page(html.parser.HTMLParser):
 
 def test_the_table_has_a_row_a_stage_with_what_was_measured(run, report):
     rows = {row[0][0]: row for row in summary(run, read_run(run))}
-    assert list(rows) == ["tlm", "llm", "vision", "decoder", "vadapter", "perceiver"]
+    assert list(rows) == ["tlm", "llm", "vision", "decoder", "vadapter", "perceiver", "blind"]
     done = json.loads((run / "vadapter" / "done.json").read_text())
     scores = done["scores"]
     losses = " / ".join(
@@ -81,6 +83,21 @@ def test_the_table_has_a_row_a_stage_with_what_was_measured(run, report):
         (f"{done['seconds']:.0f}",),
     )
     assert rows["vision"][4:7] == (("—",),) * 3
+    folder = run / "perceiver" / "eval"
+    asked = [
+        (row["question"], row["answer"]) for row in lines(folder / "answers/predictions.jsonl")
+    ]
+    human = [
+        [row["references"] for row in lines(folder / name / "predictions.jsonl")]
+        for name in ("captions", "clips")
+    ]
+    assert rows["blind"][5:7] == (
+        tuple(
+            f"{name} {100 * constant_caption(refs)[1]:.1f}"
+            for name, refs in zip(("captions", "clips"), human, strict=True)
+        ),
+        (f"{100 * majority_answer(asked):.1f}",),
+    )
     assert (run / "table.txt").read_text() == report.text + "\n"
     assert report.table.read_text() == as_markdown(list(rows.values()))
 

@@ -4,11 +4,9 @@ Captions, questions and names come from data sets and models: all of them are te
 """
 
 import base64
-import contextlib
 import dataclasses
 import html
 import io
-import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +22,7 @@ from vadapter.errors import UserError
 from vadapter.evals.runner import Questions
 from vadapter.train.inputs import make_source
 from vadapter.train.recipe import Recipe
+from vadapter.train.writer import lines
 
 MAX_BYTES = 2_900_000
 EACH = 6  # items of each group
@@ -60,7 +59,7 @@ def read_section(recipe: Recipe, name: str, predictions: Mapping[str, Path]) -> 
       predictions: stage -> its predictions.jsonl.
     """
     spec = recipe.evals[name]
-    rows = {stage: _read(path) for stage, path in predictions.items()}
+    rows = {stage: list(lines(path)) for stage, path in predictions.items()}
     rows = {stage: found for stage, found in rows.items() if found}
     config = recipe.data[spec.data]
     items: list[Any] = []  # made at the first picture, and only once
@@ -77,15 +76,6 @@ def read_section(recipe: Recipe, name: str, predictions: Mapping[str, Path]) -> 
         return load_media(example.media, frames=items[1])
 
     return Section(name, config.task, rows, media)
-
-
-def _read(path: Path) -> list[Row]:
-    """The rows of a predictions.jsonl; a line that a kill has torn is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
 
 
 def write_gallery(path: Path, title: str, sections: Sequence[Section], table: str = "") -> Path:

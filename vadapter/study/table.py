@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vadapter.evals.blind import constant_caption, majority_answer
 from vadapter.train.handover import DONE
 from vadapter.train.recipe import Recipe, StageConfig
-from vadapter.train.writer import history, rows
+from vadapter.train.writer import history, lines, rows
 
 Cell = tuple[str, ...]  # lines
 HEADER: tuple[Cell, ...] = (
@@ -20,15 +21,38 @@ HEADER: tuple[Cell, ...] = (
     ("answers", "right, %"),
     ("seconds",),
 )
+KINDS = (("cider", "caption"), ("accuracy", "question"))  # metric of each task
 
 
 def summary(workdir: Path, recipe: Recipe) -> list[tuple[Cell, ...]]:
     """One row of cells a stage of the chain, in the columns of `HEADER`; — is not measured.
 
     Losses are nats a token. The held-out loss is that with the right picture, with another one, and
-    with the mean of several: only where the first is the lowest does the picture help.
+    with the mean of several: only where the first is the lowest does the picture help. A last row
+    says what scores without any picture, see `evals.blind`.
     """
-    return [_row(Path(workdir) / name, name, recipe) for name in recipe.chain]
+    stages = [_row(Path(workdir) / name, name, recipe) for name in recipe.chain]
+    return stages + _blind(Path(workdir), recipe)
+
+
+def _blind(workdir: Path, recipe: Recipe) -> list[tuple[Cell, ...]]:
+    """The row of the blind yardsticks, over what the stages were evaluated on; none without."""
+    scores: dict[str, float] = {}
+    for name in recipe.evals:
+        paths = [workdir / s / "eval" / name / "predictions.jsonl" for s in recipe.chain]
+        found = [items for path in paths if (items := list(lines(path)))]
+        if not found:
+            continue
+        if recipe.data[recipe.evals[name].data].task == "question":
+            pairs = ((item["question"], item["answer"]) for item in found[-1])
+            scores[f"{name}/accuracy"] = majority_answer(pairs)
+        elif len(found[-1]) > 1:
+            references = [item["references"] for item in found[-1]]
+            scores[f"{name}/cider"] = constant_caption(references)[1]
+    if not scores:
+        return []
+    cells = [_scores(recipe, tuple(recipe.evals), scores, *kind) for kind in KINDS]
+    return [(("blind",), ("no picture",), ("—",), ("—",), ("—",), *cells, ("—",))]
 
 
 def _row(directory: Path, name: str, recipe: Recipe) -> tuple[Cell, ...]:
@@ -45,8 +69,7 @@ def _row(directory: Path, name: str, recipe: Recipe) -> tuple[Cell, ...]:
         (steps,),
         (f"{losses[-1]:.3f}" if losses else "—",),
         _losses(stage, scores),
-        _scores(recipe, stage, scores, "cider", "caption"),
-        _scores(recipe, stage, scores, "accuracy", "question"),
+        *(_scores(recipe, stage.evals, scores, *kind) for kind in KINDS),
         (f"{seconds(directory):.0f}" if log else "—",),
     )
 
@@ -74,26 +97,26 @@ def _before(row: dict[str, Any]) -> float:
 
 
 def _losses(stage: StageConfig, scores: dict[str, float]) -> Cell:
-    lines = []
+    named = []
     for name in stage.loss:
         keys = (f"{name}/loss", f"{name}/loss_wrong", f"{name}/loss_mean")
         values = [f"{scores[key]:.3f}" for key in keys if key in scores]
         if values:
-            lines.append((name, " / ".join(values)))
-    return _named(lines, len(stage.loss) > 1)
+            named.append((name, " / ".join(values)))
+    return _named(named, len(stage.loss) > 1)
 
 
 def _scores(
-    recipe: Recipe, stage: StageConfig, scores: dict[str, float], metric: str, task: str
+    recipe: Recipe, evals: tuple[str, ...], scores: dict[str, float], metric: str, task: str
 ) -> Cell:
     same = [n for n, spec in recipe.evals.items() if recipe.data[spec.data].task == task]
-    keys = {name: f"{name}/{metric}" for name in stage.evals}
-    lines = [(n, f"{100 * scores[key]:.1f}") for n, key in keys.items() if key in scores]
-    return _named(lines, len(same) > 1)
+    keys = {name: f"{name}/{metric}" for name in evals}
+    named = [(n, f"{100 * scores[key]:.1f}") for n, key in keys.items() if key in scores]
+    return _named(named, len(same) > 1)
 
 
-def _named(lines: list[tuple[str, str]], several: bool) -> Cell:
-    return tuple(f"{n} {text}" if several else text for n, text in lines) or ("—",)
+def _named(named: list[tuple[str, str]], several: bool) -> Cell:
+    return tuple(f"{n} {text}" if several else text for n, text in named) or ("—",)
 
 
 def as_text(table: Sequence[tuple[Cell, ...]], header: tuple[Cell, ...] = HEADER) -> str:

@@ -81,11 +81,10 @@ def score(
       data: how the source's examples become rows.
       image_size: pixels a side where `data` leaves it to the encoder.
     """
-    devices = decoder.mesh.size
     return evaluate(
-        decoder, params, source, task=data.task, max_new=spec.max_new,
-        batch=-(-spec.batch // devices) * devices, limit=spec.limit, fit=data.fit,
-        frames=data.frames if source.kind == "clip" else 1, size=data.size or image_size,
+        decoder, params, source, task=data.task, max_new=spec.max_new, batch=spec.batch,
+        limit=spec.limit, fit=data.fit, frames=data.frames if source.kind == "clip" else 1,
+        size=data.size or image_size,
     )  # fmt: skip
 
 

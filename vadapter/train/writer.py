@@ -101,8 +101,8 @@ def number(value: float) -> str:
     return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:.4g}"
 
 
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl in file order; lines torn by a kill are left out."""
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON lines file in file order; lines torn by a kill are left out."""
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -111,8 +111,13 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(row, dict) and "step" in row:
+            if isinstance(row, dict):
                 yield row
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics.jsonl in file order."""
+    return (row for row in lines(path) if "step" in row)
 
 
 def history(path: Path) -> list[dict[str, Any]]:
