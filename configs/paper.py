@@ -2,31 +2,45 @@
 
     vadapter train --workdir=RUN --config=configs/paper.py:stage=2,encoder=l,llm=1b
 
-Arguments: stage 1 (tiny LM as caption decoder) or 2 (as adapter of the frozen LLM); adapter
-vadapter | resampler | mlp; encoder b | l | g; llm 1b | 8b; batch and steps. Frozen and pretrained
-parts come from finished stages (`--config.stages.S.start.llm=RUN_DIR/STAGE`), data from tar shards
-under $VADAPTER_DATA/{pairs,clips}. Paper: 512 TPU v3, about 8 h (stage 1) and 20 h (stage 2), COCO
-CIDEr 83.0 (B), 89.6 (L), 97.5 (g) with the 1B model. Ours: not run.
+Arguments:
+    stage     1 (tiny LM as caption decoder) | 2 (as adapter of the frozen LLM)
+    adapter   vadapter | resampler (Table 2) | mlp (Table 13)
+    front     resampler | pooler | perceiver: in front of the tiny LM (Table 4)
+    init      stage1 | text | random: where the tiny LM of stage 2 starts (Table 3)
+    encoder   b | l | g;  llm  1b | 8b;  batch;  steps
+
+Frozen and pretrained parts come from finished stages (`--config.stages.S.start.llm=RUN_DIR/STAGE`),
+data from tar shards under $VADAPTER_DATA/{pairs,clips}. Paper: 512 TPU v3, about 8 h (stage 1) and
+20 h (stage 2), COCO CIDEr 83.0 (B), 89.6 (L), 97.5 (g) with the 1B model. Ours: not run.
 """
 
 from ml_collections import ConfigDict
 
-from vadapter.config import parse_arg
+from vadapter.config import choose, parse_arg
 
-CHAINS = {
-    "vadapter": ("resampler", "fc_in", "tlm", "fc_out"),
-    "resampler": ("perceiver", "fc_out"),
-    "mlp": ("mlp",),
-}
+FRONTS = ("resampler", "pooler", "perceiver")
 
 
 def get_config(arg=None):
     arg = parse_arg(
-        arg, stage=2, adapter="vadapter", encoder="l", llm="1b", batch=2048, steps=250_000
+        arg, stage=2, adapter="vadapter", front="resampler", init="stage1", encoder="l", llm="1b",
+        batch=2048, steps=250_000,
+    )  # fmt: skip
+    chains = dict(
+        vadapter=(arg.front, "fc_in", "tlm", "fc_out"),
+        resampler=("perceiver", "fc_out"),
+        mlp=("mlp",),
     )
+    known = dict(stage=(1, 2), adapter=chains, front=FRONTS, init=("stage1", "text", "random"))
+    for key, values in known.items():
+        choose(key, getattr(arg, key), values)
     # Names of finished stages to start from, `RUN_DIR/STAGE`: set them on the command line.
-    pretrained = dict(encoder="pretrained/encoder", tlm="pretrained/tlm", llm="pretrained/llm")
-    aligned = dict(resampler="stage1/decoder", fc_in="stage1/decoder", tlm="stage1/decoder")
+    encoder, text, llm = "pretrained/encoder", "pretrained/tlm", "pretrained/llm"
+    inits = dict(
+        stage1={arg.front: "stage1/decoder", "fc_in": "stage1/decoder", "tlm": "stage1/decoder"},
+        text={"tlm": text},
+        random={},
+    )
     common = dict(
         steps=arg.steps,
         batch=arg.batch,
@@ -36,23 +50,12 @@ def get_config(arg=None):
         log_every=100,
     )
     if arg.stage == 1:
-        stage = dict(
-            kind="decoder",
-            lm="tlm",
-            chain=("resampler", "fc_in"),
-            start=dict(encoder=pretrained["encoder"], tlm=pretrained["tlm"]),
-            **common,
-        )
+        stage = dict(kind="decoder", lm="tlm", chain=(arg.front, "fc_in"), **common)
+        stage["start"] = dict(encoder=encoder, tlm=text)
     else:
-        chain = CHAINS[arg.adapter]
-        stage = dict(
-            kind="adapter",
-            lm="llm",
-            chain=chain,
-            start=dict(encoder=pretrained["encoder"], llm=pretrained["llm"])
-            | {name: source for name, source in aligned.items() if name in chain},
-            **common,
-        )
+        stage = dict(kind="adapter", lm="llm", chain=chains[arg.adapter], **common)
+        init = inits[arg.init] if arg.adapter == "vadapter" else {}
+        stage["start"] = dict(encoder=encoder, llm=llm) | init
     name = "decoder" if arg.stage == 1 else arg.adapter
     caption = dict(task="caption", text_len=64)
     tars = lambda folder: dict(kind="tars", folder=f"$VADAPTER_DATA/{folder}", split="train")
@@ -70,6 +73,7 @@ def get_config(arg=None):
                 llm=dict(size=f"llm_{arg.llm}", remat="names"),
                 resampler=dict(size="resampler_x1"),
                 perceiver=dict(size="resampler_x6"),
+                pooler=dict(kind="pooler", queries=256, width=768, heads=12),
                 mlp=dict(kind="mlp", hidden_dim=2048, width=0, frames=8),
                 fc_in=dict(kind="fc", width=0),
                 fc_out=dict(kind="fc", width=0),

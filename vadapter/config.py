@@ -157,6 +157,18 @@ def parse_arg(arg: str | None, **defaults: Any) -> Any:
     return types.SimpleNamespace(**values)
 
 
+def choose(key: str, value: Any, known: typing.Iterable[Any]) -> None:
+    """Checks that a config file's argument is one of those it knows.
+
+    Raises:
+      ConfigError: it is not; names the nearest.
+    """
+    if value not in (known := tuple(known)):
+        raise ConfigError(
+            f"config argument {key}={value!r}: unknown{nearest(str(value), map(str, known))}"
+        )
+
+
 def load(spec: str) -> ConfigDict:
     """Runs `get_config(arg)` of a `FILE.py[:arg]` spec.
 
