@@ -1,12 +1,16 @@
 """Layers against plain numpy."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from vadapter.models.layers import Attention, Mlp, Norm, attend, rotate
+from vadapter.errors import ConfigError
+from vadapter.models.layers import GATED, Attention, Mlp, Norm, attend
+from vadapter.models.rope import RopeConfig, frequencies, rotate
 
 
 @pytest.fixture
@@ -20,7 +24,7 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def naive_attention(q, k, v, mask):
+def naive_attention(q, k, v, mask, scale=None, cap=None):
     """One row, head and query at a time; key head j serves the query heads jG .. jG+G-1."""
     B, T, H, K = q.shape
     G = H // k.shape[2]
@@ -29,7 +33,8 @@ def naive_attention(q, k, v, mask):
         for h in range(H):
             for t in range(T):
                 seen = np.flatnonzero(mask[b, t])
-                weights = softmax(k[b, seen, h // G] @ q[b, t, h] / np.sqrt(K))
+                scores = k[b, seen, h // G] @ q[b, t, h] * (scale or 1 / np.sqrt(K))
+                weights = softmax(cap * np.tanh(scores / cap) if cap else scores)
                 out[b, t, h] = weights @ v[b, seen, h // G]
     return out
 
@@ -56,7 +61,7 @@ def test_norm_statistics_are_float32_in_a_bfloat16_model(normal):
     np.testing.assert_allclose(half.astype(jnp.float32), full, atol=0.02)
 
 
-@pytest.mark.parametrize("kind", ["swiglu", "geglu", "gelu", "relu"])
+@pytest.mark.parametrize("kind", ["swiglu", "geglu", "gelu", "gelu_erf", "quick_gelu", "relu"])
 def test_feed_forward_equals_its_formula(kind, normal):
     x = normal(3, 8)
     module = Mlp(16, kind, bias=True)
@@ -69,11 +74,12 @@ def test_feed_forward_equals_its_formula(kind, normal):
         "swiglu": lambda u: u / (1 + np.exp(-u)),
         "geglu": tanh_gelu,
         "gelu": tanh_gelu,
+        "gelu_erf": lambda u: u / 2 * (1 + np.vectorize(math.erf)(u / math.sqrt(2))),
+        "quick_gelu": lambda u: u / (1 + np.exp(-1.702 * u)),
         "relu": lambda u: np.maximum(u, 0),
     }[kind]
-    hidden = act(dense("up", x))
-    hidden = hidden * dense("gate", x) if kind.endswith("glu") else hidden
-    assert ("gate" in params) == kind.endswith("glu")
+    assert ("gate" in params) == (kind in GATED)
+    hidden = act(dense("gate", x)) * dense("up", x) if kind in GATED else act(dense("up", x))
     out = module.apply({"params": params}, x)
     np.testing.assert_allclose(out, dense("down", hidden), atol=1e-5)
 
@@ -84,15 +90,33 @@ def test_rotary_is_a_complex_rotation_with_geometric_wavelengths(normal):
     freq = 100.0 ** (-np.arange(4) / 4)
     z = z * np.exp(1j * positions[:, :, None, None] * freq)
     expected = np.concatenate([z.real, z.imag], -1)
-    np.testing.assert_allclose(rotate(jnp.asarray(x), positions, 100.0), expected, atol=1e-5)
+    ours = rotate(jnp.asarray(x), positions, frequencies(RopeConfig(100.0), 8))
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_the_part_of_a_head_that_is_not_rotated_passes_and_the_scale_is_of_the_other(normal):
+    x, positions = normal(1, 3, 2, 8), np.array([[0, 1, 5]])
+    freq = frequencies(RopeConfig(part=0.5), 8)
+    assert freq.shape == (2,)
+    ours = rotate(jnp.asarray(x), positions, freq, 1.5)
+    np.testing.assert_array_equal(ours[..., 4:], x[..., 4:])
+    alone = rotate(jnp.asarray(x[..., :4]), positions, freq)
+    np.testing.assert_allclose(ours[..., :4], 1.5 * alone, rtol=1e-6)
+
+
+def test_a_stretch_that_is_unknown_or_lacks_its_length_is_an_error():
+    with pytest.raises(ConfigError, match=r"rope\.scaling='ntk': one of none, linear"):
+        frequencies(RopeConfig(scaling="ntk"), 8)
+    with pytest.raises(ConfigError, match="'yarn' needs original_len"):
+        frequencies(RopeConfig(scaling="yarn"), 8)
 
 
 def test_rotary_scores_depend_on_the_distance_alone(normal):
-    q, k = normal(1, 1, 1, 16), normal(1, 1, 1, 16)
+    q, k, freq = normal(1, 1, 1, 16), normal(1, 1, 1, 16), frequencies(RopeConfig(), 16)
 
     def score(i, j):
-        a = rotate(jnp.asarray(q), np.array([[i]]), 10_000.0)
-        return float((a * rotate(jnp.asarray(k), np.array([[j]]), 10_000.0)).sum())
+        a = rotate(jnp.asarray(q), np.array([[i]]), freq)
+        return float((a * rotate(jnp.asarray(k), np.array([[j]]), freq)).sum())
 
     assert score(3, 1) == pytest.approx(score(103, 101), abs=1e-4)
     assert score(3, 1) != pytest.approx(score(3, 2), abs=1e-2)
@@ -107,21 +131,24 @@ def test_attention_equals_a_naive_reference(kv_heads, normal):
     everything = np.ones_like(mask)
     out = attend(q, k, v, None)
     np.testing.assert_allclose(out, naive_attention(q, k, v, everything), atol=1e-5)
+    capped = attend(q, k, v, mask, 0.5, 2.0)
+    np.testing.assert_allclose(capped, naive_attention(q, k, v, mask, 0.5, 2.0), atol=1e-5)
+    assert np.abs(capped - attend(q, k, v, mask, 0.5)).max() > 1e-2
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_shared_key_heads_equal_repeated_ones(kv_heads, normal):
     x = normal(2, 6, 16)
-    shared = Attention(heads=4, kv_heads=kv_heads, head_dim=4, rope_theta=100.0)
-    positions = np.tile(np.arange(6), (2, 1))
-    params = tiny.init(shared, x, positions=positions)
+    shared = Attention(heads=4, kv_heads=kv_heads, head_dim=4)
+    positions, freq = np.tile(np.arange(6), (2, 1)), frequencies(RopeConfig(100.0), 4)
+    params = tiny.init(shared, x, positions=positions, freq=freq)
     wide = jax.tree.map(lambda w: w, params)
     for name in ("k", "v"):
         kernel = params[name]["kernel"].reshape(16, kv_heads, 4)
         wide[name] = {"kernel": np.repeat(kernel, 4 // kv_heads, axis=1).reshape(16, 16)}
-    full = Attention(heads=4, kv_heads=4, head_dim=4, rope_theta=100.0)
-    a, _ = shared.apply({"params": params}, x, positions=positions)
-    b, _ = full.apply({"params": wide}, x, positions=positions)
+    full = Attention(heads=4, kv_heads=4, head_dim=4)
+    a, _ = shared.apply({"params": params}, x, positions=positions, freq=freq)
+    b, _ = full.apply({"params": wide}, x, positions=positions, freq=freq)
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from vadapter.models.lm import LM, LMConfig
-from vadapter.models.transformer import REMAT, Block, BlockConfig, Stack, text_mask
+from vadapter.models.rope import RopeConfig, frequencies
+from vadapter.models.transformer import REMAT, Block, BlockConfig, PerLayer, Stack, text_mask
 
 T = 8
 
@@ -109,20 +110,25 @@ def test_segments_packed_in_one_row_equal_the_segments_in_rows_of_their_own(posi
 
 @pytest.mark.parametrize("cross", [False, True], ids=["decoder", "cross-attending"])
 def test_scanned_stack_equals_a_loop_of_blocks_over_the_stacked_slices(cross, rng):
-    config = BlockConfig(16, heads=4, mlp_dim=32, kv_heads=2, rope_theta=100.0, cross=cross)
+    config = BlockConfig(16, heads=4, mlp_dim=32, kv_heads=2, cross=cross)
+    freq = np.stack([frequencies(RopeConfig(theta), 4) for theta in (10.0, 100.0, 1000.0)])
+    layers = PerLayer(jnp.asarray(freq), jnp.asarray([2, 5, 100]))
+    distance = np.arange(T)[None, :, None] - np.arange(T)[None, None, :] + np.zeros((2, 1, 1), int)
     stack = Stack(config, depth=3)
     x = rng.standard_normal((2, T, 16)).astype(np.float32)
     kv = rng.standard_normal((2, 5, 12)).astype(np.float32) if cross else None
     mask = np.tril(np.ones((2, T, T), bool))
     positions = np.tile(np.arange(T), (2, 1))
-    params = tiny.init(stack, x, mask=mask, positions=positions, kv=kv)
-    scanned, _ = jax.jit(lambda p: stack.apply(
-        {"params": p}, x, mask=mask, positions=positions, kv=kv))(params)  # fmt: skip
-    one = jax.jit(lambda p, y: Block(config).apply(
-        {"params": p}, y, None, mask, positions, kv, None, 0)[0])  # fmt: skip
+    inputs = {"mask": mask, "positions": positions, "layers": layers, "distance": distance}
+    inputs["kv"] = kv
+    params = tiny.init(stack, x, **inputs)
+    scanned, _ = jax.jit(lambda p: stack.apply({"params": p}, x, **inputs))(params)
+    one = jax.jit(lambda p, layer, mask, y: Block(config).apply(
+        {"params": p}, y, None, layer, mask, positions, None, kv, None, 0)[0])  # fmt: skip
     y = x
-    for i in range(3):
-        y = one(jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]), y)
+    for i, window in enumerate((2, 5, 100)):
+        slice_ = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+        y = one(slice_, PerLayer(jnp.asarray(freq[i])), mask & (distance < window), y)
     np.testing.assert_allclose(scanned, y, atol=1e-5)
 
 

@@ -38,10 +38,10 @@ def greedy(model: VAdapter, params: Params, batch: Batch, max_new: int) -> dict[
     x, segments, positions = model.layout(params, prefix, batch)
     B, S0, _ = x.shape
 
-    def run(x, positions, mask, cache, index):
+    def run(x, positions, mask, places, cache, index):
         states, cache = lm.apply(
-            {"params": params[model.lm]}, x, method="hidden",
-            positions=positions, mask=mask, cache=cache, index=index,
+            {"params": params[model.lm]}, x, method="hidden", positions=positions, mask=mask,
+            key_positions=places, cache=cache, index=index,
         )  # fmt: skip
         return states, cache
 
@@ -52,7 +52,8 @@ def greedy(model: VAdapter, params: Params, batch: Batch, max_new: int) -> dict[
 
     cache = empty_cache(lm.config, B, S0 + max_new, lm.dtype)
     mask = jnp.pad(text_mask(segments), ((0, 0), (0, 0), (0, max_new)))
-    states, cache = run(x, positions, mask, cache, 0)
+    places = jnp.pad(positions, ((0, 0), (0, max_new)))
+    states, cache = run(x, positions, mask, places, cache, 0)
     last = jnp.argmax(jnp.where(segments > 0, jnp.arange(S0)[None, :], -1), axis=1)
     token, logp = choose(jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0])
     position = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0]
@@ -62,9 +63,13 @@ def greedy(model: VAdapter, params: Params, batch: Batch, max_new: int) -> dict[
         i, token, ended = carry["i"], carry["token"], carry["ended"]
         slot = S0 + i
         position = carry["position"] + 1
-        visible = carry["visible"] | (jnp.arange(S0 + max_new) == slot)[None, :]
+        here = (jnp.arange(S0 + max_new) == slot)[None, :]
+        visible = carry["visible"] | here
+        places = jnp.where(here, position[:, None], carry["places"])
         embedded = lm.apply({"params": params[model.lm]}, token[:, None], method="embed")
-        states, cache = run(embedded, position[:, None], visible[:, None, :], carry["cache"], slot)
+        states, cache = run(
+            embedded, position[:, None], visible[:, None, :], places, carry["cache"], slot
+        )
         token, logp = choose(states[:, 0])
         token = jnp.where(ended, PAD, token)
         return {
@@ -75,6 +80,7 @@ def greedy(model: VAdapter, params: Params, batch: Batch, max_new: int) -> dict[
             "ended": ended | (token == EOS),
             "position": position,
             "visible": visible,
+            "places": places,
             "cache": cache,
         }
 
@@ -84,7 +90,8 @@ def greedy(model: VAdapter, params: Params, batch: Batch, max_new: int) -> dict[
         body,
         {
             "i": jnp.int32(0), "token": token, "tokens": tokens, "logprob": logp,
-            "ended": token == EOS, "position": position, "visible": visible, "cache": cache,
+            "ended": token == EOS, "position": position, "visible": visible, "places": places,
+            "cache": cache,
         },
     )  # fmt: skip
     return {k: out[k] for k in ("tokens", "ended", "logprob")}

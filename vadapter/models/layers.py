@@ -1,4 +1,4 @@
-"""Layers shared by every model: norms, projections, feed-forward, rotary positions, one attention.
+"""Layers shared by every model: norms, projections, feed-forward, one attention.
 
 Legend: B batch, T queries (text tokens), S keys, E width, H heads, G query heads a key head,
 K head dim, V vocabulary.
@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from vadapter.models.rope import rotate
 
 Dtype = jnp.dtype
 # Scores of masked keys. Finite, so that a row without any visible key stays finite.
@@ -47,11 +49,15 @@ def linear(
 
 
 class Norm(nn.Module):
-    """RMSNorm (`kind="rms"`) or LayerNorm (`kind="layer"`), statistics in float32."""
+    """RMSNorm (`kind="rms"`) or LayerNorm (`kind="layer"`), statistics in float32.
+
+    `offset` is added to the scale: Gemma stores scales around 0.
+    """
 
     kind: str = "rms"
     eps: float = 1e-6
     dtype: Dtype = jnp.float32
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -61,9 +67,9 @@ class Norm(nn.Module):
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
         shape = (1,) * (x.ndim - 1) + (width,)
-        y = y * self.param("scale", partitioned(nn.initializers.ones, "norm"), (width,)).reshape(
-            shape
-        )
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", partitioned(init, "norm"), (width,)).astype(jnp.float32)
+        y = y * (self.offset + scale).reshape(shape)
         if self.kind == "layer":
             y = y + self.param(
                 "bias", partitioned(nn.initializers.zeros, "norm"), (width,)
@@ -72,15 +78,16 @@ class Norm(nn.Module):
 
 
 ACTIVATIONS: dict[str, Callable] = {
-    "swiglu": nn.silu,
-    "geglu": lambda x: nn.gelu(x, approximate=True),
     "gelu": lambda x: nn.gelu(x, approximate=True),
+    "gelu_erf": lambda x: nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
     "relu": nn.relu,
 }
+GATED: dict[str, Callable] = {"swiglu": nn.silu, "geglu": ACTIVATIONS["gelu"]}
 
 
 class Mlp(nn.Module):
-    """Feed-forward block; `kind` in swiglu | geglu (gated) or gelu | relu (plain).
+    """Feed-forward block, down(act(up(x))), or down(act(gate(x)) · up(x)) for a `kind` in `GATED`.
 
     The pre-activations carry the name `u` for rematerialisation policies.
     """
@@ -92,42 +99,40 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        up, down = ("embed", "mlp"), ("mlp", "embed")
-        u = checkpoint_name(linear(self.hidden, up, self.bias, self.dtype, name="up")(x), "u")
-        y = ACTIVATIONS[self.kind](u)
-        if self.kind.endswith("glu"):
-            gate = linear(self.hidden, up, self.bias, self.dtype, name="gate")(x)
-            y = y * checkpoint_name(gate, "u")
-        return linear(x.shape[-1], down, self.bias, self.dtype, name="down")(y)
-
-
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864), halves rotated against each other.
-
-    Args:
-      x: [B, T, H, K], K even.
-      positions: i32[B, T].
-      theta: base of the geometric progression of wavelengths.
-    """
-    half = x.shape[-1] // 2
-    freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[..., None, None] * freq[None, None, None, :]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+        axes = ("embed", "mlp")
+        wide = lambda name: checkpoint_name(  # noqa: E731
+            linear(self.hidden, axes, self.bias, self.dtype, name=name)(x), "u"
+        )
+        if self.kind in GATED:
+            y = GATED[self.kind](wide("gate")) * wide("up")
+        else:
+            y = ACTIVATIONS[self.kind](wide("up"))
+        return linear(x.shape[-1], axes[::-1], self.bias, self.dtype, name="down")(y)
 
 
 class Attention(nn.Module):
     """The only attention: self (`kv is None`) or cross, multi-, grouped- or single-key-head.
 
     Scores and softmax are float32. q, k, v carry checkpoint names for rematerialisation policies.
+
+    Attributes:
+      heads, kv_heads, head_dim: H query heads share kv_heads key heads of width K.
+      bias: of the output; qkv_bias: of queries, keys and values (None: as `bias`).
+      qk_norm: an RMSNorm over K on queries and keys, before they are rotated; None: none.
+      scale: of the scores; 0: K ** -0.5.
+      softcap: scores are cap · tanh(scores / cap); 0: not (Gemma 2).
+      rope_scale: see `rope.rotate`.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
     bias: bool = False
-    rope_theta: float | None = None
+    qkv_bias: bool | None = None
+    qk_norm: Callable[[str], nn.Module] | None = None
+    scale: float = 0.0
+    softcap: float = 0.0
+    rope_scale: float = 1.0
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -138,6 +143,7 @@ class Attention(nn.Module):
         *,
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
+        freq: jax.Array | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
         index: jax.Array | int = 0,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
@@ -147,7 +153,7 @@ class Attention(nn.Module):
           x: queries' inputs, [B, T, E].
           kv: inputs of keys and values, [B, S, any width]; None for self-attention.
           mask: bool[B, T, S], True where a query may look; None for everywhere.
-          positions: i32[B, T] for rotary positions; unused without `rope_theta`.
+          positions: i32[B, T], and freq: f32[R/2] of rotary positions; None for none.
           cache: keys and values [B, S, kv_heads, K] of a sequence being decoded; the new ones are
             written at `index`.
           index: first slot of `x` in the cache.
@@ -158,28 +164,41 @@ class Attention(nn.Module):
         kv = x if kv is None else kv
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads do not divide into {self.kv_heads} key heads")
+        bias = self.bias if self.qkv_bias is None else self.qkv_bias
         proj = lambda n, name: linear(  # noqa: E731
-            n * self.head_dim, ("embed", "heads"), self.bias, self.dtype, name=name
+            n * self.head_dim, ("embed", "heads"), bias, self.dtype, name=name
         )
         split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)  # noqa: E731
         q = split(proj(self.heads, "q")(x))
         k = split(proj(self.kv_heads, "k")(kv))
         v = split(proj(self.kv_heads, "v")(kv))
-        if self.rope_theta is not None:
+        if self.qk_norm is not None:
+            q, k = self.qk_norm("norm_q")(q), self.qk_norm("norm_k")(k)
+        if freq is not None:
             assert positions is not None
-            q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+            q = rotate(q, positions, freq, self.rope_scale)
+            k = rotate(k, positions, freq, self.rope_scale)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cache is not None:
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, index, 0, 0))
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, index, 0, 0))
             cache = (k, v)
-        y = attend(q, k, v, mask)
+        y = attend(q, k, v, mask, self.scale, self.softcap)
         y = y.reshape(*y.shape[:-2], -1)
         return linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")(y), cache
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    scale: float = 0.0,
+    softcap: float = 0.0,
+) -> jax.Array:
     """Scaled dot-product attention: q [B,T,H,K], k and v [B,S,H/G,K], mask bool[B,T,S].
+
+    Scores are multiplied by `scale` (0: K ** -0.5), then capped, see `Attention`.
 
     The G query heads of a key head are laid end to end as G·T queries, so that both products are
     plain batched matrix products.
@@ -187,7 +206,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> 
     B, T, H, K = q.shape
     N = k.shape[2]
     q = q.reshape(B, T, N, H // N, K).transpose(0, 2, 3, 1, 4).reshape(B, N, -1, K)
-    scores = jnp.einsum("bnqk,bsnk->bnqs", q, k, preferred_element_type=jnp.float32) * K**-0.5
+    scores = jnp.einsum("bnqk,bsnk->bnqs", q, k, preferred_element_type=jnp.float32)
+    scores = scores * (scale or K**-0.5)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
         scores = scores.reshape(B, H, T, -1)
         scores = jnp.where(mask[:, None], scores, MASKED).reshape(B, N, H // N * T, -1)

@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from vadapter.models.layers import Dtype, Norm, linear, partitioned
-from vadapter.models.transformer import BlockConfig, Stack
+from vadapter.models.rope import RopeConfig, amplitude, frequencies
+from vadapter.models.transformer import BlockConfig, PerLayer, Stack
+
+EVERYTHING = 2**30  # a window that nothing is outside of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +23,17 @@ class LMConfig:
 
     Attributes:
       vocab_size: V; 0 takes the run's tokenizer's size.
-      width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, parallel, bias: see BlockConfig.
+      width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, norm_eps, norm_offset, bias,
+        qkv_bias, qk_norm, attn_scale, attn_softcap, parallel, shared_norm, post_norms, dropout,
+        remat: see `transformer.BlockConfig`.
       positions: rope | learned.
+      rope: wavelengths of rotary positions; rope_local: those of layers with a window, if other.
+      windows: a layer sees keys less than so many positions back, 0: all; the pattern is repeated
+        over the layers (Mistral: (4096,), Gemma 2: (4096, 0)).
       max_len: longest sequence; sizes the learned positions and bounds every layout.
       tied: the output head is the transposed embedding.
       embed_scale: embeddings are multiplied by sqrt(width).
-      remat: see `transformer.REMAT`.
-      dropout: on residual branches, while training only.
+      final_softcap: logits are cap · tanh(logits / cap); 0: not (Gemma 2).
     """
 
     vocab_size: int
@@ -39,21 +46,47 @@ class LMConfig:
     mlp: str = "swiglu"
     norm: str = "rms"
     norm_eps: float = 1e-6
-    positions: str = "rope"
-    rope_theta: float = 10_000.0
-    max_len: int = 2048
-    parallel: bool = True
+    norm_offset: float = 0.0
     bias: bool = False
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+    attn_scale: float = 0.0
+    attn_softcap: float = 0.0
+    parallel: bool = True
+    shared_norm: bool = True
+    post_norms: bool = False
+    positions: str = "rope"
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    rope_local: RopeConfig | None = None
+    windows: tuple[int, ...] = ()
+    max_len: int = 2048
     tied: bool = True
     embed_scale: bool = True
+    final_softcap: float = 0.0
     remat: str = "none"
     dropout: float = 0.0
 
     def block(self) -> BlockConfig:
         shared = {f.name for f in dataclasses.fields(BlockConfig)}
         mine: dict[str, Any] = {name: getattr(self, name) for name in shared if hasattr(self, name)}
-        mine["rope_theta"] = self.rope_theta if self.positions == "rope" else None
-        return BlockConfig(**mine)
+        return BlockConfig(**mine, rope_scale=amplitude(self.rope))
+
+    def window_of(self) -> list[int]:
+        """The window of each layer; 0: none."""
+        pattern = self.windows or (0,)
+        return [pattern[i % len(pattern)] for i in range(self.depth)]
+
+    def per_layer(self) -> PerLayer:
+        """Rotary frequencies and windows of every layer."""
+        windows, freq, window = self.window_of(), None, None
+        if self.positions == "rope":
+            size = self.head_dim or self.width // self.heads
+            near = frequencies(self.rope_local or self.rope, size)
+            far = frequencies(self.rope, size)
+            freq = jnp.asarray([near if w else far for w in windows])
+        if any(windows):
+            window = jnp.asarray([w or EVERYTHING for w in windows], jnp.int32)
+        return PerLayer(freq, window)
 
 
 class LM(nn.Module):
@@ -85,7 +118,7 @@ class LM(nn.Module):
                 embedding_init=partitioned(init, None, "embed"),
             )
         self.stack = Stack(c.block(), c.depth, self.dtype)
-        self.norm = Norm(c.norm, c.norm_eps, self.dtype)
+        self.norm = Norm(c.norm, c.norm_eps, self.dtype, c.norm_offset)
         if not c.tied:
             self.head = linear(c.vocab_size, ("embed", "vocab"), dtype=self.dtype)
 
@@ -100,6 +133,7 @@ class LM(nn.Module):
         *,
         positions: jax.Array,
         mask: jax.Array | None = None,
+        key_positions: jax.Array | None = None,
         cache: Any = None,
         index: jax.Array | int = 0,
     ) -> tuple[jax.Array, Any]:
@@ -108,19 +142,28 @@ class LM(nn.Module):
         Args:
           positions: i32[B, T].
           mask: bool[B, T, S], S = T, or the cache's slots.
+          key_positions: i32[B, S] of what is in the cache; None: `positions`.
           cache: from `empty_cache`, or None.
           index: first cache slot of `x`.
         """
         x = x.astype(self.dtype)
         if self.config.positions == "learned":
             x = x + self.position_embedding(positions)
-        x, cache = self.stack(x, mask=mask, positions=positions, cache=cache, index=index)
+        layers, distance = self.config.per_layer(), None
+        if layers.window is not None:
+            keys = positions if key_positions is None else key_positions
+            distance = positions[:, :, None] - keys[:, None, :]
+        x, cache = self.stack(
+            x, mask=mask, positions=positions, layers=layers, distance=distance, cache=cache,
+            index=index,
+        )  # fmt: skip
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., E] -> f32[..., V]."""
         out = self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
-        return out.astype(jnp.float32)
+        out, cap = out.astype(jnp.float32), self.config.final_softcap
+        return cap * jnp.tanh(out / cap) if cap else out
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """i32[B, T] -> f32[B, T, V], causal; creates every parameter."""

@@ -4,14 +4,16 @@ Legend: B batch, T tokens, S keys, E width, L layers.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vadapter.models.layers import Attention, Dtype, Mlp, Norm
+from vadapter.models.layers import Attention, Dtype, Mlp, Norm, partitioned
 
 # What the backward pass keeps. For a frozen stack the inputs of its matrix products are never
 # needed, so these names suffice; they are recomputed from with one norm and one activation each.
@@ -32,11 +34,15 @@ class BlockConfig:
       width: E.
       heads, kv_heads, head_dim: attention; kv_heads=1 is multi-query, =heads is multi-head.
       mlp_dim: hidden width of the feed-forward.
-      mlp: swiglu | geglu | gelu | relu.
-      norm: rms | layer.
-      parallel: attention and feed-forward from one norm, summed (PaLM), instead of in sequence.
+      mlp: swiglu | geglu | gelu | gelu_erf | quick_gelu | relu.
+      norm: rms | layer; norm_offset is added to its scales.
+      bias, qkv_bias, qk_norm, attn_scale, attn_softcap: see `layers.Attention`.
+      parallel: attention and feed-forward side by side, summed (PaLM), instead of in sequence;
+        from one norm, or from two with `shared_norm=False` (GPT-NeoX).
+      post_norms: also a norm on the output of attention and of feed-forward (Gemma 2).
+      layer_scale: outputs are multiplied by a learned vector (DINOv2).
       cross: a cross-attention between self-attention and feed-forward.
-      rope_theta: rotary base; None for no rotary positions.
+      rope_scale: see `rope.rotate`.
       dropout: on both residual branches, active only where a `dropout` rng is given.
       remat: none | full | names | dots, what the backward pass recomputes.
     """
@@ -49,23 +55,51 @@ class BlockConfig:
     mlp: str = "gelu"
     norm: str = "layer"
     norm_eps: float = 1e-6
+    norm_offset: float = 0.0
     bias: bool = True
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+    attn_scale: float = 0.0
+    attn_softcap: float = 0.0
     parallel: bool = False
+    shared_norm: bool = True
+    post_norms: bool = False
+    layer_scale: bool = False
     cross: bool = False
-    rope_theta: float | None = None
+    rope_scale: float = 1.0
     dropout: float = 0.0
     remat: str = "none"
 
-    def attention(self, dtype: Dtype, name: str, rope: bool = True) -> Attention:
+    def attention(self, dtype: Dtype, name: str) -> Attention:
         return Attention(
             heads=self.heads,
             kv_heads=self.kv_heads or self.heads,
             head_dim=self.head_dim or self.width // self.heads,
             bias=self.bias,
-            rope_theta=self.rope_theta if rope else None,
+            qkv_bias=self.qkv_bias,
+            qk_norm=functools.partial(self.make_norm, dtype) if self.qk_norm else None,
+            scale=self.attn_scale,
+            softcap=self.attn_softcap,
+            rope_scale=self.rope_scale,
             dtype=dtype,
             name=name,
         )
+
+    def make_norm(self, dtype: Dtype, name: str) -> Norm:
+        return Norm(self.norm, self.norm_eps, dtype, self.norm_offset, name=name)
+
+
+@flax.struct.dataclass
+class PerLayer:
+    """What differs between the layers of one stack, scanned with their parameters.
+
+    Attributes:
+      freq: f32[L, R/2], rotary frequencies; None for no rotary positions.
+      window: i32[L], a query sees keys less than so many positions back; None for all.
+    """
+
+    freq: jax.Array | None = None
+    window: jax.Array | None = None
 
 
 class Block(nn.Module):
@@ -75,24 +109,35 @@ class Block(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, cache, mask, positions, kv, kv_mask, index):
+    def __call__(self, x, cache, layer, mask, positions, distance, kv, kv_mask, index):
         c = self.config
-        norm = lambda name: Norm(c.norm, c.norm_eps, self.dtype, name=name)  # noqa: E731
+        norm = functools.partial(c.make_norm, self.dtype)
         drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         mlp = Mlp(c.mlp_dim, c.mlp, c.bias, self.dtype, name="mlp")
+        after = lambda name, y: drop(self._scaled(name, norm(name)(y) if c.post_norms else y))  # noqa: E731
+        if layer.window is not None:
+            near = distance < layer.window
+            mask = near if mask is None else mask & near
         h = norm("norm_attn")(x)
         y, cache = c.attention(self.dtype, "attn")(
-            h, mask=mask, positions=positions, cache=cache, index=index
+            h, mask=mask, positions=positions, freq=layer.freq, cache=cache, index=index
         )
+        y = after("norm_attn_out", y)
         if c.parallel:
-            return x + drop(y + mlp(h)), cache
-        x = checkpoint_name(x + drop(y), "mid")
+            h = h if c.shared_norm else norm("norm_mlp")(x)
+            return x + y + after("norm_mlp_out", mlp(h)), cache
+        x = checkpoint_name(x + y, "mid")
         if c.cross:
-            y, _ = c.attention(self.dtype, "cross", rope=False)(
-                norm("norm_cross")(x), kv, mask=kv_mask
-            )
+            y, _ = c.attention(self.dtype, "cross")(norm("norm_cross")(x), kv, mask=kv_mask)
             x = x + drop(y)
-        return x + drop(mlp(norm("norm_mlp")(x))), cache
+        return x + after("norm_mlp_out", mlp(norm("norm_mlp")(x))), cache
+
+    def _scaled(self, name: str, y: jax.Array) -> jax.Array:
+        if not self.config.layer_scale:
+            return y
+        init = partitioned(nn.initializers.ones, "norm")
+        scale = self.param(name.replace("norm", "scale"), init, (y.shape[-1],))
+        return y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 class Stack(nn.Module):
@@ -112,6 +157,8 @@ class Stack(nn.Module):
         *,
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
+        layers: PerLayer | None = None,
+        distance: jax.Array | None = None,
         kv: jax.Array | None = None,
         kv_mask: jax.Array | None = None,
         cache: Any = None,
@@ -123,6 +170,8 @@ class Stack(nn.Module):
           x: [B, T, E].
           mask: bool[B, T, S] for self-attention (None: everything visible).
           positions: i32[B, T] for rotary positions.
+          layers: what differs between the layers.
+          distance: i32[B, T, S], positions from key to query, for windows.
           kv: [B, S', ·] for cross-attention, with kv_mask bool[B, T, S'].
           cache: keys and values, each [L, B, S, kv_heads, K], or None.
           index: first cache slot of `x`.
@@ -137,10 +186,12 @@ class Stack(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *(nn.broadcast,) * 5),  # type: ignore[arg-type]
+            in_axes=(0, 0, *(nn.broadcast,) * 6),  # type: ignore[arg-type]
             length=self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.config, self.dtype, name="blocks")(x, cache, mask, positions, kv, kv_mask, index)
+        )(self.config, self.dtype, name="blocks")(
+            x, cache, layers or PerLayer(), mask, positions, distance, kv, kv_mask, index
+        )
 
 
 def text_mask(segments: jax.Array, prefix: int = 0, *, bidirectional: bool = False) -> jax.Array:

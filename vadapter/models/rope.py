@@ -1,0 +1,114 @@
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864) and the ways they are stretched.
+
+Legend: B batch, T tokens, H heads, K head dim, R rotated part of K.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vadapter.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Wavelengths of the rotation, and how they are scaled beyond the length trained on.
+
+    Attributes:
+      theta: base of the geometric progression of wavelengths.
+      part: share of the head dim that is rotated, the first R = part · K.
+      scaling: none | linear | llama3 | yarn.
+      factor: how many times longer.
+      original_len: tokens of the original training; llama3 and yarn.
+      low_freq_factor, high_freq_factor: llama3: wavelengths above original_len / low are stretched
+        by `factor`, those below original_len / high are kept, those between are blended.
+      beta_fast, beta_slow: yarn (arXiv 2309.00071): rotations within original_len between which
+        frequencies are blended.
+      attention_factor: yarn: scales sine and cosine; 0: 0.1 · ln(factor) + 1.
+      truncate: yarn: the bounds of the blend are whole dimensions.
+    """
+
+    theta: float = 10_000.0
+    part: float = 1.0
+    scaling: str = "none"
+    factor: float = 1.0
+    original_len: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0
+    truncate: bool = True
+
+
+def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
+    """Radians a position of each rotated pair, f32[R/2].
+
+    In float32 throughout, operation for operation as the models were trained: at position 8192 a
+    difference in the last bit is 5e-4 radians.
+
+    Raises:
+      ConfigError: an unknown scaling, or one without its `original_len`.
+    """
+    rotated = int(head_dim * config.part)
+    exponents = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
+    freq = np.float32(1) / np.float32(config.theta) ** exponents
+    if config.scaling == "none":
+        return freq
+    if config.scaling == "linear":
+        return freq / np.float32(config.factor)
+    if config.scaling not in ("llama3", "yarn"):
+        raise ConfigError(f"rope.scaling={config.scaling!r}: one of none, linear, llama3, yarn")
+    if config.original_len < 1:
+        raise ConfigError(f"rope.scaling={config.scaling!r} needs original_len, the length trained")
+    blend = _llama3 if config.scaling == "llama3" else _yarn
+    kept = blend(config, freq, rotated)
+    return (kept * freq + (1 - kept) * (freq / np.float32(config.factor))).astype(np.float32)
+
+
+def _llama3(config: RopeConfig, freq: np.ndarray, rotated: int) -> np.ndarray:
+    """The share of each frequency that is kept (Llama 3.1's inference code)."""
+    del rotated
+    turns = np.float32(config.original_len) * freq / np.float32(2 * math.pi)
+    low, high = config.low_freq_factor, config.high_freq_factor
+    return np.clip((turns - low) / np.float32(high - low), 0, 1)
+
+
+def _yarn(config: RopeConfig, freq: np.ndarray, rotated: int) -> np.ndarray:
+    """The share of each frequency that is kept (arXiv 2309.00071, section 3.2)."""
+    length = config.original_len / (2 * math.pi)
+    at = lambda turns: rotated * math.log(length / turns) / (2 * math.log(config.theta))  # noqa: E731
+    low, high = at(config.beta_fast), at(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    ramp = (np.arange(len(freq), dtype=np.float32) - low) / max(high - low, 0.001)
+    return 1 - np.clip(ramp, 0, 1)
+
+
+def amplitude(config: RopeConfig) -> float:
+    """What sine and cosine are multiplied by; 1 but for yarn."""
+    if config.scaling != "yarn":
+        return 1.0
+    if config.attention_factor:
+        return config.attention_factor
+    return 0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
+
+
+def rotate(x: jax.Array, positions: jax.Array, freq: jax.Array, scale: float = 1.0) -> jax.Array:
+    """Rotates the first R of every head, its halves against each other; the rest passes.
+
+    Args:
+      x: [B, T, H, K].
+      positions: i32[B, T].
+      freq: f32[R/2], from `frequencies`.
+      scale: from `amplitude`.
+    """
+    half = freq.shape[-1]
+    angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]
+    sin, cos = jnp.sin(angle) * scale, jnp.cos(angle) * scale
+    a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
