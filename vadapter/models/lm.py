@@ -24,7 +24,7 @@ class LMConfig:
     Attributes:
       vocab_size: V; 0 takes the run's tokenizer's size.
       width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, norm_eps, norm_offset, bias,
-        qkv_bias, qk_norm, attn_scale, attn_softcap, parallel, shared_norm, post_norms, dropout,
+        qkv_bias, mlp_bias, qk_norm, attn_scale, attn_softcap, parallel, shared_norm, post_norms, dropout,
         remat: see `transformer.BlockConfig`.
       positions: rope | learned.
       rope: wavelengths of rotary positions; rope_local: those of layers with a window, if other.
@@ -49,6 +49,7 @@ class LMConfig:
     norm_offset: float = 0.0
     bias: bool = False
     qkv_bias: bool | None = None
+    mlp_bias: bool | None = None
     qk_norm: bool = False
     attn_scale: float = 0.0
     attn_softcap: float = 0.0

@@ -37,6 +37,7 @@ class BlockConfig:
       mlp: swiglu | geglu | gelu | gelu_erf | quick_gelu | relu.
       norm: rms | layer; norm_offset is added to its scales.
       bias, qkv_bias, qk_norm, attn_scale, attn_softcap: see `layers.Attention`.
+      mlp_bias: of the feed-forward; None: as `bias`.
       parallel: attention and feed-forward side by side, summed (PaLM), instead of in sequence;
         from one norm, or from two with `shared_norm=False` (GPT-NeoX).
       post_norms: also a norm on the output of attention and of feed-forward (Gemma 2).
@@ -58,6 +59,7 @@ class BlockConfig:
     norm_offset: float = 0.0
     bias: bool = True
     qkv_bias: bool | None = None
+    mlp_bias: bool | None = None
     qk_norm: bool = False
     attn_scale: float = 0.0
     attn_softcap: float = 0.0
@@ -113,7 +115,8 @@ class Block(nn.Module):
         c = self.config
         norm = functools.partial(c.make_norm, self.dtype)
         drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
-        mlp = Mlp(c.mlp_dim, c.mlp, c.bias, self.dtype, name="mlp")
+        bias = c.bias if c.mlp_bias is None else c.mlp_bias
+        mlp = Mlp(c.mlp_dim, c.mlp, bias, self.dtype, name="mlp")
         after = lambda name, y: drop(self._scaled(name, norm(name)(y) if c.post_norms else y))  # noqa: E731
         if layer.window is not None:
             near = distance < layer.window

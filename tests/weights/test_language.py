@@ -1,0 +1,349 @@
+"""Public language models: small random checkpoints of the original library give the same logits."""
+
+import contextlib
+import dataclasses
+import json
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from vadapter.config import build
+from vadapter.errors import CheckpointError
+from vadapter.models.generate import greedy
+from vadapter.models.lm import LM, LMConfig
+from vadapter.models.transformer import text_mask
+from vadapter.models.vadapter import VAdapter
+from vadapter.parallel.mesh import MeshConfig, make_mesh, shardings
+from vadapter.weights.families.language import FAMILIES
+from vadapter.weights.public import Checkpoint
+
+V, T = 97, 40
+TOLERANCE = 1e-4  # of logits of about 6
+BASE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+GROUPED = BASE | {"num_key_value_heads": 2}
+WIDE = GROUPED | {"head_dim": 16}
+GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+
+
+def rope(kind, **keys):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **keys}}
+
+
+# Sequences of 40 tokens leave windows of 5, and the 16 positions that stretched ones were made for.
+CASES = {
+    "llama": ("llama", GROUPED),
+    "llama, tied, biases": (
+        "llama", GROUPED | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
+    ),
+    "llama, llama3 positions": (
+        "llama", BASE | rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                             original_max_position_embeddings=16)),
+    "llama, linear positions": ("llama", BASE | rope("linear", factor=4.0)),
+    "llama, yarn positions": (
+        "llama", BASE | rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "mistral": ("mistral", WIDE | {"sliding_window": 5}),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen2, windows": (
+        "qwen2", GROUPED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    ),
+    "qwen3": ("qwen3", WIDE),
+    "gemma": ("gemma", BASE | {"num_key_value_heads": 1, "head_dim": 16}),
+    "gemma2": ("gemma2", WIDE | {"sliding_window": 5, "query_pre_attn_scalar": 24}),
+    "gemma3": ("gemma3_text", WIDE | {"sliding_window": 5, "sliding_window_pattern": 2}),
+    "gpt2": ("gpt2", GPT2),
+    "neox": ("gpt_neox", BASE),
+    "neox, serial": ("gpt_neox", BASE | {"use_parallel_residual": False}),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def their_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture(scope="module")
+def originals():
+    """torch and transformers, from the extra `parity`."""
+    with their_warnings():
+        torch = pytest.importorskip("torch", reason="needs the extra parity")
+        transformers = pytest.importorskip("transformers", reason="needs the extra parity")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    return torch, transformers
+
+
+@pytest.fixture(scope="module")
+def pair(originals, tmp_path_factory):
+    """case -> (the original model, its folder), made once."""
+    torch, transformers = originals
+    made = {}
+
+    def draw(name, p):
+        if p.ndim > 1:
+            return 0.3 * torch.randn_like(p)
+        return 0.1 * torch.randn_like(p) + (1.0 if "norm" in name or ".ln_" in name else 0.0)
+
+    def make(case):
+        if case not in made:
+            kind, keys = CASES[case]
+            torch.manual_seed(0)
+            with their_warnings(), torch.no_grad():
+                config = transformers.AutoConfig.for_model(kind, **keys)
+                config._attn_implementation = "eager"
+                model = transformers.AutoModelForCausalLM.from_config(config).eval()
+                for name, p in model.named_parameters():
+                    p.copy_(draw(name, p))
+                folder = tmp_path_factory.mktemp("checkpoint")
+                model.save_pretrained(folder)
+            made[case] = model, folder
+        return made[case]
+
+    return make
+
+
+def load(folder, **overrides):
+    checkpoint = Checkpoint.open(folder)
+    spec = {k: v for k, v in checkpoint.spec.items() if k != "kind"}
+    module = LM(build(LMConfig, spec))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params, report = checkpoint.load(nn.unbox(shapes)["params"])
+    return module, params, report
+
+
+def ids(rows=2, length=T):
+    return np.random.default_rng(0).integers(3, V, (rows, length))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_the_originals_with_padding(case, pair, originals):
+    torch, _ = originals
+    model, folder = pair(case)
+    module, params, report = load(folder)
+    assert report.left_out == ()
+    tokens, lengths = ids(3), np.array([T, 23, 7])
+    real = np.arange(T)[None, :] < lengths[:, None]
+    with torch.no_grad(), their_warnings():
+        theirs = model(torch.tensor(tokens), attention_mask=torch.tensor(real)).logits.numpy()
+
+    @jax.jit
+    def run(params, tokens, segments):
+        positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+        apply = lambda *a, **kw: module.apply({"params": params}, *a, **kw)  # noqa: E731
+        states, _ = apply(apply(tokens, method="embed"), positions=positions,
+                          mask=text_mask(segments), method="hidden")  # fmt: skip
+        return apply(states, method="logits")
+
+    ours = np.asarray(run(params, tokens, real.astype(np.int32)))
+    assert np.abs(theirs).max() > 3
+    assert np.abs(ours - theirs)[real].max() < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["llama, yarn positions", "qwen2, windows", "gemma3", "gpt2"])
+def test_cached_greedy_decoding_equals_the_originals(case, pair, originals):
+    torch, _ = originals
+    model, folder = pair(case)
+    module, params, _ = load(folder)
+    tokens = ids(2, 6)
+    with torch.no_grad(), their_warnings():
+        theirs = model.generate(
+            torch.tensor(tokens), attention_mask=torch.ones(tokens.shape), max_new_tokens=20,
+            do_sample=False,
+        ).numpy()[:, 6:]  # fmt: skip
+    theirs = np.pad(theirs, ((0, 0), (0, 20 - theirs.shape[1])))
+    batch = {
+        "prompt": np.zeros((2, 0), np.int32),
+        "tokens": tokens.astype(np.int32),
+        "segments": np.ones((2, 6), np.int32),
+        "positions": np.tile(np.arange(6, dtype=np.int32), (2, 1)),
+    }
+    lm = VAdapter({"llm": module}, lm="llm")
+    ours = jax.jit(lambda p, b: greedy(lm, p, b, 20)["tokens"])({"llm": params}, batch)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "neox"])
+def test_every_shard_is_read_for_its_own_device_and_no_more(case, pair, monkeypatch):
+    _, folder = pair(case)
+    module, whole, _ = load(folder)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    where = shardings(boxed, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), where
+    )
+    checkpoint, sizes = Checkpoint.open(folder), []
+    honest = type(checkpoint.files).read
+
+    def read(self, name, index=None):
+        out = honest(self, name, index)
+        sizes.append(out.size / np.prod(self.tensors[name].shape))
+        return out
+
+    monkeypatch.setattr(type(checkpoint.files), "read", read)
+    params, _ = checkpoint.load(abstract)
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    kernel = params["stack"]["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert min(sizes) <= 1 / 4
+
+
+def test_a_checkpoint_is_loaded_in_the_dtype_asked_for(pair):
+    _, folder = pair("llama")
+    checkpoint = Checkpoint.open(folder)
+    _, whole, _ = load(folder)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), whole)
+    half, _ = checkpoint.load(shapes, jnp.bfloat16)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), half, whole)
+
+
+# -- what does not fit -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Folder:
+    """A hand-made Llama folder whose config and tensors a test may spoil."""
+
+    path: object
+
+    def write(self, config=None, spoil=lambda tensors: None):
+        from safetensors.numpy import save_file
+
+        keys = {"model_type": "llama", "tie_word_embeddings": True, **GROUPED}
+        (self.path / "config.json").write_text(json.dumps(keys | (config or {})))
+        module = LM(build(LMConfig, FAMILIES["llama"].spec(keys)))
+        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+        flat = jax.tree_util.tree_flatten_with_path(nn.unbox(shapes)["params"])[0]
+        tensors = {}
+        for path, leaf in flat:
+            source = FAMILIES["llama"].table.source("/".join(k.key for k in path), leaf.shape)
+            tensors |= {name: np.zeros(source.expected, np.float32) for name in source.names}
+        spoil(tensors)
+        save_file(tensors, self.path / "model.safetensors")
+        return self.path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+FAULTS = {
+    "a tensor is missing": (
+        lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+        r"1 faults:\n  model\.layers\.1\.mlp\.up_proj\.weight: missing; stack/blocks/mlp/up/kernel",
+    ),
+    "a tensor is left over": (
+        lambda t: t.update({"model.layers.0.gate": np.zeros(3, np.float32)}),
+        r"model\.layers\.0\.gate: left over; nothing is made of it",
+    ),
+    "a tensor has another shape": (
+        lambda t: t.update({"model.norm.weight": np.zeros(31, np.float32)}),
+        r"model\.norm\.weight: \[31\], but norm/scale needs \(32,\)",
+    ),
+    "a linear layer is not transposed": (
+        lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.zeros((32, 48), np.float32)}),
+        r"up_proj\.weight: \[32, 48\], but stack/blocks/mlp/up/kernel needs \(48, 32\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_tensor_that_does_not_fit_is_named(fault, folder):
+    spoil, message = FAULTS[fault]
+    with pytest.raises(CheckpointError, match=message):
+        load(folder.write(spoil=spoil))
+
+
+def test_what_the_table_allows_is_left_out_and_told(folder):
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32),
+             "lm_head.weight": np.zeros((V, 32), np.float32)}  # fmt: skip
+    _, _, report = load(folder.write(spoil=lambda t: t.update(extra)))
+    assert set(report.left_out) == set(extra)
+    assert "left out: lm_head.weight, model.layers.0" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "lama"}, r"config\.json: model_type 'lama': unknown; did you mean 'llama'"),
+        ({"hidden_act": "swish2"}, r"hidden_act='swish2' is none of silu,"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic' are none of defau"),
+        (rope("yarn", factor=2.0, mscale=0.7), "yarn with mscale is not supported"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_an_error(config, message, folder):
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(folder.write(config))
+
+
+def test_a_config_that_lacks_a_key_or_is_damaged_is_an_error(folder):
+    path = folder.write()
+    config = json.loads((path / "config.json").read_text())
+    del config["hidden_size"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json has no 'hidden_size'"):
+        Checkpoint.open(path)
+    (path / "config.json").write_text("<html>")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read .*fetch it again"):
+        Checkpoint.open(path)
+    (path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"No weights file 'config\.json'"):
+        Checkpoint.open(path)
+
+
+# -- published sizes ---------------------------------------------------------------------------
+
+
+def llama(vocab, width, mlp, depth, heads, kv, **keys):
+    return {"vocab_size": vocab, "hidden_size": width, "intermediate_size": mlp,
+            "num_hidden_layers": depth, "num_attention_heads": heads, "num_key_value_heads": kv,
+            "max_position_embeddings": 8192, **keys}  # fmt: skip
+
+
+TIED = {"tie_word_embeddings": True}
+# name: (model_type, the keys of its config.json that set shapes, published parameters)
+PUBLISHED = {
+    "Llama-2-7b": ("llama", llama(32_000, 4096, 11_008, 32, 32, 32), 6_738_415_616),
+    "Llama-3.1-8B": ("llama", llama(128_256, 4096, 14_336, 32, 32, 8), 8_030_261_248),
+    "Llama-3.2-1B": (
+        "llama", llama(128_256, 2048, 8192, 16, 32, 8, head_dim=64, **TIED), 1_235_814_400),
+    "SmolLM2-135M": ("llama", llama(49_152, 576, 1536, 30, 9, 3, **TIED), 134_515_008),
+    "TinyLlama-1.1B": ("llama", llama(32_000, 2048, 5632, 22, 32, 4), 1_100_048_384),
+    "Mistral-7B-v0.1": ("mistral", llama(32_000, 4096, 14_336, 32, 32, 8), 7_241_732_096),
+    "Qwen2-0.5B": ("qwen2", llama(151_936, 896, 4864, 24, 14, 2, **TIED), 494_032_768),
+    "Qwen2.5-1.5B": ("qwen2", llama(151_936, 1536, 8960, 28, 12, 2, **TIED), 1_543_714_304),
+    "Qwen3-0.6B": (
+        "qwen3", llama(151_936, 1024, 3072, 28, 16, 8, head_dim=128, **TIED), 596_049_920),
+    "gemma-2b": ("gemma", llama(256_000, 2048, 16_384, 18, 8, 1, head_dim=256), 2_506_172_416),
+    "gemma-2-2b": ("gemma2", llama(256_000, 2304, 9216, 26, 8, 4, head_dim=256), 2_614_341_888),
+    "gemma-2-9b": ("gemma2", llama(256_000, 3584, 14_336, 42, 16, 8, head_dim=256), 9_241_705_984),
+    "gemma-3-1b-pt": (
+        "gemma3_text", llama(262_144, 1152, 6912, 26, 4, 1, head_dim=256), 999_885_952),
+    "gpt2": ("gpt2", {**GPT2, "vocab_size": 50_257, "n_embd": 768, "n_layer": 12, "n_head": 12,
+                      "n_positions": 1024}, 124_439_808),
+    "pythia-160m": ("gpt_neox", llama(50_304, 768, 3072, 12, 12, 12), 162_322_944),
+    "pythia-1b": ("gpt_neox", llama(50_304, 2048, 8192, 16, 8, 8), 1_011_781_632),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_its_published_number_of_parameters(name):
+    model_type, config, published = PUBLISHED[name]
+    family = FAMILIES[model_type]
+    module = LM(build(LMConfig, family.spec(config)), jnp.bfloat16)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    leaves = jax.tree_util.tree_flatten_with_path(nn.unbox(shapes)["params"])[0]
+    assert sum(int(np.prod(leaf.shape)) for _, leaf in leaves) == published
+    for path, leaf in leaves:
+        assert family.table.source("/".join(k.key for k in path), leaf.shape) is not None, path

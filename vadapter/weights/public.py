@@ -1,0 +1,162 @@
+"""A public checkpoint as a component: its spec from its own config.json, its tensors by name."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from vadapter.config import nearest
+from vadapter.errors import CheckpointError
+from vadapter.weights import load
+from vadapter.weights.families.language import FAMILIES
+from vadapter.weights.names import Source, Table
+from vadapter.weights.tensors import TensorFiles
+
+_MAX_CONFIG = 2**20  # bytes of a config.json
+_SHOWN = 8  # names in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was made of a checkpoint.
+
+    Attributes:
+      tensors: how many of theirs became how many `leaves` of ours, with `parameters` in all.
+      left_out: theirs that nobody needs, as the family's table allows.
+    """
+
+    tensors: int
+    leaves: int
+    parameters: int
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = f"{self.tensors} tensors, {self.parameters:,} parameters"
+        return text + (f"; left out: {', '.join(self.left_out[:_SHOWN])}" if self.left_out else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint folder, none of whose tensors is read yet.
+
+    Attributes:
+      path: the folder.
+      model_type: as its config.json says.
+      spec: of the component: `kind` and the fields of its configuration.
+      table: how the family names its tensors.
+      files: the tensors.
+    """
+
+    path: Path
+    model_type: str
+    spec: Mapping[str, Any]
+    table: Table
+    files: TensorFiles
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Reads config.json and the headers of the weights.
+
+        Raises:
+          CheckpointError: no folder, another model than those known, a config.json that lacks a
+            key, weights that are missing or damaged.
+        """
+        config = read_config(path)
+        model_type = config.get("model_type", "")
+        if model_type not in FAMILIES:
+            raise CheckpointError(
+                f"{path / 'config.json'}: model_type {model_type!r}: unknown"
+                f"{nearest(str(model_type), FAMILIES)}"
+            )
+        family = FAMILIES[model_type]
+        try:
+            spec = {"kind": "lm", **family.spec(config)}
+        except KeyError as e:
+            raise CheckpointError(f"{path / 'config.json'} has no {e.args[0]!r}") from None
+        return cls(path, model_type, spec, family.table, TensorFiles.open(path))
+
+    def load(self, abstract: Any, dtype: Any = None) -> tuple[Any, Report]:
+        """Reads the tensors straight into each device's shard.
+
+        Args:
+          abstract: tree of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.
+          dtype: of the result; None: as `abstract` says.
+
+        Returns:
+          The tree of `jax.Array`, and what was read.
+
+        Raises:
+          CheckpointError: tensors that are missing, left over, or of another shape.
+        """
+        leaves = traverse_util.flatten_dict(abstract, sep="/")
+        sources = {k: self.table.source(k, v.shape) for k, v in leaves.items()}
+        prefix = self._prefix(sources)
+        faults, used = [], set()
+        for path, source in sources.items():
+            if source is None:
+                faults.append(f"{path}: {self.model_type} has no such parameter")
+                continue
+            for name in (prefix + n for n in source.names):
+                used.add(name)
+                if name not in self.files.tensors:
+                    faults.append(f"{name}: missing; {path} is made of it")
+                elif (shape := self.files.tensors[name].shape) != source.expected:
+                    faults.append(f"{name}: {list(shape)}, but {path} needs {source.expected}")
+        tied = {f"{prefix}{self.table.modules.get('head', 'lm_head')}.weight"} - used
+        extra = self.table.unneeded(sorted(self.files.tensors), used | tied)
+        faults += [f"{name}: left over; nothing is made of it" for name in extra]
+        if faults:
+            raise CheckpointError(
+                f"{self.path} does not fit {self.model_type}'s table, {len(faults)} faults:\n  "
+                + "\n  ".join(faults[:_SHOWN])
+            )
+        out = {
+            path: _place(leaf, dtype or leaf.dtype, self._reader(sources[path], prefix))
+            for path, leaf in leaves.items()
+        }
+        left_out = tuple(sorted(self.files.tensors.keys() - used))
+        count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
+        report = Report(len(used), len(leaves), count, left_out)
+        return traverse_util.unflatten_dict(out, sep="/"), report
+
+    def _prefix(self, sources: Mapping[str, Source | None]) -> str:
+        """What this checkpoint puts in front of the family's names."""
+        names = [source.names[0] for source in sources.values() if source is not None]
+        found = lambda prefix: sum(prefix + name in self.files.tensors for name in names)  # noqa: E731
+        return max(self.table.prefixes, key=found)
+
+    def _reader(self, source: Any, prefix: str) -> Callable[[Any], np.ndarray]:
+        names = [prefix + name for name in source.names]
+        head_dim = self.spec.get("head_dim") or self.spec["width"] // self.spec["heads"]
+        return lambda index: source.read(self.files, names, index, head_dim)
+
+
+def _place(leaf: Any, dtype: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
+    """An array whose shards are read each for its own device."""
+    if leaf.sharding is None:
+        everything = tuple(slice(0, n) for n in leaf.shape)
+        return jax.numpy.asarray(read(everything).astype(dtype))
+    return jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda index: read(index).astype(dtype)
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checkpoint's config.json; of a multimodal model the language model's part.
+
+    Raises:
+      CheckpointError: it is missing, damaged, or absurdly large.
+    """
+    file = load.require_file(Path(path) / "config.json")
+    try:
+        if file.stat().st_size > _MAX_CONFIG:
+            raise ValueError(f"it has more than {_MAX_CONFIG} bytes")
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return {**config, **config["text_config"]} if "text_config" in config else dict(config)
+    except (ValueError, TypeError) as e:
+        raise CheckpointError(f"{file} cannot be read ({e}); fetch it again") from e
