@@ -24,8 +24,8 @@ class LMConfig:
     Attributes:
       vocab_size: V; 0 takes the run's tokenizer's size.
       width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, norm_eps, norm_offset, bias,
-        qkv_bias, mlp_bias, qk_norm, attn_scale, attn_softcap, parallel, shared_norm, post_norms, dropout,
-        remat: see `transformer.BlockConfig`.
+        qkv_bias, mlp_bias, qk_norm, attn_scale, attn_softcap, parallel, shared_norm, post_norms,
+        dropout, remat: see `transformer.BlockConfig`.
       positions: rope | learned.
       rope: wavelengths of rotary positions; rope_local: those of layers with a window, if other.
       windows: a layer sees keys less than so many positions back, 0: all; the pattern is repeated

@@ -93,7 +93,7 @@ class Checkpoint:
         Raises:
           CheckpointError: tensors that are missing, left over, or of another shape.
         """
-        leaves = traverse_util.flatten_dict(abstract, sep="/")
+        leaves: dict[str, Any] = dict(traverse_util.flatten_dict(abstract, sep="/"))
         sources = {k: self.table.source(k, v.shape) for k, v in leaves.items()}
         prefix = self._prefix(sources)
         faults, used = [], set()
