@@ -50,12 +50,13 @@ def get_config(arg=None):
         log_every=100,
     )
     if arg.stage == 1:
-        stage = dict(kind="decoder", lm="tlm", chain=(arg.front, "fc_in"), **common)
-        stage["start"] = dict(encoder=encoder, tlm=text)
+        start = dict(encoder=encoder, tlm=text)
+        stage = dict(kind="decoder", lm="tlm", chain=(arg.front, "fc_in"), start=start, **common)
     else:
-        stage = dict(kind="adapter", lm="llm", chain=chains[arg.adapter], **common)
         init = inits[arg.init] if arg.adapter == "vadapter" else {}
-        stage["start"] = dict(encoder=encoder, llm=llm) | init
+        start = dict(encoder=encoder, llm=llm) | init
+        chain = chains[arg.adapter]
+        stage = dict(kind="adapter", lm="llm", chain=chain, start=start, **common)
     name = "decoder" if arg.stage == 1 else arg.adapter
     caption = dict(task="caption", text_len=64)
     tars = lambda folder: dict(kind="tars", folder=f"$VADAPTER_DATA/{folder}", split="train")

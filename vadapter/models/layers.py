@@ -99,15 +99,14 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        axes = ("embed", "mlp")
         wide = lambda name: checkpoint_name(  # noqa: E731
-            linear(self.hidden, axes, self.bias, self.dtype, name=name)(x), "u"
+            linear(self.hidden, ("embed", "mlp"), self.bias, self.dtype, name=name)(x), "u"
         )
         if self.kind in GATED:
             y = GATED[self.kind](wide("gate")) * wide("up")
         else:
             y = ACTIVATIONS[self.kind](wide("up"))
-        return linear(x.shape[-1], axes[::-1], self.bias, self.dtype, name="down")(y)
+        return linear(x.shape[-1], ("mlp", "embed"), self.bias, self.dtype, name="down")(y)
 
 
 class Attention(nn.Module):

@@ -66,7 +66,7 @@ def rescore(loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0) -> tup
             source,
             config,
             loaded.workdir,
-            model=loaded.model,
+            encoder=loaded.model.modules[encoder],
             params=loaded.params[encoder],
             digest=loaded.digests[encoder],
             mesh=loaded.mesh,

@@ -24,7 +24,6 @@ from vadapter.data.media import load_media
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources import Example, words_of
 from vadapter.errors import ConfigError, DataError
-from vadapter.models.vadapter import VAdapter
 from vadapter.parallel.compile import jit
 from vadapter.parallel.mesh import to_mesh
 from vadapter.train.recipe import DataConfig
@@ -76,7 +75,7 @@ def encoded(
     config: DataConfig,
     workdir: Path,
     *,
-    model: VAdapter,
+    encoder: Any,
     params: Any,
     digest: str,
     mesh: jax.sharding.Mesh,
@@ -87,10 +86,9 @@ def encoded(
     Args:
       config: of the data set.
       workdir: the run directory.
-      model: of the stage; params, digest: of its encoder.
+      encoder, params, digest: the frozen encoder's module and what identifies it.
       watch, and the errors: see `cached`.
     """
-    encoder: Any = model.modules[model.encoder]
     return cached(
         source,
         workdir / "features",

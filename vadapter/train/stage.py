@@ -119,7 +119,7 @@ class Stage:
             self.run.source(name),
             self.recipe.data[name],
             self.run.workdir,
-            model=self.model,
+            encoder=self.model.modules[encoder],
             params=frozen[encoder],
             digest=self.starts[encoder].digest,
             mesh=self.mesh,

@@ -228,7 +228,7 @@ def _rope(c: Config, kind: str) -> Spec:
             "llama3, yarn"
         )
     spec |= {"scaling": scaling, "factor": float(group["factor"])}
-    original = group.get("original_max_position_embeddings") or c.get("max_position_embeddings")
+    original = group.get("original_max_position_embeddings") or c["max_position_embeddings"]
     if scaling != "linear":
         spec["original_len"] = int(original)
     for key in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
