@@ -1,9 +1,7 @@
 """Public language models: small random checkpoints of the original library give the same logits."""
 
-import contextlib
 import dataclasses
 import json
-import warnings
 
 import flax.linen as nn
 import jax
@@ -11,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from original import draw, their_warnings
 
-from vadapter.config import build
 from vadapter.errors import CheckpointError
 from vadapter.models.generate import greedy
-from vadapter.models.lm import LM, LMConfig
 from vadapter.models.transformer import text_mask
 from vadapter.models.vadapter import VAdapter
+from vadapter.models.variants import make_module
 from vadapter.parallel.mesh import MeshConfig, make_mesh, shardings
 from vadapter.weights.families.language import FAMILIES
 from vadapter.weights.public import Checkpoint
@@ -64,35 +62,11 @@ CASES = {
 }  # fmt: skip
 
 
-@contextlib.contextmanager
-def their_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@pytest.fixture(scope="module")
-def originals():
-    """torch and transformers, from the extra `parity`."""
-    with their_warnings():
-        torch = pytest.importorskip("torch", reason="needs the extra parity")
-        transformers = pytest.importorskip("transformers", reason="needs the extra parity")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    return torch, transformers
-
-
 @pytest.fixture(scope="module")
 def pair(originals, tmp_path_factory):
     """case -> (the original model, its folder), made once."""
     torch, transformers = originals
     made = {}
-
-    def draw(name, p):
-        if p.ndim > 1:
-            return 0.3 * torch.randn_like(p)
-        return 0.1 * torch.randn_like(p) + (1.0 if "norm" in name or ".ln_" in name else 0.0)
 
     def make(case):
         if case not in made:
@@ -114,8 +88,7 @@ def pair(originals, tmp_path_factory):
 
 def load(folder, **overrides):
     checkpoint = Checkpoint.open(folder)
-    spec = {k: v for k, v in checkpoint.spec.items() if k != "kind"}
-    module = LM(build(LMConfig, spec))
+    module = make_module("llm", checkpoint.spec)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     params, report = checkpoint.load(nn.unbox(shapes)["params"])
     return module, params, report
@@ -221,12 +194,12 @@ class Folder:
 
         keys = {"model_type": "llama", "tie_word_embeddings": True, **GROUPED}
         (self.path / "config.json").write_text(json.dumps(keys | (config or {})))
-        module = LM(build(LMConfig, FAMILIES["llama"].spec(keys)))
+        module = make_module("llm", FAMILIES["llama"].spec(keys))
         shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
         flat = jax.tree_util.tree_flatten_with_path(nn.unbox(shapes)["params"])[0]
         tensors = {}
         for path, leaf in flat:
-            source = FAMILIES["llama"].table.source("/".join(k.key for k in path), leaf.shape)
+            source = FAMILIES["llama"].tables[0].source("/".join(k.key for k in path), leaf.shape)
             tensors |= {name: np.zeros(source.expected, np.float32) for name in source.names}
         spoil(tensors)
         save_file(tensors, self.path / "model.safetensors")
@@ -277,7 +250,7 @@ def test_what_the_table_allows_is_left_out_and_told(folder):
     ("config", "message"),
     [
         ({"model_type": "lama"}, r"config\.json: model_type 'lama': unknown; did you mean 'llama'"),
-        ({"hidden_act": "swish2"}, r"hidden_act='swish2' is none of silu,"),
+        ({"hidden_act": "swish2"}, r"config\.json: activation 'swish2' is none of silu,"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic' are none of defau"),
         (rope("yarn", factor=2.0, mscale=0.7), "yarn with mscale is not supported"),
     ],
@@ -341,9 +314,9 @@ PUBLISHED = {
 def test_a_published_model_has_its_published_number_of_parameters(name):
     model_type, config, published = PUBLISHED[name]
     family = FAMILIES[model_type]
-    module = LM(build(LMConfig, family.spec(config)), jnp.bfloat16)
+    module = make_module("llm", family.spec(config))
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     leaves = jax.tree_util.tree_flatten_with_path(nn.unbox(shapes)["params"])[0]
     assert sum(int(np.prod(leaf.shape)) for _, leaf in leaves) == published
     for path, leaf in leaves:
-        assert family.table.source("/".join(k.key for k in path), leaf.shape) is not None, path
+        assert family.tables[0].source("/".join(k.key for k in path), leaf.shape) is not None, path

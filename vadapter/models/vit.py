@@ -4,6 +4,8 @@ Legend: B batch, F frames, H and W pixels, N visual tokens a frame, D encoder wi
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -20,7 +22,13 @@ class ViTConfig:
 
     Attributes:
       image_size, patch: pixels; patch divides image_size (CoCa here: 288 and 18, 256 tokens).
-      class_token: prepends one learned token, which is returned with the others.
+      class_token: prepends one learned token; registers: so many more, without positions (DINOv2).
+      patches_only: these are computed with, but not returned.
+      tap: last | penultimate, the layer whose tokens are returned (LLaVA takes CLIP's penultimate);
+        layers behind it do not exist.
+      patch_bias, pre_norm, final_norm: a bias of the patch projection, a norm in front of the first
+        layer (CLIP), a norm on what is returned; the penultimate layer has no norm.
+      mlp, layer_scale: see `transformer.BlockConfig`.
       mean, std: pixel normalisation of values in 0..1.
     """
 
@@ -30,7 +38,15 @@ class ViTConfig:
     depth: int
     heads: int
     mlp_dim: int
+    mlp: str = "gelu"
     class_token: bool = False
+    registers: int = 0
+    patches_only: bool = False
+    tap: Literal["last", "penultimate"] = "last"
+    patch_bias: bool = True
+    pre_norm: bool = False
+    final_norm: bool = True
+    layer_scale: bool = False
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     norm_eps: float = 1e-6
@@ -53,34 +69,42 @@ class ViT(nn.Module):
         return self.config.width
 
     def tokens_per_frame(self) -> int:
-        return (self.config.image_size // self.config.patch) ** 2 + self.config.class_token
+        c = self.config
+        extra = 0 if c.patches_only else c.class_token + c.registers
+        return (c.image_size // c.patch) ** 2 + extra
 
     @nn.compact
     def __call__(self, frames: jax.Array) -> jax.Array:
         c = self.config
         B, F = frames.shape[:2]
         row = lambda v: jnp.asarray(v, jnp.float32).reshape(1, 1, 1, 1, 3)  # noqa: E731
+        norm = lambda name: Norm("layer", c.norm_eps, self.dtype, name=name)  # noqa: E731
         x = (frames.astype(jnp.float32) / 255 - row(c.mean)) / row(c.std)
         x = rearrange(x, "b f (h p) (w q) c -> (b f) (h w) (p q c)", p=c.patch, q=c.patch)
-        x = linear(c.width, (None, "embed"), True, self.dtype, name="patches")(x.astype(self.dtype))
+        patches = linear(c.width, (None, "embed"), c.patch_bias, self.dtype, name="patches")
+        x = patches(x.astype(self.dtype))
         if c.class_token:
-            token = self.param(
-                "class_token",
-                partitioned(nn.initializers.zeros, None, None, "embed"),
-                (1, 1, c.width),
-            )
-            x = jnp.concatenate(
-                [jnp.broadcast_to(token, (len(x), 1, c.width)).astype(x.dtype), x], 1
-            )
-        positions = self.param(
-            "positions",
-            partitioned(nn.initializers.normal(0.02), None, None, "embed"),
-            (1, x.shape[1], c.width),
-        )
-        x = x + positions.astype(x.dtype)
+            x = jnp.concatenate([self._tokens("class_token", 1, nn.initializers.zeros, x), x], 1)
+        x = x + self._tokens("positions", x.shape[1], nn.initializers.normal(0.02), x)
+        if c.registers:
+            extra = self._tokens("registers", c.registers, nn.initializers.normal(0.02), x)
+            at = int(c.class_token)
+            x = jnp.concatenate([x[:, :at], extra, x[:, at:]], 1)
+        if c.pre_norm:
+            x = norm("pre_norm")(x)
         block = BlockConfig(
-            c.width, c.heads, c.mlp_dim, norm_eps=c.norm_eps, dropout=c.dropout, remat=c.remat
-        )
-        x, _ = Stack(block, c.depth, self.dtype, name="stack")(x)
-        x = Norm("layer", c.norm_eps, self.dtype, name="norm")(x)
+            c.width, c.heads, c.mlp_dim, mlp=c.mlp, norm_eps=c.norm_eps, dropout=c.dropout,
+            layer_scale=c.layer_scale, remat=c.remat,
+        )  # fmt: skip
+        x, _ = Stack(block, c.depth - (c.tap == "penultimate"), self.dtype, name="stack")(x)
+        if c.final_norm and c.tap == "last":
+            x = norm("norm")(x)
+        if c.patches_only:
+            x = x[:, c.class_token + c.registers :]
         return rearrange(x, "(b f) n d -> b f n d", b=B, f=F)
+
+    def _tokens(self, name: str, count: int, init: Callable, like: jax.Array) -> jax.Array:
+        """`count` learned vectors for every row of `like`: [n, count, D]."""
+        D = like.shape[-1]
+        tokens = self.param(name, partitioned(init, None, None, "embed"), (1, count, D))
+        return jnp.broadcast_to(tokens, (len(like), count, D)).astype(like.dtype)

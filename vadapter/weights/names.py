@@ -8,10 +8,13 @@ A table maps our module to theirs; the leaves follow: `kernel`, `scale` and `emb
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from vadapter.weights.tensors import TensorFiles
 
 BLOCKS = "stack/blocks/"
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -34,6 +37,30 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
+class Patches:
+    """A convolution over square patches [D, C, p, p], which is our linear layer [p·p·C, D]."""
+
+    module: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Learned vectors under a name of their own, of any shape that holds them: ours are [1, n, D].
+
+    Attributes:
+      name: theirs, whole.
+      grid: how many of the first vectors are not places in a square grid; a grid of another size
+        is resampled. None: there is no grid.
+    """
+
+    name: str
+    grid: int | None = None
+
+
+Theirs = str | Part | Patches | Tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
     """The names of one family.
 
@@ -45,13 +72,13 @@ class Table:
       ignored: patterns of tensors that a checkpoint may have and nobody needs.
     """
 
-    modules: Mapping[str, str | Part]
+    modules: Mapping[str, Theirs]
     layers: str
     prefixes: tuple[str, ...] = ("",)
     transposed: bool = True
     ignored: tuple[str, ...] = ()
 
-    def __or__(self, other: Mapping[str, str | Part]) -> "Table":
+    def __or__(self, other: Mapping[str, Theirs]) -> "Table":
         """The same with some modules renamed."""
         return dataclasses.replace(self, modules={**self.modules, **other})
 
@@ -63,15 +90,20 @@ class Table:
           shape: of the leaf.
         """
         inside = path.startswith(BLOCKS)
-        module, _, leaf = path.removeprefix(BLOCKS).rpartition("/")
-        theirs = self.modules.get(module)
-        if theirs is None or leaf not in _LEAVES:
+        own = path.removeprefix(BLOCKS)
+        module, _, leaf = own.rpartition("/")
+        theirs = self.modules.get(own, self.modules.get(module))
+        if isinstance(theirs, str) and own in self.modules:  # a leaf under a name of its own
+            name = theirs
+        elif isinstance(theirs, Tokens):
+            name = theirs.name
+        elif theirs is None or leaf not in _LEAVES:
             return None
-        part = theirs if isinstance(theirs, Part) else None
-        name = f"{part.module if part else theirs}.{_LEAVES[leaf]}"
+        else:
+            name = f"{theirs if isinstance(theirs, str) else theirs.module}.{_LEAVES[leaf]}"
         names = tuple(f"{self.layers.format(i)}{name}" for i in range(shape[0])) if inside else ()
         turned = leaf == "kernel" and self.transposed
-        return Source(names or (name,), tuple(shape), stacked=inside, turned=turned, part=part)
+        return Source(names or (name,), tuple(shape), inside, turned, theirs)
 
     def unneeded(self, names: Sequence[str], used: set[str]) -> list[str]:
         """The tensors of a checkpoint that are neither used nor may be left out."""
@@ -86,28 +118,39 @@ class Source:
     Attributes:
       names: theirs, one a layer if `stacked`, else one.
       shape: ours.
-      turned: theirs is transposed; part: what of it is ours.
+      turned: theirs is transposed; theirs: how else it differs.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     stacked: bool
     turned: bool
-    part: Part | None = None
+    theirs: Theirs
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of theirs of this shape is what our leaf is made of."""
+        if isinstance(self.theirs, Tokens):
+            same = int(np.prod(shape)) == int(np.prod(self.shape))
+            return shape[-1] == self.shape[-1] and (same or self.theirs.grid is not None)
+        return tuple(shape) == self.expected
 
     @property
     def expected(self) -> tuple[int, ...]:
         """The shape of each of their tensors."""
         shape = self.shape[self.stacked :]
-        if self.part:
-            shape = (*shape[:-1], shape[-1] * self.part.count)
+        if isinstance(self.theirs, Patches) and len(shape) == 2:
+            side = math.isqrt(shape[0] // 3)
+            return (shape[1], 3, side, side)
+        if isinstance(self.theirs, Part):
+            shape = (*shape[:-1], shape[-1] * self.theirs.count)
         return shape[::-1] if self.turned else shape
 
-    def read(self, files, names: Sequence[str], index: tuple[slice, ...], head_dim: int):
+    def read(
+        self, files: TensorFiles, names: Sequence[str], index: tuple[slice, ...], head_dim: int
+    ) -> np.ndarray:
         """A piece of our leaf, from the files' tensors of these names.
 
         Args:
-          files: `tensors.TensorFiles`.
           names: `self.names`, with their prefix.
           index: slices of our leaf, as a sharding asks for them.
           head_dim: K, for parts that are grouped by head.
@@ -117,18 +160,53 @@ class Source:
         layers = range(*index[0].indices(self.shape[0]))
         return np.stack([self._one(files, names[i], index[1:], head_dim) for i in layers])
 
-    def _one(self, files, name: str, index: tuple[slice, ...], head_dim: int) -> np.ndarray:
-        whole = self.shape[self.stacked :]
-        bounds = [s.indices(n)[:2] for s, n in zip(index, whole, strict=True)]
-        part = self.part
-        if part and part.by_head:  # one projection's outputs are not contiguous: all are read
+    def _one(
+        self, files: TensorFiles, name: str, index: tuple[slice, ...], head_dim: int
+    ) -> np.ndarray:
+        whole, theirs = self.shape[self.stacked :], self.theirs
+        if isinstance(theirs, Tokens):
+            return _tokens(files.read(name), self.shape, theirs.grid)[index]
+        if isinstance(theirs, Patches) and len(whole) == 2:
+            return files.read(name).transpose(2, 3, 1, 0).reshape(whole)[index]
+        if isinstance(theirs, Part) and theirs.by_head:
+            # The outputs of one projection are not contiguous: all are read.
             tensor = files.read(name)
-            tensor = tensor.reshape(-1, part.count, head_dim, *tensor.shape[1:])[:, part.index]
+            tensor = tensor.reshape(-1, theirs.count, head_dim, *tensor.shape[1:])[:, theirs.index]
             tensor = tensor.reshape(-1, *tensor.shape[2:])
-            tensor = tensor.T if self.turned else tensor
-            return tensor[tuple(slice(a, b) for a, b in bounds)]
-        if part:
+            return (tensor.T if self.turned else tensor)[index]
+        bounds = [s.indices(n)[:2] for s, n in zip(index, whole, strict=True)]
+        if isinstance(theirs, Part):
             a, b = bounds[-1]
-            bounds[-1] = (a + part.index * whole[-1], b + part.index * whole[-1])
+            bounds[-1] = (a + theirs.index * whole[-1], b + theirs.index * whole[-1])
         slices = tuple(slice(a, b) for a, b in bounds)
         return files.read(name, slices[::-1]).T if self.turned else files.read(name, slices)
+
+
+def _tokens(theirs: np.ndarray, shape: Sequence[int], front: int | None) -> np.ndarray:
+    """Vectors as [1, n, D], their grid resampled where ours has another size."""
+    theirs = theirs.reshape(1, -1, shape[-1])
+    if theirs.shape == tuple(shape) or front is None:
+        return theirs
+    old, new = (math.isqrt(n - front) for n in (theirs.shape[1], shape[1]))
+    grid = theirs[0, front:].astype(np.float32).reshape(old, old, -1)
+    weights = bicubic(old, new)
+    grid = np.einsum("yi,xj,ijd->yxd", weights, weights, grid).reshape(1, new * new, -1)
+    return np.concatenate([theirs[:, :front].astype(np.float32), grid], axis=1)
+
+
+def bicubic(old: int, new: int) -> np.ndarray:
+    """Weights f32[new, old] of cubic convolution with a = -0.75, edges repeated, no antialiasing.
+
+    What transformers' ViTs resample their position grids with (`torch.nn.functional.interpolate`,
+    mode "bicubic", align_corners False).
+    """
+    a, weights = -0.75, np.zeros((new, old), np.float64)
+    for row in range(new):
+        place = (row + 0.5) * old / new - 0.5
+        first = math.floor(place) - 1
+        for k in range(first, first + 4):
+            t = abs(place - k)
+            near = ((a + 2) * t - (a + 3)) * t * t + 1
+            far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+            weights[row, min(max(k, 0), old - 1)] += near if t <= 1 else far
+    return weights.astype(np.float32)

@@ -13,10 +13,17 @@ from flax import traverse_util
 from vadapter.config import nearest
 from vadapter.errors import CheckpointError
 from vadapter.weights import load
-from vadapter.weights.families.language import FAMILIES
-from vadapter.weights.names import Source, Table
+from vadapter.weights.families import language, vision
+from vadapter.weights.names import BLOCKS, Source, Table
 from vadapter.weights.tensors import TensorFiles
 
+FAMILIES = language.FAMILIES | vision.FAMILIES
+# Of a model of several parts, the one that is of use here, and what it is.
+PARTS = {
+    "clip": ("vision_config", "clip_vision_model"),
+    "siglip": ("vision_config", "siglip_vision_model"),
+    "gemma3": ("text_config", "gemma3_text"),
+}
 _MAX_CONFIG = 2**20  # bytes of a config.json
 _SHOWN = 8  # names in a message
 
@@ -48,14 +55,14 @@ class Checkpoint:
       path: the folder.
       model_type: as its config.json says.
       spec: of the component: `kind` and the fields of its configuration.
-      table: how the family names its tensors.
+      tables: how the family may name its tensors.
       files: the tensors.
     """
 
     path: Path
     model_type: str
     spec: Mapping[str, Any]
-    table: Table
+    tables: tuple[Table, ...]
     files: TensorFiles
 
     @classmethod
@@ -75,10 +82,10 @@ class Checkpoint:
             )
         family = FAMILIES[model_type]
         try:
-            spec = {"kind": "lm", **family.spec(config)}
+            spec = family.spec(config)
         except KeyError as e:
             raise CheckpointError(f"{path / 'config.json'} has no {e.args[0]!r}") from None
-        return cls(path, model_type, spec, family.table, TensorFiles.open(path))
+        return cls(path, model_type, spec, family.tables, TensorFiles.open(path))
 
     def load(self, abstract: Any, dtype: Any = None) -> tuple[Any, Report]:
         """Reads the tensors straight into each device's shard.
@@ -94,8 +101,7 @@ class Checkpoint:
           CheckpointError: tensors that are missing, left over, or of another shape.
         """
         leaves: dict[str, Any] = dict(traverse_util.flatten_dict(abstract, sep="/"))
-        sources = {k: self.table.source(k, v.shape) for k, v in leaves.items()}
-        prefix = self._prefix(sources)
+        table, prefix, sources = self._names(leaves)
         faults, used = [], set()
         for path, source in sources.items():
             if source is None:
@@ -105,11 +111,13 @@ class Checkpoint:
                 used.add(name)
                 if name not in self.files.tensors:
                     faults.append(f"{name}: missing; {path} is made of it")
-                elif (shape := self.files.tensors[name].shape) != source.expected:
+                elif not source.fits(shape := self.files.tensors[name].shape):
                     faults.append(f"{name}: {list(shape)}, but {path} needs {source.expected}")
-        tied = {f"{prefix}{self.table.modules.get('head', 'lm_head')}.weight"} - used
-        extra = self.table.unneeded(sorted(self.files.tensors), used | tied)
-        faults += [f"{name}: left over; nothing is made of it" for name in extra]
+        faults += [
+            f"{name}: left over; nothing is made of it"
+            for name in table.unneeded(sorted(self.files.tensors), used)
+            if not self._expected_rest(name, table, prefix, leaves)
+        ]
         if faults:
             raise CheckpointError(
                 f"{self.path} does not fit {self.model_type}'s table, {len(faults)} faults:\n  "
@@ -124,11 +132,27 @@ class Checkpoint:
         report = Report(len(used), len(leaves), count, left_out)
         return traverse_util.unflatten_dict(out, sep="/"), report
 
-    def _prefix(self, sources: Mapping[str, Source | None]) -> str:
-        """What this checkpoint puts in front of the family's names."""
-        names = [source.names[0] for source in sources.values() if source is not None]
-        found = lambda prefix: sum(prefix + name in self.files.tensors for name in names)  # noqa: E731
-        return max(self.table.prefixes, key=found)
+    def _names(self, leaves: Mapping[str, Any]) -> tuple[Table, str, dict[str, Source | None]]:
+        """The table and the prefix by which most tensors are found, and our leaves' sources."""
+        best, chosen = -1, None
+        for table in self.tables:
+            sources = {k: table.source(k, v.shape) for k, v in leaves.items()}
+            names = [source.names[0] for source in sources.values() if source is not None]
+            for prefix in table.prefixes:
+                if (found := sum(prefix + n in self.files.tensors for n in names)) > best:
+                    best, chosen = found, (table, prefix, sources)
+        assert chosen is not None
+        return chosen
+
+    def _expected_rest(
+        self, name: str, table: Table, prefix: str, leaves: Mapping[str, Any]
+    ) -> bool:
+        """A head that is the embedding again, or a layer behind the one that is tapped."""
+        if self.spec.get("tied") and name == f"{prefix}{table.modules.get('head')}.weight":
+            return True
+        depth = next(leaf.shape[0] for path, leaf in leaves.items() if path.startswith(BLOCKS))
+        behind = range(depth, self.spec["depth"])
+        return any(name.startswith(prefix + table.layers.format(i)) for i in behind)
 
     def _reader(self, source: Any, prefix: str) -> Callable[[Any], np.ndarray]:
         names = [prefix + name for name in source.names]
@@ -147,7 +171,7 @@ def _place(leaf: Any, dtype: Any, read: Callable[[Any], np.ndarray]) -> jax.Arra
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The checkpoint's config.json; of a multimodal model the language model's part.
+    """The checkpoint's config.json; of a model of several parts, that of the one in use.
 
     Raises:
       CheckpointError: it is missing, damaged, or absurdly large.
@@ -157,6 +181,9 @@ def read_config(path: Path) -> dict[str, Any]:
         if file.stat().st_size > _MAX_CONFIG:
             raise ValueError(f"it has more than {_MAX_CONFIG} bytes")
         config = json.loads(file.read_text(encoding="utf-8"))
-        return {**config, **config["text_config"]} if "text_config" in config else dict(config)
-    except (ValueError, TypeError) as e:
+        if (kind := config.get("model_type")) in PARTS:
+            key, model_type = PARTS[kind]
+            return {**config[key], "model_type": model_type}
+        return dict(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise CheckpointError(f"{file} cannot be read ({e}); fetch it again") from e

@@ -33,7 +33,7 @@ _LLAMA = Table(
         "mlp/up": "mlp.up_proj",
         "mlp/down": "mlp.down_proj",
     },
-    ignored=(r"rotary_emb\.inv_freq$",),
+    ignored=(r"rotary_emb\.inv_freq$", r"^vision_tower\.", r"^multi_modal_projector\."),
 )
 _GEMMA2 = _LLAMA | {
     "norm_attn_out": "post_attention_layernorm",
@@ -78,15 +78,17 @@ _NEOX = Table(
 )
 
 _ACTIVATIONS = {
-    "silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "gelu", "gelu": "gelu_erf",
-    "gelu_fast": "gelu", "relu": "relu", "quick_gelu": "quick_gelu",
+    "gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu",
+    "quick_gelu": "quick_gelu", "relu": "relu",
 }  # fmt: skip
+_GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
 
 
 def _llama(c: Config) -> Spec:
     """Llama 1 to 3, SmolLM, TinyLlama, Mistral; the base of Qwen and Gemma."""
     heads = c["num_attention_heads"]
     return {
+        "kind": "lm",
         "vocab_size": c["vocab_size"],
         "width": c["hidden_size"],
         "depth": c["num_hidden_layers"],
@@ -94,7 +96,7 @@ def _llama(c: Config) -> Spec:
         "kv_heads": c.get("num_key_value_heads") or heads,
         "head_dim": c.get("head_dim") or c["hidden_size"] // heads,
         "mlp_dim": c["intermediate_size"],
-        "mlp": _activation(c, "hidden_act", "silu"),
+        "mlp": activation(c.get("hidden_act", "silu"), gated=True),
         "norm": "rms",
         "norm_eps": c.get("rms_norm_eps", 1e-6),
         "bias": bool(c.get("attention_bias", False)),
@@ -157,13 +159,14 @@ def _gpt2(c: Config) -> Spec:
     if c.get("scale_attn_by_inverse_layer_idx"):
         raise CheckpointError("config.json: scale_attn_by_inverse_layer_idx is not supported")
     return {
+        "kind": "lm",
         "vocab_size": c["vocab_size"],
         "width": c["n_embd"],
         "depth": c["n_layer"],
         "heads": c["n_head"],
         "kv_heads": c["n_head"],
         "mlp_dim": c.get("n_inner") or 4 * c["n_embd"],
-        "mlp": _activation(c, "activation_function", "gelu_new"),
+        "mlp": activation(c.get("activation_function", "gelu_new")),
         "norm": "layer",
         "norm_eps": c.get("layer_norm_epsilon", 1e-5),
         "bias": True,
@@ -177,13 +180,14 @@ def _gpt2(c: Config) -> Spec:
 
 def _neox(c: Config) -> Spec:
     return {
+        "kind": "lm",
         "vocab_size": c["vocab_size"],
         "width": c["hidden_size"],
         "depth": c["num_hidden_layers"],
         "heads": c["num_attention_heads"],
         "kv_heads": c["num_attention_heads"],
         "mlp_dim": c["intermediate_size"],
-        "mlp": _activation(c, "hidden_act", "gelu"),
+        "mlp": activation(c.get("hidden_act", "gelu")),
         "norm": "layer",
         "norm_eps": c.get("layer_norm_eps", 1e-5),
         "bias": bool(c.get("attention_bias", True)),
@@ -197,11 +201,16 @@ def _neox(c: Config) -> Spec:
     }
 
 
-def _activation(c: Config, key: str, default: str) -> str:
-    name = c.get(key) or default
-    if name not in _ACTIVATIONS:
-        raise CheckpointError(f"config.json: {key}={name!r} is none of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+def activation(name: str, *, gated: bool = False) -> str:
+    """Our name of a feed-forward's activation.
+
+    Raises:
+      CheckpointError: an activation that is not supported.
+    """
+    known = _GATED if gated else _ACTIVATIONS
+    if name not in known:
+        raise CheckpointError(f"config.json: activation {name!r} is none of {', '.join(known)}")
+    return known[name]
 
 
 def _rope(c: Config, kind: str) -> Spec:
@@ -257,20 +266,24 @@ def _windows(c: Config, pattern: int = 0) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model_type: config.json -> the component's spec; our modules -> their names."""
+    """A model_type: config.json -> the component's spec; our modules -> their names.
+
+    Attributes:
+      tables: the names in use; the one that fits a checkpoint best is taken.
+    """
 
     spec: Callable[[Config], Spec]
-    table: Table
+    tables: tuple[Table, ...]
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_llama, _LLAMA),
-    "mistral": Family(_llama, _LLAMA),
-    "qwen2": Family(_qwen2, _LLAMA),
-    "qwen3": Family(_qwen3, _LLAMA),
-    "gemma": Family(_gemma, _LLAMA),
-    "gemma2": Family(_gemma2, _GEMMA2),
-    "gemma3_text": Family(_gemma3, _GEMMA2),
-    "gpt2": Family(_gpt2, _GPT2),
-    "gpt_neox": Family(_neox, _NEOX),
+    "llama": Family(_llama, (_LLAMA,)),
+    "mistral": Family(_llama, (_LLAMA,)),
+    "qwen2": Family(_qwen2, (_LLAMA,)),
+    "qwen3": Family(_qwen3, (_LLAMA,)),
+    "gemma": Family(_gemma, (_LLAMA,)),
+    "gemma2": Family(_gemma2, (_GEMMA2,)),
+    "gemma3_text": Family(_gemma3, (_GEMMA2,)),
+    "gpt2": Family(_gpt2, (_GPT2,)),
+    "gpt_neox": Family(_neox, (_NEOX,)),
 }
