@@ -43,10 +43,10 @@ def get_config(arg=None):
     steer = dict(
         loss=("plain", "siblings", "keywords"), loss_batches=16, save_every=200, log_every=20
     )
-    see = dict(
-        encoder="encoder", batch=16, steps=steps(1000), data=dict(photos=1.0),
-        optim={**optim, "lr": 1e-3}, loss=("val",), loss_batches=16, eval_every=steps(250),
-        eval_limit=500, save_every=200, log_every=20,
+    see = lambda count, lr: dict(
+        encoder="encoder", batch=16, steps=steps(count), data=dict(photos=1.0),
+        optim={**optim, "lr": lr}, loss=("val",), loss_batches=16, eval_every=steps(count // 4),
+        eval_limit=500, evals=("val", "test"), save_every=200, log_every=20,
     )  # fmt: skip
     aligned = dict(resampler="decoder", fc_in="decoder", tlm="decoder", llm="llm")
     resampler = dict(
@@ -68,7 +68,7 @@ def get_config(arg=None):
                     images_at_once=2,
                     weights="$VADAPTER_DATA/weights/mobilenet",
                 ),
-                tlm={**lm, "width": 128, "depth": 4, "heads": 4, "mlp_dim": 384},
+                tlm={**lm, "width": 128, "depth": 4, "heads": 4, "mlp_dim": 384, "dropout": 0.1},
                 llm={**lm, "width": 192, "depth": 5, "heads": 6, "mlp_dim": 576},
                 resampler={**resampler, "layers": 1},
                 perceiver={**resampler, "layers": 6},
@@ -95,20 +95,20 @@ def get_config(arg=None):
                     optim=optim, **steer,
                 ),
                 llm=dict(
-                    kind="lm", lm="llm", steps=steps(1100), batch=16, data=dict(documents=1.0),
+                    kind="lm", lm="llm", steps=steps(2400), batch=16, data=dict(documents=1.0),
                     optim=optim, **steer,
                 ),
                 decoder=dict(
                     kind="decoder", lm="tlm", chain=("resampler", "fc_in"),
-                    start=dict(tlm="tlm"), evals=("val",), **see,
+                    start=dict(tlm="tlm"), dropout=True, **see(4000, 1.5e-3),
                 ),
                 vadapter=dict(
                     kind="adapter", lm="llm", chain=("resampler", "fc_in", "tlm", "fc_out"),
-                    start=aligned, evals=("val", "test"), **see,
+                    start=aligned, **see(2400, 1e-3),
                 ),
                 perceiver=dict(
                     kind="adapter", lm="llm", chain=("perceiver", "fc_out"),
-                    start=dict(llm="llm"), evals=("val", "test"), **see,
+                    start=dict(llm="llm"), **see(2400, 1e-3),
                 ),
             ),
         )

@@ -158,7 +158,7 @@ def test_weights_that_are_not_there(train):
         "config.components.encoder = dict(kind='mobilenet', weights='/nowhere');"
         "config.stages.decoder.start = {}"
     )
-    assert train.refused() == "components.encoder.weights: nothing at /nowhere; correct the path"
+    assert re.match(r"components\.encoder\.weights: There is no folder '/nowhere'", train.refused())
 
 
 @pytest.mark.parametrize(("batch", "accumulate"), [(12, 1), (8, 2)])

@@ -9,6 +9,8 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -155,6 +157,25 @@ def parse_arg(arg: str | None, **defaults: Any) -> Any:
                 f"config argument {key!r}: {text!r} is not of type {kind.__name__}"
             ) from None
     return types.SimpleNamespace(**values)
+
+
+def resolve(value: Any, where: str = "path") -> Any:
+    """Expands `~` and `$VARIABLES` in a string, or in those of a list.
+
+    Raises:
+      ConfigError: a variable that is not set.
+    """
+    if isinstance(value, list | tuple):
+        return [resolve(v, where) for v in value]
+    if not isinstance(value, str) or "$" not in value:
+        return os.path.expanduser(value) if isinstance(value, str) else value
+    for name in re.findall(r"\$\{?(\w+)\}?", value):
+        if name not in os.environ:
+            raise ConfigError(
+                f"{where}={value!r}: the environment variable {name} is not set; set it to the "
+                f"folder that holds the data, or give the path itself with --config.{where}=PATH"
+            )
+    return os.path.expandvars(value)
 
 
 def choose(key: str, value: Any, known: typing.Iterable[Any]) -> None:

@@ -15,18 +15,34 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vadapter.config import resolve
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.models.variants import expand
 from vadapter.train import snapshot
 from vadapter.train.digest import leaf_paths
-from vadapter.train.inputs import resolve
 from vadapter.train.recipe import STAGES, Recipe, StageConfig, components, trained
 from vadapter.train.store import ComponentStore
+from vadapter.weights import hub
 from vadapter.weights.mobilenet import load_mobilenet
+from vadapter.weights.public import Checkpoint
 
 DONE = "done.json"
 STORE = "components"
-LOADERS = {"mobilenet": lambda path: load_mobilenet(path)[1]}
+
+
+def _load_public(path: Path, abstract: Any) -> Any:
+    params, report = Checkpoint.open(path).load(abstract)
+    if jax.process_index() == 0:
+        print(f"{path}: {report}", flush=True)
+    return params
+
+
+# kind of component -> (folder, shapes) -> parameters
+LOADERS: dict[str, Callable[[Path, Any], Any]] = {
+    "mobilenet": lambda path, abstract: load_mobilenet(path)[1],
+    "vit": _load_public,
+    "lm": _load_public,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +91,8 @@ def _start(
     if source == "weights":
         root, name = workdir / STORE, component
         path, read = _weights(recipe, component)
-        digest = ComponentStore(root).put(name, jax.tree.map(jax.numpy.asarray, read(path)))
+        params = jax.tree.map(jax.numpy.asarray, read(path, abstract))
+        digest = ComponentStore(root).put(name, params)
         shown = f"weights {recipe.components[component]['weights']}"
     else:
         directory = _directory(source, workdir)
@@ -131,7 +148,7 @@ def _source(recipe: Recipe, stage: StageConfig, component: str) -> str:
     return source
 
 
-def _weights(recipe: Recipe, component: str) -> tuple[Path, Callable[[Path], Any]]:
+def _weights(recipe: Recipe, component: str) -> tuple[Path, Callable[[Path, Any], Any]]:
     """Where a component's public weights lie, and what reads them."""
     spec, where = recipe.components[component], f"components.{component}"
     kind = expand(component, spec)["kind"]
@@ -139,10 +156,10 @@ def _weights(recipe: Recipe, component: str) -> tuple[Path, Callable[[Path], Any
         raise ConfigError(f"start.{component}='weights', but {where}.weights names no file")
     if kind not in LOADERS:
         raise ConfigError(f"{where}.weights: read for {', '.join(LOADERS)}, not for kind {kind!r}")
-    path = Path(resolve(spec["weights"], f"{where}.weights"))
-    if not path.exists():
-        raise CheckpointError(f"{where}.weights: nothing at {path}; correct the path")
-    return path, LOADERS[kind]
+    try:
+        return hub.resolve(resolve(spec["weights"], f"{where}.weights")).path, LOADERS[kind]
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}.weights: {error}") from error
 
 
 def finished(directory: Path) -> dict[str, Any]:

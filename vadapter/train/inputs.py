@@ -3,13 +3,11 @@
 import functools
 import inspect
 import itertools
-import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vadapter.config import nearest
+from vadapter.config import nearest, resolve
 from vadapter.data.documents import DocumentSource, Windows
 from vadapter.data.images import BadMedia
 from vadapter.data.media import load_media
@@ -29,25 +27,6 @@ SOURCES: dict[str, Callable[..., Any]] = {
 }
 TASKS = {"caption": caption_sample, "question": question_sample, "document": document_sample}
 _BEFORE = {"caption": CAPTION.before, "question": QUESTION.before}
-
-
-def resolve(value: Any, where: str = "path") -> Any:
-    """Expands `~` and `$VARIABLES` in a string, or in those of a list.
-
-    Raises:
-      ConfigError: a variable that is not set.
-    """
-    if isinstance(value, list | tuple):
-        return [resolve(v, where) for v in value]
-    if not isinstance(value, str) or "$" not in value:
-        return os.path.expanduser(value) if isinstance(value, str) else value
-    for name in re.findall(r"\$\{?(\w+)\}?", value):
-        if name not in os.environ:
-            raise ConfigError(
-                f"{where}={value!r}: the environment variable {name} is not set; set it to the "
-                f"folder that holds the data, or give the path itself with --config.{where}=PATH"
-            )
-    return os.path.expandvars(value)
 
 
 def make_source(name: str, config: DataConfig) -> Any:

@@ -18,6 +18,7 @@ from vadapter.models.vadapter import VAdapter
 from vadapter.models.variants import expand, make_module
 from vadapter.parallel.mesh import MeshConfig
 from vadapter.train.optim import OptimConfig, learning_rate
+from vadapter.weights.public import complete
 
 TASKS = ("caption", "question", "document")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -170,7 +171,8 @@ class Recipe:
     """A whole run.
 
     Attributes:
-      components: `{name: {size|kind: …, weights: PATH, fields…}}`.
+      components: `{name: {size|kind: …, weights: FOLDER or hub id, fields…}}`; with weights alone,
+        kind and fields are those that the checkpoint's own config.json says.
       chain: stages in order; a stage that is done is not run again.
       seed: of initialisation, order, augmentation and dropout.
       dtype: of the computation and of frozen parameters; trained ones are float32.
@@ -197,6 +199,11 @@ def read(config: Any) -> Recipe:
       ConfigError: naming the key, what is wrong with it and what is known.
     """
     recipe = build(Recipe, config)
+    components = {
+        name: complete(spec, f"components.{name}.weights")
+        for name, spec in recipe.components.items()
+    }
+    recipe = dataclasses.replace(recipe, components=components)
     if recipe.dtype not in DTYPES:
         raise ConfigError(f"config.dtype={recipe.dtype!r}: one of {', '.join(DTYPES)}")
     for name, spec in recipe.components.items():

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from vadapter.config import nearest
+from vadapter.config import nearest, resolve
+from vadapter.data.preprocess import PREPROCESSORS, read_preprocess
 from vadapter.errors import CheckpointError
-from vadapter.weights import load
+from vadapter.weights import hub, load
 from vadapter.weights.families import language, vision
 from vadapter.weights.names import BLOCKS, Source, Table
 from vadapter.weights.tensors import TensorFiles
@@ -73,19 +74,8 @@ class Checkpoint:
           CheckpointError: no folder, another model than those known, a config.json that lacks a
             key, weights that are missing or damaged.
         """
-        config = read_config(path)
-        model_type = config.get("model_type", "")
-        if model_type not in FAMILIES:
-            raise CheckpointError(
-                f"{path / 'config.json'}: model_type {model_type!r}: unknown"
-                f"{nearest(str(model_type), FAMILIES)}"
-            )
-        family = FAMILIES[model_type]
-        try:
-            spec = family.spec(config)
-        except KeyError as e:
-            raise CheckpointError(f"{path / 'config.json'} has no {e.args[0]!r}") from None
-        return cls(path, model_type, spec, family.tables, TensorFiles.open(path))
+        model_type, spec = describe(path)
+        return cls(path, model_type, spec, FAMILIES[model_type].tables, TensorFiles.open(path))
 
     def load(self, abstract: Any, dtype: Any = None) -> tuple[Any, Report]:
         """Reads the tensors straight into each device's shard.
@@ -168,6 +158,51 @@ def _place(leaf: Any, dtype: Any, read: Callable[[Any], np.ndarray]) -> jax.Arra
     return jax.make_array_from_callback(
         leaf.shape, leaf.sharding, lambda index: read(index).astype(dtype)
     )
+
+
+def complete(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A component's spec with what its public checkpoint says, which the spec itself overrides.
+
+    A spec that has a kind or a size, or no weights, is complete. A hub id is pinned to its commit.
+
+    Args:
+      spec: of the component, `{weights: FOLDER or hub id, …}`.
+      where: name of `weights` in the recipe, for messages.
+
+    Raises:
+      CheckpointError: no such checkpoint, or a model that is not known.
+    """
+    if not spec.get("weights") or spec.get("kind") or spec.get("size"):
+        return dict(spec)
+    try:
+        found = hub.resolve(resolve(spec["weights"], where))
+        pinned = f"{found.repo_id}@{found.revision}" if found.repo_id else spec["weights"]
+        return {**describe(found.path)[1], **spec, "weights": pinned}
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def describe(path: Path) -> tuple[str, dict[str, Any]]:
+    """(model_type, spec of the component) of a checkpoint folder, from its config.json alone.
+
+    Raises:
+      CheckpointError: another model than those known, a config.json that lacks a key.
+    """
+    config = read_config(path)
+    model_type = config.get("model_type", "")
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{path / 'config.json'}: model_type {model_type!r}: unknown"
+            f"{nearest(str(model_type), FAMILIES)}"
+        )
+    try:
+        spec = FAMILIES[model_type].spec(config)
+    except KeyError as e:
+        raise CheckpointError(f"{path / 'config.json'} has no {e.args[0]!r}") from None
+    if model_type in vision.FAMILIES and any((path / name).is_file() for name in PREPROCESSORS):
+        pixels = read_preprocess(path)
+        spec |= {"mean": pixels.mean, "std": pixels.std}
+    return model_type, spec
 
 
 def read_config(path: Path) -> dict[str, Any]:
