@@ -83,20 +83,15 @@ def test_the_table_has_a_row_a_stage_with_what_was_measured(run, report):
         (f"{done['seconds']:.0f}",),
     )
     assert rows["vision"][4:7] == (("—",),) * 3
-    folder = run / "perceiver" / "eval"
-    asked = [
-        (row["question"], row["answer"]) for row in lines(folder / "answers/predictions.jsonl")
-    ]
-    human = [
-        [row["references"] for row in lines(folder / name / "predictions.jsonl")]
+    said = lambda name: list(lines(run / "vadapter" / "eval" / name / "predictions.jsonl"))  # noqa: E731
+    ciders = {
+        name: constant_caption([row["references"] for row in said(name)])[1]
         for name in ("captions", "clips")
-    ]
+    }
+    majority = majority_answer((row["question"], row["answer"]) for row in said("answers"))
     assert rows["blind"][5:7] == (
-        tuple(
-            f"{name} {100 * constant_caption(refs)[1]:.1f}"
-            for name, refs in zip(("captions", "clips"), human, strict=True)
-        ),
-        (f"{100 * majority_answer(asked):.1f}",),
+        tuple(f"{name} {100 * cider:.1f}" for name, cider in ciders.items()),
+        (f"{100 * majority:.1f}",),
     )
     assert (run / "table.txt").read_text() == report.text + "\n"
     assert report.table.read_text() == as_markdown(list(rows.values()))

@@ -52,7 +52,7 @@ def _blind(workdir: Path, recipe: Recipe) -> list[tuple[Cell, ...]]:
     if not scores:
         return []
     cells = [_scores(recipe, tuple(recipe.evals), scores, *kind) for kind in KINDS]
-    return [(("blind",), ("no picture",), ("—",), ("—",), ("—",), *cells, ("—",))]
+    return [(("blind",), ("—",), ("—",), ("—",), ("—",), *cells, ("—",))]
 
 
 def _row(directory: Path, name: str, recipe: Recipe) -> tuple[Cell, ...]:
