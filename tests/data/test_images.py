@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import pickle
 import struct
@@ -241,13 +242,15 @@ def test_what_is_not_a_regular_file_neither_blocks_nor_reads(tmp_path, frames):
             load_media(tmp_path / name, frames=frames)
 
 
-def pillow_resize_then_crop(pixels: np.ndarray, size: int, mode: str) -> np.ndarray:
+def pillow_resize_then_crop(
+    pixels: np.ndarray, size: int, mode: str, short: int = 0, half=round
+) -> np.ndarray:
     height, width = pixels.shape[:2]
-    scale = size / min(height, width)
-    shape = max(size, int(width * scale + 1e-9)), max(size, int(height * scale + 1e-9))
+    scale, short = (short or size) / min(height, width), short or size
+    shape = max(short, int(width * scale + 1e-9)), max(short, int(height * scale + 1e-9))
     resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[mode]
     whole = np.asarray(Image.fromarray(pixels).resize(shape, resample))
-    top, left = round((shape[1] - size) / 2), round((shape[0] - size) / 2)
+    top, left = half((shape[1] - size) / 2), half((shape[0] - size) / 2)
     return whole[top : top + size, left : left + size]
 
 
@@ -258,9 +261,25 @@ def test_crop_is_the_short_side_resized_and_the_centre_cut_out(mode, shape):
     pixels = np.asarray(Image.fromarray(noise).resize(shape[::-1], Image.Resampling.BICUBIC))
     got = resize(pixels[None], 32, mode=mode)[0]
     want = pillow_resize_then_crop(pixels, 32, mode)
-    assert np.abs(got.astype(int) - want).max() <= 2
+    np.testing.assert_array_equal(got, want)
     shifted = pillow_resize_then_crop(np.roll(pixels, 1, (0, 1)), 32, mode)
     assert np.abs(shifted.astype(int) - want).max() > 4  # half a pixel off would show
+
+
+@pytest.mark.parametrize("shape", [(500, 333), (331, 500), (100, 150), (150, 103), (90, 800)])
+def test_the_short_side_may_be_longer_than_the_cut_and_its_margin_rounded_down(shape):
+    pixels = photo(*shape)
+    for short in (32, 37):
+        got = resize(pixels[None], 32, short=short, floor=True)[0]
+        want = pillow_resize_then_crop(pixels, 32, "bicubic", short, math.floor)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_of_a_very_long_image_only_the_middle_is_computed_and_is_nearly_the_same():
+    pixels = photo(20, 700)
+    got = resize(pixels[None], 32)[0]
+    want = pillow_resize_then_crop(pixels, 32, "bicubic")
+    assert np.abs(got.astype(int) - want).max() <= 16
 
 
 def test_an_image_of_the_right_size_passes_unchanged():
@@ -300,7 +319,9 @@ def test_a_line_of_pixels_costs_no_more_than_another_image(fit, shape):
     assert (out[0, 31, 31] == 77).all()
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "nearest"}, {"fit": "squash"}, {"size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"mode": "nearest"}, {"fit": "squash"}, {"size": 0}, {"short": 7}]
+)
 def test_an_unknown_way_to_resize_is_a_configuration_error(wrong):
     with pytest.raises(ConfigError, match="bicubic, bilinear"):
         resize(photo()[None], **({"size": 8} | wrong))

@@ -24,7 +24,7 @@ class Words:
         text = "Describe the following: : a dog runs fast cat Answer: question? yes no"
         self.ids = {word: i for i, word in enumerate(text.split(), 3)}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, start: bool = False) -> list[int]:
         return [self.ids.get(word, 99) for word in text.split()]
 
 
@@ -44,7 +44,7 @@ def lists(row):
 def test_two_captions_share_one_prefix():
     row = caption(Example("x", PICTURE, ("a dog", " a  cat runs")), captions_per_image=2)
     assert lists(row) == {
-        "prompt": [0, 0, 1, 3, 4, 5],
+        "prompt": [-1, -1, 1, 3, 4, 5],
         "tokens": [COLON, A, DOG, COLON, A, CAT, RUNS, 0, 0, 0],
         "segments": [1, 1, 1, 2, 2, 2, 2, 0, 0, 0],
         "positions": [0, 1, 2, 0, 1, 2, 3, 0, 0, 0],
@@ -63,7 +63,7 @@ def test_only_the_answer_is_a_target():
     )  # fmt: skip
     q, answer, yes = 13, 12, 14
     assert lists(row) == {
-        "prompt": [0, 1, 99, 4, 99, 99, 4, 99, 99],
+        "prompt": [-1, 1, 99, 4, 99, 99, 4, 99, 99],
         "tokens": [99, 99, q, answer, yes, 0, 0, 0],  # ". Question: question? Answer: yes"
         "segments": [1, 1, 1, 1, 1, 0, 0, 0],
         "positions": [0, 1, 2, 3, 4, 0, 0, 0],
@@ -108,7 +108,7 @@ def test_a_document_and_a_caption_end_in_the_same_tokens():
     )  # fmt: skip
     pieces = ("Describe the following:", " dog grass", " :", " a dog runs")
     document = document_sample([Example("y", pieces=pieces)], tok, text_len=64)
-    prompt, text = row["prompt"][row["prompt"] > 0], row["tokens"][row["segments"] > 0]
+    prompt, text = row["prompt"][row["prompt"] >= 0], row["tokens"][row["segments"] > 0]
     whole = document["tokens"][document["segments"] > 0]
     context = tok.encode(" dog grass")
     np.testing.assert_array_equal(whole, [*prompt, *context, *text])
@@ -247,6 +247,7 @@ def test_check_batch_names_what_is_wrong():
         (spoil("tokens", 64), r"'tokens'\] holds 64 in row 1"),
         (spoil("targets", -1), r"'targets'\] holds -1"),
         (spoil("prompt", 1000), r"'prompt'\]"),
+        (spoil("prompt", -2), r"'prompt'\] holds -2 .*outside -1\.\.63"),
         (spoil("target_at", 24), r"'target_at'\]"),
         (spoil("weights", np.nan), "weights are finite"),
         (spoil("bad", True, 1), "in bad rows"),

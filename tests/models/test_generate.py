@@ -39,7 +39,7 @@ def make_batch(visual):
     rng = np.random.default_rng(0)
     B, T, P = len(LENGTHS), max(LENGTHS) + 1, 3
     batch = {k: np.zeros((B, T), np.int32) for k in ("tokens", "segments", "positions")}
-    batch["prompt"] = np.zeros((B, P), np.int32)
+    batch["prompt"] = np.full((B, P), -1, np.int32)
     for b, (n, prompt) in enumerate(zip(LENGTHS, PROMPTS, strict=True)):
         batch["tokens"][b, :n] = rng.integers(3, VOCAB, n)
         batch["segments"][b, :n] = 1
@@ -161,6 +161,17 @@ def test_decoding_stops_once_every_row_has_ended(monkeypatch, word, turns):
     expected = [EOS, PAD, PAD, PAD] if word == EOS else [word] * 4
     np.testing.assert_array_equal(out["tokens"], [expected] * 3)
     np.testing.assert_array_equal(out["ended"], [word == EOS] * 3)
+
+
+def test_any_of_several_ids_ends_a_text(decoder):
+    model, params, run = decoder
+    batch = make_batch(True)
+    first = np.asarray(run(params, batch)["tokens"])[:, 0]
+    stops = (VOCAB - 1, *(int(token) for token in first[:2]))
+    out = jax.jit(lambda p, b: greedy(model, p, b, NEW, stop=stops))(params, batch)
+    np.testing.assert_array_equal(out["tokens"][:2, 0], first[:2])
+    assert (out["tokens"][:2, 1:] == PAD).all()
+    assert out["ended"][:2].all()
 
 
 def test_a_row_does_not_depend_on_the_other_rows_of_its_batch(decoder):

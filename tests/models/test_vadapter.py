@@ -121,7 +121,8 @@ def test_layout_is_prompt_prefix_text_and_padding_takes_no_position():
     model = make(("resampler", "fc_out"))
     params = tiny.filled(tiny.boxed(model))
     batch = batch_of(prompt_len=3, seed=1)
-    batch["prompt"][0, :2] = 0  # two places of padding in front
+    batch["prompt"][0, :2] = -1  # two places of padding in front
+    batch["prompt"][1, 0] = 0  # and a token whose id is 0
     prefix = np.random.default_rng(0).standard_normal((2, 2, E)).astype(np.float32)
     x, segments, positions = model.layout(params, jnp.asarray(prefix), batch)
     assert x.shape == (2, 3 + 2 + 8, E)
@@ -132,7 +133,7 @@ def test_layout_is_prompt_prefix_text_and_padding_takes_no_position():
     np.testing.assert_array_equal(positions[:, 5:], batch["positions"] + [[3], [5]])
     words = params["llm"]["embedding"]["embedding"] * E**0.5
     np.testing.assert_allclose(x[:, 5:], words[batch["tokens"]], atol=1e-5)
-    np.testing.assert_allclose(x[:, :3], words[batch["prompt"]], atol=1e-5)
+    np.testing.assert_allclose(x[:, :3], words[np.maximum(batch["prompt"], 0)], atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_more_padding_anywhere_changes_no_loss(captioner):
     batch = batch_of()
     wide = dict(batch)
     pad = lambda key, left, right: np.pad(batch[key], ((0, 0), (left, right)))  # noqa: E731
-    wide["prompt"] = pad("prompt", 3, 0)
+    wide["prompt"] = np.pad(batch["prompt"], ((0, 0), (3, 0)), constant_values=-1)
     for key in ("tokens", "segments", "positions", "target_at", "targets", "weights"):
         wide[key] = pad(key, 0, 4)
     assert float(loss(wide)) == pytest.approx(float(loss(batch)), rel=1e-5)

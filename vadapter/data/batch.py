@@ -5,8 +5,8 @@ All rows of a batch are of one kind, so its shapes are those of one of a few com
 
     frames    u8[B,F,S,S,3]   F is 1 for images; or instead
     features  f16[B,F,N,D]    encoder tokens computed before; a text batch has neither
-    prompt    i32[B,P]        tokens in front of the visual tokens, padded with 0 on the left
-    tokens    i32[B,T]        text behind the visual tokens, padded with 0 on the right
+    prompt    i32[B,P]        tokens in front of the visual tokens, padded with -1 on the left
+    tokens    i32[B,T]        text behind the visual tokens; what is padding, `segments` says
     segments  i32[B,T]        0 is padding; 1..k are independent texts behind the same prefix, such
                               as the captions of one image, or the documents packed in a row
     positions i32[B,T]        position inside the segment, from 0
@@ -17,7 +17,8 @@ All rows of a batch are of one kind, so its shapes are those of one of a few com
     bad       bool[B]         the sample could not be used; its weights are all 0
 
 A caption segment reads [" :", w1 … wn] with the targets [w1 … wn, EOS]; a document [BOS, w1 … wn]
-with the same targets. EOS is only ever a target.
+with the same targets. EOS is only ever a target, unless it is BOS, too. Id 0 is a token like any
+other: a public model's may be a word, or its EOS.
 
 Legend: B batch, F frames, S pixels a side, N visual tokens a frame, D encoder width, P prompt
 tokens, T text tokens, M targets, V vocabulary.
@@ -29,7 +30,8 @@ import numpy as np
 
 from vadapter.errors import DataError
 
-PAD, BOS, EOS = 0, 1, 2  # never produced by raw text
+PAD, BOS, EOS = 0, 1, 2  # of the project's own tokenizer; never produced by raw text
+PROMPT_PAD = -1  # no token's id
 Row = dict[str, np.ndarray]
 Batch = dict[str, Any]  # numpy arrays from the pipeline, jax arrays on the devices
 
@@ -80,8 +82,8 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
                 f"batch[{key!r}] is {value.dtype}{list(value.shape)}, expected {dtype} with the "
                 f"dimensions {dims}, of which the other keys fix {sizes}."
             )
-    for key in ("prompt", "tokens", "targets"):
-        _check_range(batch, key, vocab_size, "another tokenizer than the model's?")
+    for key, lowest in (("prompt", PROMPT_PAD), ("tokens", 0), ("targets", 0)):
+        _check_range(batch, key, vocab_size, "another tokenizer than the model's?", lowest)
     for key in ("positions", "target_at"):
         _check_range(batch, key, max(sizes["T"], 1), "an index past the text")
     _check_range(batch, "segments", sizes["T"] + 1, "more segments than tokens")
@@ -98,14 +100,14 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
         )
 
 
-def _check_range(batch: Batch, key: str, limit: int, hint: str) -> None:
+def _check_range(batch: Batch, key: str, limit: int, hint: str, lowest: int = 0) -> None:
     value = batch[key]
-    outside = (value < 0) | (value >= limit)
+    outside = (value < lowest) | (value >= limit)
     if outside.any():
         row = int(np.argwhere(outside)[0][0])
         raise DataError(
             f"batch[{key!r}] holds {value[outside][0]} in row {row} (id {batch['id'][row]}), "
-            f"outside 0..{limit - 1}: {hint}"
+            f"outside {lowest}..{limit - 1}: {hint}"
         )
 
 

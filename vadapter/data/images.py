@@ -29,6 +29,7 @@ CLIP_SUFFIXES = frozenset({".avi", ".mp4", ".webm", ".mkv", ".mov", ".gif"})
 MAX_PIXELS = 25_000_000
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_WHOLE = 16  # times its short side: a longer image is resized in part
 _PAD_LEVEL = 127  # about zero once an encoder has normalised it
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -120,13 +121,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize(
-    frames: np.ndarray, size: int, *, mode: str = "bicubic", fit: str = "crop", flip: bool = False
+    frames: np.ndarray,
+    size: int,
+    *,
+    mode: str = "bicubic",
+    fit: str = "crop",
+    flip: bool = False,
+    short: int = 0,
+    floor: bool = False,
 ) -> np.ndarray:
     """Brings every frame to a square, antialiased.
 
-    The resampling is Pillow's, as the public encoders were trained with. "crop" is
-    "resize the short side to S, then cut out the centre", equal up to rounding, but computes only
-    what stays, so that an image of one pixel by thousands costs no more than another.
+    The resampling is Pillow's, as the public encoders were trained with, and "crop" is "resize the
+    short side, then cut out the centre". Of an image with a side of more than 16 times the other,
+    only what stays is computed, so that one of a pixel by thousands costs no more than another;
+    there Pillow may sum in another order, which shows by some levels in 255.
 
     Args:
       frames: u8[F,H,W,3].
@@ -135,43 +144,44 @@ def resize(
       fit: "crop" (centre square), "stretch" (all of it, proportions lost) or "pad" (all of it,
         centred on grey).
       flip: mirror left and right.
+      short: "crop" brings the short side to this before it cuts; 0 takes S.
+      floor: "crop" rounds half the margin down, as `transformers` does, and not half to even, as
+        torchvision does: the two are a pixel apart in every fourth image.
 
     Returns:
       u8[F,S,S,3].
 
     Raises:
-      ConfigError: an unknown `mode` or `fit`, or a size below 1.
+      ConfigError: an unknown `mode` or `fit`, a size below 1, or `short` below the size.
     """
-    if mode not in _RESAMPLE or fit not in ("crop", "stretch", "pad") or size < 1:
+    short = short or size
+    if mode not in _RESAMPLE or fit not in ("crop", "stretch", "pad") or not 1 <= size <= short:
         raise ConfigError(
-            f"resize cannot do size={size}, mode={mode!r}, fit={fit!r}; size is at least 1, "
-            f"mode one of {', '.join(_RESAMPLE)}, fit one of crop, stretch, pad"
+            f"resize cannot do size={size}, mode={mode!r}, fit={fit!r}, short={short}; size is at "
+            f"least 1, short at least size, mode one of {', '.join(_RESAMPLE)}, fit one of crop, "
+            "stretch, pad"
         )
     height, width = frames.shape[1:3]
     shape, box = (size, size), (0.0, 0.0, float(width), float(height))
+    x = y = 0  # where the square starts in the resized image
     if fit == "crop":
-        box = _centre_box(width, height, size)
+        scaled = tuple(short * side // min(width, height) for side in (width, height))
+        x, y = ((s - size) // 2 if floor else round((s - size) / 2) for s in scaled)
+        if max(scaled) <= _WHOLE * short:
+            shape = scaled
+        else:
+            (x0, x1), (y0, y1) = (
+                (start * side / s, (start + size) * side / s)
+                for start, side, s in zip((x, y), (width, height), scaled, strict=True)
+            )
+            box, x, y = (x0, y0, x1, y1), 0, 0
     elif fit == "pad":
         longest = max(width, height)
         shape = max(1, round(width * size / longest)), max(1, round(height * size / longest))
-    left, top = (size - shape[0]) // 2, (size - shape[1]) // 2
+    left, top = max(size - shape[0], 0) // 2, max(size - shape[1], 0) // 2
     out = np.full((len(frames), size, size, 3), _PAD_LEVEL, np.uint8)
     for frame, target in zip(frames, out, strict=True):
         small = Image.fromarray(frame).resize(shape, _RESAMPLE[mode], box=box)
-        target[top : top + shape[1], left : left + shape[0]] = np.asarray(small)
+        pixels = np.asarray(small)[y : y + size, x : x + size]
+        target[top : top + len(pixels), left : left + pixels.shape[1]] = pixels
     return np.ascontiguousarray(out[:, :, ::-1]) if flip else out
-
-
-def _centre_box(width: int, height: int, size: int) -> tuple[float, float, float, float]:
-    """The part of the image that stays when its short side becomes `size`: x0, y0, x1, y1.
-
-    Rounds like torchvision's Resize and CenterCrop, which the public encoders were trained with.
-    """
-    short = min(width, height)
-    edges = []
-    for side in (width, height):
-        scaled = size * side // short
-        start = round((scaled - size) / 2)
-        edges.append((start * side / scaled, (start + size) * side / scaled))
-    (x0, x1), (y0, y1) = edges
-    return x0, y0, x1, y1

@@ -30,10 +30,12 @@ class Tokenizer:
 
     Attributes:
       pad_id, bos_id, eos_id: the special ids; a sequence starts with BOS and ends with EOS.
+      stop_ids: the ids that end a text.
       lowercase: whether text is lower-cased before it is encoded.
     """
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
+    stop_ids = (EOS,)
 
     def __init__(self, bpe: tokenizers.Tokenizer, *, lowercase: bool):
         self._bpe = bpe
@@ -86,8 +88,12 @@ class Tokenizer:
         """sha256 in hex of what `save` writes."""
         return hashlib.sha256(self._dump()).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without specials; a lone surrogate is read as "?"."""
+    def encode(self, text: str, *, start: bool = False) -> list[int]:
+        """The ids of `text`, without specials; a lone surrogate is read as "?".
+
+        `start` changes nothing here; see `PretrainedTokenizer.encode`.
+        """
+        del start
         ids = self._bpe.encode(_clean(text, self.lowercase), add_special_tokens=False).ids
         return [i + NUM_SPECIALS for i in ids]
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from vadapter.data.batch import Row
+from vadapter.data.batch import PROMPT_PAD, Row
 from vadapter.data.images import BadMedia, resize
 from vadapter.data.media import load_media
 from vadapter.data.prompts import CAPTION, QUESTION, text_piece
@@ -154,7 +154,10 @@ def document_sample(
     del rng
     segments, room = [], text_len
     for example in examples:
-        pieces = [_encode(tokenizer, piece, text_len) for piece in example.pieces]
+        pieces = [
+            _encode(tokenizer, piece, text_len, start=not n)
+            for n, piece in enumerate(example.pieces)
+        ]
         body = [i for piece in pieces for i in piece]
         if body and (1 + len(body) <= room or not (segments or last_only)):
             words = pieces[-1] if last_only else body
@@ -188,7 +191,7 @@ def prompt_sample(
     lead = _encode(tokenizer, after, text_len)[-text_len:]
     text = _lay_out([(lead, [])], tokenizer.eos_id, text_len + 1, 2)
     text = {k: v[:-1] for k, v in text.items()}  # the room that EOS alone does not need
-    prompt = _prompt(tokenizer, before, len(tokenizer.encode(before)) + 1)
+    prompt = _prompt(tokenizer, before, len(tokenizer.encode(before, start=True)) + 1)
     visual, readable = _visual(example, size, frames, False, mode, fit)
     return _row(visual, prompt, text, readable)
 
@@ -264,17 +267,18 @@ def _visual(
 
 def _prompt(tokenizer: Tokenizer, before: str, prompt_len: int) -> np.ndarray:
     """BOS and the tokens of `before`, i32[P], padded on the left to end at the visual tokens."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(before)]
+    ids = [tokenizer.bos_id, *tokenizer.encode(before, start=True)]
     if len(ids) > prompt_len:
         raise ConfigError(
             f"prompt_len={prompt_len} cannot hold {before!r}, which is {len(ids)} tokens long with "
             f"BOS: set prompt_len to {len(ids)} or more."
         )
-    return np.pad(np.array(ids, np.int32), (prompt_len - len(ids), 0))
+    room = (prompt_len - len(ids), 0)
+    return np.pad(np.array(ids, np.int32), room, constant_values=PROMPT_PAD)
 
 
-def _encode(tokenizer: Tokenizer, text: str, text_len: int) -> list[int]:
-    return tokenizer.encode(text[: _CHARS_PER_TOKEN * text_len])
+def _encode(tokenizer: Tokenizer, text: str, text_len: int, start: bool = False) -> list[int]:
+    return tokenizer.encode(text[: _CHARS_PER_TOKEN * text_len], start=start)
 
 
 def _choose(items: list, count: int, rng: np.random.Generator | None) -> list:

@@ -90,7 +90,8 @@ class Decoder:
 
     def __init__(self, model: VAdapter, tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
-        self._greedy = jit(functools.partial(greedy, model), static_argnames="max_new")
+        decode = functools.partial(greedy, model, stop=tokenizer.stop_ids)
+        self._greedy = jit(decode, static_argnames="max_new")
 
     def texts(
         self, params: Params, batches: Iterator[Batch], max_new: int

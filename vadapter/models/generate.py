@@ -4,6 +4,7 @@ Legend: B batch, P prompt tokens, Q queries, T text tokens, S cache slots, G new
 V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ from vadapter.models.transformer import text_mask
 from vadapter.models.vadapter import Batch, Params, VAdapter
 
 
-def greedy(model: VAdapter, params: Params, batch: Batch, max_new: int) -> dict[str, jax.Array]:
+def greedy(
+    model: VAdapter, params: Params, batch: Batch, max_new: int, stop: Sequence[int] = (EOS,)
+) -> dict[str, jax.Array]:
     """The most probable continuation of each row's text, token by token.
 
     Rows may have texts of different lengths: padding is masked and takes no position. Decoding
@@ -26,9 +29,10 @@ def greedy(model: VAdapter, params: Params, batch: Batch, max_new: int) -> dict[
       batch: `frames` or `features` (none for text only), `prompt`, and the text to continue in
         `tokens`, `segments`, `positions` (one segment a row, at least one token).
       max_new: G, at most this many tokens, the end token included.
+      stop: the ids that end a text, `stop_ids` of its tokenizer.
 
     Returns:
-      tokens: i32[B, G], PAD after the end; ended: bool[B], whether the row produced EOS;
+      tokens: i32[B, G], PAD after the end; ended: bool[B], whether the row produced one of `stop`;
       logprob: f32[B], sum over the produced tokens.
     """
     visual = model.encode(params, batch)
@@ -44,6 +48,9 @@ def greedy(model: VAdapter, params: Params, batch: Batch, max_new: int) -> dict[
             key_positions=places, cache=cache, index=index,
         )  # fmt: skip
         return states, cache
+
+    def ends(token):
+        return (token[:, None] == jnp.array(stop, jnp.int32)[None, :]).any(axis=1)
 
     def choose(states):  # [B, E] -> token, its log probability
         logp = jax.nn.log_softmax(model.logits(params, states))
@@ -77,7 +84,7 @@ def greedy(model: VAdapter, params: Params, batch: Batch, max_new: int) -> dict[
             "token": token,
             "tokens": jax.lax.dynamic_update_slice(carry["tokens"], token[:, None], (0, i + 1)),
             "logprob": carry["logprob"] + jnp.where(ended, 0.0, logp),
-            "ended": ended | (token == EOS),
+            "ended": ended | ends(token),
             "position": position,
             "visible": visible,
             "places": places,
@@ -90,7 +97,7 @@ def greedy(model: VAdapter, params: Params, batch: Batch, max_new: int) -> dict[
         body,
         {
             "i": jnp.int32(0), "token": token, "tokens": tokens, "logprob": logp,
-            "ended": token == EOS, "position": position, "visible": visible, "places": places,
+            "ended": ends(token), "position": position, "visible": visible, "places": places,
             "cache": cache,
         },
     )  # fmt: skip

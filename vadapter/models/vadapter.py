@@ -145,9 +145,9 @@ class VAdapter:
         """
         embed = lambda tokens: self._apply(params, self.lm, tokens, method="embed")  # noqa: E731
         prompt, tokens = batch["prompt"], batch["tokens"]
-        parts, front = [], [jnp.where(prompt > 0, -1, 0)]
+        parts, front = [], [jnp.where(prompt >= 0, -1, 0)]
         if prompt.shape[1]:
-            parts.append(embed(prompt))
+            parts.append(embed(jnp.maximum(prompt, 0)))
         if prefix is not None:
             parts.append(prefix)
             front.append(jnp.full(prefix.shape[:2], -1, jnp.int32))

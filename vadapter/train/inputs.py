@@ -74,7 +74,7 @@ def make_stream(
         tokenizer=tokenizer,
         size=config.size or image_size,
         frames=config.frames if source.kind == "clip" else 1,
-        prompt_len=len(tokenizer.encode(_BEFORE[config.task])) + 1,
+        prompt_len=len(tokenizer.encode(_BEFORE[config.task], start=True)) + 1,
         flip=config.flip,
         fit=config.fit,
         **{many: config.texts},

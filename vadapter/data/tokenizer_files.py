@@ -1,0 +1,166 @@
+"""The files in which public language models keep their tokenizers, as one JSON form.
+
+The form is that of `tokenizers`, and what is read may be any of:
+
+  tokenizer.json              the form itself
+  vocab.json, merges.txt      GPT-2's byte-level BPE
+  tok*.bin                    llama2.c's: pieces of a SentencePiece BPE with their scores
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vadapter.errors import DataError
+
+Spec = dict[str, Any]  # JSON of `tokenizers`
+
+_GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")
+_BYTE_TOKENS = range(3, 259)  # llama2.c: <unk>, <s>, </s>, then the bytes
+_MAX_PIECE = 1 << 10
+
+
+def read_spec(folder: Path) -> Spec:
+    """Reads the tokenizer of a model's folder, from the first of the files above that is there.
+
+    Returns:
+      `model` (BPE or Unigram), `added_tokens`, `normalizer`, `pre_tokenizer`, `decoder`.
+
+    Raises:
+      DataError: no such file, or one that is damaged or of a kind that language models do not use.
+    """
+    binaries = sorted(folder.glob("tok*.bin"))
+    if (folder / "tokenizer.json").is_file():
+        return _parsed(folder / "tokenizer.json", _from_json)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _parsed(folder / "merges.txt", _from_gpt2)
+    if len(binaries) == 1:
+        return _parsed(binaries[0], _from_llama2c)
+    there = ", ".join(sorted(p.name for p in folder.glob("*")))
+    raise DataError(
+        f"No tokenizer in {folder} (it holds {there or 'nothing'}): expected tokenizer.json, or "
+        "vocab.json with merges.txt, or one tok*.bin. A tokenizer.model is converted by\n"
+        "  python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('FOLDER')"
+        ".save_pretrained('FOLDER')\"\nwherever transformers and sentencepiece are installed."
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is no such file. DataError if it is anything else."""
+    if not path.is_file():
+        return {}
+    value = _parsed(path, lambda p: json.loads(p.read_bytes()))
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is not a JSON object: fetch it again.")
+    return value
+
+
+def _parsed(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged or foreign file provokes
+        raise DataError(
+            f"Cannot read the tokenizer file {path} ({type(error).__name__}: {error}): fetch it "
+            "again."
+        ) from error
+
+
+def _from_json(path: Path) -> Spec:
+    spec = json.loads(path.read_bytes())
+    model = spec["model"]
+    kind = model.get("type", "BPE" if "merges" in model else None)
+    if kind not in ("BPE", "Unigram"):
+        raise DataError(f"{path} is a tokenizer of type {kind!r}; supported are BPE and Unigram.")
+    kept = ("normalizer", "pre_tokenizer", "decoder")
+    added = spec.get("added_tokens") or []
+    return {"model": {**model, "type": kind}, "added_tokens": added, **{k: spec[k] for k in kept}}
+
+
+def _from_gpt2(path: Path) -> Spec:
+    folder = path.parent
+    config = read_json(folder / "tokenizer_config.json")
+    if (kind := config.get("tokenizer_class")) not in _GPT2_CLASSES:
+        raise DataError(
+            f"vocab.json and merges.txt in {folder} belong to a {kind}, which splits text in "
+            "another way than GPT-2; only its tokenizer.json says how: fetch that too."
+        )
+    vocab = json.loads((folder / "vocab.json").read_bytes())
+    lines = path.read_text("utf-8").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    for merge in merges:
+        left, right = merge
+        if left + right not in vocab:
+            raise ValueError(f"{left + right!r} of merges.txt is not in vocab.json")
+    extra = read_json(folder / "added_tokens.json")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": None},
+        "added_tokens": [
+            {"id": i, "content": token, "special": True, **flags} for token, i in extra.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": bool(config.get("add_prefix_space")),
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "decoder": {"type": "ByteLevel"}
+        | {"add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    }
+
+
+def _from_llama2c(path: Path) -> Spec:
+    """Adjacent pieces are joined, the best-scored first, the leftmost first among equals.
+
+    Source: encode() of run.c, github.com/karpathy/llama2.c, whose pieces have plain spaces.
+    """
+    data = path.read_bytes()
+    pieces, scores, at = [], [], 4
+    while at < len(data):
+        score, length = struct.unpack_from("<fi", data, at)
+        if not 0 < length <= _MAX_PIECE or at + 8 + length > len(data) or not math.isfinite(score):
+            raise ValueError(f"piece {len(pieces)} has {length} bytes and the score {score}")
+        pieces.append(data[at + 8 : at + 8 + length].decode())
+        scores.append(score)
+        at += 8 + length
+    if pieces[3:259] != [f"<0x{byte:02X}>" for byte in range(256)]:
+        raise ValueError("pieces 3 to 258 are not the bytes")
+    score_of = dict(zip(pieces[259:], scores[259:], strict=True))
+    ranked = sorted(
+        ((-score_of[piece], piece, at) for piece in score_of for at in range(1, len(piece))),
+        key=lambda item: item[0],  # a stable sort
+    )
+    splits = [[piece[:at], piece[at:]] for _, piece, at in ranked]
+    spaces = {"type": "Prepend", "prepend": " "}
+    return {
+        "model": {
+            "type": "BPE",
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": [pair for pair in splits if pair[0] in score_of and pair[1] in score_of],
+            "unk_token": "<unk>",
+            "byte_fallback": True,
+        },
+        "added_tokens": [
+            {
+                "id": i, "content": pieces[i], "special": True, "single_word": False,
+                "lstrip": False, "rstrip": False, "normalized": False,
+            }
+            for i in range(_BYTE_TOKENS.start)
+        ],
+        "normalizer": spaces,
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+    }  # fmt: skip
