@@ -80,7 +80,7 @@ def test_the_first_loss_is_that_of_the_first_batch_at_the_first_parameters(folde
         "documents",
         recipe.data["documents"],
         stage.run.source("documents"),
-        stage.run.tokenizer,
+        stage.tokenizer,
         image_size=0,
     )
     streams = {"documents": (items, transform, 1.0)}

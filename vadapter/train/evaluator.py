@@ -25,7 +25,7 @@ class Evaluator:
     def __init__(self, stage: Stage, frozen: dict[str, Any]):
         self.stage, self.frozen = stage, frozen
         if not isinstance(stage.model, CoCa):
-            self.decoder = _Watched(stage.model, stage.run.tokenizer, stage.mesh, self._watch)
+            self.decoder = _Watched(stage.model, stage.tokenizer, stage.mesh, self._watch)
             self.control = jit(make_control(stage.model))
 
     def _watch(self, batches: Iterator[Any]) -> Iterator[Any]:

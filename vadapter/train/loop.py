@@ -187,7 +187,7 @@ def _steps(
         shape = str({k: v.shape for k, v in batch.items()})
         if new := shape not in shapes:
             shapes.add(shape)
-            check_batch(batch, stage.run.tokenizer.vocab_size)
+            check_batch(batch, stage.tokenizer.vocab_size)
             journal.flush()
         began = time.monotonic()
         state, metrics = step_fn(state, frozen, to_mesh(batch, stage.mesh))

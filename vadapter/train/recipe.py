@@ -337,7 +337,7 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> VAdapter 
         modules[name] = module
         if isinstance(module, LM):
             width = module.config.width
-            if module.config.vocab_size < vocab_size:
+            if name == stage.lm and module.config.vocab_size < vocab_size:
                 raise ConfigError(
                     f"components.{name}.vocab_size={module.config.vocab_size} is smaller than the "
                     f"tokenizer's {vocab_size}; set it to 0 to follow the tokenizer"

@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vadapter.config import build, nearest, override, plain
-from vadapter.data.tokenizer import Tokenizer
+from vadapter.data.pretrained_tokenizer import load_tokenizer
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.models.coca import CoCa
 from vadapter.models.vadapter import VAdapter
@@ -25,6 +25,7 @@ from vadapter.train import snapshot
 from vadapter.train.checkpoint import steps
 from vadapter.train.handover import STORE
 from vadapter.train.recipe import DTYPES, STAGES, Recipe, StageConfig, make_model, read, trained
+from vadapter.train.run import tokenizer_path
 from vadapter.train.shapes import abstract_params, image_size
 from vadapter.train.snapshot import DamagedError
 from vadapter.train.store import ComponentStore
@@ -53,7 +54,7 @@ class Loaded:
     recipe: Recipe
     model: VAdapter
     params: dict[str, Any]
-    tokenizer: Tokenizer
+    tokenizer: Any
     mesh: jax.sharding.Mesh
     image_size: int
     digests: dict[str, str]
@@ -133,7 +134,7 @@ def open_run(
     found = steps(directory)
     if step is not None and step not in found:
         raise CheckpointError(f"no checkpoint of step {step} in {directory}; steps there: {found}")
-    tokenizer = Tokenizer.load(workdir / "tokenizer.json")
+    tokenizer = load_tokenizer(tokenizer_path(recipe, recipe.stages[stage], workdir))
     mesh, damaged = _mesh(recipe.mesh), []
     for number in reversed(found) if step is None else [step]:
         try:
@@ -184,7 +185,7 @@ def _load(
     recipe: Recipe,
     stage: str,
     step: int,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     mesh: jax.sharding.Mesh,
 ) -> Loaded:
     path = workdir / stage / "checkpoints" / str(step)
@@ -193,8 +194,8 @@ def _load(
         raise DamagedError(f"{path}: holds step {meta['step']}")
     if meta["tokenizer"] != tokenizer.digest:
         raise CheckpointError(
-            f"{path} was trained with another tokenizer than {workdir / 'tokenizer.json'}; bring "
-            "back that of this run"
+            f"{path} was trained with another tokenizer than the one in {workdir}; bring back "
+            "that of this run"
         )
     recipe = _as_trained(recipe, stage, meta)
     config = recipe.stages[stage]

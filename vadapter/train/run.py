@@ -1,5 +1,6 @@
 """What the stages of a run share: mesh, data sources, tokenizer, and the record of what runs."""
 
+import functools
 import json
 import platform
 import sys
@@ -10,7 +11,8 @@ import jax
 import numpy as np
 
 from vadapter import __version__
-from vadapter.config import differences, plain
+from vadapter.config import differences, plain, resolve
+from vadapter.data.pretrained_tokenizer import PretrainedTokenizer, load_tokenizer
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.parallel.mesh import make_mesh
@@ -18,8 +20,12 @@ from vadapter.train import handover
 from vadapter.train.inputs import make_source, train_tokenizer
 from vadapter.train.recipe import Recipe, StageConfig, make_model
 from vadapter.train.writer import write_json
+from vadapter.weights import hub
 
 CONFIG = "config.json"
+TOKENIZER = (
+    "tokenizer.json"  # trained on the run's texts; those of public models lie in tokenizers/
+)
 
 
 class Run:
@@ -29,24 +35,38 @@ class Run:
         self.recipe, self.workdir = recipe, Path(workdir)
         self.mesh = make_mesh(recipe.mesh)
         self._sources: dict[str, Any] = {}
-        self._check_tokenizer()
-        names = dict.fromkeys(recipe.tokenizer.data)
-        sources = {n: self.source(n) for n in names} if not self._tokenizer_path.exists() else {}
-        self.tokenizer: Tokenizer = train_tokenizer(recipe.tokenizer, sources, self._tokenizer_path)
 
-    @property
-    def _tokenizer_path(self) -> Path:
-        return self.workdir / "tokenizer.json"
+    def tokenizer(self, stage: StageConfig) -> Any:
+        """The tokenizer of the stage's language model: its own if that is public, else the run's.
 
-    def _check_tokenizer(self) -> None:
+        Either is made once, and from then on read from the run directory.
+        """
+        path = tokenizer_path(self.recipe, stage, self.workdir)
+        if path == self.workdir / TOKENIZER:
+            return self._trained
+        if not path.exists():
+            spec, where = self.recipe.components[stage.lm], f"components.{stage.lm}.weights"
+            folder = hub.resolve(resolve(spec["weights"], where)).path
+            PretrainedTokenizer.load(folder, rows=spec["vocab_size"]).save(path)
+        return load_tokenizer(path)
+
+    @functools.cached_property
+    def _trained(self) -> Tokenizer:
+        path = self.workdir / TOKENIZER
+        self._check_tokenizer(path)
+        names = dict.fromkeys(self.recipe.tokenizer.data)
+        sources = {} if path.exists() else {n: self.source(n) for n in names}
+        return train_tokenizer(self.recipe.tokenizer, sources, path)
+
+    def _check_tokenizer(self, path: Path) -> None:
         """A tokenizer that is there already was made as the recipe says."""
         config = self.workdir / CONFIG
-        if not (config.is_file() and self._tokenizer_path.is_file()):
+        if not (config.is_file() and path.is_file()):
             return
         before = json.loads(config.read_text()).get("tokenizer")
         if diff := differences(before, plain(self.recipe.tokenizer), "tokenizer"):
             raise CheckpointError(
-                f"{self._tokenizer_path} was made with another configuration:\n"
+                f"{path} was made with another configuration:\n"
                 + diff_table(diff)
                 + "\nUse another --workdir, or the configuration of before."
             )
@@ -62,7 +82,7 @@ class Run:
             stage = self.recipe.stages[name]
             if (self.workdir / name / handover.DONE).is_file():
                 continue
-            make_model(self.recipe, stage, self.tokenizer.vocab_size)
+            make_model(self.recipe, stage, self.tokenizer(stage).vocab_size)
             check_batch_size(name, stage, self.mesh.size)
             evaluated = [self.recipe.evals[e].data for e in stage.evals]
             for data in (*stage.data, *stage.loss, *evaluated):
@@ -79,6 +99,12 @@ class Run:
         if name not in self._sources:
             self._sources[name] = make_source(name, self.recipe.data[name])
         return self._sources[name]
+
+
+def tokenizer_path(recipe: Recipe, stage: StageConfig, workdir: Path) -> Path:
+    """Where the tokenizer of the stage's language model lies in the run directory."""
+    public = recipe.components.get(stage.lm, {}).get("weights")
+    return workdir / "tokenizers" / f"{stage.lm}.json" if public else workdir / TOKENIZER
 
 
 def check_batch_size(name: str, stage: StageConfig, devices: int) -> None:

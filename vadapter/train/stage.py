@@ -28,7 +28,8 @@ class Stage:
         self.recipe, self.mesh = run.recipe, run.mesh
         self.config: StageConfig = run.recipe.stages[name]
         self.directory = run.workdir / name
-        self.model = make_model(run.recipe, self.config, run.tokenizer.vocab_size)
+        self.tokenizer = run.tokenizer(self.config)
+        self.model = make_model(run.recipe, self.config, self.tokenizer.vocab_size)
         check_batch_size(name, self.config, self.mesh.size)
         self.abstract = abstract_params(self.model, self.mesh)
         self.image_size = image_size(self.model)
@@ -97,7 +98,7 @@ class Stage:
             "components": {n: without(self.recipe.components[n], ("weights",)) for n in names},
             "data": {n: without(self.recipe.data[n], ("source",)) for n in self.config.data},
             "fingerprints": {n: self.run.source(n).fingerprint() for n in self.config.data},
-            "tokenizer": self.run.tokenizer.digest,
+            "tokenizer": self.tokenizer.digest,
             "start": {n: self.starts[n].digest for n in names},
             "seed": self.recipe.seed,
             "dtype": self.recipe.dtype,
@@ -110,7 +111,7 @@ class Stage:
         config, source = self.recipe.data[name], self.run.source(name)
         if config.cache and STAGES[self.config.kind].visual and self.model.encoder in frozen:
             source = self.features(name, frozen)
-        return make_stream(name, config, source, self.run.tokenizer, image_size=self.image_size)
+        return make_stream(name, config, source, self.tokenizer, image_size=self.image_size)
 
     def features(self, name: str, frozen: dict[str, Any]) -> Any:
         """The data set's source with the frozen encoder's tokens in place of its pictures."""

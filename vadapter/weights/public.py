@@ -137,8 +137,11 @@ class Checkpoint:
     def _expected_rest(
         self, name: str, table: Table, prefix: str, leaves: Mapping[str, Any]
     ) -> bool:
-        """A head that is the embedding again, or a layer behind the one that is tapped."""
-        if self.spec.get("tied") and name == f"{prefix}{table.modules.get('head')}.weight":
+        """A head that is the embedding again, layers behind the one that is tapped, and the two
+        ends of a language model that is used through its hidden states alone."""
+        modules = {path.rpartition("/")[0] for path in leaves}
+        ends = {f"{prefix}{table.modules.get(m)}.weight" for m in {"embedding", "head"} - modules}
+        if name in ends and (self.spec.get("tied") or "embedding" not in modules):
             return True
         depth = next(leaf.shape[0] for path, leaf in leaves.items() if path.startswith(BLOCKS))
         behind = range(depth, self.spec["depth"])

@@ -113,14 +113,11 @@ def _siglip(c: Config) -> Spec:
 def _dino(c: Config) -> Spec:
     c = {**_BASE, "patch_size": 14, "image_size": 518, "hidden_act": "gelu", "mlp_ratio": 4,
          "layer_norm_eps": 1e-6, **c}  # fmt: skip
+    mlp_dim = int(c["hidden_size"] * c["mlp_ratio"])
     spec = _vit(c) | _IMAGENET_PIXELS
-    spec |= {
-        "class_token": True,
-        "layer_scale": True,
-        "mlp_dim": int(c["hidden_size"] * c["mlp_ratio"]),
-    }
+    spec |= {"class_token": True, "layer_scale": True, "mlp_dim": mlp_dim}
     if c.get("use_swiglu_ffn"):
-        spec |= {"mlp": "swiglu", "mlp_dim": (int(spec["mlp_dim"] * 2 / 3) + 7) // 8 * 8}
+        spec |= {"mlp": "swiglu", "mlp_dim": (int(mlp_dim * 2 / 3) + 7) // 8 * 8}
     return spec
 
 

@@ -1,0 +1,163 @@
+"""Runs whose parts are public checkpoints: folders with config.json, safetensors and tokenizers."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import runs
+from public_models import write_model
+from public_tokenizers import llama2, neox
+
+from vadapter import cli
+from vadapter.errors import CheckpointError
+from vadapter.parallel.mesh import make_mesh
+from vadapter.train import run
+from vadapter.train.handover import DONE
+from vadapter.train.loop import train
+from vadapter.train.recipe import read
+from vadapter.train.restore import open_run
+from vadapter.train.writer import rows
+from vadapter.weights.public import Checkpoint
+
+CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "image_size": 32,
+        "num_attention_heads": 2, "patch_size": 8}  # fmt: skip
+LM = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
+      "num_attention_heads": 2, "max_position_embeddings": 512}  # fmt: skip
+MEAN = [0.1, 0.2, 0.3]
+
+
+def clip(folder):
+    """As the hub has them: two towers in one file, the encoder's keys nested, a preprocessor."""
+    write_model(
+        folder, {"model_type": "clip_vision_model", **CLIP}, "vision_model.",
+        **{"logit_scale": 0.0, "text_model.embeddings.token_embedding.weight": np.zeros((7, 16))},
+    )  # fmt: skip
+    config = {"model_type": "clip", "vision_config": CLIP, "text_config": {"hidden_size": 16}}
+    (folder / "config.json").write_text(json.dumps(config))
+    pixels = {"image_processor_type": "CLIPImageProcessor", "size": 32, "crop_size": 32,
+              "resample": 3, "image_mean": MEAN, "image_std": [0.5, 0.5, 0.5]}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    return folder
+
+
+def language_model(folder, tokenizer, model_type, **keys):
+    """A tokenizer's folder with a model in it."""
+    config = json.loads((tokenizer(folder) / "config.json").read_text())
+    return write_model(folder, {**config, **LM, "model_type": model_type, **keys})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A CLIP; a tiny LM whose BOS and EOS are id 0; an LLM with a SentencePiece tokenizer."""
+    with runs.cached_programs():
+        folder = runs.prepare(tmp_path_factory.mktemp("public"))
+        clip(folder / "clip")
+        language_model(folder / "tlm", neox, "gpt_neox", hidden_size=16)
+        language_model(folder / "llm", llama2, "llama")
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(cli, "_prepare", lambda: None)
+
+
+def recipe(world, **encoder):
+    """decoder (front → tiny LM) → vadapter (front → tiny LM → LLM), nothing pretrained here."""
+    config = runs.small(world)
+    with config.unlocked():
+        config.components.encoder = {"weights": str(world / "clip"), **encoder}
+        config.components.tlm = {"weights": str(world / "tlm")}
+        config.components.llm = {"weights": str(world / "llm")}
+        config.chain = ("decoder", "vadapter")
+        config.stages = {name: config.stages[name] for name in config.chain}
+        config.tokenizer.data = ()
+        config.data.pictures.update(text_len=80, target_len=78)
+        config.stages.decoder.start = {}
+        config.stages.vadapter.start = {"front": "decoder", "tlm": "decoder"}
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """(run directory, what was printed); the checkpoints it was made of are gone."""
+    root = tmp_path_factory.mktemp("trained")
+    copy = shutil.copytree(world, root / "copy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        train(read(recipe(copy)), root / "run")
+    shutil.rmtree(copy)
+    return root / "run"
+
+
+def test_sizes_follow_from_the_checkpoint_and_keys_of_the_recipe_override_them(world):
+    components = read(recipe(world, tap="penultimate")).components
+    spec = components["encoder"]
+    assert (spec["kind"], spec["width"], spec["depth"], spec["patch"]) == ("vit", 16, 2, 8)
+    assert (spec["mlp"], spec["pre_norm"], spec["mean"]) == ("quick_gelu", True, tuple(MEAN))
+    assert spec["tap"] == "penultimate"
+    assert components["llm"]["kind"] == "lm"
+    assert components["llm"]["width"] == 24
+
+
+def test_each_language_model_reads_and_writes_with_its_own_tokenizer(world, trained):
+    assert not (trained / "tokenizer.json").exists()
+    decoder, vadapter = (open_run(trained, name) for name in ("decoder", "vadapter"))
+    assert decoder.tokenizer.bos_id == decoder.tokenizer.eos_id == 0
+    assert vadapter.tokenizer.eos_id == 2
+    assert decoder.tokenizer.digest != vadapter.tokenizer.digest
+    for name in ("decoder", "vadapter"):
+        losses = [row["loss"] for row in rows(trained / name / "metrics.jsonl") if "loss" in row]
+        assert np.isfinite(losses).all()
+        assert losses[-1] < losses[0]
+
+
+def test_frozen_parts_are_the_checkpoints_and_trained_ones_have_moved(world, trained):
+    loaded = open_run(trained, "vadapter")
+    name = "mlp.down_proj.weight"
+    theirs = Checkpoint.open(world / "llm").files.read(f"model.layers.1.{name}")
+    kernel = loaded.params["llm"]["stack"]["blocks"]["mlp"]["down"]["kernel"]
+    np.testing.assert_array_equal(kernel[1], theirs.T)
+    theirs = Checkpoint.open(world / "clip").files.read("vision_model.pre_layrnorm.weight")
+    np.testing.assert_array_equal(loaded.params["encoder"]["pre_norm"]["scale"], theirs)
+    moved = loaded.params["tlm"]["stack"]["blocks"]["mlp"]["down"]["kernel"]
+    theirs = Checkpoint.open(world / "tlm").files.read("gpt_neox.layers.1.mlp.dense_4h_to_h.weight")
+    assert 0 < np.abs(moved[1] - theirs.T).max() < 0.5
+
+
+def test_a_run_captions_and_answers_without_the_checkpoints_it_was_made_of(world, trained, capsys):
+    picture = str(world / "shapes" / "00.png")
+    assert cli.main(["caption", str(trained), picture, "--max-new=5"]) == 0
+    assert capsys.readouterr().out.startswith(f"{picture}: ")
+    assert cli.main(["ask", str(trained), picture, "what is it?", "--stage=decoder"]) == 0
+
+
+def test_a_finished_run_is_recognised_and_a_changed_checkpoint_is_not(world, tmp_path, capsys):
+    copy = shutil.copytree(world, tmp_path / "copy")
+    config = recipe(copy)
+    with config.unlocked():
+        config.chain = ("decoder",)
+        config.stages.decoder.steps = 2
+    train(read(config), tmp_path / "run")
+    told = capsys.readouterr().out
+    assert "clip: 37 tensors, " in told
+    assert "left out: logit_scale, text_model.embeddings" in told
+    train(read(config), tmp_path / "run")
+    assert "decoder: done before" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/decoder" / DONE).read_text())["steps"] == 2
+    (copy / "clip" / "model.safetensors").unlink()
+    write_model(copy / "clip", {"model_type": "clip_vision_model", **CLIP, "layer_norm_eps": 1e-3})
+    with pytest.raises(CheckpointError, match=r"another configuration:\n.*\n.*encoder.norm_eps"):
+        train(read(config), tmp_path / "run")
+
+
+def test_a_folder_that_is_not_there_or_not_a_model_is_named_by_its_key(world, tmp_path):
+    for folder, message in (
+        (tmp_path / "nowhere", r"components\.encoder\.weights: There is no folder"),
+        (tmp_path, r"components\.encoder\.weights: No weights file 'config\.json'"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read(recipe(world, weights=str(folder)))
