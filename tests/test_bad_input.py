@@ -125,6 +125,10 @@ def half(train, monkeypatch):
 MISTAKES = {
     "stages.decoder.stpes=3": r"config\.stages\.decoder\.stpes: unknown key; did you mean 'step",
     "components.tlm.dropuot=0.1": r"components\.tlm\.dropuot: unknown key; did you mean 'dropout",
+    "components.tlm.norm=layernorm": r"components\.tlm\.norm='layernorm': unknown; did you mean 'l",
+    "components.tlm.remat=naems": r"components\.tlm\.remat='naems': unknown; did you mean 'names",
+    "components.encoder.patch=7": r"image_size=32 does not divide into patch=7",
+    "components.tlm.kv_heads=3": r"stages\.decoder: its model cannot be built: 2 heads do not div",
     "stage.decoder.steps=3": r"--config\.stage: unknown key; did you mean 'stages'\?",
     "seed=one": r"--config\.seed=one: .*int",
     "seed": r"--config\.seed: needs a value, --config\.seed=VALUE",

@@ -14,6 +14,11 @@ from vadapter.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
+class Texts:
+    names: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Inner:
     width: int
     rate: float = 0.5
@@ -146,6 +151,7 @@ def make():
         ("a.sizes=x,y", "sizes", ("x", "y")),
         ("a.sizes=x", "sizes", ("x",)),
         ("a.new=1e-3", "new", 1e-3),
+        ("a.b=1e3", "b", 1000),
     ],
 )
 def test_an_override_takes_the_type_of_what_it_replaces(assignment, key, value):
@@ -173,6 +179,17 @@ def test_an_override_that_does_not_fit_is_an_error(assignment, message):
     with pytest.raises(ConfigError, match=message):
         config.override(c, [assignment])
     assert c == make(), "and changes nothing"
+
+
+def test_an_override_may_reach_into_a_group_that_the_recipe_leaves_out():
+    c = make()
+    config.override(c, ["a.deep.er=2", "a.deep.too=x", "a.odd={[]:1}"])
+    assert c.a.deep.to_dict() == {"er": 2, "too": "x"}
+    assert c.a.odd == "{[]:1}"
+
+
+def test_text_with_commas_is_a_list_where_texts_are_expected():
+    assert config.build(Texts, {"names": "a/b,c"}) == Texts(("a/b", "c"))
 
 
 def test_a_config_argument_is_read_in_the_type_of_its_default():

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from vadapter import __version__
-from vadapter.errors import USER_ERROR, ConfigError, NonFiniteError, Preempted, UserError
+from vadapter.errors import (
+    USER_ERROR,
+    ConfigError,
+    NonFiniteError,
+    Preempted,
+    UserError,
+    disk_errors,
+)
 
 RUN: dict[str, Any] = {
     "type": Path,
@@ -20,7 +27,6 @@ STAGE: dict[str, Any] = {
     "help": "stage of the run (default: the last that is trained)",
 }
 MAX_NEW: dict[str, Any] = {
-    "type": int,
     "default": 32,
     "metavar": "N",
     "help": "longest text in tokens (32)",
@@ -43,10 +49,14 @@ def main(argv: list[str] | None = None) -> int:
     args.overrides = [item.removeprefix("--config.") for item in overrides]
     try:
         _prepare()
-        return args.run(args) or 0
+        with disk_errors():
+            return args.run(args) or 0
     except (UserError, NonFiniteError, Preempted) as error:
         print(f"vadapter: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("vadapter: stopped", file=sys.stderr, flush=True)
+        return 130
     except BrokenPipeError:  # the reader of the output has gone, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
@@ -127,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("workdir", **RUN)
     sub.add_argument("files", nargs="+", type=Path, metavar="FILE", help="images and clips")
     sub.add_argument("--stage", **STAGE)
-    sub.add_argument("--max-new", **{**MAX_NEW, "type": _count})
+    sub.add_argument("--max-new", type=_count, **MAX_NEW)
 
     sub = verb(
         "ask", _ask,
@@ -138,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("file", type=Path, metavar="FILE", help="an image or a clip")
     sub.add_argument("question", metavar="QUESTION", help="in quotes")
     sub.add_argument("--stage", **STAGE)
-    sub.add_argument("--max-new", **{**MAX_NEW, "type": _count})
+    sub.add_argument("--max-new", type=_count, **MAX_NEW)
     return parser
 
 

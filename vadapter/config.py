@@ -69,6 +69,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         item = args[1] if args else Any
         return {str(k): _convert(item, v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple:
+        if isinstance(value, str) and args[0] is str:  # as on the command line
+            value = [item for item in value.split(",") if item]
         if isinstance(value, str) or not isinstance(value, tuple | list):
             raise ConfigError(f"{where}: expected a list, got {value!r}")
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
@@ -234,8 +236,8 @@ def override(config: ConfigDict, assignments: typing.Iterable[str]) -> None:
     """Applies `a.b=v` overrides in place.
 
     A value is JSON or a Python literal where it reads as one (`[1, 2]`, `("a",)`, `true`, `None`),
-    else text; a list may also be given as `x,y`. The group `a` must be in the recipe; a key that
-    the recipe leaves at its default is added, and refused by `build` if there is no such key.
+    else text; a list may also be given as `x,y`. The first group, `a`, must be in the recipe; what
+    it leaves at its default below is added, and refused by `build` if there is no such key.
 
     Raises:
       ConfigError: an unknown group (with the nearest one) or a value of another type.
@@ -248,9 +250,12 @@ def override(config: ConfigDict, assignments: typing.Iterable[str]) -> None:
         node: Any = config
         for i, part in enumerate([*parents, leaf]):
             known = node.keys() if isinstance(node, ConfigDict) else ()
-            if not isinstance(node, ConfigDict) or (i < len(parents) and part not in node):
+            if not isinstance(node, ConfigDict) or (parents and not i and part not in node):
                 where = ".".join([*parents, leaf][: i + 1])
                 raise ConfigError(f"--config.{where}: unknown key{nearest(part, known)}")
+            if i < len(parents) and part not in node:  # a group that the recipe leaves out
+                with node.unlocked():
+                    node[part] = ConfigDict()
             node = node[part] if i < len(parents) else node
         _assign(node, leaf, text, key)
 
@@ -262,6 +267,10 @@ def _assign(node: ConfigDict, leaf: str, text: str, key: str) -> None:
             node[leaf] = value
         return
     before = node[leaf]
+    if isinstance(before, float) and isinstance(value, int):
+        value = float(value)
+    if isinstance(before, int) and isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(before, str) and not isinstance(value, str):
         value = text  # a name may look like a number
     if isinstance(before, tuple) and isinstance(value, str):
@@ -276,7 +285,7 @@ def _literal(text: str) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
         return tuple(value) if isinstance(value, list) else value
     return text

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
+from vadapter import config
+from vadapter.errors import ConfigError
 from vadapter.models.layers import Norm
 from vadapter.models.resampler import (
     MlpAdapter,
@@ -101,9 +103,11 @@ def test_layers_start_different_and_run_one_after_the_other():
     np.testing.assert_allclose(run(module, params, inputs), norm, atol=1e-5)
 
 
-def test_an_unknown_norm_is_an_error():
-    with pytest.raises(ValueError, match="none, shared or separate, not 'both'"):
-        build(norm="both")
+def test_an_unknown_norm_and_heads_that_do_not_divide_are_errors():
+    with pytest.raises(ConfigError, match="norm='both': unknown; known: none, separate, shared"):
+        config.build(ResamplerConfig, {"norm": "both"})
+    with pytest.raises(ConfigError, match="hidden_dim=16 does not divide into heads=3"):
+        build(heads=3)
 
 
 def test_queries_see_each_other_only_where_they_are_concatenated_to_the_keys():
@@ -151,7 +155,9 @@ def test_fewer_frames_are_held_in_order_and_other_counts_are_an_error():
 
 
 def test_queries_start_with_the_stated_spread():
-    config = ResamplerConfig(queries=64, query_dim=16, hidden_dim=16, layers=1, query_std=0.3)
+    config = ResamplerConfig(
+        queries=64, query_dim=16, hidden_dim=16, layers=1, heads=2, query_std=0.3
+    )
     params = jax.jit(Resampler(config).init)(tiny.key(0), visual())["params"]
     assert float(params["queries"].value.std()) == pytest.approx(0.3, rel=0.1)
 

@@ -96,6 +96,10 @@ MISTAKES = {
         "stages.llm.optim.schedule", "cosin",
         "config.stages.decoder.optim.schedule='cosin': one of linear, cosine, constant",
     ),
+    "scores of a stage without pictures": (
+        "stages.llm.evals", ("captions",),
+        "config.stages.llm.evals: a stage of kind lm does not write about pictures",
+    ),
     "an unknown stage to start from": (
         "stages.vadapter.start.tlm", "decode",
         "config.stages.vadapter.start.tlm: unknown 'decode'; did you mean 'decoder'?",

@@ -129,7 +129,7 @@ from pathlib import Path
 from vadapter.train.writer import Writer
 with Writer(Path(sys.argv[1]), "stage", 2) as writer:
     writer.write(1, {"loss": 0.5})
-    writer.say("look")
+    writer.say("look [abc1] at [/b].png")
 """
     leader, follower = pty.openpty()
     process = subprocess.Popen(
@@ -140,7 +140,7 @@ with Writer(Path(sys.argv[1]), "stage", 2) as writer:
     os.close(follower)
     shown = os.read(leader, 100_000).decode()
     os.close(leader)
-    assert "stage: look" in shown
+    assert "stage: look [abc1] at [/b].png" in shown
     assert "1/2" in shown
 
 

@@ -92,7 +92,7 @@ def test_tokens_equal_the_originals(case, pair, originals):
     assert np.abs(ours - expected).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["clip", "siglip", "dinov2 with registers"])
+@pytest.mark.parametrize("case", CASES)
 def test_the_penultimate_layer_is_that_of_the_original(case, pair, originals):
     model, folder = pair(case)
     module, params, report = load(folder, tap="penultimate")
@@ -103,13 +103,13 @@ def test_the_penultimate_layer_is_that_of_the_original(case, pair, originals):
 
 
 @pytest.mark.parametrize("size", [48, 24])
-@pytest.mark.parametrize("case", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("case", ["clip", "siglip", "dinov2", "dinov2 with registers"])
 def test_another_resolution_resamples_the_positions_as_the_original_does(
     case, size, pair, originals
 ):
     model, folder = pair(case)
     module, params, _ = load(folder, image_size=size)
-    options = {} if case == "dinov2" else {"interpolate_pos_encoding": True}
+    options = {} if case.startswith("dinov2") else {"interpolate_pos_encoding": True}
     expected = theirs(originals, model, module, frames(size), **options)[0]
     assert np.abs(run(module, params, frames(size)) - expected).max() < TOLERANCE
 

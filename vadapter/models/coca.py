@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vadapter.models.layers import Dtype, Norm, linear, partitioned
+from vadapter.models.layers import Dtype, Norm, NormKind, linear, partitioned
 from vadapter.models.lm import LM
-from vadapter.models.transformer import BlockConfig, Stack, text_mask
+from vadapter.models.transformer import BlockConfig, Remat, Stack, text_mask
 from vadapter.models.vadapter import Batch, Params, component_seed
 
 
@@ -35,8 +35,8 @@ class FusionConfig:
     mlp_dim: int
     embed_dim: int = 512
     temperature: float = 0.07
-    norm: str = "layer"
-    remat: str = "none"
+    norm: NormKind = "layer"
+    remat: Remat = "none"
 
 
 class Fusion(nn.Module):

@@ -9,6 +9,7 @@ mesh.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -77,6 +78,8 @@ class Norm(nn.Module):
         return y.astype(self.dtype)
 
 
+NormKind = Literal["rms", "layer"]
+MlpKind = Literal["swiglu", "geglu", "gelu", "gelu_erf", "quick_gelu", "relu"]
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: nn.gelu(x, approximate=True),
     "gelu_erf": lambda x: nn.gelu(x, approximate=False),

@@ -4,15 +4,16 @@ Legend: B batch, T tokens, E width, V vocabulary, L layers, S cache slots, K hea
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vadapter.models.layers import Dtype, Norm, linear, partitioned
+from vadapter.errors import ConfigError
+from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, linear, partitioned
 from vadapter.models.rope import RopeConfig, amplitude, frequencies
-from vadapter.models.transformer import BlockConfig, PerLayer, Stack
+from vadapter.models.transformer import BlockConfig, PerLayer, Remat, Stack
 
 EVERYTHING = 2**30  # a window that nothing is outside of
 
@@ -30,7 +31,7 @@ class LMConfig:
       rope: wavelengths of rotary positions; rope_local: those of layers with a window, if other.
       windows: a layer sees keys less than so many positions back, 0: all; the pattern is repeated
         over the layers (Mistral: (4096,), Gemma 2: (4096, 0)).
-      max_len: longest sequence; sizes the learned positions and bounds every layout.
+      max_len: longest sequence; the number of learned positions, which no row may exceed.
       tied: the output head is the transposed embedding.
       embed_scale: embeddings are multiplied by sqrt(width).
       final_softcap: logits are cap · tanh(logits / cap); 0: not (Gemma 2).
@@ -43,8 +44,8 @@ class LMConfig:
     mlp_dim: int
     kv_heads: int = 1
     head_dim: int = 0
-    mlp: str = "swiglu"
-    norm: str = "rms"
+    mlp: MlpKind = "swiglu"
+    norm: NormKind = "rms"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
     bias: bool = False
@@ -56,7 +57,7 @@ class LMConfig:
     parallel: bool = True
     shared_norm: bool = True
     post_norms: bool = False
-    positions: str = "rope"
+    positions: Literal["rope", "learned"] = "rope"
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     rope_local: RopeConfig | None = None
     windows: tuple[int, ...] = ()
@@ -64,13 +65,16 @@ class LMConfig:
     tied: bool = True
     embed_scale: bool = True
     final_softcap: float = 0.0
-    remat: str = "none"
+    remat: Remat = "none"
     dropout: float = 0.0
 
     def block(self) -> BlockConfig:
         shared = {f.name for f in dataclasses.fields(BlockConfig)}
         mine: dict[str, Any] = {name: getattr(self, name) for name in shared if hasattr(self, name)}
-        return BlockConfig(**mine, rope_scale=amplitude(self.rope))
+        scale = amplitude(self.rope)
+        if self.rope_local is not None and amplitude(self.rope_local) != scale:
+            raise ConfigError("rope and rope_local: both or neither may be stretched by yarn")
+        return BlockConfig(**mine, rope_scale=scale)
 
     def window_of(self) -> list[int]:
         """The window of each layer; 0: none."""
@@ -149,6 +153,11 @@ class LM(nn.Module):
         """
         x = x.astype(self.dtype)
         if self.config.positions == "learned":
+            if x.shape[1] > self.config.max_len:
+                raise ConfigError(
+                    f"{x.shape[1]} tokens in a row (prompt, visual tokens, texts), but the model "
+                    f"has {self.config.max_len} learned positions; lower text_len or max_new"
+                )
             x = x + self.position_embedding(positions)
         layers, distance = self.config.per_layer(), None
         if layers.window is not None:

@@ -4,12 +4,14 @@ Legend: B batch, F frames, N visual tokens a frame, Q queries, D encoder width, 
 """
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from vadapter.errors import ConfigError
 from vadapter.models.layers import Attention, Dtype, Mlp, Norm, linear, partitioned
 
 
@@ -38,7 +40,7 @@ class ResamplerConfig:
     hidden_dim: int = 768
     layers: int = 6
     heads: int = 12
-    norm: str = "separate"
+    norm: Literal["none", "shared", "separate"] = "separate"
     final_norm: bool = True
     ffn: bool = True
     time_embed: bool = True
@@ -82,8 +84,8 @@ class Resampler(nn.Module):
     @nn.compact
     def __call__(self, visual: jax.Array) -> jax.Array:
         c = self.config
-        if c.norm not in ("none", "shared", "separate"):
-            raise ValueError(f"norm is none, shared or separate, not {c.norm!r}")
+        if c.hidden_dim % c.heads:
+            raise ConfigError(f"hidden_dim={c.hidden_dim} does not divide into heads={c.heads}")
         B, F, N, _ = visual.shape
         x = linear(c.query_dim, (None, "embed"), True, self.dtype, name="in_proj")(visual)
         if c.space_embed:

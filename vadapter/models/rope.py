@@ -5,6 +5,7 @@ Legend: B batch, T tokens, H heads, K head dim, R rotated part of K.
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ class RopeConfig:
 
     theta: float = 10_000.0
     part: float = 1.0
-    scaling: str = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     factor: float = 1.0
     original_len: int = 0
     low_freq_factor: float = 1.0

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, S keys, E width, L layers.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vadapter.models.layers import Attention, Dtype, Mlp, Norm, partitioned
+from vadapter.models.layers import Attention, Dtype, Mlp, MlpKind, Norm, NormKind, partitioned
 
 # What the backward pass keeps. For a frozen stack the inputs of its matrix products are never
 # needed, so these names suffice; they are recomputed from with one norm and one activation each.
 SAVED_NAMES = ("q", "k", "v", "mid", "u")
+Remat = Literal["none", "full", "names", "dots"]
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -53,8 +54,8 @@ class BlockConfig:
     mlp_dim: int
     kv_heads: int = 0  # 0: as many as heads
     head_dim: int = 0  # 0: width // heads
-    mlp: str = "gelu"
-    norm: str = "layer"
+    mlp: MlpKind = "gelu"
+    norm: NormKind = "layer"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
     bias: bool = True
@@ -70,7 +71,7 @@ class BlockConfig:
     cross: bool = False
     rope_scale: float = 1.0
     dropout: float = 0.0
-    remat: str = "none"
+    remat: Remat = "none"
 
     def attention(self, dtype: Dtype, name: str) -> Attention:
         return Attention(

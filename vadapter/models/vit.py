@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vadapter.models.layers import Dtype, Norm, linear, partitioned
-from vadapter.models.transformer import BlockConfig, Stack
+from vadapter.errors import ConfigError
+from vadapter.models.layers import Dtype, MlpKind, Norm, linear, partitioned
+from vadapter.models.transformer import BlockConfig, Remat, Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ViTConfig:
     depth: int
     heads: int
     mlp_dim: int
-    mlp: str = "gelu"
+    mlp: MlpKind = "gelu"
     class_token: bool = False
     registers: int = 0
     patches_only: bool = False
@@ -51,7 +52,7 @@ class ViTConfig:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     norm_eps: float = 1e-6
     dropout: float = 0.0
-    remat: str = "none"
+    remat: Remat = "none"
 
 
 class ViT(nn.Module):
@@ -76,6 +77,8 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, frames: jax.Array) -> jax.Array:
         c = self.config
+        if c.image_size % c.patch:
+            raise ConfigError(f"image_size={c.image_size} does not divide into patch={c.patch}")
         B, F = frames.shape[:2]
         row = lambda v: jnp.asarray(v, jnp.float32).reshape(1, 1, 1, 1, 3)  # noqa: E731
         norm = lambda name: Norm("layer", c.norm_eps, self.dtype, name=name)  # noqa: E731

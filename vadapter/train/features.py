@@ -26,6 +26,7 @@ from vadapter.data.sources import Example, words_of
 from vadapter.errors import ConfigError, DataError
 from vadapter.parallel.compile import jit
 from vadapter.parallel.mesh import to_mesh
+from vadapter.train.lock import waiting_lock
 from vadapter.train.recipe import DataConfig
 from vadapter.train.writer import write_json
 
@@ -136,10 +137,11 @@ def cached(
            "dtype": jnp.dtype(encode.dtype).name, "size": size, "frames": frames, "fit": fit,
            "flip": flip}  # fmt: skip
     path = folder / f"{digest_of(key)[:16]}.npy"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _compute(source, path, encode, params, size, frames, fit, flip, mesh, batch, watch)
-        write_json(path.with_suffix(".json"), key)
+    folder.mkdir(parents=True, exist_ok=True)
+    with waiting_lock(folder / ".lock"):  # an evaluation may want the same tokens meanwhile
+        if not path.exists():
+            _compute(source, path, encode, params, size, frames, fit, flip, mesh, batch, watch)
+            write_json(path.with_suffix(".json"), key)
     return FeatureSource(source, path, flip)
 
 

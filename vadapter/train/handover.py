@@ -173,7 +173,9 @@ def finished(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"stage {directory} is not finished (no {path}); run it first")
     try:
         record = json.loads(path.read_text())
-        return record if record["components"] and record["identity"] else {}
+        if not (record["components"] and record["identity"]):
+            raise ValueError("empty")
+        return record
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); bring back a copy") from None
 

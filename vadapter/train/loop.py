@@ -5,7 +5,6 @@ save → evaluate. Everything that a step depends on is a function of (recipe, s
 """
 
 import contextlib
-import errno
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import optax
 from vadapter.config import differences, plain
 from vadapter.data.batch import Batch, check_batch
 from vadapter.data.pipeline import Schedule, make_loader
-from vadapter.errors import CheckpointError, ConfigError, Preempted
+from vadapter.errors import CheckpointError, Preempted, disk_errors
 from vadapter.models.coca import CoCa
 from vadapter.parallel.compile import jit
 from vadapter.parallel.mesh import to_mesh
@@ -43,8 +42,6 @@ from vadapter.train.steps import (
 from vadapter.train.store import ComponentStore
 from vadapter.train.writer import Writer, write_json
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-
 
 def train(
     recipe: Recipe, workdir: Path, *, before: Callable[[str], None] = lambda name: None
@@ -62,27 +59,13 @@ def train(
       NonFiniteError: the loss diverged.
     """
     workdir = Path(workdir)
-    with run_lock(workdir), _disk_errors(workdir), signals() as stop:
+    with run_lock(workdir), disk_errors(), signals() as stop:
         run = Run(recipe, workdir)
         run.check()
         for name in recipe.chain:
             stop.check(name)
             before(name)
             train_stage(Stage(run, name, stop))
-
-
-@contextlib.contextmanager
-def _disk_errors(workdir: Path) -> Iterator[None]:
-    """A full disk or a forbidden file, wherever it is met, is something to mend."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in _DISK:
-            raise
-        raise ConfigError(
-            f"{e.filename or workdir}: {e.strerror}. Free space or mend the permissions, then run "
-            "the same command again: what was saved is intact."
-        ) from e
 
 
 def train_stage(stage: Stage) -> None:

@@ -247,6 +247,12 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
         for item in names:
             _known(f"{where}.{key}", item, known)
     _check_starts(recipe, name, stage)
+    if stage.evals and (stage.kind == "vision" or not STAGES[stage.kind].visual):
+        raise ConfigError(
+            f"{where}.evals: a stage of kind {stage.kind} does not write about pictures"
+        )
+    if stage.kind == "vision" and (stage.loss or stage.lm or stage.chain):
+        raise ConfigError(f"{where}: kind vision takes no loss, lm or chain")
     if not stage.data:
         raise ConfigError(f"{where}.data: empty; nothing to train on")
     numbers = ("steps", "batch", "accumulate", "save_every", "keep", "log_every", "loss_batches")

@@ -14,11 +14,12 @@ from vadapter import __version__
 from vadapter.config import differences, plain, resolve
 from vadapter.data.pretrained_tokenizer import PretrainedTokenizer, load_tokenizer
 from vadapter.data.tokenizer import Tokenizer
-from vadapter.errors import CheckpointError, ConfigError
+from vadapter.errors import CheckpointError, ConfigError, UserError
 from vadapter.parallel.mesh import make_mesh
 from vadapter.train import handover
 from vadapter.train.inputs import make_source, train_tokenizer
 from vadapter.train.recipe import Recipe, StageConfig, make_model
+from vadapter.train.shapes import abstract_params
 from vadapter.train.writer import write_json
 from vadapter.weights import hub
 
@@ -44,26 +45,33 @@ class Run:
         path = tokenizer_path(self.recipe, stage, self.workdir)
         if path == self.workdir / TOKENIZER:
             return self._trained
+        where = f"components.{stage.lm}.weights"
+        weights = resolve(self.recipe.components[stage.lm]["weights"], where)
+        tokenizer = PretrainedTokenizer.load(hub.resolve(weights).path)
         if not path.exists():
-            spec, where = self.recipe.components[stage.lm], f"components.{stage.lm}.weights"
-            folder = hub.resolve(resolve(spec["weights"], where)).path
-            PretrainedTokenizer.load(folder, rows=spec["vocab_size"]).save(path)
-        return load_tokenizer(path)
+            tokenizer.save(path)
+        elif load_tokenizer(path).digest != tokenizer.digest:
+            raise CheckpointError(
+                f"{path} is not the tokenizer of {where}={weights}: this run was made with another "
+                "model. Use another --workdir."
+            )
+        return tokenizer
 
     @functools.cached_property
     def _trained(self) -> Tokenizer:
         path = self.workdir / TOKENIZER
-        self._check_tokenizer(path)
+        made = path.with_suffix(".config.json")  # how, written first
+        if path.exists():
+            self._check_tokenizer(path, made)
+        else:
+            write_json(made, plain(self.recipe.tokenizer))
         names = dict.fromkeys(self.recipe.tokenizer.data)
         sources = {} if path.exists() else {n: self.source(n) for n in names}
         return train_tokenizer(self.recipe.tokenizer, sources, path)
 
-    def _check_tokenizer(self, path: Path) -> None:
+    def _check_tokenizer(self, path: Path, made: Path) -> None:
         """A tokenizer that is there already was made as the recipe says."""
-        config = self.workdir / CONFIG
-        if not (config.is_file() and path.is_file()):
-            return
-        before = json.loads(config.read_text()).get("tokenizer")
+        before = json.loads(made.read_text()) if made.is_file() else plain(self.recipe.tokenizer)
         if diff := differences(before, plain(self.recipe.tokenizer), "tokenizer"):
             raise CheckpointError(
                 f"{path} was made with another configuration:\n"
@@ -82,7 +90,14 @@ class Run:
             stage = self.recipe.stages[name]
             if (self.workdir / name / handover.DONE).is_file():
                 continue
-            make_model(self.recipe, stage, self.tokenizer(stage).vocab_size)
+            model = make_model(self.recipe, stage, self.tokenizer(stage).vocab_size)
+            try:
+                abstract_params(model, self.mesh)
+            except UserError:
+                raise
+            except Exception as error:  # sizes that do not go together, wherever that shows
+                reason = " ".join(str(error).split())
+                raise ConfigError(f"stages.{name}: its model cannot be built: {reason}") from error
             check_batch_size(name, stage, self.mesh.size)
             evaluated = [self.recipe.evals[e].data for e in stage.evals]
             for data in (*stage.data, *stage.loss, *evaluated):

@@ -196,14 +196,3 @@ def make_train_step(
         }
 
     return train_step
-
-
-def make_eval_step(objective: CaptionObjective) -> Callable[[Params, Batch], Metrics]:
-    """(params of every component, batch) -> sums over the batch: nats, correct, targets."""
-
-    def eval_step(params: Params, batch: Batch) -> Metrics:
-        visual = objective.prepare(params, batch)
-        loss, metrics = objective.loss(dict(params), visual, batch, jnp.ones(()), None)
-        return {"nats": loss, "correct": metrics["accuracy"], "targets": batch["weights"].sum()}
-
-    return eval_step

@@ -38,8 +38,12 @@ class Writer:
     def __enter__(self) -> "Writer":
         if sys.stdout.isatty():
             count, note = "{task.completed}/{task.total}", "{task.fields[note]}"
-            columns = (TextColumn("{task.description}"), BarColumn(30), TextColumn(count))
-            columns = (*columns, TimeRemainingColumn(), TextColumn(note))
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(30),
+                TextColumn(count),
+            )
+            columns = (*columns, TimeRemainingColumn(), TextColumn(note, markup=False))
             self._bar = bar = Progress(*columns, transient=True)
             bar.start()
             self._task = bar.add_task(self._title, total=self._total, note="")
@@ -92,7 +96,11 @@ class Writer:
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
-        (self._bar.console.print if self._bar else print)(f"{self._title}: {text}")
+        text = f"{self._title}: {text}"
+        if self._bar is None:
+            print(text)
+        else:  # as it is: a digest in brackets is no markup
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()
 
 

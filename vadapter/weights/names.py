@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from vadapter.errors import CheckpointError
 from vadapter.weights.tensors import TensorFiles
 
 BLOCKS = "stack/blocks/"
@@ -50,11 +51,12 @@ class Tokens:
     Attributes:
       name: theirs, whole.
       grid: how many of the first vectors are not places in a square grid; a grid of another size
-        is resampled. None: there is no grid.
+        is resampled, with or without antialiasing. None: there is no grid.
     """
 
     name: str
     grid: int | None = None
+    antialias: bool = False
 
 
 Theirs = str | Part | Patches | Tokens
@@ -165,7 +167,7 @@ class Source:
     ) -> np.ndarray:
         whole, theirs = self.shape[self.stacked :], self.theirs
         if isinstance(theirs, Tokens):
-            return _tokens(files.read(name), self.shape, theirs.grid)[index]
+            return _tokens(files.read(name), self.shape, theirs)[index]
         if isinstance(theirs, Patches) and len(whole) == 2:
             return files.read(name).transpose(2, 3, 1, 0).reshape(whole)[index]
         if isinstance(theirs, Part) and theirs.by_head:
@@ -182,31 +184,41 @@ class Source:
         return files.read(name, slices[::-1]).T if self.turned else files.read(name, slices)
 
 
-def _tokens(theirs: np.ndarray, shape: Sequence[int], front: int | None) -> np.ndarray:
+def _tokens(tensor: np.ndarray, shape: Sequence[int], theirs: Tokens) -> np.ndarray:
     """Vectors as [1, n, D], their grid resampled where ours has another size."""
-    theirs = theirs.reshape(1, -1, shape[-1])
-    if theirs.shape == tuple(shape) or front is None:
-        return theirs
-    old, new = (math.isqrt(n - front) for n in (theirs.shape[1], shape[1]))
-    grid = theirs[0, front:].astype(np.float32).reshape(old, old, -1)
-    weights = bicubic(old, new)
+    tensor, front = tensor.reshape(1, -1, shape[-1]), theirs.grid
+    if tensor.shape == tuple(shape) or front is None:
+        return tensor
+    old, new = (math.isqrt(n - front) for n in (tensor.shape[1], shape[1]))
+    if front + old * old != tensor.shape[1]:
+        raise CheckpointError(f"{theirs.name}: its {tensor.shape[1] - front} places are no square")
+    grid = tensor[0, front:].astype(np.float32).reshape(old, old, -1)
+    weights = bicubic(old, new, antialias=theirs.antialias)
     grid = np.einsum("yi,xj,ijd->yxd", weights, weights, grid).reshape(1, new * new, -1)
-    return np.concatenate([theirs[:, :front].astype(np.float32), grid], axis=1)
+    return np.concatenate([tensor[:, :front].astype(np.float32), grid], axis=1)
 
 
-def bicubic(old: int, new: int) -> np.ndarray:
-    """Weights f32[new, old] of cubic convolution with a = -0.75, edges repeated, no antialiasing.
+def bicubic(old: int, new: int, *, antialias: bool = False) -> np.ndarray:
+    """Weights f32[new, old] of cubic convolution.
 
     What transformers' ViTs resample their position grids with (`torch.nn.functional.interpolate`,
-    mode "bicubic", align_corners False).
+    mode "bicubic", align_corners False): a = -0.75 and edges repeated, or with antialiasing
+    a = -0.5, a kernel as wide as the step between places, and weights that sum to one.
     """
-    a, weights = -0.75, np.zeros((new, old), np.float64)
+    scale = old / new
+    stretch = max(scale, 1.0) if antialias else 1.0
+    a, reach = -0.5 if antialias else -0.75, math.ceil(2 * stretch)
+    weights = np.zeros((new, old), np.float64)
     for row in range(new):
-        place = (row + 0.5) * old / new - 0.5
-        first = math.floor(place) - 1
-        for k in range(first, first + 4):
-            t = abs(place - k)
-            near = ((a + 2) * t - (a + 3)) * t * t + 1
-            far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-            weights[row, min(max(k, 0), old - 1)] += near if t <= 1 else far
-    return weights.astype(np.float32)
+        place = (row + 0.5) * scale - 0.5
+        for k in range(math.floor(place) - reach + 1, math.floor(place) + reach + 1):
+            inside = 0 <= k < old
+            if inside or not antialias:
+                weights[row, min(max(k, 0), old - 1)] += _cubic(abs(place - k) / stretch, a)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _cubic(t: float, a: float) -> float:
+    if t <= 1:
+        return ((a + 2) * t - (a + 3)) * t * t + 1
+    return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a if t < 2 else 0.0

@@ -45,7 +45,9 @@ class Report:
 
     def __str__(self) -> str:
         text = f"{self.tensors} tensors, {self.parameters:,} parameters"
-        return text + (f"; left out: {', '.join(self.left_out[:_SHOWN])}" if self.left_out else "")
+        more = len(self.left_out) - _SHOWN
+        rest = ", ".join(self.left_out[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        return text + (f"; left out: {rest}" if rest else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} does not fit {self.model_type}'s table, {len(faults)} faults:\n  "
                 + "\n  ".join(faults[:_SHOWN])
+                + (f"\n  … {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else "")
             )
         out = {
             path: _place(leaf, dtype or leaf.dtype, self._reader(sources[path], prefix))

@@ -47,6 +47,7 @@ _GPT2 = Table(
         "embedding": "wte",
         "position_embedding": "wpe",
         "norm": "ln_f",
+        "head": "lm_head",
         "norm_attn": "ln_1",
         "attn/q": Part("attn.c_attn", 0, 3),
         "attn/k": Part("attn.c_attn", 1, 3),
@@ -57,7 +58,7 @@ _GPT2 = Table(
         "mlp/down": "mlp.c_proj",
     },
     transposed=False,
-    ignored=(r"attn\.(masked_)?bias$",),
+    ignored=(r"attn\.(masked_)?bias$", r"^lm_head\.weight$"),
 )
 _NEOX = Table(
     layers="gpt_neox.layers.{}.",

@@ -125,10 +125,11 @@ def _dino_registers(c: Config) -> Spec:
     return _dino(c) | {"registers": c.get("num_register_tokens", 4)}
 
 
+_REGISTERS = {"positions": Tokens("embeddings.position_embeddings", grid=1, antialias=True)}
 _DINOS = (_DINO, _DINO_NEW, _DINO | _GATED, _DINO_NEW | _GATED)
 FAMILIES: dict[str, Family] = {
     "clip_vision_model": Family(_clip, (_CLIP,)),
     "siglip_vision_model": Family(_siglip, (_SIGLIP,)),
     "dinov2": Family(_dino, _DINOS),
-    "dinov2_with_registers": Family(_dino_registers, _DINOS),
+    "dinov2_with_registers": Family(_dino_registers, tuple(t | _REGISTERS for t in _DINOS)),
 }
