@@ -19,6 +19,11 @@ def get_config(arg=None):
     scenes = lambda media, split, count: dict(
         kind="scenes", media=media, split=split, size=64, count=count, seed=0
     )
+    # In front of a held-out caption, as text: nothing, other captions of the scene, its keywords.
+    written = lambda form: dict(
+        task="document", text_len=96, last_only=True,
+        source={**scenes("text", "test", 400), "form": form},
+    )  # fmt: skip
     caption = dict(task="caption", text_len=64, target_len=60, texts=3, cache=True)
     question = dict(task="question", text_len=44, target_len=12, texts=2, cache=True)
     lm = dict(kind="lm", vocab_size=0, kv_heads=1, head_dim=32, max_len=256)
@@ -58,6 +63,9 @@ def get_config(arg=None):
                 documents=dict(
                     task="document", text_len=96, source=scenes("text", "train", 6_000)
                 ),
+                plain=written("plain"),
+                siblings=written("siblings"),
+                keywords=written("keywords"),
                 pairs=dict(
                     task="caption",
                     text_len=32,
@@ -83,7 +91,8 @@ def get_config(arg=None):
                 ),
                 llm=dict(
                     kind="lm", lm="llm", steps=steps(240), batch=16, data=dict(documents=1.0),
-                    optim=optim(3e-3), **every,
+                    optim=optim(3e-3), loss=("plain", "siblings", "keywords"), loss_batches=4,
+                    **every,
                 ),
                 vision=dict(
                     kind="vision", steps=steps(320), batch=32, data=dict(pairs=1.0),

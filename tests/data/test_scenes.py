@@ -332,6 +332,18 @@ def test_a_source_survives_pickling(media):
     assert (copy.kind, len(copy)) == (media, 30)
 
 
+def test_a_source_of_one_form_has_no_other():
+    for form in DOCUMENTS:
+        source = ScenesSource("text", "test", count=20, form=form)
+        lengths = {len(source[i].pieces) for i in range(20)}
+        assert lengths == {3 if form == "plain" else 4}
+        assert [source[i].pieces for i in range(20)] != [
+            ScenesSource("text", "test", count=20)[i].pieces for i in range(20)
+        ]
+    with pytest.raises(ConfigError, match="scenes: form='sibling'; choose one of"):
+        ScenesSource("text", form="sibling")
+
+
 def test_the_fingerprint_tells_sources_apart():
     base = ScenesSource("image", count=20)
     others = [

@@ -42,6 +42,7 @@ class ScenesSource:
       size: the side S in pixels, 64 to 256.
       count: the number of examples; a longer source begins with the shorter one.
       seed: another seed, other scenes.
+      form: of text, one form of document alone (a key of DOCUMENTS); "" mixes them.
 
     Every example has five captions; those who want fewer take the first ones.
 
@@ -54,9 +55,11 @@ class ScenesSource:
     size: int = 64
     count: int = 10_000
     seed: int = 0
+    form: str = ""
 
     def __post_init__(self):
-        for name, known in (("media", MEDIA), ("split", SPLITS)):
+        choices = (("media", MEDIA), ("split", SPLITS), ("form", ("", *DOCUMENTS)))
+        for name, known in choices:
             if getattr(self, name) not in known:
                 value = getattr(self, name)
                 raise ConfigError(f"scenes: {name}={value!r}; choose one of {', '.join(known)}")
@@ -97,7 +100,7 @@ class ScenesSource:
         for index in range(self.count):
             scene, words = self.scene(index), self._dice(index, _WORDS)
             if self.kind == "text":
-                yield from document(scene, words)
+                yield from document(scene, words, self.form)
                 continue
             yield from captions(scene, words)
             for question, answer, _ in self.qa(index):
@@ -132,7 +135,7 @@ def _words(source: ScenesSource, index: int) -> Example:
     scene, words = source.scene(index), source._dice(index, _WORDS)
     name = f"scenes-{source.kind}-{source.split}-{source.seed}-{index}"
     if source.kind == "text":
-        return Example(id=name, pieces=document(scene, words))
+        return Example(id=name, pieces=document(scene, words, source.form))
     qa = questions(scene, source._dice(index, _QUESTIONS))
     return Example(id=name, captions=captions(scene, words), qa=qa)
 
