@@ -149,7 +149,7 @@ def _steps(
 ) -> TrainState:
     """Steps to the end, or to where a signal asks to stop; the state returned is saved."""
     c, stop, start = stage.config, stage.stop, int(state.step)
-    step_fn = _step_fn(stage, tx)
+    step_fn, loader = _step_fn(stage, tx), _loader(stage, frozen, start)
     drawn = lambda step: Schedule(c.data)(step - 1)[0]  # noqa: E731
     journal = Journal(
         writer, stage.name, c, learning_rate(c.optim, c.steps),
@@ -166,7 +166,7 @@ def _steps(
         look(start)
     fault(stage.name, "begin")
     shapes = set()
-    for step, batch in enumerate(_loader(stage, frozen, start), start + 1):
+    for step, batch in enumerate(loader, start + 1):
         shape = str({k: v.shape for k, v in batch.items()})
         if new := shape not in shapes:
             shapes.add(shape)
