@@ -85,10 +85,10 @@ def test_the_table_has_a_row_a_stage_with_what_was_measured(run, report):
     assert rows["vision"][4:7] == (("—",),) * 3
     said = lambda name: list(lines(run / "vadapter" / "eval" / name / "predictions.jsonl"))  # noqa: E731
     ciders = {
-        name: constant_caption([row["references"] for row in said(name)])[1]
+        name: constant_caption([row["references"] for row in said(name)])
         for name in ("captions", "clips")
     }
-    majority = majority_answer((row["question"], row["answer"]) for row in said("answers"))
+    majority = majority_answer([(row["question"], row["answer"]) for row in said("answers")])
     assert rows["blind"][5:7] == (
         tuple(f"{name} {100 * cider:.1f}" for name, cider in ciders.items()),
         (f"{100 * majority:.1f}",),

@@ -1,11 +1,13 @@
 """What scores without looking at a picture: the yardsticks that every adapter has to beat.
 
-Both know the references of the very set they are scored on, so no model that is blind does better
-by much: what a model has beyond them, it has seen.
+Both are taken from the evaluated set itself, but never from the item that they are scored on: what
+a model has beyond them, it has seen.
 """
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+
+import numpy as np
 
 from vadapter.evals.captioning import cider_d
 from vadapter.evals.ptb import tokenize
@@ -13,37 +15,44 @@ from vadapter.evals.ptb import tokenize
 CANDIDATES = 20
 
 
-def constant_caption(
-    references: Sequence[Sequence[str]], candidates: int = CANDIDATES
-) -> tuple[str, float]:
-    """The caption that does best when every picture is given the same one.
+def constant_caption(references: Sequence[Sequence[str]], candidates: int = CANDIDATES) -> float:
+    """CIDEr-D of giving every picture the same caption, as a fraction on the official scale.
+
+    The caption for the even pictures is the one that does best on the odd ones, and the other way
+    round.
 
     Args:
       references: the human captions of each picture.
       candidates: how many of them are tried, one each of as many pictures, evenly spread.
 
-    Returns:
-      The caption and its CIDEr-D, as a fraction on the official scale.
-
     Raises:
       DataError: fewer than two pictures.
     """
     human = [[tokenize(caption) for caption in captions] for captions in references]
-    count = min(candidates, len(human))
-    tried = [i * len(human) // count for i in range(count)]
-    scores = {i: cider_d([human[i][0]] * len(human), human)[0] for i in tried}
-    best = max(scores, key=lambda i: scores[i])
-    return references[best][0], scores[best]
+    n = len(human)
+    tried = {i * n // candidates for i in range(candidates)}
+    scores = np.array([cider_d([human[i][0]] * n, human)[1] for i in sorted(tried)])
+    halves = scores[:, 0::2], scores[:, 1::2]
+    chosen = [other[half.mean(1).argmax()] for half, other in (halves, halves[::-1])]
+    return float(np.concatenate(chosen).mean())
 
 
-def majority_answer(asked: Iterable[tuple[str, str]]) -> float:
-    """Accuracy of the commonest answer to the same words, whatever the picture.
+def majority_answer(asked: Sequence[tuple[str, str]]) -> float:
+    """Accuracy of the commonest answer that the others who were asked the same words gave.
+
+    Where nobody else was, the commonest answer of all others.
 
     Args:
       asked: (question, answer) pairs.
     """
-    answers = collections.defaultdict(collections.Counter)
-    for question, answer in asked:
-        answers[question.strip().lower()][answer.strip().lower()] += 1
-    right = sum(max(counts.values()) for counts in answers.values())
-    return right / max(sum(counts.total() for counts in answers.values()), 1)
+    pairs = [(q.strip().lower(), a.strip().lower()) for q, a in asked]
+    alike, total = collections.defaultdict(collections.Counter), collections.Counter()
+    for question, answer in pairs:
+        alike[question][answer] += 1
+        total[answer] += 1
+    right = 0
+    for question, answer in pairs:
+        others = alike[question] if alike[question].total() > 1 else total
+        left = others - collections.Counter({answer: 1})
+        right += bool(left) and max(left, key=lambda a: left[a]) == answer
+    return right / max(len(pairs), 1)

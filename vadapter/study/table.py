@@ -44,11 +44,11 @@ def _blind(workdir: Path, recipe: Recipe) -> list[tuple[Cell, ...]]:
         if not found:
             continue
         if recipe.data[recipe.evals[name].data].task == "question":
-            pairs = ((item["question"], item["answer"]) for item in found[-1])
+            pairs = [(item["question"], item["answer"]) for item in found[-1]]
             scores[f"{name}/accuracy"] = majority_answer(pairs)
         elif len(found[-1]) > 1:
             references = [item["references"] for item in found[-1]]
-            scores[f"{name}/cider"] = constant_caption(references)[1]
+            scores[f"{name}/cider"] = constant_caption(references)
     if not scores:
         return []
     cells = [_scores(recipe, tuple(recipe.evals), scores, *kind) for kind in KINDS]
