@@ -419,14 +419,19 @@ def small_disk(path: Path) -> Iterator[Callable[[], None]]:
 
 @pytest.mark.parametrize("kind", ["disk", "limit"])
 def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(train, tmp_path, kind):
-    train.change("config.stages.decoder.update(save_every=1, keep=20)")
+    # Checkpoints larger than what is copied before them: the first saves fit on the disk, and none
+    # under the limit, which cuts the file that holds `front`.
+    train.change(
+        "config.components.front.hidden_dim = 1024;"
+        "config.stages.decoder.update(save_every=1, keep=20)"
+    )
     train.workdir = tmp_path / "whole"
     assert train()[0] == 0
     whole = runs.handed_over(train.workdir, ("decoder",))
     disk = small_disk(tmp_path / "disk") if kind == "disk" else contextlib.nullcontext()
     with disk as enlarge:
         train.workdir = tmp_path / "disk" / "run"
-        ended = process(train, limit=0 if kind == "disk" else 14_000)
+        ended = process(train, limit=0 if kind == "disk" else 60_000)
         assert ended.returncode == 78, ended.stderr
         assert "Traceback" not in ended.stderr
         lines = ended.stderr.splitlines()

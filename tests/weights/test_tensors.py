@@ -51,10 +51,10 @@ def _sharded(folder: Path, shards: dict[str, list[str]], weight_map: object) -> 
 
 def _refused(path: Path, match: str) -> str:
     """Opens what must be refused, in less than a second of work; returns the message."""
-    started = time.process_time()
+    started = time.thread_time()  # whatever threads other tests have left behind
     with pytest.raises(CheckpointError, match=match) as caught:
         TensorFiles.open(path)
-    assert time.process_time() - started < 1
+    assert time.thread_time() - started < 1
     return str(caught.value)
 
 
@@ -125,12 +125,12 @@ def test_a_slice_of_a_tensor_larger_than_memory_costs_only_the_slice(tmp_path):
         f.seek(start + (rows - 1) * width + 3)
         f.write(b"\x05")
     files = TensorFiles.open(path)
-    started = time.process_time()
+    started = time.thread_time()
     last = files.read("w", (slice(rows - 1, rows),))
     assert (last.shape, last[0, 3], last.sum()) == ((1, width), 5, 5)
     column = files.read("w", (slice(rows - 300, None), slice(3, 4)))
     assert (column.shape, column[-1, 0], column.sum()) == ((300, 1), 5, 5)
-    assert time.process_time() - started < 1
+    assert time.thread_time() - started < 1
 
 
 # Linux tells a process of its own peak. ru_maxrss would start from that of the parent.
