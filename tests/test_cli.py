@@ -251,3 +251,12 @@ def test_a_reader_that_leaves_early_is_no_crash(chain):
     assert "Traceback" not in done.stderr
     assert done.stdout[:5] == str(chain)[:5]
     assert done.stdout[5:].strip() in ("0", "141")
+
+
+def test_a_compilation_cache_that_others_can_write_to_is_refused(tmp_path, monkeypatch, call):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    monkeypatch.setenv("VADAPTER_COMPILE_CACHE", str(tmp_path / "cache"))
+    code, _, errors = call("eval", tmp_path / "nowhere")
+    assert code == USER_ERROR
+    assert "others can write to the compilation cache, and so run code as you" in errors

@@ -13,10 +13,11 @@ from vadapter.errors import CheckpointError, NonFiniteError, Preempted
 from vadapter.evals.runner import to_mesh
 from vadapter.parallel.mesh import make_mesh
 from vadapter.train import loop, run
-from vadapter.train.checkpoint import steps
+from vadapter.train.checkpoint import restore_step, steps
 from vadapter.train.handover import DONE
 from vadapter.train.inputs import make_stream
 from vadapter.train.loop import train
+from vadapter.train.optim import make_optimizer
 from vadapter.train.recipe import read
 from vadapter.train.run import Run
 from vadapter.train.stage import Stage
@@ -234,3 +235,23 @@ def test_data_may_move_to_another_folder_but_not_change(folder, tmp_path, fake, 
         CheckpointError, match=r"another configuration:\n.*\n.*fingerprints\.pictur"
     ):
         train(read(runs.blind(second)), tmp_path / "run")
+
+
+def test_in_bfloat16_frozen_parts_are_half_and_what_is_trained_stays_float32(folder, tmp_path):
+    config = runs.blind(folder)
+    config.dtype = "bfloat16"
+    stage = Stage(Run(read(config), tmp_path / "mixed"), "decoder")
+    dtypes = lambda tree: {str(x.dtype) for x in jax.tree.leaves(tree)}  # noqa: E731
+    learnt, frozen = stage.load_params()
+    assert (dtypes(learnt), dtypes(frozen)) == ({"float32"}, {"bfloat16"})
+    config = runs.text_only(folder, steps=2)
+    config.dtype = "bfloat16"
+    recipe = read(config)
+    train(recipe, tmp_path / "text")
+    assert all(np.isfinite(row["loss"]) for row in metrics(tmp_path / "text", "llm"))
+    (tmp_path / "text/llm" / DONE).unlink()
+    stage = Stage(Run(recipe, tmp_path / "text"), "llm")
+    tx = make_optimizer(stage.config.optim, 2)
+    path = tmp_path / "text/llm/checkpoints"
+    state, _ = restore_step(path, stage.abstract_state(tx))
+    assert dtypes((state.params, state.opt_state)) == {"float32", "int32"}
