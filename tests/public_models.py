@@ -1,6 +1,7 @@
 """Small random checkpoints in the layout of public ones, written without their libraries."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,19 @@ from vadapter.models.variants import make_module
 from vadapter.weights.public import FAMILIES
 
 
-def write_model(folder: Path, config: dict[str, Any], prefix: str = "", **more: Any) -> Path:
+def write_model(
+    folder: Path,
+    config: dict[str, Any],
+    prefix: str = "",
+    spoil: Callable[[dict], Any] = lambda tensors: None,
+    **more: Any,
+) -> Path:
     """Writes config.json and model.safetensors; files that are there already stay.
 
     Args:
       config: of the model, `model_type` among its keys.
       prefix: in front of every tensor's name.
+      spoil: changes the tensors before they are written.
       more: further tensors, by their names.
     """
     family = FAMILIES[config["model_type"]]
@@ -35,6 +43,7 @@ def write_model(folder: Path, config: dict[str, Any], prefix: str = "", **more: 
         for name in source.names:
             draw = rng.standard_normal(source.expected) * 0.2
             tensors[prefix + name] = (draw + (path[-1].key == "scale")).astype(np.float32)
+    spoil(tensors)
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))

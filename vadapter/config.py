@@ -248,15 +248,17 @@ def override(config: ConfigDict, assignments: typing.Iterable[str]) -> None:
             raise ConfigError(f"--config.{key}: needs a value, --config.{key}=VALUE")
         *parents, leaf = key.split(".")
         node: Any = config
-        for i, part in enumerate([*parents, leaf]):
-            known = node.keys() if isinstance(node, ConfigDict) else ()
-            if not isinstance(node, ConfigDict) or (parents and not i and part not in node):
-                where = ".".join([*parents, leaf][: i + 1])
-                raise ConfigError(f"--config.{where}: unknown key{nearest(part, known)}")
-            if i < len(parents) and part not in node:  # a group that the recipe leaves out
+        if parents and parents[0] not in config:
+            first = parents[0]
+            raise ConfigError(f"--config.{first}: unknown key{nearest(first, config.keys())}")
+        for i, part in enumerate(parents, 1):
+            if part not in node:  # a group that the recipe leaves out
                 with node.unlocked():
                     node[part] = ConfigDict()
-            node = node[part] if i < len(parents) else node
+            node = node[part]
+            if not isinstance(node, ConfigDict):
+                where = ".".join([*parents, leaf][: i + 1])
+                raise ConfigError(f"--config.{where}: unknown key; {part} is not a group of keys")
         _assign(node, leaf, text, key)
 
 

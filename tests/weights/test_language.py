@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from original import draw, their_warnings
+from original import their_warnings
+from public_models import write_model
 
 from vadapter.errors import CheckpointError
 from vadapter.models.generate import greedy
@@ -63,27 +64,16 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def pair(originals, tmp_path_factory):
+def pair(original_of):
     """case -> (the original model, its folder), made once."""
-    torch, transformers = originals
-    made = {}
 
-    def make(case):
-        if case not in made:
-            kind, keys = CASES[case]
-            torch.manual_seed(0)
-            with their_warnings(), torch.no_grad():
-                config = transformers.AutoConfig.for_model(kind, **keys)
-                config._attn_implementation = "eager"
-                model = transformers.AutoModelForCausalLM.from_config(config).eval()
-                for name, p in model.named_parameters():
-                    p.copy_(draw(name, p))
-                folder = tmp_path_factory.mktemp("checkpoint")
-                model.save_pretrained(folder)
-            made[case] = model, folder
-        return made[case]
+    def build(transformers, case):
+        kind, keys = CASES[case]
+        config = transformers.AutoConfig.for_model(kind, **keys)
+        config._attn_implementation = "eager"
+        return transformers.AutoModelForCausalLM.from_config(config)
 
-    return make
+    return original_of(build)
 
 
 def load(folder, **overrides):
@@ -190,19 +180,9 @@ class Folder:
     path: object
 
     def write(self, config=None, spoil=lambda tensors: None):
-        from safetensors.numpy import save_file
-
         keys = {"model_type": "llama", "tie_word_embeddings": True, **GROUPED}
+        write_model(self.path, keys, spoil=spoil)
         (self.path / "config.json").write_text(json.dumps(keys | (config or {})))
-        module = make_module("llm", FAMILIES["llama"].spec(keys))
-        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-        flat = jax.tree_util.tree_flatten_with_path(nn.unbox(shapes)["params"])[0]
-        tensors = {}
-        for path, leaf in flat:
-            source = FAMILIES["llama"].tables[0].source("/".join(k.key for k in path), leaf.shape)
-            tensors |= {name: np.zeros(source.expected, np.float32) for name in source.names}
-        spoil(tensors)
-        save_file(tensors, self.path / "model.safetensors")
         return self.path
 
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from original import draw, their_warnings
+from original import their_warnings
 
 from vadapter.models.variants import make_module
 from vadapter.weights.families.vision import FAMILIES
@@ -26,27 +26,16 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def pair(originals, tmp_path_factory):
+def pair(original_of):
     """case -> (the original model, its folder), made once."""
-    torch, transformers = originals
-    made = {}
 
-    def make(case):
-        if case not in made:
-            kind, keys = CASES[case]
-            torch.manual_seed(0)
-            with their_warnings(), torch.no_grad():
-                config = getattr(transformers, f"{kind}Config")(**keys)
-                config._attn_implementation = "eager"
-                model = getattr(transformers, f"{kind}Model")(config).eval()
-                for name, p in model.named_parameters():
-                    p.copy_(draw(name, p))
-                folder = tmp_path_factory.mktemp("checkpoint")
-                model.save_pretrained(folder)
-            made[case] = model, folder
-        return made[case]
+    def build(transformers, case):
+        kind, keys = CASES[case]
+        config = getattr(transformers, f"{kind}Config")(**keys)
+        config._attn_implementation = "eager"
+        return getattr(transformers, f"{kind}Model")(config)
 
-    return make
+    return original_of(build)
 
 
 def load(folder, **overrides):

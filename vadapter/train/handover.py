@@ -22,9 +22,8 @@ from vadapter.train import snapshot
 from vadapter.train.digest import leaf_paths
 from vadapter.train.recipe import STAGES, Recipe, StageConfig, components, trained
 from vadapter.train.store import ComponentStore
-from vadapter.weights import hub
 from vadapter.weights.mobilenet import load_mobilenet
-from vadapter.weights.public import Checkpoint
+from vadapter.weights.public import Checkpoint, locate
 
 DONE = "done.json"
 STORE = "components"
@@ -156,10 +155,7 @@ def _weights(recipe: Recipe, component: str) -> tuple[Path, Callable[[Path, Any]
         raise ConfigError(f"start.{component}='weights', but {where}.weights names no file")
     if kind not in LOADERS:
         raise ConfigError(f"{where}.weights: read for {', '.join(LOADERS)}, not for kind {kind!r}")
-    try:
-        return hub.resolve(resolve(spec["weights"], f"{where}.weights")).path, LOADERS[kind]
-    except CheckpointError as error:
-        raise CheckpointError(f"{where}.weights: {error}") from error
+    return locate(spec["weights"], f"{where}.weights").path, LOADERS[kind]
 
 
 def finished(directory: Path) -> dict[str, Any]:

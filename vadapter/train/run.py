@@ -1,6 +1,5 @@
 """What the stages of a run share: mesh, data sources, tokenizer, and the record of what runs."""
 
-import functools
 import json
 import platform
 import sys
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from vadapter import __version__
-from vadapter.config import differences, plain, resolve
+from vadapter.config import differences, plain
 from vadapter.data.pretrained_tokenizer import PretrainedTokenizer, load_tokenizer
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.errors import CheckpointError, ConfigError, UserError
@@ -21,7 +20,7 @@ from vadapter.train.inputs import make_source, train_tokenizer
 from vadapter.train.recipe import Recipe, StageConfig, make_model
 from vadapter.train.shapes import abstract_params
 from vadapter.train.writer import write_json
-from vadapter.weights import hub
+from vadapter.weights.public import locate
 
 CONFIG = "config.json"
 TOKENIZER = (
@@ -36,6 +35,7 @@ class Run:
         self.recipe, self.workdir = recipe, Path(workdir)
         self.mesh = make_mesh(recipe.mesh)
         self._sources: dict[str, Any] = {}
+        self._tokenizers: dict[Path, Any] = {}
 
     def tokenizer(self, stage: StageConfig) -> Any:
         """The tokenizer of the stage's language model: its own if that is public, else the run's.
@@ -43,11 +43,15 @@ class Run:
         Either is made once, and from then on read from the run directory.
         """
         path = tokenizer_path(self.recipe, stage, self.workdir)
-        if path == self.workdir / TOKENIZER:
-            return self._trained
-        where = f"components.{stage.lm}.weights"
-        weights = resolve(self.recipe.components[stage.lm]["weights"], where)
-        tokenizer = PretrainedTokenizer.load(hub.resolve(weights).path)
+        if path not in self._tokenizers:
+            own = path != self.workdir / TOKENIZER
+            self._tokenizers[path] = self._public(path, stage.lm) if own else self._trained(path)
+        return self._tokenizers[path]
+
+    def _public(self, path: Path, component: str) -> PretrainedTokenizer:
+        where = f"components.{component}.weights"
+        weights = self.recipe.components[component]["weights"]
+        tokenizer = PretrainedTokenizer.load(locate(weights, where).path)
         if not path.exists():
             tokenizer.save(path)
         elif load_tokenizer(path).digest != tokenizer.digest:
@@ -57,9 +61,7 @@ class Run:
             )
         return tokenizer
 
-    @functools.cached_property
-    def _trained(self) -> Tokenizer:
-        path = self.workdir / TOKENIZER
+    def _trained(self, path: Path) -> Tokenizer:
         made = path.with_suffix(".config.json")  # how, written first
         if path.exists():
             self._check_tokenizer(path, made)

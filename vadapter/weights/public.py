@@ -166,6 +166,22 @@ def _place(leaf: Any, dtype: Any, read: Callable[[Any], np.ndarray]) -> jax.Arra
     )
 
 
+def locate(weights: str, where: str) -> hub.Snapshot:
+    """The folder of a component's public weights.
+
+    Args:
+      weights: a folder, with `~` and `$VARIABLES`, or a hub id.
+      where: its name in the recipe, for messages.
+
+    Raises:
+      CheckpointError: as `hub.resolve`.
+    """
+    try:
+        return hub.resolve(resolve(weights, where))
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
 def complete(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A component's spec with what its public checkpoint says, which the spec itself overrides.
 
@@ -180,9 +196,9 @@ def complete(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     if not spec.get("weights") or spec.get("kind") or spec.get("size"):
         return dict(spec)
+    found = locate(spec["weights"], where)
+    pinned = f"{found.repo_id}@{found.revision}" if found.repo_id else spec["weights"]
     try:
-        found = hub.resolve(resolve(spec["weights"], where))
-        pinned = f"{found.repo_id}@{found.revision}" if found.repo_id else spec["weights"]
         return {**describe(found.path)[1], **spec, "weights": pinned}
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
