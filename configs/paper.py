@@ -71,7 +71,8 @@ def get_config(arg=None):
             components=dict(
                 encoder=dict(size=f"coca_{arg.encoder}"),
                 tlm=dict(size="tlm_108m", remat="dots"),
-                llm=dict(size=f"llm_{arg.llm}", remat="names"),
+                # An mlp hands on all 2048 visual tokens of a clip, and the text comes behind them.
+                llm=dict(size=f"llm_{arg.llm}", remat="names", max_len=4096),
                 resampler=dict(size="resampler_x1"),
                 perceiver=dict(size="resampler_x6"),
                 pooler=dict(kind="pooler", queries=256, width=768, heads=12),

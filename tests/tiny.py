@@ -20,7 +20,7 @@ V, B, IMAGE, N = 32, 8, 16, 4
 
 TLM = LMConfig(V, width=16, depth=2, heads=2, mlp_dim=32, max_len=64)
 LLM = LMConfig(V, width=24, depth=3, heads=4, kv_heads=2, mlp_dim=48, max_len=64, norm="rms")
-VIT = ViTConfig(IMAGE, patch=8, width=16, depth=2, heads=2, mlp_dim=32)
+VIT = ViTConfig(image_size=IMAGE, patch=8, width=16, depth=2, heads=2, mlp_dim=32)
 RESAMPLER = ResamplerConfig(queries=4, query_dim=16, hidden_dim=16, layers=1, heads=2)
 
 

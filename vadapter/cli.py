@@ -1,6 +1,7 @@
 """`vadapter VERB`: thin; every verb imports what it needs when it runs."""
 
 import argparse
+import json
 import os
 import stat
 import sys
@@ -22,6 +23,7 @@ RUN: dict[str, Any] = {
     "metavar": "RUN",
     "help": "run directory, the --workdir of `vadapter train`",
 }
+TRAINED: dict[str, Any] = RUN | {"help": "run directory, or a folder of `vadapter export`"}
 STAGE: dict[str, Any] = {
     "metavar": "S",
     "help": "stage of the run (default: the last that is trained)",
@@ -31,6 +33,7 @@ MAX_NEW: dict[str, Any] = {
     "metavar": "N",
     "help": "longest text in tokens (32)",
 }
+MOVED = "where public weights lie now: components.NAME.weights=FOLDER"
 CONFIG: dict[str, Any] = {"metavar": "FILE.py[:ARGS]"}
 EXIT_CODES = (
     "exit codes: 0 finished, 2 mistake in the command, 75 stopped by a signal and saved,\n"
@@ -48,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.verb} has no recipe to override: {overrides[0]}")
     args.overrides = [item.removeprefix("--config.") for item in overrides]
     try:
-        _prepare()
+        if args.computes:
+            _prepare()
         with disk_errors():
             return args.run(args) or 0
     except (UserError, NonFiniteError, Preempted) as error:
@@ -83,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        sub.set_defaults(run=run, configurable=bool(overrides))
+        sub.set_defaults(run=run, configurable=bool(overrides), computes=True)
         return sub
 
     sub = verb(
@@ -110,11 +114,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="run directory")
 
     sub = verb(
+        "check", _check,
+        "Shows what a recipe would train, and all that would stop it: joined parts, shapes,\n"
+        "parameters, starts, tokenizers, data, memory. Reads no tensor and writes nothing.",
+        "--config=configs/flickr8k.py --workdir=runs/flickr8k",
+        overrides="override a key of the recipe",
+    )  # fmt: skip
+    sub.set_defaults(computes=False)
+    sub.add_argument("--config", required=True, **CONFIG, help="the recipe")
+    sub.add_argument(
+        "--workdir", type=Path, metavar="RUN", help="run directory, where stages may be finished"
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = verb(
         "eval", _eval,
         "Scores a trained stage: the recipe's evaluations, with the newest checkpoint.\n"
         "Writes RUN/STAGE/eval/NAME/{predictions.jsonl, score.json, gallery.html}.",
         "runs/flickr8k --evals=test --config.data.test.source.folder=/data/flickr8k",
-        overrides="override data, evals, mesh or workers of the recipe",
+        overrides="override data, evals, mesh, workers, components.NAME.weights",
     )  # fmt: skip
     sub.add_argument("workdir", **RUN)
     sub.add_argument("--stage", **STAGE)
@@ -132,9 +150,9 @@ def _parser() -> argparse.ArgumentParser:
         "Captions images and clips: prints `FILE: CAPTION` lines.\n"
         "A file that cannot be read is reported and the others are captioned; the exit code is\n"
         "then 78. Of a clip eight frames are read, or as many as the stage was trained with.",
-        "runs/quickstart photo.jpg clip.mp4",
+        "runs/quickstart photo.jpg clip.mp4", overrides=MOVED,
     )  # fmt: skip
-    sub.add_argument("workdir", **RUN)
+    sub.add_argument("workdir", **TRAINED)
     sub.add_argument("files", nargs="+", type=Path, metavar="FILE", help="images and clips")
     sub.add_argument("--stage", **STAGE)
     sub.add_argument("--max-new", type=_count, **MAX_NEW)
@@ -142,13 +160,24 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(
         "ask", _ask,
         "Answers a question about an image or a clip: prints the answer.",
-        'runs/quickstart photo.jpg "What colour is the circle?"',
+        'runs/quickstart photo.jpg "What colour is the circle?"', overrides=MOVED,
     )  # fmt: skip
-    sub.add_argument("workdir", **RUN)
+    sub.add_argument("workdir", **TRAINED)
     sub.add_argument("file", type=Path, metavar="FILE", help="an image or a clip")
     sub.add_argument("question", metavar="QUESTION", help="in quotes")
     sub.add_argument("--stage", **STAGE)
     sub.add_argument("--max-new", type=_count, **MAX_NEW)
+
+    sub = verb(
+        "export", _export,
+        "Writes a trained stage as a folder to share: its trained parts, its tokenizer, a model\n"
+        "card, and of frozen parts the hub id, commit and digest. Frozen parts that only the run\n"
+        "has are enclosed. DIR may be an earlier export, which is then replaced.",
+        "runs/flickr8k flickr8k-adapter", overrides=MOVED,
+    )  # fmt: skip
+    sub.add_argument("workdir", **RUN)
+    sub.add_argument("folder", type=Path, metavar="DIR", help="the folder to write")
+    sub.add_argument("--stage", **STAGE)
     return parser
 
 
@@ -188,6 +217,15 @@ def _train(args: argparse.Namespace) -> None:
         show(write_report(args.workdir, recipe))
 
 
+def _check(args: argparse.Namespace) -> None:
+    from vadapter.study.check import check
+    from vadapter.study.check_text import as_text
+
+    facts, problems = check(lambda: _recipe(args), args.workdir)
+    print(json.dumps(facts, indent=1) if args.json else as_text(facts), flush=True)
+    problems.settle()
+
+
 def _eval(args: argparse.Namespace) -> None:
     from vadapter.study.gallery import read_section, write_gallery
     from vadapter.study.rescore import as_table, choose, rescore
@@ -216,19 +254,28 @@ def _ask(args: argparse.Namespace) -> int:
 def _describe(args: argparse.Namespace, files: list[Path], question: str | None) -> int:
     """Results to stdout, everything else to stderr."""
     from vadapter.study.ask import describe
-    from vadapter.train.restore import open_run
+    from vadapter.study.reopen import open_either
 
-    loaded = open_run(args.workdir, args.stage)
+    loaded = open_either(args.workdir, args.stage, args.overrides)
     print(f"vadapter: {loaded.stage}, step {loaded.step}", file=sys.stderr, flush=True)
     failed = 0
     for reply in describe(loaded, files, question=question, max_new=args.max_new):
-        name = str(reply.path).encode("utf-8", "backslashreplace").decode()
+        name = str(reply.media).encode("utf-8", "backslashreplace").decode()
         if reply.error:
             failed += 1
             print(f"vadapter: {name}: {reply.error}", file=sys.stderr, flush=True)
         else:
             print(reply.text if question else f"{name}: {reply.text}", flush=True)
     return USER_ERROR if failed else 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    from vadapter.study.export import export, report
+    from vadapter.train.restore import open_run
+
+    loaded = open_run(args.workdir, args.stage, overrides=args.overrides)
+    print(f"{loaded.stage}, step {loaded.step}", flush=True)
+    print(report(args.folder, export(loaded, args.folder)), flush=True)
 
 
 def _prepare() -> None:

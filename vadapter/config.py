@@ -80,7 +80,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is typing.Literal:
         if value not in args:
-            known = map(str, args)
+            known = filter(None, map(str, args))  # "" is to say nothing
             raise ConfigError(f"{where}={value!r}: unknown{nearest(str(value), known)}")
         return value
     if hint is Any:

@@ -17,6 +17,7 @@ class UserError(Exception):
     """
 
     exit_code = USER_ERROR
+    parts: "tuple[UserError, ...]" = ()  # the errors that this one tells together
 
 
 class ConfigError(UserError):
@@ -29,6 +30,47 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another configuration."""
+
+
+class Problems:
+    """Gathers what there is to mend, so that all of it can be told at once.
+
+    Attributes:
+      found: message -> the error, and where it was met.
+    """
+
+    def __init__(self):
+        self.found: dict[str, tuple[UserError, list[str]]] = {}
+
+    @contextlib.contextmanager
+    def gather(self, where: str = "") -> Iterator[None]:
+        """Keeps a UserError of the block, which ends there; the same one twice is one."""
+        try:
+            yield
+        except UserError as error:
+            for part in error.parts or (error,):
+                _, places = self.found.setdefault(str(part), (part, []))
+                places += [where] * (where not in ("", *places))
+
+    def lines(self) -> list[str]:
+        """Each problem, behind the places where it was met."""
+        at = lambda places: f"{', '.join(places)}: " if places else ""  # noqa: E731
+        return [at(places) + text for text, (_, places) in self.found.items()]
+
+    def settle(self) -> None:
+        """Raises the error that was gathered, or all of them as one, if there are any.
+
+        Raises:
+          UserError: of the class of the first.
+        """
+        errors = tuple(error for error, _ in self.found.values())
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            lines = "".join(f"\n- {line}" for line in self.lines())
+            whole = type(errors[0])(f"{len(errors)} problems:{lines}")
+            whole.parts = errors
+            raise whole
 
 
 class NonFiniteError(Exception):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from vadapter.data.images import BadMedia, decode_image, resize
+from vadapter.data.images import BadMedia, View, decode_image, resize
 from vadapter.data.media import load_media
 from vadapter.errors import ConfigError, DataError
 
@@ -259,7 +259,7 @@ def pillow_resize_then_crop(
 def test_crop_is_the_short_side_resized_and_the_centre_cut_out(mode, shape):
     noise = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     pixels = np.asarray(Image.fromarray(noise).resize(shape[::-1], Image.Resampling.BICUBIC))
-    got = resize(pixels[None], 32, mode=mode)[0]
+    got = resize(pixels[None], View(32, interpolation=mode))[0]
     want = pillow_resize_then_crop(pixels, 32, mode)
     np.testing.assert_array_equal(got, want)
     shifted = pillow_resize_then_crop(np.roll(pixels, 1, (0, 1)), 32, mode)
@@ -270,14 +270,14 @@ def test_crop_is_the_short_side_resized_and_the_centre_cut_out(mode, shape):
 def test_the_short_side_may_be_longer_than_the_cut_and_its_margin_rounded_down(shape):
     pixels = photo(*shape)
     for short in (32, 37):
-        got = resize(pixels[None], 32, short=short, floor=True)[0]
+        got = resize(pixels[None], View(32, crop_pct=32 / short, floor=True))[0]
         want = pillow_resize_then_crop(pixels, 32, "bicubic", short, math.floor)
         np.testing.assert_array_equal(got, want)
 
 
 def test_of_a_very_long_image_only_the_middle_is_computed_and_is_nearly_the_same():
     pixels = photo(20, 700)
-    got = resize(pixels[None], 32)[0]
+    got = resize(pixels[None], View(32))[0]
     want = pillow_resize_then_crop(pixels, 32, "bicubic")
     assert np.abs(got.astype(int) - want).max() <= 16
 
@@ -285,19 +285,19 @@ def test_of_a_very_long_image_only_the_middle_is_computed_and_is_nearly_the_same
 def test_an_image_of_the_right_size_passes_unchanged():
     frames = np.stack([photo(32, 32), photo(32, 32)[::-1]])
     for fit in ("crop", "stretch", "pad"):
-        np.testing.assert_array_equal(resize(frames, 32, fit=fit), frames)
+        np.testing.assert_array_equal(resize(frames, View(32, fit)), frames)
 
 
 def test_shrinking_is_antialiased():
     checks = np.kron([[0, 255] * 32, [255, 0] * 32] * 32, np.ones((1, 1))).astype(np.uint8)
-    out = resize(np.repeat(checks[None, ..., None], 3, -1), 8)
+    out = resize(np.repeat(checks[None, ..., None], 3, -1), View(8))
     assert (np.abs(out.astype(int) - 127) < 10).all()
 
 
 def test_stretch_shows_all_and_pad_keeps_the_proportions():
     wide = np.zeros((1, 10, 40, 3), np.uint8)
     wide[:, :, :10], wide[:, :, 30:] = 255, 255
-    stretched, padded = resize(wide, 20, fit="stretch")[0], resize(wide, 20, fit="pad")[0]
+    stretched, padded = (resize(wide, View(20, fit))[0] for fit in ("stretch", "pad"))
     assert (stretched[10, [0, -1]] > 250).all()
     assert (padded[[0, 6, 13, -1]] == 127).all()
     assert (padded[10, [0, -1]] > 250).all()
@@ -306,7 +306,7 @@ def test_stretch_shows_all_and_pad_keeps_the_proportions():
 
 def test_flip_mirrors_left_and_right():
     np.testing.assert_array_equal(
-        resize(photo()[None], 16, flip=True), resize(photo()[None], 16)[:, :, ::-1]
+        resize(photo()[None], View(16), flip=True), resize(photo()[None], View(16))[:, :, ::-1]
     )
 
 
@@ -314,17 +314,31 @@ def test_flip_mirrors_left_and_right():
 @pytest.mark.parametrize("shape", [(1, 65500), (65500, 1)])
 def test_a_line_of_pixels_costs_no_more_than_another_image(fit, shape):
     line = decode_image(encode(Image.new("L", shape[::-1], 77)))
-    out = resize(line[None], 64, fit=fit)
+    out = resize(line[None], View(64, fit))
     assert out.shape == (1, 64, 64, 3)
     assert (out[0, 31, 31] == 77).all()
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"mode": "nearest"}, {"fit": "squash"}, {"size": 0}, {"short": 7}]
+    ("wrong", "message"),
+    [
+        ({"interpolation": "nearest"}, "interpolation='nearest': one of bicubic, bilinear"),
+        ({"fit": "squash"}, "fit='squash': one of crop, stretch, pad"),
+        ({"size": 0}, "image_size=0, .*at least 1 pixel"),
+        ({"crop_pct": 87.5}, "crop_pct=87.5: .*above 0 and at most 1"),
+        ({"crop_pct": 0.0}, "crop_pct=0.0: .*above 0 and at most 1"),
+    ],
 )
-def test_an_unknown_way_to_resize_is_a_configuration_error(wrong):
-    with pytest.raises(ConfigError, match="bicubic, bilinear"):
-        resize(photo()[None], **({"size": 8} | wrong))
+def test_an_unknown_way_to_resize_is_a_configuration_error(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        View(**({"size": 8} | wrong))
+
+
+def test_the_short_side_follows_from_the_share_that_stays_exactly():
+    for size in (224, 336, 518):
+        for short in range(size, 2 * size):
+            assert View(size, crop_pct=size / short).short == short
+    assert View(288, crop_pct=224 / 256).short == 329  # timm rounds 329.14 down, too
 
 
 def test_a_still_image_repeats():

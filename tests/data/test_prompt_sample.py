@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vadapter.data.images import View
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.sources import Example
 from vadapter.data.tokenizer import EOS, Tokenizer
@@ -35,8 +36,8 @@ def lead_of(row):
 )
 def test_the_prompt_is_that_of_training(tokenizer, item, train, before):
     P = len(tokenizer.encode(before)) + 1
-    trained = train(EXAMPLE, tokenizer, size=4, text_len=MAX, target_len=MAX, prompt_len=P)
-    row = prompt_sample(item, tokenizer, size=4, text_len=MAX)
+    trained = train(EXAMPLE, tokenizer, view=View(4), text_len=MAX, target_len=MAX, prompt_len=P)
+    row = prompt_sample(item, tokenizer, view=View(4), text_len=MAX)
     n = len(lead_of(trained))
     np.testing.assert_array_equal(row["prompt"], trained["prompt"])
     np.testing.assert_array_equal(row["frames"], trained["frames"])
@@ -53,7 +54,7 @@ def test_the_prompt_is_that_of_training(tokenizer, item, train, before):
 
 def test_a_caption_is_asked_for_without_looking_at_the_captions(tokenizer):
     rows = [
-        prompt_sample(Example("a", PIXELS, captions), tokenizer, size=4, text_len=3)
+        prompt_sample(Example("a", PIXELS, captions), tokenizer, view=View(4), text_len=3)
         for captions in ((), ("a red circle",))
     ]
     for key in rows[0]:
@@ -63,7 +64,7 @@ def test_a_caption_is_asked_for_without_looking_at_the_captions(tokenizer):
 
 def test_a_question_that_is_too_long_keeps_its_end(tokenizer):
     long = ("why " * 50 + "is it red?", "no", "")
-    row = prompt_sample((EXAMPLE, long), tokenizer, size=4, text_len=12)
+    row = prompt_sample((EXAMPLE, long), tokenizer, view=View(4), text_len=12)
     whole = tokenizer.encode(QUESTION.after(long[0])[: 12 * 32])
     assert row["tokens"].tolist() == whole[-12:]
     assert row["segments"].tolist() == [1] * 12
@@ -72,7 +73,7 @@ def test_a_question_that_is_too_long_keeps_its_end(tokenizer):
 
 @pytest.mark.parametrize("media", [b"not a picture", None])
 def test_a_picture_that_cannot_be_read_makes_a_bad_row(tokenizer, media):
-    row = prompt_sample(Example("a", media), tokenizer, size=4, text_len=3)
+    row = prompt_sample(Example("a", media), tokenizer, view=View(4), text_len=3)
     assert row["bad"]
     assert row["frames"].shape == (1, 4, 4, 3)
     assert not row["frames"].any()
@@ -81,15 +82,17 @@ def test_a_picture_that_cannot_be_read_makes_a_bad_row(tokenizer, media):
 
 def test_cached_tokens_pass_and_only_the_picture_that_is_not_mirrored(tokenizer):
     tokens = np.arange(2 * 1 * 2 * 3, dtype=np.float16).reshape(2, 1, 2, 3)
-    row = prompt_sample(Example("a", tokens), tokenizer, size=4, text_len=3)
+    row = prompt_sample(Example("a", tokens), tokenizer, view=View(4), text_len=3)
     np.testing.assert_array_equal(row["features"], tokens[0])
     assert "frames" not in row
-    bad = prompt_sample(Example("a", tokens * np.float16("nan")), tokenizer, size=4, text_len=3)
+    bad = prompt_sample(
+        Example("a", tokens * np.float16("nan")), tokenizer, view=View(4), text_len=3
+    )
     assert bad["bad"]
     assert not bad["features"].any()
 
 
 def test_a_clip_is_read_with_as_many_frames_as_asked(tokenizer):
     clip = Example("a", np.repeat(PIXELS, 16, axis=0))
-    row = prompt_sample(clip, tokenizer, size=2, frames=8, text_len=3)
+    row = prompt_sample(clip, tokenizer, view=View(2), frames=8, text_len=3)
     assert row["frames"].shape == (8, 2, 2, 3)

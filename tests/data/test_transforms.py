@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vadapter.data.batch import check_batch, fake_batch
+from vadapter.data.images import View
 from vadapter.data.sources import Example
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.data.transforms import caption_sample, document_sample, question_sample
@@ -33,7 +34,7 @@ EOS = 2
 PICTURE = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
 
 caption = functools.partial(
-    caption_sample, tokenizer=Words(), size=8, text_len=10, target_len=8, prompt_len=6
+    caption_sample, tokenizer=Words(), view=View(8), text_len=10, target_len=8, prompt_len=6
 )
 
 
@@ -59,7 +60,7 @@ def test_two_captions_share_one_prefix():
 def test_only_the_answer_is_a_target():
     row = question_sample(
         Example("x", PICTURE, qa=(("question?", "yes", ""), ("question?", "no", ""))),
-        Words(), size=8, text_len=8, target_len=4, prompt_len=9, questions_per_image=1,
+        Words(), view=View(8), text_len=8, target_len=4, prompt_len=9, questions_per_image=1,
     )  # fmt: skip
     q, answer, yes = 13, 12, 14
     assert lists(row) == {
@@ -104,7 +105,7 @@ def test_a_document_and_a_caption_end_in_the_same_tokens():
     tok = Tokenizer.train(["Describe the following: a dog runs :"] * 9, 300)
     row = caption_sample(
         Example("x", PICTURE, ("a dog runs",)), tok,
-        size=8, text_len=32, target_len=32, prompt_len=32,
+        view=View(8), text_len=32, target_len=32, prompt_len=32,
     )  # fmt: skip
     pieces = ("Describe the following:", " dog grass", " :", " a dog runs")
     document = document_sample([Example("y", pieces=pieces)], tok, text_len=64)
@@ -131,7 +132,7 @@ def test_a_caption_of_a_megabyte_is_cut_in_no_time():
     start = time.monotonic()
     row = caption_sample(
         Example("x", PICTURE, ("x" * 2**20,)), tok,
-        size=8, text_len=16, target_len=16, prompt_len=64,
+        view=View(8), text_len=16, target_len=16, prompt_len=64,
     )  # fmt: skip
     assert time.monotonic() - start < 1
     assert row["targets"].tolist()[-2:] == [EOS, 0]
@@ -174,7 +175,7 @@ def test_blank_captions_are_passed_over_while_others_are_left():
 
 def test_a_question_without_room_is_masked_not_cut():
     ask = functools.partial(
-        question_sample, tokenizer=Words(), size=8, text_len=8, target_len=4, prompt_len=9
+        question_sample, tokenizer=Words(), view=View(8), text_len=8, target_len=4, prompt_len=9
     )
     row = ask(Example("x", PICTURE, qa=(("word " * 20, "yes", ""),)))
     assert row["bad"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from vadapter.data.images import View
 from vadapter.data.sources import Example
 from vadapter.errors import ConfigError
 from vadapter.evals.runner import (
@@ -91,11 +92,38 @@ def test_what_cannot_be_read_has_no_text_and_does_not_move_the_others(loaded):
     texts = []
     for media in (pictures, [*pictures[:2], b"junk", pictures[3]]):
         result = evaluate(
-            decoder, loaded.params, as_source(media), task="caption", max_new=12, batch=8, size=32
-        )
+            decoder, loaded.params, as_source(media), task="caption", max_new=12, batch=8,
+            view=View(32),
+        )  # fmt: skip
         texts.append([row["prediction"] for row in result.rows])
     assert all(texts[0])
     assert texts[1] == [*texts[0][:2], "", texts[0][3]]
+
+
+class Narrow:
+    """A tokenizer of fewer ids than the model has rows, which remembers what it decodes."""
+
+    def __init__(self, tokenizer, vocab_size):
+        self.tokenizer, self.vocab_size, self.seen = tokenizer, vocab_size, set()
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def decode(self, ids):
+        self.seen |= set(ids)
+        return self.tokenizer.decode(ids)
+
+
+def test_no_id_is_produced_that_the_tokenizer_lacks(loaded):
+    picture = np.full((1, 32, 32, 3), 90, np.uint8)
+    source = [Example(name, picture, ("a bar",)) for name in "ab"]
+    limit = loaded.tokenizer.vocab_size
+    for _ in range(2):  # then without the highest id of the first text
+        tokenizer = Narrow(loaded.tokenizer, limit)
+        decoder = Decoder(loaded.model, tokenizer, loaded.mesh)
+        evaluate(decoder, loaded.params, source, task="caption", max_new=12, batch=8, view=View(32))
+        assert max(tokenizer.seen) < limit
+        limit = max(tokenizer.seen)
 
 
 def test_evaluations_are_chosen_by_name(loaded, run):

@@ -174,6 +174,20 @@ def test_any_of_several_ids_ends_a_text(decoder):
     assert out["ended"][:2].all()
 
 
+def test_rows_of_the_embedding_that_are_no_tokens_are_never_produced(decoder):
+    model, params, run = decoder
+    batch, limit = make_batch(True), 5
+    free = np.asarray(run(params, batch)["tokens"])
+    assert free.max() >= limit, "it must occur for this test to say anything"
+    out = jax.jit(lambda p, b: greedy(model, p, b, NEW, vocab=limit))(params, batch)
+    assert np.asarray(out["tokens"]).max() < limit
+    kernel = params["llm"]["head"]["kernel"].copy()
+    kernel[:, limit:] = 0
+    other = params | {"llm": params["llm"] | {"head": {"kernel": kernel}}}
+    same = jax.jit(lambda p, b: greedy(model, p, b, NEW, vocab=limit))(other, batch)
+    np.testing.assert_array_equal(out["tokens"], same["tokens"])
+
+
 def test_a_row_does_not_depend_on_the_other_rows_of_its_batch(decoder):
     _, params, run = decoder
     batch = make_batch(True)

@@ -163,7 +163,7 @@ def test_shapes_and_parameters_of_the_published_network():
         assert (out.shape, out.dtype) == ((2, 8, tokens, 1280), jnp.float32)
         config = dataclasses.replace(model.config, image_size=size)
         assert MobileNet(config).tokens_per_frame() == tokens
-    assert (model.width, model.image_size) == (1280, 224)
+    assert (model.width, model.view.size) == (1280, 224)
     assert tuple(spec.stride for spec in block_specs(model.config)) == _STRIDES
 
 

@@ -30,7 +30,7 @@ def shapes(name):
     elif kind == "resampler":
         x = jnp.zeros((1, 8, 256, 1024))
     else:
-        x = jnp.zeros((1, 1, module.image_size, module.image_size, 3))
+        x = jnp.zeros((1, 1, module.view.size, module.view.size, 3))
     return jax.eval_shape(module.init, jax.random.key(0), x)["params"]
 
 

@@ -27,7 +27,7 @@ def test_tokens_have_the_announced_shape_and_the_class_token_comes_first(frames,
     tokens = run(module, params, frames)
     assert tokens.shape == (2, 3, module.tokens_per_frame(), module.width)
     assert module.tokens_per_frame() == 4 + class_token
-    assert module.image_size == tiny.IMAGE
+    assert module.view.size == tiny.IMAGE
     assert ("class_token" in params) == class_token
     if class_token:  # the token that its parameter changes most
         other = params | {"class_token": -params["class_token"]}

@@ -42,7 +42,7 @@ def boxes(module, kind):
         text = jnp.zeros((1, 2, 16))
         args = (text, text, (text[:, 0], text[:, 0]), None)
     elif kind in ("vit", "mobilenet"):
-        args = (jnp.zeros((1, 1, module.image_size, module.image_size, 3)),)
+        args = (jnp.zeros((1, 1, module.view.size, module.view.size, 3)),)
     elif kind == "fc":
         args = (jnp.zeros((1, 2, 16)),)
     else:

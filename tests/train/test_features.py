@@ -12,6 +12,7 @@ import runs
 import tiny
 from recipes import SIZE, draw, tiny_recipe
 
+from vadapter.data.images import View
 from vadapter.data.pipeline import eval_batches, make_loader
 from vadapter.errors import ConfigError, DataError, Preempted
 from vadapter.models.vadapter import VAdapter
@@ -52,14 +53,14 @@ def cache(encoder, tmp_path):
     """`cached` with everything but the source given."""
     module, params = encoder
     return functools.partial(
-        cached, folder=tmp_path, encode=module, params=params, digest="d" * 64, size=SIZE, frames=1,
-        fit="crop", flip=False, mesh=make_mesh(MeshConfig(), jax.devices()[:1]), batch=16,
+        cached, folder=tmp_path, encode=module, params=params, digest="d" * 64, view=View(SIZE),
+        frames=1, flip=False, mesh=make_mesh(MeshConfig(), jax.devices()[:1]), batch=16,
     )  # fmt: skip
 
 
 def pixels(source, index, flip=False):
     example = source[index]
-    return features._pixels(example, size=SIZE, frames=1, fit="crop", flip=flip)["frames"]
+    return features._pixels(example, view=View(SIZE), frames=1, flip=flip)["frames"]
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -101,7 +102,7 @@ def test_the_loss_on_cached_tokens_is_that_on_pictures(cache, encoder, pictures,
 
     losses = []
     for source in (pictures, cache(pictures)):
-        items, transform = make_stream("pictures", config, source, tokenizer, image_size=SIZE)
+        items, transform = make_stream("pictures", config, source, tokenizer, View(SIZE))
         stream = {"pictures": (items, transform, 1.0)}
         batch = next(make_loader(stream, global_batch=8, seed=3))
         assert ("features" in batch) == (source is not pictures)
@@ -124,7 +125,10 @@ def test_another_encoder_or_preprocessing_is_another_file(
     cache(pictures)
     changes = [
         {"digest": "e" * 64},
-        {"fit": "stretch"},
+        {"view": View(SIZE, fit="stretch")},
+        {"view": View(SIZE, interpolation="bilinear")},
+        {"view": View(SIZE, crop_pct=0.875)},
+        {"view": View(SIZE, floor=True)},
         {"flip": True},
         {"encode": type(module)(module.config, dtype=jnp.bfloat16)},
         {"encode": type(module)(dataclasses.replace(module.config, depth=2))},
@@ -171,7 +175,7 @@ def test_a_picture_that_cannot_be_read_becomes_a_bad_row_and_the_others_stay(cac
     tokenizer = train_tokenizer(
         TokenizerConfig(300, data=("p",)), {"p": source}, tmp_path / "t.json"
     )
-    items, transform = make_stream("pictures", data, cache(source), tokenizer, image_size=SIZE)
+    items, transform = make_stream("pictures", data, cache(source), tokenizer, View(SIZE))
     batch = next(iter(eval_batches(items, transform, 24)))
     assert batch["bad"].tolist() == [i == 1 for i in range(24)]
     assert batch["weights"].sum(1).astype(bool).tolist() == [i != 1 for i in range(24)]

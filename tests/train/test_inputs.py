@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from recipes import draw, tiny_recipe
 
+from vadapter.data.images import View
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.errors import ConfigError, DataError
@@ -78,9 +79,7 @@ def test_a_source_that_cannot_be_made_is_one_clear_line(source, message):
 def test_streams_yield_rows_of_the_lengths_that_the_recipe_asks_for(data, tokenizer):
     for name, frames in (("pictures", 1), ("clips", 8), ("questions", 1)):
         config = data[name]
-        items, transform = make_stream(
-            name, config, make_source(name, config), tokenizer, image_size=16
-        )
+        items, transform = make_stream(name, config, make_source(name, config), tokenizer, View(16))
         batch = next(iter(eval_batches(items, transform, 4)))
         assert batch["frames"].shape == (4, frames, 16, 16, 3)
         assert batch["tokens"].shape == (4, config.text_len)
@@ -92,7 +91,7 @@ def test_streams_yield_rows_of_the_lengths_that_the_recipe_asks_for(data, tokeni
 def test_documents_are_packed_and_have_no_prompt(data, tokenizer):
     config = dataclasses.replace(data["documents"], text_len=160)
     source = make_source("documents", config)
-    items, transform = make_stream("documents", config, source, tokenizer, image_size=0)
+    items, transform = make_stream("documents", config, source, tokenizer, None)
     batch = next(iter(eval_batches(items, transform, 4)))
     assert batch["prompt"].shape == (4, 0)
     assert "frames" not in batch
@@ -144,7 +143,7 @@ def test_an_unusable_sample_is_called_by_its_name_and_its_fault(shapes, data, tm
 def test_a_text_that_cannot_fit_at_all_is_an_error_and_not_a_bad_sample(data, tokenizer):
     small = DataConfig(data["pictures"].source, "caption", text_len=4, texts=4)
     items, transform = make_stream(
-        "pictures", small, make_source("pictures", small), tokenizer, image_size=16
+        "pictures", small, make_source("pictures", small), tokenizer, View(16)
     )
     with pytest.raises(ConfigError, match="text_len=4, target_len=4 are too small for 2 texts"):
         next(iter(eval_batches(items, transform, 4)))

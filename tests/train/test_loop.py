@@ -82,7 +82,7 @@ def test_the_first_loss_is_that_of_the_first_batch_at_the_first_parameters(folde
         recipe.data["documents"],
         stage.run.source("documents"),
         stage.tokenizer,
-        image_size=0,
+        None,
     )
     streams = {"documents": (items, transform, 1.0)}
     batch = next(make_loader(streams, global_batch=8, seed=recipe.seed))

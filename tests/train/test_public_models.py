@@ -1,6 +1,8 @@
 """Runs whose parts are public checkpoints: folders with config.json, safetensors and tokenizers."""
 
+import hashlib
 import json
+import re
 import shutil
 
 import jax
@@ -20,6 +22,7 @@ from vadapter.train.recipe import read
 from vadapter.train.restore import open_run
 from vadapter.train.writer import rows
 from vadapter.weights.public import Checkpoint
+from vadapter.weights.tensors import TensorFiles
 
 CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "image_size": 32,
         "num_attention_heads": 2, "patch_size": 8}  # fmt: skip
@@ -83,13 +86,11 @@ def recipe(world, **encoder):
 
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory):
-    """(run directory, what was printed); the checkpoints it was made of are gone."""
+    """A run directory."""
     root = tmp_path_factory.mktemp("trained")
-    copy = shutil.copytree(world, root / "copy")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        train(read(recipe(copy)), root / "run")
-    shutil.rmtree(copy)
+        train(read(recipe(world)), root / "run")
     return root / "run"
 
 
@@ -128,11 +129,45 @@ def test_frozen_parts_are_the_checkpoints_and_trained_ones_have_moved(world, tra
     assert 0 < np.abs(moved[1] - theirs.T).max() < 0.5
 
 
-def test_a_run_captions_and_answers_without_the_checkpoints_it_was_made_of(world, trained, capsys):
+def test_a_run_captions_and_answers(world, trained, capsys):
     picture = str(world / "shapes" / "00.png")
     assert cli.main(["caption", str(trained), picture, "--max-new=5"]) == 0
     assert capsys.readouterr().out.startswith(f"{picture}: ")
     assert cli.main(["ask", str(trained), picture, "what is it?", "--stage=decoder"]) == 0
+
+
+def test_frozen_weights_are_neither_copied_nor_hashed_twice(world, trained, monkeypatch):
+    stored = {path.name.partition("-")[0] for path in (trained / "components").iterdir()}
+    assert stored.isdisjoint({"encoder", "llm"})  # but for the records of their digests
+    monkeypatch.setattr(TensorFiles, "digest", lambda files: pytest.fail(f"{files.path} is read"))
+    loaded = open_run(trained, "vadapter")
+    llm = (world / "llm" / "model.safetensors").read_bytes()
+    assert loaded.digests["llm"] == f"sha256:{hashlib.sha256(llm).hexdigest()}"
+
+
+def test_weights_may_move_but_must_be_what_the_run_was_made_with(world, trained, tmp_path, capsys):
+    for name in ("clip", "llm"):
+        shutil.copytree(world / name, tmp_path / name)
+    moved = shutil.copytree(trained, tmp_path / "run")
+    config = (moved / "config.json").read_text().replace(str(world), "/nowhere")
+    (moved / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=r"components\.encoder\.weights: There is no folder"):
+        open_run(moved, "vadapter")
+    places = [f"components.{part}.weights={tmp_path / name}"
+              for part, name in (("encoder", "clip"), ("llm", "llm"))]  # fmt: skip
+    same = open_run(moved, "vadapter", overrides=places).params
+    jax.tree.map(np.testing.assert_array_equal, same, open_run(trained, "vadapter").params)
+    weights = tmp_path / "llm" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # one bit of one tensor
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"(?s)components\.llm\.weights=.*not what this run"):
+        open_run(moved, "vadapter", overrides=places)
+    command = ["caption", str(moved), str(world / "shapes" / "00.png"), "--max-new=2"]
+    assert cli.main(command) == 78
+    capsys.readouterr()
+    (weights).write_bytes(bytes(content[:-1]) + bytes([content[-1] ^ 1]))
+    assert cli.main([*command, *(f"--config.{place}" for place in places)]) == 0
 
 
 def test_a_finished_run_is_recognised_and_a_changed_checkpoint_is_not(world, tmp_path, capsys):
@@ -143,8 +178,7 @@ def test_a_finished_run_is_recognised_and_a_changed_checkpoint_is_not(world, tmp
         config.stages.decoder.steps = 2
     train(read(config), tmp_path / "run")
     told = capsys.readouterr().out
-    assert "clip: 37 tensors, " in told
-    assert "left out: logit_scale, text_model.embeddings" in told
+    assert re.search(r"/clip \[\w{12}\] 21 tensors; dropped: logit_scale, text_model\.emb", told)
     train(read(config), tmp_path / "run")
     assert "decoder: done before" in capsys.readouterr().out
     assert json.loads((tmp_path / "run/decoder" / DONE).read_text())["steps"] == 2
@@ -172,3 +206,31 @@ def test_a_folder_that_is_not_there_or_not_a_model_is_named_by_its_key(world, tm
     ):
         with pytest.raises(CheckpointError, match=message):
             read(recipe(world, weights=str(folder)))
+
+
+@pytest.mark.data
+def test_a_real_file_of_llama2c_is_an_llm(world, data_root, tmp_path, capsys):
+    folder = data_root / "weights" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    config = recipe(world)
+    with config.unlocked():
+        config.components.llm.weights = str(folder)
+        config.chain = ("vadapter",)
+        config.stages = {"vadapter": config.stages.vadapter}
+        config.stages.vadapter.start = {}
+        config.stages.vadapter.evals = ()
+    train(read(config), tmp_path / "run")
+    losses = [row["loss"] for row in rows(tmp_path / "run/vadapter/metrics.jsonl") if "loss" in row]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+    loaded = open_run(tmp_path / "run", "vadapter")
+    theirs = Checkpoint.open(folder).files.read("layers.4.feed_forward.w2.weight")
+    kernel = loaded.params["llm"]["stack"]["blocks"]["mlp"]["down"]["kernel"]
+    np.testing.assert_array_equal(kernel[4], theirs.T)
+    binary = (folder / "stories260K.bin").read_bytes()
+    assert loaded.digests["llm"] == f"sha256:{hashlib.sha256(binary).hexdigest()}"
+    picture = str(world / "shapes" / "00.png")
+    capsys.readouterr()
+    assert cli.main(["caption", str(tmp_path / "run"), picture, "--max-new=5"]) == 0
+    assert capsys.readouterr().out.startswith(f"{picture}: ")

@@ -69,8 +69,14 @@ MISTAKES = {
         "evals.clips.data", "documents",
         "config.evals.clips.data='documents': documents are not evaluated",
     ),
+    "an unknown fit": (
+        "data.held.fit", "squash", "config.data.held.fit='squash': unknown; known: crop, pad, str"
+    ),
     "an unknown task": (
         "data.held.task", "captions", "config.data.held.task: unknown 'captions'; did you mean 'ca"
+    ),
+    "int8 that would be trained": (
+        "components.llm.int8", True, "components.llm.int8: llm is trained in stage llm, which int8"
     ),
     "pictures wanted, text given": (
         "stages.decoder.data", {"documents": 1.0},
@@ -137,6 +143,15 @@ def test_a_mistake_is_told_in_one_line_with_its_key(config, mistake):
     with pytest.raises(ConfigError, match="^" + re.escape(message)) as error:
         read(config)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_that_stays_frozen_may_be_int8(config):
+    assign(config, "components.llm.int8", True)
+    assign(config, "components.llm.weights", "weights")
+    assign(config, "chain", ("tlm", "vision", "perceiver"))
+    recipe = read(config)
+    model = make_model(recipe, recipe.stages["perceiver"], 320)
+    assert model.modules["llm"].config.int8
 
 
 def test_a_model_with_fewer_words_than_the_tokenizer_is_refused(config):

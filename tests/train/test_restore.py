@@ -8,6 +8,7 @@ import jax
 import pytest
 from recipes import tiny_recipe
 
+from vadapter.data.images import View
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.parallel.mesh import MeshConfig, make_mesh
 from vadapter.train import handover
@@ -35,7 +36,7 @@ def digest(tree):
 
 def test_a_moved_run_opens_without_data_and_weights_as_it_was_trained(run):
     loaded = open_run(run)
-    assert (loaded.stage, loaded.step, loaded.image_size) == ("perceiver", 40, 32)
+    assert (loaded.stage, loaded.step, loaded.view) == ("perceiver", 40, View(32))
     record = lambda stage: json.loads((run / stage / "done.json").read_text())  # noqa: E731
     done = {stage: record(stage)["components"] for stage in loaded.recipe.chain}
     expected = {
@@ -55,7 +56,7 @@ def test_a_stage_is_opened_by_its_name_and_text_stages_have_no_pictures(run):
     loaded = open_run(run, "vadapter", step=40)
     assert set(loaded.params) == {"encoder", "resampler", "fc_in", "tlm", "fc_out", "llm"}
     assert "embedding" not in loaded.params["tlm"]  # left behind at the hand-over
-    assert open_run(run, "tlm").image_size == 0
+    assert open_run(run, "tlm").view is None
 
 
 def test_the_default_is_the_last_stage_that_has_a_checkpoint(run):
@@ -134,7 +135,7 @@ def test_a_tokenizer_of_another_run_is_refused(run):
 
 def test_overrides_reach_the_data_but_not_what_was_trained(run):
     assert read_run(run, ["data.held.source.split=train"]).data["held"].source["split"] == "train"
-    with pytest.raises(ConfigError, match="only data, evals, mesh, workers can be changed"):
+    with pytest.raises(ConfigError, match="components.NAME.weights can be changed"):
         read_run(run, ["components.llm.width=8"])
     with pytest.raises(ConfigError, match=r"data\.held\.taks: unknown key; did you mean 'task'"):
         read_run(run, ["data.held.taks=caption"])

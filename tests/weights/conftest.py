@@ -1,8 +1,13 @@
-"""The original libraries, once a session."""
+"""The original libraries, once a session, and a hub on this machine."""
 
 import functools
+import http.server
+import os
+import threading
+from pathlib import Path
 
 import pytest
+from hub_server import FILES, NEW, Hub
 from original import draw, their_warnings
 
 
@@ -38,3 +43,30 @@ def original_of(originals, tmp_path_factory):
         return make
 
     return pairs
+
+
+@pytest.fixture
+def hub():
+    """The server: `asked` lists its requests, `files` is what it has, `main` its newest commit."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.files, server.main = [], FILES, NEW
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def env(tmp_path):
+    """The environment of someone who never used the hub, but for what a test adds."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSF"))}
+    root = Path(__file__).resolve().parents[2]
+    return {
+        **{k: v for k, v in kept.items() if "proxy" not in k.lower()},
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": str(root),
+    }

@@ -4,7 +4,6 @@ A local HTTP server stands in for the hub. Each case runs in a process of its ow
 `huggingface_hub` reads its environment when it is imported.
 """
 
-import http.server
 import json
 import os
 import re
@@ -13,122 +12,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from hub_server import NEW, OLD, WANTED
 
 from vadapter.errors import CheckpointError
 from vadapter.weights.hub import Snapshot, download_command, resolve
-
-OLD, NEW = "a" * 40, "b" * 40
-FILES = {
-    "config.json": b'{"model_type": "llama"}',
-    "model.safetensors": b"weights",
-    "merges.txt": b"#version: 0.2\n",
-    "README.md": b"# card",
-    "pytorch_model.bin": b"\x80\x04pickle",
-    "consolidated.pth": b"\x80\x04pickle",
-    "onnx/config.json": b"{}",
-}
-WANTED = {"config.json", "model.safetensors", "merges.txt"}
-REPOS = ("owner/model", "owner/gated-info", "owner/gated-files")
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The few answers of huggingface.co that a download needs, and its errors."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        url = urlsplit(self.path)
-        self.server.asked.append((self.command, url.path))
-        part = unquote(url.path).strip("/").split("/")
-        token = self.headers.get("Authorization")
-        if token == "Bearer expired":
-            return self.error(401, None, "Invalid credentials in Authorization header")
-        if part[:2] == ["api", "models"] and len(part) == 2:
-            return self.json([{"id": repo} for repo in REPOS if self.asks_for(repo, url.query)])
-        repo, rest = "/".join(part[2:4]), part[4:]
-        if part[0] != "api":
-            repo, rest = "/".join(part[:2]), part[2:]
-        if repo not in REPOS:
-            return self.error(404 if token else 401, "RepoNotFound" if token else None)
-        granted = token == "Bearer granted"
-        if not granted and (repo == "owner/gated-info" or (part[0] != "api" and "gated" in repo)):
-            return self.error(403 if token else 401, "GatedRepo")
-        if rest == ["refs"]:
-            names = ["main", "release-1"]
-            refs = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": NEW} for n in names]
-            return self.json({"branches": refs, "tags": [], "converts": []})
-        kind, revision = rest[:2]
-        sha = {"main": NEW, "release-1": OLD, OLD: OLD, NEW: NEW}.get(revision)
-        if sha is None:
-            return self.error(404, "RevisionNotFound")
-        if kind == "revision":
-            files = [{"rfilename": name} for name in FILES]
-            return self.json({"id": repo, "sha": sha, "siblings": files})
-        if kind == "tree":
-            entry = {"type": "file", "oid": "0" * 40}
-            return self.json([{**entry, "path": n, "size": len(b)} for n, b in FILES.items()])
-        body, name = FILES["/".join(rest[2:])], "/".join(rest[2:])
-        return self.answer(200, body, {"X-Repo-Commit": sha, "ETag": f'"{hash(name) % 10**9}"'})
-
-    do_HEAD = do_GET  # noqa: N815 - the library's name
-
-    def asks_for(self, repo: str, query: str) -> bool:
-        asked = parse_qs(query)
-        return repo.split("/")[0] in asked.get("author", []) or any(
-            word in repo for word in asked.get("search", [])
-        )
-
-    def json(self, value):
-        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def error(self, status: int, code: str | None, message: str = "no"):
-        self.answer(
-            status, b"", {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        )
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str]):
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub():
-    """The server; `asked` lists its requests."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked = []
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-@pytest.fixture
-def env(tmp_path):
-    """The environment of someone who never used the hub, but for what a test adds."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSF"))}
-    root = Path(__file__).resolve().parents[2]
-    return {
-        **{k: v for k, v in kept.items() if "proxy" not in k.lower()},
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(root),
-    }
-
 
 SCRIPT = """
 import json, sys

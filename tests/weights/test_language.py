@@ -58,6 +58,7 @@ CASES = {
     "gemma2": ("gemma2", WIDE | {"sliding_window": 5, "query_pre_attn_scalar": 24}),
     "gemma3": ("gemma3_text", WIDE | {"sliding_window": 5, "sliding_window_pattern": 2}),
     "gpt2": ("gpt2", GPT2),
+    "gpt2, untied": ("gpt2", GPT2 | {"tie_word_embeddings": False}),
     "neox": ("gpt_neox", BASE),
     "neox, serial": ("gpt_neox", BASE | {"use_parallel_residual": False}),
 }  # fmt: skip
@@ -216,6 +217,22 @@ def test_a_tensor_that_does_not_fit_is_named(fault, folder):
     spoil, message = FAULTS[fault]
     with pytest.raises(CheckpointError, match=message):
         load(folder.write(spoil=spoil))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gpt2_whose_names_have_no_prefix_reads_the_same(tied, tmp_path):
+    """The first release's names begin with "h.", and a stored head is the embedding again."""
+    keys = {"model_type": "gpt2", "tie_word_embeddings": tied, **GPT2}
+    _, params, _ = load(write_model(tmp_path / "whole", keys))
+
+    def bare(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors.setdefault("lm_head.weight", tensors["wte.weight"])
+
+    _, same, report = load(write_model(tmp_path / "bare", keys, spoil=bare))
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    assert report.left_out == (("lm_head.weight",) if tied else ())
 
 
 def test_what_the_table_allows_is_left_out_and_told(folder):

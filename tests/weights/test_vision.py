@@ -1,15 +1,19 @@
 """Public vision encoders: small random checkpoints of the original library give the same tokens."""
 
+import json
+
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from original import their_warnings
+from public_models import write_model
 
+from vadapter.errors import CheckpointError
 from vadapter.models.variants import make_module
 from vadapter.weights.families.vision import FAMILIES
 from vadapter.weights.names import bicubic
-from vadapter.weights.public import Checkpoint
+from vadapter.weights.public import Checkpoint, describe
 
 BASE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32,
         "patch_size": 8}  # fmt: skip
@@ -107,6 +111,75 @@ def test_resampling_to_the_same_size_changes_nothing_and_weights_sum_to_one():
     np.testing.assert_array_equal(bicubic(5, 5), np.eye(5, dtype=np.float32))
     for old, new in ((14, 16), (16, 7), (3, 24)):
         np.testing.assert_allclose(bicubic(old, new).sum(1), 1, atol=1e-6)
+
+
+# -- SigLIP 2 ----------------------------------------------------------------------------------
+
+# As google/siglip2-base-patch16-224 has it, but for the sizes.
+SIGLIP2 = {
+    "architectures": ["SiglipModel"],
+    "initializer_factor": 1.0,
+    "model_type": "siglip",
+    "text_config": {
+        "attention_dropout": 0.0, "bos_token_id": 49406, "eos_token_id": 49407,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_size": 24, "intermediate_size": 32,
+        "layer_norm_eps": 1e-06, "max_position_embeddings": 64, "model_type": "siglip_text_model",
+        "num_attention_heads": 2, "num_hidden_layers": 1, "pad_token_id": 1, "projection_size": 32,
+        "vocab_size": 256,
+    },
+    "torch_dtype": "float32",
+    "transformers_version": "4.49.0.dev0",
+    "vision_config": {
+        "attention_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-06,
+        "model_type": "siglip_vision_model", "num_channels": 3, **MLP,
+    },
+}  # fmt: skip
+
+
+def test_siglip2_of_fixed_resolution_is_a_siglip_of_two_towers(tmp_path):
+    rest = {"logit_scale": np.zeros(1), "logit_bias": np.zeros(1)}
+    rest |= {"text_model.embeddings.token_embedding.weight": np.zeros((256, 24)),
+             "text_model.head.weight": np.zeros((32, 24)),
+             "vision_model.head.probe": np.zeros((1, 1, 32)),
+             "vision_model.head.attention.in_proj_weight": np.zeros((96, 32))}  # fmt: skip
+    write_model(tmp_path, SIGLIP2["vision_config"], "vision_model.", **rest)
+    (tmp_path / "config.json").write_text(json.dumps(SIGLIP2))
+    module, params, report = load(tmp_path)
+    assert set(report.left_out) == set(rest)
+    c = module.config
+    assert (c.width, c.depth, c.class_token, c.final_norm) == (32, 3, False, True)
+    assert run(module, params, frames()).shape == (2, 2, 16, 32)
+
+
+def test_a_siglip2_config_without_the_sizes_means_those_of_the_base_model(tmp_path):
+    """Published files leave out what the library has by default."""
+    config = {"model_type": "siglip", "text_config": {}, "vision_config": {"image_size": 384}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = describe(tmp_path)[1]
+    assert [spec[k] for k in ("image_size", "patch", "width", "depth", "heads", "mlp_dim")] == [
+        384, 16, 768, 12, 12, 3072,
+    ]  # fmt: skip
+
+
+NAFLEX = {"model_type": "siglip2_vision_model", "num_patches": 256, "patch_size": 16}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "siglip2", "text_config": {}, "vision_config": NAFLEX},
+        {"model_type": "siglip2", "vision_config": {}},
+        {"model_type": "siglip", "vision_config": NAFLEX},
+        NAFLEX,
+    ],
+)
+def test_a_siglip2_of_any_shape_is_refused_by_naming_those_of_fixed_resolution(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"NaFlex.*google/siglip2-base-patch16-224"):
+        describe(tmp_path)
+
+
+# -- published sizes ---------------------------------------------------------------------------
 
 
 def config(width, mlp, depth, heads, image, patch):

@@ -14,9 +14,10 @@ of pixels is taken from the header and checked before any is decoded. What becom
 Dimension legend: F frames, H height, W width, S side of the square the encoder takes.
 """
 
+import dataclasses
 import io
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 CLIP_SUFFIXES = frozenset({".avi", ".mp4", ".webm", ".mkv", ".mov", ".gif"})
 MAX_PIXELS = 25_000_000
+
+Fit = Literal["crop", "stretch", "pad"]
+Interpolation = Literal["bicubic", "bilinear"]
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _WHOLE = 16  # times its short side: a longer image is resized in part
@@ -72,15 +76,20 @@ def decode_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndar
             width, height = image.size
             if width * height > max_pixels:
                 raise BadMedia(f"{width}x{height} pixels, more than the {max_pixels} allowed")
-            turn = _TURNS.get(_orientation(image))
-            rgb = to_rgb(image)
-            return np.array(rgb if turn is None else rgb.transpose(turn))
+            return pixels_of(image)
     except (BadMedia, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
         raise BadMedia(f"starts with {head(data)!r}: none of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow raises a dozen kinds on damaged files
         raise BadMedia(f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """u8[H,W,3] of an opened image of any mode, turned upright, writable."""
+    turn = _TURNS.get(_orientation(image))
+    rgb = to_rgb(image)
+    return np.array(rgb if turn is None else rgb.transpose(turn))
 
 
 def open_media(data: bytes | Path) -> BinaryIO:
@@ -120,16 +129,46 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize(
-    frames: np.ndarray,
-    size: int,
-    *,
-    mode: str = "bicubic",
-    fit: str = "crop",
-    flip: bool = False,
-    short: int = 0,
-    floor: bool = False,
-) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What becomes of a picture on the host: a square of pixels.
+
+    Attributes:
+      size: S, pixels a side.
+      fit: "crop" (short side, then centre), "stretch" (all of it, proportions lost) or "pad" (all
+        of it, centred on grey).
+      interpolation: "bicubic" or "bilinear".
+      crop_pct: share of the short side that "crop" leaves, in 0..1, as in timm.
+      floor: where the margin is odd, "crop" rounds half of it down, as `transformers` does, and not
+        half to even, as torchvision does: the two are a pixel apart in every fourth image.
+
+    Raises:
+      ConfigError: an unknown `fit` or `interpolation`, no pixels, or a share that is none.
+    """
+
+    size: int
+    fit: Fit = "crop"
+    interpolation: Interpolation = "bicubic"
+    crop_pct: float = 1.0
+    floor: bool = False
+
+    def __post_init__(self) -> None:
+        for key, known in (("fit", get_args(Fit)), ("interpolation", tuple(_RESAMPLE))):
+            if getattr(self, key) not in known:
+                raise ConfigError(f"{key}={getattr(self, key)!r}: one of {', '.join(known)}")
+        if self.size < 1 or not 0 < self.crop_pct <= 1:
+            raise ConfigError(
+                f"image_size={self.size}, crop_pct={self.crop_pct}: a side has at least 1 pixel, "
+                "and crop_pct is the share that stays, above 0 and at most 1"
+            )
+
+    @property
+    def short(self) -> int:
+        """Pixels to which "crop" brings the short side before it cuts; S, or more."""
+        return int(self.size / self.crop_pct + 1e-6)
+
+
+def resize(frames: np.ndarray, view: View, *, flip: bool = False) -> np.ndarray:
     """Brings every frame to a square, antialiased.
 
     The resampling is Pillow's, as the public encoders were trained with, and "crop" is "resize the
@@ -139,34 +178,19 @@ def resize(
 
     Args:
       frames: u8[F,H,W,3].
-      size: S, in pixels.
-      mode: "bicubic" or "bilinear".
-      fit: "crop" (centre square), "stretch" (all of it, proportions lost) or "pad" (all of it,
-        centred on grey).
+      view: what stays of a frame, and how large.
       flip: mirror left and right.
-      short: "crop" brings the short side to this before it cuts; 0 takes S.
-      floor: "crop" rounds half the margin down, as `transformers` does, and not half to even, as
-        torchvision does: the two are a pixel apart in every fourth image.
 
     Returns:
       u8[F,S,S,3].
-
-    Raises:
-      ConfigError: an unknown `mode` or `fit`, a size below 1, or `short` below the size.
     """
-    short = short or size
-    if mode not in _RESAMPLE or fit not in ("crop", "stretch", "pad") or not 1 <= size <= short:
-        raise ConfigError(
-            f"resize cannot do size={size}, mode={mode!r}, fit={fit!r}, short={short}; size is at "
-            f"least 1, short at least size, mode one of {', '.join(_RESAMPLE)}, fit one of crop, "
-            "stretch, pad"
-        )
     height, width = frames.shape[1:3]
+    size, short = view.size, view.short
     shape, box = (size, size), (0.0, 0.0, float(width), float(height))
     x = y = 0  # where the square starts in the resized image
-    if fit == "crop":
+    if view.fit == "crop":
         scaled = tuple(short * side // min(width, height) for side in (width, height))
-        x, y = ((s - size) // 2 if floor else round((s - size) / 2) for s in scaled)
+        x, y = ((s - size) // 2 if view.floor else round((s - size) / 2) for s in scaled)
         if max(scaled) <= _WHOLE * short:
             shape = scaled
         else:
@@ -175,13 +199,13 @@ def resize(
                 for start, side, s in zip((x, y), (width, height), scaled, strict=True)
             )
             box, x, y = (x0, y0, x1, y1), 0, 0
-    elif fit == "pad":
+    elif view.fit == "pad":
         longest = max(width, height)
         shape = max(1, round(width * size / longest)), max(1, round(height * size / longest))
     left, top = max(size - shape[0], 0) // 2, max(size - shape[1], 0) // 2
     out = np.full((len(frames), size, size, 3), _PAD_LEVEL, np.uint8)
     for frame, target in zip(frames, out, strict=True):
-        small = Image.fromarray(frame).resize(shape, _RESAMPLE[mode], box=box)
+        small = Image.fromarray(frame).resize(shape, _RESAMPLE[view.interpolation], box=box)
         pixels = np.asarray(small)[y : y + size, x : x + size]
         target[top : top + len(pixels), left : left + pixels.shape[1]] = pixels
     return np.ascontiguousarray(out[:, :, ::-1]) if flip else out

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vadapter.config import nearest
+from vadapter.config import nearest, plain
+from vadapter.data.images import Fit, Interpolation, View
 from vadapter.errors import CheckpointError
 
 # image processor -> whether it cuts out the centre where its file does not say
@@ -22,7 +23,9 @@ PROCESSORS = {
     "SiglipImageProcessor": False,
     "ViTImageProcessor": False,
 }
-_MODES = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}  # Pillow's
+_INTERPOLATIONS: dict[int | str, Interpolation] = {  # numbers are Pillow's
+    2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic",
+}  # fmt: skip
 # open_clip.constants, for a file that leaves them out
 _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -33,26 +36,18 @@ class Preprocess:
     """What becomes of a picture, and what the device does with its pixels.
 
     Attributes:
-      size: pixels a side of the square that the encoder takes.
-      short: pixels of the short side before the centre is cut out; `size`, or more.
-      fit: "crop" (short side, then centre) or "stretch" (squash to the square).
-      mode: "bicubic" or "bilinear".
-      floor: where the margin is odd, the centre lies half a pixel to the left and up, as
-        `transformers` cuts it; otherwise it is rounded, half to even, as torchvision cuts it.
+      view: the square that the encoder takes, cut out or squashed.
       mean, std: of the channels, for pixels in 0..1: (pixel / 255 - mean) / std.
     """
 
-    size: int
-    short: int
-    fit: str
-    mode: str
-    floor: bool
+    view: View
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def at(self, size: int) -> "Preprocess":
-        """The same for another input resolution; the share that is cut off stays."""
-        return dataclasses.replace(self, size=size, short=round(self.short * size / self.size))
+    def fields(self) -> dict[str, Any]:
+        """The same as fields of an encoder's configuration."""
+        view = plain(self.view)
+        return {"image_size": view.pop("size"), **view, "mean": self.mean, "std": self.std}
 
 
 def read_preprocess(folder: Path) -> Preprocess:
@@ -109,11 +104,13 @@ def _processor(config: Mapping[str, Any]) -> Preprocess:
         )
     normalize = config.get("do_normalize", True)
     return Preprocess(
-        size=crop,
-        short=size,
-        fit="stretch" if square else "crop",
-        mode=_mode(config, "resample"),
-        floor=True,
+        View(
+            crop,
+            fit="stretch" if square else "crop",
+            interpolation=_interpolation(config, "resample"),
+            crop_pct=crop / size,
+            floor=True,
+        ),
         mean=_channels(config, "image_mean") if normalize else (0.0,) * 3,
         std=_channels(config, "image_std", positive=True) if normalize else (1.0,) * 3,
     )
@@ -135,7 +132,7 @@ def _open_clip(config: Mapping[str, Any]) -> Preprocess:
         if key not in given:
             raise ValueError(f"preprocess_cfg.{key} is unknown{nearest(key, given)}")
     given |= {k: v for k, v in cfg.items() if k != "size" or "image_size" not in vision}
-    fits = {"shortest": "crop", "squash": "stretch"}
+    fits: dict[str, Fit] = {"shortest": "crop", "squash": "stretch"}
     if given["resize_mode"] not in fits or given["mode"] != "RGB":
         raise ValueError(
             f"resize_mode={given['resize_mode']!r}, mode={given['mode']!r} is not supported; only "
@@ -143,11 +140,11 @@ def _open_clip(config: Mapping[str, Any]) -> Preprocess:
         )
     size, _ = _size(given, "size", square=True)
     return Preprocess(
-        size=size,
-        short=size,
-        fit=fits[given["resize_mode"]],
-        mode=_mode(given, "interpolation"),
-        floor=False,
+        View(
+            size,
+            fit=fits[given["resize_mode"]],
+            interpolation=_interpolation(given, "interpolation"),
+        ),
         mean=_channels(given, "mean"),
         std=_channels(given, "std", positive=True),
     )
@@ -175,11 +172,11 @@ def _size(config: Mapping[str, Any], key: str, *, square: bool) -> tuple[int, bo
     return sides[0], square
 
 
-def _mode(config: Mapping[str, Any], key: str) -> str:
+def _interpolation(config: Mapping[str, Any], key: str) -> Interpolation:
     value = config.get(key)
-    if not isinstance(value, int | str) or value not in _MODES:
+    if not isinstance(value, int | str) or value not in _INTERPOLATIONS:
         raise ValueError(f"{key}={value!r} is not bilinear (2) or bicubic (3)")
-    return _MODES[value]
+    return _INTERPOLATIONS[value]
 
 
 def _channels(config: Mapping[str, Any], key: str, *, positive: bool = False) -> tuple[float, ...]:

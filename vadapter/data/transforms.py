@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from vadapter.data.batch import PROMPT_PAD, Row
-from vadapter.data.images import BadMedia, resize
+from vadapter.data.images import BadMedia, View, resize
 from vadapter.data.media import load_media
 from vadapter.data.prompts import CAPTION, QUESTION, text_piece
 from vadapter.data.sources import Example
@@ -46,15 +46,13 @@ def caption_sample(
     tokenizer: Tokenizer,
     rng: np.random.Generator | None = None,
     *,
-    size: int,
+    view: View,
     frames: int = 1,
     captions_per_image: int = 1,
     text_len: int,
     target_len: int,
     prompt_len: int,
     flip: bool = False,
-    mode: str = "bicubic",
-    fit: str = "crop",
 ) -> Row:
     """One image or clip with up to `captions_per_image` of its captions behind one prefix.
 
@@ -62,7 +60,7 @@ def caption_sample(
       example: its `media`, and the `captions` that are not blank, are used.
       tokenizer: for prompt and captions.
       rng: draws the captions (without repeats) and the mirroring.
-      size: S.
+      view: how pictures become frames of S pixels a side.
       frames: F.
       captions_per_image: segments in the row; fewer where there are fewer captions.
       text_len: T.
@@ -70,8 +68,6 @@ def caption_sample(
       prompt_len: P.
       flip: mirror half of the images, except those with a chosen caption that tells left from
         right.
-      mode: resampling, see `images.resize`.
-      fit: how a picture that is not square becomes so, see `images.resize`.
 
     Returns:
       frames u8[F,S,S,3] (or features f16[F,N,D] where the example's media are such), prompt
@@ -87,7 +83,7 @@ def caption_sample(
     segments = [(lead, _encode(tokenizer, text_piece(text), text_len)) for text in chosen]
     text = _lay_out(segments, tokenizer.eos_id, text_len, target_len)
     mirror = flip and _mirrored(chosen, rng)
-    visual, readable = _visual(example, size, frames, mirror, mode, fit)
+    visual, readable = _visual(example, view, frames, mirror)
     return _row(visual, _prompt(tokenizer, CAPTION.before, prompt_len), text, readable)
 
 
@@ -96,15 +92,13 @@ def question_sample(
     tokenizer: Tokenizer,
     rng: np.random.Generator | None = None,
     *,
-    size: int,
+    view: View,
     frames: int = 1,
     questions_per_image: int = 1,
     text_len: int,
     target_len: int,
     prompt_len: int,
     flip: bool = False,
-    mode: str = "bicubic",
-    fit: str = "crop",
 ) -> Row:
     """One image or clip with up to `questions_per_image` questions; only answers are targets.
 
@@ -120,7 +114,7 @@ def question_sample(
             segments.append((lead, _encode(tokenizer, text_piece(answer), text_len)))
     text = _lay_out(segments, tokenizer.eos_id, text_len, target_len)
     mirror = flip and _mirrored([f"{q} {a}" for q, a in chosen], rng)
-    visual, readable = _visual(example, size, frames, mirror, mode, fit)
+    visual, readable = _visual(example, view, frames, mirror)
     return _row(visual, _prompt(tokenizer, QUESTION.before, prompt_len), text, readable)
 
 
@@ -174,11 +168,9 @@ def prompt_sample(
     tokenizer: Tokenizer,
     rng: np.random.Generator | None = None,
     *,
-    size: int,
+    view: View,
     frames: int = 1,
     text_len: int,
-    mode: str = "bicubic",
-    fit: str = "crop",
 ) -> Row:
     """A row to be continued: an example (its caption) or (example, (question, answer, kind)).
 
@@ -192,7 +184,7 @@ def prompt_sample(
     text = _lay_out([(lead, [])], tokenizer.eos_id, text_len + 1, 2)
     text = {k: v[:-1] for k, v in text.items()}  # the room that EOS alone does not need
     prompt = _prompt(tokenizer, before, len(tokenizer.encode(before, start=True)) + 1)
-    visual, readable = _visual(example, size, frames, False, mode, fit)
+    visual, readable = _visual(example, view, frames, False)
     return _row(visual, prompt, text, readable)
 
 
@@ -248,9 +240,7 @@ def _row(visual: Row, prompt: np.ndarray, text: Row, readable: bool) -> Row:
     return {**visual, "prompt": prompt, **text, "bad": np.array(bad)}
 
 
-def _visual(
-    example: Example, size: int, frames: int, mirror: bool, mode: str, fit: str
-) -> tuple[Row, bool]:
+def _visual(example: Example, view: View, frames: int, mirror: bool) -> tuple[Row, bool]:
     """What stands for the picture in the row, and whether it could be read."""
     media = example.media
     if isinstance(media, np.ndarray) and media.dtype == np.float16:
@@ -261,8 +251,8 @@ def _visual(
             raise BadMedia("there is none")
         pixels = load_media(media, frames=frames)
     except (BadMedia, OSError):
-        return {"frames": np.zeros((frames, size, size, 3), np.uint8)}, False
-    return {"frames": resize(pixels, size, mode=mode, fit=fit, flip=mirror)}, True
+        return {"frames": np.zeros((frames, view.size, view.size, 3), np.uint8)}, False
+    return {"frames": resize(pixels, view, flip=mirror)}, True
 
 
 def _prompt(tokenizer: Tokenizer, before: str, prompt_len: int) -> np.ndarray:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vadapter.data.images import View
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources import words_of
 from vadapter.data.tokenizer import Tokenizer
@@ -90,7 +91,9 @@ class Decoder:
 
     def __init__(self, model: VAdapter, tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
-        decode = functools.partial(greedy, model, stop=tokenizer.stop_ids)
+        decode = functools.partial(
+            greedy, model, stop=tokenizer.stop_ids, vocab=tokenizer.vocab_size
+        )
         self._greedy = jit(decode, static_argnames="max_new")
 
     def texts(
@@ -131,10 +134,9 @@ def evaluate(
     task: str,
     max_new: int,
     batch: int,
-    limit: int = 0,
-    size: int = 0,
+    view: View,
     frames: int = 1,
-    fit: str = "crop",
+    limit: int = 0,
 ) -> Result:
     """Captions or answers for a source, and their scores.
 
@@ -143,7 +145,7 @@ def evaluate(
       source: examples with captions (task caption) or questions (task question).
       task: caption | question.
       max_new: longest text in tokens; batch: rows at a time; limit: first examples only, 0: all.
-      size, frames, fit: of the pictures, see `transforms.caption_sample`.
+      view, frames: of the pictures, see `transforms.caption_sample`.
     """
     tokenizer = decoder.tokenizer
     items: Any = source
@@ -152,7 +154,7 @@ def evaluate(
     elif limit:
         items = First(source, limit)
     row = functools.partial(
-        prompt_sample, tokenizer=tokenizer, size=size, frames=frames, fit=fit,
+        prompt_sample, tokenizer=tokenizer, view=view, frames=frames,
         text_len=MAX_QUESTION if task == "question" else len(tokenizer.encode(" :")),
     )  # fmt: skip
     batches = eval_batches(

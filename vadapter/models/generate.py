@@ -17,7 +17,12 @@ from vadapter.models.vadapter import Batch, Params, VAdapter
 
 
 def greedy(
-    model: VAdapter, params: Params, batch: Batch, max_new: int, stop: Sequence[int] = (EOS,)
+    model: VAdapter,
+    params: Params,
+    batch: Batch,
+    max_new: int,
+    stop: Sequence[int] = (EOS,),
+    vocab: int | None = None,
 ) -> dict[str, jax.Array]:
     """The most probable continuation of each row's text, token by token.
 
@@ -30,6 +35,8 @@ def greedy(
         `tokens`, `segments`, `positions` (one segment a row, at least one token).
       max_new: G, at most this many tokens, the end token included.
       stop: the ids that end a text, `stop_ids` of its tokenizer.
+      vocab: only ids below it are produced, `vocab_size` of the tokenizer: the rows of a public
+        model that are mere padding have logits, too. None: all of them.
 
     Returns:
       tokens: i32[B, G], PAD after the end; ended: bool[B], whether the row produced one of `stop`;
@@ -54,7 +61,7 @@ def greedy(
 
     def choose(states):  # [B, E] -> token, its log probability
         logp = jax.nn.log_softmax(model.logits(params, states))
-        token = jnp.argmax(logp, axis=-1).astype(jnp.int32)
+        token = jnp.argmax(logp[:, :vocab], axis=-1).astype(jnp.int32)
         return token, jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
 
     cache = empty_cache(lm.config, B, S0 + max_new, lm.dtype)

@@ -92,24 +92,26 @@ GATED: dict[str, Callable] = {"swiglu": nn.silu, "geglu": ACTIVATIONS["gelu"]}
 class Mlp(nn.Module):
     """Feed-forward block, down(act(up(x))), or down(act(gate(x)) · up(x)) for a `kind` in `GATED`.
 
-    The pre-activations carry the name `u` for rematerialisation policies.
+    The pre-activations carry the name `u` for rematerialisation policies. `linear` makes the
+    projections, called as the function of that name.
     """
 
     hidden: int
     kind: str = "swiglu"
     bias: bool = False
     dtype: Dtype = jnp.float32
+    linear: Callable[..., nn.Module] = linear
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = lambda name: checkpoint_name(  # noqa: E731
-            linear(self.hidden, ("embed", "mlp"), self.bias, self.dtype, name=name)(x), "u"
+            self.linear(self.hidden, ("embed", "mlp"), self.bias, self.dtype, name=name)(x), "u"
         )
         if self.kind in GATED:
             y = GATED[self.kind](wide("gate")) * wide("up")
         else:
             y = ACTIVATIONS[self.kind](wide("up"))
-        return linear(x.shape[-1], ("mlp", "embed"), self.bias, self.dtype, name="down")(y)
+        return self.linear(x.shape[-1], ("mlp", "embed"), self.bias, self.dtype, name="down")(y)
 
 
 class Attention(nn.Module):
@@ -124,6 +126,7 @@ class Attention(nn.Module):
       scale: of the scores; 0: K ** -0.5.
       softcap: scores are cap · tanh(scores / cap); 0: not (Gemma 2).
       rope_scale: see `rope.rotate`.
+      linear: makes the projections, called as the function of that name.
     """
 
     heads: int
@@ -136,6 +139,7 @@ class Attention(nn.Module):
     softcap: float = 0.0
     rope_scale: float = 1.0
     dtype: Dtype = jnp.float32
+    linear: Callable[..., nn.Module] = linear
 
     @nn.compact
     def __call__(
@@ -167,7 +171,7 @@ class Attention(nn.Module):
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads do not divide into {self.kv_heads} key heads")
         bias = self.bias if self.qkv_bias is None else self.qkv_bias
-        proj = lambda n, name: linear(  # noqa: E731
+        proj = lambda n, name: self.linear(  # noqa: E731
             n * self.head_dim, ("embed", "heads"), bias, self.dtype, name=name
         )
         split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)  # noqa: E731
@@ -187,7 +191,8 @@ class Attention(nn.Module):
             cache = (k, v)
         y = attend(q, k, v, mask, self.scale, self.softcap)
         y = y.reshape(*y.shape[:-2], -1)
-        return linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")(y), cache
+        out = self.linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")
+        return out(y), cache
 
 
 def attend(

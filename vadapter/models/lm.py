@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vadapter.errors import ConfigError
-from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, linear, partitioned
+from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, partitioned
 from vadapter.models.rope import RopeConfig, amplitude, frequencies
 from vadapter.models.transformer import BlockConfig, PerLayer, Remat, Stack
 
@@ -26,7 +26,7 @@ class LMConfig:
       vocab_size: V; 0 takes the run's tokenizer's size.
       width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, norm_eps, norm_offset, bias,
         qkv_bias, mlp_bias, qk_norm, attn_scale, attn_softcap, parallel, shared_norm, post_norms,
-        dropout, remat: see `transformer.BlockConfig`.
+        dropout, remat, int8: see `transformer.BlockConfig`; int8 includes the head.
       positions: rope | learned.
       rope: wavelengths of rotary positions; rope_local: those of layers with a window, if other.
       windows: a layer sees keys less than so many positions back, 0: all; the pattern is repeated
@@ -67,6 +67,7 @@ class LMConfig:
     final_softcap: float = 0.0
     remat: Remat = "none"
     dropout: float = 0.0
+    int8: bool = False
 
     def block(self) -> BlockConfig:
         shared = {f.name for f in dataclasses.fields(BlockConfig)}
@@ -125,7 +126,7 @@ class LM(nn.Module):
         self.stack = Stack(c.block(), c.depth, self.dtype)
         self.norm = Norm(c.norm, c.norm_eps, self.dtype, c.norm_offset)
         if not c.tied:
-            self.head = linear(c.vocab_size, ("embed", "vocab"), dtype=self.dtype)
+            self.head = c.block().linear(c.vocab_size, ("embed", "vocab"), dtype=self.dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """i32[B, T] -> [B, T, E], scaled; ids must be in 0..V-1 (checked on the host)."""

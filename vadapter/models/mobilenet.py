@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vadapter.data.images import View
 from vadapter.errors import ConfigError
+from vadapter.models.encoder import EncoderConfig
 
 Depthwise = Literal["shifts", "grouped"]
 
@@ -39,12 +41,12 @@ _TOTAL_STRIDE = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class MobileNetConfig:
+class MobileNetConfig(EncoderConfig):
     """The encoder's shape, and how it is computed.
 
     Attributes:
       kind: names this encoder in a configuration.
-      image_size: side in pixels of the frames the pipeline should send; the network takes any size.
+      image_size: of the frames the pipeline should send; the network takes any size.
       width_mult: multiplies every channel count (the paper's alpha).
       classes: outputs of the classifier head; 0 builds none.
       depthwise: "shifts" adds nine shifted products, which XLA fuses into one pass; "grouped" is
@@ -63,11 +65,9 @@ class MobileNetConfig:
     images_at_once: int = 0
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or self.width_mult <= 0:
-            raise ConfigError(
-                f"mobilenet: image_size {self.image_size} and width_mult {self.width_mult} must be "
-                "positive"
-            )
+        super().__post_init__()
+        if self.width_mult <= 0:
+            raise ConfigError(f"mobilenet: width_mult {self.width_mult} must be positive")
         if self.classes < 0 or self.images_at_once < 0:
             raise ConfigError(
                 f"mobilenet: classes {self.classes} and images_at_once {self.images_at_once} must "
@@ -215,8 +215,8 @@ class MobileNet(nn.Module):
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
 
     @property
-    def image_size(self) -> int:
-        return self.config.image_size
+    def view(self) -> View:
+        return self.config.view
 
     @property
     def width(self) -> int:
@@ -224,7 +224,7 @@ class MobileNet(nn.Module):
 
     def tokens_per_frame(self) -> int:
         """N at `image_size`: 49 for 224 px."""
-        return math.ceil(self.image_size / _TOTAL_STRIDE) ** 2
+        return math.ceil(self.config.image_size / _TOTAL_STRIDE) ** 2
 
     def setup(self) -> None:
         config, specs = self.config, block_specs(self.config)

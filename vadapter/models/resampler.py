@@ -120,11 +120,19 @@ class Resampler(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class PoolerConfig:
-    """CoCa's attentional pooler (arXiv 2205.01917): one cross-attention, then a LayerNorm."""
+    """CoCa's attentional pooler (arXiv 2205.01917): one cross-attention, then a LayerNorm.
+
+    Attributes:
+      queries, width: Q learned queries, of that width; heads divide it.
+      norm_queries: a LayerNorm on the queries too; bias: of the projections (both: open_clip).
+    """
 
     queries: int = 256
     width: int = 768
     heads: int = 12
+    norm_queries: bool = False
+    bias: bool = False
+    norm_eps: float = 1e-6
 
 
 class Pooler(nn.Module):
@@ -140,9 +148,13 @@ class Pooler(nn.Module):
         init = partitioned(nn.initializers.normal(1.0), None, None, "embed")
         queries = self.param("queries", init, (1, c.queries, c.width))
         queries = jnp.broadcast_to(queries, (len(x), c.queries, c.width)).astype(self.dtype)
-        kv = Norm("layer", dtype=self.dtype, name="norm_visual")(x)
-        attn = Attention(c.heads, c.heads, c.width // c.heads, dtype=self.dtype, name="attn")
-        return Norm("layer", dtype=self.dtype, name="norm")(attn(queries, kv)[0])
+        norm = lambda name: Norm("layer", c.norm_eps, self.dtype, name=name)  # noqa: E731
+        if c.norm_queries:
+            queries = norm("norm_queries")(queries)
+        kv = norm("norm_visual")(x)
+        head_dim = c.width // c.heads
+        attn = Attention(c.heads, c.heads, head_dim, c.bias, dtype=self.dtype, name="attn")
+        return norm("norm")(attn(queries, kv)[0])
 
 
 @dataclasses.dataclass(frozen=True)

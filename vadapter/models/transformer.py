@@ -5,6 +5,7 @@ Legend: B batch, T tokens, S keys, E width, L layers.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -13,7 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vadapter.models.layers import Attention, Dtype, Mlp, MlpKind, Norm, NormKind, partitioned
+from vadapter.models.layers import (
+    Attention,
+    Dtype,
+    Mlp,
+    MlpKind,
+    Norm,
+    NormKind,
+    linear,
+    partitioned,
+)
+from vadapter.models.quantize import Int8Linear
 
 # What the backward pass keeps. For a frozen stack the inputs of its matrix products are never
 # needed, so these names suffice; they are recomputed from with one norm and one activation each.
@@ -47,6 +58,7 @@ class BlockConfig:
       rope_scale: see `rope.rotate`.
       dropout: on both residual branches, active only where a `dropout` rng is given.
       remat: none | full | names | dots, what the backward pass recomputes.
+      int8: kernels are int8, see `quantize`; they cannot be trained.
     """
 
     width: int
@@ -72,6 +84,11 @@ class BlockConfig:
     rope_scale: float = 1.0
     dropout: float = 0.0
     remat: Remat = "none"
+    int8: bool = False
+
+    @property
+    def linear(self) -> Callable[..., nn.Module]:
+        return Int8Linear if self.int8 else linear
 
     def attention(self, dtype: Dtype, name: str) -> Attention:
         return Attention(
@@ -85,6 +102,7 @@ class BlockConfig:
             softcap=self.attn_softcap,
             rope_scale=self.rope_scale,
             dtype=dtype,
+            linear=self.linear,
             name=name,
         )
 
@@ -117,7 +135,7 @@ class Block(nn.Module):
         norm = functools.partial(c.make_norm, self.dtype)
         drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         bias = c.bias if c.mlp_bias is None else c.mlp_bias
-        mlp = Mlp(c.mlp_dim, c.mlp, bias, self.dtype, name="mlp")
+        mlp = Mlp(c.mlp_dim, c.mlp, bias, self.dtype, c.linear, name="mlp")
         after = lambda name, y: drop(self._scaled(name, norm(name)(y) if c.post_norms else y))  # noqa: E731
         if layer.window is not None:
             near = distance < layer.window

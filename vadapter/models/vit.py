@@ -12,28 +12,32 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from vadapter.data.images import View
 from vadapter.errors import ConfigError
+from vadapter.models.encoder import EncoderConfig
 from vadapter.models.layers import Dtype, MlpKind, Norm, linear, partitioned
+from vadapter.models.resampler import Pooler, PoolerConfig
 from vadapter.models.transformer import BlockConfig, Remat, Stack
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(EncoderConfig):
     """A ViT (arXiv 2010.11929), pre-norm, with learned positions.
 
     Attributes:
-      image_size, patch: pixels; patch divides image_size (CoCa here: 288 and 18, 256 tokens).
+      patch: pixels; divides image_size (CoCa here: 288 and 18, 256 tokens).
       class_token: prepends one learned token; registers: so many more, without positions (DINOv2).
       patches_only: these are computed with, but not returned.
       tap: last | penultimate, the layer whose tokens are returned (LLaVA takes CLIP's penultimate);
-        layers behind it do not exist.
+        layers behind it do not exist. Or queries: those of the pooler behind the last layer, all
+        but its first, which CoCa contrasts with the text: the captioning decoder reads the others.
+      pooler: read with tap="queries" alone.
       patch_bias, pre_norm, final_norm: a bias of the patch projection, a norm in front of the first
         layer (CLIP), a norm on what is returned; the penultimate layer has no norm.
       mlp, layer_scale: see `transformer.BlockConfig`.
       mean, std: pixel normalisation of values in 0..1.
     """
 
-    image_size: int
     patch: int
     width: int
     depth: int
@@ -43,7 +47,8 @@ class ViTConfig:
     class_token: bool = False
     registers: int = 0
     patches_only: bool = False
-    tap: Literal["last", "penultimate"] = "last"
+    tap: Literal["last", "penultimate", "queries"] = "last"
+    pooler: PoolerConfig | None = None
     patch_bias: bool = True
     pre_norm: bool = False
     final_norm: bool = True
@@ -54,6 +59,16 @@ class ViTConfig:
     dropout: float = 0.0
     remat: Remat = "none"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tap == "queries" and self.pooler is None:
+            raise ConfigError("tap='queries': this encoder has no pooler; take last or penultimate")
+
+    @property
+    def pooled(self) -> PoolerConfig | None:
+        """The pooler whose queries are returned; None: a layer's tokens are."""
+        return self.pooler if self.tap == "queries" else None
+
 
 class ViT(nn.Module):
     """frames u8|f32[B,F,H,W,3] in 0..255 -> tokens [B,F,N,D]; H = W = image_size."""
@@ -62,15 +77,17 @@ class ViT(nn.Module):
     dtype: Dtype = jnp.float32
 
     @property
-    def image_size(self) -> int:
-        return self.config.image_size
+    def view(self) -> View:
+        return self.config.view
 
     @property
     def width(self) -> int:
-        return self.config.width
+        return (self.config.pooled or self.config).width
 
     def tokens_per_frame(self) -> int:
         c = self.config
+        if c.pooled:
+            return c.pooled.queries - 1
         extra = 0 if c.patches_only else c.class_token + c.registers
         return (c.image_size // c.patch) ** 2 + extra
 
@@ -102,7 +119,9 @@ class ViT(nn.Module):
         x, _ = Stack(block, c.depth - (c.tap == "penultimate"), self.dtype, name="stack")(x)
         if c.final_norm and c.tap == "last":
             x = norm("norm")(x)
-        if c.patches_only:
+        if c.pooled:
+            x = Pooler(c.pooled, self.dtype, name="pooler")(x[:, None])[:, 1:]
+        elif c.patches_only:
             x = x[:, c.class_token + c.registers :]
         return rearrange(x, "(b f) n d -> b f n d", b=B, f=F)
 

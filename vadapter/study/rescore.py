@@ -21,7 +21,7 @@ def choose(loaded: Loaded, names: str = "") -> list[str]:
       ConfigError: an unknown name, none at all, or a stage that cannot describe pictures.
     """
     evals = loaded.recipe.evals
-    if not loaded.image_size:
+    if loaded.view is None:
         raise ConfigError(
             f"stage {loaded.stage} reads text alone and has no evaluations; choose one of "
             f"{', '.join(describing(loaded.recipe))}"
@@ -72,7 +72,7 @@ def rescore(loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0) -> tup
             mesh=loaded.mesh,
         )
     decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
-    result = score(decoder, loaded.params, source, config, spec, loaded.image_size)
+    result = score(decoder, loaded.params, source, config, spec, loaded.view)
     folder = f"{name}-first-{limit}" if partial else name
     directory = loaded.workdir / loaded.stage / "eval" / folder
     save_result(directory, result, spec)

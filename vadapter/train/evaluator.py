@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from vadapter.config import plain
+from vadapter.data.images import View
 from vadapter.data.pipeline import eval_batches
 from vadapter.evals.runner import Decoder, Result, control_scores, evaluate, make_control
 from vadapter.models.coca import CoCa
@@ -53,7 +54,7 @@ class Evaluator:
             source = stage.run.source(spec.data)
             if config.cache:
                 source = stage.features(spec.data, self.frozen)
-            result = score(self.decoder, params, source, config, spec, stage.image_size)
+            result = score(self.decoder, params, source, config, spec, stage.view)
             scores |= {f"{name}/{k}": v for k, v in result.scores.items()}
             if directory is not None:
                 save_result(directory / name, result, spec)
@@ -73,18 +74,23 @@ class _Watched(Decoder):
 
 
 def score(
-    decoder: Decoder, params: Any, source: Any, data: DataConfig, spec: EvalConfig, image_size: int
+    decoder: Decoder,
+    params: Any,
+    source: Any,
+    data: DataConfig,
+    spec: EvalConfig,
+    view: View | None,
 ) -> Result:
     """Runs one evaluation over a source, `spec.limit` examples of it.
 
     Args:
       data: how the source's examples become rows.
-      image_size: pixels a side where `data` leaves it to the encoder.
+      view: the encoder's.
     """
     return evaluate(
         decoder, params, source, task=data.task, max_new=spec.max_new, batch=spec.batch,
-        limit=spec.limit, fit=data.fit, frames=data.frames if source.kind == "clip" else 1,
-        size=data.size or image_size,
+        limit=spec.limit, view=data.view(view),
+        frames=data.frames if source.kind == "clip" else 1,
     )  # fmt: skip
 
 

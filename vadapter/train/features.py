@@ -19,7 +19,7 @@ import numpy as np
 from vadapter.config import digest as digest_of
 from vadapter.config import plain
 from vadapter.data.batch import Row
-from vadapter.data.images import BadMedia, resize
+from vadapter.data.images import BadMedia, View, resize
 from vadapter.data.media import load_media
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources import Example, words_of
@@ -96,9 +96,8 @@ def encoded(
         encode=encoder,
         params=params,
         digest=digest,
-        size=config.size or encoder.image_size,
+        view=config.view(encoder.view),
         frames=config.frames if source.kind == "clip" else 1,
-        fit=config.fit,
         flip=config.flip,
         mesh=mesh,
         watch=watch,
@@ -112,9 +111,8 @@ def cached(
     encode: nn.Module,
     params: Any,
     digest: str,
-    size: int,
+    view: View,
     frames: int,
-    fit: str,
     flip: bool,
     mesh: jax.sharding.Mesh,
     batch: int = 32,
@@ -124,7 +122,7 @@ def cached(
 
     Args:
       encode, params, digest: the frozen encoder and what identifies it.
-      size, frames, fit: of the pictures, see `transforms.caption_sample`.
+      view, frames: of the pictures, see `transforms.caption_sample`.
       flip: also of the mirrored picture.
       batch: pictures at a time.
       watch: passes the batches on, or raises to stop; the next call then starts again.
@@ -134,27 +132,27 @@ def cached(
       DataError: tokens that a float16 cannot hold.
     """
     key = {"source": source.fingerprint(), "encoder": digest, "model": plain(encode.config),
-           "dtype": jnp.dtype(encode.dtype).name, "size": size, "frames": frames, "fit": fit,
+           "dtype": jnp.dtype(encode.dtype).name, "view": plain(view), "frames": frames,
            "flip": flip}  # fmt: skip
     path = folder / f"{digest_of(key)[:16]}.npy"
     folder.mkdir(parents=True, exist_ok=True)
     with waiting_lock(folder / ".lock"):  # an evaluation may want the same tokens meanwhile
         if not path.exists():
-            _compute(source, path, encode, params, size, frames, fit, flip, mesh, batch, watch)
+            _compute(source, path, encode, params, view, frames, flip, mesh, batch, watch)
             write_json(path.with_suffix(".json"), key)
     return FeatureSource(source, path, flip)
 
 
-def _compute(source, path, encode, params, size, frames, fit, flip, mesh, batch, watch) -> None:
+def _compute(source, path, encode, params, view, frames, flip, mesh, batch, watch) -> None:
     shape = jax.eval_shape(
-        encode.apply, {"params": params}, np.zeros((1, frames, size, size, 3), np.uint8)
+        encode.apply, {"params": params}, np.zeros((1, frames, view.size, view.size, 3), np.uint8)
     ).shape[1:]
     part = path.with_suffix(".part")  # what a kill leaves of it is written over
     out = _reserve(part, (len(source), 1 + flip, *shape))
     step = jit(lambda p, x: encode.apply({"params": p}, x).astype(np.float16))
     batch = -(-batch // mesh.size) * mesh.size
     for mirror in range(1 + flip):
-        row = functools.partial(_pixels, size=size, frames=frames, fit=fit, flip=bool(mirror))
+        row = functools.partial(_pixels, view=view, frames=frames, flip=bool(mirror))
         done = 0
         for rows in watch(eval_batches(source, row, batch)):
             tokens = np.array(step(params, to_mesh({"frames": rows["frames"]}, mesh)["frames"]))
@@ -191,13 +189,13 @@ def _reserve(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-def _pixels(item: Example, rng: Any = None, *, size: int, frames: int, fit: str, flip: bool) -> Row:
+def _pixels(item: Example, rng: Any = None, *, view: View, frames: int, flip: bool) -> Row:
     weights = np.ones(1, np.float32)
     try:
         if item.media is None:
             raise BadMedia("there is none")
-        pixels = resize(load_media(item.media, frames=frames), size, fit=fit, flip=flip)
+        pixels = resize(load_media(item.media, frames=frames), view, flip=flip)
         return {"frames": pixels, "weights": weights, "bad": np.array(False)}
     except (BadMedia, OSError):
-        pixels = np.zeros((frames, size, size, 3), np.uint8)
+        pixels = np.zeros((frames, view.size, view.size, 3), np.uint8)
         return {"frames": pixels, "weights": weights, "bad": np.array(True)}

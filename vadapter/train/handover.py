@@ -1,13 +1,14 @@
 """Where each component of a stage starts, tensor by tensor, with nothing left unaccounted for.
 
 Three ways, in this order: resume this stage's checkpoint (`loop`), load (a finished stage, or
-public weights), random. What is loaded comes by digest from the run's component store.
+public weights), random. Stages are read from the run's component store, public weights from where
+they lie, both by digest.
 """
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,17 @@ from jax.experimental import multihost_utils
 
 from vadapter.config import resolve
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.models.variants import expand
+from vadapter.models.quantize import full_precision
 from vadapter.train import snapshot
 from vadapter.train.digest import leaf_paths
 from vadapter.train.recipe import STAGES, Recipe, StageConfig, components, trained
 from vadapter.train.store import ComponentStore
-from vadapter.weights.mobilenet import load_mobilenet
-from vadapter.weights.public import Checkpoint, locate
+from vadapter.weights.public import Report
+from vadapter.weights.reference import PREFIX, Reference
 
 DONE = "done.json"
 STORE = "components"
-
-
-def _load_public(path: Path, abstract: Any) -> Any:
-    params, report = Checkpoint.open(path).load(abstract)
-    if jax.process_index() == 0:
-        print(f"{path}: {report}", flush=True)
-    return params
-
-
-# kind of component -> (folder, shapes) -> parameters
-LOADERS: dict[str, Callable[[Path, Any], Any]] = {
-    "mobilenet": lambda path, abstract: load_mobilenet(path)[1],
-    "vit": _load_public,
-    "lm": _load_public,
-}
+_SHOWN = 8  # tensors in a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +37,19 @@ class Start:
 
     Attributes:
       source: shown to people: random, weights PATH, stage NAME.
-      digest: of the stored content; "" if random.
-      name, root: the stored component's name and its store.
-      loaded, dropped, fresh: leaf paths; `fresh` starts random though the others are loaded.
+      digest: of the stored content, or of the files of public weights; "" if random.
+      weights: the public weights, if it starts from them.
+      name, root: the stored component's name and its store, if it starts from a stage.
+      report: what was made of public weights.
+      loaded, fresh: leaf paths; `fresh` starts random though the others are loaded.
+      dropped: leaf paths there that are not needed here; of public weights their names.
     """
 
     component: str
     source: str
     digest: str = ""
+    weights: Reference | None = None
+    report: Report | None = None
     name: str = ""
     root: Path = Path()
     loaded: tuple[str, ...] = ()
@@ -84,23 +76,63 @@ def plan(
 def _start(
     recipe: Recipe, stage: StageConfig, workdir: Path, component: str, abstract: Any
 ) -> Start:
+    """As `find`, with the digest of public weights and a copy of what is frozen elsewhere."""
+    start, ours = find(recipe, stage, workdir, component, abstract), workdir / STORE
+    if start.weights is not None:
+        digest = start.weights.digest(ours, write=jax.process_index() == 0)
+        return dataclasses.replace(start, digest=digest)
+    elsewhere = start.name and start.root.resolve() != ours.resolve()
+    if elsewhere and component not in trained(stage):
+        _keep(start.root, ours, start.name, start.digest)
+        return dataclasses.replace(start, root=ours)
+    return start
+
+
+def find(
+    recipe: Recipe,
+    stage: StageConfig,
+    workdir: Path,
+    component: str,
+    abstract: Any,
+    *,
+    coming: Mapping[str, Mapping[str, Any]] | None = None,
+    at_most: int = 0,
+) -> Start:
+    """Where one component starts, by what describes it: no tensor is read, nothing is written.
+
+    Args:
+      abstract: tree of shapes that the stage's model needs.
+      coming: stage -> component -> tree of shapes, of stages that are going to run before.
+      at_most: a size in `abstract` that may come out smaller, that of a vocabulary to be made.
+
+    Returns:
+      The start; without a digest where it is public weights or a stage that is coming.
+
+    Raises:
+      ConfigError, CheckpointError: as `plan`.
+    """
     source = _source(recipe, stage, component)
     if source == "random":
         return Start(component, "random")
     if source == "weights":
-        root, name = workdir / STORE, component
-        path, read = _weights(recipe, component)
-        params = jax.tree.map(jax.numpy.asarray, read(path, abstract))
-        digest = ComponentStore(root).put(name, params)
-        shown = f"weights {recipe.components[component]['weights']}"
+        weights = Reference.of(component, recipe.components[component])
+        found = weights.open().match(full_precision(abstract))
+        return Start(
+            component, f"weights {weights.weights}", "", weights, found,
+            loaded=tuple(leaf_paths(abstract)), dropped=found.left_out,
+        )  # fmt: skip
+    if coming and source in coming:
+        start = Start(component, f"stage {source}")
+        tree = coming[source][stage.rename.get(component, component)]
+        have = {k: tuple(v.shape) for k, v in leaf_paths(tree).items()}
     else:
         directory = _directory(source, workdir)
         name, digest = _stored(stage, component, directory)
-        root, shown = directory.parent / STORE, f"stage {source}"
-        if component not in trained(stage) and root.resolve() != (workdir / STORE).resolve():
-            _keep(root, workdir / STORE, name, digest)
-            root = workdir / STORE
-    return _match(stage, component, abstract, Start(component, shown, digest, name, root))
+        root = directory.parent / STORE
+        start = Start(component, f"stage {source}", digest, name=name, root=root)
+        stored = ComponentStore(root).describe(name, digest)
+        have = {k: shape for k, (shape, _) in stored.items()}
+    return _match(stage, component, abstract, start, have, at_most)
 
 
 def _keep(theirs: Path, ours: Path, name: str, digest: str) -> None:
@@ -147,17 +179,6 @@ def _source(recipe: Recipe, stage: StageConfig, component: str) -> str:
     return source
 
 
-def _weights(recipe: Recipe, component: str) -> tuple[Path, Callable[[Path, Any], Any]]:
-    """Where a component's public weights lie, and what reads them."""
-    spec, where = recipe.components[component], f"components.{component}"
-    kind = expand(component, spec)["kind"]
-    if not spec.get("weights"):
-        raise ConfigError(f"start.{component}='weights', but {where}.weights names no file")
-    if kind not in LOADERS:
-        raise ConfigError(f"{where}.weights: read for {', '.join(LOADERS)}, not for kind {kind!r}")
-    return locate(spec["weights"], f"{where}.weights").path, LOADERS[kind]
-
-
 def finished(directory: Path) -> dict[str, Any]:
     """The record of a finished stage.
 
@@ -188,7 +209,7 @@ def check_sources(recipe: Recipe, stage: str, workdir: Path) -> None:
     for component in components(config):
         source = _source(recipe, config, component)
         if source == "weights":
-            _weights(recipe, component)
+            Reference.of(component, recipe.components[component])
         elif source != "random" and source not in recipe.chain:
             _stored(config, component, _directory(source, workdir))
 
@@ -197,20 +218,26 @@ def _directory(source: str, workdir: Path) -> Path:
     return Path(resolve(source)) if "/" in source else workdir / source
 
 
-def _match(stage: StageConfig, component: str, abstract: Any, start: Start) -> Start:
+def _match(
+    stage: StageConfig,
+    component: str,
+    abstract: Any,
+    start: Start,
+    have: Mapping[str, tuple[int, ...]],
+    at_most: int,
+) -> Start:
     """Accounts for every leaf of both sides; shapes must agree."""
-    have = ComponentStore(start.root).describe(start.name, start.digest)
     want = {k: tuple(v.shape) for k, v in leaf_paths(abstract).items()}
     in_chain = component in stage.chain
     drops = tuple(f"{component}/{d}" for d in STAGES[stage.kind].chain_drops) if in_chain else ()
     listed = lambda leaf, names: any(  # noqa: E731
         f"{component}/{leaf.replace('.', '/')}/".startswith(f"{n}/") for n in names
     )
-    other = [k for k in want if k in have and have[k][0] != want[k]]  # of another shape
+    other = [k for k in want if k in have and not _alike(have[k], want[k], at_most)]
     replaced = [k for k in other if listed(k, stage.fresh)]
     missing = [k for k in want if k not in have]
     extra = [k for k in have if k not in want]
-    wrong = [f"{k}: {have[k][0]} there, {want[k]} here" for k in other if k not in replaced]
+    wrong = [f"{k}: {have[k]} there, {want[k]} here" for k in other if k not in replaced]
     wrong += [
         f"{k}: not there (list {component}/{k.replace('.', '/')} in fresh to start random)"
         for k in missing
@@ -231,18 +258,28 @@ def _match(stage: StageConfig, component: str, abstract: Any, start: Start) -> S
     return dataclasses.replace(start, loaded=loaded, dropped=dropped, fresh=fresh)
 
 
-def load(start: Start, abstract: Any, initial: Any | None) -> Any:
-    """The component's parameters: loaded leaves from the store, the others from `initial`.
+def _alike(have: tuple[int, ...], want: tuple[int, ...], at_most: int) -> bool:
+    return len(have) == len(want) and all(
+        a == b or a < b == at_most for a, b in zip(have, want, strict=True)
+    )
+
+
+def load(start: Start, abstract: Any, initial: Any | None, dtype: Any = None) -> Any:
+    """The component's parameters: loaded leaves from where they lie, the others from `initial`.
 
     Args:
       abstract: tree of `jax.ShapeDtypeStruct` with shardings.
       initial: random parameters; needed only where leaves are fresh or the start is random.
+      dtype: of the result; None: as `abstract` says.
     """
     if start.source == "random":
         return initial
+    if start.weights is not None:
+        return start.weights.open().load(abstract, dtype)[0]
     store = ComponentStore(start.root)
     stored = store.get(start.name, start.digest, only(abstract, start.loaded), subset=True)
-    return merge(initial, stored) if start.fresh else stored
+    params = merge(initial, stored) if start.fresh else stored
+    return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def only(tree: Any, paths: tuple[str, ...]) -> Any:
@@ -273,9 +310,11 @@ def report(starts: Mapping[str, Start], stage: StageConfig, abstract: Mapping[st
         state = "trained" if name in trained(stage) else "frozen"
         line = f"  {name:<10} {count:>13,}  {state:<8} {start.source}"
         if start.digest:
-            line += f" [{start.digest[:12]}] {len(start.loaded)} tensors"
+            digest = start.digest.removeprefix(PREFIX)
+            line += f" [{digest[:12]}] {len(start.loaded)} tensors"
         for word, paths in (("dropped", start.dropped), ("fresh", start.fresh)):
             if paths:
-                line += f"; {word}: {', '.join(paths)}"
+                more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+                line += f"; {word}: {', '.join(paths[:_SHOWN])}{more}"
         lines.append(line)
     return "\n".join(lines)

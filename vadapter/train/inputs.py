@@ -9,7 +9,7 @@ from typing import Any
 
 from vadapter.config import nearest, resolve
 from vadapter.data.documents import DocumentSource, Windows
-from vadapter.data.images import BadMedia
+from vadapter.data.images import BadMedia, View
 from vadapter.data.media import load_media
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.scenes import ScenesSource
@@ -55,12 +55,12 @@ def make_source(name: str, config: DataConfig) -> Any:
 
 
 def make_stream(
-    name: str, config: DataConfig, source: Any, tokenizer: Tokenizer, *, image_size: int
+    name: str, config: DataConfig, source: Any, tokenizer: Tokenizer, view: View | None
 ) -> tuple[Any, Callable[..., Any]]:
     """(items, transform) of a data set, ready for `pipeline.make_loader` and `eval_batches`.
 
     Args:
-      image_size: pixels a side where the recipe leaves it to the encoder; 0 for text only.
+      view: the encoder's; None for text only.
     """
     lengths = {"text_len": config.text_len, "target_len": config.target_len or config.text_len}
     if config.task == "document":
@@ -72,14 +72,18 @@ def make_stream(
     return source, functools.partial(
         TASKS[config.task],
         tokenizer=tokenizer,
-        size=config.size or image_size,
+        view=config.view(view),
         frames=config.frames if source.kind == "clip" else 1,
-        prompt_len=len(tokenizer.encode(_BEFORE[config.task], start=True)) + 1,
+        prompt_len=prompt_len(config.task, tokenizer),
         flip=config.flip,
-        fit=config.fit,
         **{many: config.texts},
         **lengths,
     )
+
+
+def prompt_len(task: str, tokenizer: Tokenizer) -> int:
+    """P, tokens in front of the visual tokens, BOS among them."""
+    return 1 + len(tokenizer.encode(_BEFORE[task], start=True))
 
 
 def describe(name: str, source: Any, index: int) -> str:
@@ -113,12 +117,17 @@ def texts(source: Any) -> Iterator[str]:
             yield answer
 
 
+def require_texts(config: Any) -> None:
+    """ConfigError if the tokenizer has no texts to be trained on."""
+    if not config.data:
+        raise ConfigError("config.tokenizer.data: empty; name the data sets whose texts it learns")
+
+
 def train_tokenizer(config: Any, sources: dict[str, Any], path: Path) -> Tokenizer:
     """The run's tokenizer: read from `path`, or trained on the recipe's texts and written there."""
     if path.exists():
         return Tokenizer.load(path)
-    if not config.data:
-        raise ConfigError("config.tokenizer.data: empty; name the data sets whose texts it learns")
+    require_texts(config)
     prompts = [CAPTION.before, CAPTION.after, QUESTION.before, QUESTION.after("")]
     stream = itertools.chain.from_iterable(texts(sources[name]) for name in config.data)
     lines = itertools.chain(prompts, itertools.islice(stream, config.texts))

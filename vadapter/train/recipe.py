@@ -5,15 +5,17 @@ dataclasses and checks that the parts fit before anything is loaded or compiled.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from vadapter.config import build, nearest
-from vadapter.errors import ConfigError
+from vadapter.data.images import Fit, View
+from vadapter.errors import ConfigError, Problems
 from vadapter.models.coca import CoCa
 from vadapter.models.lm import LM
+from vadapter.models.quantize import library
 from vadapter.models.vadapter import VAdapter
 from vadapter.models.variants import expand, make_module
 from vadapter.parallel.mesh import MeshConfig
@@ -75,7 +77,8 @@ class DataConfig:
       text_len, target_len: T and M of the batch; target_len=0 is text_len.
       texts: captions or questions of one picture behind one prefix.
       flip: mirror half of the pictures while training.
-      size: pixels a side; 0: the encoder's.
+      size: pixels a side; fit: crop | stretch | pad. 0 and "" leave it to the encoder, see
+        `images.View`.
       frames: of a clip; images have one.
       cache: encode the pictures once and train on the stored tokens.
       last_only: only a document's last piece is a target.
@@ -89,9 +92,18 @@ class DataConfig:
     flip: bool = False
     size: int = 0
     frames: int = 8
-    fit: str = "crop"
+    fit: Literal["", Fit] = ""
     cache: bool = False
     last_only: bool = False
+
+    def view(self, own: View | None) -> View:
+        """How an encoder's `own` view of pictures is changed for this data set.
+
+        Raises:
+          ConfigError: neither of them says how large pictures are.
+        """
+        own = own or View(self.size)
+        return dataclasses.replace(own, size=self.size or own.size, fit=self.fit or own.fit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,17 +209,18 @@ def read(config: Any) -> Recipe:
 
     Raises:
       ConfigError: naming the key, what is wrong with it and what is known.
+      CheckpointError: public checkpoints that are not there, all of them at once.
     """
     recipe = build(Recipe, config)
-    components = {
-        name: complete(spec, f"components.{name}.weights")
-        for name, spec in recipe.components.items()
-    }
+    components, problems = {}, Problems()
+    for name, spec in recipe.components.items():
+        with problems.gather():
+            components[name] = complete(spec, f"components.{name}.weights")
+            expand(name, components[name])
+    problems.settle()
     recipe = dataclasses.replace(recipe, components=components)
     if recipe.dtype not in DTYPES:
         raise ConfigError(f"config.dtype={recipe.dtype!r}: one of {', '.join(DTYPES)}")
-    for name, spec in recipe.components.items():
-        expand(name, spec)
     for name in recipe.chain:
         _known("config.chain", name, recipe.stages)
     for name in recipe.tokenizer.data:
@@ -221,7 +234,20 @@ def read(config: Any) -> Recipe:
             raise ConfigError(f"config.evals.{name}.data={ev.data!r}: documents are not evaluated")
     for name, stage in recipe.stages.items():
         _check_stage(recipe, name, stage)
+    _check_int8(recipe)
     return recipe
+
+
+def _check_int8(recipe: Recipe) -> None:
+    """What is int8 stays frozen in all stages of the chain, and qwix is there to make it so."""
+    for name in (name for name, spec in recipe.components.items() if spec.get("int8")):
+        for stage in recipe.chain:
+            if name in trained(recipe.stages[stage]):
+                raise ConfigError(
+                    f"components.{name}.int8: {name} is trained in stage {stage}, which int8 "
+                    "weights cannot be; leave int8 out, or the stage out of config.chain"
+                )
+        library()
 
 
 def _at_least_one(where: str, config: Any, keys: tuple[str, ...]) -> None:

@@ -1,8 +1,8 @@
 """A trained stage, ready to use, from its run directory alone.
 
 What trained comes from the stage's newest checkpoint that verifies; what was frozen comes from the
-run's component store, by the digests which that checkpoint names. The data, the public weights and
-other runs may be gone. Nothing is written, so a run may be opened while it trains.
+run's component store or from public weights, by the digests which that checkpoint names. The data
+and other runs may be gone. Nothing is written, so a run may be opened while it trains.
 """
 
 import dataclasses
@@ -16,22 +16,25 @@ import jax
 from ml_collections import ConfigDict
 
 from vadapter.config import build, nearest, override, plain
+from vadapter.data.images import View
 from vadapter.data.pretrained_tokenizer import load_tokenizer
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.models.coca import CoCa
 from vadapter.models.vadapter import VAdapter
 from vadapter.parallel.mesh import MeshConfig, make_mesh
-from vadapter.train import snapshot
+from vadapter.train import handover, snapshot
 from vadapter.train.checkpoint import steps
+from vadapter.train.digest import leaf_paths
 from vadapter.train.handover import STORE
 from vadapter.train.recipe import DTYPES, STAGES, Recipe, StageConfig, make_model, read, trained
 from vadapter.train.run import tokenizer_path
-from vadapter.train.shapes import abstract_params, image_size
+from vadapter.train.shapes import abstract_params, view_of
 from vadapter.train.snapshot import DamagedError
 from vadapter.train.store import ComponentStore
+from vadapter.weights.reference import PREFIX, Reference
 
 # What may be changed on the command line once a stage is trained; the rest is part of its result.
-OPEN = ("data", "evals", "mesh", "workers")
+OPEN = ("data", "evals", "mesh", "workers", "components.NAME.weights")
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ class Loaded:
       workdir, stage, step: where it comes from.
       recipe: of the run, with this stage and its components as they were trained.
       model: the stage's model; params: of every component, on the mesh.
-      image_size: pixels a side of the encoder; 0 for text only.
+      view: how the encoder wants its pictures; None for text only.
       digests: of the frozen components, as in the component store.
     """
 
@@ -56,7 +59,7 @@ class Loaded:
     params: dict[str, Any]
     tokenizer: Any
     mesh: jax.sharding.Mesh
-    image_size: int
+    view: View | None
     digests: dict[str, str]
 
     @property
@@ -88,7 +91,8 @@ def read_run(workdir: Path, overrides: Iterable[str] = ()) -> Recipe:
         raise CheckpointError(f"{path} cannot be read ({error}); bring back a copy") from None
     overrides = list(overrides)
     for item in overrides:
-        if item.split("=")[0].split(".")[0] not in OPEN:
+        group, *keys = item.partition("=")[0].split(".")
+        if group not in OPEN and (group != "components" or keys[1:] != ["weights"]):
             raise ConfigError(
                 f"--config.{item}: part of what was trained; of a finished stage only "
                 f"{', '.join(OPEN)} can be changed"
@@ -205,25 +209,35 @@ def _load(
     learnt = {name: abstract[name] for name in trained(config)}
     state, _ = snapshot.load(path, {"params": learnt}, subset=True)
     digests = {name: meta["start"][name] for name in abstract if name not in learnt}
-    dtype = DTYPES[recipe.dtype]
     frozen = {
-        name: jax.tree.map(
-            lambda x: x.astype(dtype), _frozen(workdir, config, name, digest, abstract[name])
+        name: handover.load(
+            _frozen(workdir, recipe, config, name, digest, abstract[name]), abstract[name], None,
+            DTYPES[recipe.dtype],
         )
         for name, digest in digests.items()
-    }
+    }  # fmt: skip
     return Loaded(
         workdir, stage, step, recipe, model, {**frozen, **state["params"]}, tokenizer, mesh,
-        image_size(model), digests,
+        view_of(model), digests,
     )  # fmt: skip
 
 
-def _frozen(workdir: Path, config: StageConfig, name: str, digest: str, abstract: Any) -> Any:
-    """A frozen component from the run's store, under its own name or that of before."""
+def _frozen(
+    workdir: Path, recipe: Recipe, config: StageConfig, name: str, digest: str, abstract: Any
+) -> handover.Start:
+    """Where a frozen component lies: public weights, or the run's store, under its own name or
+    that of before."""
+    leaves = tuple(leaf_paths(abstract))
+    if digest.startswith(PREFIX):
+        weights = Reference.of(name, recipe.components[name])
+        weights.expect(digest, workdir / STORE)
+        return handover.Start(name, f"weights {weights.weights}", digest, weights, loaded=leaves)
     store = ComponentStore(workdir / STORE)
     for stored in (config.rename.get(name, name), name):
         if store.path(stored, digest).is_dir():
-            return store.get(stored, digest, abstract, subset=True)
+            return handover.Start(
+                name, "store", digest, name=stored, root=workdir / STORE, loaded=leaves
+            )
     raise CheckpointError(
         f"{store.path(name, digest)} is missing: the run's {STORE} directory holds the frozen "
         "parts and must be copied with it"
@@ -233,9 +247,12 @@ def _frozen(workdir: Path, config: StageConfig, name: str, digest: str, abstract
 def _as_trained(recipe: Recipe, stage: str, meta: dict[str, Any]) -> Recipe:
     """The recipe with the stage and its components as the checkpoint records them."""
     config = build(StageConfig, plain(recipe.stages[stage]) | meta["config"], f"stages.{stage}")
+    where = {n: {"weights": spec["weights"]} for n, spec in recipe.components.items()
+             if spec.get("weights")}  # fmt: skip
+    trained = {n: spec | where.get(n, {}) for n, spec in meta["components"].items()}
     return dataclasses.replace(
         recipe,
-        components=recipe.components | meta["components"],
+        components=recipe.components | trained,
         stages=recipe.stages | {stage: config},
         dtype=meta["dtype"],
         seed=meta["seed"],

@@ -13,12 +13,12 @@ from vadapter import __version__
 from vadapter.config import differences, plain
 from vadapter.data.pretrained_tokenizer import PretrainedTokenizer, load_tokenizer
 from vadapter.data.tokenizer import Tokenizer
-from vadapter.errors import CheckpointError, ConfigError, UserError
+from vadapter.errors import CheckpointError, Problems
 from vadapter.parallel.mesh import make_mesh
 from vadapter.train import handover
 from vadapter.train.inputs import make_source, train_tokenizer
-from vadapter.train.recipe import Recipe, StageConfig, make_model
-from vadapter.train.shapes import abstract_params
+from vadapter.train.preflight import Preflight
+from vadapter.train.recipe import Recipe, StageConfig
 from vadapter.train.writer import write_json
 from vadapter.weights.public import locate
 
@@ -44,67 +44,35 @@ class Run:
         """
         path = tokenizer_path(self.recipe, stage, self.workdir)
         if path not in self._tokenizers:
-            own = path != self.workdir / TOKENIZER
-            self._tokenizers[path] = self._public(path, stage.lm) if own else self._trained(path)
+            tokenizer = read_tokenizer(self.recipe, stage, self.workdir)
+            if tokenizer is None:
+                tokenizer = self._trained(path)
+            elif not path.exists():
+                tokenizer.save(path)
+            self._tokenizers[path] = tokenizer
         return self._tokenizers[path]
 
-    def _public(self, path: Path, component: str) -> PretrainedTokenizer:
-        where = f"components.{component}.weights"
-        weights = self.recipe.components[component]["weights"]
-        tokenizer = PretrainedTokenizer.load(locate(weights, where).path)
-        if not path.exists():
-            tokenizer.save(path)
-        elif load_tokenizer(path).digest != tokenizer.digest:
-            raise CheckpointError(
-                f"{path} is not the tokenizer of {where}={weights}: this run was made with another "
-                "model. Use another --workdir."
-            )
-        return tokenizer
-
     def _trained(self, path: Path) -> Tokenizer:
-        made = path.with_suffix(".config.json")  # how, written first
-        if path.exists():
-            self._check_tokenizer(path, made)
-        else:
-            write_json(made, plain(self.recipe.tokenizer))
-        names = dict.fromkeys(self.recipe.tokenizer.data)
-        sources = {} if path.exists() else {n: self.source(n) for n in names}
+        write_json(made_how(path), plain(self.recipe.tokenizer))  # first
+        sources = {n: self.source(n) for n in dict.fromkeys(self.recipe.tokenizer.data)}
         return train_tokenizer(self.recipe.tokenizer, sources, path)
-
-    def _check_tokenizer(self, path: Path, made: Path) -> None:
-        """A tokenizer that is there already was made as the recipe says."""
-        before = json.loads(made.read_text()) if made.is_file() else plain(self.recipe.tokenizer)
-        if diff := differences(before, plain(self.recipe.tokenizer), "tokenizer"):
-            raise CheckpointError(
-                f"{path} was made with another configuration:\n"
-                + diff_table(diff)
-                + "\nUse another --workdir, or the configuration of before."
-            )
 
     def check(self) -> None:
         """Finds what a later stage would stumble over before the first one is paid for.
 
         Raises:
           UserError: models that do not fit together, data that cannot be read, starts that are not
-            there.
+            there; all of them at once.
         """
+        problems, coming = Problems(), {}  # what stages before will have trained
         for name in self.recipe.chain:
-            stage = self.recipe.stages[name]
             if (self.workdir / name / handover.DONE).is_file():
                 continue
-            model = make_model(self.recipe, stage, self.tokenizer(stage).vocab_size)
-            try:
-                abstract_params(model, self.mesh)
-            except UserError:
-                raise
-            except Exception as error:  # sizes that do not go together, wherever that shows
-                reason = " ".join(str(error).split())
-                raise ConfigError(f"stages.{name}: its model cannot be built: {reason}") from error
-            check_batch_size(name, stage, self.mesh.size)
-            evaluated = [self.recipe.evals[e].data for e in stage.evals]
-            for data in (*stage.data, *stage.loss, *evaluated):
-                self.source(data)
-            handover.check_sources(self.recipe, name, self.workdir)
+            with problems.gather(name):
+                tokenizer = self.tokenizer(self.recipe.stages[name])
+                stage = Preflight(self.recipe, name, self.workdir, tokenizer, self.mesh)
+                stage.check(self.source, coming, problems)
+        problems.settle()
 
     def record(self) -> None:
         """Writes what is about to run; not before it is known to fit what ran before."""
@@ -118,23 +86,46 @@ class Run:
         return self._sources[name]
 
 
+def read_tokenizer(
+    recipe: Recipe, stage: StageConfig, workdir: Path
+) -> Tokenizer | PretrainedTokenizer | None:
+    """The tokenizer of the stage's language model; None: it is yet to be trained on texts.
+
+    Raises:
+      CheckpointError: the run directory holds one of another model or another configuration.
+      DataError: it cannot be read.
+    """
+    path = tokenizer_path(recipe, stage, workdir)
+    if path != workdir / TOKENIZER:
+        where, weights = f"components.{stage.lm}.weights", recipe.components[stage.lm]["weights"]
+        tokenizer = PretrainedTokenizer.load(locate(weights, where).path)
+        if path.exists() and load_tokenizer(path).digest != tokenizer.digest:
+            raise CheckpointError(
+                f"{path} is not the tokenizer of {where}={weights}: this run was made with another "
+                "model. Use another --workdir."
+            )
+        return tokenizer
+    if not path.exists():
+        return None
+    how, now = made_how(path), plain(recipe.tokenizer)
+    if diff := differences(json.loads(how.read_text()) if how.is_file() else now, now, "tokenizer"):
+        raise CheckpointError(
+            f"{path} was made with another configuration:\n"
+            + diff_table(diff)
+            + "\nUse another --workdir, or the configuration of before."
+        )
+    return Tokenizer.load(path)
+
+
+def made_how(path: Path) -> Path:
+    """Where the configuration of a trained tokenizer lies."""
+    return path.with_suffix(".config.json")
+
+
 def tokenizer_path(recipe: Recipe, stage: StageConfig, workdir: Path) -> Path:
     """Where the tokenizer of the stage's language model lies in the run directory."""
     public = recipe.components.get(stage.lm, {}).get("weights")
     return workdir / "tokenizers" / f"{stage.lm}.json" if public else workdir / TOKENIZER
-
-
-def check_batch_size(name: str, stage: StageConfig, devices: int) -> None:
-    """The rows of every micro-batch divide over the devices.
-
-    Raises:
-      ConfigError: they do not.
-    """
-    if stage.batch % (stage.accumulate * devices):
-        raise ConfigError(
-            f"stages.{name}.batch={stage.batch} does not divide over {devices} devices times "
-            f"accumulate={stage.accumulate}; make it a multiple of {stage.accumulate * devices}"
-        )
 
 
 def diff_table(rows: list[tuple[str, Any, Any]], limit: int = 12) -> str:

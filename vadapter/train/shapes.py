@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vadapter.data.images import View
 from vadapter.models.coca import CoCa
 from vadapter.models.vadapter import VAdapter, component_seed
 from vadapter.parallel.mesh import shardings
@@ -13,14 +14,15 @@ from vadapter.parallel.mesh import shardings
 Model = VAdapter | CoCa
 
 
-def image_size(model: Model) -> int:
-    """Pixels a side of the model's encoder; 0 for text only."""
-    return model.modules[model.encoder].image_size if model.encoder else 0  # type: ignore[attr-defined]
+def view_of(model: Model) -> View | None:
+    """How the model's encoder wants its pictures; None for text only."""
+    return model.modules[model.encoder].view if model.encoder else None  # type: ignore[attr-defined]
 
 
 def init_params(model: Model, rng: jax.Array) -> dict[str, Any]:
     """Random parameters of every component, the encoder's included, in logical-axis boxes."""
-    size = image_size(model)
+    view = view_of(model)
+    size = view.size if view else 0
     frames = jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.uint8)
     if isinstance(model, CoCa):
         return model.init(rng, frames)
@@ -35,7 +37,7 @@ def init_params(model: Model, rng: jax.Array) -> dict[str, Any]:
 
 def abstract_params(model: Model, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Component -> tree of `jax.ShapeDtypeStruct` with shardings; nothing is computed."""
-    boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         nn.meta.unbox(boxed),

@@ -14,9 +14,10 @@ from vadapter.train import handover
 from vadapter.train.features import encoded
 from vadapter.train.inputs import make_stream
 from vadapter.train.interrupts import Stop
+from vadapter.train.preflight import check_batch_size
 from vadapter.train.recipe import DTYPES, STAGES, StageConfig, components, make_model, trained
-from vadapter.train.run import Run, check_batch_size
-from vadapter.train.shapes import abstract_params, image_size, init_params
+from vadapter.train.run import Run
+from vadapter.train.shapes import abstract_params, init_params, view_of
 from vadapter.train.steps import init_state, split
 
 
@@ -32,7 +33,7 @@ class Stage:
         self.model = make_model(run.recipe, self.config, self.tokenizer.vocab_size)
         check_batch_size(name, self.config, self.mesh.size)
         self.abstract = abstract_params(self.model, self.mesh)
-        self.image_size = image_size(self.model)
+        self.view = view_of(self.model)
         self.starts = handover.plan(run.recipe, self.config, run.workdir, self.abstract)
 
     # -- parameters ----------------------------------------------------------------------------
@@ -51,17 +52,15 @@ class Stage:
         make = lambda key: {n: nn.meta.unbox(init_params(self.model, key))[n] for n in names}  # noqa: E731
         where = {n: jax.tree.map(lambda x: x.sharding, self.abstract[n]) for n in names}
         initial = jit(make, out_shardings=where)(rng)
+        learns = trained(self.config)
         params = {
-            name: handover.load(start, self.abstract[name], initial.get(name))
+            name: handover.load(
+                start, self.abstract[name], initial.get(name),
+                None if name in learns else DTYPES[self.recipe.dtype],
+            )
             for name, start in starts.items()
-        }
-        return self.divide(params)
-
-    def divide(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Splits components into trained and frozen, the latter cast to the compute dtype."""
-        learnt, frozen = split(params, tuple(n for n in trained(self.config) if n in params))
-        dtype = DTYPES[self.recipe.dtype]
-        return learnt, jax.tree.map(lambda x: x.astype(dtype), frozen)
+        }  # fmt: skip
+        return split(params, tuple(n for n in learns if n in params))
 
     def abstract_state(self, tx: optax.GradientTransformation) -> Any:
         """Shapes and shardings of the train state; optimizer moments lie as their parameters."""
@@ -111,7 +110,7 @@ class Stage:
         config, source = self.recipe.data[name], self.run.source(name)
         if config.cache and STAGES[self.config.kind].visual and self.model.encoder in frozen:
             source = self.features(name, frozen)
-        return make_stream(name, config, source, self.tokenizer, image_size=self.image_size)
+        return make_stream(name, config, source, self.tokenizer, self.view)
 
     def features(self, name: str, frozen: dict[str, Any]) -> Any:
         """The data set's source with the frozen encoder's tokens in place of its pictures."""

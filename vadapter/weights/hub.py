@@ -90,6 +90,53 @@ def _download(repo_id: str, revision: str, allow: Sequence[str]) -> Snapshot:
     return Snapshot(Path(path), repo_id, Path(path).name)  # …/snapshots/<commit>
 
 
+def repository(spec: str) -> tuple[str, str]:
+    """(hub id, revision) of what `resolve` would look for in a hub; ("", "") of any other."""
+    repo_id, _, revision = spec.partition("@")
+    remote = _REPO_ID.fullmatch(repo_id) and not Path(spec).expanduser().is_dir()
+    return (repo_id, revision) if remote else ("", "")
+
+
+def upload(folder: Path, files: Sequence[str], repo_id: str, *, private: bool | None = None) -> str:
+    """Puts files of a folder into a repository, in one commit; makes it if there is none.
+
+    Args:
+      files: their names; frozen parts of an earlier upload that are not among them are removed.
+      repo_id: `owner/name`.
+      private: of a new repository; None leaves it to the settings of its owner.
+
+    Returns:
+      The address of the repository.
+
+    Raises:
+      CheckpointError: no hub id, a file that is not there, or the hub refuses or does not answer.
+
+    Source: `huggingface_hub.HfApi.upload_folder`.
+    """
+    import huggingface_hub
+
+    if not _REPO_ID.fullmatch(repo_id):
+        raise CheckpointError(f"{repo_id!r} is not a hub id, which reads owner/name")
+    for name in files:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing: export again")
+    api = huggingface_hub.HfApi()
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(files),
+            delete_patterns=["frozen-*.safetensors"], commit_message="Adapter of vadapter",
+        )  # fmt: skip
+    except Exception as error:  # those of the hub, of its HTTP library, and of the file system
+        root = list(_causes(error))[-1]
+        reason = f"{type(root).__name__}: {' '.join(str(root).split())}"
+        raise CheckpointError(
+            f"{folder} could not be pushed to {repo_id} ({reason}). A token that may write there "
+            "belongs in the environment variable HF_TOKEN, or run `hf auth login`."
+        ) from error
+    return str(url)
+
+
 def download_command(repo_id: str, revision: str, allow: Sequence[str] = ALLOW) -> str:
     """The shell command that fetches the same files into a folder of the repository's name."""
     command = ["hf", "download", repo_id, "--revision", revision]

@@ -6,14 +6,14 @@ accounted for; nothing is dropped, filled in or cast on the quiet.
 """
 
 import collections
-import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from flax import traverse_util
@@ -22,6 +22,7 @@ from vadapter.errors import CheckpointError
 
 # (stored, wanted): the casts `assign` makes by itself. They lose nothing.
 _WIDENINGS = {(np.dtype(np.float16), np.dtype(np.float32))}
+_MAX_HEADER = 2**16 + 16  # bytes; numpy writes a longer one for records alone
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -44,16 +45,6 @@ def require_file(path: Path) -> Path:
     )
 
 
-def file_digest(path: Path) -> str:
-    """The sha256 of a file's bytes, in hex.
-
-    Raises:
-      CheckpointError: the file is missing.
-    """
-    with require_file(path).open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def read_npz(path: Path, *, max_bytes: int) -> dict[str, np.ndarray]:
     """Reads every array of an .npz archive.
 
@@ -68,6 +59,22 @@ def read_npz(path: Path, *, max_bytes: int) -> dict[str, np.ndarray]:
       CheckpointError: the file is missing, damaged, larger than `max_bytes`, or holds anything but
         plain arrays (a pickled object, say).
     """
+    return _read_members(path, max_bytes, _read_npy)
+
+
+def read_npz_headers(path: Path, *, max_bytes: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every array of an .npz archive, none of which is read; as `read_npz`."""
+
+    def header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> jax.ShapeDtypeStruct:
+        _, shape, dtype = _read_header(archive, member, _MAX_HEADER)
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    return _read_members(path, max_bytes, header)
+
+
+def _read_members(
+    path: Path, max_bytes: int, read: Callable[[zipfile.ZipFile, zipfile.ZipInfo], Any]
+) -> dict[str, Any]:
     require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -80,8 +87,7 @@ def read_npz(path: Path, *, max_bytes: int) -> dict[str, np.ndarray]:
             if doubled:
                 raise ValueError(f"it holds {doubled} more than once")
             return {
-                name: _read_npy(archive, member)
-                for name, member in zip(names, members, strict=True)
+                name: read(archive, member) for name, member in zip(names, members, strict=True)
             }
     except Exception as e:  # whatever a truncated, encrypted or crafted archive provokes
         raise CheckpointError(
@@ -91,13 +97,22 @@ def read_npz(path: Path, *, max_bytes: int) -> dict[str, np.ndarray]:
 
 def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     """One array of the archive; ValueError if it is not what its header says."""
+    data, _, _ = _read_header(archive, member, member.file_size)
+    data.seek(0)
+    return np.lib.format.read_array(data, allow_pickle=False)
+
+
+def _read_header(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int
+) -> tuple[io.BytesIO, tuple[int, ...], np.dtype]:
+    """The first `limit` bytes of an array, its shape and its dtype; ValueError as `_read_npy`."""
     name = member.filename
     if not name.endswith(".npy"):
         raise ValueError(f"member {name!r} is not an array")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"member {name!r} is compressed in a way numpy does not write")
     with archive.open(member) as stream:  # reads no further than asked, whatever is packed in it
-        data = io.BytesIO(stream.read(member.file_size))
+        data = io.BytesIO(stream.read(min(limit, member.file_size)))
     version = np.lib.format.read_magic(data)
     if version not in _HEADERS:
         raise ValueError(f"member {name!r} has the unknown format version {version}")
@@ -108,8 +123,7 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     announced, present = math.prod(shape) * dtype.itemsize, member.file_size - data.tell()
     if announced != present or min(shape, default=0) < 0:
         raise ValueError(f"member {name!r} announces {dtype}{list(shape)} but has {present} bytes")
-    data.seek(0)
-    return np.lib.format.read_array(data, allow_pickle=False)
+    return data, shape, dtype
 
 
 def assign(
@@ -136,6 +150,22 @@ def assign(
         or dtype. The message names all of them.
       ValueError: `name_table` sends two names to one path.
     """
+    leaves = account(params_abstract, tensors, name_table, ignore=ignore)
+    arrays = {path: tensors[name].astype(to, copy=False) for path, (name, to) in leaves.items()}
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def account(
+    params_abstract: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    name_table: Mapping[str, str],
+    *,
+    ignore: Collection[str] = (),
+) -> dict[str, tuple[str, np.dtype]]:
+    """What `assign` puts where: path in the tree -> name in the file, and the dtype wanted.
+
+    Arguments and errors are those of `assign`; of the tensors `.shape` and `.dtype` suffice.
+    """
     wanted = traverse_util.flatten_dict(dict(params_abstract), sep="/")
     sources = {path: name for name, path in name_table.items()}
     if len(sources) != len(name_table):
@@ -160,13 +190,13 @@ def assign(
             continue
         tensor, dtype = tensors[name], np.dtype(leaf.dtype)
         castable = tensor.dtype == dtype or (tensor.dtype, dtype) in _WIDENINGS
-        if tensor.shape != tuple(leaf.shape) or not castable:
+        if tuple(tensor.shape) != tuple(leaf.shape) or not castable:
             mismatched.append(
                 f"{path}: model {dtype}{list(leaf.shape)}, "
                 f"file {tensor.dtype}{list(tensor.shape)} ({name})"
             )
             continue
-        leaves[path] = tensor.astype(dtype, copy=False)
+        leaves[path] = name, dtype
 
     if missing or unexpected or mismatched:
         report = (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched))
@@ -180,4 +210,4 @@ def assign(
         len(ignored),
         ignored,
     )
-    return traverse_util.unflatten_dict(leaves, sep="/")
+    return leaves

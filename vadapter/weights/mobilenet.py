@@ -5,6 +5,8 @@ The folder holds a .json that lists the graph's layers in order (batch norm fold
 network, which lets the rounding to float16 be undone.
 """
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +19,63 @@ import numpy as np
 from vadapter.errors import CheckpointError
 from vadapter.models.mobilenet import MobileNet, MobileNetConfig, block_specs
 from vadapter.weights import load
+from vadapter.weights.public import Report
 
 _NAME = "mobilenet_v2_1.0_224"
+_ENDS = (".json", "_float16.npz")
 _CLASSES = 1001  # ImageNet's 1000 and, at index 0, "background"
 _MAX_BYTES = 64 * 2**20  # the file holds 7 MB
 _STEPS = 254  # from the smallest to the largest value of a kernel, 8 bits without one end
+
+
+@dataclasses.dataclass(frozen=True)
+class MobileNetFiles:
+    """The encoder's folder, open; see `reference.Weights`."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path) -> "MobileNetFiles":
+        """The folder; CheckpointError if a file is missing."""
+        opened = cls(path)
+        opened.stamps()
+        return opened
+
+    def stamps(self) -> dict[Path, tuple[int, int]]:
+        """The two files, each with its size and time of change in ns."""
+        files = [load.require_file(self.path / f"{_NAME}{end}") for end in _ENDS]
+        return {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+
+    def digest(self) -> str:
+        """The sha256, in hex, of the bytes of one after the other."""
+        whole = hashlib.sha256()
+        for file in self.stamps():
+            whole.update(file.read_bytes())
+        return whole.hexdigest()
+
+    def match(self, abstract: Any) -> Report:
+        """Accounts for every tensor of both sides, by the graph and the headers of the arrays.
+
+        Raises:
+          CheckpointError: as `load`.
+        """
+        _, kept, left_out = _names(self.path, head=False)
+        found = load.read_npz_headers(self.path / f"{_NAME}{_ENDS[1]}", max_bytes=_MAX_BYTES)
+        used = load.account(abstract, found, kept, ignore=left_out)
+        count = sum(int(np.prod(found[name].shape)) for name, _ in used.values())
+        return Report(len(used), len(used), count, ("head",))
+
+    def load(self, abstract: Any, dtype: Any = None) -> tuple[Any, Report]:
+        """The parameters as `abstract` places them.
+
+        Raises:
+          CheckpointError: files that are damaged or describe another network.
+        """
+        params = load_mobilenet(self.path)[1]
+        place = lambda x, leaf: jax.device_put(np.asarray(x, dtype or leaf.dtype), leaf.sharding)  # noqa: E731
+        out = jax.tree.map(place, params, abstract)
+        leaves = jax.tree.leaves(out)
+        return out, Report(len(leaves), len(leaves), sum(x.size for x in leaves), ("head",))
 
 
 def load_mobilenet(path: Path, *, head: bool = False) -> tuple[MobileNetConfig, dict[str, Any]]:
@@ -38,16 +92,25 @@ def load_mobilenet(path: Path, *, head: bool = False) -> tuple[MobileNetConfig, 
     Raises:
       CheckpointError: a file is missing or damaged, or describes another network.
     """
+    config, kept, left_out = _names(path, head=head)
+    tensors = load.read_npz(path / f"{_NAME}{_ENDS[1]}", max_bytes=_MAX_BYTES)
+    tensors = {name: unround(tensor) for name, tensor in tensors.items()}
+    return config, load.assign(_abstract(config), tensors, kept, ignore=left_out)
+
+
+def _names(path: Path, *, head: bool) -> tuple[MobileNetConfig, dict[str, str], list[str]]:
+    """The configuration; name in the .npz to path in our tree; names that are left out."""
     config = MobileNetConfig(classes=_CLASSES if head else 0)
     table = _name_table(config, path / f"{_NAME}.json")
-    tensors = load.read_npz(path / f"{_NAME}_float16.npz", max_bytes=_MAX_BYTES)
-    tensors = {name: unround(tensor) for name, tensor in tensors.items()}
-    left_out = () if head else [name for name in table if table[name].startswith("head/")]
-    abstract = jax.eval_shape(
-        MobileNet(config).init, jax.random.key(0), jnp.zeros((1, 1, 32, 32, 3), jnp.uint8)
-    )
-    kept = {name: ours for name, ours in table.items() if name not in left_out}
-    return config, load.assign(abstract["params"], tensors, kept, ignore=left_out)
+    left_out = [] if head else [name for name in table if table[name].startswith("head/")]
+    return config, {k: v for k, v in table.items() if k not in left_out}, left_out
+
+
+def _abstract(config: MobileNetConfig) -> Any:
+    """The shapes of the published network's parameters."""
+    frames = jax.ShapeDtypeStruct((1, 1, 32, 32, 3), jnp.uint8)
+    init = lambda frames: MobileNet(config).init(jax.random.key(0), frames)  # noqa: E731
+    return jax.eval_shape(init, frames)["params"]
 
 
 def unround(tensor: np.ndarray) -> np.ndarray:

@@ -18,6 +18,8 @@ from vadapter.errors import CheckpointError
 from vadapter.weights.tensors import TensorFiles
 
 BLOCKS = "stack/blocks/"
+_ALIGNMENT = 64  # bytes, of XLA's arrays
+_STRIP = 64  # columns
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
@@ -45,6 +47,16 @@ class Patches:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Queries or keys whose rotated pairs lie side by side, (2i, 2i + 1) of each head.
+
+    Ours are (i, K/2 + i). Source: the conversion of Llama's first weights in transformers.
+    """
+
+    module: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Tokens:
     """Learned vectors under a name of their own, of any shape that holds them: ours are [1, n, D].
 
@@ -59,7 +71,7 @@ class Tokens:
     antialias: bool = False
 
 
-Theirs = str | Part | Patches | Tokens
+Theirs = str | Part | Patches | Pairs | Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +82,7 @@ class Table:
       modules: our module's path (within a layer for those of the stack) -> theirs.
       layers: what their names of layer {} begin with.
       prefixes: what all names may begin with, depending on who saved the checkpoint.
-      transposed: linear layers are stored [out, in]; GPT-2's are [in, out].
+      transposed: the linear layers of the stack are stored [out, in]; GPT-2's are [in, out].
       ignored: patterns of tensors that a checkpoint may have and nobody needs.
     """
 
@@ -95,16 +107,16 @@ class Table:
         own = path.removeprefix(BLOCKS)
         module, _, leaf = own.rpartition("/")
         theirs = self.modules.get(own, self.modules.get(module))
-        if isinstance(theirs, str) and own in self.modules:  # a leaf under a name of its own
-            name = theirs
-        elif isinstance(theirs, Tokens):
+        if isinstance(theirs, Tokens):
             name = theirs.name
-        elif theirs is None or leaf not in _LEAVES:
+        elif theirs is None or (own not in self.modules and leaf not in _LEAVES):
             return None
         else:
-            name = f"{theirs if isinstance(theirs, str) else theirs.module}.{_LEAVES[leaf]}"
+            name = theirs if isinstance(theirs, str) else theirs.module
+            if own not in self.modules:  # else a leaf under a name of its own
+                name = f"{name}.{_LEAVES[leaf]}"
         names = tuple(f"{self.layers.format(i)}{name}" for i in range(shape[0])) if inside else ()
-        turned = leaf == "kernel" and self.transposed
+        turned = leaf == "kernel" and (self.transposed or not inside)
         return Source(names or (name,), tuple(shape), inside, turned, theirs)
 
     def unneeded(self, names: Sequence[str], used: set[str]) -> list[str]:
@@ -148,19 +160,29 @@ class Source:
         return shape[::-1] if self.turned else shape
 
     def read(
-        self, files: TensorFiles, names: Sequence[str], index: tuple[slice, ...], head_dim: int
+        self,
+        files: TensorFiles,
+        names: Sequence[str],
+        index: tuple[slice, ...],
+        head_dim: int,
+        dtype: np.dtype,
     ) -> np.ndarray:
         """A piece of our leaf, from the files' tensors of these names.
+
+        No more is held beside the result than one of their tensors.
 
         Args:
           names: `self.names`, with their prefix.
           index: slices of our leaf, as a sharding asks for them.
           head_dim: K, for parts that are grouped by head.
+          dtype: of the result.
         """
-        if not self.stacked:
-            return self._one(files, names[0], index, head_dim)
-        layers = range(*index[0].indices(self.shape[0]))
-        return np.stack([self._one(files, names[i], index[1:], head_dim) for i in layers])
+        ranges = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
+        out = _aligned([len(r) for r in ranges], np.dtype(dtype))
+        layers = ranges[0] if self.stacked else [0]
+        for piece, i in zip(out if self.stacked else out[None], layers, strict=True):
+            _copy(piece, self._one(files, names[i], index[self.stacked :], head_dim))
+        return out
 
     def _one(
         self, files: TensorFiles, name: str, index: tuple[slice, ...], head_dim: int
@@ -170,6 +192,15 @@ class Source:
             return _tokens(files.read(name), self.shape, theirs)[index]
         if isinstance(theirs, Patches) and len(whole) == 2:
             return files.read(name).transpose(2, 3, 1, 0).reshape(whole)[index]
+        if isinstance(theirs, Pairs):
+            start, stop, _ = index[-1].indices(whole[-1])
+            heads = slice(start // head_dim, -(-stop // head_dim))  # all those it touches
+            outputs = slice(heads.start * head_dim, heads.stop * head_dim)
+            plain = dataclasses.replace(self, theirs=theirs.module)
+            pairs = plain._one(files, name, (*index[:-1], outputs), head_dim)
+            shape = (*pairs.shape[:-1], heads.stop - heads.start, head_dim // 2, 2)
+            halves = pairs.reshape(shape).swapaxes(-1, -2).reshape(pairs.shape)
+            return halves[..., start - outputs.start : stop - outputs.start]
         if isinstance(theirs, Part) and theirs.by_head:
             # The outputs of one projection are not contiguous: all are read.
             tensor = files.read(name)
@@ -182,6 +213,31 @@ class Source:
             bounds[-1] = (a + theirs.index * whole[-1], b + theirs.index * whole[-1])
         slices = tuple(slice(a, b) for a, b in bounds)
         return files.read(name, slices[::-1]).T if self.turned else files.read(name, slices)
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """A new array that a CPU device takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(out: np.ndarray, tensor: np.ndarray) -> None:
+    """`out[...] = tensor`, several times as fast where a matrix is transposed.
+
+    It goes in strips through a small buffer, whose rows are padded: at a power of two apart they
+    would drive each other out of the cache.
+    """
+    if tensor.ndim != 2 or tensor.flags.c_contiguous:
+        out[...] = tensor
+        return
+    rows, columns = tensor.shape
+    buffer = np.empty((_STRIP, rows + _STRIP // 2), out.dtype)
+    for i in range(0, columns, _STRIP):
+        strip = buffer[: min(_STRIP, columns - i), :rows]
+        strip[...] = tensor[:, i : i + _STRIP].T
+        out[:, i : i + _STRIP] = strip.T
 
 
 def _tokens(tensor: np.ndarray, shape: Sequence[int], theirs: Tokens) -> np.ndarray:

@@ -13,20 +13,23 @@ from flax import traverse_util
 from vadapter.config import nearest, resolve
 from vadapter.data.preprocess import PREPROCESSORS, read_preprocess
 from vadapter.errors import CheckpointError
-from vadapter.weights import hub, load
-from vadapter.weights.families import language, vision
+from vadapter.weights import hub, llama2c, load
+from vadapter.weights.families import language, openclip, vision
 from vadapter.weights.names import BLOCKS, Source, Table
 from vadapter.weights.tensors import TensorFiles
 
-FAMILIES = language.FAMILIES | vision.FAMILIES
+ENCODERS = vision.FAMILIES | openclip.FAMILIES
+FAMILIES = language.FAMILIES | ENCODERS
 # Of a model of several parts, the one that is of use here, and what it is.
 PARTS = {
     "clip": ("vision_config", "clip_vision_model"),
     "siglip": ("vision_config", "siglip_vision_model"),
+    "siglip2": ("vision_config", "siglip2_vision_model"),
     "gemma3": ("text_config", "gemma3_text"),
 }
 _MAX_CONFIG = 2**20  # bytes of a config.json
 _SHOWN = 8  # names in a message
+_ENDS = (("embedding", "weight"), ("head", "weight"), ("norm", "weight"), ("norm", "bias"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,19 @@ class Checkpoint:
             key, weights that are missing or damaged.
         """
         model_type, spec = describe(path)
-        return cls(path, model_type, spec, FAMILIES[model_type].tables, TensorFiles.open(path))
+        family = FAMILIES[model_type]
+        return cls(path, model_type, spec, family.tables, family.files(path))
+
+    def match(self, abstract: Any) -> Report:
+        """Accounts for every tensor of both sides, none of which is read.
+
+        Args:
+          abstract: tree of `jax.ShapeDtypeStruct` that the component needs.
+
+        Raises:
+          CheckpointError: tensors that are missing, left over, or of another shape.
+        """
+        return self._match(_flat(abstract))[0]
 
     def load(self, abstract: Any, dtype: Any = None) -> tuple[Any, Report]:
         """Reads the tensors straight into each device's shard.
@@ -90,9 +105,26 @@ class Checkpoint:
           The tree of `jax.Array`, and what was read.
 
         Raises:
-          CheckpointError: tensors that are missing, left over, or of another shape.
+          CheckpointError: as `match`.
         """
-        leaves: dict[str, Any] = dict(traverse_util.flatten_dict(abstract, sep="/"))
+        leaves = _flat(abstract)
+        report, prefix, sources = self._match(leaves)
+        out = {
+            path: _place(leaf, self._reader(sources[path], prefix, dtype or leaf.dtype))
+            for path, leaf in leaves.items()
+        }
+        return traverse_util.unflatten_dict(out, sep="/"), report
+
+    def stamps(self) -> Mapping[Path, tuple[int, int]]:
+        """The files of the weights, each with its size and time of change in ns."""
+        return self.files.files
+
+    def digest(self) -> str:
+        """The sha256, in hex, of the files' bytes, see `TensorFiles.digest`."""
+        return self.files.digest()
+
+    def _match(self, leaves: Mapping[str, Any]) -> tuple[Report, str, dict[str, Source]]:
+        """The report; the prefix of their names; where each of our leaves comes from."""
         table, prefix, sources = self._names(leaves)
         faults, used = [], set()
         for path, source in sources.items():
@@ -116,14 +148,10 @@ class Checkpoint:
                 + "\n  ".join(faults[:_SHOWN])
                 + (f"\n  … {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else "")
             )
-        out = {
-            path: _place(leaf, dtype or leaf.dtype, self._reader(sources[path], prefix))
-            for path, leaf in leaves.items()
-        }
-        left_out = tuple(sorted(self.files.tensors.keys() - used))
         count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
-        report = Report(len(used), len(leaves), count, left_out)
-        return traverse_util.unflatten_dict(out, sep="/"), report
+        left_out = tuple(sorted(self.files.tensors.keys() - used))
+        found = {path: source for path, source in sources.items() if source is not None}
+        return Report(len(used), len(leaves), count, left_out), prefix, found
 
     def _names(self, leaves: Mapping[str, Any]) -> tuple[Table, str, dict[str, Source | None]]:
         """The table and the prefix by which most tensors are found, and our leaves' sources."""
@@ -140,30 +168,42 @@ class Checkpoint:
     def _expected_rest(
         self, name: str, table: Table, prefix: str, leaves: Mapping[str, Any]
     ) -> bool:
-        """A head that is the embedding again, layers behind the one that is tapped, and the two
-        ends of a language model that is used through its hidden states alone."""
+        """A head that is the embedding again, layers behind the one that is tapped with the norm
+        behind all of them, and the two ends of a language model that is used through its hidden
+        states alone."""
         modules = {path.rpartition("/")[0] for path in leaves}
-        ends = {f"{prefix}{table.modules.get(m)}.weight" for m in {"embedding", "head"} - modules}
-        if name in ends and (self.spec.get("tied") or "embedding" not in modules):
-            return True
+        ends = [(m, leaf) for m, leaf in _ENDS if m not in modules]
+        unused = {f"{prefix}{table.modules.get(m)}.{leaf}": m for m, leaf in ends}
+        if name in unused:
+            tied = self.spec.get("tied") or "embedding" not in modules
+            return bool(tied) or unused[name] == "norm"
         depth = next(leaf.shape[0] for path, leaf in leaves.items() if path.startswith(BLOCKS))
         behind = range(depth, self.spec["depth"])
         return any(name.startswith(prefix + table.layers.format(i)) for i in behind)
 
-    def _reader(self, source: Any, prefix: str) -> Callable[[Any], np.ndarray]:
+    def _reader(self, source: Source, prefix: str, dtype: Any) -> Callable[[Any], np.ndarray]:
         names = [prefix + name for name in source.names]
         head_dim = self.spec.get("head_dim") or self.spec["width"] // self.spec["heads"]
-        return lambda index: source.read(self.files, names, index, head_dim)
+        return lambda index: source.read(self.files, names, index, head_dim, dtype)
 
 
-def _place(leaf: Any, dtype: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
-    """An array whose shards are read each for its own device."""
+def _flat(tree: Any) -> dict[str, Any]:
+    return dict(traverse_util.flatten_dict(tree, sep="/"))
+
+
+def _place(leaf: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
+    """An array whose shards are read each for its own device, and replicas once."""
     if leaf.sharding is None:
-        everything = tuple(slice(0, n) for n in leaf.shape)
-        return jax.numpy.asarray(read(everything).astype(dtype))
-    return jax.make_array_from_callback(
-        leaf.shape, leaf.sharding, lambda index: read(index).astype(dtype)
-    )
+        return jax.device_put(read(tuple(slice(0, n) for n in leaf.shape)))
+    shards: dict[str, np.ndarray] = {}
+
+    def shard(index: Any) -> np.ndarray:
+        key = str(index)
+        if key not in shards:
+            shards[key] = read(index)
+        return shards[key]
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
 
 
 def locate(weights: str, where: str) -> hub.Snapshot:
@@ -205,7 +245,7 @@ def complete(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def describe(path: Path) -> tuple[str, dict[str, Any]]:
-    """(model_type, spec of the component) of a checkpoint folder, from its config.json alone.
+    """(model_type, spec of the component) of a checkpoint folder, from what describes it alone.
 
     Raises:
       CheckpointError: another model than those known, a config.json that lacks a key.
@@ -221,26 +261,47 @@ def describe(path: Path) -> tuple[str, dict[str, Any]]:
         spec = FAMILIES[model_type].spec(config)
     except KeyError as e:
         raise CheckpointError(f"{path / 'config.json'} has no {e.args[0]!r}") from None
-    if model_type in vision.FAMILIES and any((path / name).is_file() for name in PREPROCESSORS):
-        pixels = read_preprocess(path)
-        spec |= {"mean": pixels.mean, "std": pixels.std}
+    if model_type in ENCODERS and any((path / name).is_file() for name in PREPROCESSORS):
+        spec |= read_preprocess(path).fields()
     return model_type, spec
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The checkpoint's config.json; of a model of several parts, that of the one in use.
+    """What a checkpoint says of itself, with its `model_type`; of several parts, the one in use.
 
     Raises:
-      CheckpointError: it is missing, damaged, or absurdly large.
+      CheckpointError: nothing there that says it, damaged, or absurdly large.
     """
-    file = load.require_file(Path(path) / "config.json")
+    path = Path(path)
+    config: dict[str, Any] = {}
+    for name in (name for name in CONFIGS if (path / name).is_file()):
+        if (config := _read_json(path / name, CONFIGS[name])).get("model_type"):
+            return config
+    if file := llama2c.find(path):
+        return llama2c.read_config(file)
+    load.require_file(path / "config.json")
+    return config
+
+
+def _read_json(file: Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     try:
         if file.stat().st_size > _MAX_CONFIG:
             raise ValueError(f"it has more than {_MAX_CONFIG} bytes")
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if (kind := config.get("model_type")) in PARTS:
-            key, model_type = PARTS[kind]
-            return {**config[key], "model_type": model_type}
-        return dict(config)
+        return read(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise CheckpointError(f"{file} cannot be read ({e}); fetch it again") from e
+
+
+def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    if (kind := config.get("model_type")) in PARTS:
+        key, model_type = PARTS[kind]
+        return {**config[key], "model_type": model_type}
+    return dict(config)
+
+
+# The file that describes a checkpoint, the first that names a model_type -> what it says. One of
+# llama2.c describes itself.
+CONFIGS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "config.json": _transformers,
+    openclip.CONFIG: openclip.read_config,
+}

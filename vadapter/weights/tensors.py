@@ -61,6 +61,14 @@ _CONVERT = (
     "m = getattr(t, t.AutoConfig.from_pretrained(a).architectures[0]); "
     "m.from_pretrained(a{told}).save_pretrained(b, safe_serialization=True)"
 )
+# Of a folder that open_clip alone describes, which is what makes its file a model of that library.
+_OPEN_CLIP = "open_clip_config.json"
+_CONVERT_OPEN_CLIP = (
+    "import os, shutil, sys, open_clip.factory as o, safetensors.torch as s; a, b = sys.argv[1:]; "
+    "w = {k: v.contiguous() for k, v in o.load_state_dict(a).items()}; os.makedirs(b); "
+    "s.save_file(w, os.path.join(b, 'open_clip_model.safetensors')); "
+    f"shutil.copy(os.path.join(os.path.dirname(a), '{_OPEN_CLIP}'), b)"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,9 +111,9 @@ class TensorFiles:
             damaged file, or shards that are not what the index says. Names the file.
         """
         tensors, files = {}, {}
-        with _blaming(path):
+        with blaming(path):
             for file, listed in _shards(path).items():
-                with _blaming(file):
+                with blaming(file):
                     found, files[file] = _read_header(file)
                     if listed is not None and (odd := found.keys() ^ listed):
                         how = "lacks" if min(odd) in listed else "holds"
@@ -159,14 +167,14 @@ class TensorFiles:
 
     @contextlib.contextmanager
     def _reading(self, file: Path) -> Iterator[BufferedReader]:
-        with _blaming(file), file.open("rb") as f:
+        with blaming(file), file.open("rb") as f:
             if _stamp(f) != self.files[file]:
                 raise ValueError("it has changed since its header was read")
             yield f
 
 
 @contextlib.contextmanager
-def _blaming(path: Path) -> Iterator[None]:
+def blaming(path: Path) -> Iterator[None]:
     """Turns whatever a damaged or crafted file provokes into a CheckpointError that names it."""
     try:
         yield
@@ -186,7 +194,7 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
         _refuse_foreign([load.require_file(path)])
         return {path: None}
     if (path / _INDEX).is_file():
-        with _blaming(path / _INDEX):
+        with blaming(path / _INDEX):
             return _read_index(path / _INDEX)
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())
     if path / _SINGLE in files:
@@ -209,12 +217,15 @@ def _refuse_foreign(files: list[Path]) -> None:
         return
     file = min(told, key=lambda f: (told[f], f))
     folder = file.absolute().parent
-    script = _CONVERT.format(told=told[file])
+    library, script, source = "transformers", _CONVERT.format(told=told[file]), folder
+    if told[file]:
+        library = "transformers<5"
+    elif (folder / _OPEN_CLIP).is_file() and not (folder / "config.json").is_file():
+        library, script, source = "open_clip_torch", _CONVERT_OPEN_CLIP, file.absolute()
     raise CheckpointError(
         f"The weights {file} are not opened: only .safetensors is read, as other formats can run "
-        f"code. Convert them where torch and transformers{'<5' if told[file] else ''} are "
-        "installed, if you trust the file:\n  "
-        + shlex.join(["python", "-c", script, str(folder), f"{folder}-safetensors"])
+        f"code. Convert them where torch and {library} are installed, if you trust the file:\n  "
+        + shlex.join(["python", "-c", script, str(source), f"{folder}-safetensors"])
         + "\nThen copy the tokenizer and preprocessor files into the new folder and point to it."
     )
 
@@ -225,7 +236,7 @@ def _read_index(path: Path) -> dict[Path, set[str] | None]:
         if _stamp(f)[0] > _MAX_INDEX:
             raise ValueError(f"it has {_stamp(f)[0]} bytes, more than {_MAX_INDEX}")
         data = f.read()
-    _recognise(data[:64])
+    recognise(data[:64])
     weight_map = _parse(data).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError("it has no weight_map from tensors to files")
@@ -255,7 +266,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], tuple[int, int]]:
             raise ValueError(f"it has {len(head)} bytes, too few for a safetensors file")
         # Before the library: it takes seconds for what it still accepts, 100 MB.
         if length > min(stamp[0] - 8, _MAX_HEADER):
-            _recognise(head)
+            recognise(head)
             raise ValueError(
                 f"it announces a header of {length} bytes; the file has {stamp[0]}, and headers "
                 f"of more than {_MAX_HEADER} are not read"
@@ -283,7 +294,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], tuple[int, int]]:
     return tensors, stamp
 
 
-def _recognise(head: bytes) -> None:
+def recognise(head: bytes) -> None:
     """ValueError if the first bytes of a file are those of a well-known other kind."""
     for start, what in _LOOKALIKES.items():
         if head.lstrip().startswith(start):

@@ -6,10 +6,13 @@ for each. Keys that a config.json may lack have that library's defaults.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from vadapter.errors import CheckpointError
+from vadapter.weights import llama2c
 from vadapter.weights.names import Part, Table
+from vadapter.weights.tensors import TensorFiles
 
 Config = Mapping[str, Any]
 Spec = dict[str, Any]
@@ -40,25 +43,28 @@ _GEMMA2 = _LLAMA | {
     "norm_mlp": "pre_feedforward_layernorm",
     "norm_mlp_out": "post_feedforward_layernorm",
 }
-_GPT2 = Table(
-    layers="h.{}.",
-    prefixes=("transformer.", ""),
-    modules={
-        "embedding": "wte",
-        "position_embedding": "wpe",
-        "norm": "ln_f",
-        "head": "lm_head",
-        "norm_attn": "ln_1",
-        "attn/q": Part("attn.c_attn", 0, 3),
-        "attn/k": Part("attn.c_attn", 1, 3),
-        "attn/v": Part("attn.c_attn", 2, 3),
-        "attn/o": "attn.c_proj",
-        "norm_mlp": "ln_2",
-        "mlp/up": "mlp.c_fc",
-        "mlp/down": "mlp.c_proj",
-    },
-    transposed=False,
-    ignored=(r"attn\.(masked_)?bias$", r"^lm_head\.weight$"),
+# Who saved a GPT-2 may have left "transformer." out, which the head does not have at all.
+_GPT2S = tuple(
+    Table(
+        layers=f"{root}h.{{}}.",
+        modules={
+            "embedding": f"{root}wte",
+            "position_embedding": f"{root}wpe",
+            "norm": f"{root}ln_f",
+            "head": "lm_head",
+            "norm_attn": "ln_1",
+            "attn/q": Part("attn.c_attn", 0, 3),
+            "attn/k": Part("attn.c_attn", 1, 3),
+            "attn/v": Part("attn.c_attn", 2, 3),
+            "attn/o": "attn.c_proj",
+            "norm_mlp": "ln_2",
+            "mlp/up": "mlp.c_fc",
+            "mlp/down": "mlp.c_proj",
+        },
+        transposed=False,
+        ignored=(r"\.attn\.(masked_)?bias$",),
+    )
+    for root in ("transformer.", "")
 )
 _NEOX = Table(
     layers="gpt_neox.layers.{}.",
@@ -271,10 +277,12 @@ class Family:
 
     Attributes:
       tables: the names in use; the one that fits a checkpoint best is taken.
+      files: opens the folder's tensors.
     """
 
     spec: Callable[[Config], Spec]
     tables: tuple[Table, ...]
+    files: Callable[[Path], TensorFiles] = TensorFiles.open
 
 
 FAMILIES: dict[str, Family] = {
@@ -285,6 +293,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(_gemma, (_LLAMA,)),
     "gemma2": Family(_gemma2, (_GEMMA2,)),
     "gemma3_text": Family(_gemma3, (_GEMMA2,)),
-    "gpt2": Family(_gpt2, (_GPT2,)),
+    "gpt2": Family(_gpt2, _GPT2S),
     "gpt_neox": Family(_neox, (_NEOX,)),
+    "llama2c": Family(_llama, (llama2c.TABLE,), llama2c.open_files),
 }

@@ -32,7 +32,7 @@ _CLIP = Table(
         "mlp/down": "mlp.fc2",
     },
     ignored=(r"^text_model\.", r"^logit_(scale|bias)$", r"^(visual|text)_projection\.",
-             r"position_ids$", r"post_layernorm\."),
+             r"position_ids$"),
 )  # fmt: skip
 _SIGLIP = Table(
     layers=_CLIP.layers,
@@ -61,7 +61,7 @@ _DINO = Table(
         "mlp/down": "mlp.fc2",
         "scale_mlp_out": "layer_scale2.lambda1",
     },
-    ignored=(r"mask_token$", r"^classifier\.", r"layernorm\."),
+    ignored=(r"mask_token$", r"^classifier\."),
 )
 # The names of newer releases of the library, and of the largest model's gated feed-forward.
 _DINO_NEW = _DINO | {
@@ -94,6 +94,7 @@ def _vit(c: Config) -> Spec:
         "mlp": activation(c["hidden_act"]),
         "norm_eps": c["layer_norm_eps"],
         "patches_only": True,
+        "floor": True,
     }
 
 
@@ -106,8 +107,18 @@ def _clip(c: Config) -> Spec:
 
 
 def _siglip(c: Config) -> Spec:
+    if "num_patches" in c:
+        _naflex(c)
     c = {**_BASE, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, **c}
-    return _vit(c) | {"mlp_dim": c["intermediate_size"]}
+    return _vit(c) | {"mlp_dim": c["intermediate_size"], "fit": "stretch"}
+
+
+def _naflex(c: Config) -> Spec:
+    raise CheckpointError(
+        "config.json: a SigLIP 2 of pictures of any shape (NaFlex), which are not read; take a "
+        "variant of fixed resolution, as google/siglip2-base-patch16-224 or -384: their model_type "
+        "is 'siglip'"
+    )
 
 
 def _dino(c: Config) -> Spec:
@@ -130,6 +141,7 @@ _DINOS = (_DINO, _DINO_NEW, _DINO | _GATED, _DINO_NEW | _GATED)
 FAMILIES: dict[str, Family] = {
     "clip_vision_model": Family(_clip, (_CLIP,)),
     "siglip_vision_model": Family(_siglip, (_SIGLIP,)),
+    "siglip2_vision_model": Family(_naflex, ()),
     "dinov2": Family(_dino, _DINOS),
     "dinov2_with_registers": Family(_dino_registers, tuple(t | _REGISTERS for t in _DINOS)),
 }

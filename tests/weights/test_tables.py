@@ -1,0 +1,95 @@
+"""What a table lets a checkpoint have unused, it never maps; and such tensors exist."""
+
+import re
+
+import pytest
+
+from vadapter.weights.names import Patches, Tokens
+from vadapter.weights.public import FAMILIES
+
+TABLES = [
+    pytest.param(table, id=f"{name}-{i}")
+    for name, family in FAMILIES.items()
+    for i, table in enumerate(family.tables)
+]
+ENDS = ("embedding", "head", "norm", "position_embedding", "patches", "pre_norm")  # not of a layer
+
+# Pattern: tensors of published checkpoints that it is for, and of which one.
+REAL = {
+    r"rotary_emb\.inv_freq$": [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",  # huggyllama/llama-7b
+        "gpt_neox.layers.5.attention.rotary_emb.inv_freq",  # EleutherAI/pythia-160m
+    ],
+    r"^vision_tower\.": [  # google/gemma-3-4b-pt
+        "vision_tower.vision_model.embeddings.patch_embedding.weight",
+    ],
+    r"^multi_modal_projector\.": ["multi_modal_projector.mm_input_projection_weight"],
+    r"\.attn\.(masked_)?bias$": [  # openai-community/gpt2
+        "h.0.attn.bias",
+        "transformer.h.11.attn.masked_bias",
+    ],
+    r"attention\.(masked_)?bias$": [  # EleutherAI/pythia-160m
+        "gpt_neox.layers.0.attention.bias",
+        "gpt_neox.layers.0.attention.masked_bias",
+    ],
+    r"^text_model\.": [  # openai/clip-vit-base-patch32, google/siglip-base-patch16-224
+        "text_model.embeddings.token_embedding.weight",
+        "text_model.encoder.layers.0.layer_norm1.bias",
+        "text_model.head.weight",
+    ],
+    r"^logit_(scale|bias)$": ["logit_scale", "logit_bias"],
+    r"^(visual|text)_projection\.": ["visual_projection.weight", "text_projection.weight"],
+    r"position_ids$": [
+        "vision_model.embeddings.position_ids",
+        "text_model.embeddings.position_ids",
+    ],
+    r"^(vision_model\.)?head\.": [
+        "vision_model.head.probe",
+        "vision_model.head.attention.in_proj_weight",
+        "vision_model.head.mlp.fc1.weight",
+    ],
+    r"mask_token$": ["embeddings.mask_token"],  # facebook/dinov2-base
+    r"^classifier\.": ["classifier.weight"],  # facebook/dinov2-base-imagenet1k-1-layer
+    r"^freqs_(cos|sin)$": ["freqs_cos", "freqs_sin"],  # llama2.c
+}
+
+
+def mapped(table) -> set[str]:
+    """Every name that the table may look for, of any model of the family."""
+    names = set()
+    for ours, theirs in table.modules.items():
+        if isinstance(theirs, Tokens):
+            found = {theirs.name}
+        else:
+            module = theirs if isinstance(theirs, str) else theirs.module
+            found = {module, f"{module}.weight", f"{module}.bias"}
+        if ours not in ENDS and not isinstance(theirs, (Tokens, Patches)):
+            found = {table.layers.format(i) + name for i in (0, 7, 31) for name in found}
+        names |= found
+    return {prefix + name for prefix in table.prefixes for name in names}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_no_pattern_matches_a_tensor_that_the_table_maps(table):
+    assert len(mapped(table)) > 50
+    for pattern in table.ignored:
+        assert not [name for name in mapped(table) if re.search(pattern, name)], pattern
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_pattern_is_for_tensors_of_published_checkpoints(table):
+    for pattern in table.ignored:
+        assert REAL[pattern]
+        assert table.unneeded(REAL[pattern], set()) == []
+
+
+def test_every_name_is_of_its_pattern_and_no_pattern_is_left():
+    for pattern, names in REAL.items():
+        assert [n for n in names if not re.search(pattern, n)] == []
+    assert REAL.keys() == {pattern for p in TABLES for pattern in p.values[0].ignored}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_what_no_pattern_names_is_left_over(table):
+    strangers = ["score.weight", "model.layers.0.gate", "h.0.attn.c_attn.bias2", "extra"]
+    assert table.unneeded(strangers, set()) == strangers

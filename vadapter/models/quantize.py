@@ -1,0 +1,131 @@
+"""Weight-only int8 for frozen language models, by qwix: half of bfloat16's bytes.
+
+Legend: I inputs and O outputs of a linear layer; in a stack both tensors have the layers in front.
+
+A kernel is int8 [I, O] with one scale an output, float32 [1, O]. Zero is zero, and int8 · scale is
+off by at most 1/255 of the output's largest weight, half a step. Activations keep their dtype.
+Attention, feed-forward and an untied head are int8; embeddings, norms and biases are not.
+"""
+
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from vadapter.errors import ConfigError
+from vadapter.models.layers import Dtype, partitioned
+
+_SCALE = "_scale"  # of the leaf `kernel` is the leaf `kernel_scale`
+
+
+def library() -> ModuleType:
+    """qwix, an optional dependency.
+
+    Raises:
+      ConfigError: it is not installed.
+    """
+    try:
+        import qwix
+    except ImportError as error:
+        raise ConfigError(
+            f"int8=True needs qwix ({error}): pip install 'vadapter[int8]', or leave int8 out"
+        ) from error
+    return qwix
+
+
+class Int8Linear(nn.Module):
+    """`x @ kernel + bias` with an int8 kernel; otherwise as `layers.linear`.
+
+    The kernel is made a float where it is used and once more in the backward pass, so that neither
+    pass ever holds more than one layer's in that form. There is no gradient to it.
+    """
+
+    features: int
+    axes: tuple[str | None, str | None]
+    bias: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        qwix = library()
+        shape = (x.shape[-1], self.features)
+        step = (3 / shape[0]) ** 0.5 / 127  # a random start is uniform, of variance 1/I
+        draw = lambda key, shape: jax.random.randint(key, shape, -127, 128, jnp.int8)  # noqa: E731
+        kernel = self.param("kernel", partitioned(draw, *self.axes), shape)
+        init = partitioned(nn.initializers.constant(step), None, self.axes[1])
+        scale = self.param("kernel" + _SCALE, init, (1, self.features))
+
+        def product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+            return qwix.dot(x, qwix.QArray(kernel, scale.astype(self.dtype)))
+
+        y = jax.checkpoint(product, prevent_cse=False)(x.astype(self.dtype), kernel, scale)
+        if not self.bias:
+            return y
+        init = partitioned(nn.initializers.zeros, self.axes[1])
+        bias = self.param("bias", init, (self.features,)).astype(self.dtype)
+        return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def full_precision(abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be read for parameters that are int8 in part: the same with float32 kernels.
+
+    Args:
+      abstract: tree of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.
+
+    Returns:
+      The tree that the module has without int8; equal to `abstract` where there is none.
+    """
+    out = {}
+    for path, leaf in _flat(abstract).items():
+        if leaf.dtype == jnp.int8:
+            leaf = jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+        if not path.endswith("/kernel" + _SCALE):
+            out[path] = leaf
+    return traverse_util.unflatten_dict(out, sep="/")
+
+
+def quantize(
+    leaves: Iterable[tuple[str, jax.Array]], abstract: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Parameters as `abstract` has them, from their full precision, one leaf at a time.
+
+    A leaf is let go before the next one is asked for: of a generator that reads as it goes, never
+    more than one kernel is in memory beside the result.
+
+    Args:
+      leaves: (path, array) of `full_precision(abstract)` in any order and float dtype; paths are
+        joined by "/".
+      abstract: tree of shapes, with the shardings of the result where there is a mesh.
+
+    Returns:
+      The tree. Leaves that are not int8 there are those given.
+
+    Raises:
+      ConfigError: qwix is not installed.
+    """
+    flat, out = _flat(abstract), {}
+    for path, array in leaves:
+        if flat[path].dtype == jnp.int8:
+            names = (path, path + _SCALE)
+            where = tuple(flat[name].sharding for name in names)
+            pair = jax.jit(_quantized, out_shardings=where)(array)
+            out.update(zip(names, jax.block_until_ready(pair), strict=True))
+        else:
+            out[path] = array
+        del array
+    return traverse_util.unflatten_dict(out, sep="/")
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(traverse_util.flatten_dict(tree, sep="/"))
+
+
+def _quantized(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[…, I, O] -> int8[…, I, O], f32[…, 1, O]; in float32, for bfloat16 would round the steps."""
+    kept = [axis for axis in range(kernel.ndim) if axis != kernel.ndim - 2]
+    made = library().quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=kept)
+    return made.qvalue, made.scale

@@ -1,0 +1,170 @@
+"""Image towers of open_clip: what open_clip_config.json says, and how their tensors are named.
+
+The tokens are those of the last layer, without a norm and without the class token; with
+tap="queries" those that CoCa's captioning decoder reads, see `vit.ViTConfig`.
+
+Source: `VisionTransformer` of open_clip's transformer.py and `CLIPVisionCfg` of its model.py.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vadapter.errors import CheckpointError
+from vadapter.weights.families.language import Config, Family, Spec
+from vadapter.weights.names import Part, Patches, Table, Tokens
+from vadapter.weights.tensors import TensorFiles
+
+CONFIG = "open_clip_config.json"
+_WEIGHTS = "open_clip_model.safetensors"
+_EPS = 1e-5  # of torch's LayerNorm
+_POOLER = "visual.attn_pool.attn."
+
+
+def _projections(ours: str, theirs: str) -> dict[str, Part]:
+    """Queries, keys and values of torch's MultiheadAttention, which lie in one tensor."""
+    return {
+        f"{ours}/{name}/{leaf}": Part(f"{theirs}in_proj_{kind}", i, 3)
+        for i, name in enumerate("qkv")
+        for leaf, kind in (("kernel", "weight"), ("bias", "bias"))
+    }
+
+
+_SAME_WIDTH = Table(  # of pooler and layers: the pooler's projections lie in one tensor, too
+    layers="visual.transformer.resblocks.{}.",
+    modules={
+        "patches": Patches("visual.conv1"),
+        "class_token": Tokens("visual.class_embedding"),
+        "positions": Tokens("visual.positional_embedding", grid=1, antialias=True),
+        "pre_norm": "visual.ln_pre",
+        "norm": "visual.ln_post",
+        "norm_attn": "ln_1",
+        **_projections("attn", "attn."),
+        "attn/o": "attn.out_proj",
+        "scale_attn_out": "ls_1.gamma",
+        "norm_mlp": "ln_2",
+        "mlp/up": "mlp.c_fc",
+        "mlp/down": "mlp.c_proj",
+        "scale_mlp_out": "ls_2.gamma",
+        "pooler/queries": Tokens("visual.attn_pool.query"),
+        "pooler/norm_queries": "visual.attn_pool.ln_q",
+        "pooler/norm_visual": "visual.attn_pool.ln_k",
+        **_projections("pooler/attn", _POOLER),
+        "pooler/attn/o": f"{_POOLER}out_proj",
+        "pooler/norm": "visual.ln_post",
+    },
+    ignored=(r"^(?!visual\.)", r"^visual\.(proj$|ln_post\.|attn_pool\.)"),
+)
+_TABLE = _SAME_WIDTH | {
+    f"pooler/attn/{name}/kernel": f"{_POOLER}{name}_proj_weight" for name in "qkv"
+}
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _whatever(value: Any) -> bool:
+    return True
+
+
+# Key of vision_cfg -> what open_clip takes where it is missing, and which values are supported.
+_VISION: dict[str, tuple[Any, Callable[[Any], bool]]] = {
+    "layers": (12, _count),  # a list: a ResNet
+    "width": (768, _count),
+    "head_width": (64, _count),
+    "mlp_ratio": (4.0, lambda v: type(v) in (int, float) and v > 0),
+    "patch_size": (16, _count),
+    "image_size": (224, _count),
+    "ls_init_value": (None, _whatever),
+    "no_ln_pre": (False, _whatever),
+    "norm_kwargs": (None, lambda v: v in (None, {}) or (isinstance(v, dict) and set(v) == {"eps"})),
+    "act_kwargs": (None, lambda v: v in (None, {}, {"approximate": "tanh"})),
+    "block_type": (None, lambda v: v in (None, "default")),
+    "attentional_pool": (False, lambda v: isinstance(v, bool)),  # "parallel", "cascade": unread
+    "attn_pooler_queries": (256, _count),
+    "attn_pooler_heads": (8, _count),
+    "pool_type": ("tok", _whatever),
+    # of training, of what is saved anyway, of what comes behind the tokens
+    **dict.fromkeys(
+        ("patch_dropout", "output_tokens", "pos_embed_type", "final_ln_after_pool"),
+        (None, _whatever),
+    ),
+}
+
+
+def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What open_clip_config.json says of the model, with a `model_type` of its own.
+
+    Raises:
+      KeyError, TypeError: it is none.
+    """
+    model = config["model_cfg"]
+    return {
+        "model_type": "open_clip",
+        "embed_dim": model["embed_dim"],
+        "quick_gelu": model.get("quick_gelu", False),
+        "vision_cfg": {**model["vision_cfg"]},
+    }
+
+
+def _vit(c: Config) -> Spec:
+    v = {key: default for key, (default, _) in _VISION.items()} | c["vision_cfg"]
+    for key, value in v.items():
+        _check(key, value)
+    for key in ("pool_type", "norm_kwargs"):  # which would change the pooler in other ways
+        if v["attentional_pool"] and v[key] not in (_VISION[key][0], {}):
+            _refuse(key, v[key])
+    gelu = "gelu" if (v["act_kwargs"] or {}).get("approximate") == "tanh" else "gelu_erf"
+    spec = {
+        "kind": "vit",
+        "image_size": v["image_size"],
+        "patch": v["patch_size"],
+        "width": v["width"],
+        "depth": v["layers"],
+        "heads": v["width"] // v["head_width"],
+        "mlp_dim": int(v["width"] * v["mlp_ratio"]),
+        "mlp": "quick_gelu" if c["quick_gelu"] else gelu,
+        "norm_eps": (v["norm_kwargs"] or {}).get("eps", _EPS),
+        "class_token": True,
+        "patches_only": True,
+        "patch_bias": False,
+        "pre_norm": not v["no_ln_pre"],
+        "final_norm": False,
+        "layer_scale": v["ls_init_value"] is not None,
+    }
+    if v["attentional_pool"]:
+        spec["pooler"] = {
+            "queries": v["attn_pooler_queries"],
+            "width": c["embed_dim"],
+            "heads": v["attn_pooler_heads"],
+            "norm_queries": True,
+            "bias": True,
+            "norm_eps": _EPS,
+        }
+    return spec
+
+
+def _check(key: str, value: Any) -> None:
+    if key in _VISION:
+        supported = _VISION[key][1](value)
+    else:  # what is turned on changes the tower; timm_… says how a tower of timm's is made
+        supported = not value or (key != "timm_model_name" and key.startswith("timm_"))
+    if not supported:
+        _refuse(key, value)
+
+
+def _refuse(key: str, value: Any) -> None:
+    raise CheckpointError(
+        f"{CONFIG}: vision_cfg.{key}={value!r} is not supported; the towers that are read are "
+        "open_clip's own ViTs, with the pooler of the published CoCa models or with none"
+    )
+
+
+def _open(folder: Path) -> TensorFiles:
+    """The tower's own file, whatever else lies beside it."""
+    own = folder / _WEIGHTS
+    return TensorFiles.open(own if own.is_file() else folder)
+
+
+FAMILIES: dict[str, Family] = {"open_clip": Family(_vit, (_TABLE, _SAME_WIDTH), _open)}
