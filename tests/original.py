@@ -1,6 +1,8 @@
 """The original libraries, from the extra `parity`: torch, transformers and open_clip."""
 
 import contextlib
+import functools
+import importlib
 import warnings
 
 import pytest
@@ -23,22 +25,28 @@ def draw(name, p):
     return 0.1 * torch.randn_like(p) + (1.0 if scale and not name.endswith("bias") else 0.0)
 
 
-def import_open_clip():
-    """open_clip; the test is skipped where it is absent.
-
-    Its import reaches torchvision, whose compiled operators do not load beside another build of
-    torch. Those that torchvision insists on are declared then; no ViT calls them.
-    """
+def imported(name):
+    """One of the original libraries; the test is skipped where the extra is not installed."""
     with their_warnings():
-        torch = pytest.importorskip("torch", reason="needs the extra parity")
-        try:
-            pytest.importorskip("torchvision", reason="needs the extra parity")
-        except RuntimeError:
-            missing = torch.library.Library("torchvision", "DEF")
-            _kept.append(missing)  # the declarations live as long as it does
-            for name in ("nms", "qnms"):
-                missing.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return pytest.importorskip("open_clip", reason="needs the extra parity")
+        declare_operators()
+        return pytest.importorskip(name, reason="needs the extra parity")
 
 
-_kept = []
+@functools.cache
+def declare_operators():
+    """Lets torchvision, which the others import, load beside another build of torch.
+
+    Its compiled operators do not load there. Those that it insists on are declared in their place;
+    no model here calls them.
+    """
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return None
+    except RuntimeError:
+        operators = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return operators  # they live as long as it does
+    return None

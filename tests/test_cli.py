@@ -230,7 +230,6 @@ def test_help_tells_every_option_and_an_example(verb, capsys):
         ["eval", "RUN", "--limt=3"],
         ["eval", "RUN", "--limit=0"],
         ["caption", "RUN", "FILE", "--max-new=-1"],
-        ["caption", "RUN", "FILE", "--config.seed=1"],
     ],
     ids=" ".join,
 )

@@ -47,8 +47,6 @@ def main(argv: list[str] | None = None) -> int:
     for item in sys.argv[1:] if argv is None else argv:  # not argparse's business
         (overrides if item.startswith("--config.") else rest).append(item)
     args = parser.parse_args(rest)
-    if overrides and not args.configurable:
-        parser.error(f"{args.verb} has no recipe to override: {overrides[0]}")
     args.overrides = [item.removeprefix("--config.") for item in overrides]
     try:
         if args.computes:
@@ -77,17 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, run: Any, text: str, example: str, overrides: str = ""):
-        change = f"  --config.a.b=VALUE    {overrides}\n\n" if overrides else ""
+    def verb(name: str, run: Any, text: str, example: str, overrides: str):
         sub = verbs.add_parser(
             name,
             help=text.split(":")[0].split(".")[0],
             description=text,
-            epilog=f"{change}example:\n  vadapter {name} {example}",
+            epilog=f"  --config.a.b=VALUE    {overrides}\n\nexample:\n  vadapter {name} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        sub.set_defaults(run=run, configurable=bool(overrides), computes=True)
+        sub.set_defaults(run=run, computes=True)
         return sub
 
     sub = verb(

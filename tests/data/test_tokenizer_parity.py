@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from odd_text import ODD, SPECIALS
-from original import their_warnings
+from original import imported, their_warnings
 from public_tokenizers import (
     BYTES,
     MADE_BY_TEXT,
@@ -24,8 +24,7 @@ COUNT = 300  # of texts drawn, beside the odd ones
 
 @pytest.fixture(scope="module")
 def transformers():
-    with their_warnings():
-        library = pytest.importorskip("transformers", reason="needs the extra parity")
+    library = imported("transformers")
     library.utils.logging.set_verbosity_error()
     return library
 

@@ -234,3 +234,23 @@ def test_a_real_file_of_llama2c_is_an_llm(world, data_root, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["caption", str(tmp_path / "run"), picture, "--max-new=5"]) == 0
     assert capsys.readouterr().out.startswith(f"{picture}: ")
+
+
+def test_an_int8_llm_trains_resumes_and_reads_like_the_one_it_was_made_of(world, trained, tmp_path):
+    config = recipe(world)
+    with config.unlocked():
+        config.components.llm.int8 = True
+        config.stages.vadapter.start = {"front": f"{trained}/decoder", "tlm": f"{trained}/decoder"}
+        config.chain = ("vadapter",)
+    train(read(config), tmp_path / "run")
+    losses = [row["loss"] for row in rows(tmp_path / "run/vadapter/metrics.jsonl") if "loss" in row]
+    whole = [row["loss"] for row in rows(trained / "vadapter/metrics.jsonl") if "loss" in row]
+    np.testing.assert_allclose(losses, whole, rtol=0.02)
+    assert losses != whole
+    loaded = open_run(tmp_path / "run")
+    down = loaded.params["llm"]["stack"]["blocks"]["mlp"]["down"]
+    theirs = Checkpoint.open(world / "llm").files.read("model.layers.1.mlp.down_proj.weight")
+    assert down["kernel"].dtype == np.int8
+    step = np.asarray(down["kernel_scale"][1])
+    assert np.abs(down["kernel"][1] * step - theirs.T).max() <= step.max() / 2 * 1.001
+    assert loaded.digests["llm"] == open_run(trained, "vadapter").digests["llm"]

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 from hub_server import FILES, NEW, Hub
-from original import draw, their_warnings
+from original import draw, imported, their_warnings
 
 
 @pytest.fixture(scope="session")
 def originals():
     """(torch, transformers)."""
-    with their_warnings():
-        torch = pytest.importorskip("torch", reason="needs the extra parity")
-        transformers = pytest.importorskip("transformers", reason="needs the extra parity")
+    torch, transformers = imported("torch"), imported("transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)

@@ -469,7 +469,10 @@ def test_the_command_converts_every_tensor(tmp_path):
         "torch.save(m.state_dict(), sys.argv[1] + '/pytorch_model.bin')\n"
         "print(*m.state_dict())\n"
     )
-    run = {"capture_output": True, "text": True, "check": True}
+    (tmp_path / "sitecustomize.py").write_text("import original; original.declare_operators()")
+    path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
+    run = {"capture_output": True, "text": True, "check": True,
+           "env": {**os.environ, "PYTHONPATH": path}}  # fmt: skip
     names = subprocess.run([sys.executable, "-c", build, str(folder)], **run).stdout.split()
     command = shlex.split(_refused(folder, "are not opened").splitlines()[1])
     subprocess.run([sys.executable, *command[1:]], **run)

@@ -14,11 +14,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from vadapter.config import resolve
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.models.quantize import full_precision
+from vadapter.models.quantize import full_precision, quantize
 from vadapter.train import snapshot
 from vadapter.train.digest import leaf_paths
 from vadapter.train.recipe import STAGES, Recipe, StageConfig, components, trained
@@ -114,9 +115,10 @@ def find(
     source = _source(recipe, stage, component)
     if source == "random":
         return Start(component, "random")
+    abstract = full_precision(abstract)  # as it lies there
     if source == "weights":
         weights = Reference.of(component, recipe.components[component])
-        found = weights.open().match(full_precision(abstract))
+        found = weights.open().match(abstract)
         return Start(
             component, f"weights {weights.weights}", "", weights, found,
             loaded=tuple(leaf_paths(abstract)), dropped=found.left_out,
@@ -268,18 +270,22 @@ def load(start: Start, abstract: Any, initial: Any | None, dtype: Any = None) ->
     """The component's parameters: loaded leaves from where they lie, the others from `initial`.
 
     Args:
-      abstract: tree of `jax.ShapeDtypeStruct` with shardings.
+      abstract: tree of `jax.ShapeDtypeStruct` with shardings; what is int8 in it is made so here.
       initial: random parameters; needed only where leaves are fresh or the start is random.
       dtype: of the result; None: as `abstract` says.
     """
     if start.source == "random":
         return initial
+    full = full_precision(abstract)
     if start.weights is not None:
-        return start.weights.open().load(abstract, dtype)[0]
+        return quantize(start.weights.open().leaves(full, dtype), abstract)
     store = ComponentStore(start.root)
-    stored = store.get(start.name, start.digest, only(abstract, start.loaded), subset=True)
+    stored = store.get(start.name, start.digest, only(full, start.loaded), subset=True)
     params = merge(initial, stored) if start.fresh else stored
-    return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
+    leaves = traverse_util.flatten_dict(params, sep="/").items()
+    return quantize(
+        ((path, x if dtype is None else x.astype(dtype)) for path, x in leaves), abstract
+    )
 
 
 def only(tree: Any, paths: tuple[str, ...]) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from vadapter.errors import CheckpointError
 from vadapter.models.mobilenet import MobileNet, MobileNetConfig, block_specs
@@ -57,7 +58,7 @@ class MobileNetFiles:
         """Accounts for every tensor of both sides, by the graph and the headers of the arrays.
 
         Raises:
-          CheckpointError: as `load`.
+          CheckpointError: files that are damaged or describe another network.
         """
         _, kept, left_out = _names(self.path, head=False)
         found = load.read_npz_headers(self.path / f"{_NAME}{_ENDS[1]}", max_bytes=_MAX_BYTES)
@@ -65,17 +66,15 @@ class MobileNetFiles:
         count = sum(int(np.prod(found[name].shape)) for name, _ in used.values())
         return Report(len(used), len(used), count, ("head",))
 
-    def load(self, abstract: Any, dtype: Any = None) -> tuple[Any, Report]:
-        """The parameters as `abstract` places them.
+    def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:
+        """The parameters as `abstract` places them, (path, array) one after the other.
 
         Raises:
           CheckpointError: files that are damaged or describe another network.
         """
-        params = load_mobilenet(self.path)[1]
-        place = lambda x, leaf: jax.device_put(np.asarray(x, dtype or leaf.dtype), leaf.sharding)  # noqa: E731
-        out = jax.tree.map(place, params, abstract)
-        leaves = jax.tree.leaves(out)
-        return out, Report(len(leaves), len(leaves), sum(x.size for x in leaves), ("head",))
+        params = traverse_util.flatten_dict(load_mobilenet(self.path)[1], sep="/")
+        for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items():
+            yield path, jax.device_put(np.asarray(params[path], dtype or leaf.dtype), leaf.sharding)
 
 
 def load_mobilenet(path: Path, *, head: bool = False) -> tuple[MobileNetConfig, dict[str, Any]]:

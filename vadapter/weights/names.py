@@ -84,6 +84,7 @@ class Table:
       prefixes: what all names may begin with, depending on who saved the checkpoint.
       transposed: the linear layers of the stack are stored [out, in]; GPT-2's are [in, out].
       ignored: patterns of tensors that a checkpoint may have and nobody needs.
+      optional: a part of ours -> the pattern of tensors that only it needs.
     """
 
     modules: Mapping[str, Theirs]
@@ -91,6 +92,7 @@ class Table:
     prefixes: tuple[str, ...] = ("",)
     transposed: bool = True
     ignored: tuple[str, ...] = ()
+    optional: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __or__(self, other: Mapping[str, Theirs]) -> "Table":
         """The same with some modules renamed."""

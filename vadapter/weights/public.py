@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,15 @@ class Checkpoint:
         Raises:
           CheckpointError: as `match`.
         """
-        leaves = _flat(abstract)
-        report, prefix, sources = self._match(leaves)
-        out = {
-            path: _place(leaf, self._reader(sources[path], prefix, dtype or leaf.dtype))
-            for path, leaf in leaves.items()
-        }
-        return traverse_util.unflatten_dict(out, sep="/"), report
+        out = dict(self.leaves(abstract, dtype))
+        return traverse_util.unflatten_dict(out, sep="/"), self.match(abstract)
+
+    def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:
+        """As `load`, (path, array) one after the other, paths joined by "/"."""
+        wanted = _flat(abstract)
+        _, prefix, sources = self._match(wanted)
+        for path, leaf in wanted.items():
+            yield path, _place(leaf, self._reader(sources[path], prefix, dtype or leaf.dtype))
 
     def stamps(self) -> Mapping[Path, tuple[int, int]]:
         """The files of the weights, each with its size and time of change in ns."""
@@ -169,8 +172,11 @@ class Checkpoint:
         self, name: str, table: Table, prefix: str, leaves: Mapping[str, Any]
     ) -> bool:
         """A head that is the embedding again, layers behind the one that is tapped with the norm
-        behind all of them, and the two ends of a language model that is used through its hidden
-        states alone."""
+        behind all of them, the two ends of a language model that is used through its hidden states
+        alone, and parts that are not in use."""
+        for part, pattern in table.optional.items():
+            if re.search(pattern, name) and not any(k.startswith(f"{part}/") for k in leaves):
+                return True
         modules = {path.rpartition("/")[0] for path in leaves}
         ends = [(m, leaf) for m, leaf in _ENDS if m not in modules]
         unused = {f"{prefix}{table.modules.get(m)}.{leaf}": m for m, leaf in ends}

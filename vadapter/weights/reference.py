@@ -6,9 +6,11 @@ before it needs them. It keeps the digest of their files; a folder may move, its
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+import jax
 
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.models.variants import expand
@@ -33,8 +35,8 @@ class Weights(Protocol):
         """Accounts for every tensor of both sides by the headers alone."""
         ...
 
-    def load(self, abstract: Any, dtype: Any = None) -> tuple[Any, Report]:
-        """The parameters, each shard read for its own device."""
+    def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:
+        """The parameters, one after the other, each shard read for its own device."""
         ...
 
 

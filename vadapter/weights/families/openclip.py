@@ -53,7 +53,8 @@ _SAME_WIDTH = Table(  # of pooler and layers: the pooler's projections lie in on
         "pooler/attn/o": f"{_POOLER}out_proj",
         "pooler/norm": "visual.ln_post",
     },
-    ignored=(r"^(?!visual\.)", r"^visual\.(proj$|ln_post\.|attn_pool\.)"),
+    ignored=(r"^(?!visual\.)", r"^visual\.proj$"),
+    optional={"pooler": r"^visual\.attn_pool\."},
 )
 _TABLE = _SAME_WIDTH | {
     f"pooler/attn/{name}/kernel": f"{_POOLER}{name}_proj_weight" for name in "qkv"
