@@ -1,9 +1,12 @@
 """Runs whose parts are public checkpoints: folders with config.json, safetensors and tokenizers."""
 
 import hashlib
+import io
 import json
 import re
 import shutil
+import tarfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -254,3 +257,64 @@ def test_an_int8_llm_trains_resumes_and_reads_like_the_one_it_was_made_of(world,
     step = np.asarray(down["kernel_scale"][1])
     assert np.abs(down["kernel"][1] * step - theirs.T).max() <= step.max() / 2 * 1.001
     assert loaded.digests["llm"] == open_run(trained, "vadapter").digests["llm"]
+
+
+def tar(path, pictures):
+    """Shards as img2dataset writes them: key.png and key.txt."""
+    with tarfile.open(path, "w") as shard:
+        for i, picture in enumerate(pictures):
+            for end, data in (("png", picture.read_bytes()), ("txt", b"a shape on a ground")):
+                member = tarfile.TarInfo(f"{i:05d}.{end}")
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+
+
+def test_readmes_commands_check_and_train_generated_models(world, tmp_path, monkeypatch, capsys):
+    pictures = sorted((world / "shapes").glob("*.png"))[:12]
+    (tmp_path / "pairs").mkdir()
+    for split, part in (("train", pictures[:8]), ("val", pictures[8:])):
+        tar(tmp_path / "pairs" / f"{split}-000.tar", part)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("\n## Use your own models\n")[1].split("\n## ")[0]
+    names, *commands = section.split("```bash\n")[1].split("```")[0].splitlines()
+    models = names.removeprefix("MODELS=")
+    for there, here in (
+        ("openai/clip-vit-large-patch14", world / "clip"),
+        ("HuggingFaceTB/SmolLM2-135M", world / "tlm"),
+        ("/models/gemma-2-2b", world / "llm"),
+        ("/data/pairs", tmp_path / "pairs"),
+    ):
+        assert there in models
+        models = models.replace(there, str(here))
+    monkeypatch.chdir(Path(__file__).parents[2])
+    sizes = {"queries": 4, "query_dim": 16, "hidden_dim": 16, "heads": 2}
+    short = {"batch": 8, "steps": 2, "optim.warmup": 0}
+    small = ["--config.dtype=float32", "--config.workers=0", "--config.chain=decoder,vadapter"]
+    for part in ("resampler", "perceiver"):
+        small += [f"--config.components.{part}.{key}={n}" for key, n in sizes.items()]
+    for stage in ("decoder", "vadapter"):
+        small += [f"--config.stages.{stage}.{key}={n}" for key, n in short.items()]
+    assert [command.split()[1] for command in commands] == ["check", "train"]
+    for command in commands:
+        line = command.replace("$MODELS", models).replace("runs/mine", str(tmp_path / "run"))
+        assert cli.main([*line.split()[1:], *small]) == 0
+    out = capsys.readouterr().out
+    assert str(world / "llm") in out
+    assert (tmp_path / "run" / "gallery.html").is_file()
+    done = json.loads((tmp_path / "run/vadapter" / DONE).read_text())
+    assert "val/cider" in done["scores"]
+
+
+def test_readmes_components_are_a_recipes(world):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("\n## Use your own models\n")[1].split("\n## ")[0]
+    code = section.split("```python\n")[1].split("```")[0].replace("    ...\n", "")
+    found = {}
+    exec(code, found)
+    config = recipe(world)
+    with config.unlocked():
+        for name, folder in (("encoder", "clip"), ("tlm", "tlm"), ("llm", "llm")):
+            spec = found["components"][name] | {"weights": str(world / folder)}
+            spec = {k: "last" if v == "queries" else v for k, v in spec.items()}
+            config.components[name] = spec
+    assert read(config).components["llm"]["int8"]

@@ -186,6 +186,7 @@ class Recipe:
       components: `{name: {size|kind: …, weights: FOLDER or hub id, fields…}}`; with weights alone,
         kind and fields are those that the checkpoint's own config.json says.
       chain: stages in order; a stage that is done is not run again.
+      tokenizer: of language models that are not public.
       seed: of initialisation, order, augmentation and dropout.
       dtype: of the computation and of frozen parameters; trained ones are float32.
       workers: processes that read data; 0: threads of this process.
@@ -196,7 +197,7 @@ class Recipe:
     data: dict[str, DataConfig]
     stages: dict[str, StageConfig]
     chain: tuple[str, ...]
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)
     seed: int = 0
     dtype: str = "float32"
