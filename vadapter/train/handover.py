@@ -282,10 +282,9 @@ def load(start: Start, abstract: Any, initial: Any | None, dtype: Any = None) ->
     store = ComponentStore(start.root)
     stored = store.get(start.name, start.digest, only(full, start.loaded), subset=True)
     params = merge(initial, stored) if start.fresh else stored
-    leaves = traverse_util.flatten_dict(params, sep="/").items()
-    return quantize(
-        ((path, x if dtype is None else x.astype(dtype)) for path, x in leaves), abstract
-    )
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
+    cast = lambda x: x if dtype is None else x.astype(dtype)  # noqa: E731
+    return quantize(((path, cast(x)) for path, x in flat.items()), abstract)
 
 
 def only(tree: Any, paths: tuple[str, ...]) -> Any:
