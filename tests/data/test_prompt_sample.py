@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
+from vadapter.data.example import Example, Question
 from vadapter.data.images import View
 from vadapter.data.prompts import CAPTION, QUESTION
-from vadapter.data.sources import Example
 from vadapter.data.tokenizer import EOS, Tokenizer
 from vadapter.data.transforms import caption_sample, prompt_sample, question_sample
 
 PIXELS = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(1, 4, 4, 3)
-ASKED = ("what colour is it?", "red", "colour")
+ASKED = Question("what colour is it?", ("red",), "colour")
 EXAMPLE = Example("a", PIXELS, ("a red circle",), (ASKED,))
 MAX = 40
 
@@ -63,9 +63,9 @@ def test_a_caption_is_asked_for_without_looking_at_the_captions(tokenizer):
 
 
 def test_a_question_that_is_too_long_keeps_its_end(tokenizer):
-    long = ("why " * 50 + "is it red?", "no", "")
+    long = Question("why " * 50 + "is it red?", ("no",))
     row = prompt_sample((EXAMPLE, long), tokenizer, view=View(4), text_len=12)
-    whole = tokenizer.encode(QUESTION.after(long[0])[: 12 * 32])
+    whole = tokenizer.encode(QUESTION.after(long.text)[: 12 * 32])
     assert row["tokens"].tolist() == whole[-12:]
     assert row["segments"].tolist() == [1] * 12
     assert row["positions"].tolist() == list(range(12))

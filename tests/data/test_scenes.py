@@ -487,7 +487,7 @@ def test_texts_are_those_of_the_examples():
     for i in range(3):
         example = source[i]
         assert set(example.captions) <= set(told)
-        assert {QUESTION.after(q) for q, _, _ in example.qa} <= set(told)
+        assert {QUESTION.after(q) for q, *_ in example.qa} <= set(told)
     pieces = [p for i in range(3) for p in ScenesSource("text", count=3)[i].pieces]
     assert list(ScenesSource("text", count=3).texts()) == pieces
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from test_tar import write_tar
 
+from vadapter.data.example import Question, Source
 from vadapter.data.media import load_media
-from vadapter.data.sources import CaptionTars, ImageFolder, Source
+from vadapter.data.sources import CaptionTars, ImageFolder
 from vadapter.errors import DataError
 
 
@@ -97,14 +98,15 @@ def test_only_the_rows_and_shards_of_the_split_count(tmp_path):
 def test_questions_about_one_image_gather_in_one_example(tmp_path):
     ask = lambda i, q, a, **more: {"image": f"{i}.png", "question": q, "answer": a} | more  # noqa: E731
     tars(tmp_path).joinpath("captions.jsonl").rename(tmp_path / "c")
-    rows = [ask(0, "what?", "dog"), ask(1, "who?", "cat", kind="animal"), ask(0, "why?", "so")]
+    all_of_them = {"answers": ["cat", "a cat", "cat"], "kind": "animal", "question_id": 7}
+    rows = [ask(0, "what?", "dog"), ask(1, "who?", "", **all_of_them), ask(0, "why?", "so")]
     rows.append({"image": "2.png", "question": "hidden?"})
     write_rows(tmp_path / "qa.jsonl", rows)
     source = CaptionTars(tmp_path, "train")
     assert [e.qa for e in (source[0], source[1], source[2])] == [
-        (("what?", "dog", ""), ("why?", "so", "")),
-        (("who?", "cat", "animal"),),
-        (("hidden?", "", ""),),
+        (("what?", ("dog",), "", ""), ("why?", ("so",), "", "")),
+        (("who?", ("cat", "a cat", "cat"), "animal", "7"),),
+        (("hidden?", (), "", ""),),
     ]
     (tmp_path / "c").rename(tmp_path / "captions.jsonl")
     both = CaptionTars(tmp_path, "train")
@@ -123,7 +125,7 @@ def test_webdataset_pairs_need_no_table(tmp_path):
     source = CaptionTars(tmp_path, "train")
     assert contents(source) == [
         ("a/0", 0, ("größe\n",), ()),
-        ("b/0", 40, ("one", "two"), (("q", "a", ""),)),
+        ("b/0", 40, ("one", "two"), (("q", ("a",), "", ""),)),
     ]
 
 
@@ -317,6 +319,12 @@ def test_real_caption_and_question_sets_have_their_official_sizes(data_root):
     assert all(len(photos[i].captions) == 5 for i in range(0, 1000, 100))
     rooms = CaptionTars(data_root / "daquar", "test")
     assert sum(len(example.qa) for example in rooms._examples) == 5673
-    assert rooms[0].qa[0][1] == "garbage_bin"
+    assert rooms[0].qa[0].answer == "garbage_bin"
     media = [source[len(source) - 1].media for source in (photos, rooms)]
     assert all(isinstance(load_media(m, frames=1), np.ndarray) for m in media)
+
+
+def test_the_answer_to_learn_is_what_most_annotators_say():
+    assert Question("?", ("a", "b", "b", "a", "c")).answer == "a"  # the first of two as frequent
+    assert Question("?", ("a", "b", "b")).answer == "b"
+    assert Question("?").answer == ""

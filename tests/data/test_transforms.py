@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from vadapter.data.batch import check_batch, fake_batch
+from vadapter.data.example import Example, Question
 from vadapter.data.images import View
-from vadapter.data.sources import Example
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.data.transforms import caption_sample, document_sample, question_sample
 from vadapter.errors import ConfigError, DataError
@@ -59,7 +59,7 @@ def test_two_captions_share_one_prefix():
 
 def test_only_the_answer_is_a_target():
     row = question_sample(
-        Example("x", PICTURE, qa=(("question?", "yes", ""), ("question?", "no", ""))),
+        Example("x", PICTURE, qa=(Question("question?", ("yes",)), Question("question?", ("no",)))),
         Words(), view=View(8), text_len=8, target_len=4, prompt_len=9, questions_per_image=1,
     )  # fmt: skip
     q, answer, yes = 13, 12, 14
@@ -177,10 +177,10 @@ def test_a_question_without_room_is_masked_not_cut():
     ask = functools.partial(
         question_sample, tokenizer=Words(), view=View(8), text_len=8, target_len=4, prompt_len=9
     )
-    row = ask(Example("x", PICTURE, qa=(("word " * 20, "yes", ""),)))
+    row = ask(Example("x", PICTURE, qa=(Question("word " * 20, ("yes",)),)))
     assert row["bad"]
     assert not row["weights"].any()
-    assert ask(Example("x", PICTURE, qa=(("question?", " ", ""),)))["bad"]
+    assert ask(Example("x", PICTURE, qa=(Question("question?", (" ",)),)))["bad"]
 
 
 def test_training_draws_captions_without_repeats_and_evaluation_takes_the_first():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
+from vadapter.data.example import Example
 from vadapter.data.images import View
-from vadapter.data.sources import Example
 from vadapter.errors import ConfigError
 from vadapter.evals.runner import (
     Decoder,
@@ -51,7 +51,7 @@ class Pairs:
 
 def test_questions_are_items_of_their_own_up_to_the_limit():
     items = Questions(Pairs())
-    assert [(e.id, q) for e, (q, _, _) in (items[i] for i in range(len(items)))] == [
+    assert [(e.id, q) for e, (q, *_) in (items[i] for i in range(len(items)))] == [
         ("0", "a?"),
         ("0", "b?"),
         ("1", "c?"),

@@ -13,8 +13,8 @@ from PIL import Image
 from processors import picture
 from recipes import SIZE, tiny_recipe
 
+from vadapter.data.example import Example
 from vadapter.data.images import View, resize
-from vadapter.data.sources import Example
 from vadapter.errors import ConfigError
 from vadapter.models.variants import make_module
 from vadapter.parallel.mesh import MeshConfig, make_mesh

@@ -9,8 +9,8 @@ from PIL import Image
 from processors import CLIP, DINOV2, SIGLIP, SIGLIP2, picture, write_processor
 from recipes import draw, tiny_recipe
 
+from vadapter.data.example import Example
 from vadapter.data.media import load_media
-from vadapter.data.sources import Example
 from vadapter.models.variants import make_module
 from vadapter.train.inputs import make_stream
 from vadapter.train.recipe import read

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from vadapter.data.example import Example, Source
 from vadapter.data.prompts import CAPTION, text_piece
-from vadapter.data.sources import Example, Source
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.errors import ConfigError, DataError
 

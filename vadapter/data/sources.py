@@ -1,4 +1,4 @@
-"""What a data set yields, what the input pipeline asks of one, and the data sets of plain files.
+"""The data sets of plain files.
 
 `CaptionTars` reads tar shards, `ImageFolder` a folder of images or clips; both take captions and
 questions from JSON lines such as
@@ -8,8 +8,6 @@ questions from JSON lines such as
 
 whose keys `vadapter.data.tables` explains. Names, sizes and texts are checked when a source is
 built, the pixels when they are decoded.
-
-Dimension legend: F frames, H height, W width.
 """
 
 import dataclasses
@@ -18,11 +16,10 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from vadapter.data import tables, tar
+from vadapter.data.example import Example
 from vadapter.data.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from vadapter.errors import DataError
 
@@ -30,55 +27,6 @@ _MEDIA = IMAGE_SUFFIXES | CLIP_SUFFIXES
 _TABLES = ("captions.jsonl", "qa.jsonl")
 
 Span = tuple[int, int, int]  # shard, offset, size
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One record of any source.
-
-    Attributes:
-      id: unique in its source, for example the file name.
-      media: an encoded image or clip as bytes, raw frames u8[F,H,W,3], the path of a clip or an
-        image, or None where there is only text.
-      captions: independent descriptions of the media.
-      qa: (question, answer, question kind) triples about the media; the kind may be "", and so
-        may the answer where it is not public.
-      pieces: one language-modelling document, as the pieces that are tokenised separately and
-        concatenated.
-    """
-
-    id: str
-    media: bytes | np.ndarray | Path | None = None
-    captions: tuple[str, ...] = ()
-    qa: tuple[tuple[str, str, str], ...] = ()
-    pieces: tuple[str, ...] = ()
-
-
-class Source(Protocol):
-    """A data set with random access: picklable, and cheap to construct again in a worker.
-
-    Attributes:
-      kind: "image" (one frame), "clip" (several frames) or "text".
-    """
-
-    kind: str
-
-    def __len__(self) -> int:
-        """The number of examples, at least one."""
-        ...
-
-    def __getitem__(self, index: int) -> Example:
-        """The example at `index`, in 0..len-1; its media is not decoded yet."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A sha256 in hex of what the source yields, so that a resumed run can compare."""
-        ...
-
-
-def words_of(source: Any, index: int) -> Example:
-    """The example, without its media where the source can leave them out: its `words` method."""
-    return source.words(index) if hasattr(source, "words") else source[index]
 
 
 class CaptionTars:

@@ -1,7 +1,7 @@
 """Captions and questions from JSON lines, checked so that what passes is text.
 
-Keys of a row: image (or clip, or video), captions (or caption), question, answer (may be left out
-where it is not public), kind of question, shard, and split (a row without one is in every split).
+Keys of a row: image (or clip, or video), captions (or caption), question, answer or answers (of all
+annotators; left out where they are not public), question_id, kind of question, shard, and split (a row without one is in every split).
 Every error names the file and the line.
 """
 
@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vadapter.data.example import Question
 from vadapter.errors import DataError
 
 MAX_TEXT_BYTES = 16 << 20  # of one row
 
 Row = tuple[str, dict[str, Any]]  # where it stands ("file, line n"), what it says
-Texts = tuple[tuple[str, ...], tuple[tuple[str, str, str], ...]]  # captions, qa
+Texts = tuple[tuple[str, ...], tuple[Question, ...]]  # captions, qa
 
 
 def read_rows(path: Path, split: str | None) -> Iterator[Row]:
@@ -72,9 +73,11 @@ def texts(where: str, row: dict[str, Any]) -> Texts:
     qa = ()
     if "question" in row:
         question = _text(row["question"], f"{where}: question")
-        answer = _text(row["answer"], f"{where}: answer") if "answer" in row else ""
+        answers = row.get("answers", row.get("answer", []))
+        answers = answers if isinstance(answers, list) else [answers]
+        answers = tuple(_text(answer, f"{where}: answer") for answer in answers)
         kind = _text(row["kind"], f"{where}: kind") if "kind" in row else ""
-        qa = ((question, answer, kind),)
+        qa = (Question(question, answers, kind, str(row.get("question_id", ""))),)
     if not captions and not qa:
         raise DataError(f"{where}: no captions and no question; add one or remove the row")
     return captions, qa
@@ -86,7 +89,7 @@ def gather(rows: Iterable[tuple[str, str, dict[str, Any]]]) -> dict[str, Texts]:
     Questions about one image may stand in many rows; its captions stand in one, so that an image
     listed twice by mistake is noticed.
     """
-    gathered: dict[str, tuple[list[str], list[tuple[str, str, str]]]] = {}
+    gathered: dict[str, tuple[list[str], list[Question]]] = {}
     captioned: dict[str, str] = {}  # where the captions of a name stand
     for where, name, row in rows:
         captions, qa = texts(where, row)

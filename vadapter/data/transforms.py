@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from vadapter.data.batch import PROMPT_PAD, Row
+from vadapter.data.example import Example
 from vadapter.data.images import BadMedia, View, resize
 from vadapter.data.media import load_media
 from vadapter.data.prompts import CAPTION, QUESTION, text_piece
-from vadapter.data.sources import Example
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.errors import ConfigError
 
@@ -105,7 +105,7 @@ def question_sample(
     A question (with an answer of one token) must fit in text_len // questions_per_image tokens;
     one that does not is left out. Arguments, result and errors as in `caption_sample`.
     """
-    asked = [(q, a) for q, a, _ in example.qa if q.strip() and a.strip()]
+    asked = [(q.text, q.answer) for q in example.qa if q.text.strip() and q.answer.strip()]
     chosen = _choose(asked, questions_per_image, rng)
     segments = []
     for question, answer in chosen:
@@ -172,14 +172,14 @@ def prompt_sample(
     frames: int = 1,
     text_len: int,
 ) -> Row:
-    """A row to be continued: an example (its caption) or (example, (question, answer, kind)).
+    """A row to be continued: an example (its caption) or (example, `Question`).
 
     The text is the lead alone, at most text_len tokens of it; the only target is EOS, so M is 1.
     Other arguments and the result as in `caption_sample`.
     """
     example, question = item if isinstance(item, tuple) else (item, None)
     before = CAPTION.before if question is None else QUESTION.before
-    after = CAPTION.after if question is None else QUESTION.after(question[0])
+    after = CAPTION.after if question is None else QUESTION.after(question.text)
     lead = _encode(tokenizer, after, text_len)[-text_len:]
     text = _lay_out([(lead, [])], tokenizer.eos_id, text_len + 1, 2)
     text = {k: v[:-1] for k, v in text.items()}  # the room that EOS alone does not need

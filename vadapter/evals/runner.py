@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vadapter.data.example import Question, words_of
 from vadapter.data.images import View
 from vadapter.data.pipeline import eval_batches
-from vadapter.data.sources import words_of
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.data.transforms import prompt_sample
 from vadapter.evals.captioning import score_captions
@@ -57,12 +57,12 @@ class Questions:
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __getitem__(self, index: int) -> tuple[Any, tuple[str, str, str]]:
+    def __getitem__(self, index: int) -> tuple[Any, Question]:
         i, j = self._pairs[index]
         example = self._source[i]
         return example, example.qa[j]
 
-    def words(self, index: int) -> tuple[Any, tuple[str, str, str]]:
+    def words(self, index: int) -> tuple[Any, Question]:
         """The pair without the example's media."""
         i, j = self._pairs[index]
         example = words_of(self._source, i)
@@ -196,15 +196,17 @@ def _score_questions(items: Questions, texts: list[tuple[int, str, bool]]) -> Re
     asked = {i: items.words(i) for i, _, _ in texts}
     scores = score_answers(
         {i: text for i, text, _ in texts},
-        {i: (answer,) for i, (_, (_, answer, _)) in asked.items()},
+        {i: question.answers for i, (_, question) in asked.items()},
         EXACT,
-        {i: kind for i, (_, (_, _, kind)) in asked.items()},
+        {i: question.kind for i, (_, question) in asked.items()},
     )
     rows = [
         {
             "id": asked[i][0].id,
             "index": i,
-            **dict(zip(("question", "answer", "kind"), asked[i][1], strict=True)),
+            "question": asked[i][1].text,
+            "answer": asked[i][1].answer,
+            "kind": asked[i][1].kind,
             "prediction": text,
             "score": scores.accuracy_of[i],
             "ended": ended,

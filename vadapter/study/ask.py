@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
+from vadapter.data.example import Example, Question
 from vadapter.data.images import CLIP_SUFFIXES, BadMedia, View, pixels_of, resize
 from vadapter.data.media import load_media
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.prompts import CAPTION, QUESTION
-from vadapter.data.sources import Example
 from vadapter.data.transforms import prompt_sample
 from vadapter.errors import ConfigError
 from vadapter.evals.runner import Decoder
@@ -108,7 +108,7 @@ class Describer:
             for frames, group in readable.items():
                 items: Any = [e for _, e in group]
                 if questions is not None:
-                    items = [(e, (questions[start + i], "", "")) for i, e in group]
+                    items = [(e, Question(questions[start + i])) for i, e in group]
                 batches = eval_batches(
                     items, functools.partial(row, frames=frames), rows, threads=0
                 )

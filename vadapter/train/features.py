@@ -19,10 +19,10 @@ import numpy as np
 from vadapter.config import digest as digest_of
 from vadapter.config import plain
 from vadapter.data.batch import Row
+from vadapter.data.example import Example, words_of
 from vadapter.data.images import BadMedia, View, resize
 from vadapter.data.media import load_media
 from vadapter.data.pipeline import eval_batches
-from vadapter.data.sources import Example, words_of
 from vadapter.errors import ConfigError, DataError
 from vadapter.parallel.compile import jit
 from vadapter.parallel.mesh import to_mesh

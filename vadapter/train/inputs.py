@@ -112,9 +112,9 @@ def texts(source: Any) -> Iterator[str]:
         example = source[i]
         yield from example.captions
         yield from example.pieces
-        for question, answer, _ in example.qa:
-            yield QUESTION.after(question)
-            yield answer
+        for question in example.qa:
+            yield QUESTION.after(question.text)
+            yield from question.answers
 
 
 def require_texts(config: Any) -> None:

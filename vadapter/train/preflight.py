@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from vadapter.data.batch import SPEC
+from vadapter.data.example import Example, Question
 from vadapter.data.pipeline import require_usable
-from vadapter.data.sources import Example
 from vadapter.errors import ConfigError, Problems, UserError
 from vadapter.models.coca import CoCa
 from vadapter.models.lm import LM
@@ -215,8 +215,8 @@ def _check_length(name: str, module: Any, length: int) -> None:
 
 def _example(texts: int) -> Example:
     """Words that are as short as any, with cached visual tokens."""
-    pairs = (("a", "a", ""),) * texts
-    return Example("", np.zeros((1, 1, 1), np.float16), ("a",) * texts, pairs)
+    asked = (Question("a", ("a",)),) * texts
+    return Example("", np.zeros((1, 1, 1), np.float16), ("a",) * texts, asked)
 
 
 def _check_room(name: str, row: Mapping[str, np.ndarray]) -> None:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from vadapter.data.example import Example, Question
 from vadapter.data.prompts import CAPTION, QUESTION, text_piece
 from vadapter.data.scenes.captions import captions, keywords, whole
 from vadapter.data.scenes.dice import Dice
 from vadapter.data.scenes.paint import render
 from vadapter.data.scenes.questions import questions
 from vadapter.data.scenes.world import PAIRS, SPLITS, Scene, draw
-from vadapter.data.sources import Example
 from vadapter.errors import ConfigError
 
 # The streams of an example: other wording leaves the pixels as they are, and so on.
@@ -136,15 +136,15 @@ def _words(source: ScenesSource, index: int) -> Example:
     name = f"scenes-{source.kind}-{source.split}-{source.seed}-{index}"
     if source.kind == "text":
         return Example(id=name, pieces=document(scene, words, source.form))
-    qa = questions(scene, source._dice(index, _QUESTIONS))
+    asked = questions(scene, source._dice(index, _QUESTIONS))
+    qa = tuple(Question(text, (answer,), kind) for text, answer, kind in asked)
     return Example(id=name, captions=captions(scene, words), qa=qa)
 
 
 def example_digest(example: Example) -> str:
     """A sha256 in hex of an example's words and pixels."""
-    digest = hashlib.sha256(
-        repr((example.id, example.captions, example.qa, example.pieces)).encode()
-    )
+    qa = tuple((q.text, q.answer, q.kind) for q in example.qa)
+    digest = hashlib.sha256(repr((example.id, example.captions, qa, example.pieces)).encode())
     if isinstance(example.media, np.ndarray):
         digest.update(example.media.tobytes())
     return digest.hexdigest()
