@@ -1,7 +1,8 @@
 """Captions and questions from JSON lines, checked so that what passes is text.
 
 Keys of a row: image (or clip, or video), captions (or caption), question, answer or answers (of all
-annotators; left out where they are not public), question_id, kind of question, shard, and split (a row without one is in every split).
+annotators; left out where they are not public), question_id, kind of question, shard, and split (a
+row without one is in every split).
 Every error names the file and the line.
 """
 
