@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vadapter import __version__
+from vadapter import __version__, cli_eval
+from vadapter.cli_data import add_data
+from vadapter.cli_data import recipe as _recipe
 from vadapter.errors import (
     USER_ERROR,
     ConfigError,
@@ -125,22 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = verb(
-        "eval", _eval,
-        "Scores a trained stage: the recipe's evaluations, with the newest checkpoint.\n"
-        "Writes RUN/STAGE/eval/NAME/{predictions.jsonl, score.json, gallery.html}.",
-        "runs/flickr8k --evals=test --config.data.test.source.folder=/data/flickr8k",
-        overrides="override data, evals, mesh, workers, components.NAME.weights",
+        "eval", cli_eval.run, cli_eval.TEXT, cli_eval.EXAMPLE, overrides=cli_eval.OVERRIDES
     )  # fmt: skip
     sub.add_argument("workdir", **RUN)
     sub.add_argument("--stage", **STAGE)
-    sub.add_argument(
-        "--evals", default="", metavar="A,B", help="their names, or all (default: the stage's)"
-    )
-    sub.add_argument(
-        "--limit", type=_count, default=0, metavar="N",
-        help="only the first N examples; written to NAME-first-N",
-    )  # fmt: skip
-    sub.add_argument("--batch", type=_count, default=0, metavar="N", help="examples at a time")
+    cli_eval.add_arguments(sub, _count)
 
     sub = verb(
         "caption", _caption,
@@ -175,6 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("workdir", **RUN)
     sub.add_argument("folder", type=Path, metavar="DIR", help="the folder to write")
     sub.add_argument("--stage", **STAGE)
+
+    add_data(verbs)
     return parser
 
 
@@ -183,15 +176,6 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
-
-
-def _recipe(args: argparse.Namespace) -> Any:
-    from vadapter import config
-    from vadapter.train.recipe import read
-
-    values = config.load(args.config)
-    config.override(values, args.overrides)
-    return read(values)
 
 
 def _quickstart(args: argparse.Namespace) -> None:
@@ -221,23 +205,6 @@ def _check(args: argparse.Namespace) -> None:
     facts, problems = check(lambda: _recipe(args), args.workdir)
     print(json.dumps(facts, indent=1) if args.json else as_text(facts), flush=True)
     problems.settle()
-
-
-def _eval(args: argparse.Namespace) -> None:
-    from vadapter.study.gallery import read_section, write_gallery
-    from vadapter.study.rescore import as_table, choose, rescore
-    from vadapter.train.restore import open_run
-
-    loaded = open_run(args.workdir, args.stage, overrides=args.overrides)
-    print(f"{loaded.stage}, step {loaded.step}", flush=True)
-    results = {}
-    for name in choose(loaded, args.evals):
-        results[name], folder = rescore(loaded, name, limit=args.limit, batch=args.batch)
-        paths = {loaded.stage: folder / "predictions.jsonl"}
-        section = read_section(loaded.recipe, name, paths)
-        page = write_gallery(folder / "gallery.html", f"{loaded.stage}: {name}", [section])
-        print(page, flush=True)
-    print(f"\n{as_table(results)}")
 
 
 def _caption(args: argparse.Namespace) -> int:

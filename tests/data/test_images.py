@@ -367,7 +367,7 @@ def test_raw_frames_of_another_kind_are_bad_media(raw):
 
 @pytest.mark.data
 def test_real_photos_decode_to_the_stated_sizes(data_root):
-    from vadapter.data.sources import CaptionTars
+    from vadapter.data.sources.tars import CaptionTars
 
     source = CaptionTars(data_root / "flickr8k", "test")
     for index in range(0, len(source), 50):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -266,3 +267,91 @@ def _alive(pid: int) -> bool:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_rows_are_made_while_a_step_computes():
+    """Each step ends only when the next batch is being made: taking turns would hang."""
+    making = [threading.Event() for _ in range(24)]
+
+    def slow_row(item, *, rng):
+        del rng
+        making[item["position"]].set()
+        return {"weights": np.ones(1, np.float32), "x": np.array(item["position"])}
+
+    class Positions:
+        def __len__(self):
+            return len(making)
+
+        def __getitem__(self, index):
+            return {"position": index}
+
+    seen = []
+    for step, batch in enumerate(eval_batches(Positions(), slow_row, 2, threads=2)):
+        seen += batch["x"].tolist()
+        ahead = min(2 * (step + 1) + 1, len(making) - 1)  # the next batch
+        assert making[ahead].wait(60), "nothing is read ahead while a step computes"
+    assert seen == list(range(24))
+    for event in making:
+        event.clear()
+    next(eval_batches(Positions(), slow_row, 2, threads=0))
+    assert not making[3].wait(0.2)  # what the test would see if nothing were read ahead
+
+
+def drawn_run(rng):
+    """A mixture, a seed, a batch and two ways to share it, all drawn."""
+    kinds = ("image", "clip", "question")[: rng.integers(1, 4)]
+    sizes = {kind: int(rng.integers(24, 90)) for kind in kinds}
+    streams = {kind: (Numbers(sizes[kind]), transform, float(rng.integers(1, 8))) for kind in kinds}
+    hosts = [int(n) for n in rng.choice([1, 2, 3, 4, 6, 12], 2, replace=False)]
+    return streams, int(rng.integers(2**31)), hosts, int(rng.integers(1, 40))
+
+
+@pytest.mark.parametrize("draw", range(12))
+def test_one_integer_resumes_any_mixture_on_any_number_of_hosts(draw):
+    streams, seed, (first, second), start = drawn_run(np.random.default_rng(draw))
+    steps, batch = start + 12, 12
+    made = {name: Stream(*parts[:2], seed=seed, name=name) for name, parts in streams.items()}
+    schedule = Schedule({name: weight for name, (_, _, weight) in streams.items()})
+
+    def rows(hosts, start, **how):
+        """(global step, row in the batch, host) -> what the host made there."""
+        found = {}
+        for host in range(hosts):
+            loader = make_loader(
+                streams, global_batch=batch, seed=seed, start_step=start, num_steps=steps,
+                host_index=host, host_count=hosts, **{"threads": 0, **how},
+            )  # fmt: skip
+            for step, part in enumerate(loader, start):
+                for i, (item, drawn) in enumerate(zip(part["id"], part["drawn"], strict=True)):
+                    found[step, host * (batch // hosts) + i] = (int(item), int(drawn))
+        return found
+
+    whole = rows(first, 0)
+    assert set(whole) == {(step, row) for step in range(steps) for row in range(batch)}
+    resumed = rows(second, start, threads=draw % 3)
+    assert resumed == {at: made for at, made in whole.items() if at[0] >= start}
+    seen = {name: {} for name in streams}
+    for (step, row), (item, drawn) in whole.items():  # seed and global index say everything
+        name, count = schedule(step)
+        position = count * batch + row
+        assert item == made[name].index(position)
+        assert drawn == int(made[name][position]["drawn"])
+        epoch = seen[name].setdefault(position // len(streams[name][0]), [])
+        epoch.append(item)
+    for epochs in seen.values():  # and no two hosts have a sample of one epoch
+        assert all(len(set(epoch)) == len(epoch) for epoch in epochs.values())
+    draws = [drawn for _, drawn in whole.values()]
+    assert len(set(draws)) == len(draws)
+
+
+def test_a_run_of_two_hosts_with_workers_goes_on_as_one_host_without():
+    alone = load(10, num_steps=10)[6:]
+    parts = [
+        load(10, num_steps=10, start_step=6, host_index=h, host_count=2, workers=2, threads=1)
+        for h in range(2)
+    ]
+    joined = [
+        {key: np.concatenate([b[key] for b in both]) for key in both[0]}
+        for both in zip(*parts, strict=True)
+    ]
+    assert_same(alone, joined)

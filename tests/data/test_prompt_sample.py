@@ -1,5 +1,6 @@
 """The row to be continued is the front of the row that was trained on."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -81,12 +82,12 @@ def test_a_picture_that_cannot_be_read_makes_a_bad_row(tokenizer, media):
 
 
 def test_cached_tokens_pass_and_only_the_picture_that_is_not_mirrored(tokenizer):
-    tokens = np.arange(2 * 1 * 2 * 3, dtype=np.float16).reshape(2, 1, 2, 3)
+    tokens = np.arange(2 * 1 * 2 * 3).reshape(2, 1, 2, 3).astype(ml_dtypes.bfloat16)
     row = prompt_sample(Example("a", tokens), tokenizer, view=View(4), text_len=3)
     np.testing.assert_array_equal(row["features"], tokens[0])
     assert "frames" not in row
     bad = prompt_sample(
-        Example("a", tokens * np.float16("nan")), tokenizer, view=View(4), text_len=3
+        Example("a", tokens * ml_dtypes.bfloat16("nan")), tokenizer, view=View(4), text_len=3
     )
     assert bad["bad"]
     assert not bad["features"].any()

@@ -4,6 +4,7 @@ import functools
 import io
 import time
 
+import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
@@ -209,7 +210,7 @@ def test_half_of_the_images_are_mirrored_but_none_that_tells_left_from_right():
 
 
 def test_features_take_the_place_of_frames():
-    features = np.ones((1, 4, 6), np.float16)
+    features = np.ones((1, 4, 6), ml_dtypes.bfloat16)
     row = caption(Example("x", features, ("a dog",)))
     np.testing.assert_array_equal(row["features"], features)
     assert "frames" not in row
@@ -257,7 +258,7 @@ def test_check_batch_names_what_is_wrong():
         (replaced(tokens=np.zeros((3, 24), np.int64)), r"'tokens'\] is int64"),
         (replaced(targets=np.zeros((3, 25), np.int32)), r"'targets'\] is int32\[3, 25\]"),
         (replaced(extra=np.zeros(3)), r"unknown \['extra'\]"),
-        (replaced(features=np.zeros((3, 1, 4, 6), np.float16)), "at most one"),
+        (replaced(features=np.zeros((3, 1, 4, 6), ml_dtypes.bfloat16)), "at most one"),
     ]
     for batch, message in cases:
         with pytest.raises(DataError, match=message):

@@ -13,14 +13,10 @@ import tiny
 from vadapter.data.example import Example
 from vadapter.data.images import View
 from vadapter.errors import ConfigError
-from vadapter.evals.runner import (
-    Decoder,
-    First,
-    Questions,
-    control_scores,
-    evaluate,
-    make_control,
-)
+from vadapter.evals.control import control_scores, make_control
+from vadapter.evals.runner import Decoder, evaluate
+from vadapter.evals.scoring import First, Questions
+from vadapter.models.generate import Decode
 from vadapter.study.rescore import choose, rescore
 from vadapter.train.restore import open_run
 
@@ -92,7 +88,7 @@ def test_what_cannot_be_read_has_no_text_and_does_not_move_the_others(loaded):
     texts = []
     for media in (pictures, [*pictures[:2], b"junk", pictures[3]]):
         result = evaluate(
-            decoder, loaded.params, as_source(media), task="caption", max_new=12, batch=8,
+            decoder, loaded.params, as_source(media), task="caption", how=Decode(12), batch=8,
             view=View(32),
         )  # fmt: skip
         texts.append([row["prediction"] for row in result.rows])
@@ -121,7 +117,9 @@ def test_no_id_is_produced_that_the_tokenizer_lacks(loaded):
     for _ in range(2):  # then without the highest id of the first text
         tokenizer = Narrow(loaded.tokenizer, limit)
         decoder = Decoder(loaded.model, tokenizer, loaded.mesh)
-        evaluate(decoder, loaded.params, source, task="caption", max_new=12, batch=8, view=View(32))
+        evaluate(
+            decoder, loaded.params, source, task="caption", how=Decode(12), batch=8, view=View(32)
+        )
         assert max(tokenizer.seen) < limit
         limit = max(tokenizer.seen)
 

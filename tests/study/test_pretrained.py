@@ -113,14 +113,14 @@ def test_what_cannot_be_read_is_named(model, shapes, tmp_path):
 def test_every_batch_asks_its_own_questions(model, shapes, monkeypatch):
     read = []
     decoder = model._describer._decoder
-    greedy = decoder._greedy
+    decode = decoder._decode
 
-    def watch(params, batch, max_new):
+    def watch(params, batch, **how):
         tokenizer = model.loaded.tokenizer
         read.append(tokenizer.decode(np.asarray(batch["tokens"])[0].tolist()))
-        return greedy(params, batch, max_new=max_new)
+        return decode(params, batch, **how)
 
-    monkeypatch.setattr(decoder, "_greedy", watch)
+    monkeypatch.setattr(decoder, "_decode", watch)
     model.ask([shapes / "00.png"] * 2, ["red?", "green?"], batch=1)
     assert ["red" in read[0], "green" in read[1], len(read)] == [True, True, 2]
 
@@ -128,13 +128,13 @@ def test_every_batch_asks_its_own_questions(model, shapes, monkeypatch):
 def test_questions_of_about_the_same_length_share_a_program(model, shapes, monkeypatch):
     shapes_of = set()
     decoder = model._describer._decoder
-    greedy = decoder._greedy
+    decode = decoder._decode
 
-    def watch(params, batch, max_new):
+    def watch(params, batch, **how):
         shapes_of.add(batch["tokens"].shape)
-        return greedy(params, batch, max_new=max_new)
+        return decode(params, batch, **how)
 
-    monkeypatch.setattr(decoder, "_greedy", watch)
+    monkeypatch.setattr(decoder, "_decode", watch)
     for question in ("red?", "is it red?", "is it a red one?"):
         model.ask(shapes / "00.png", question)
     assert len(shapes_of) == 1

@@ -61,7 +61,7 @@ def test_a_variable_that_is_not_set_is_named_with_its_key(monkeypatch):
     ("source", "message"),
     [
         ({"kind": "tar"}, r"config\.data\.x\.source\.kind='tar': unknown; did you mean 'tars'\?"),
-        ({}, r"config\.data\.x\.source\.kind='': unknown; known: documents, folder, scenes, tars"),
+        ({}, r"config\.data\.x\.source\.kind='': unknown; known: documents, folder, parquet, "),
         ({"kind": "folder", "tabel": "t"}, r"source\.tabel: unknown key; did you mean 'table'\?"),
         ({"kind": "folder"}, r"config\.data\.x\.source: .*missing.*'table'"),
         ({"kind": "folder", "table": "nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),

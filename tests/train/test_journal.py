@@ -30,8 +30,8 @@ def clock(monkeypatch):
     return now
 
 
-def make(lines, *, steps=100, log_every=4, batch=8):
-    config = StageConfig("lm", steps, batch, {"text": 1.0}, log_every=log_every)
+def make(lines, *, steps=100, log_every=4, batch=8, **more):
+    config = StageConfig("lm", steps, batch, {"text": 1.0}, log_every=log_every, **more)
     return Journal(lines, "stage", config, lambda step: 0.5 / (step + 1), lambda s, i: f"no {i}")
 
 
@@ -148,4 +148,20 @@ def test_one_in_a_thousand_is_tolerated_for_ever():
         journal.flush()
     journal.add(31, metrics(bad=11), [])
     with pytest.raises(DataError, match="301 of 300000 samples"):
+        journal.flush()
+
+
+def test_a_stage_may_allow_more_and_is_told_how():
+    journal = make(Lines())
+    journal.add(1, metrics(bad=8), range(8))
+    journal.flush()
+    journal.add(2, metrics(bad=4), range(4))
+    with pytest.raises(DataError, match=r"12 of 16 .*, or allow .*stages\.stage\.max_bad=0\.75$"):
+        journal.flush()
+    journal = make(Lines(), max_bad=0.75)
+    for step in range(1, 9):
+        journal.add(step, metrics(bad=6), range(6))
+        journal.flush()
+    journal.add(9, metrics(bad=7), range(7))
+    with pytest.raises(DataError, match=r"55 of 72 samples could not be used, more than 75\.0%"):
         journal.flush()

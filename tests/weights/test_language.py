@@ -13,7 +13,8 @@ from original import their_warnings
 from public_models import write_model
 
 from vadapter.errors import CheckpointError
-from vadapter.models.generate import greedy
+from vadapter.models.beam import beam
+from vadapter.models.generate import Decode, greedy
 from vadapter.models.transformer import text_mask
 from vadapter.models.vadapter import VAdapter
 from vadapter.models.variants import make_module
@@ -134,6 +135,35 @@ def test_cached_greedy_decoding_equals_the_originals(case, pair, originals):
     lm = VAdapter({"llm": module}, lm="llm")
     ours = jax.jit(lambda p, b: greedy(lm, p, b, 20)["tokens"])({"llm": params}, batch)
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+def test_beam_search_equals_the_originals(penalty, pair, originals):
+    torch, _ = originals
+    model, folder = pair("llama")
+    module, params, _ = load(folder)
+    tokens, G = ids(8, 6), 12
+    for beams, min_new in ((2, 0), (5, 0), (5, 9)):
+        with torch.no_grad(), their_warnings():
+            out = model.generate(
+                torch.tensor(tokens), attention_mask=torch.ones(tokens.shape), num_beams=beams,
+                max_new_tokens=G, min_new_tokens=min_new, length_penalty=penalty, do_sample=False,
+                early_stopping="never", eos_token_id=[2, 90], output_scores=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        theirs = out.sequences.numpy()[:, 6:]
+        batch = {
+            "prompt": np.zeros((8, 0), np.int32),
+            "tokens": tokens.astype(np.int32),
+            "segments": np.ones((8, 6), np.int32),
+            "positions": np.tile(np.arange(6, dtype=np.int32), (8, 1)),
+        }
+        lm, how = VAdapter({"llm": module}, lm="llm"), Decode(G, min_new, beams, penalty)
+        ours = jax.jit(lambda p, b: beam(lm, p, b, how, stop=(2, 90)))({"llm": params}, batch)  # noqa: B023
+        for row, other in zip(np.asarray(ours["tokens"]), theirs, strict=True):
+            end = next((i + 1 for i, token in enumerate(row) if token in (2, 90)), G)
+            assert row[:end].tolist() == other[:end].tolist()  # they pad with the end token
+        np.testing.assert_allclose(ours["score"], out.sequences_scores.numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "neox"])

@@ -4,7 +4,7 @@ A batch is a plain dict of arrays, laid out as the decoder reads it: prompt, vis
 All rows of a batch are of one kind, so its shapes are those of one of a few compiled programs.
 
     frames    u8[B,F,S,S,3]   F is 1 for images; or instead
-    features  f16[B,F,N,D]    encoder tokens computed before; a text batch has neither
+    features  bf16[B,F,N,D]   encoder tokens computed before; a text batch has neither
     prompt    i32[B,P]        tokens in front of the visual tokens, padded with -1 on the left
     tokens    i32[B,T]        text behind the visual tokens; what is padding, `segments` says
     segments  i32[B,T]        0 is padding; 1..k are independent texts behind the same prefix, such
@@ -26,6 +26,7 @@ tokens, T text tokens, M targets, V vocabulary.
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from vadapter.errors import DataError
@@ -37,7 +38,7 @@ Batch = dict[str, Any]  # numpy arrays from the pipeline, jax arrays on the devi
 
 SPEC: dict[str, tuple[str, str]] = {
     "frames": ("uint8", "BFSSC"),
-    "features": ("float16", "BFND"),
+    "features": ("bfloat16", "BFND"),
     "prompt": ("int32", "BP"),
     "tokens": ("int32", "BT"),
     "segments": ("int32", "BT"),
@@ -173,7 +174,7 @@ def fake_batch(
     }
     if frames and features:
         shape = (batch_size, frames, *features)
-        batch["features"] = rng.standard_normal(shape, np.float32).astype(np.float16)
+        batch["features"] = rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
     elif frames:
         shape = (batch_size, frames, size, size, 3)
         batch["frames"] = rng.integers(0, 256, shape, np.uint8)

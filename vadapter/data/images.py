@@ -126,7 +126,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         over = image.convert("RGBA")
         white = Image.new("RGBA", over.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, over)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,8 @@ def resize(frames: np.ndarray, view: View, *, flip: bool = False) -> np.ndarray:
     The resampling is Pillow's, as the public encoders were trained with, and "crop" is "resize the
     short side, then cut out the centre". Of an image with a side of more than 16 times the other,
     only what stays is computed, so that one of a pixel by thousands costs no more than another;
-    there Pillow may sum in another order, which shows by some levels in 255.
+    there Pillow may sum in another order, which shows by some levels in 255. Frames that are one
+    and the same in memory, as of a still image, are resized once.
 
     Args:
       frames: u8[F,H,W,3].
@@ -203,9 +205,11 @@ def resize(frames: np.ndarray, view: View, *, flip: bool = False) -> np.ndarray:
         longest = max(width, height)
         shape = max(1, round(width * size / longest)), max(1, round(height * size / longest))
     left, top = max(size - shape[0], 0) // 2, max(size - shape[1], 0) // 2
-    out = np.full((len(frames), size, size, 3), _PAD_LEVEL, np.uint8)
-    for frame, target in zip(frames, out, strict=True):
+    different = frames[:1] if not frames.strides[0] else frames
+    out = np.full((len(different), size, size, 3), _PAD_LEVEL, np.uint8)
+    for frame, target in zip(different, out, strict=True):
         small = Image.fromarray(frame).resize(shape, _RESAMPLE[view.interpolation], box=box)
         pixels = np.asarray(small)[y : y + size, x : x + size]
         target[top : top + len(pixels), left : left + pixels.shape[1]] = pixels
+    out = out if len(different) == len(frames) else np.repeat(out, len(frames), axis=0)
     return np.ascontiguousarray(out[:, :, ::-1]) if flip else out

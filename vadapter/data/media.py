@@ -19,7 +19,7 @@ def load_media(media: bytes | np.ndarray | Path, *, frames: int) -> np.ndarray:
       frames: F. Of a clip they are taken uniformly in time; a still image is repeated.
 
     Returns:
-      u8[F,H,W,3].
+      u8[F,H,W,3], not to be written to: the frames of a still image share its memory.
 
     Raises:
       BadMedia: the media cannot be used.
@@ -28,7 +28,8 @@ def load_media(media: bytes | np.ndarray | Path, *, frames: int) -> np.ndarray:
         return _from_array(media, frames)
     if _is_clip(media, frames):
         return decode_clip(media, frames)
-    return np.repeat(decode_image(media)[None], frames, axis=0)
+    image = decode_image(media)
+    return np.broadcast_to(image, (frames, *image.shape))
 
 
 def _from_array(media: np.ndarray, frames: int) -> np.ndarray:

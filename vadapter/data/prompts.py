@@ -41,8 +41,12 @@ class QuestionPrompt:
             an answer.
         """
         # An example follows "Given" at once: the full stop closes the visual tokens it lacks.
-        shown = "".join(f"{self.after(q).removeprefix('.')} {a} Given" for q, a in examples)
+        shown = "".join(self.shown(q, a).removeprefix(".") for q, a in examples)
         return Prompt(self.before + shown, self.after(question))
+
+    def shown(self, question: str, answer: str) -> str:
+        """What stands behind the picture of an example, up to the next picture."""
+        return f"{self.after(question)} {answer} Given"
 
 
 CAPTION = Prompt(before="Describe the following:", after=" :")
@@ -54,6 +58,12 @@ QUESTION = QuestionPrompt(
 VIDEO_QUESTION = QuestionPrompt(
     before=QUESTION.before,
     template=". Question: {question} Answer in exactly one word:",
+)
+# LLaVA's results on VizWiz assume this sentence; the paper's prompt is without it.
+UNANSWERABLE = QuestionPrompt(
+    before=QUESTION.before,
+    template=". Question: {question} When the provided information is insufficient, respond with "
+    "'Unanswerable'. Answer:",
 )
 
 

@@ -23,13 +23,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from vadapter.data.batch import PROMPT_PAD, Row
 from vadapter.data.example import Example
 from vadapter.data.images import BadMedia, View, resize
 from vadapter.data.media import load_media
-from vadapter.data.prompts import CAPTION, QUESTION, text_piece
+from vadapter.data.prompts import CAPTION, QUESTION, QuestionPrompt, text_piece
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.errors import ConfigError
 
@@ -70,7 +71,7 @@ def caption_sample(
         right.
 
     Returns:
-      frames u8[F,S,S,3] (or features f16[F,N,D] where the example's media are such), prompt
+      frames u8[F,S,S,3] (or features bf16[F,N,D] where the example's media are such), prompt
       i32[P], tokens, segments, positions i32[T], target_at, targets i32[M], weights f32[M], bad
       bool[].
 
@@ -171,19 +172,22 @@ def prompt_sample(
     view: View,
     frames: int = 1,
     text_len: int,
+    asked: QuestionPrompt = QUESTION,
+    shots: Sequence[tuple[str, str]] = (),
 ) -> Row:
     """A row to be continued: an example (its caption) or (example, `Question`).
 
     The text is the lead alone, at most text_len tokens of it; the only target is EOS, so M is 1.
-    Other arguments and the result as in `caption_sample`.
+    Questions are put into the prompt `asked`, behind `shots`, (question, answer) pairs without a
+    picture. Other arguments and the result as in `caption_sample`.
     """
     example, question = item if isinstance(item, tuple) else (item, None)
-    before = CAPTION.before if question is None else QUESTION.before
-    after = CAPTION.after if question is None else QUESTION.after(question.text)
-    lead = _encode(tokenizer, after, text_len)[-text_len:]
+    around = CAPTION if question is None else asked.fill(question.text, shots)
+    lead = _encode(tokenizer, around.after, text_len)[-text_len:]
     text = _lay_out([(lead, [])], tokenizer.eos_id, text_len + 1, 2)
     text = {k: v[:-1] for k, v in text.items()}  # the room that EOS alone does not need
-    prompt = _prompt(tokenizer, before, len(tokenizer.encode(before, start=True)) + 1)
+    room = len(tokenizer.encode(around.before, start=True)) + 1
+    prompt = _prompt(tokenizer, around.before, room)
     visual, readable = _visual(example, view, frames, False)
     return _row(visual, prompt, text, readable)
 
@@ -243,7 +247,7 @@ def _row(visual: Row, prompt: np.ndarray, text: Row, readable: bool) -> Row:
 def _visual(example: Example, view: View, frames: int, mirror: bool) -> tuple[Row, bool]:
     """What stands for the picture in the row, and whether it could be read."""
     media = example.media
-    if isinstance(media, np.ndarray) and media.dtype == np.float16:
+    if isinstance(media, np.ndarray) and media.dtype == ml_dtypes.bfloat16:
         tokens = media[int(mirror)] if media.ndim == 4 else media
         return {"features": tokens}, not np.isnan(tokens.flat[0])  # NaN: could not be encoded
     try:

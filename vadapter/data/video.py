@@ -1,24 +1,30 @@
 """Frames of a clip, uniform in time.
 
-The rule: of a clip that lasts D seconds, frame i of F is the decoded frame whose presentation time
-is nearest to (i + 0.5) / F * D, the earlier one of two equally near. Times are the file's own
-time stamps (in AVI, time slots), so a variable frame rate is respected; a clip of fewer frames
-repeats them. D runs from the first frame to the end of the last one, as read from the packets:
-headers may be wrong.
+The rule: of a clip that lasts D seconds, frame i of F is the frame whose presentation time is
+nearest to (i + 0.5) / F * D, the earlier one of two equally near.
 
-Every frame is decoded at most once and in order, and only the chosen ones become RGB; a clip's
-cost is therefore its length up to the last chosen frame. Rotation in the metadata is applied,
-transparency is laid over white.
+  first and last        the middles of F equal parts: neither the very first frame nor the very last
+                        (titles, fades), unless the clip has little else
+  fewer frames than F   they repeat, in order: each stands for the parts it is nearest to
+  variable frame rate   times are the file's own time stamps (in AVI, time slots), never a count
+  D                     from the first frame to the end of the last one, as read from the packets:
+                        headers may be wrong
+  rotation              of the metadata is applied
+  transparency          laid over white
+  AVI, MP4, MOV, WebM, Matroska, GIF, animated WebP; the content decides, not the suffix
+  cut short, damaged    BadMedia; damage that no chosen frame depends on passes unseen
 
-Safety: only the container formats named below are probed, which leaves out play lists and other
-formats that make FFmpeg open further files or addresses.
+Only what is needed is decoded, once and in order: from the last key frame before a chosen frame to
+that frame, without frames that no other refers to. Where a file's key frames are not what it says,
+and in AVI with reordered frames, everything up to the last chosen frame is. Both ways give the same
+frames. Only the chosen ones become RGB.
 
 Dimension legend: F frames, H height, W width.
 """
 
-import dataclasses
 import io
-from collections.abc import Iterable
+import itertools
+from collections.abc import Container, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -26,13 +32,17 @@ from typing import BinaryIO, TypeVar
 import av
 import av.container
 import numpy as np
+from av.codec.context import Flags
 from PIL import Image
 
 from vadapter.data.images import MAX_PIXELS, BadMedia, open_media, to_rgb
-
-CONTAINERS = "avi,mov,matroska,gif"
-MAX_PACKETS = 100_000  # about an hour; longer recordings are to be cut into clips first
-_COMPLETE = 0.75  # a file that ends before this share of the length it declares is cut short
+from vadapter.data.timeline import (
+    MAX_PACKETS,
+    Timeline,
+    open_container,
+    read_timeline,
+    video_stream,
+)
 
 T = TypeVar("T")
 
@@ -89,96 +99,92 @@ def nearest(timed: Iterable[tuple[Fraction, T]], targets: list[Fraction]) -> lis
     return chosen + [last[1]] * (len(targets) - len(chosen))
 
 
-def _open(file: BinaryIO) -> av.container.InputContainer:
-    file.seek(0)
-    return av.open(file, mode="r", options={"format_whitelist": CONTAINERS})
-
-
-def _video(container: av.container.InputContainer, max_pixels: int) -> av.VideoStream:
-    stream = container.streams.best("video")
-    if not isinstance(stream, av.VideoStream):
-        raise BadMedia("no video stream")
-    context = stream.codec_context
-    if context.width * context.height > max_pixels:
-        raise BadMedia(f"{context.width}x{context.height} pixels, more than {max_pixels}")
-    context.options = {"max_pixels": str(max_pixels)}  # a stream may change its size on the way
-    context.thread_count = 1  # the pipeline's workers are the parallelism
-    return stream
-
-
-@dataclasses.dataclass(frozen=True)
-class _Timeline:
-    """What the packets say, without decoding any.
-
-    Attributes:
-      duration: seconds from the first frame to the end of the last one.
-      slots: for AVI, which has time slots instead of time stamps, the slot of each frame in
-        seconds since the first. FFmpeg's guess at stamps is wrong where H.264 reorders frames.
-    """
-
-    duration: Fraction
-    slots: list[Fraction] | None
-
-
-def _timeline(file: BinaryIO, max_pixels: int) -> _Timeline:
-    stamps, end = [], 0
-    with _open(file) as container:
-        stream = _video(container, max_pixels)
-        avi = container.format.name == "avi"
-        for packet in container.demux(stream):
-            if packet.is_corrupt:  # the file ended inside it
-                raise BadMedia("cut short: its last frame is incomplete")
-            stamp = packet.dts if avi or packet.pts is None else packet.pts
-            if stamp is None or packet.is_discard:
-                continue
-            stamps.append(stamp)
-            end = max(end, stamp + (packet.duration or 0))
-            if len(stamps) > MAX_PACKETS:
-                raise BadMedia(f"more than {MAX_PACKETS} frames; cut it into clips")
-        if not stamps or stream.time_base is None:
-            raise BadMedia("no frames with a time stamp")
-        if container.format.name == "gif" and not _tail(file).endswith(b";"):
-            raise BadMedia("cut short: a GIF without its end mark")
-        unit, declared = stream.time_base, _declared(container, stream)
-    stamps.sort()
-    first, last = stamps[0], stamps[-1]
-    if end <= last and len(stamps) > 1:  # the last frame lasts as long as the average one
-        end = last + Fraction(last - first, len(stamps) - 1)
-    if end * unit < _COMPLETE * declared:
-        raise BadMedia(f"cut short: it says {float(declared):.1f} s, has {float(end * unit):.1f} s")
-    slots = [(stamp - first) * unit for stamp in stamps] if avi else None
-    return _Timeline((max(end, last) - first) * unit, slots)
-
-
-def _tail(file: BinaryIO) -> bytes:
-    """The last bytes of a file, less the padding that some writers add."""
-    file.seek(max(0, file.seek(0, io.SEEK_END) - 64))
-    return file.read().rstrip(b"\0\r\n ")
-
-
-def _declared(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction:
-    """The length in seconds the header promises for the pictures, 0 where it says nothing."""
-    if stream.duration is not None and stream.time_base is not None:
-        return stream.duration * stream.time_base
-    if container.duration is not None and len(container.streams) == 1:
-        return Fraction(container.duration, av.time_base)
-    return Fraction(0)
-
-
 def _decode_stream(file: BinaryIO, frames: int, max_pixels: int) -> np.ndarray:
-    timeline = _timeline(file, max_pixels)
+    timeline = read_timeline(file, max_pixels)
     targets = frame_times(timeline.duration, frames)
-    with _open(file) as container:
-        stream = _video(container, max_pixels)
-        chosen = nearest(_timed(container.decode(stream), timeline.slots), targets)
-        size = chosen[0].width, chosen[0].height
-        pictures: dict[int, np.ndarray] = {}  # frames chosen twice are converted once
-        for frame in chosen:
-            if frame.is_corrupt:
-                raise BadMedia("holds damaged frames")
-            if id(frame) not in pictures:
-                pictures[id(frame)] = _pixels(frame, size)
-        return np.stack([pictures[id(frame)] for frame in chosen])
+    for choose in (_sought, _shown):
+        with open_container(file) as container:
+            stream = video_stream(container, max_pixels)
+            if (chosen := choose(container, stream, timeline, targets)) is not None:
+                return _pictures(chosen)
+    raise BadMedia("no frame could be decoded")
+
+
+def _shown(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    timeline: Timeline,
+    targets: list[Fraction],
+) -> list[av.VideoFrame]:
+    """The frames nearest to the targets, of all from the first to the last of them."""
+    return nearest(_timed(container.decode(stream), timeline.slots), targets)
+
+
+def _sought(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    timeline: Timeline,
+    targets: list[Fraction],
+) -> list[av.VideoFrame] | None:
+    """The same frames, decoding only runs from a key frame to a chosen one.
+
+    Every frame tells the packet it came from. None where what comes out is not exactly what the
+    packets promise (a key frame that is none, a damaged or a missing frame): then `_shown` decides.
+    """
+    context = stream.codec_context
+    if not timeline.seekable(reordered=context.has_b_frames):
+        return None
+    wanted = nearest(timeline.shown, targets)
+    context.flags |= Flags.copy_opaque
+    packets = (packet for packet in container.demux(stream) if packet.size)
+    found: dict[int, av.VideoFrame] = {}
+    at = 0
+    try:
+        for start, stop in timeline.runs(wanted):
+            context.flush_buffers()
+            run = itertools.islice(packets, start - at, stop - at)
+            needed = range(start, stop) if timeline.avi else wanted  # AVI's frames are counted
+            for n, frame in enumerate(_decoded(context, run, start, needed)):
+                index = frame.opaque
+                starts_well = n or (index == start and frame.key_frame)
+                if not isinstance(index, int) or not starts_well:
+                    return None
+                if not timeline.agrees(index, start + n, frame.pts):
+                    return None
+                if index in wanted:
+                    if index in found or frame.is_corrupt:
+                        return None
+                    found[index] = frame
+            at = stop
+    except av.FFmpegError:
+        return None
+    return [found[i] for i in wanted] if found.keys() == set(wanted) else None
+
+
+def _decoded(
+    context: av.VideoCodecContext, packets: Iterable[av.Packet], first: int, needed: Container[int]
+) -> Iterator[av.VideoFrame]:
+    """The frames of packets, numbered from `first`, to the last that the decoder holds back.
+
+    Those that are neither needed nor referred to by other frames may be missing.
+    """
+    for index, packet in enumerate(packets, first):
+        packet.opaque = index
+        context.skip_frame = "DEFAULT" if index in needed else "NONREF"
+        yield from context.decode(packet)
+    yield from context.decode(None)
+
+
+def _pictures(chosen: list[av.VideoFrame]) -> np.ndarray:
+    """The frames as u8[F,H,W,3]; those chosen twice are converted once."""
+    size = chosen[0].width, chosen[0].height
+    pictures: dict[int, np.ndarray] = {}
+    for frame in chosen:
+        if frame.is_corrupt:
+            raise BadMedia("holds damaged frames")
+        if id(frame) not in pictures:
+            pictures[id(frame)] = _pixels(frame, size)
+    return np.stack([pictures[id(frame)] for frame in chosen])
 
 
 def _timed(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vadapter.evals.captioning import cider_d
+from vadapter.evals.captioning import cider_of_constants
 from vadapter.evals.ptb import tokenize
 
 CANDIDATES = 20
@@ -31,7 +31,7 @@ def constant_caption(references: Sequence[Sequence[str]], candidates: int = CAND
     human = [[tokenize(caption) for caption in captions] for captions in references]
     n = len(human)
     tried = {i * n // candidates for i in range(candidates)}
-    scores = np.array([cider_d([human[i][0]] * n, human)[1] for i in sorted(tried)])
+    scores = cider_of_constants([human[i][0] for i in sorted(tried)], human)
     halves = scores[:, 0::2], scores[:, 1::2]
     chosen = [other[half.mean(1).argmax()] for half, other in (halves, halves[::-1])]
     return float(np.concatenate(chosen).mean())

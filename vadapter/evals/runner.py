@@ -1,27 +1,22 @@
-"""Evaluation: greedy texts, official scores, and honest signs that the picture is used.
+"""Evaluation: a text of every item of a source, on all devices and hosts, and its score."""
 
-Legend: B batch, Q queries, E language model width.
-"""
-
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vadapter.data.example import Question, words_of
 from vadapter.data.images import View
-from vadapter.data.pipeline import eval_batches
+from vadapter.data.pipeline import Transform, eval_batches, require_usable
+from vadapter.data.prompts import CAPTION
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.data.transforms import prompt_sample
-from vadapter.evals.captioning import score_captions
-from vadapter.evals.vqa import EXACT, score_answers
-from vadapter.models.generate import greedy
-from vadapter.models.losses import token_xent
+from vadapter.evals.part import Part, Progress
+from vadapter.evals.scoring import METRICS, Result, Text, items_of, score_texts
+from vadapter.models.beam import decode
+from vadapter.models.generate import Decode
 from vadapter.models.vadapter import Batch, Params, VAdapter
 from vadapter.parallel.compile import jit
 from vadapter.parallel.mesh import to_mesh
@@ -29,94 +24,59 @@ from vadapter.parallel.mesh import to_mesh
 MAX_QUESTION = 40  # tokens of a question with its prompt; longer ones count as wrong
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One evaluation.
+class Rest:
+    """The items of a source from `start` on."""
 
-    Attributes:
-      scores: metric -> value; CIDEr, BLEU and accuracies as fractions (×100 as published).
-      rows: one dict an item: id, prediction, references or question, answer, kind; score; ended.
-    """
-
-    scores: dict[str, float]
-    rows: list[dict[str, Any]]
-
-
-class Questions:
-    """A source's (example, question) pairs, one item each."""
-
-    def __init__(self, source: Any, limit: int = 0):
-        self._source = source
-        self._pairs = []
-        for i in range(len(source)):
-            if limit and len(self._pairs) >= limit:
-                break
-            self._pairs += [(i, j) for j in range(len(words_of(source, i).qa))]
-        self._pairs = self._pairs[: limit or None]
+    def __init__(self, items: Any, start: int):
+        self._items, self._start = items, start
 
     def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, index: int) -> tuple[Any, Question]:
-        i, j = self._pairs[index]
-        example = self._source[i]
-        return example, example.qa[j]
-
-    def words(self, index: int) -> tuple[Any, Question]:
-        """The pair without the example's media."""
-        i, j = self._pairs[index]
-        example = words_of(self._source, i)
-        return example, example.qa[j]
-
-
-class First:
-    """The first `limit` items of a source."""
-
-    def __init__(self, source: Any, limit: int):
-        self._source, self._limit = source, min(limit, len(source))
-
-    def __len__(self) -> int:
-        return self._limit
+        return len(self._items) - self._start
 
     def __getitem__(self, index: int) -> Any:
-        return self._source[index]
-
-    def words(self, index: int) -> Any:
-        """The item without its media."""
-        return words_of(self._source, index)
+        return self._items[self._start + index]
 
 
 class Decoder:
-    """Compiled greedy decoding of one model; one program a batch shape."""
+    """Compiled decoding of one model; one program a batch shape."""
 
     def __init__(self, model: VAdapter, tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
-        decode = functools.partial(
-            greedy, model, stop=tokenizer.stop_ids, vocab=tokenizer.vocab_size
-        )
-        self._greedy = jit(decode, static_argnames="max_new")
+        run = functools.partial(decode, model, stop=tokenizer.stop_ids, vocab=tokenizer.vocab_size)
+        self._decode = jit(run, static_argnames="how")
 
-    def texts(
-        self, params: Params, batches: Iterator[Batch], max_new: int
-    ) -> Iterator[tuple[int, str, bool]]:
-        """(id, text, ended) of every real row; the next batch is read meanwhile."""
+    def batches(
+        self, params: Params, batches: Iterator[Batch], how: Decode, shown: jax.Array | None = None
+    ) -> Iterator[list[Text]]:
+        """The texts of the real rows of each batch; the next batch is read meanwhile.
+
+        Args:
+          shown: see `generate.prefill`.
+        """
         pending: tuple[Batch, Any] | None = None
         for batch in batches:
             arrays = to_mesh(batch, self.mesh)
-            out = self._greedy(params, arrays, max_new=max_new)
+            out = self._decode(params, arrays, how=how, shown=shown)
             if pending is not None:
-                yield from self._read(*pending)
+                yield self._read(*pending)
             pending = (arrays, out)
         if pending is not None:
-            yield from self._read(*pending)
+            yield self._read(*pending)
 
-    def _read(self, arrays: Batch, out: Any) -> Iterator[tuple[int, str, bool]]:
+    def texts(self, params: Params, batches: Iterator[Batch], max_new: int) -> Iterator[Text]:
+        """The greedy text of every real row."""
+        for texts in self.batches(params, batches, Decode(max_new)):
+            yield from texts
+
+    def _read(self, arrays: Batch, out: Any) -> list[Text]:
         """What could not be read is not guessed at: its text is empty."""
         columns = (arrays["id"], arrays["bad"], out["tokens"], out["ended"])
+        texts = []
         for i, bad, row, end in zip(*map(_on_host, columns), strict=True):
             if i >= 0:
                 text = "" if bad else self.tokenizer.decode([int(t) for t in row]).strip()
-                yield int(i), text, bool(end)
+                texts.append((int(i), text, bool(end)))
+        return texts
 
 
 def _on_host(x: jax.Array) -> np.ndarray:
@@ -126,17 +86,85 @@ def _on_host(x: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
+def predict(
+    decoder: Decoder,
+    params: Params,
+    items: Any,
+    row: Transform,
+    *,
+    batch: int,
+    how: Decode,
+    shown: jax.Array | None = None,
+    part: Part | None = None,
+    title: str = "",
+) -> list[Text]:
+    """A text of every item, in order; what `part` has of them is not predicted again.
+
+    Batches are spread over the hosts and the mesh; the last one is filled up, so that all hosts
+    take as many steps.
+
+    Args:
+      decoder: of the model; params: of every component.
+      items: from `scoring.items_of`; row: makes a row of one of them.
+      batch: rows at a time, in all; rounded up to the devices.
+      how, shown: see `beam.decode`.
+      part: where texts are kept as they come; None: nowhere.
+      title: of the line on stderr that tells how long it will take; "": none.
+
+    Returns:
+      The texts; on other hosts than the first only those that were not in `part`.
+
+    Raises:
+      DataError: no items.
+      RuntimeError: the texts gathered are not one of each item.
+    """
+    require_usable(items, 1)
+    batch = _round_up(min(batch, len(items)), decoder.mesh.size)
+    texts = part.read(batch) if part is not None else []
+    start = _everywhere(min(len(texts), len(items)))
+    texts = texts[:start]
+    progress = Progress(title, len(items), start)
+    if start < len(items):
+        batches = eval_batches(
+            Rest(items, start), row, batch,
+            host_index=jax.process_index(), host_count=jax.process_count(),
+        )  # fmt: skip
+        for found in decoder.batches(params, batches, how, shown):
+            found = [(start + i, text, ended) for i, text, ended in sorted(found)]
+            if part is not None:
+                part.append(found)
+            texts += found
+            progress(len(found))
+    progress.close()
+    first = 0 if jax.process_index() == 0 else start
+    if [i for i, _, _ in texts] != list(range(first, len(items))):
+        raise RuntimeError(
+            f"{len(texts)} texts of {len({i for i, _, _ in texts})} items came back, but there are "
+            f"{len(items) - first}: each must have one"
+        )
+    return texts
+
+
+def _everywhere(count: int) -> int:
+    """The first host's number, on every host."""
+    if jax.process_count() == 1:
+        return count
+    return int(multihost_utils.broadcast_one_to_all(np.int32(count)))
+
+
 def evaluate(
     decoder: Decoder,
     params: Params,
     source: Any,
     *,
     task: str,
-    max_new: int,
     batch: int,
     view: View,
+    how: Decode,
     frames: int = 1,
     limit: int = 0,
+    part: Part | None = None,
+    title: str = "",
 ) -> Result:
     """Captions or answers for a source, and their scores.
 
@@ -144,126 +172,21 @@ def evaluate(
       decoder: of the model; params: of every component.
       source: examples with captions (task caption) or questions (task question).
       task: caption | question.
-      max_new: longest text in tokens; batch: rows at a time; limit: first examples only, 0: all.
+      batch: rows at a time; limit: first examples only, 0: all.
       view, frames: of the pictures, see `transforms.caption_sample`.
+      how, part, title: see `predict`.
     """
     tokenizer = decoder.tokenizer
-    items: Any = source
-    if task == "question":
-        items = Questions(source, limit)
-    elif limit:
-        items = First(source, limit)
+    items = items_of(source, task, limit)
     row = functools.partial(
         prompt_sample, tokenizer=tokenizer, view=view, frames=frames,
-        text_len=MAX_QUESTION if task == "question" else len(tokenizer.encode(" :")),
+        text_len=MAX_QUESTION if task == "question" else len(tokenizer.encode(CAPTION.after)),
     )  # fmt: skip
-    batches = eval_batches(
-        items,
-        row,
-        _round_up(min(batch, len(items)), decoder.mesh.size),
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-    )
-    texts = sorted(decoder.texts(params, batches, max_new))
-    return _score_questions(items, texts) if task == "question" else _score_captions(items, texts)
+    texts = predict(decoder, params, items, row, batch=batch, how=how, part=part, title=title)
+    if part is not None and jax.process_index():  # the first host has the texts of before
+        return Result({}, [])
+    return score_texts(items, texts, METRICS["cider" if task == "caption" else "simple"])
 
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _score_captions(items: Any, texts: list[tuple[int, str, bool]]) -> Result:
-    examples = {i: words_of(items, i) for i, _, _ in texts}
-    scores = score_captions(
-        {i: text for i, text, _ in texts}, {i: e.captions for i, e in examples.items()}
-    )
-    rows = [
-        {
-            "id": examples[i].id,
-            "index": i,
-            "prediction": text,
-            "references": list(examples[i].captions),
-            "score": scores.cider_of[i],
-            "ended": ended,
-        }
-        for i, text, ended in texts
-    ]
-    named = {"cider": scores.cider, "bleu4": scores.bleu4, "rouge_l": scores.rouge_l}
-    return Result(named | _shares(rows), rows)
-
-
-def _score_questions(items: Questions, texts: list[tuple[int, str, bool]]) -> Result:
-    asked = {i: items.words(i) for i, _, _ in texts}
-    scores = score_answers(
-        {i: text for i, text, _ in texts},
-        {i: question.answers for i, (_, question) in asked.items()},
-        EXACT,
-        {i: question.kind for i, (_, question) in asked.items()},
-    )
-    rows = [
-        {
-            "id": asked[i][0].id,
-            "index": i,
-            "question": asked[i][1].text,
-            "answer": asked[i][1].answer,
-            "kind": asked[i][1].kind,
-            "prediction": text,
-            "score": scores.accuracy_of[i],
-            "ended": ended,
-        }
-        for i, text, ended in texts
-    ]
-    kinds = {f"accuracy_{k}": v for k, v in sorted(scores.by_kind.items()) if k}
-    return Result({"accuracy": scores.accuracy, **kinds} | _shares(rows), rows)
-
-
-def _shares(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How many of the texts ended by themselves, how many differ, and their number."""
-    ended = float(np.mean([row["ended"] for row in rows]))
-    distinct = len({row["prediction"] for row in rows}) / len(rows)
-    return {"ended": ended, "distinct": distinct, "n": len(rows)}
-
-
-def make_control(model: VAdapter) -> Callable[[Params, Batch], dict[str, jax.Array]]:
-    """Sums that tell whether the picture is used: compile once, add over batches.
-
-    Returns:
-      A function (params, batch) -> sums: `targets`, and nats with the right picture's prefix
-      (`right`), with another picture's (`wrong`: the row before), with the batch's mean prefix
-      (`mean`); and `between`/`power`, the image-specific power of the prefix that differs between
-      queries, and all of it. For text-only models just `right` and `targets`.
-    """
-
-    def nats(params: Params, prefix: jax.Array | None, batch: Batch) -> jax.Array:
-        logits = model.logits(params, model.read(params, prefix, batch))
-        return token_xent(logits, batch["targets"], batch["weights"])[0]
-
-    def control(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        visual = model.encode(params, batch)
-        sums = {"targets": batch["weights"].sum()}
-        if visual is None:
-            return sums | {"right": nats(params, None, batch)}
-        prefix = model.prefix(params, visual)
-        mean = jnp.broadcast_to(prefix.mean(0, keepdims=True), prefix.shape)
-        own = (prefix - mean).astype(jnp.float32)
-        return sums | {
-            "right": nats(params, prefix, batch),
-            "wrong": nats(params, jnp.roll(prefix, 1, axis=0), batch),
-            "mean": nats(params, mean, batch),
-            "between": jnp.square(own - own.mean(1, keepdims=True)).sum(),
-            "power": jnp.square(own).sum(),
-        }
-
-    return control
-
-
-def control_scores(sums: list[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over batches: loss (nats a target), loss_wrong, loss_mean, query_share."""
-    total = {k: float(sum(float(s[k]) for s in sums)) for k in sums[0]}
-    count = max(total["targets"], 1.0)
-    out = {"loss": total["right"] / count}
-    if "wrong" in total:
-        out["loss_wrong"] = total["wrong"] / count
-        out["loss_mean"] = total["mean"] / count
-        out["query_share"] = total["between"] / max(total["power"], 1e-30)
-    return out

@@ -8,6 +8,8 @@ One function scores an answer; what differs between the benchmarks is data, a `R
   IVQA     just-ask / FrozenBiLM (iVQA): half a point per annotator who agrees, at most one
   EXACT    top-1 string equality (MSRVTT-QA, MSVD-QA); the denominator is every test question
 
+and what others publish under the same names: OPENFLAMINGO, LAVIS, BIG_VISION, EXACT_EVALAI.
+
 Quirks of the official scripts are kept, since published numbers contain them; each is named where
 it is implemented. Scores are fractions in 0..1: multiply by 100 to print them.
 """
@@ -119,6 +121,7 @@ class Rules:
     Attributes:
       name: the benchmark, for tables.
       normalise: the normal form of an answer.
+      normalise_truth: that of the annotators', where it is another.
       truth: when the annotators' answers are normalised; with never even their blanks count.
       prediction: when the prediction is.
       enough: how many agreeing annotators earn the full point.
@@ -134,6 +137,7 @@ class Rules:
     enough: int
     leave_one_out: bool
     annotators: int = 0
+    normalise_truth: Callable[[str], str] | None = None
 
 
 # Quirk of VQAv2: answers on which all agree are compared raw, `Black.` never equals ten `black`.
@@ -142,6 +146,15 @@ TEXTVQA = Rules("textvqa", normalise_evalai, "always", "always", 3, True, annota
 VIZWIZ = Rules("vizwiz", normalise_vizwiz, "never", "always", 3, True)
 IVQA = Rules("ivqa", str.lower, "always", "always", 2, False)
 EXACT = Rules("exact", str.lower, "always", "always", 1, False)
+
+# Not official; none of them may stand for the official score.
+OPENFLAMINGO = Rules("openflamingo", normalise_vqa, "always", "always", 3, True)
+# LAVIS clears the annotators' answers of punctuation alone: `none` is never right, it became `0`.
+LAVIS = Rules(
+    "lavis", normalise_vqa, "unless unanimous", "always", 3, True, normalise_truth=_without_signs
+)
+BIG_VISION = Rules("big_vision", str, "never", "never", 3, False)  # of OK-VQA
+EXACT_EVALAI = Rules("evalai", normalise_evalai, "always", "always", 1, False)
 
 
 def accuracy(prediction: str, answers: Sequence[str], rules: Rules) -> float:
@@ -173,7 +186,7 @@ def accuracy(prediction: str, answers: Sequence[str], rules: Rules) -> float:
     if applies(rules.prediction):
         guess = rules.normalise(guess)
     if applies(rules.truth):
-        truth = [rules.normalise(answer) for answer in truth]
+        truth = [(rules.normalise_truth or rules.normalise)(answer) for answer in truth]
     agree, total = truth.count(guess), len(truth)
     if not rules.leave_one_out:
         return min(1.0, agree / rules.enough)

@@ -19,7 +19,7 @@ from PIL import Image
 from vadapter.data.images import BadMedia
 from vadapter.data.media import load_media
 from vadapter.errors import UserError
-from vadapter.evals.runner import Questions
+from vadapter.evals.scoring import Questions
 from vadapter.train.inputs import make_source
 from vadapter.train.recipe import Recipe
 from vadapter.train.writer import lines

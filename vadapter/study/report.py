@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vadapter.study.gallery import read_section, write_gallery
 from vadapter.study.plots import convergence
-from vadapter.study.table import as_markdown, as_text, summary
+from vadapter.study.table import BENCHMARKS, as_markdown, as_text, benchmarks, summary
 from vadapter.train.recipe import Recipe
 
 
@@ -36,8 +36,12 @@ def write_report(workdir: Path, recipe: Recipe) -> Report:
     """
     workdir = Path(workdir)
     rows = summary(workdir, recipe)
-    text = as_text(rows)
-    (workdir / "table.md").write_text(as_markdown(rows), encoding="utf-8")
+    text, page = as_text(rows), as_markdown(rows)
+    directories = [path for name in recipe.chain for path in sorted(workdir.glob(f"{name}/eval/*"))]
+    if scored := benchmarks(directories):
+        text += f"\n\n{as_text(scored, BENCHMARKS)}"
+        page += f"\n{as_markdown(scored, BENCHMARKS)}"
+    (workdir / "table.md").write_text(page, encoding="utf-8")
     (workdir / "table.txt").write_text(text + "\n", encoding="utf-8")
     plot = convergence(workdir, recipe, workdir / "plots" / "convergence.png")
     sections = []

@@ -3,15 +3,23 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from vadapter.config import nearest
+import jax
+
+from vadapter.config import digest, nearest, plain
 from vadapter.errors import ConfigError
-from vadapter.evals.runner import Decoder, Result
+from vadapter.evals.part import Part
+from vadapter.evals.runner import Decoder
+from vadapter.evals.scoring import Result
 from vadapter.study.table import as_text
 from vadapter.train.evaluator import save_result, score
 from vadapter.train.features import encoded
 from vadapter.train.inputs import make_source
 from vadapter.train.restore import Loaded, describing
+from vadapter.train.snapshot import read_meta
+
+PART = "predictions.jsonl.part"
 
 
 def choose(loaded: Loaded, names: str = "") -> list[str]:
@@ -39,6 +47,8 @@ def choose(loaded: Loaded, names: str = "") -> list[str]:
 
 def rescore(loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0) -> tuple[Result, Path]:
     """Runs one evaluation as training does at its end, and writes its files.
+
+    Killed and called again, it goes on behind the last batch that was done.
 
     Args:
       loaded: the stage.
@@ -72,11 +82,22 @@ def rescore(loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0) -> tup
             mesh=loaded.mesh,
         )
     decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
-    result = score(decoder, loaded.params, source, config, spec, loaded.view)
     folder = f"{name}-first-{limit}" if partial else name
     directory = loaded.workdir / loaded.stage / "eval" / folder
-    save_result(directory, result, spec)
+    asked = dataclasses.replace(spec, batch=1)  # which does not change a text
+    part = Part(directory / PART, text_key(loaded, source, asked, config))
+    result = score(decoder, loaded.params, source, config, spec, loaded.view, part, name)
+    if jax.process_index() == 0:
+        save_result(directory, result, eval=plain(spec))
+    part.remove()
     return result, directory
+
+
+def text_key(loaded: Loaded, source: Any, *settings: Any) -> str:
+    """A digest of all that a stage's texts about a source depend on."""
+    checkpoint = loaded.workdir / loaded.stage / "checkpoints" / str(loaded.step)
+    facts = (read_meta(checkpoint), source.fingerprint(), *settings)
+    return digest([plain(fact) for fact in facts])
 
 
 def as_table(results: Mapping[str, Result]) -> str:

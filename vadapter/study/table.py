@@ -1,11 +1,12 @@
 """A run as a table, a row a stage: steps, losses, scores, seconds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vadapter.evals.blind import constant_caption, majority_answer
+from vadapter.evals.scoring import METRICS
 from vadapter.train.handover import DONE
 from vadapter.train.recipe import Recipe, StageConfig
 from vadapter.train.writer import history, lines, rows
@@ -117,6 +118,43 @@ def _scores(
 
 def _named(named: list[tuple[str, str]], several: bool) -> Cell:
     return tuple(f"{n} {text}" if several else text for n, text in named) or ("—",)
+
+
+BENCHMARKS: tuple[Cell, ...] = (
+    ("benchmark",),
+    ("stage",),
+    ("metric",),
+    ("score",),
+    ("n",),
+    ("protocol",),
+    ("set",),
+)
+
+
+def benchmarks(directories: Iterable[Path]) -> list[tuple[Cell, ...]]:
+    """Results of benchmarks in the columns of `BENCHMARKS`; other evaluations are left out.
+
+    Args:
+      directories: of evaluations, with a score.json each.
+    """
+    table = []
+    for path in (Path(directory) / "score.json" for directory in directories):
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if "benchmark" not in record:
+            continue
+        protocol, scores = record["protocol"], record["scores"]
+        metric = METRICS[protocol["metric"]].primary
+        cells = (
+            record["benchmark"],
+            record["stage"],
+            metric if metric == protocol["metric"] else f"{metric}, {protocol['metric']}",
+            f"{100 * scores[metric]:.1f}" if metric in scores else "no answers",
+            str(int(scores["n"])),
+            f"{protocol['name']} {record['protocol_digest'][:8]}",
+            "official" if record["official"] else f"NOT OFFICIAL: {record['note']}",
+        )
+        table.append(tuple((cell,) for cell in cells))
+    return table
 
 
 def as_text(table: Sequence[tuple[Cell, ...]], header: tuple[Cell, ...] = HEADER) -> str:

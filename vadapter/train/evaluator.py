@@ -11,7 +11,10 @@ import jax
 from vadapter.config import plain
 from vadapter.data.images import View
 from vadapter.data.pipeline import eval_batches
-from vadapter.evals.runner import Decoder, Result, control_scores, evaluate, make_control
+from vadapter.evals.control import control_scores, make_control
+from vadapter.evals.part import Part
+from vadapter.evals.runner import Decoder, evaluate
+from vadapter.evals.scoring import Result
 from vadapter.models.coca import CoCa
 from vadapter.parallel.compile import jit
 from vadapter.parallel.mesh import to_mesh
@@ -57,7 +60,7 @@ class Evaluator:
             result = score(self.decoder, params, source, config, spec, stage.view)
             scores |= {f"{name}/{k}": v for k, v in result.scores.items()}
             if directory is not None:
-                save_result(directory / name, result, spec)
+                save_result(directory / name, result, eval=plain(spec))
         return scores
 
 
@@ -68,9 +71,9 @@ class _Watched(Decoder):
         super().__init__(model, tokenizer, mesh)
         self._watch = watch
 
-    def texts(self, params: Any, batches: Iterator[Any], max_new: int) -> Iterator[Any]:
+    def batches(self, params: Any, batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """As in `Decoder`."""
-        return super().texts(params, self._watch(batches), max_new)
+        return super().batches(params, self._watch(batches), *args, **kwargs)
 
 
 def score(
@@ -80,16 +83,19 @@ def score(
     data: DataConfig,
     spec: EvalConfig,
     view: View | None,
+    part: Part | None = None,
+    title: str = "",
 ) -> Result:
     """Runs one evaluation over a source, `spec.limit` examples of it.
 
     Args:
       data: how the source's examples become rows.
       view: the encoder's.
+      part, title: see `runner.predict`.
     """
     return evaluate(
-        decoder, params, source, task=data.task, max_new=spec.max_new, batch=spec.batch,
-        limit=spec.limit, view=data.view(view),
+        decoder, params, source, task=data.task, how=spec.decode, batch=spec.batch,
+        limit=spec.limit, view=data.view(view), part=part, title=title,
         frames=data.frames if source.kind == "clip" else 1,
     )  # fmt: skip
 
@@ -98,10 +104,10 @@ def _least(*limits: int) -> int:
     return min((n for n in limits if n), default=0)
 
 
-def save_result(directory: Path, result: Any, spec: Any) -> None:
-    """Writes predictions.jsonl and score.json of an evaluation."""
+def save_result(directory: Path, result: Result, **record: Any) -> None:
+    """Writes predictions.jsonl, and score.json with the scores and a record of what they are of."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "predictions.jsonl", "w", encoding="utf-8") as file:
         for row in result.rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    write_json(directory / "score.json", {"scores": result.scores, "eval": plain(spec)})
+    write_json(directory / "score.json", {"scores": result.scores, **record})

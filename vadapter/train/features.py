@@ -1,74 +1,45 @@
-"""The frozen encoder's tokens of a data set, computed once and read back as examples.
+"""The frozen encoder's tokens of a data set, computed once and kept; `data.features` has the files.
 
-Legend: n examples, F frames, N visual tokens a frame, D encoder width, S pixels a side.
+Legend: n examples, M the picture and its mirror image, F frames, N visual tokens a frame, D encoder
+width, S pixels a side, B pictures at a time.
 """
 
+import contextlib
 import dataclasses
 import functools
-import os
-import sys
+import itertools
+import math
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from vadapter.config import digest as digest_of
-from vadapter.config import plain
+from vadapter.config import plain, resolve
 from vadapter.data.batch import Row
-from vadapter.data.example import Example, words_of
+from vadapter.data.example import Example
+from vadapter.data.features import FORMAT, SLACK_BYTES, Cache, FeatureSource, Stored
 from vadapter.data.images import BadMedia, View, resize
 from vadapter.data.media import load_media
 from vadapter.data.pipeline import eval_batches
 from vadapter.errors import ConfigError, DataError
 from vadapter.parallel.compile import jit
-from vadapter.parallel.mesh import to_mesh
+from vadapter.parallel.mesh import batch_sharding, to_mesh
 from vadapter.train.lock import waiting_lock
 from vadapter.train.recipe import DataConfig
 from vadapter.train.writer import write_json
 
+T = TypeVar("T")
+Watch = Callable[[Iterator[Any]], Iterator[Any]]
 
-@dataclasses.dataclass
-class FeatureSource:
-    """A source whose media are encoder tokens, f16[F,N,D], or [2,F,N,D] with the mirrored picture.
-
-    The tokens of a picture that could not be read are NaN: it becomes a bad row.
-    """
-
-    source: Any
-    path: Path
-    flip: bool
-
-    def __post_init__(self):
-        self.kind = self.source.kind
-        # Not when the first thread asks: several at once trip over each other in the header's
-        # parser (CPython 3.11, "AST constructor recursion depth mismatch").
-        self._array = np.load(self.path, mmap_mode="r")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_array"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state | {"_array": np.load(state["path"], mmap_mode="r")}
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Example:
-        example = words_of(self.source, index)
-        media = np.asarray(self._array[index])
-        return dataclasses.replace(example, media=media if self.flip else media[0])
-
-    def words(self, index: int) -> Example:
-        """The example without its tokens."""
-        return words_of(self.source, index)
-
-    def fingerprint(self) -> str:
-        """That of the pictures: the tokens follow from them and the encoder."""
-        return self.source.fingerprint()
+_SAY_EVERY = 10.0  # seconds
 
 
 def encoded(
@@ -80,9 +51,9 @@ def encoded(
     params: Any,
     digest: str,
     mesh: jax.sharding.Mesh,
-    watch: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+    watch: Watch = iter,
 ) -> FeatureSource:
-    """A data set's source as a stage's frozen encoder sees it, cached in the run directory.
+    """A data set's source as a stage's frozen encoder sees it, cached as the data set says.
 
     Args:
       config: of the data set.
@@ -90,15 +61,17 @@ def encoded(
       encoder, params, digest: the frozen encoder's module and what identifies it.
       watch, and the errors: see `cached`.
     """
+    folder = resolve(config.cache_dir, "cache_dir") if config.cache_dir else workdir / "features"
     return cached(
         source,
-        workdir / "features",
+        Path(folder),
         encode=encoder,
         params=params,
         digest=digest,
         view=config.view(encoder.view),
         frames=config.frames if source.kind == "clip" else 1,
         flip=config.flip,
+        stored=config.cache_dtype,
         mesh=mesh,
         watch=watch,
     )
@@ -115,87 +88,214 @@ def cached(
     frames: int,
     flip: bool,
     mesh: jax.sharding.Mesh,
+    stored: Stored = "bfloat16",
     batch: int = 32,
-    watch: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+    watch: Watch = iter,
 ) -> FeatureSource:
-    """The source with its pictures encoded; computed into `folder` unless it is there already.
+    """The source with its pictures encoded; what `folder` lacks of their tokens is computed first.
+
+    Several runs may share a folder: one computes, the others wait. On several hosts all make the
+    same call, with the folder on a shared file system, and each writes shards of its own.
 
     Args:
+      folder: of any number of caches, each in a folder that is named by its key.
       encode, params, digest: the frozen encoder and what identifies it.
       view, frames: of the pictures, see `transforms.caption_sample`.
-      flip: also of the mirrored picture.
+      flip: also of the mirror image.
+      stored: as bfloat16, or as int8 with a scale a token.
       batch: pictures at a time.
-      watch: passes the batches on, or raises to stop; the next call then starts again.
+      watch: passes the batches on, or raises to stop; the next call then goes on behind the last
+        complete shard.
 
     Raises:
       ConfigError: no space for them.
-      DataError: tokens that a float16 cannot hold.
+      DataError: tokens that are not finite; a shard that is damaged, see `Cache.read`.
     """
+    pictures = np.zeros((1, frames, view.size, view.size, 3), np.uint8)
+    tokens: Any = jax.eval_shape(encode.apply, {"params": params}, pictures)
     key = {"source": source.fingerprint(), "encoder": digest, "model": plain(encode.config),
            "dtype": jnp.dtype(encode.dtype).name, "view": plain(view), "frames": frames,
-           "flip": flip}  # fmt: skip
-    path = folder / f"{digest_of(key)[:16]}.npy"
-    folder.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(folder / ".lock"):  # an evaluation may want the same tokens meanwhile
-        if not path.exists():
-            _compute(source, path, encode, params, view, frames, flip, mesh, batch, watch)
-            write_json(path.with_suffix(".json"), key)
-    return FeatureSource(source, path, flip)
+           "flip": flip, "stored": stored, "format": FORMAT}  # fmt: skip
+    name, shape = digest_of(key), (1 + flip, *tokens.shape[1:])
+    cache = Cache(folder / name[:16], name, len(source), shape, stored)
+    if _missing(cache):
+        first = jax.process_index() == 0
+        with _alone(cache) if first else contextlib.nullcontext():
+            if missing := _missing(cache):
+                row = functools.partial(_pixels, view=view, frames=frames, flip=flip)
+                where = batch_sharding(mesh)
+                step = jit(functools.partial(_encode, encode, stored), out_shardings=where)
+                step = functools.partial(_run, functools.partial(step, params), mesh)
+                _announce(cache, missing, key)
+                _compute(cache, missing, source, row, step, mesh.size, batch, watch)
+    return FeatureSource(source, cache)
 
 
-def _compute(source, path, encode, params, view, frames, flip, mesh, batch, watch) -> None:
-    shape = jax.eval_shape(
-        encode.apply, {"params": params}, np.zeros((1, frames, view.size, view.size, 3), np.uint8)
-    ).shape[1:]
-    part = path.with_suffix(".part")  # what a kill leaves of it is written over
-    out = _reserve(part, (len(source), 1 + flip, *shape))
-    step = jit(lambda p, x: encode.apply({"params": p}, x).astype(np.float16))
-    batch = -(-batch // mesh.size) * mesh.size
-    for mirror in range(1 + flip):
-        row = functools.partial(_pixels, view=view, frames=frames, flip=bool(mirror))
-        done = 0
-        for rows in watch(eval_batches(source, row, batch)):
-            tokens = np.array(step(params, to_mesh({"frames": rows["frames"]}, mesh)["frames"]))
-            if not np.isfinite(tokens).all():
-                raise DataError("the encoder's tokens do not fit into float16; set cache=False")
-            tokens[rows["bad"]] = np.nan
-            real = rows["id"] >= 0
-            out[rows["id"][real], mirror] = tokens[real]
-            done += int(real.sum())
-            if done % (batch * 32) < batch:
-                print(f"features: {done}/{len(source)}{' mirrored' * mirror}", flush=True)
-    out.flush()  # type: ignore[attr-defined]
-    del out
-    part.replace(path)
-    sys.stdout.flush()
+def _missing(cache: Cache) -> list[int]:
+    """Shards that are not there, as the first host sees it."""
+    there = np.ones(len(cache.shards), bool)
+    there[cache.missing()] = False
+    if jax.process_count() > 1:
+        there = multihost_utils.broadcast_one_to_all(there)
+    return np.flatnonzero(~there).tolist()
 
 
-def _reserve(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A new .npy file, f16[shape], mapped for writing; its space is taken at once.
+@contextlib.contextmanager
+def _alone(cache: Cache) -> Iterator[None]:
+    """An evaluation, or another run, may want the same tokens meanwhile."""
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    with waiting_lock(cache.folder / ".lock"):
+        yield
 
-    Without that, a disk that fills up kills a process that writes through a map (SIGBUS).
+
+def _announce(cache: Cache, missing: list[int], key: Any) -> None:
+    """Says what will be written, and refuses what the disk has no room for.
+
+    Raises:
+      ConfigError: it has not.
     """
-    size = int(np.prod(shape)) * 2
-    try:
-        out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        path.unlink(missing_ok=True)
+    if jax.process_index():
+        return
+    count = sum(len(cache.span(shard)) for shard in missing)
+    size, free = count * cache.record_bytes, shutil.disk_usage(cache.folder).free
+    M, F, N, D = cache.shape
+    print(
+        f"features: {count:,} of {cache.count:,} examples × {M} × {F} × {N} tokens × {D:,} "
+        f"{cache.stored}: {size:,} bytes ({_mib(size)}) in {len(missing)} files of "
+        f"{cache.folder}, where {_mib(free)} are free",
+        flush=True,
+    )
+    if free < size + len(missing) * SLACK_BYTES:
         raise ConfigError(
-            f"{path}: {error.strerror}; the cached tokens need {size / 2**20:,.0f} MiB. "
-            "Free space, or set cache=False."
-        ) from error
-    return out
+            f"{cache.folder}: the cached tokens need {size:,} bytes ({_mib(size)}), and "
+            f"{_mib(free)} are free. Free space, choose another cache_dir or cache_dtype=int8, or "
+            "set cache=False."
+        )
+    write_json(cache.folder / "key.json", key)
+
+
+def _compute(
+    cache: Cache, missing: list[int], source: Any, row: Any, step: Any, devices: int, batch: int,
+    watch: Watch,
+) -> None:  # fmt: skip
+    """Writes this host's share of the missing shards; all hosts take the same number of steps."""
+    host, hosts = jax.process_index(), jax.process_count()
+    mine = [cache.span(shard) for shard in missing[host::hosts]]
+    # Each shard begins a batch, so that its bits do not depend on which others are missing.
+    batch = max(min(batch // cache.shape[0], cache.count), 1)
+    batch = (batch + -batch % devices) // hosts
+    padded = [np.resize(span, len(span) + -len(span) % batch) for span in mine]
+    real = [np.arange(len(rows)) < len(span) for rows, span in zip(padded, mine, strict=True)]
+    longest = -(-len(missing) // hosts) * (cache.rows + -cache.rows % batch) if hosts > 1 else 0
+    fill = np.zeros(max(longest - sum(map(len, padded)), 0), int)
+    items = _Picked(source, np.concatenate([*padded, fill]))
+    wanted = np.concatenate([*real, fill > 0])
+
+    steps = ((step(rows), rows["id"]) for rows in watch(eval_batches(items, row, batch)))
+    progress = _Progress(int(wanted.sum()), quiet=host > 0)
+    records = itertools.chain.from_iterable(
+        progress.add(_records(out, wanted[ids])) for out, ids in _ahead(steps)
+    )
+    for shard in missing[host::hosts]:
+        cache.write(shard, records)
+    for _ in records:  # the others have more
+        pass
+    if hosts > 1:
+        multihost_utils.sync_global_devices(f"features {cache.key}")
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+@dataclasses.dataclass
+class _Picked:
+    """Some of a source's examples."""
+
+    source: Any
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.indices[index])]
 
 
 def _pixels(item: Example, rng: Any = None, *, view: View, frames: int, flip: bool) -> Row:
-    weights = np.ones(1, np.float32)
+    """frames u8[M,F,S,S,3] of an example, and whether they could not be read."""
+    weights, mirrored = np.ones(1, np.float32), (False, True)[: 1 + flip]
     try:
         if item.media is None:
             raise BadMedia("there is none")
-        pixels = resize(load_media(item.media, frames=frames), view, flip=flip)
-        return {"frames": pixels, "weights": weights, "bad": np.array(False)}
+        pixels = resize(load_media(item.media, frames=frames), view)
+        both = np.stack([pixels[:, :, ::-1] if mirror else pixels for mirror in mirrored])
+        return {"frames": both, "weights": weights, "bad": np.array(False)}
     except (BadMedia, OSError):
-        pixels = np.zeros((frames, view.size, view.size, 3), np.uint8)
-        return {"frames": pixels, "weights": weights, "bad": np.array(True)}
+        both = np.zeros((1 + flip, frames, view.size, view.size, 3), np.uint8)
+        return {"frames": both, "weights": weights, "bad": np.array(True)}
+
+
+def _encode(
+    encode: nn.Module, stored: Stored, params: Any, frames: jax.Array, bad: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """What `data.features` stores of u8[B,M,F,S,S,3], part by part; and where it is finite."""
+    both: Any = encode.apply({"params": params}, frames.reshape(-1, *frames.shape[2:]))
+    tokens = both.reshape(*frames.shape[:2], *both.shape[1:]).astype(jnp.float32)
+    finite = jnp.isfinite(tokens).all((1, 2, 3, 4)) | bad
+    masked = lambda x: jnp.where(bad.reshape(-1, *[1] * (x.ndim - 1)), jnp.nan, x)  # noqa: E731
+    if stored == "bfloat16":
+        return finite, (masked(tokens).astype(jnp.bfloat16),)
+    scales = jnp.abs(tokens).max(-1) / 127
+    values = jnp.rint(tokens / jnp.where(scales > 0, scales, 1)[..., None])
+    return finite, (masked(scales), values.astype(jnp.int8))
+
+
+def _run(step: Any, mesh: jax.sharding.Mesh, batch: Row) -> Any:
+    """The step's result for the rows of this host, not waited for."""
+    arrays = to_mesh({key: batch[key] for key in ("frames", "bad")}, mesh)
+    out = step(arrays["frames"], arrays["bad"])
+    return multihost_utils.global_array_to_host_local_array(out, mesh, batch_sharding(mesh).spec)
+
+
+def _records(out: Any, wanted: np.ndarray) -> list[bytes]:
+    """The records of the rows that are wanted."""
+    finite, parts = jax.device_get(out)
+    if not finite[wanted].all():
+        raise DataError("the encoder's tokens are not finite; mend its weights, or its dtype")
+    return [b"".join(part[i].tobytes() for part in parts) for i in np.flatnonzero(wanted)]
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each when the next has been asked for: the devices never wait for the disk."""
+    before = list(itertools.islice(items, 1))
+    for item in items:
+        yield before.pop()
+        before.append(item)
+    yield from before
+
+
+class _Progress:
+    """Says how many examples are done and, once the second batch is, how long the rest takes."""
+
+    def __init__(self, total: int, quiet: bool):
+        self._total, self._quiet, self._done = total, quiet, 0
+        self._began, self._said = 0.0, -math.inf
+        self._before = 0  # done when the clock began, which is after compilation
+
+    def add(self, records: list[bytes]) -> list[bytes]:
+        """Counts records and passes them on."""
+        self._done, now = self._done + len(records), time.monotonic()
+        if not self._began:
+            self._began, self._before = now, self._done
+        elif now - self._said > _SAY_EVERY and self._done < self._total:
+            each = (now - self._began) / max(self._done - self._before, 1)
+            self._say(f", about {math.ceil(each * (self._total - self._done)):,} s left")
+            self._said = now
+        if records and self._done == self._total:
+            self._say("")
+        return records
+
+    def _say(self, left: str) -> None:
+        if not self._quiet:
+            print(f"features: {self._done:,}/{self._total:,}{left}", flush=True)

@@ -13,7 +13,10 @@ from vadapter.data.images import BadMedia, View
 from vadapter.data.media import load_media
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.scenes import ScenesSource
-from vadapter.data.sources import CaptionTars, ImageFolder
+from vadapter.data.sources.parquet import ParquetImages
+from vadapter.data.sources.table import ImageFolder
+from vadapter.data.sources.tars import CaptionTars
+from vadapter.data.sources.tfds import TfdsSource
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.data.transforms import caption_sample, document_sample, question_sample
 from vadapter.errors import ConfigError
@@ -23,6 +26,9 @@ SOURCES: dict[str, Callable[..., Any]] = {
     "scenes": ScenesSource,
     "tars": CaptionTars,
     "folder": ImageFolder,
+    "table": ImageFolder,
+    "parquet": ParquetImages,
+    "tfds": TfdsSource,
     "documents": DocumentSource,
 }
 TASKS = {"caption": caption_sample, "question": question_sample, "document": document_sample}
@@ -91,7 +97,8 @@ def describe(name: str, source: Any, index: int) -> str:
     example = source[index] if source.kind != "text" else None
     if example is None:
         return f"{name} row {index} (no text in it)"
-    why = "no text that fits"
+    fault = getattr(source, "fault", lambda index: "")(index)
+    why = fault or "no text that fits"
     try:
         if example.media is None:
             raise BadMedia("there is no picture")

@@ -13,7 +13,6 @@ from vadapter.train.recipe import StageConfig
 from vadapter.train.writer import Writer
 
 MAX_SKIPPED = 3  # updates in a row that may be dropped
-MAX_BAD = 0.001  # share of samples that may be unusable
 FEW_BAD = 10  # unusable samples that never stop a run, and that are reported one by one
 
 
@@ -112,10 +111,11 @@ class Journal:
                 f"{step}; the last checkpoint is finite. Lower optim.lr or look at the data of "
                 "these steps."
             )
-        if self._bad > max(MAX_BAD * self._seen, FEW_BAD):
+        if self._bad > max(c.max_bad * self._seen, FEW_BAD):
             raise DataError(
                 f"{self._name}: {self._bad} of {self._seen} samples could not be used, more than "
-                f"{MAX_BAD:.1%}: {'; '.join(self._named)}. Mend or remove them."
+                f"{c.max_bad:.1%}: {'; '.join(self._named)}. Mend or remove them, or allow more "
+                f"with --config.stages.{self._name}.max_bad={self._bad / self._seen:.2g}"
             )
 
     def _log(self, step: int, last: dict[str, float]) -> None:

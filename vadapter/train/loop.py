@@ -17,7 +17,6 @@ from vadapter.config import differences, plain
 from vadapter.data.batch import Batch, check_batch
 from vadapter.data.pipeline import Schedule, make_loader
 from vadapter.errors import CheckpointError, Preempted, disk_errors
-from vadapter.models.coca import CoCa
 from vadapter.parallel.compile import jit
 from vadapter.parallel.mesh import to_mesh
 from vadapter.train import handover
@@ -31,14 +30,8 @@ from vadapter.train.lock import run_lock
 from vadapter.train.optim import learning_rate, make_optimizer
 from vadapter.train.recipe import Recipe, trained
 from vadapter.train.run import Run, diff_table
-from vadapter.train.stage import Stage
-from vadapter.train.steps import (
-    CaptionObjective,
-    CocaObjective,
-    TrainState,
-    init_state,
-    make_train_step,
-)
+from vadapter.train.stage import Stage, stage_step
+from vadapter.train.steps import TrainState, init_state
 from vadapter.train.store import ComponentStore
 from vadapter.train.writer import Writer, write_json
 
@@ -197,12 +190,7 @@ def _steps(
 
 def _step_fn(stage: Stage, tx: optax.GradientTransformation) -> Callable[..., Any]:
     """The compiled train step, which reuses the memory of the state it is given."""
-    c, model = stage.config, stage.model
-    coca = isinstance(model, CoCa)
-    objective = CocaObjective(model) if coca else CaptionObjective(model, c.chunk_rows)
-    seed = stage.recipe.seed
-    step = make_train_step(objective, tx, seed=seed, accumulate=c.accumulate, dropout=c.dropout)
-    return jit(step, donate_argnums=0)
+    return jit(stage_step(stage.recipe, stage.config, stage.model, tx), donate_argnums=0)
 
 
 def _loader(stage: Stage, frozen: dict[str, Any], start: int) -> Iterator[Batch]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
-from vadapter.data.batch import SPEC
 from vadapter.data.example import Example, Question
 from vadapter.data.pipeline import require_usable
 from vadapter.errors import ConfigError, Problems, UserError
@@ -24,7 +24,7 @@ from vadapter.models.lm import LM
 from vadapter.train import handover
 from vadapter.train.inputs import make_stream, prompt_len
 from vadapter.train.recipe import Recipe, components, make_model, trained
-from vadapter.train.shapes import Model, abstract_params, view_of
+from vadapter.train.shapes import Model, abstract_params, row_shapes, view_of
 
 Coming = dict[str, dict[str, Any]]  # stage -> component -> tree of shapes
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -121,7 +121,7 @@ class Preflight:
         """Shapes of a batch of one row of a data set."""
         assert self.model is not None
         data, source, view = self.recipe.data[name], self.sources.get(name), view_of(self.model)
-        sizes = {"B": 1, "C": 3, "T": data.text_len, "M": data.target_len or data.text_len, "P": 0}
+        sizes = {"T": data.text_len, "M": data.target_len or data.text_len, "P": 0}
         kind = source.kind if source else "clip"
         if view is not None:
             if kind == "text":
@@ -135,9 +135,7 @@ class Preflight:
                 _check_room(name, transform(_example(data.texts)))
         if data.task != "document":
             sizes["P"] = prompt_len(data.task, self.tokenizer)
-        keys = [key for key in SPEC if key != "features" and (key != "frames" or view is not None)]
-        shape = lambda dims: tuple(sizes[d] for d in dims)  # noqa: E731
-        return {k: jax.ShapeDtypeStruct(shape(SPEC[k][1]), SPEC[k][0]) for k in keys}
+        return row_shapes(sizes, visual=view is not None)
 
     def _flow(self, name: str) -> None:
         """Sends a row of a data set through the model."""
@@ -216,7 +214,7 @@ def _check_length(name: str, module: Any, length: int) -> None:
 def _example(texts: int) -> Example:
     """Words that are as short as any, with cached visual tokens."""
     asked = (Question("a", ("a",)),) * texts
-    return Example("", np.zeros((1, 1, 1), np.float16), ("a",) * texts, asked)
+    return Example("", np.zeros((1, 1, 1), ml_dtypes.bfloat16), ("a",) * texts, asked)
 
 
 def _check_room(name: str, row: Mapping[str, np.ndarray]) -> None:

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vadapter.config import build, nearest
+from vadapter.data.features import Stored
 from vadapter.data.images import Fit, View
 from vadapter.errors import ConfigError, Problems
 from vadapter.models.coca import CoCa
+from vadapter.models.generate import Decode
 from vadapter.models.lm import LM
 from vadapter.models.quantize import library
 from vadapter.models.vadapter import VAdapter
@@ -81,6 +83,8 @@ class DataConfig:
         `images.View`.
       frames: of a clip; images have one.
       cache: encode the pictures once and train on the stored tokens.
+      cache_dir: of the stored tokens, which other runs may share; "": RUN/features.
+      cache_dtype: bfloat16 | int8 (with a scale a token).
       last_only: only a document's last piece is a target.
     """
 
@@ -94,6 +98,8 @@ class DataConfig:
     frames: int = 8
     fit: Literal["", Fit] = ""
     cache: bool = False
+    cache_dir: str = ""
+    cache_dtype: Stored = "bfloat16"
     last_only: bool = False
 
     def view(self, own: View | None) -> View:
@@ -108,11 +114,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """An evaluation: greedy captions or answers over a data set.
+    """An evaluation: captions or answers over a data set.
 
     Attributes:
       data: name of a data set with task caption or question.
-      max_new: longest text in tokens.
+      max_new, min_new, beams, length_penalty: see `generate.Decode`.
       batch: rows at a time.
       limit: only the first so many examples; 0: all.
     """
@@ -121,6 +127,14 @@ class EvalConfig:
     max_new: int = 32
     batch: int = 100
     limit: int = 0
+    min_new: int = 0
+    beams: int = 1
+    length_penalty: float = 1.0
+
+    @property
+    def decode(self) -> Decode:
+        """How its texts are written."""
+        return Decode(self.max_new, self.min_new, self.beams, self.length_penalty)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +157,7 @@ class StageConfig:
       evals: run at the end, and every `eval_every` steps on their first `eval_limit` examples.
       loss: names of data sets whose loss is measured with the evaluations, on `loss_batches`.
       save_every, keep, log_every: checkpoints and log lines, in steps.
+      max_bad: share of samples that may be unusable, beyond ten, before the run stops.
       dropout: rate of the trained language models.
       bidirectional: queries see each other both ways inside a language model of the chain.
       chunk_rows: see `steps.CaptionObjective`.
@@ -169,13 +184,14 @@ class StageConfig:
     save_every: int = 1000
     keep: int = 2
     log_every: int = 20
+    max_bad: float = 0.001
     dropout: bool = False
     bidirectional: bool = False
     chunk_rows: int = 0
 
     # Keys that do not change what is learnt: a run may be resumed with others.
     FREE = ("evals", "eval_every", "eval_limit", "loss", "loss_batches", "save_every", "keep",
-            "log_every", "chunk_rows")  # fmt: skip
+            "log_every", "max_bad", "chunk_rows")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +246,7 @@ def read(config: Any) -> Recipe:
         _known(f"config.data.{name}.task", data.task, TASKS)
     for name, ev in recipe.evals.items():
         _known(f"config.evals.{name}.data", ev.data, recipe.data)
-        _at_least_one(f"config.evals.{name}", ev, ("max_new", "batch"))
+        _at_least_one(f"config.evals.{name}", ev, ("max_new", "batch", "beams"))
         if recipe.data[ev.data].task == "document":
             raise ConfigError(f"config.evals.{name}.data={ev.data!r}: documents are not evaluated")
     for name, stage in recipe.stages.items():
@@ -293,6 +309,8 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
         raise ConfigError(f"{where}.{error}") from None
     if STAGES[stage.kind].visual and stage.kind != "vision" and not stage.chain:
         raise ConfigError(f"{where}.chain: empty; visual tokens need a resampler, pooler or mlp")
+    if not 0 <= stage.max_bad <= 1:
+        raise ConfigError(f"{where}.max_bad={stage.max_bad}: a share, from 0 to 1")
     if stage.batch % stage.accumulate:
         raise ConfigError(
             f"{where}: batch={stage.batch} does not divide into accumulate={stage.accumulate}"

@@ -5,11 +5,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
+from vadapter.data.batch import SPEC
 from vadapter.data.images import View
 from vadapter.models.coca import CoCa
 from vadapter.models.vadapter import VAdapter, component_seed
-from vadapter.parallel.mesh import shardings
+from vadapter.parallel.mesh import replicated, shardings
+from vadapter.train.steps import init_state
 
 Model = VAdapter | CoCa
 
@@ -37,7 +40,59 @@ def init_params(model: Model, rng: jax.Array) -> dict[str, Any]:
 
 def abstract_params(model: Model, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Component -> tree of `jax.ShapeDtypeStruct` with shardings; nothing is computed."""
-    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return _laid_out(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh)
+
+
+def abstract_encoder(encoder: nn.Module, mesh: jax.sharding.Mesh) -> Any:
+    """As `abstract_params`, of an encoder alone."""
+    size = encoder.view.size  # type: ignore[attr-defined]
+    frames = jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.uint8)
+    return _laid_out(jax.eval_shape(encoder.init, jax.random.key(0), frames)["params"], mesh)
+
+
+def abstract_state(
+    learnt: dict[str, Any], tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> Any:
+    """Shapes and shardings of the train state; optimizer moments lie as their parameters.
+
+    Args:
+      learnt: of the trained components, from `abstract_params`.
+    """
+    state = jax.eval_shape(lambda p: init_state(p, tx), learnt)
+    whole = replicated(mesh)
+    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    opt = optax.tree_utils.tree_map_params(
+        tx,
+        lambda x, p: put(x, p.sharding),
+        state.opt_state,
+        learnt,
+        transform_non_params=lambda x: put(x, whole),
+    )
+    return state.replace(
+        params=learnt,
+        opt_state=opt,
+        step=put(state.step, whole),
+        skipped=put(state.skipped, whole),
+    )
+
+
+def row_shapes(
+    sizes: dict[str, int], *, visual: bool, rows: int = 1
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch.
+
+    Args:
+      sizes: F, S, P, T and M, see `data.batch`; F and S only of pictures.
+      visual: the batch has frames.
+      rows: B.
+    """
+    sizes = {**sizes, "B": rows, "C": 3}
+    keys = [key for key in SPEC if key != "features" and (key != "frames" or visual)]
+    shape = lambda dims: tuple(sizes[d] for d in dims)  # noqa: E731
+    return {key: jax.ShapeDtypeStruct(shape(SPEC[key][1]), SPEC[key][0]) for key in keys}
+
+
+def _laid_out(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         nn.meta.unbox(boxed),

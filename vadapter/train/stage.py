@@ -1,5 +1,6 @@
 """A stage of a run, made ready: model, shardings, parameters, identity and data."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -7,18 +8,43 @@ import jax
 import optax
 
 from vadapter.config import plain
+from vadapter.models.coca import CoCa
 from vadapter.models.vadapter import component_seed
 from vadapter.parallel.compile import jit
-from vadapter.parallel.mesh import replicated
 from vadapter.train import handover
 from vadapter.train.features import encoded
 from vadapter.train.inputs import make_stream
 from vadapter.train.interrupts import Stop
 from vadapter.train.preflight import check_batch_size
-from vadapter.train.recipe import DTYPES, STAGES, StageConfig, components, make_model, trained
+from vadapter.train.recipe import (
+    DTYPES,
+    STAGES,
+    Recipe,
+    StageConfig,
+    components,
+    make_model,
+    trained,
+)
 from vadapter.train.run import Run
-from vadapter.train.shapes import abstract_params, init_params, view_of
-from vadapter.train.steps import init_state, split
+from vadapter.train.shapes import (
+    Model,
+    abstract_params,
+    abstract_state,
+    init_params,
+    view_of,
+)
+from vadapter.train.steps import CaptionObjective, CocaObjective, make_train_step, split
+
+
+def stage_step(
+    recipe: Recipe, config: StageConfig, model: Model, tx: optax.GradientTransformation
+) -> Callable[..., Any]:
+    """The train step of a stage, see `steps.make_train_step`."""
+    coca = isinstance(model, CoCa)
+    objective = CocaObjective(model) if coca else CaptionObjective(model, config.chunk_rows)
+    return make_train_step(
+        objective, tx, seed=recipe.seed, accumulate=config.accumulate, dropout=config.dropout
+    )
 
 
 class Stage:
@@ -65,22 +91,7 @@ class Stage:
     def abstract_state(self, tx: optax.GradientTransformation) -> Any:
         """Shapes and shardings of the train state; optimizer moments lie as their parameters."""
         learnt = {n: self.abstract[n] for n in trained(self.config)}
-        state = jax.eval_shape(lambda p: init_state(p, tx), learnt)
-        whole = replicated(self.mesh)
-        put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-        opt = optax.tree_utils.tree_map_params(
-            tx,
-            lambda x, p: put(x, p.sharding),
-            state.opt_state,
-            learnt,
-            transform_non_params=lambda x: put(x, whole),
-        )
-        return state.replace(
-            params=learnt,
-            opt_state=opt,
-            step=put(state.step, whole),
-            skipped=put(state.skipped, whole),
-        )
+        return abstract_state(learnt, tx, self.mesh)
 
     # -- identity ------------------------------------------------------------------------------
 
@@ -95,7 +106,9 @@ class Stage:
             "stage": self.name,
             "config": without(self.config, (*StageConfig.FREE, "start")),
             "components": {n: without(self.recipe.components[n], ("weights",)) for n in names},
-            "data": {n: without(self.recipe.data[n], ("source",)) for n in self.config.data},
+            "data": {
+                n: without(self.recipe.data[n], ("source", "cache_dir")) for n in self.config.data
+            },
             "fingerprints": {n: self.run.source(n).fingerprint() for n in self.config.data},
             "tokenizer": self.tokenizer.digest,
             "start": {n: self.starts[n].digest for n in names},

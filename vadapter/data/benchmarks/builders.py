@@ -1,0 +1,160 @@
+"""TensorFlow Datasets builders of the benchmarks (extra `tfds`; TensorFlow is not needed).
+
+Each prepares the splits whose official files are in `manual_dir` as array_record files, which
+`tfds.data_source` reads with random access:
+
+  builder = make_builder("coco", data_dir)  # or BUILDERS["coco"](data_dir=…, file_format=…)
+  builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=FOLDER))
+  builder.as_data_source("test")[0]
+
+An example is an image or clip with its captions or questions:
+
+  id           its name in the official files
+  image, clip  one of them: bytes, encoded as it was
+  captions     [text]
+  qa           [{"text", "answer", "kind", "id", "answers"}]: what most annotators say, and how many
+               answers there are
+  all_answers  [text], those to the first question, then those to the second, …
+
+Lists of lists would need TensorFlow. `to_example` gives back a `vadapter.data.example.Example`.
+`builder.info.metadata[split]` says how the split differs from the official one, "" if it does not.
+To train on one, with `TfdsSource`: `COLUMNS` for questions, nothing for captions.
+
+Nothing official is downloaded: most of the sets ask for a form or have no stable address.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from vadapter.data.benchmarks.benchmark import Benchmark
+from vadapter.data.benchmarks.files import is_there
+from vadapter.data.benchmarks.registry import BENCHMARKS, find_benchmark
+from vadapter.data.benchmarks.source import BenchmarkSource, NothingHere
+from vadapter.data.example import Example, Question
+
+# Of `TfdsSource`, to train on questions.
+COLUMNS = {"question": "qa.text", "answer": "qa.answer", "question_id": "qa.id", "kind": "qa.kind"}
+
+
+class BenchmarkBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What the builders share; a builder is this class and the benchmark it reads."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Official files as they were published."}  # noqa: RUF012
+    BENCHMARK: Benchmark
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        texts = tfds.features.Sequence(tfds.features.Text())
+        question = {
+            "text": tfds.features.Text(),
+            "answer": tfds.features.Text(),
+            "kind": tfds.features.Text(),
+            "id": tfds.features.Text(),
+            "answers": tfds.features.Scalar(np.int32),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"{self.BENCHMARK.name}, read by vadapter from its official files.",
+            homepage=self.BENCHMARK.homepage,
+            metadata=tfds.core.MetadataDict(),
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": tfds.features.Text(),
+                    self.BENCHMARK.media: tfds.features.Scalar(np.object_),
+                    "captions": texts,
+                    "qa": tfds.features.Sequence(question),
+                    "all_answers": texts,
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        folder = Path(dl_manager.manual_dir)
+        there = [
+            split for split in self.BENCHMARK.splits if is_there(self.BENCHMARK, folder, split)
+        ]
+        sources = {}
+        for split in there:
+            with contextlib.suppress(NothingHere):  # only its texts, for prompts
+                sources[split] = BenchmarkSource(self.BENCHMARK, folder, split)
+        if not sources:  # tells why
+            sources[self.BENCHMARK.split] = BenchmarkSource(self.BENCHMARK, folder)
+        for split, source in sources.items():
+            self.info.metadata[split] = source.note  # type: ignore  # `_info` makes it
+        # tfds knows no hyphens in the names of splits
+        return {
+            split.replace("-", "_"): self._generate_examples(source)
+            for split, source in sources.items()
+        }
+
+    def _generate_examples(self, source: BenchmarkSource) -> Iterator[tuple[str, dict[str, Any]]]:
+        for n in range(len(source)):
+            example = source[n]
+            yield example.id, to_row(example, source.kind)
+
+
+def to_row(example: Example, kind: str) -> dict[str, Any]:
+    """What is stored of an example; `kind` is image or clip."""
+    media, qa = example.media, example.qa
+    return {
+        "id": example.id,
+        kind: media.read_bytes() if isinstance(media, Path) else media,
+        "captions": list(example.captions),
+        "qa": [{**q._asdict(), "answer": q.answer, "answers": len(q.answers)} for q in qa],
+        "all_answers": [answer for question in qa for answer in question.answers],
+    }
+
+
+def to_example(row: dict[str, Any]) -> Example:
+    """The example that a row of a prepared data set stands for."""
+    qa, answers = row["qa"], iter(_texts(row["all_answers"]))
+    columns = (_texts(qa["text"]), _texts(qa["kind"]), _texts(qa["id"]), qa["answers"])
+    questions = tuple(
+        Question(text, tuple(itertools.islice(answers, int(count))), kind, key)
+        for text, kind, key, count in zip(*columns, strict=True)
+    )
+    media = row["image"] if "image" in row else row["clip"]
+    return Example(row["id"].decode(), media, tuple(_texts(row["captions"])), questions)
+
+
+def _texts(values: Iterable[bytes]) -> list[str]:
+    return [value.decode() for value in values]
+
+
+def _instructions(benchmark: Benchmark) -> str:
+    lines = [f"{file.name} from {file.page}" for file in benchmark.files]
+    lines += [f"{' or '.join(place.folders)} from {place.page}" for place in benchmark.places]
+    return "manual_dir holds the official files under their official names: " + "; ".join(lines)
+
+
+def _class(benchmark: Benchmark) -> type[BenchmarkBuilder]:
+    # A name of our own: tfds has a `coco` and others, with other splits.
+    name = "Vadapter" + "".join(part.capitalize() for part in benchmark.name.split("_"))
+    members = {
+        "__module__": __name__,
+        "__doc__": f"{benchmark.name} from its official files.",
+        "BENCHMARK": benchmark,
+        "MANUAL_DOWNLOAD_INSTRUCTIONS": _instructions(benchmark),
+    }
+    return type(name, (BenchmarkBuilder,), members)
+
+
+BUILDERS: dict[str, type[BenchmarkBuilder]] = {
+    name: _class(benchmark) for name, benchmark in BENCHMARKS.items()
+}
+
+
+def make_builder(name: str, data_dir: str | Path) -> BenchmarkBuilder:
+    """The builder of a benchmark that writes array_record files under `data_dir`.
+
+    Raises:
+      ConfigError: no benchmark of that name.
+    """
+    find_benchmark(name)
+    return BUILDERS[name](data_dir=str(data_dir), file_format="array_record")

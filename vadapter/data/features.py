@@ -1,0 +1,250 @@
+"""The files of a feature cache, and the source that reads examples from them.
+
+A cache is a folder of array_record files, NNNNN.array_record, of which each holds the visual tokens
+of the next so many examples, and as its last record what it is a part of. One that is not complete
+has another name; each record has a hash, which is checked whenever it is read. A record holds
+
+  int8       the scale of every token, f32[M,F,N], behind it i8[M,F,N,D]: token = scale · i8
+  bfloat16   bf16[M,F,N,D]
+
+and NaN for a picture that could not be read.
+
+Legend: M the picture, and its mirror image where there is one; F frames, N visual tokens a frame,
+D encoder width.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import grain
+import ml_dtypes
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from vadapter.data.example import Example, words_of
+from vadapter.errors import ConfigError, DataError
+
+Stored = Literal["bfloat16", "int8"]
+
+# What changes how a folder is laid out belongs in a cache's key, by this number.
+FORMAT = 1
+SHARD_BYTES = 64 << 20  # at least, so that a kill costs little work
+MAX_SHARDS = 256  # at most, since every process keeps all of them open
+ROUND = 256  # examples in a shard, a multiple of it: batches end where shards do
+SLACK_BYTES = 256 << 10  # a shard's headers and padding, at most
+
+_WIDTH = {"bfloat16": (2, 0), "int8": (1, 4)}  # bytes of an element and of a token's scale
+_WRITE = "group_size:1,uncompressed"  # each record can be read alone
+_READ = {"max_parallelism": "0"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Where the tokens of a data set lie, complete or not.
+
+    Attributes:
+      folder: of its shards.
+      key: what tells it from any other, in hex.
+      count: examples.
+      shape: (M, F, N, D).
+      stored: how a token is stored.
+    """
+
+    folder: Path
+    key: str
+    count: int
+    shape: tuple[int, int, int, int]
+    stored: Stored
+
+    @property
+    def record_bytes(self) -> int:
+        """Of one example."""
+        width, scale = _WIDTH[self.stored]
+        return math.prod(self.shape[:3]) * (self.shape[3] * width + scale)
+
+    @functools.cached_property
+    def rows(self) -> int:
+        """Examples in a shard; the last may hold fewer."""
+        least = max(SHARD_BYTES / self.record_bytes, self.count / MAX_SHARDS)
+        return math.ceil(least / ROUND) * ROUND
+
+    @property
+    def shards(self) -> range:
+        """The numbers of all shards."""
+        return range(-(-self.count // self.rows))
+
+    def span(self, shard: int) -> range:
+        """The examples of a shard."""
+        return range(shard * self.rows, min((shard + 1) * self.rows, self.count))
+
+    def path(self, shard: int) -> Path:
+        """The file of a complete shard."""
+        return self.folder / f"{shard:05d}.array_record"
+
+    def missing(self) -> list[int]:
+        """Shards that are not there yet."""
+        return [shard for shard in self.shards if not self.path(shard).exists()]
+
+    def write(self, shard: int, records: Iterator[bytes]) -> None:
+        """Takes the records of a shard from an iterator; the file appears when it is complete.
+
+        Raises:
+          ConfigError: the disk is full or cannot be written.
+        """
+        path = self.path(shard)
+        part = path.with_suffix(".part")  # what a kill leaves of it is written over
+        with _disk(part):
+            writer = ArrayRecordWriter(str(part), _WRITE)
+        try:
+            for _ in self.span(shard):
+                record = next(records)
+                with _disk(part):
+                    writer.write(record)
+            with _disk(part):
+                writer.write(self._seal(shard))
+                writer.close()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                writer.close()
+            part.unlink(missing_ok=True)
+            raise
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    def read(self) -> "Records":
+        """The records of all shards, once it is seen that these are whole and of this cache.
+
+        Raises:
+          DataError: a shard that is missing, cut short, damaged or of another cache.
+        """
+        for shard in self.shards:
+            self._check(shard)
+        return Records(self)
+
+    def unpack(self, record: bytes) -> np.ndarray:
+        """The tokens of a record, bf16[M,F,N,D]."""
+        if self.stored == "bfloat16":
+            return np.frombuffer(record, ml_dtypes.bfloat16).reshape(self.shape)
+        tokens = math.prod(self.shape[:3])
+        scales = np.frombuffer(record, np.float32, tokens).reshape(*self.shape[:3], 1)
+        values = np.frombuffer(record, np.int8, offset=scales.nbytes).reshape(self.shape)
+        return (values * scales).astype(ml_dtypes.bfloat16)
+
+    def damaged(self, shard: int, why: Any) -> DataError:
+        """The error that names a shard and says what to do."""
+        return DataError(
+            f"{self.path(shard)}: {why}. Delete it and run the same command again: it alone is "
+            "computed anew."
+        )
+
+    def _seal(self, shard: int) -> bytes:
+        seal = {"cache": self.key, "shard": shard, "of": len(self.shards)}
+        return json.dumps(seal).encode()
+
+    def _check(self, shard: int) -> None:
+        path, wanted = self.path(shard), len(self.span(shard)) + 1
+        if not path.exists():
+            raise DataError(
+                f"{path} is missing: the cached tokens are not complete. Run the same command "
+                "again to compute the rest."
+            )
+        try:
+            reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+            found = reader.num_records()
+            seal = reader.read([wanted - 1])[0] if found == wanted else b""
+            reader.close()
+        except RuntimeError as error:
+            raise self.damaged(shard, f"truncated or damaged ({_short(error)})") from error
+        if found != wanted:
+            raise self.damaged(shard, f"truncated or damaged ({found} records of {wanted})")
+        if seal != self._seal(shard):
+            raise self.damaged(shard, f"a shard of another cache, {seal[:100].decode()}")
+
+
+@dataclasses.dataclass
+class _Part:
+    """The records of a shard that are examples, in grain's terms."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class Records:
+    """The tokens of a cache by the index of the example; picklable, for any number of threads."""
+
+    def __init__(self, cache: Cache):
+        self._cache = cache
+        sizes = [(str(cache.path(shard)), len(cache.span(shard))) for shard in cache.shards]
+        parts = [_Part(path, 0, size, size + 1) for path, size in sizes]
+        self._source = grain.sources.ArrayRecordDataSource(parts, _READ)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """bf16[M,F,N,D].
+
+        Raises:
+          DataError: the record is damaged, or its file has gone; names it.
+        """
+        try:
+            return self._cache.unpack(self._source[index])
+        except RuntimeError as error:
+            shard, row = divmod(index, self._cache.rows)
+            raise self._cache.damaged(shard, f"record {row}: {_short(error)}") from error
+
+
+class FeatureSource:
+    """A source whose media are tokens, bf16[F,N,D], or [2,F,N,D] with those of the mirror image.
+
+    The tokens of a picture that could not be read are NaN: it becomes a bad row.
+    """
+
+    def __init__(self, source: Any, cache: Cache):
+        """Args:
+        source: of the pictures.
+        cache: of their tokens.
+
+        Raises:
+          DataError: as `Cache.read`.
+        """
+        self.source, self.cache, self.kind = source, cache, source.kind
+        self._records = cache.read()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        media = self._records[index]
+        media = media if len(media) > 1 else media[0]
+        return dataclasses.replace(words_of(self.source, index), media=media)
+
+    def words(self, index: int) -> Example:
+        """The example without its tokens."""
+        return words_of(self.source, index)
+
+    def fingerprint(self) -> str:
+        """That of the pictures: the tokens follow from them and the encoder."""
+        return self.source.fingerprint()
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: {_short(error)}. Free space or mend the permissions, then run the same "
+            "command again: complete shards are kept."
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

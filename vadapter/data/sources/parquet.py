@@ -1,0 +1,103 @@
+"""Parquet files with the images in them, as the hub's data sets are."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vadapter.data import parquet, tables
+from vadapter.data.example import Example
+from vadapter.data.shards import find, open_shards
+from vadapter.data.sources.common import kind_and_key, texts_or_fault
+from vadapter.errors import DataError
+
+
+class ParquetImages:
+    """Images or clips that are embedded in parquet files, with their texts in other columns.
+
+    Media are structs {bytes, path}, of which the bytes are used, or plain bytes. A row whose texts
+    or bytes are unusable is masked when it is read. Example ids are FILE#ROW, or those of the
+    column `id`.
+
+    Args:
+      folder: the folder of files.
+      split: files `<split>-NNN-of-NNN.parquet`, all of them.
+      shards: instead, files by a pattern, see `CaptionTars`.
+      columns: our key -> its column, such as {"caption": "text"}; see `vadapter.data.tables`.
+      index: the index file, if it is not `index.vadapter` in the folder.
+
+    Raises:
+      ConfigError: neither split nor shards, an unknown column, or pyarrow is not installed.
+      DataError: no files or one is missing, damaged or other than its index says; no rows.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str | None = None,
+        *,
+        shards: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        index: str | Path | None = None,
+    ):
+        folder = Path(folder)
+        names = find(folder, ".parquet", split, shards)
+        self._shards = open_shards(folder, names, index)
+        self._groups = self._shards.members()
+        sizes = self._shards.columns["sizes"][self._groups]
+        self._ends = sizes.cumsum()
+        if not len(self):
+            raise DataError(f"{folder}: 0 usable examples in split {split!r}; check its files")
+        known = parquet.column_names(folder / names[0])
+        self._renamed = dict(columns or {})
+        self.kind, self._media = kind_and_key(known, self._renamed, str(folder / names[0]))
+        theirs = {path.split(".")[0] for path in self._renamed.values()}
+        self._names = tuple(name for name in known if name in theirs | set(tables.KEYS))
+        files = [(f["name"], f["size"], f["digest"]) for f in self._shards.facts]
+        said = json.dumps([self.kind, files, sorted(self._renamed.items()), self._names])
+        self._digest = hashlib.sha256(said.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Example:
+        name, row, data = self._read(index, self._names)
+        media = data.get(self._media)
+        media = media.get("bytes") if isinstance(media, Mapping) else media
+        (captions, qa), _ = texts_or_fault(name, data)
+        usable = media if isinstance(media, bytes) else None
+        return Example(str(data.get("id", f"{name}#{row}")), usable, captions, qa)
+
+    def words(self, index: int) -> Example:
+        """The example without its media, whose column is not read."""
+        name, row, data = self._read(index, self._texts())
+        (captions, qa), _ = texts_or_fault(name, data)
+        return Example(str(data.get("id", f"{name}#{row}")), None, captions, qa)
+
+    def fault(self, index: int) -> str:
+        """Why an example's text is masked, "" if it is not."""
+        name, row, data = self._read(index, self._texts())
+        return texts_or_fault(f"{name}, row {row}", data)[1]
+
+    def fingerprint(self) -> str:
+        """Of names, sizes and row counts of the files, and of the columns; not of what they say."""
+        return self._digest
+
+    def _texts(self) -> tuple[str, ...]:
+        theirs = self._renamed.get(self._media, self._media).split(".")[0]
+        return tuple(name for name in self._names if name != theirs)
+
+    def _read(self, index: int, names: tuple[str, ...]) -> tuple[str, int, dict[str, Any]]:
+        """(file, row in it, the row with our keys)."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = int(self._ends.searchsorted(index, "right"))
+        member = int(self._groups[place])
+        shard, first, count = self._shards.span(member)
+        row = index - (int(self._ends[place]) - count)
+        group = int(self._shards.name(member).rpartition("/")[2])
+        file = self._shards.shards[shard]
+        data = parquet.read_row(file.path, (file.size, file.mtime_ns), group, row, names)
+        data = {key: v for key, v in tables.rename(data, self._renamed).items() if v is not None}
+        return self._shards.facts[shard]["name"], first + row, data

@@ -1,0 +1,156 @@
+"""Images or clips in tar shards, with their texts beside the shards or in them."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vadapter.data import tables
+from vadapter.data.example import Example, Question
+from vadapter.data.shards import ShardSet, find, open_shards
+from vadapter.data.sources.common import MAX_BAD, digest_of, kind_of, settle_bad
+from vadapter.errors import DataError
+
+_TABLES = ("captions.jsonl", "qa.jsonl")
+
+
+class CaptionTars:
+    """Images or clips in tar shards, with captions, questions or both.
+
+    The texts come from captions.jsonl and qa.jsonl beside the shards. Where there is neither, they
+    come from the shards, as webdataset and img2dataset write them, see `vadapter.data.scan`. All
+    questions about an image are one example.
+
+    Shards are read in place. Of texts in the shards some bytes an example stay in memory, or with
+    an index (`vadapter data index`) in a file that is mapped; of texts in tables about 1 kB.
+
+    Args:
+      folder: the folder of shards.
+      split: shards `<split>-NNN.tar`, all of them; and which rows.
+      shards: instead of the split's, shards by a pattern: a glob such as `*.tar`, or a range such
+        as `{00000..00099}.tar`.
+      index: the index file, if it is not `index.vadapter` in the folder.
+      max_bad: share of texts in the shards that may be unusable and are masked.
+
+    Raises:
+      ConfigError: neither split nor shards.
+      DataError: no shards or one is missing, torn, or other than its index says; no rows, a row
+        whose image no shard holds, an unusable text in a table, too many of them in shards.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str | None = None,
+        *,
+        shards: str | None = None,
+        index: str | Path | None = None,
+        max_bad: float = MAX_BAD,
+    ):
+        folder = Path(folder)
+        self._shards = open_shards(folder, find(folder, ".tar", split, shards), index)
+        self._shards.require_unique()
+        paths = [folder / name for name in _TABLES if (folder / name).is_file()]
+        if paths:
+            rows = [row for path in paths for row in tables.read_rows(path, split)]
+            self._rows: _TableRows | _PairRows = _TableRows(self._shards, rows, folder)
+        else:
+            self._rows = _PairRows(self._shards, folder, max_bad)
+        self.kind = self._rows.kind
+        if not len(self._rows):
+            raise DataError(f"{folder}: 0 usable examples in split {split!r}; check its rows")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        example, member = self._rows[index]
+        media = self._shards.read(member) if member >= 0 else None
+        return dataclasses.replace(example, media=media)
+
+    def words(self, index: int) -> Example:
+        """The example without its media."""
+        return self._rows[index][0]
+
+    def fault(self, index: int) -> str:
+        """Why an example's text is masked, "" if it is not."""
+        return self._rows.fault(index)
+
+    def fingerprint(self) -> str:
+        """Of names, positions, sizes and texts; not of the pixels, nor of where the folder is."""
+        return self._rows.digest
+
+
+class _TableRows:
+    """Examples whose texts come from tables beside the shards."""
+
+    def __init__(self, shards: ShardSet, rows: list[tables.Row], folder: Path):
+        names = [tables.media_name(where, row) for where, row in rows]
+        found = shards.find(names)
+        for (where, row), name, member in zip(rows, names, found, strict=True):
+            _check_member(shards, where, row, name, member)
+        texts = tables.gather(
+            (where, name, row) for (where, row), name in zip(rows, names, strict=True)
+        )
+        member_of = dict(zip(names, found, strict=True))
+        self._examples = [Example(name, None, *both) for name, both in texts.items()]
+        self._members = np.array([member_of[name] for name in texts], np.int64)
+        self.kind = kind_of(texts, str(folder))
+        spans: Iterable[Any] = (shards.span(int(member)) for member in self._members)
+        self.digest = digest_of(self.kind, self._examples, spans)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> tuple[Example, int]:
+        return self._examples[index], int(self._members[index])
+
+    def fault(self, index: int) -> str:
+        del index
+        return ""  # they are refused
+
+
+def _check_member(
+    shards: ShardSet, where: str, row: dict[str, Any], name: str, member: int
+) -> None:
+    if member < 0:
+        reasons = (f["skipped"][name] for f in shards.facts if name in f["skipped"])
+        why = next(reasons, f"no member of that name in {len(shards.facts)} shards")
+        raise DataError(f"{where}: {name!r} cannot be read: {why}")
+    shard = Path(shards.shards[shards.span(member)[0]].path).name
+    if row.get("shard", shard) != shard:
+        raise DataError(f"{where}: {name!r} is in {shard}, not in {row['shard']!r}")
+
+
+class _PairRows:
+    """Examples whose texts lie in the shards."""
+
+    def __init__(self, shards: ShardSet, folder: Path, max_bad: float):
+        if fault := next((f["fault"] for f in shards.facts if f["fault"]), ""):
+            raise DataError(fault)
+        self._shards, self._pairs = shards, shards.pairs()
+        first = next((f["first_bad"] for f in shards.facts if f["bad"]), "")
+        bad = sum(f["bad"] for f in shards.facts)
+        settle_bad(bad, len(self._pairs), first, str(folder), max_bad)
+        self.kind = kind_of((f"x{s}" for f in shards.facts for s in f["suffixes"]), str(folder))
+        digests = json.dumps([self.kind, *(f["digest"] for f in shards.facts)])
+        self.digest = hashlib.sha256(digests.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> tuple[Example, int]:
+        pair, key, captions, qa, _ = self._read(index)
+        asked = tuple(Question(q, tuple(answers), kind, id_) for q, answers, kind, id_ in qa)
+        return Example(key, None, tuple(captions), asked), self._shards.media(pair)
+
+    def fault(self, index: int) -> str:
+        return self._read(index)[-1]
+
+    def _read(self, index: int) -> tuple[Any, ...]:
+        pair = int(self._pairs[index])
+        return pair, *json.loads(self._shards.texts[pair])

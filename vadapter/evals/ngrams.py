@@ -1,0 +1,124 @@
+"""The n-grams of all captions of a test set, counted at once with integer codes.
+
+MSRVTT (2,990 x 20 references) takes a second instead of the official twelve.
+
+Dimensions: I items (images or clips), C candidates, R references, K n-grams.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from vadapter.errors import DataError
+
+ORDERS = 4  # n-grams of 1 to 4 words
+
+Tokens = Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Token ids of all captions, end to end: the candidates, then the references item by item.
+
+    Attributes:
+      words: i64[sum of lengths], the vocabulary id of each token.
+      length: i64[C + R], tokens of each caption.
+      owner: i64[R], the item of each reference.
+      items: I; candidates: C.
+    """
+
+    words: np.ndarray
+    length: np.ndarray
+    owner: np.ndarray
+    items: int
+    candidates: int
+
+    @classmethod
+    def build(cls, candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]):
+        """The corpus of some candidates, usually one an item, and of every item's references.
+
+        Raises:
+          DataError: nothing to score, or an item without references.
+        """
+        if not candidates:
+            raise DataError("Nothing to score: there is no candidate caption.")
+        bare = [i for i, refs in enumerate(references) if not refs]
+        if bare or not references:
+            raise DataError(f"Items without a reference, e.g. number {bare[:3]}: drop them.")
+        captions = [*candidates, *(ref for refs in references for ref in refs)]
+        ids: dict[str, int] = {}
+        words = [ids.setdefault(word, len(ids)) for caption in captions for word in caption]
+        return cls(
+            words=np.array(words, np.int64),
+            length=np.array([len(caption) for caption in captions], np.int64),
+            owner=np.repeat(np.arange(len(references)), [len(refs) for refs in references]),
+            items=len(references),
+            candidates=len(candidates),
+        )
+
+    def mean_over_references(self, values: np.ndarray) -> np.ndarray:
+        """f64[R] -> f64[I]."""
+        counts = np.bincount(self.owner, minlength=self.items)
+        return np.bincount(self.owner, values, self.items) / counts
+
+    def grams(self) -> Iterator["Grams"]:
+        """The n-grams of the corpus, n = 1 to 4."""
+        captions = len(self.length)
+        caption_of = np.repeat(np.arange(captions), self.length)
+        left = np.repeat(np.cumsum(self.length), self.length) - np.arange(len(self.words))
+        start = np.arange(len(self.words))
+        vocabulary = int(self.words.max(initial=0)) + 1
+        gram = np.zeros(len(self.words), np.int64)
+        for n in range(1, ORDERS + 1):
+            inside = left[start] >= n  # the n-gram that starts here ends inside its caption
+            start = start[inside]
+            code = gram[inside] * vocabulary + self.words[start + n - 1]
+            gram = np.unique(code, return_inverse=True)[1].reshape(-1)  # small numbers again
+            kinds = int(gram.max(initial=0)) + 1
+
+            key, count = np.unique(caption_of[start] * kinds + gram, return_counts=True)
+            caption, kind = np.divmod(key, kinds)
+            first = int(np.searchsorted(caption, self.candidates))
+            item = self.owner[caption[first:] - self.candidates]
+            # Without the counts numpy would hash instead of sort: thirty times slower here.
+            in_references, _ = np.unique(item * kinds + kind[first:], return_counts=True)
+            df = np.bincount(in_references % kinds, minlength=kinds)
+            yield Grams(key, caption, kind, count, self.candidates, first, df)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grams:
+    """The distinct n-grams of each caption, for one n.
+
+    Attributes:
+      key: i64[K], ascending: caption · kinds + gram.
+      caption: i64[K], ascending, so that the candidates' n-grams come first.
+      gram: i64[K], an id of the n-gram, below the number of kinds.
+      count: i64[K], occurrences in the caption.
+      candidates: C; candidate_entries: how many entries belong to them.
+      df: i64[kinds], the number of items whose references hold the n-gram.
+    """
+
+    key: np.ndarray
+    caption: np.ndarray
+    gram: np.ndarray
+    count: np.ndarray
+    candidates: int
+    candidate_entries: int
+    df: np.ndarray
+
+    def shared(self, candidate_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The references' entries whose n-gram the reference's candidate has, too, and its entry.
+
+        Args:
+          candidate_of: i64[R], the candidate that each reference is compared with.
+        """
+        first = self.candidate_entries
+        if not first:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        candidate = candidate_of[self.caption[first:] - self.candidates]
+        wanted = candidate * len(self.df) + self.gram[first:]
+        at = np.minimum(np.searchsorted(self.key[:first], wanted), first - 1)
+        found = np.flatnonzero(self.key[at] == wanted)
+        return found + first, at[found]

@@ -1,0 +1,134 @@
+"""A trained stage on the benchmarks: predictions, scores, a file to send in, a gallery."""
+
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vadapter import __version__
+from vadapter.config import digest, plain
+from vadapter.data.benchmarks.registry import open_benchmark
+from vadapter.data.media import load_media
+from vadapter.errors import ConfigError
+from vadapter.evals.part import Part
+from vadapter.evals.protocol import POSTS, Protocol, resolve
+from vadapter.evals.protocols import PROTOCOLS, find_protocol
+from vadapter.evals.runner import Decoder, predict
+from vadapter.evals.scoring import METRICS, Result, items_of, score_texts
+from vadapter.evals.submission import submission
+from vadapter.study.gallery import Section, write_gallery
+from vadapter.study.prompting import prompting
+from vadapter.study.rescore import PART, text_key
+from vadapter.train.evaluator import save_result
+from vadapter.train.restore import Loaded, describing
+
+BATCH = 32
+
+
+def choose(names: str, protocol: str, overrides: Sequence[str] = ()) -> list[Protocol]:
+    """The protocols of some benchmarks.
+
+    Args:
+      names: with commas, or "all": every benchmark that the protocol knows.
+      protocol: its name.
+      overrides: see `protocol.resolve`.
+
+    Raises:
+      ConfigError: an unknown name, field or value.
+    """
+    table = find_protocol(protocol)
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if chosen == ["all"]:
+        chosen = list(table)
+    return [resolve(table, name, overrides) for name in chosen]
+
+
+def run(
+    loaded: Loaded, protocol: Protocol, data: Path, *, limit: int = 0, batch: int = 0
+) -> tuple[Result, Path]:
+    """Runs a benchmark and writes its files: predictions.jsonl, score.json, submission.* and
+    gallery.html. Killed and called again, it goes on behind the last batch that was done.
+
+    Args:
+      loaded: the stage.
+      protocol: from `choose`.
+      data: the folder that holds the benchmark's own, of its name, with the official files.
+      limit: only the first items; 0: all.
+      batch: rows at a time; 0: `BATCH`.
+
+    Returns:
+      The result, and the directory of its files; on other hosts than the first an empty result.
+
+    Raises:
+      ConfigError: a stage that sees no pictures, a prompt longer than the language model's room.
+      DataError: files that are missing or cannot be used.
+    """
+    if loaded.view is None:
+        raise ConfigError(
+            f"stage {loaded.stage} reads text alone; choose one of "
+            f"{', '.join(describing(loaded.recipe))}"
+        )
+    folder = data / protocol.benchmark
+    source = open_benchmark(protocol.benchmark, folder, protocol.split)
+    items = items_of(source, protocol.task, limit)
+    notes = [source.note] if not source.official else []
+    if limit and limit < len(items_of(source, protocol.task)):
+        notes.append(f"only the first {limit}")
+    for note in notes:
+        print(f"vadapter: {protocol.benchmark}: not official: {note}", file=sys.stderr, flush=True)
+
+    prompts = prompting(loaded, protocol, folder, source.kind, items)
+    directory = loaded.workdir / loaded.stage / "eval" / _folder(protocol, limit)
+    part = Part(directory / PART, text_key(loaded, source, protocol, limit, prompts.facts()))
+    decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
+    texts = predict(
+        decoder, loaded.params, items, prompts.row, batch=batch or BATCH, how=protocol.decode,
+        shown=prompts.shown, part=part, title=protocol.benchmark,
+    )  # fmt: skip
+    if jax.process_index():
+        return Result({}, []), directory
+    post = POSTS[protocol.post]
+    texts = [(i, post(text), ended) for i, text, ended in texts]
+    result = score_texts(items, texts, METRICS[protocol.metric])
+    name, text = submission(protocol.benchmark, protocol.task, result.rows)
+    (directory / name).write_text(text, encoding="utf-8")
+    if all("score" in item for item in result.rows):
+        section = Section(
+            protocol.benchmark, protocol.task, {loaded.stage: result.rows},
+            lambda item: load_media(_example(items, item["index"]).media, frames=prompts.frames),
+        )  # fmt: skip
+        title = f"{loaded.stage}: {protocol.benchmark}, {protocol.name} {digest(protocol)[:8]}"
+        write_gallery(directory / "gallery.html", title, [section], "\n".join(notes))
+    save_result(
+        directory, result,
+        benchmark=protocol.benchmark, official=not notes, note="; ".join(notes),
+        stage=loaded.stage, step=loaded.step, limit=limit, versions=_versions(),
+        protocol=plain(protocol), protocol_digest=digest(protocol), **prompts.facts(),
+    )  # fmt: skip
+    part.remove()
+    return result, directory
+
+
+def _folder(protocol: Protocol, limit: int) -> str:
+    """Results of different protocols never replace each other."""
+    usual = PROTOCOLS["paper"].get(protocol.benchmark) == protocol
+    name = protocol.benchmark if usual else f"{protocol.benchmark}-{digest(protocol)[:8]}"
+    return f"{name}-first-{limit}" if limit else name
+
+
+def _example(items: Any, index: int) -> Any:
+    item = items[index]
+    return item[0] if isinstance(item, tuple) else item
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "vadapter": __version__,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+    }

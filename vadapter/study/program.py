@@ -1,0 +1,133 @@
+"""What a stage of a recipe would compile, from the recipe alone: no data, no weights.
+
+Legend: B batch, F frames, S pixels a side, P prompt tokens, T text tokens, M targets.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vadapter.data.batch import EOS, fake_batch
+from vadapter.models.coca import CoCa
+from vadapter.models.generate import Decode
+from vadapter.parallel.mesh import batch_sharding
+from vadapter.train.optim import make_optimizer
+from vadapter.train.recipe import DTYPES, Recipe, make_model, trained
+from vadapter.train.shapes import (
+    abstract_params,
+    abstract_state,
+    init_params,
+    row_shapes,
+    view_of,
+)
+from vadapter.train.stage import stage_step
+from vadapter.train.steps import init_state, split
+
+PROMPT = 8  # P: "Describe the following:" is four to seven tokens in most vocabularies
+
+
+class Program:
+    """A stage on a mesh.
+
+    Args:
+      recipe, name: the stage.
+      mesh: of devices that are here, or of a topology that is not.
+      batch: rows of a step, on all devices together; 0: as the stage says.
+      frames: F; 0: as many as the data set's clips have. Images have 1.
+      data: the data set whose rows it reads; the stage's first if "".
+      remat: instead of every component's own; "": as the recipe says.
+    """
+
+    def __init__(
+        self, recipe: Recipe, name: str, mesh: jax.sharding.Mesh, *, batch: int = 0,
+        frames: int = 1, data: str = "", remat: str = "",
+    ):  # fmt: skip
+        config = recipe.stages[name]
+        config = dataclasses.replace(config, batch=batch or config.batch)
+        if remat:
+            components = {
+                key: {**spec, "remat": remat} if "remat" in spec else spec
+                for key, spec in recipe.components.items()
+            }
+            recipe = dataclasses.replace(recipe, components=components)
+        self.recipe, self.name, self.config, self.mesh = recipe, name, config, mesh
+        self.learns = trained(config)
+        self.model = make_model(recipe, config, recipe.tokenizer.vocab_size)
+        self.tx = make_optimizer(config.optim, config.steps)
+        rows = recipe.data[data or next(iter(config.data))]
+        view = view_of(self.model)
+        self.sizes = {"P": PROMPT, "T": rows.text_len, "M": rows.target_len or rows.text_len}
+        if rows.task == "document":
+            self.sizes["P"] = 0
+        if view is not None:
+            self.sizes |= {"F": frames or rows.frames, "S": rows.view(view).size}
+        self.step = stage_step(recipe, config, self.model, self.tx)
+
+    # -- shapes --------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def params(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(trained, frozen) shapes with shardings, frozen ones in the dtype of the computation."""
+        learnt, frozen = split(abstract_params(self.model, self.mesh), self.learns)
+        dtype = DTYPES[self.recipe.dtype]
+
+        def cast(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            floats = jnp.issubdtype(x.dtype, jnp.floating)
+            return jax.ShapeDtypeStruct(x.shape, dtype if floats else x.dtype, sharding=x.sharding)
+
+        return learnt, jax.tree.map(cast, frozen)
+
+    def arguments(self) -> tuple[Any, Any, Any]:
+        """(state, frozen, batch) of the train step, as shapes with shardings."""
+        learnt, frozen = self.params
+        return abstract_state(learnt, self.tx, self.mesh), frozen, self.batch_shapes()
+
+    def batch_shapes(self, rows: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch of the step, or of so many rows."""
+        shapes = row_shapes(self.sizes, visual="S" in self.sizes, rows=rows or self.config.batch)
+        where = batch_sharding(self.mesh)
+        put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+        return {key: put(x) for key, x in shapes.items()}
+
+    def decode(self, max_new: int) -> Any:
+        """Greedy decoding of a batch: (params of every component, batch) -> texts."""
+        from vadapter.models.beam import decode
+
+        return functools.partial(decode, self.model, how=Decode(max_new), stop=(EOS,))
+
+    # -- arrays --------------------------------------------------------------------------------
+
+    def random(self) -> tuple[Any, Any, Any]:
+        """The arguments with random content, on the devices."""
+        learnt, frozen = self.params
+        state, _, batch = self.arguments()
+        where = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
+
+        def make(names: tuple[str, ...], like: Any) -> Any:
+            both = {name: nn.meta.unbox(tree) for name, tree in self._init().items()}
+            return jax.tree.map(lambda x, s: x.astype(s.dtype), {n: both[n] for n in names}, like)
+
+        put = lambda like: jax.jit(  # noqa: E731
+            functools.partial(make, tuple(like), like), out_shardings=where(like)
+        )()
+        begin = jax.jit(lambda p: init_state(p, self.tx), out_shardings=where(state))
+        sizes = self.sizes
+        made = fake_batch(
+            self.config.batch, frames=sizes.get("F", 0), size=sizes.get("S", 0),
+            prompt_len=sizes["P"], text_len=sizes["T"], segments=1,
+            vocab_size=self.recipe.tokenizer.vocab_size,
+        )  # fmt: skip
+        made |= {key: made[key][:, : sizes["M"]] for key in ("target_at", "targets", "weights")}
+        return begin(put(learnt)), put(frozen), jax.device_put(made, where(batch))
+
+    def _init(self) -> dict[str, Any]:
+        return init_params(self.model, jax.random.key(0))
+
+    @property
+    def captions(self) -> bool:
+        """The stage can write texts."""
+        return not isinstance(self.model, CoCa)
