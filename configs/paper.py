@@ -31,6 +31,7 @@ def get_config(arg=None):
         resampler=("perceiver", "fc_out"),
         mlp=("mlp",),
     )
+    arg.encoder, arg.llm = arg.encoder.lower(), arg.llm.lower()
     known = dict(stage=(1, 2), adapter=chains, front=FRONTS, init=("stage1", "text", "random"))
     for key, values in known.items():
         choose(key, getattr(arg, key), values)

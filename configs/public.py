@@ -4,33 +4,53 @@
     vadapter train --config=configs/public.py:encoder=E,tlm=T,llm=L,data=FOLDER --workdir=RUN
 
 Arguments:
-    encoder, tlm, llm   hub ids or folders
+    rung                laptop | gpu | v5e-8 | v5e-64 | v5p-128: a row of RUNGS, from a try to the
+                        paper's size; what differs is that row, and schedules count samples
+    encoder, tlm, llm   hub ids or folders, instead of the rung's
     data                folder of tar shards `train-*.tar` and `val-*.tar`
-    batch, steps        of each stage; stage 1 and 2 read batch · steps pictures each
+    batch, samples      of each stage, instead of the rung's
+    steps               of each stage, instead of samples / batch
     int8                the LLM's weights in int8, half of bfloat16's memory
 
-The defaults (CLIP-L, SmolLM2-135M, SmolLM2-1.7B) want one accelerator of 24 GB or more. Not run.
+Memory of stage 2, weights and optimizer and what the backward pass keeps: laptop 4 GB; gpu 24 GB;
+v5e-8 8 GB a chip; v5e-64 10 GB; v5p-128 30 GB (`vadapter plan` has it exactly). Not run.
 """
 
 from ml_collections import ConfigDict
 
-from vadapter.config import parse_arg
+from vadapter.config import choose, parse_arg
+
+CLIP_B, CLIP_L = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
+SIGLIP, COCA = "google/siglip-large-patch16-256", "laion/CoCa-ViT-L-14-laion2B-s13B-b90k"
+TINY, SMALL = "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-1.7B"
+GEMMA, LLAMA = "google/gemma-2-2b", "meta-llama/Meta-Llama-3-8B"
+# fsdp: chips over which weights are split; accumulate: micro-batches a step.
+RUNGS = {
+    "laptop": dict(encoder=CLIP_B, llm=TINY, batch=16, samples=16_000, workers=0),
+    "gpu": dict(encoder=CLIP_L, llm=SMALL, batch=64, samples=640_000, workers=8),
+    "v5e-8": dict(encoder=SIGLIP, llm=GEMMA, batch=128, samples=5_120_000, fsdp=8, workers=16),
+    "v5e-64": dict(encoder=COCA, llm=GEMMA, batch=1024, samples=51_200_000, fsdp=8, workers=16),
+    "v5p-128": dict(encoder=COCA, llm=LLAMA, batch=2048, samples=512_000_000, fsdp=8, workers=16),
+}
 
 
 def get_config(arg=None):
     arg = parse_arg(
-        arg, encoder="openai/clip-vit-large-patch14", tlm="HuggingFaceTB/SmolLM2-135M",
-        llm="HuggingFaceTB/SmolLM2-1.7B", data="$VADAPTER_DATA/pairs", batch=64, steps=10_000,
-        int8=False,
+        arg, rung="gpu", encoder="", tlm=TINY, llm="", data="$VADAPTER_DATA/pairs", batch=0,
+        samples=0, steps=0, int8=False,
     )  # fmt: skip
+    choose("rung", arg.rung, RUNGS)
+    rung = RUNGS[arg.rung]
+    batch = arg.batch or rung["batch"]
+    steps = arg.steps or max(2, (arg.samples or rung["samples"]) // batch)
     caption = dict(task="caption", text_len=64)
     tars = lambda split: dict(kind="tars", folder=arg.data, split=split)
     see = dict(
-        batch=arg.batch, steps=arg.steps, data=dict(train=1.0), loss=("val",), evals=("val",),
-        eval_every=max(1, arg.steps // 10), eval_limit=500, save_every=500, log_every=20,
+        batch=batch, steps=steps, data=dict(train=1.0), loss=("val",), evals=("val",),
+        eval_every=max(1, steps // 10), eval_limit=500, save_every=max(1, min(1000, steps // 20)),
+        log_every=20,
         optim=dict(
-            lr=5e-4, warmup=min(500, arg.steps // 10), schedule="cosine", clip=1.0,
-            weight_decay=1e-4,
+            lr=5e-4, warmup=min(1000, steps // 10), schedule="cosine", clip=1.0, weight_decay=1e-4,
         ),
     )  # fmt: skip
     aligned = dict(resampler="decoder", fc_in="decoder", tlm="decoder")
@@ -40,12 +60,16 @@ def get_config(arg=None):
             name="public",
             seed=0,
             dtype="bfloat16",
-            mesh=dict(data=-1, fsdp=1, tensor=1),
-            workers=8,
+            mesh=dict(data=-1, fsdp=rung.get("fsdp", 1), tensor=1),
+            workers=rung["workers"],
             components=dict(
-                encoder=dict(weights=arg.encoder),
-                tlm=dict(weights=arg.tlm),
-                llm={"weights": arg.llm, **({"int8": True} if arg.int8 else {})},
+                encoder=dict(weights=arg.encoder or rung["encoder"]),
+                tlm=dict(weights=arg.tlm, remat="dots"),
+                llm={
+                    "weights": arg.llm or rung["llm"],
+                    "remat": "names",
+                    **({"int8": True} if arg.int8 else {}),
+                },
                 resampler={**resampler, "layers": 1},
                 perceiver={**resampler, "layers": 6},
                 fc_in=dict(kind="fc", width=0),
@@ -55,7 +79,7 @@ def get_config(arg=None):
                 train={**caption, "source": tars("train"), "flip": True},
                 val={**caption, "source": tars("val")},
             ),
-            evals=dict(val=dict(data="val", max_new=32, batch=arg.batch)),
+            evals=dict(val=dict(data="val", max_new=32, batch=batch)),
             chain=("decoder", "vadapter", "perceiver"),
             stages=dict(
                 decoder=dict(kind="decoder", lm="tlm", chain=("resampler", "fc_in"), **see),
