@@ -62,6 +62,15 @@ def add_data(verbs: Any) -> None:
         row.arguments(sub)
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return value
+
+    return count
+
+
 def _index_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("path", type=Path, metavar="PATH", help="a folder of shards")
     sub.add_argument(
@@ -127,7 +136,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _prepare_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("benchmark", metavar="BENCHMARK")
+    sub.add_argument("benchmark", metavar="BENCHMARK", help="its name")
     sub.add_argument("--dir", type=Path, metavar="DIR", help=_OFFICIAL)
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="data_dir of tfds")
 
@@ -160,7 +169,7 @@ def _opened(args: argparse.Namespace) -> Any:
 
 def _show_arguments(sub: argparse.ArgumentParser) -> None:
     _look_arguments(sub)
-    sub.add_argument("--n", type=int, default=4, metavar="N", help="rows of each (4)")
+    sub.add_argument("--n", type=_at_least(1), default=4, metavar="N", help="rows of each (4)")
     sub.add_argument("--out", type=Path, metavar="FILE.html", help="write a page instead")
 
 
@@ -182,7 +191,7 @@ def _show(args: argparse.Namespace) -> None:
 def _stats_arguments(sub: argparse.ArgumentParser) -> None:
     _look_arguments(sub)
     sub.add_argument(
-        "--limit", type=int, default=500, metavar="N",
+        "--limit", type=_at_least(0), default=500, metavar="N",
         help="look at N examples, evenly spread (500); 0: all",
     )  # fmt: skip
     sub.add_argument("--json", action="store_true", help="print one JSON list")

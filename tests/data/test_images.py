@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from vadapter.data.images import BadMedia, View, decode_image, resize
-from vadapter.data.media import load_media
+from vadapter.data.media import load_media, load_square
 from vadapter.errors import ConfigError, DataError
 
 
@@ -138,6 +138,16 @@ def test_exif_orientation_is_undone(orientation, format):
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](photo())))
     data = encode(stored, format, exif=exif(orientation), lossless=True)
     np.testing.assert_array_equal(decode_image(data), photo())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_of_a_camera_is_turned_upright(orientation):
+    stored = Image.fromarray(
+        np.ascontiguousarray(STORED[orientation](photo()[..., :1].repeat(3, 2)))
+    )
+    data = encode(stored, "JPEG", quality=95, exif=exif(orientation))
+    got = decode_image(data).astype(int)
+    assert np.abs(got - photo()[..., :1]).max() < 12
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -345,6 +355,28 @@ def test_a_still_image_repeats():
     data = encode(Image.fromarray(photo()))
     np.testing.assert_array_equal(load_media(data, frames=1), photo()[None])
     np.testing.assert_array_equal(load_media(data, frames=3), np.stack([photo()] * 3))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("fit", ["crop", "stretch", "pad"])
+def test_the_short_way_to_a_square_gives_what_decoding_and_resizing_give(fit, frames, flip):
+    gif = [Image.fromarray(np.roll(photo(), 9 * n, 1)).quantize(64) for n in range(5)]
+    media = [
+        encode(Image.fromarray(photo()), exif=exif(6)),
+        encode(gif[0], "GIF", save_all=True, append_images=gif[1:]),
+        np.stack([photo(), photo()[::-1]]),
+    ]
+    view = View(24, fit=fit)
+    for each in media:
+        made = load_square(each, view, frames=frames, flip=flip)
+        assert (made.shape, made.dtype) == ((frames, 24, 24, 3), np.uint8)
+        assert made.flags.writeable
+        assert made.flags.c_contiguous
+        whole = resize(load_media(each, frames=frames), view, flip=flip)
+        np.testing.assert_array_equal(made, whole)
+    with pytest.raises(BadMedia, match="none of JPEG"):
+        load_square(b"<html>", view, frames=frames)
 
 
 def test_raw_frames_are_taken_from_the_middles_of_equal_parts():

@@ -269,7 +269,8 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_rows_are_made_while_a_step_computes():
+@pytest.mark.parametrize("train", [False, True])
+def test_rows_are_made_while_a_step_computes(train):
     """Each step ends only when the next batch is being made: taking turns would hang."""
     making = [threading.Event() for _ in range(24)]
 
@@ -285,16 +286,25 @@ def test_rows_are_made_while_a_step_computes():
         def __getitem__(self, index):
             return {"position": index}
 
-    seen = []
-    for step, batch in enumerate(eval_batches(Positions(), slow_row, 2, threads=2)):
-        seen += batch["x"].tolist()
-        ahead = min(2 * (step + 1) + 1, len(making) - 1)  # the next batch
-        assert making[ahead].wait(60), "nothing is read ahead while a step computes"
-    assert seen == list(range(24))
+    def batches(threads):
+        if not train:
+            return eval_batches(Positions(), slow_row, 2, threads=threads)
+        stream = {"text": (Positions(), slow_row, 1.0)}
+        return make_loader(stream, global_batch=2, seed=0, num_steps=12, threads=threads)
+
+    order = np.concatenate([batch["x"] for batch in batches(0)]).tolist()
     for event in making:
         event.clear()
-    next(eval_batches(Positions(), slow_row, 2, threads=0))
-    assert not making[3].wait(0.2)  # what the test would see if nothing were read ahead
+    next(batches(0))
+    assert sum(event.is_set() for event in making) == 2  # what nothing read ahead looks like
+    seen = []
+    for event in making:
+        event.clear()
+    for step, batch in enumerate(batches(2)):
+        seen += batch["x"].tolist()
+        ahead = order[min(2 * (step + 1) + 1, len(making) - 1)]  # in the next batch
+        assert making[ahead].wait(60), "nothing is read ahead while a step computes"
+    assert seen == order
 
 
 def drawn_run(rng):

@@ -86,7 +86,8 @@ def test_clips_tell_frames_seconds_and_rate(root):
 def test_documents_are_counted_with_their_beginning(root):
     data = opened(root, "documents")
     facts = stats(data)
-    lengths = [1 + sum(len(data.tokenizer.encode(p)) for p in e.pieces) for e in data.source]
+    examples = [data.source[i] for i in range(len(data.source))]
+    lengths = [1 + sum(len(data.tokenizer.encode(p)) for p in e.pieces) for e in examples]
     assert four(facts["text_tokens"])[::3] == (min(lengths), max(lengths))
     assert facts["cut"]["count"] == sum(n > 48 for n in lengths)
     assert "left_out" not in facts

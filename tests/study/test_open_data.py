@@ -40,7 +40,7 @@ def test_the_stage_is_the_first_that_trains_on_it_then_the_first_that_looks_else
     assert opened(root, "held").stage == "decoder"
     assert opened(root, "pictures", "perceiver").stage == "perceiver"
     every = open_data(recipe(root), root / "run", "vadapter", [])
-    assert [(d.name, d.stage) for d in every] == [("pictures", "vadapter"), ("clips", "vadapter")]
+    assert [(d.name, d.stage) for d in every] == [("clips", "vadapter"), ("pictures", "vadapter")]
     assert {d.stage for d in open_data(recipe(root), root / "run", "", [])} == {"perceiver"}
 
 

@@ -1,7 +1,6 @@
 """Images from bytes or files to RGB pixels, safely, and to the size an encoder wants.
 
-Whatever a file claims to be, only JPEG, PNG, WEBP, GIF and BMP decoders are tried, and the number
-of pixels is taken from the header and checked before any is decoded. What becomes of the rest:
+Whatever a file claims to be, only JPEG, PNG, WEBP, GIF and BMP decoders are tried. Of these,
 
   EXIF orientation        applied; EXIF that cannot be read is ignored
   grey, 1 bit, palette    the colours they stand for, as RGB
@@ -9,6 +8,7 @@ of pixels is taken from the header and checked before any is decoded. What becom
   CMYK (JPEG)             converted without a colour profile; embedded profiles are ignored
   16 bits a channel       the upper 8
   animated                the first frame; `vadapter.data.video` reads all of it
+  over 25 megapixels      BadMedia, by the header alone: no pixel is decoded
   truncated or corrupt    BadMedia, never half an image
 
 Dimension legend: F frames, H height, W width, S side of the square the encoder takes.
@@ -71,12 +71,17 @@ def decode_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndar
     Raises:
       BadMedia: not an image of a supported format, too large, truncated or corrupt.
     """
+    return np.array(read_image(data, max_pixels=max_pixels))
+
+
+def read_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As `decode_image`, in Pillow's memory."""
     try:
         with open_media(data) as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise BadMedia(f"{width}x{height} pixels, more than the {max_pixels} allowed")
-            return pixels_of(image)
+            return upright(image)
     except (BadMedia, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
@@ -85,11 +90,16 @@ def decode_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndar
         raise BadMedia(f"cannot be decoded ({type(error).__name__}: {error})") from error
 
 
-def pixels_of(image: Image.Image) -> np.ndarray:
-    """u8[H,W,3] of an opened image of any mode, turned upright, writable."""
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image of any mode as RGB, turned as its EXIF says; loads the pixels."""
     turn = _TURNS.get(_orientation(image))
     rgb = to_rgb(image)
-    return np.array(rgb if turn is None else rgb.transpose(turn))
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """u8[H,W,3] of an opened image of any mode, turned upright, writable."""
+    return np.array(upright(image))
 
 
 def open_media(data: bytes | Path) -> BinaryIO:
@@ -170,13 +180,9 @@ class View:
 
 
 def resize(frames: np.ndarray, view: View, *, flip: bool = False) -> np.ndarray:
-    """Brings every frame to a square, antialiased.
+    """Brings every frame to a square, see `square`.
 
-    The resampling is Pillow's, as the public encoders were trained with, and "crop" is "resize the
-    short side, then cut out the centre". Of an image with a side of more than 16 times the other,
-    only what stays is computed, so that one of a pixel by thousands costs no more than another;
-    there Pillow may sum in another order, which shows by some levels in 255. Frames that are one
-    and the same in memory, as of a still image, are resized once.
+    Frames that are one and the same in memory, as of a still image, are resized once.
 
     Args:
       frames: u8[F,H,W,3].
@@ -186,12 +192,28 @@ def resize(frames: np.ndarray, view: View, *, flip: bool = False) -> np.ndarray:
     Returns:
       u8[F,S,S,3].
     """
-    height, width = frames.shape[1:3]
+    different = frames[:1] if not frames.strides[0] else frames
+    out = np.stack([square(Image.fromarray(frame), view, flip=flip) for frame in different])
+    return out if len(different) == len(frames) else np.repeat(out, len(frames), axis=0)
+
+
+def square(image: Image.Image, view: View, *, flip: bool = False) -> np.ndarray:
+    """Brings an RGB image to a square, antialiased.
+
+    The resampling is Pillow's, as the public encoders were trained with, and "crop" is "resize the
+    short side, then cut out the centre". Of an image with a side of more than 16 times the other,
+    only what stays is computed, so that one of a pixel by thousands costs no more than another;
+    there Pillow may sum in another order, which shows by some levels in 255.
+
+    Returns:
+      u8[S,S,3].
+    """
+    width, height = image.size
     size, short = view.size, view.short
     shape, box = (size, size), (0.0, 0.0, float(width), float(height))
     x = y = 0  # where the square starts in the resized image
     if view.fit == "crop":
-        scaled = tuple(short * side // min(width, height) for side in (width, height))
+        scaled = short * width // min(width, height), short * height // min(width, height)
         x, y = ((s - size) // 2 if view.floor else round((s - size) / 2) for s in scaled)
         if max(scaled) <= _WHOLE * short:
             shape = scaled
@@ -204,12 +226,11 @@ def resize(frames: np.ndarray, view: View, *, flip: bool = False) -> np.ndarray:
     elif view.fit == "pad":
         longest = max(width, height)
         shape = max(1, round(width * size / longest)), max(1, round(height * size / longest))
-    left, top = max(size - shape[0], 0) // 2, max(size - shape[1], 0) // 2
-    different = frames[:1] if not frames.strides[0] else frames
-    out = np.full((len(different), size, size, 3), _PAD_LEVEL, np.uint8)
-    for frame, target in zip(different, out, strict=True):
-        small = Image.fromarray(frame).resize(shape, _RESAMPLE[view.interpolation], box=box)
-        pixels = np.asarray(small)[y : y + size, x : x + size]
-        target[top : top + len(pixels), left : left + pixels.shape[1]] = pixels
-    out = out if len(different) == len(frames) else np.repeat(out, len(frames), axis=0)
-    return np.ascontiguousarray(out[:, :, ::-1]) if flip else out
+    small = image.resize(shape, _RESAMPLE[view.interpolation], box=box)
+    pixels = np.asarray(small)[y : y + size, x : x + size]
+    if view.fit == "pad":
+        left, top = (size - shape[0]) // 2, (size - shape[1]) // 2
+        padded = np.full((size, size, 3), _PAD_LEVEL, np.uint8)
+        padded[top : top + len(pixels), left : left + pixels.shape[1]] = pixels
+        pixels = padded
+    return pixels[:, ::-1] if flip else pixels

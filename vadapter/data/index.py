@@ -41,9 +41,11 @@ def build(folder: Path, out: Path | None = None, *, say: Say = print) -> str:
     Raises:
       DataError: no shards, or shards that cannot be read: all of them at once, when the others are
         done; there is no index then.
-      ConfigError: the folder is being indexed already.
+      ConfigError: the folder is being indexed already, or `out` is a folder.
     """
     out = out or folder / INDEX
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; name the file to write")
     names = _shards(folder)
     journal = out.with_name(f"{out.name}.part")
     with _only_one(journal) as file:

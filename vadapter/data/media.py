@@ -1,13 +1,22 @@
 """Whatever an example holds, image, clip or raw frames, as frames.
 
-Legend: F frames, H height, W width.
+Legend: F frames, H height, W width, S pixels a side.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-from vadapter.data.images import CLIP_SUFFIXES, BadMedia, decode_image, head
+from vadapter.data.images import (
+    CLIP_SUFFIXES,
+    BadMedia,
+    View,
+    decode_image,
+    head,
+    read_image,
+    resize,
+    square,
+)
 from vadapter.data.video import decode_clip
 
 
@@ -30,6 +39,26 @@ def load_media(media: bytes | np.ndarray | Path, *, frames: int) -> np.ndarray:
         return decode_clip(media, frames)
     image = decode_image(media)
     return np.broadcast_to(image, (frames, *image.shape))
+
+
+def load_square(
+    media: bytes | np.ndarray | Path, view: View, *, frames: int, flip: bool = False
+) -> np.ndarray:
+    """`images.resize` of `load_media`; an encoded image is not copied on the way.
+
+    Args:
+      media, frames: as in `load_media`.
+      view, flip: as in `images.resize`.
+
+    Returns:
+      u8[F,S,S,3].
+
+    Raises:
+      BadMedia: the media cannot be used.
+    """
+    if isinstance(media, np.ndarray) or _is_clip(media, frames):
+        return resize(load_media(media, frames=frames), view, flip=flip)
+    return np.stack([square(read_image(media), view, flip=flip)] * frames)
 
 
 def _from_array(media: np.ndarray, frames: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """What the packets of a clip say, without decoding any: which frames there are, and when.
 
+Which of them are shown, and what becomes of odd clips, is stated in `data.video`.
+
 Safety: only the container formats named below are probed, which leaves out play lists and other
 formats that make FFmpeg open further files or addresses.
 """

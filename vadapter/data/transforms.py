@@ -28,8 +28,8 @@ import numpy as np
 
 from vadapter.data.batch import PROMPT_PAD, Row
 from vadapter.data.example import Example
-from vadapter.data.images import BadMedia, View, resize
-from vadapter.data.media import load_media
+from vadapter.data.images import BadMedia, View
+from vadapter.data.media import load_square
 from vadapter.data.prompts import CAPTION, QUESTION, QuestionPrompt, text_piece
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.errors import ConfigError
@@ -253,10 +253,9 @@ def _visual(example: Example, view: View, frames: int, mirror: bool) -> tuple[Ro
     try:
         if media is None:
             raise BadMedia("there is none")
-        pixels = load_media(media, frames=frames)
+        return {"frames": load_square(media, view, frames=frames, flip=mirror)}, True
     except (BadMedia, OSError):
         return {"frames": np.zeros((frames, view.size, view.size, 3), np.uint8)}, False
-    return {"frames": resize(pixels, view, flip=mirror)}, True
 
 
 def _prompt(tokenizer: Tokenizer, before: str, prompt_len: int) -> np.ndarray:

@@ -13,6 +13,8 @@ nearest to (i + 0.5) / F * D, the earlier one of two equally near.
   transparency          laid over white
   AVI, MP4, MOV, WebM, Matroska, GIF, animated WebP; the content decides, not the suffix
   cut short, damaged    BadMedia; damage that no chosen frame depends on passes unseen
+  over 25 megapixels    BadMedia, by the header; over 100,000 frames, by the packets: no pixel is
+                        decoded
 
 Only what is needed is decoded, once and in order: from the last key frame before a chosen frame to
 that frame, without frames that no other refers to. Where a file's key frames are not what it says,

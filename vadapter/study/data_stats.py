@@ -126,8 +126,8 @@ def _rows(data: OpenData, indices: Sequence[int]) -> Facts:
         began = time.perf_counter()
         row = data.transform(data.items[index], rng=None)
         spent += time.perf_counter() - began
-        lengths = np.bincount(row["segments"])[1:]
-        text, prompt = text + int(lengths.sum()), prompt + int((row["prompt"] >= 0).sum())
+        lengths = np.bincount(row["segments"])[1:].tolist()
+        text, prompt = text + sum(lengths), prompt + int((row["prompt"] >= 0).sum())
         if row["bad"]:
             bad += 1
             if len(first) < FIRST:

@@ -1,7 +1,7 @@
 """The data sets of a recipe as one of its stages reads them, without its parameters."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class OpenData:
     Attributes:
       name, config, source: of the data set.
       stage: the name of the stage; trains: it trains on it, and does not only look at it.
-      tokenizer: of the stage; None where it is yet to be trained, and then there are no rows.
+      tokenizer: of the stage; None where it is yet to be trained: no `transform`, no rows.
       view: the stage's, for this data set; None for text only.
       items, transform: see `train.inputs.make_stream`.
       seed: of the run.
@@ -38,7 +38,7 @@ class OpenData:
     tokenizer: Any
     view: View | None
     items: Any
-    transform: Callable[..., Any]
+    transform: Any
     seed: int
 
     def row(self, n: int) -> tuple[int, dict[str, Any]]:
@@ -104,7 +104,7 @@ def _reader(recipe: Recipe, name: str) -> str:
 
 def _of_stage(recipe: Recipe, workdir: Path | None, stage: str, name: str) -> list[OpenData]:
     config = recipe.stages[stage]
-    tokenizer = read_tokenizer(recipe, config, workdir or NOWHERE)
+    tokenizer: Any = read_tokenizer(recipe, config, workdir or NOWHERE)
     view = None
     if tokenizer is not None:
         view = view_of(make_model(recipe, config, tokenizer.vocab_size))

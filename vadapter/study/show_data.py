@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from vadapter.data.images import BadMedia, resize
-from vadapter.data.media import load_media
+from vadapter.data.images import BadMedia
+from vadapter.data.media import load_square
 from vadapter.errors import ConfigError
 from vadapter.study.open_data import OpenData, without_tokenizer
 from vadapter.train.inputs import describe
@@ -149,7 +149,7 @@ def _mirrored(data: OpenData, media: Any, row: Mapping[str, np.ndarray]) -> bool
     if not data.config.flip or row["bad"] or data.view is None or "frames" not in row:
         return False
     try:
-        plain = resize(load_media(media, frames=len(row["frames"])), data.view)
+        plain = load_square(media, data.view, frames=len(row["frames"]))
     except (BadMedia, OSError):
         return False
     return not np.array_equal(plain, row["frames"])

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vadapter.errors import ConfigError
 from vadapter.study.show_data import Shown, Token
 
 _EXACT = 160  # pixels a side up to which pictures are PNG, without loss
@@ -25,11 +26,17 @@ def write_page(path: Path, title: str, rows: Iterable[Shown]) -> Path:
       path: of the file.
       title: its heading.
       rows: in order.
+
+    Raises:
+      ConfigError: the file cannot be written.
     """
     body = "\n".join(_card(row) for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
     page = _FRAME.replace("{title}", _text(title)).replace("{body}", body)
-    path.write_bytes(page.encode("utf-8", "replace"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(page.encode("utf-8", "replace"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; name a file that can be written") from error
     return path
 
 
