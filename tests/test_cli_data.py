@@ -1,4 +1,4 @@
-"""`vadapter data show|stats|cache|index`: what is printed and written, and how mistakes are told."""
+"""`vadapter data show|stats|cache|index`: what is printed and written, and told of mistakes."""
 
 import json
 import re

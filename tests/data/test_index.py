@@ -153,7 +153,7 @@ def scanned(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_process_has_not_read_its_shards_in_vain(tmp_path, monkeypatch, number):
-    folder = pairs(tmp_path / "data", count=60, each=60)
+    folder = pairs(tmp_path / "data", count=120, each=60)
     journal = folder / f"{shards.INDEX}.part"
     env = {**os.environ, "PYTHONPATH": str(Path(vadapter.__file__).parents[1])}
     command = [sys.executable, "-m", "vadapter", "data", "index", str(folder)]
@@ -169,10 +169,10 @@ def test_a_stopped_process_has_not_read_its_shards_in_vain(tmp_path, monkeypatch
     assert not (folder / shards.INDEX).exists()
     lines = journal.read_bytes().split(b"\n")[:-1]  # what follows the last line end is torn
     before = {json.loads(line)["name"] for line in lines}
-    assert 5 <= len(before) < 60
+    assert 5 <= len(before) < 120
     names = scanned(monkeypatch)
     index.build(folder, **silent)
-    assert set(names) == {f"{i:05d}.tar" for i in range(60)} - before
+    assert set(names) == {f"{i:05d}.tar" for i in range(120)} - before
     interrupted = (folder / shards.INDEX).read_bytes()
     assert not journal.exists()
     (folder / shards.INDEX).unlink()

@@ -1,5 +1,6 @@
 """Public language models: small random checkpoints of the original library give the same logits."""
 
+import copy
 import dataclasses
 import json
 
@@ -99,7 +100,10 @@ def test_logits_equal_the_originals_with_padding(case, pair, originals):
     tokens, lengths = ids(3), np.array([T, 23, 7])
     real = np.arange(T)[None, :] < lengths[:, None]
     with torch.no_grad(), their_warnings():
-        theirs = model(torch.tensor(tokens), attention_mask=torch.tensor(real)).logits.numpy()
+        theirs, exact = (
+            original(torch.tensor(tokens), attention_mask=torch.tensor(real)).logits.numpy()[real]
+            for original in (model, copy.deepcopy(model).double())
+        )
 
     @jax.jit
     def run(params, tokens, segments):
@@ -109,9 +113,12 @@ def test_logits_equal_the_originals_with_padding(case, pair, originals):
                           mask=text_mask(segments), method="hidden")  # fmt: skip
         return apply(states, method="logits")
 
-    ours = np.asarray(run(params, tokens, real.astype(np.int32)))
+    ours = np.asarray(run(params, tokens, real.astype(np.int32)))[real]
     assert np.abs(theirs).max() > 3
-    assert np.abs(ours - theirs)[real].max() < TOLERANCE
+    # How far a processor's float32 takes the original itself (its windows are NaN in float64).
+    rounding = np.nan_to_num(np.abs(theirs - exact)).max()
+    assert rounding < 2 * TOLERANCE
+    assert np.abs(ours - theirs).max() < TOLERANCE + rounding
 
 
 @pytest.mark.parametrize("case", ["llama, yarn positions", "qwen2, windows", "gemma3", "gpt2"])
