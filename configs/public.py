@@ -16,6 +16,8 @@ Memory of stage 2, weights and optimizer and what the backward pass keeps: lapto
 v5e-8 8 GB a chip; v5e-64 10 GB; v5p-128 30 GB (`vadapter plan` has it exactly). Not run.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from vadapter.config import choose, parse_arg
@@ -25,7 +27,7 @@ SIGLIP, COCA = "google/siglip-large-patch16-256", "laion/CoCa-ViT-L-14-laion2B-s
 TINY, SMALL = "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-1.7B"
 GEMMA, LLAMA = "google/gemma-2-2b", "meta-llama/Meta-Llama-3-8B"
 # fsdp: chips over which weights are split; accumulate: micro-batches a step.
-RUNGS = {
+RUNGS: dict[str, dict[str, Any]] = {
     "laptop": dict(encoder=CLIP_B, llm=TINY, batch=16, samples=16_000, workers=0),
     "gpu": dict(encoder=CLIP_L, llm=SMALL, batch=64, samples=640_000, workers=8),
     "v5e-8": dict(encoder=SIGLIP, llm=GEMMA, batch=128, samples=5_120_000, fsdp=8, workers=16),

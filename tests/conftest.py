@@ -15,6 +15,10 @@ os.environ.setdefault(
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith(("0.9.", "0.10.")),
 )
 
+# Each fake device waits in a thread for the others, once for every collective that may run now:
+# with no more threads than devices, those that wait for different ones wait for ever.
+os.environ.setdefault("PJRT_NPROC", "32")
+
 import jax
 import pytest
 from absl import flags

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,18 @@ from vadapter.train.handover import DONE, STORE
 from vadapter.train.store import ComponentStore
 
 TESTS = Path(__file__).resolve().parent
+VADAPTER = (sys.executable, "-m", "vadapter")
 CHAIN = ("llm", "decoder", "vadapter")
 STEPS = 6
+# A recipe file; `kind` is a function of this module.
 RECIPE = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from runs import small
+import runs
 
 def get_config(arg):
-    return small(Path({folder!r}))
+    return runs.{kind}(Path({folder!r}))
 """
 
 
@@ -151,26 +153,41 @@ def cached_programs() -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-def write_recipe(folder: Path) -> Path:
-    """The recipe `small` as a file."""
-    path = folder / "recipe.py"
-    path.write_text(RECIPE.format(tests=str(TESTS), folder=str(folder)))
+def write_recipe(folder: Path, kind: str = "small") -> Path:
+    """A recipe of this module as a file."""
+    path = folder / f"{kind}.py"
+    path.write_text(RECIPE.format(tests=str(TESTS), folder=str(folder), kind=kind))
     return path
 
 
-def start(
-    recipe: Path, workdir: Path, *overrides: str, fault: str = "", devices: int = 1, **popen: Any
-) -> subprocess.Popen:
-    """Starts `python -m vadapter train` with both streams in one pipe."""
-    env = {
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+    """Of a process of its own."""
+    return {
         **os.environ,
         "PYTHONPATH": str(TESTS.parent),
-        "VADAPTER_FAULT": fault,
         "VADAPTER_COMPILE_CACHE": str(cache_dir()),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        **more,
     }
-    command = [sys.executable, "-m", "vadapter", "train", f"--config={recipe}"]
-    command += [f"--workdir={workdir}", *(f"--config.{item}" for item in overrides)]
+
+
+def start(recipe: Path, workdir: Path, *overrides: str, **options: Any) -> subprocess.Popen:
+    """Starts `python -m vadapter train`, see `launch`."""
+    items = [f"--config.{item}" for item in overrides]
+    command = (*VADAPTER, "train", f"--config={recipe}", f"--workdir={workdir}", *items)
+    return launch(command, **options)
+
+
+def launch(
+    command: Sequence[str],
+    *,
+    fault: str = "",
+    devices: int = 1,
+    more: Mapping[str, str] = {},
+    **popen: Any,
+) -> subprocess.Popen:
+    """Starts a command with both streams in one pipe; `more`: variables."""
+    env = environment(devices, VADAPTER_FAULT=fault, **more)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=env, **{**pipes, **popen})
 

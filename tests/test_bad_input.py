@@ -22,7 +22,7 @@ from PIL import Image
 
 from vadapter import cli
 from vadapter.parallel.mesh import make_mesh
-from vadapter.train import loop, run
+from vadapter.train import run, stage
 from vadapter.train.checkpoint import steps
 from vadapter.train.lock import run_lock
 from vadapter.train.writer import rows
@@ -50,7 +50,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(cli, "_prepare", lambda: None)
-    monkeypatch.setattr(loop, "make_train_step", runs.fake_step)
+    monkeypatch.setattr(stage, "make_train_step", runs.fake_step)
     monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
 
@@ -373,7 +373,7 @@ def test_too_many_pictures_that_cannot_be_read_end_the_run_by_name(spoil):
     )
     assert len(message.splitlines()) == 1
     assert sum(f"'{name}'" in message for name in names) >= 5
-    assert message.endswith("Mend or remove them.\n")
+    assert "Mend or remove them, or allow more with --config.stages.decoder.max_bad=" in message
     assert steps(spoil.workdir / "decoder/checkpoints")  # what was trained until then is there
 
 
@@ -384,8 +384,8 @@ PROCESS = """
 import resource, sys
 import runs
 from vadapter import cli
-from vadapter.train import loop
-loop.make_train_step = runs.fake_step
+from vadapter.train import stage
+stage.make_train_step = runs.fake_step
 if limit := int(sys.argv[1]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 sys.exit(cli.main(["train", *sys.argv[2:]]))

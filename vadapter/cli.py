@@ -5,15 +5,18 @@ import json
 import os
 import stat
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
-from vadapter import __version__, cli_eval
+from vadapter import __version__, cli_eval, cli_plan
 from vadapter.cli_data import add_data
 from vadapter.cli_data import recipe as _recipe
 from vadapter.errors import (
+    LOST,
     USER_ERROR,
     ConfigError,
+    HostError,
     NonFiniteError,
     Preempted,
     UserError,
@@ -38,8 +41,9 @@ MAX_NEW: dict[str, Any] = {
 MOVED = "where public weights lie now: components.NAME.weights=FOLDER"
 CONFIG: dict[str, Any] = {"metavar": "FILE.py[:ARGS]"}
 EXIT_CODES = (
-    "exit codes: 0 finished, 2 mistake in the command, 75 stopped by a signal and saved,\n"
-    "77 training diverged, 78 something to mend in configuration, data or checkpoints"
+    "exit codes: 0 finished, 1 a host was lost or hung, 2 mistake in the command,\n"
+    "75 stopped by a signal and saved, 77 training diverged,\n"
+    "78 something to mend in configuration, data or checkpoints"
 )
 
 
@@ -50,20 +54,47 @@ def main(argv: list[str] | None = None) -> int:
         (overrides if item.startswith("--config.") else rest).append(item)
     args = parser.parse_args(rest)
     args.overrides = [item.removeprefix("--config.") for item in overrides]
+    code, reason = _attempt(args)
+    if not args.computes:
+        return code
+    from vadapter.parallel.leaving import leave
+
+    return leave(code, reason)
+
+
+def _attempt(args: argparse.Namespace) -> tuple[int, str]:
+    """Runs the verb; returns the exit code, and why it is not 0."""
     try:
         if args.computes:
             _prepare()
         with disk_errors():
-            return args.run(args) or 0
-    except (UserError, NonFiniteError, Preempted) as error:
+            return args.run(args) or 0, ""
+    except (UserError, NonFiniteError, Preempted, HostError) as error:
         print(f"vadapter: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return error.exit_code, str(error)
     except KeyboardInterrupt:
         print("vadapter: stopped", file=sys.stderr, flush=True)
-        return 130
+        return 130, "stopped"
     except BrokenPipeError:  # the reader of the output has gone, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+        return 128 + 13, "nobody reads its output"
+    except Exception as error:
+        if not args.computes:
+            raise
+        return _unforeseen(error)
+
+
+def _unforeseen(error: Exception) -> tuple[int, str]:
+    """What no handler knows has a traceback: in a job of several hosts soon, or all would wait."""
+    from vadapter.parallel import hosts, leaving
+
+    if hosts.count() == 1:
+        raise error
+    if of_another := leaving.cause(error):
+        print(f"vadapter: {of_another[1]}", file=sys.stderr, flush=True)
+        return of_another
+    traceback.print_exception(error)
+    return LOST, f"{type(error).__name__}: {error}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path, metavar="DIR", help="the folder to write")
     sub.add_argument("--stage", **STAGE)
 
+    cli_plan.add_verb(verb, _count)
     add_data(verbs)
     return parser
 
@@ -243,11 +275,14 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _prepare() -> None:
-    """Compiled programs are kept on disk, in a directory of the user's own."""
+    """Joins the other hosts; keeps compiled programs on disk, in a directory of the user's own."""
     import jax
 
+    from vadapter.parallel import hosts, leaving
     from vadapter.parallel.compile import keep_memory
 
+    hosts.start()
+    leaving.follow()
     keep_memory()
 
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

@@ -15,17 +15,14 @@ OVERRIDES = "override data, evals, mesh, workers, components.NAME.weights; proto
 
 def add_arguments(sub: argparse.ArgumentParser, count: Any) -> None:
     """The options of the verb; `count` reads a number above 0."""
-    sub.add_argument(
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument(
         "--evals", default="", metavar="A,B", help="their names, or all (default: the stage's)"
     )
+    what.add_argument("--benchmarks", metavar="A,B", help="benchmarks instead, or all of them")
+    sub.add_argument("--protocol", metavar="P", help="how benchmarks are run (paper)")
     sub.add_argument(
-        "--benchmarks", default="", metavar="A,B", help="benchmarks instead, or all of them"
-    )
-    sub.add_argument(
-        "--protocol", default="paper", metavar="P", help="how benchmarks are run (paper)"
-    )
-    sub.add_argument(
-        "--data", type=Path, default=Path("data"), metavar="DIR",
+        "--data", type=Path, metavar="DIR",
         help="holds a folder for each benchmark, of its name, with its official files (data)",
     )  # fmt: skip
     sub.add_argument(
@@ -39,45 +36,55 @@ def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     from vadapter.train.restore import open_run
 
-    of_protocol = [item for item in args.overrides if item.startswith("protocol.")]
-    others = [item for item in args.overrides if item not in of_protocol]
-    score = _benchmarks if args.benchmarks else _evals
-    score(args, of_protocol, lambda: open_run(args.workdir, args.stage, overrides=others))
+    protocol = [item for item in args.overrides if item.startswith("protocol.")]
+    others = [item for item in args.overrides if item not in protocol]
+    score = _evals if args.benchmarks is None else _benchmarks
+    score(args, protocol, lambda: open_run(args.workdir, args.stage, overrides=others))
 
 
 def _benchmarks(args: argparse.Namespace, overrides: list[str], opened: Any) -> None:
-    from vadapter.errors import Problems
+    import jax
+
+    from vadapter.errors import DataError, Problems
     from vadapter.study import benchmark
     from vadapter.study.table import BENCHMARKS, as_text, benchmarks
 
-    chosen = benchmark.choose(args.benchmarks, args.protocol, overrides)
+    fields = [item.removeprefix("protocol.") for item in overrides]
+    chosen = benchmark.choose(args.benchmarks, args.protocol or "paper", fields)
+    data = args.data or Path("data")
+    if not data.is_dir():
+        raise DataError(f"--data={data}: no such folder; in it each benchmark has one of its name")
     loaded, done, problems = opened(), [], Problems()
-    print(f"{loaded.stage}, step {loaded.step}", flush=True)
+    show = print if jax.process_index() == 0 else lambda *_, **__: None
+    show(f"{loaded.stage}, step {loaded.step}", flush=True)
     for protocol in chosen:
         with problems.gather(protocol.benchmark):
-            _, folder = benchmark.run(
-                loaded, protocol, args.data, limit=args.limit, batch=args.batch
-            )
-            done.append(folder)
-            print(folder / "score.json", flush=True)
-    if done:
-        print(f"\n{as_text(benchmarks(done), BENCHMARKS)}", flush=True)
+            done.append(benchmark.run(loaded, protocol, data, limit=args.limit, batch=args.batch))
+            show(done[-1] / "score.json", flush=True)
+    if done and jax.process_index() == 0:
+        show(f"\n{as_text(benchmarks(done), BENCHMARKS)}", flush=True)
     problems.settle()
 
 
 def _evals(args: argparse.Namespace, overrides: list[str], opened: Any) -> None:
+    import jax
+
     from vadapter.errors import ConfigError
     from vadapter.study.gallery import read_section, write_gallery
     from vadapter.study.rescore import as_table, choose, rescore
 
-    if overrides:
-        raise ConfigError(f"--config.{overrides[0]}: only benchmarks have a protocol")
+    of_benchmarks = {"--protocol": args.protocol, "--data": args.data}
+    given = [f"{name}={value}" for name, value in of_benchmarks.items() if value is not None]
+    for option in [*given, *(f"--config.{item}" for item in overrides)]:
+        raise ConfigError(f"{option}: is of benchmarks; name some, --benchmarks=all")
     loaded, results = opened(), {}
-    print(f"{loaded.stage}, step {loaded.step}", flush=True)
+    show = print if jax.process_index() == 0 else lambda *_, **__: None
+    show(f"{loaded.stage}, step {loaded.step}", flush=True)
     for name in choose(loaded, args.evals):
         results[name], folder = rescore(loaded, name, limit=args.limit, batch=args.batch)
-        paths = {loaded.stage: folder / "predictions.jsonl"}
-        section = read_section(loaded.recipe, name, paths)
-        page = write_gallery(folder / "gallery.html", f"{loaded.stage}: {name}", [section])
-        print(page, flush=True)
-    print(f"\n{as_table(results)}")
+        if jax.process_index() == 0:
+            paths = {loaded.stage: folder / "predictions.jsonl"}
+            section = read_section(loaded.recipe, name, paths)
+            page = write_gallery(folder / "gallery.html", f"{loaded.stage}: {name}", [section])
+            show(page, flush=True)
+    show(f"\n{as_table(results)}")

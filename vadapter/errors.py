@@ -5,6 +5,7 @@ import errno
 from collections.abc import Iterator
 
 # Exit codes. A scheduler restarts a job on any code but 0, NON_FINITE and USER_ERROR.
+LOST = 1  # a host hung, died or did not come; also any error that is not foreseen
 PREEMPTED = 75  # stopped by a signal, state saved: run the same command again
 NON_FINITE = 77  # the loss or the gradients were not finite several times in a row
 USER_ERROR = 78  # configuration, data or checkpoint: restarting will not help
@@ -77,6 +78,12 @@ class NonFiniteError(Exception):
     """Training met non-finite gradients too many steps in a row; nothing poisoned was saved."""
 
     exit_code = NON_FINITE
+
+
+class HostError(Exception):
+    """A host of several did not come, or did something else: the job ends as a whole."""
+
+    exit_code = LOST
 
 
 class Preempted(Exception):  # noqa: N818 - an event, not an error

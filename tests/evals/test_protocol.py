@@ -109,7 +109,7 @@ def test_the_same_examples_are_drawn_every_time_and_others_by_another_seed():
     ]
     assert all(other != drawn for other in others)
     # Pinned: other examples would be another protocol under the same digest.
-    assert [q for q, _ in drawn] == ["PINNED"]
+    assert [q for q, _ in drawn] == ["q43", "q20", "q0", "q47"]
 
 
 def test_questions_without_an_answer_are_not_shown_and_too_few_are_refused():

@@ -5,6 +5,7 @@ import functools
 import re
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ def _small_params() -> dict:
         scale = 1.2 / np.sqrt(np.prod(leaf.shape[:3])) if len(leaf.shape) == 4 else 0.1
         return rng.normal(0, scale, leaf.shape).astype(np.float32)
 
-    return jax.tree.map(draw, abstract)
+    return jax.tree.map(draw, nn.unbox(abstract))
 
 
 @functools.cache
@@ -175,7 +176,7 @@ def test_head_parameters_exist_whichever_method_initialises():
         for method in ("__call__", "classify")
     ]
     assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
-    assert trees[0]["params"]["head"]["kernel"].shape == (1, 1, 1280, 7)
+    assert nn.unbox(trees[0])["params"]["head"]["kernel"].shape == (1, 1, 1280, 7)
 
 
 def test_a_clip_equals_its_frames_one_by_one():

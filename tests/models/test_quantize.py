@@ -16,7 +16,7 @@ from vadapter.errors import ConfigError
 from vadapter.models.lm import LM, LMConfig, empty_cache
 from vadapter.models.quantize import Int8Linear, full_precision, library, quantize
 from vadapter.models.variants import make_module
-from vadapter.parallel.mesh import MeshConfig, make_mesh, shardings
+from vadapter.parallel.mesh import MeshConfig, make_mesh, on, shardings
 
 T, V, E = 16, 64, 32
 CONFIG = LMConfig(V, width=E, depth=3, heads=4, mlp_dim=64, max_len=64)
@@ -173,10 +173,11 @@ def test_on_a_mesh_scales_lie_as_their_outputs_and_everything_is_computed_the_sa
     block = made["stack"]["blocks"]
     spec = lambda layer: [tuple(layer[k].sharding.spec) for k in ("kernel", "kernel_scale")]  # noqa: E731
     assert spec(block["mlp"]["up"]) == [(None, "fsdp", "tensor"), (None, None, "tensor")]
-    assert spec(block["mlp"]["down"]) == [(None, "tensor", "fsdp"), (None, None, "fsdp")]
-    assert spec(made["head"]) == [("fsdp", "tensor"), (None, "tensor")]
-    run = jax.jit(lambda p, t: small.apply({"params": p}, t))
-    np.testing.assert_allclose(run(made, tokens), run(alone, tokens), atol=1e-5)
+    assert spec(block["mlp"]["down"]) == [(None, "tensor", "fsdp"), (None, None, None)]
+    assert spec(made["head"]) == [(None, ("tensor", "fsdp"))] * 2
+    run = lambda p, t: small.apply({"params": p}, t)  # noqa: E731
+    many = jax.jit(on(mesh, run))(made, tokens)
+    np.testing.assert_allclose(many, jax.jit(run)(alone, tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["none", "names", "dots"])

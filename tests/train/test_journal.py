@@ -21,6 +21,8 @@ class Lines:
     def say(self, text):
         self.said.append(text)
 
+    tell = say
+
 
 @pytest.fixture
 def clock(monkeypatch):

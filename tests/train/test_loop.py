@@ -12,7 +12,7 @@ from vadapter.data.pipeline import make_loader
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted
 from vadapter.evals.runner import to_mesh
 from vadapter.parallel.mesh import make_mesh
-from vadapter.train import loop, run
+from vadapter.train import loop, run, stage
 from vadapter.train.checkpoint import restore_step, steps
 from vadapter.train.handover import DONE
 from vadapter.train.inputs import make_stream
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def fake(monkeypatch):
     """Steps without a model."""
-    monkeypatch.setattr(loop, "make_train_step", runs.fake_step)
+    monkeypatch.setattr(stage, "make_train_step", runs.fake_step)
 
 
 @pytest.fixture(autouse=True)

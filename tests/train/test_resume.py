@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import runs
 
-from vadapter.errors import PREEMPTED
+from vadapter.errors import PREEMPTED, ConfigError, Preempted
+from vadapter.train.interrupts import signals
 from vadapter.train.writer import history, rows
 
 KILLED = -signal.SIGKILL
@@ -95,7 +96,7 @@ def test_the_stopped_run_has_the_metrics_of_the_whole_one(done):
 
 def test_a_half_written_cache_is_computed_again_and_a_whole_one_is_not(done):
     cut, killed, after, *later = (output.stdout for output in done.outputs[3:])
-    assert "features: 24" not in cut + killed
+    assert "features: 24/24" not in cut + killed
     assert "features: 24/24 mirrored" in after
     assert "features: 24/24" not in later[0]
     whole, stopped = (sorted((run / "features").iterdir()) for run in (done.whole, done.stopped))
@@ -138,6 +139,22 @@ def test_the_second_ctrl_c_ends_at_once(first):
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == 130
         assert "Ctrl-C again: at once" in process.stderr.read()
+
+
+def test_a_second_sigterm_changes_nothing():
+    with signals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Preempted, match=r"^here: stopped by SIGTERM; run the same command"):
+            stop.check("here")
+
+
+def test_a_run_whose_signals_go_elsewhere_is_refused():
+    with signals() as stop:
+        stop.require_handlers()
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as a library may do
+        with pytest.raises(ConfigError, match=r"SIGTERM goes to <function .*would not be saved"):
+            stop.require_handlers()
 
 
 @pytest.mark.slow

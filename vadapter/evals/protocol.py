@@ -107,7 +107,7 @@ def resolve(
         raise ConfigError(
             f"--protocol={name}: none for benchmark {benchmark!r}{nearest(benchmark, table)}"
         )
-    values = ConfigDict({"protocol": plain(table[benchmark])})
+    values: Any = ConfigDict({"protocol": plain(table[benchmark])})
     override(values, [f"protocol.{item}" for item in overrides])
     protocol = build(Protocol, values["protocol"], "config.protocol")
     for key, known in (("metric", METRICS), ("prompt", PROMPTS), ("post", POSTS)):

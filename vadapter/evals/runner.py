@@ -19,7 +19,7 @@ from vadapter.models.beam import decode
 from vadapter.models.generate import Decode
 from vadapter.models.vadapter import Batch, Params, VAdapter
 from vadapter.parallel.compile import jit
-from vadapter.parallel.mesh import to_mesh
+from vadapter.parallel.mesh import on, to_mesh
 
 MAX_QUESTION = 40  # tokens of a question with its prompt; longer ones count as wrong
 
@@ -43,7 +43,7 @@ class Decoder:
     def __init__(self, model: VAdapter, tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
         run = functools.partial(decode, model, stop=tokenizer.stop_ids, vocab=tokenizer.vocab_size)
-        self._decode = jit(run, static_argnames="how")
+        self._decode = jit(on(mesh, run), static_argnames="how")
 
     def batches(
         self, params: Params, batches: Iterator[Batch], how: Decode, shown: jax.Array | None = None
@@ -69,12 +69,12 @@ class Decoder:
             yield from texts
 
     def _read(self, arrays: Batch, out: Any) -> list[Text]:
-        """What could not be read is not guessed at: its text is empty."""
+        """What cannot be read is not guessed at: it has no text."""
         columns = (arrays["id"], arrays["bad"], out["tokens"], out["ended"])
         texts = []
         for i, bad, row, end in zip(*map(_on_host, columns), strict=True):
             if i >= 0:
-                text = "" if bad else self.tokenizer.decode([int(t) for t in row]).strip()
+                text = None if bad else self.tokenizer.decode([int(t) for t in row]).strip()
                 texts.append((int(i), text, bool(end)))
         return texts
 
@@ -121,7 +121,7 @@ def predict(
     require_usable(items, 1)
     batch = _round_up(min(batch, len(items)), decoder.mesh.size)
     texts = part.read(batch) if part is not None else []
-    start = _everywhere(min(len(texts), len(items)))
+    start = everywhere(min(len(texts), len(items)))
     texts = texts[:start]
     progress = Progress(title, len(items), start)
     if start < len(items):
@@ -145,8 +145,8 @@ def predict(
     return texts
 
 
-def _everywhere(count: int) -> int:
-    """The first host's number, on every host."""
+def everywhere(count: int) -> int:
+    """The first host's number, on every host; all of them must call it."""
     if jax.process_count() == 1:
         return count
     return int(multihost_utils.broadcast_one_to_all(np.int32(count)))

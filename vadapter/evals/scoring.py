@@ -1,7 +1,8 @@
 """From predictions to scores: each metric is a row of `METRICS`.
 
 Scores are fractions on the official scale (multiply by 100 to print them) and, as counts or shares:
-`n`, the items scored; `ended`, texts that ended by themselves; `distinct`, different texts.
+`n`, the items scored; `ended`, texts that ended by themselves; `distinct`, different texts;
+`unreadable`, items whose picture cannot be read, where there are any: their text is empty.
 """
 
 import dataclasses
@@ -15,7 +16,9 @@ from vadapter.evals import vqa
 from vadapter.evals.captioning import score_captions
 from vadapter.evals.vqa import Rules, score_answers
 
-Text = tuple[int, str, bool]  # index of the item, the text, whether it ended by itself
+# Index of the item, the text (None: its picture cannot be read), whether it ended by itself.
+Text = tuple[int, str | None, bool]
+_Said = tuple[int, str, bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +130,13 @@ def score_texts(items: Any, texts: Sequence[Text], metric: Metric) -> Result:
       DataError: fewer than two captions, or a question without answers among others with some.
     """
     score = _captions if metric.task == "caption" else _answers
-    named, rows = score(items, texts, metric)
-    return Result(named | _shares(rows), rows)
+    bad = sum(text is None for _, text, _ in texts)
+    named, rows = score(items, [(i, text or "", ended) for i, text, ended in texts], metric)
+    unreadable = {"unreadable": bad / len(texts)} if bad else {}
+    return Result(named | _shares(rows) | unreadable, rows)
 
 
-def _captions(items: Any, texts: Sequence[Text], metric: Metric) -> tuple[dict, list]:
+def _captions(items: Any, texts: Sequence[_Said], metric: Metric) -> tuple[dict, list]:
     examples = {i: words_of(items, i) for i, _, _ in texts}
     scores = score_captions(
         {i: text for i, text, _ in texts}, {i: e.captions for i, e in examples.items()}
@@ -150,7 +155,7 @@ def _captions(items: Any, texts: Sequence[Text], metric: Metric) -> tuple[dict, 
     return {"cider": scores.cider, "bleu4": scores.bleu4, "rouge_l": scores.rouge_l}, rows
 
 
-def _answers(items: Any, texts: Sequence[Text], metric: Metric) -> tuple[dict, list]:
+def _answers(items: Any, texts: Sequence[_Said], metric: Metric) -> tuple[dict, list]:
     asked = {i: items.words(i) for i, _, _ in texts}
     rows = [
         {

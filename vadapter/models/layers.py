@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vadapter.models.rope import rotate
+from vadapter.parallel.mesh import constrain
 
 Dtype = jnp.dtype
 # Scores of masked keys. Finite, so that a row without any visible key stays finite.
@@ -28,6 +29,11 @@ default_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal
 def partitioned(init: Callable, *axes: str | None) -> Callable:
     """Marks the initialiser's parameter with its logical axes, one name per dimension."""
     return nn.with_logical_partitioning(init, axes)
+
+
+def output_axis(axes: tuple[str | None, str | None]) -> str | None:
+    """Of what a kernel has one of per output: states are whole, and so is what joins them."""
+    return "norm" if axes[1] == "embed" else axes[1]
 
 
 def linear(
@@ -44,7 +50,7 @@ def linear(
         use_bias=bias,
         dtype=dtype,
         kernel_init=partitioned(kernel_init, *axes),
-        bias_init=partitioned(nn.initializers.zeros, axes[1]),
+        bias_init=partitioned(nn.initializers.zeros, output_axis(axes)),
         name=name,
     )
 
@@ -105,8 +111,12 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = lambda name: checkpoint_name(  # noqa: E731
-            self.linear(self.hidden, ("embed", "mlp"), self.bias, self.dtype, name=name)(x), "u"
-        )
+            constrain(
+                self.linear(self.hidden, ("embed", "mlp"), self.bias, self.dtype, name=name)(x),
+                "batch", None, "mlp",
+            ),
+            "u",
+        )  # fmt: skip
         if self.kind in GATED:
             y = GATED[self.kind](wide("gate")) * wide("up")
         else:
@@ -174,7 +184,9 @@ class Attention(nn.Module):
         proj = lambda n, name: self.linear(  # noqa: E731
             n * self.head_dim, ("embed", "heads"), bias, self.dtype, name=name
         )
-        split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)  # noqa: E731
+        # Heads are split, never within one: with fewer key heads than `tensor`, each has them all.
+        by_head = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)  # noqa: E731
+        split = lambda y: constrain(by_head(y), "batch", None, "heads")  # noqa: E731
         q = split(proj(self.heads, "q")(x))
         k = split(proj(self.kv_heads, "k")(kv))
         v = split(proj(self.kv_heads, "v")(kv))

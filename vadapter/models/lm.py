@@ -14,6 +14,7 @@ from vadapter.errors import ConfigError
 from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, partitioned
 from vadapter.models.rope import RopeConfig, amplitude, frequencies
 from vadapter.models.transformer import BlockConfig, PerLayer, Remat, Stack
+from vadapter.parallel.mesh import constrain
 
 EVERYTHING = 2**30  # a window that nothing is outside of
 
@@ -131,7 +132,7 @@ class LM(nn.Module):
     def embed(self, tokens: jax.Array) -> jax.Array:
         """i32[B, T] -> [B, T, E], scaled; ids must be in 0..V-1 (checked on the host)."""
         scale = self.config.width**0.5 if self.config.embed_scale else 1.0
-        return self.embedding(tokens) * jnp.asarray(scale, self.dtype)
+        return constrain(self.embedding(tokens), "batch") * jnp.asarray(scale, self.dtype)
 
     def hidden(
         self,
@@ -173,6 +174,7 @@ class LM(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., E] -> f32[..., V]."""
         out = self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
+        out = constrain(out, "batch", *(None,) * (out.ndim - 2), "vocab")
         out, cap = out.astype(jnp.float32), self.config.final_softcap
         return cap * jnp.tanh(out / cap) if cap else out
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from vadapter.parallel.mesh import constrain
+
 
 def token_xent(
     logits: jax.Array, targets: jax.Array, weights: jax.Array
@@ -19,8 +21,17 @@ def token_xent(
     """
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - picked
-    correct = jnp.argmax(logits, axis=-1) == targets
+    correct = first_max(logits) == targets
     return (nats * weights).sum(), (correct * weights).sum()
+
+
+def first_max(x: jax.Array) -> jax.Array:
+    """`jnp.argmax(x, -1)` of numbers, for a vocabulary that is split over devices.
+
+    Of `argmax` the compiler would send the index of every element from device to device.
+    """
+    at = jnp.arange(x.shape[-1]).reshape(*(1,) * (x.ndim - 1), -1)
+    return jnp.where(x == x.max(-1, keepdims=True), at, x.shape[-1]).min(-1)
 
 
 def chunked_xent(
@@ -48,9 +59,11 @@ def chunked_xent(
         nats, correct = token_xent(head(chunk[0]), chunk[1], chunk[2])
         return (total[0] + nats, total[1] + correct), None
 
+    # Every chunk is spread over all devices: none waits for another one's rows.
     cut = lambda x: x.reshape(B // per_chunk, per_chunk, *x.shape[1:])  # noqa: E731
+    chunks = [constrain(cut(x), None, "batch") for x in (states, targets, weights)]
     zero = jnp.zeros(())
-    return jax.lax.scan(one, (zero, zero), (cut(states), cut(targets), cut(weights)))[0]
+    return jax.lax.scan(one, (zero, zero), tuple(chunks))[0]
 
 
 def contrastive(

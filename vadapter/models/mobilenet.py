@@ -22,6 +22,8 @@ from jax import lax
 from vadapter.data.images import View
 from vadapter.errors import ConfigError
 from vadapter.models.encoder import EncoderConfig
+from vadapter.models.layers import partitioned
+from vadapter.parallel.mesh import constrain
 
 Depthwise = Literal["shifts", "grouped"]
 
@@ -176,8 +178,9 @@ class ConvBias(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.he_normal() if self.relu6 else nn.initializers.lecun_normal()
-        kernel = self.param("kernel", init, self.shape)
-        bias = self.param("bias", nn.initializers.zeros, self.shape[-1:])
+        init = partitioned(init, None, None, None, "embed")
+        kernel = constrain(self.param("kernel", init, self.shape))  # small: gathered before use
+        bias = self.param("bias", partitioned(nn.initializers.zeros, "norm"), self.shape[-1:])
         y = self.op(x, kernel.astype(x.dtype), self.stride)
         y = y + bias.astype(x.dtype)[None, None, None]
         return jnp.clip(y, 0, 6) if self.relu6 else y

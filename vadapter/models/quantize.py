@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from vadapter.errors import ConfigError
-from vadapter.models.layers import Dtype, partitioned
+from vadapter.models.layers import Dtype, output_axis, partitioned
 
 _SCALE = "_scale"  # of the leaf `kernel` is the leaf `kernel_scale`
 
@@ -56,7 +56,7 @@ class Int8Linear(nn.Module):
         step = (3 / shape[0]) ** 0.5 / 127  # a random start is uniform, of variance 1/I
         draw = lambda key, shape: jax.random.randint(key, shape, -127, 128, jnp.int8)  # noqa: E731
         kernel = self.param("kernel", partitioned(draw, *self.axes), shape)
-        init = partitioned(nn.initializers.constant(step), None, self.axes[1])
+        init = partitioned(nn.initializers.constant(step), None, output_axis(self.axes))
         scale = self.param("kernel" + _SCALE, init, (1, self.features))
 
         def product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
@@ -65,7 +65,7 @@ class Int8Linear(nn.Module):
         y = jax.checkpoint(product, prevent_cse=False)(x.astype(self.dtype), kernel, scale)
         if not self.bias:
             return y
-        init = partitioned(nn.initializers.zeros, self.axes[1])
+        init = partitioned(nn.initializers.zeros, output_axis(self.axes))
         bias = self.param("bias", init, (self.features,)).astype(self.dtype)
         return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 

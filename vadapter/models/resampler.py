@@ -13,6 +13,7 @@ from einops import rearrange
 
 from vadapter.errors import ConfigError
 from vadapter.models.layers import Attention, Dtype, Mlp, Norm, linear, partitioned
+from vadapter.parallel.mesh import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ResamplerLayer(nn.Module):
 
     @nn.compact
     def __call__(self, queries: jax.Array, visual: jax.Array) -> tuple[jax.Array, None]:
-        c = self.config
+        c, queries = self.config, constrain(queries, "batch")
         if c.norm == "none":
             q, kv = queries, visual
         else:
@@ -99,7 +100,7 @@ class Resampler(nn.Module):
             # Shorter clips hold each frame, which keeps their order in time.
             x = jnp.repeat(x, c.frames // F, axis=1)
             x = x + self._embed("time_embed", (1, c.frames, 1, c.query_dim)).astype(x.dtype)
-        x = rearrange(x, "b f n d -> b (f n) d")
+        x = constrain(rearrange(x, "b f n d -> b (f n) d"), "batch")
         queries = self._embed("queries", (1, c.queries, c.query_dim), c.query_std)
         queries = jnp.broadcast_to(queries, (B, c.queries, c.query_dim)).astype(self.dtype)
         layers = nn.scan(
@@ -115,7 +116,7 @@ class Resampler(nn.Module):
 
     def _embed(self, name: str, shape: tuple[int, ...], std: float = 0.02) -> jax.Array:
         axes = (*(None,) * (len(shape) - 1), "embed")
-        return self.param(name, partitioned(nn.initializers.normal(std), *axes), shape)
+        return constrain(self.param(name, partitioned(nn.initializers.normal(std), *axes), shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Pooler(nn.Module):
         c = self.config
         x = rearrange(visual, "b f n d -> b (f n) d")
         init = partitioned(nn.initializers.normal(1.0), None, None, "embed")
-        queries = self.param("queries", init, (1, c.queries, c.width))
+        queries = constrain(self.param("queries", init, (1, c.queries, c.width)))
         queries = jnp.broadcast_to(queries, (len(x), c.queries, c.width)).astype(self.dtype)
         norm = lambda name: Norm("layer", c.norm_eps, self.dtype, name=name)  # noqa: E731
         if c.norm_queries:
@@ -178,5 +179,5 @@ class MlpAdapter(nn.Module):
         groups = min(c.frames, visual.shape[1])
         x = rearrange(visual, "b (g f) n d -> b g f n d", g=groups).mean(2).astype(self.dtype)
         x = rearrange(x, "b g n d -> b (g n) d")
-        x = nn.gelu(linear(c.hidden_dim, (None, "mlp"), True, self.dtype, name="up")(x))
+        x = nn.gelu(linear(c.hidden_dim, ("embed", "mlp"), True, self.dtype, name="up")(x))
         return linear(c.width, ("mlp", "embed"), True, self.dtype, name="down")(x)

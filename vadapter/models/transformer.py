@@ -25,6 +25,7 @@ from vadapter.models.layers import (
     partitioned,
 )
 from vadapter.models.quantize import Int8Linear
+from vadapter.parallel.mesh import constrain
 
 # What the backward pass keeps. For a frozen stack the inputs of its matrix products are never
 # needed, so these names suffice; they are recomputed from with one norm and one activation each.
@@ -147,12 +148,12 @@ class Block(nn.Module):
         y = after("norm_attn_out", y)
         if c.parallel:
             h = h if c.shared_norm else norm("norm_mlp")(x)
-            return x + y + after("norm_mlp_out", mlp(h)), cache
+            return constrain(x + y + after("norm_mlp_out", mlp(h)), "batch"), cache
         x = checkpoint_name(x + y, "mid")
         if c.cross:
             y, _ = c.attention(self.dtype, "cross")(norm("norm_cross")(x), kv, mask=kv_mask)
             x = x + drop(y)
-        return x + after("norm_mlp_out", mlp(norm("norm_mlp")(x))), cache
+        return constrain(x + after("norm_mlp_out", mlp(norm("norm_mlp")(x))), "batch"), cache
 
     def _scaled(self, name: str, y: jax.Array) -> jax.Array:
         if not self.config.layer_scale:
@@ -212,8 +213,9 @@ class Stack(nn.Module):
             length=self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, self.dtype, name="blocks")(
-            x, cache, layers or PerLayer(), mask, positions, distance, kv, kv_mask, index
-        )
+            constrain(x, "batch"), cache, layers or PerLayer(), mask, positions, distance, kv,
+            kv_mask, index,
+        )  # fmt: skip
 
 
 def text_mask(segments: jax.Array, prefix: int = 0, *, bidirectional: bool = False) -> jax.Array:

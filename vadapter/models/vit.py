@@ -18,6 +18,7 @@ from vadapter.models.encoder import EncoderConfig
 from vadapter.models.layers import Dtype, MlpKind, Norm, linear, partitioned
 from vadapter.models.resampler import Pooler, PoolerConfig
 from vadapter.models.transformer import BlockConfig, Remat, Stack
+from vadapter.parallel.mesh import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,4 +130,5 @@ class ViT(nn.Module):
         """`count` learned vectors for every row of `like`: [n, count, D]."""
         D = like.shape[-1]
         tokens = self.param(name, partitioned(init, None, None, "embed"), (1, count, D))
+        tokens = constrain(tokens)
         return jnp.broadcast_to(tokens, (len(like), count, D)).astype(like.dtype)

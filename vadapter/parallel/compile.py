@@ -34,12 +34,13 @@ def jit(fn: Callable, **kwargs: Any) -> Any:
 
 
 def keep_memory() -> None:
-    """Tells glibc to keep freed memory.
+    """Tells glibc to keep freed memory, where the CPU computes.
 
     XLA:CPU takes its temporaries from malloc at every step, and glibc gives blocks of that size
-    back to the kernel each time: page faults cost a small step a fifth of its CPU time.
+    back to the kernel each time: page faults cost a small step a fifth of its CPU time. Elsewhere
+    the one arena is what the compiler's many threads wait for (BUILD_NOTES, "CPU memory").
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or jax.default_backend() != "cpu":
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt

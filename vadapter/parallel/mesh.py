@@ -4,44 +4,56 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vadapter.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
-# Every logical axis used by `vadapter.models`; an axis that is missing here is an error.
-RULES: dict[str, str | None] = {
-    "embed": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "layers": None,
-    "norm": None,
+# Every logical axis that `vadapter.models` names, and the mesh axes that it is split over. Of the
+# dimensions of one array, those named first here take theirs first; each mesh axis is taken once.
+RULES: dict[str, tuple[str, ...]] = {
+    "vocab": ("tensor", "fsdp"),  # a head's weights are never gathered: its few inputs are
+    "batch": ("data", "fsdp"),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "embed": ("fsdp", "tensor"),
+    "layers": (),
+    "norm": (),
 }
+LARGE = 2**20  # elements from which on a parameter counts as large
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1: all that remain."""
+    """Devices along each axis; one of them may be -1: all that remain.
+
+    Attributes:
+      slices: groups of devices with a fast network within, such as TPU slices. Of the axes, `data`
+        alone crosses from one to another: it is a multiple of `slices`.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slices: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
     """The mesh over all devices, or over those given.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: the axes do not multiply to the number of devices, or do not fit the slices.
     """
-    devices = np.asarray(jax.devices() if devices is None else devices)
+    devices = np.asarray(jax.devices() if devices is None else devices).ravel()
     shape = [config.data, config.fsdp, config.tensor]
     if shape.count(-1) == 1:
         known = -int(np.prod(shape))
@@ -53,7 +65,32 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
             f"{devices.size} devices; the axes must multiply to {devices.size} (one may be -1)"
         )
     # Auto axes: newer JAX would otherwise make them explicit and refuse sharded norms.
-    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(arrange(devices, shape, config.slices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange(devices: np.ndarray, shape: Sequence[int], slices: int) -> np.ndarray:
+    """Devices [n] in the order of a mesh of this shape, slices along its first axis.
+
+    Within a slice, TPUs that are neighbours in the mesh are neighbours in the network.
+
+    Raises:
+      ConfigError: the devices are in another number of slices, or `data` is no multiple of it.
+    """
+    data, *rest = shape
+    there = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices < 1 or there not in (1, slices):
+        raise ConfigError(f"mesh.slices={slices}, but the devices are in {there}: set that")
+    if data % slices:
+        raise ConfigError(f"mesh data={data} is no multiple of slices={slices}, which it crosses")
+    if devices[0].platform != "tpu" or devices.size == 1:
+        return devices.reshape(shape)
+    if there == 1:
+        return mesh_utils.create_device_mesh(
+            shape, devices.tolist(), allow_split_physical_axes=True
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *rest), (slices, 1, 1), devices.tolist(), allow_split_physical_axes=True
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -74,20 +111,107 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def partition(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """What `RULES` make of an array whose dimensions have these logical axes.
+
+    A dimension takes as many of its mesh axes, in their order, as it divides by.
+
+    Raises:
+      ValueError: a name that `RULES` do not have, or not one name per dimension.
+    """
+    if unknown := set(names) - {None, *RULES}:
+        raise ValueError(f"unknown logical axes {sorted(map(str, unknown))}; RULES has {[*RULES]}")
+    if len(names) != len(shape):
+        raise ValueError(f"{len(names)} logical axes {tuple(names)} for shape {tuple(shape)}")
+    free = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    spec: list[Any] = [None] * len(shape)
+    for name, axes in RULES.items():
+        for dim in (i for i, own in enumerate(names) if own == name):
+            taken, left = [], shape[dim]
+            for axis in axes:
+                if axis in free and left % free[axis] == 0:
+                    left //= free.pop(axis)
+                    taken.append(axis)
+            spec[dim] = tuple(taken) if len(taken) > 1 else (taken or [None])[0]
+    return PartitionSpec(*spec)
+
+
 def shardings(boxed: Any, mesh: Mesh) -> Any:
     """One sharding per leaf of an abstract parameter tree with logical-axis boxes.
 
-    A dimension that does not divide by its mesh axis stays whole. Leaves without a box are
-    replicated.
+    Raises:
+      ValueError: a leaf without a box, or with an axis that `RULES` do not have.
     """
 
-    def one(leaf: Any) -> NamedSharding:
-        if not isinstance(leaf, nn.LogicallyPartitioned):
-            return replicated(mesh)
-        spec = []
-        for name, size in zip(leaf.names, leaf.value.shape, strict=True):
-            axis = RULES[name] if name is not None else None
-            spec.append(axis if axis is not None and size % mesh.shape[axis] == 0 else None)
-        return NamedSharding(mesh, PartitionSpec(*spec))
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        where = "/".join(str(getattr(part, "key", part)) for part in path)
+        if not _boxed(leaf):
+            raise ValueError(
+                f"parameter {where} {leaf.shape} names no logical axes; define it with "
+                "`layers.partitioned(init, *axes)`, None for a dimension that stays whole"
+            )
+        try:
+            return NamedSharding(mesh, partition(leaf.names, leaf.value.shape, mesh))
+        except ValueError as error:
+            raise ValueError(f"parameter {where}: {error}") from error
 
-    return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=_boxed)
+
+
+def _boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def whole(tree: Any, at_least: int = LARGE) -> list[str]:
+    """Large leaves that are not split over `fsdp` and `tensor` entirely, one line each.
+
+    What is split less than it could be costs every device that much more memory: a vocabulary that
+    is odd, say. Adding rows to it, or another mesh, mends that.
+
+    Args:
+      tree: arrays or shapes with shardings, as from `train.shapes`.
+      at_least: elements from which on a leaf counts.
+    """
+    lines = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        mesh = leaf.sharding.mesh
+        parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+        mine = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        if leaf.size >= at_least and mine * parts > leaf.size:
+            where = "/".join(
+                str(getattr(part, "key", getattr(part, "name", part))) for part in path
+            )
+            size = mine * leaf.dtype.itemsize / 2**20
+            lines.append(
+                f"{where} {leaf.dtype}{[*leaf.shape]}: {leaf.size // mine} parts instead of "
+                f"{parts}, {size:.0f} MiB on every device"
+            )
+    return lines
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Tells the compiler how an activation lies; nothing where no mesh is active, see `on`.
+
+    Args:
+      names: logical axes of the leading dimensions; the others, and those named None, stay whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    names = (*names, *(None,) * (x.ndim - len(names)))
+    return jax.lax.with_sharding_constraint(x, partition(names, x.shape, mesh))
+
+
+def on(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` with this mesh active while it is traced; `fn` itself for a single device."""
+    if mesh.size == 1:
+        return fn
+
+    @functools.wraps(fn)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fn(*args, **kwargs)
+
+    return traced

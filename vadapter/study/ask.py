@@ -114,7 +114,7 @@ class Describer:
                 )
                 for at, text, _ in self._decoder.texts(self.loaded.params, batches, max_new):
                     i = group[at][0]
-                    replies[i] = Reply(chunk[i], " ".join(text.split()))
+                    replies[i] = Reply(chunk[i], " ".join((text or "").split()))
             yield from (replies[i] for i in range(len(chunk)))
 
     def _room(self, questions: Sequence[str] | None, max_new: int) -> int:

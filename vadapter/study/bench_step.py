@@ -64,6 +64,7 @@ def bench(program: Program, *, repeats: int = 20, max_new: int = 0) -> dict[str,
     step = jax.jit(program.step, donate_argnums=0)
     began = time.perf_counter()
     compiled = step.lower(state, frozen, batch).compile()
+    memory: Any = compiled.memory_analysis()
     out: dict[str, Any] = {"compile_s": time.perf_counter() - began}
     live = [state]
 
@@ -81,7 +82,7 @@ def bench(program: Program, *, repeats: int = 20, max_new: int = 0) -> dict[str,
         "rows_s": rows / seconds,
         "tflops": needed / seconds / devices / 1e12,
         "tflops_run": counted / seconds / devices / 1e12,
-        "temporary_gb": compiled.memory_analysis().temp_size_in_bytes / 1e9,
+        "temporary_gb": memory.temp_size_in_bytes / 1e9,
         "loss": loss,
     }
     if max_new and program.captions:

@@ -92,7 +92,7 @@ def run(
     if jax.process_index():
         return Result({}, []), directory
     post = POSTS[protocol.post]
-    texts = [(i, post(text), ended) for i, text, ended in texts]
+    texts = [(i, text and post(text), ended) for i, text, ended in texts]
     result = score_texts(items, texts, METRICS[protocol.metric])
     name, text = submission(protocol.benchmark, protocol.task, result.rows)
     (directory / name).write_text(text, encoding="utf-8")

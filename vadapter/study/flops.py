@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from vadapter.models.coca import CoCa
 from vadapter.models.layers import GATED
 from vadapter.models.lm import LM, LMConfig
 from vadapter.models.resampler import MlpAdapter, Pooler, Resampler
@@ -95,7 +96,7 @@ class Work(NamedTuple):
 
 
 def formula(
-    model: VAdapter, learns: Collection[str], sizes: Mapping[str, int]
+    model: VAdapter | CoCa, learns: Collection[str], sizes: Mapping[str, int]
 ) -> dict[str, int] | None:
     """FLOPs of a training step for each row and component, without recomputation.
 
@@ -117,7 +118,9 @@ def formula(
     return flops
 
 
-def forward_work(model: VAdapter, sizes: Mapping[str, int]) -> dict[str, Work] | None:
+def forward_work(
+    model: VAdapter | CoCa, sizes: Mapping[str, int]
+) -> dict[str, Work] | None:
     """The work of each component for one row, in the order of the data flow."""
     if not isinstance(model, VAdapter):
         return None

@@ -119,6 +119,7 @@ def _page(title: str, sections: Sequence[Section], table: str, size: int) -> str
 
 def choose(rows: Sequence[Row], task: str, each: int = EACH) -> dict[str, list[Row]]:
     """The best, the worst and some random items; equal scores by lot, which falls always the same.
+    Rows without scores, whose answers are not public, are all random.
 
     Args:
       rows: of predictions.jsonl.
@@ -127,8 +128,10 @@ def choose(rows: Sequence[Row], task: str, each: int = EACH) -> dict[str, list[R
     """
     shuffled = list(rows)
     random.Random(0).shuffle(shuffled)
-    ranked = sorted(shuffled, key=lambda row: -row["score"])
-    if task == "question":
+    ranked = sorted(shuffled, key=lambda row: -row.get("score", 0.0))
+    if not all("score" in row for row in rows):
+        groups = {}
+    elif task == "question":
         groups = {
             "Right": [row for row in ranked if row["score"]][:each],
             "Wrong": [row for row in ranked if not row["score"]][:each],
@@ -148,14 +151,19 @@ def _card(section: Section, row: Row, size: int) -> str:
         other = next((r for r in rows if r["index"] == row["index"] and r["id"] == row["id"]), None)
         if other is None:
             continue
-        score = other["score"]
-        mark = ("✓" if score else "✗") if section.task == "question" else f"{100 * score:.0f}"
+        mark = _mark(section.task, other.get("score"))
         said = _text(other["prediction"]) or "<i>nothing</i>"
         lines.append(f"<p class=stage><b>{_text(stage)}</b> <span>{mark}</span></p><p>{said}</p>")
     for reference in row.get("references", ())[:5]:
         lines.append(f"<p class=reference>{_text(reference)}</p>")
     text = "\n".join(lines)
     return f"<article>{_picture(section, row, size)}\n{text}</article>"
+
+
+def _mark(task: str, score: float | None) -> str:
+    if score is None:
+        return ""
+    return f"{100 * score:.0f}" if task == "caption" else "✓" if score else "✗"
 
 
 def _picture(section: Section, row: Row, size: int) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from vadapter.data.batch import EOS, fake_batch
 from vadapter.models.coca import CoCa
 from vadapter.models.generate import Decode
-from vadapter.parallel.mesh import batch_sharding
+from vadapter.parallel.mesh import batch_sharding, on
 from vadapter.train.optim import make_optimizer
 from vadapter.train.recipe import DTYPES, Recipe, make_model, trained
 from vadapter.train.shapes import (
@@ -65,7 +65,7 @@ class Program:
             self.sizes["P"] = 0
         if view is not None:
             self.sizes |= {"F": frames or rows.frames, "S": rows.view(view).size}
-        self.step = stage_step(recipe, config, self.model, self.tx)
+        self.step = on(mesh, stage_step(recipe, config, self.model, self.tx))
 
     # -- shapes --------------------------------------------------------------------------------
 
@@ -97,7 +97,9 @@ class Program:
         """Greedy decoding of a batch: (params of every component, batch) -> texts."""
         from vadapter.models.beam import decode
 
-        return functools.partial(decode, self.model, how=Decode(max_new), stop=(EOS,))
+        assert not isinstance(self.model, CoCa), "see `captions`"
+        how = Decode(max_new)
+        return on(self.mesh, functools.partial(decode, self.model, how=how, stop=(EOS,)))
 
     # -- arrays --------------------------------------------------------------------------------
 

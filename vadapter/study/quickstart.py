@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from vadapter.models.variants import expand
+from vadapter.parallel import hosts
 from vadapter.study.report import Report, write_report
 from vadapter.train.loop import train
 from vadapter.train.recipe import Recipe
@@ -27,22 +28,25 @@ def sentence(recipe: Recipe, name: str) -> str:
     return f"{words}; {stage.steps} steps"
 
 
-def quickstart(recipe: Recipe, workdir: Path) -> Report:
-    """Trains what is not trained yet, writes the report and prints it.
+def quickstart(recipe: Recipe, workdir: Path) -> Report | None:
+    """Trains what is not trained yet, writes the report and prints it; that the first host does.
 
     Raises:
       UserError, Preempted, NonFiniteError: as `loop.train`.
     """
     began = time.monotonic()
     chain = recipe.chain
-    print(f"{recipe.name}: {len(chain)} stages, one after the other, in {workdir}.")
-    print("What is done is not done again: stop with Ctrl-C, go on with the same command.")
+    say = print if hosts.first() else lambda *_, **__: None
+    say(f"{recipe.name}: {len(chain)} stages, one after the other, in {workdir}.")
+    say("What is done is not done again: stop with Ctrl-C, go on with the same command.")
 
     def announce(name: str) -> None:
         number = f"[{chain.index(name) + 1}/{len(chain)}]"
-        print(f"\n{number} {name}: {sentence(recipe, name)}.", flush=True)
+        say(f"\n{number} {name}: {sentence(recipe, name)}.", flush=True)
 
     train(recipe, workdir, before=announce)
+    if not hosts.first():
+        return None
     report = write_report(workdir, recipe)
     show(report)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)

@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as ocm
 
 from vadapter.errors import CheckpointError, ConfigError
+from vadapter.parallel import hosts
 from vadapter.train import snapshot
 from vadapter.train.snapshot import DamagedError
 
@@ -106,8 +104,11 @@ class Checkpointer:
           False if this object has that step already, or if the save failed at once.
 
         Raises:
-          CheckpointError: too many failed saves in a row, or a checkpoint of a later step exists.
+          CheckpointError: too many failed saves in a row, or a checkpoint of a later step exists;
+            on several hosts also a save that could not even begin.
+          HostError: hosts that save another step, or none.
         """
+        hosts.exchange("", f"saving step {step}")  # all of them, or none: Orbax would wait for ever
         self._settle()
         if step in self._own:
             return False
@@ -124,6 +125,10 @@ class Checkpointer:
             self._manager = manager
             manager.save(step, args=args, force=True)
         except Exception as e:
+            if hosts.count() > 1:  # the others may be waiting within Orbax
+                raise CheckpointError(
+                    f"could not save step {step} in {self._directory} ({snapshot.reason(e)})"
+                ) from e
             self._failed(step, e)
             return False
         self._own.add(step)
@@ -212,27 +217,29 @@ class Checkpointer:
 
     def _agreed_steps(self) -> list[int]:
         """The steps that the first host sees: network file systems may show others less."""
-        found = steps(self._directory)
-        if jax.process_count() > 1:
-            n = int(multihost_utils.broadcast_one_to_all(np.int32(len(found))))
-            padded = np.resize(np.array(found or [0], np.int32), n)
-            found = np.asarray(multihost_utils.broadcast_one_to_all(padded)).tolist()
-        return found
+        return hosts.of_first(steps(self._directory), f"steps in {self._directory.name}")
 
     def _settle(self) -> None:
         """Waits for the save in flight; only then is it known to have succeeded."""
         if self._in_flight is None or self._manager is None:
             return
         step, self._in_flight = self._in_flight, None
+        error = None
         try:
             self._manager.wait_until_finished()
-            if step not in steps(self._directory):
+            if hosts.first() and step not in steps(self._directory):
                 raise OSError("the step did not appear")
         except Exception as e:
-            self._own.discard(step)
-            self._failed(step, e)
-        else:
+            error = e
+        told = hosts.exchange(error and snapshot.reason(error), f"saved step {step}")
+        for i, reason in enumerate(told):
+            if error is None and reason is not None:
+                error = OSError(f"host {i}: {reason}")
+        if error is None:
             self._failures = 0
+        else:
+            self._own.discard(step)
+            self._failed(step, error)
 
     def _failed(self, step: int, e: Exception) -> None:
         self._failures += 1
@@ -255,13 +262,13 @@ class Checkpointer:
                 log.debug("closing after a failed save: %s", snapshot.reason(e))
 
     def _remove_leftovers(self) -> None:
-        if jax.process_index() == 0:
+        if hosts.first():
             for path in self._directory.glob(f"*{snapshot.TMP}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _set_aside(self, later: list[int]) -> None:
         self._drop_manager()
-        if later and jax.process_index() == 0:
+        if later and hosts.first():
             for step in later:
                 target = self._directory / "quarantine" / str(step)
                 target.parent.mkdir(exist_ok=True)
@@ -270,5 +277,5 @@ class Checkpointer:
                     target = target.with_name(f"{step}.{(copy := copy + 1)}")
                 (self._directory / str(step)).rename(target)
             log.warning("moved the later steps %s to %s", later, self._directory / "quarantine")
-        if later and jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints set aside")
+        if later:
+            hosts.exchange("", "checkpoints set aside")

@@ -16,8 +16,9 @@ from vadapter.evals.part import Part
 from vadapter.evals.runner import Decoder, evaluate
 from vadapter.evals.scoring import Result
 from vadapter.models.coca import CoCa
+from vadapter.parallel import hosts
 from vadapter.parallel.compile import jit
-from vadapter.parallel.mesh import to_mesh
+from vadapter.parallel.mesh import on, to_mesh
 from vadapter.train.recipe import DataConfig, EvalConfig
 from vadapter.train.stage import Stage
 from vadapter.train.writer import write_json
@@ -30,7 +31,7 @@ class Evaluator:
         self.stage, self.frozen = stage, frozen
         if not isinstance(stage.model, CoCa):
             self.decoder = _Watched(stage.model, stage.tokenizer, stage.mesh, self._watch)
-            self.control = jit(make_control(stage.model))
+            self.control = jit(on(stage.mesh, make_control(stage.model)))
 
     def _watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         return self.stage.stop.watch(batches, self.stage.name, "evaluate")
@@ -44,7 +45,11 @@ class Evaluator:
         scores: dict[str, float] = {}
         for name in c.loss:
             items, transform = stage.stream(name, self.frozen)
-            batches = self._watch(eval_batches(items, transform, c.batch))
+            batches = self._watch(
+                eval_batches(
+                    items, transform, c.batch, host_index=hosts.index(), host_count=hosts.count()
+                )
+            )
             sums = [
                 jax.device_get(self.control(params, to_mesh(b, stage.mesh)))
                 for b, _ in zip(batches, range(c.loss_batches), strict=False)
@@ -59,7 +64,7 @@ class Evaluator:
                 source = stage.features(spec.data, self.frozen)
             result = score(self.decoder, params, source, config, spec, stage.view)
             scores |= {f"{name}/{k}": v for k, v in result.scores.items()}
-            if directory is not None:
+            if directory is not None and hosts.first():
                 save_result(directory / name, result, eval=plain(spec))
         return scores
 

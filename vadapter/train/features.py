@@ -26,12 +26,13 @@ from vadapter.config import plain, resolve
 from vadapter.data.batch import Row
 from vadapter.data.example import Example
 from vadapter.data.features import FORMAT, SLACK_BYTES, Cache, FeatureSource, Stored
-from vadapter.data.images import BadMedia, View, resize
-from vadapter.data.media import load_media
+from vadapter.data.images import BadMedia, View
+from vadapter.data.media import load_square
 from vadapter.data.pipeline import eval_batches
 from vadapter.errors import ConfigError, DataError
+from vadapter.parallel import hosts
 from vadapter.parallel.compile import jit
-from vadapter.parallel.mesh import batch_sharding, to_mesh
+from vadapter.parallel.mesh import batch_sharding, on, to_mesh
 from vadapter.train.lock import waiting_lock
 from vadapter.train.recipe import DataConfig
 from vadapter.train.writer import write_json
@@ -119,12 +120,13 @@ def cached(
     name, shape = digest_of(key), (1 + flip, *tokens.shape[1:])
     cache = Cache(folder / name[:16], name, len(source), shape, stored)
     if _missing(cache):
-        first = jax.process_index() == 0
+        first = hosts.first()
         with _alone(cache) if first else contextlib.nullcontext():
             if missing := _missing(cache):
                 row = functools.partial(_pixels, view=view, frames=frames, flip=flip)
                 where = batch_sharding(mesh)
-                step = jit(functools.partial(_encode, encode, stored), out_shardings=where)
+                step = on(mesh, functools.partial(_encode, encode, stored))
+                step = jit(step, out_shardings=where)
                 step = functools.partial(_run, functools.partial(step, params), mesh)
                 _announce(cache, missing, key)
                 _compute(cache, missing, source, row, step, mesh.size, batch, watch)
@@ -133,11 +135,8 @@ def cached(
 
 def _missing(cache: Cache) -> list[int]:
     """Shards that are not there, as the first host sees it."""
-    there = np.ones(len(cache.shards), bool)
-    there[cache.missing()] = False
-    if jax.process_count() > 1:
-        there = multihost_utils.broadcast_one_to_all(there)
-    return np.flatnonzero(~there).tolist()
+    missing = [int(shard) for shard in cache.missing()]
+    return hosts.exchange(missing, f"features {cache.key}", patience=hosts.WORK)[0]
 
 
 @contextlib.contextmanager
@@ -154,7 +153,7 @@ def _announce(cache: Cache, missing: list[int], key: Any) -> None:
     Raises:
       ConfigError: it has not.
     """
-    if jax.process_index():
+    if not hosts.first():
         return
     count = sum(len(cache.span(shard)) for shard in missing)
     size, free = count * cache.record_bytes, shutil.disk_usage(cache.folder).free
@@ -179,14 +178,15 @@ def _compute(
     watch: Watch,
 ) -> None:  # fmt: skip
     """Writes this host's share of the missing shards; all hosts take the same number of steps."""
-    host, hosts = jax.process_index(), jax.process_count()
-    mine = [cache.span(shard) for shard in missing[host::hosts]]
+    host, count = hosts.index(), hosts.count()
+    mine = [cache.span(shard) for shard in missing[host::count]]
     # Each shard begins a batch, so that its bits do not depend on which others are missing.
     batch = max(min(batch // cache.shape[0], cache.count), 1)
-    batch = (batch + -batch % devices) // hosts
+    batch = (batch + -batch % devices) // count
     padded = [np.resize(span, len(span) + -len(span) % batch) for span in mine]
     real = [np.arange(len(rows)) < len(span) for rows, span in zip(padded, mine, strict=True)]
-    longest = -(-len(missing) // hosts) * (cache.rows + -cache.rows % batch) if hosts > 1 else 0
+    steps_of = lambda shard: -(-len(cache.span(shard)) // batch)  # noqa: E731
+    longest = batch * max(sum(map(steps_of, missing[i::count])) for i in range(count))
     fill = np.zeros(max(longest - sum(map(len, padded)), 0), int)
     items = _Picked(source, np.concatenate([*padded, fill]))
     wanted = np.concatenate([*real, fill > 0])
@@ -196,12 +196,11 @@ def _compute(
     records = itertools.chain.from_iterable(
         progress.add(_records(out, wanted[ids])) for out, ids in _ahead(steps)
     )
-    for shard in missing[host::hosts]:
+    for shard in missing[host::count]:
         cache.write(shard, records)
     for _ in records:  # the others have more
         pass
-    if hosts > 1:
-        multihost_utils.sync_global_devices(f"features {cache.key}")
+    hosts.exchange("", f"features {cache.key} written", patience=hosts.WORK)
 
 
 def _mib(size: int) -> str:
@@ -228,7 +227,7 @@ def _pixels(item: Example, rng: Any = None, *, view: View, frames: int, flip: bo
     try:
         if item.media is None:
             raise BadMedia("there is none")
-        pixels = resize(load_media(item.media, frames=frames), view)
+        pixels = load_square(item.media, view, frames=frames)
         both = np.stack([pixels[:, :, ::-1] if mirror else pixels for mirror in mirrored])
         return {"frames": both, "weights": weights, "bad": np.array(False)}
     except (BadMedia, OSError):

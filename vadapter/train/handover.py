@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
-from jax.experimental import multihost_utils
 
 from vadapter.config import resolve
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.models.quantize import full_precision, quantize
+from vadapter.parallel import hosts
+from vadapter.parallel.mesh import whole
 from vadapter.train import snapshot
 from vadapter.train.digest import leaf_paths
 from vadapter.train.recipe import STAGES, Recipe, StageConfig, components, trained
@@ -80,7 +81,7 @@ def _start(
     """As `find`, with the digest of public weights and a copy of what is frozen elsewhere."""
     start, ours = find(recipe, stage, workdir, component, abstract), workdir / STORE
     if start.weights is not None:
-        digest = start.weights.digest(ours, write=jax.process_index() == 0)
+        digest = start.weights.digest(ours, write=hosts.first())
         return dataclasses.replace(start, digest=digest)
     elsewhere = start.name and start.root.resolve() != ours.resolve()
     if elsewhere and component not in trained(stage):
@@ -141,7 +142,7 @@ def _keep(theirs: Path, ours: Path, name: str, digest: str) -> None:
     """Copies a frozen component of another run into this run's store: a run directory is whole."""
     ComponentStore(theirs).describe(name, digest)  # it is there, and its record is intact
     source, target = (ComponentStore(root).path(name, digest) for root in (theirs, ours))
-    if jax.process_index() == 0 and not target.is_dir():
+    if hosts.first() and not target.is_dir():
         part = target.with_name(f"{target.name}{snapshot.TMP}")
         shutil.rmtree(part, ignore_errors=True)  # of an interrupted copy
         try:
@@ -150,8 +151,7 @@ def _keep(theirs: Path, ours: Path, name: str, digest: str) -> None:
             shutil.rmtree(part, ignore_errors=True)
             raise CheckpointError(f"could not copy {name} to {target}: {snapshot.reason(e)}") from e
         part.rename(target)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"kept {name}")
+    hosts.exchange("", f"copied {name}", patience=hosts.WORK)
 
 
 def _stored(stage: StageConfig, component: str, directory: Path) -> tuple[str, str]:
@@ -307,7 +307,10 @@ def merge(base: Any, over: Any) -> Any:
 
 
 def report(starts: Mapping[str, Start], stage: StageConfig, abstract: Mapping[str, Any]) -> str:
-    """The hand-over as a table: component, parameters, trained or frozen, source, exceptions."""
+    """The hand-over as a table: component, parameters, trained or frozen, source, exceptions.
+
+    Below a component: what of it is not split as far as the mesh allows, see `mesh.whole`.
+    """
     lines = []
     for name in components(stage):
         start = starts[name]
@@ -321,5 +324,5 @@ def report(starts: Mapping[str, Start], stage: StageConfig, abstract: Mapping[st
             if paths:
                 more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
                 line += f"; {word}: {', '.join(paths[:_SHOWN])}{more}"
-        lines.append(line)
+        lines += [line, *(f"    {name}/{leaf}" for leaf in whole(abstract[name]))]
     return "\n".join(lines)

@@ -102,7 +102,7 @@ class Journal:
         for index in bad:
             if len(self._named) < FEW_BAD:
                 self._named.append(self._describe(step, index))
-                self._writer.say(f"step {step}: left out {self._named[-1]}")
+                self._writer.tell(f"step {step}: left out {self._named[-1]}")
         if step % c.log_every == 0 or step in (1, c.steps) or row >= MAX_SKIPPED:
             self._log(step, values)
         if row >= MAX_SKIPPED:

@@ -39,8 +39,8 @@ def run_lock(directory: Path) -> Iterator[None]:
                 f"{directory} is in use by another run: {_holder(path)}. "
                 "Stop that run, or choose another directory."
             ) from None
+        probe(Path(directory))
         with _refuse_unwritable(directory):
-            _probe(Path(directory))
             file.truncate()
             me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}
             file.write(json.dumps(me) + "\n")
@@ -88,13 +88,18 @@ def _refuse_unwritable(directory: Path) -> Iterator[None]:
         ) from e
 
 
-def _probe(directory: Path) -> None:
-    """Writes a page through to the disk: permissions and space are known before compiling."""
-    path = directory / f".probe-{os.getpid()}"
-    try:
-        with open(path, "wb") as file:
-            file.write(bytes(4096))
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        path.unlink(missing_ok=True)
+def probe(directory: Path) -> None:
+    """Writes a page through to the disk: permissions and space are known before compiling.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    path = directory / f".probe-{socket.gethostname()}-{os.getpid()}"
+    with _refuse_unwritable(directory):
+        try:
+            with open(path, "wb") as file:
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            path.unlink(missing_ok=True)

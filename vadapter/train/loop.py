@@ -16,24 +16,25 @@ import optax
 from vadapter.config import differences, plain
 from vadapter.data.batch import Batch, check_batch
 from vadapter.data.pipeline import Schedule, make_loader
-from vadapter.errors import CheckpointError, Preempted, disk_errors
+from vadapter.errors import CheckpointError, NonFiniteError, Preempted, disk_errors
+from vadapter.parallel import hosts, watchdog
 from vadapter.parallel.compile import jit
-from vadapter.parallel.mesh import to_mesh
+from vadapter.parallel.mesh import on, to_mesh
 from vadapter.train import handover
+from vadapter.train.agree import require_own_rows, shared_run
 from vadapter.train.checkpoint import Checkpointer
 from vadapter.train.digest import combined, tree_digests
 from vadapter.train.evaluator import Evaluator
 from vadapter.train.inputs import describe
 from vadapter.train.interrupts import fault, signals
 from vadapter.train.journal import Journal
-from vadapter.train.lock import run_lock
 from vadapter.train.optim import learning_rate, make_optimizer
 from vadapter.train.recipe import Recipe, trained
 from vadapter.train.run import Run, diff_table
 from vadapter.train.stage import Stage, stage_step
 from vadapter.train.steps import TrainState, init_state
 from vadapter.train.store import ComponentStore
-from vadapter.train.writer import Writer, write_json
+from vadapter.train.writer import Writer, open_writer, write_json
 
 
 def train(
@@ -52,8 +53,9 @@ def train(
       NonFiniteError: the loss diverged.
     """
     workdir = Path(workdir)
-    with run_lock(workdir), disk_errors(), signals() as stop:
+    with shared_run(recipe, workdir), disk_errors(), signals() as stop:
         run = Run(recipe, workdir)
+        require_own_rows(run.mesh)
         run.check()
         for name in recipe.chain:
             stop.check(name)
@@ -69,14 +71,17 @@ def train_stage(stage: Stage) -> None:
       DataError, Preempted, NonFiniteError: see `train`.
     """
     identity = stage.identity()
-    if (stage.directory / handover.DONE).is_file():
+    hosts.require_same(identity, f"what stage {stage.name} trains, and on what")
+    if hosts.of_first((stage.directory / handover.DONE).is_file(), f"{stage.name}: done?"):
         _check_done(stage, identity)
-        print(f"{stage.name}: done before", flush=True)
+        if hosts.first():
+            print(f"{stage.name}: done before", flush=True)
         return
+    stage.stop.require_handlers()
     c, began = stage.config, time.monotonic()
     tx = make_optimizer(c.optim, c.steps)
     checkpointer = Checkpointer(stage.directory / "checkpoints", keep=c.keep)
-    with Writer(stage.directory, stage.name, c.steps) as writer:
+    with open_writer(stage.directory, stage.name, c.steps) as writer:
         writer.say(
             f"{c.kind}, {c.steps} steps of {c.batch}, mesh {dict(stage.mesh.shape)}\n"
             + handover.report(stage.starts, c, stage.abstract)
@@ -87,9 +92,11 @@ def train_stage(stage: Stage) -> None:
         try:
             save = lambda step, state: checkpointer.save(step, state, identity)  # noqa: E731
             state = _steps(stage, tx, state, frozen, evaluator, save, writer)
-        except BaseException:
-            with contextlib.suppress(CheckpointError):  # the first error is the one to tell
-                checkpointer.close()
+        except BaseException as error:
+            # A save needs all hosts, and they are all here only for what all of them met.
+            if hosts.count() == 1 or isinstance(error, NonFiniteError | Preempted):
+                with contextlib.suppress(CheckpointError):  # the first error is the one to tell
+                    checkpointer.close()
             raise
         checkpointer.close()
         stage.stop.check(f"{stage.name}, step {int(state.step)}, saved")
@@ -155,33 +162,37 @@ def _steps(
         writer.write(step, evaluator(state.params, c.eval_limit), loud=True)
         journal.paused(time.monotonic() - began)
 
-    if due(start) and not writer.evaluated(start):
+    if due(start) and not hosts.of_first(writer.evaluated(start), f"evaluated at {start}?"):
         look(start)
     fault(stage.name, "begin")
     shapes = set()
-    for step, batch in enumerate(loader, start + 1):
+    for step, batch in enumerate(watchdog.watch(loader), start + 1):
         shape = str({k: v.shape for k, v in batch.items()})
         if new := shape not in shapes:
+            watchdog.beat(slow=True)
             shapes.add(shape)
             check_batch(batch, stage.tokenizer.vocab_size)
             journal.flush()
         began = time.monotonic()
-        state, metrics = step_fn(state, frozen, to_mesh(batch, stage.mesh))
+        state, metrics = step_fn(state, frozen, to_mesh(stop.sign(batch), stage.mesh))
         if new:
             journal.compiled(time.monotonic() - began)
+        asked = metrics.pop("stop", None)
         journal.add(step, metrics, batch["id"][batch["bad"]])
+        stop.hear(asked)
         if new:
             journal.flush()
         fault(stage.name, "step", step)
-        if step % c.save_every == 0 or step == c.steps or stop.signal:
+        if step % c.save_every == 0 or step == c.steps or stop.asked:
             journal.flush()
+            watchdog.beat(slow=True)
             save(step, state)
             fault(stage.name, "saving", step)
-        if due(step) and not stop.signal:
+        if due(step) and not stop.asked:
             journal.flush()
             with contextlib.suppress(Preempted):  # told once the state is saved
                 look(step)
-        if stop.signal:
+        if stop.asked:
             save(step, state)  # unless it is already: the signal came after
             break
     journal.flush()
@@ -189,8 +200,18 @@ def _steps(
 
 
 def _step_fn(stage: Stage, tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """The compiled train step, which reuses the memory of the state it is given."""
-    return jit(stage_step(stage.recipe, stage.config, stage.model, tx), donate_argnums=0)
+    """The compiled train step, which reuses the memory of the state it is given.
+
+    What the hosts sign a batch with (`Stop.sign`) comes out as a metric.
+    """
+    train_step = stage_step(stage.recipe, stage.config, stage.model, tx)
+
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any]:
+        rows = {name: x for name, x in batch.items() if name != "stop"}
+        state, metrics = train_step(state, frozen, rows)
+        return state, metrics | {"stop": batch["stop"].max()} if "stop" in batch else metrics
+
+    return jit(on(stage.mesh, step), donate_argnums=0)
 
 
 def _loader(stage: Stage, frozen: dict[str, Any], start: int) -> Iterator[Batch]:
@@ -202,8 +223,8 @@ def _loader(stage: Stage, frozen: dict[str, Any], start: int) -> Iterator[Batch]
         seed=stage.recipe.seed,
         start_step=start,
         num_steps=c.steps,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        host_index=hosts.index(),
+        host_count=hosts.count(),
         workers=stage.recipe.workers,
     )
 
@@ -235,4 +256,6 @@ def _hand_over(
     record = {"components": digests, "identity": plain(identity), "scores": scores,
               "steps": stage.config.steps, "seconds": round(seconds, 1)}  # fmt: skip
     fault(stage.name, "stored")
-    write_json(stage.directory / handover.DONE, record)
+    if hosts.first():
+        write_json(stage.directory / handover.DONE, record)
+    hosts.exchange("", f"{stage.name}: handed over")

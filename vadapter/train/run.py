@@ -13,7 +13,8 @@ from vadapter import __version__
 from vadapter.config import differences, plain
 from vadapter.data.pretrained_tokenizer import PretrainedTokenizer, load_tokenizer
 from vadapter.data.tokenizer import Tokenizer
-from vadapter.errors import CheckpointError, Problems
+from vadapter.errors import CheckpointError, Problems, UserError
+from vadapter.parallel import hosts
 from vadapter.parallel.mesh import make_mesh
 from vadapter.train import handover
 from vadapter.train.inputs import make_source, train_tokenizer
@@ -35,22 +36,31 @@ class Run:
         self.recipe, self.workdir = recipe, Path(workdir)
         self.mesh = make_mesh(recipe.mesh)
         self._sources: dict[str, Any] = {}
-        self._tokenizers: dict[Path, Any] = {}
+        self._tokenizers: dict[Path, Any] = {}  # or what is wrong with one
 
     def tokenizer(self, stage: StageConfig) -> Any:
         """The tokenizer of the stage's language model: its own if that is public, else the run's.
 
-        Either is made once, and from then on read from the run directory.
+        Either is made once, by the first host, and from then on read from the run directory.
         """
         path = tokenizer_path(self.recipe, stage, self.workdir)
         if path not in self._tokenizers:
-            tokenizer = read_tokenizer(self.recipe, stage, self.workdir)
-            if tokenizer is None:
-                tokenizer = self._trained(path)
-            elif not path.exists():
-                tokenizer.save(path)
-            self._tokenizers[path] = tokenizer
-        return self._tokenizers[path]
+            make = lambda: self._tokenizer(stage, path)  # noqa: E731
+            try:
+                self._tokenizers[path] = hosts.in_turn(make, f"tokenizer {path.name}")
+            except UserError as error:
+                self._tokenizers[path] = error
+        if isinstance(found := self._tokenizers[path], UserError):
+            raise found
+        return found
+
+    def _tokenizer(self, stage: StageConfig, path: Path) -> Any:
+        tokenizer = read_tokenizer(self.recipe, stage, self.workdir)
+        if tokenizer is None:
+            return self._trained(path)
+        if not path.exists():
+            tokenizer.save(path)
+        return tokenizer
 
     def _trained(self, path: Path) -> Tokenizer:
         write_json(made_how(path), plain(self.recipe.tokenizer))  # first
@@ -76,6 +86,8 @@ class Run:
 
     def record(self) -> None:
         """Writes what is about to run; not before it is known to fit what ran before."""
+        if not hosts.first():
+            return
         write_json(self.workdir / CONFIG, plain(self.recipe))
         write_json(self.workdir / "env.json", environment())
 
@@ -143,5 +155,6 @@ def environment() -> dict[str, Any]:
         "jax": jax.__version__,
         "numpy": np.__version__,
         "devices": [str(d) for d in jax.devices()],
+        "hosts": hosts.count(),
         "command": sys.argv,
     }

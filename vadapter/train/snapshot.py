@@ -19,9 +19,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from jax.experimental import multihost_utils
 
 from vadapter.errors import CheckpointError
+from vadapter.parallel import hosts
 from vadapter.train.digest import is_key, leaf_paths, tree_digests
 
 PyTree = Any
@@ -231,10 +231,10 @@ def on_all_hosts(read: Callable[[], T]) -> T:
         result = read()
     except Exception as e:
         error = e
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.bool_(error is not None))
-        if error is None and failed.any():
-            error = DamagedError(f"unreadable on host {int(np.argmax(failed))}")
+    told = hosts.exchange(error and reason(error), "reading", patience=hosts.WORK)
+    for i, failure in enumerate(told):
+        if error is None and failure is not None:
+            error = DamagedError(f"unreadable on host {i}: {failure}")
     if error is not None:
         raise error
     return result  # type: ignore[return-value]

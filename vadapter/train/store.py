@@ -10,11 +10,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from vadapter.errors import CheckpointError
+from vadapter.parallel import hosts
 from vadapter.train import snapshot
 from vadapter.train.digest import combined, tree_digests
 from vadapter.train.lock import waiting_lock
@@ -62,7 +61,7 @@ class ComponentStore:
         snapshot.hush_orbax()
         digest = combined(tree_digests(params))
         path = self.path(name, digest)
-        first = jax.process_index() == 0
+        first = hosts.first()
         try:
             if first:
                 self._root.mkdir(parents=True, exist_ok=True)
@@ -116,7 +115,7 @@ class ComponentStore:
     def _must_write(self, path: Path, digest: str) -> bool:
         """True if the component is missing or broken; the first host looks, for all."""
         missing = True
-        if jax.process_index() == 0 and path.exists():
+        if hosts.first() and path.exists():
             try:
                 _check_content(path, snapshot.read_meta(path), digest)
                 missing = not (path / "state").is_dir()
@@ -124,12 +123,10 @@ class ComponentStore:
                 pass
             if missing:
                 shutil.rmtree(path)
-        if jax.process_count() > 1:
-            missing = bool(multihost_utils.broadcast_one_to_all(missing))
-        return missing
+        return hosts.exchange(missing, f"storing {path.name}", patience=hosts.WORK)[0]
 
     def _write(self, path: Path, params: PyTree, meta: dict[str, Any]) -> None:
-        if jax.process_index() == 0:
+        if hosts.first():
             shutil.rmtree(f"{path}{snapshot.TMP}", ignore_errors=True)  # of an interrupted put
         handler = ocp.CompositeCheckpointHandler(**snapshot.handlers())
         with ocp.Checkpointer(handler) as writer:

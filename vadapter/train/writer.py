@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vadapter.parallel import hosts
+
 
 class Writer:
     """Writes one stage's metrics; a progress bar on a terminal, plain lines elsewhere.
@@ -94,6 +96,10 @@ class Writer:
                 self._tensorboard = None
                 self.say(f"cannot write TensorBoard files ({error.strerror}); going on without")
 
+    def tell(self, text: str) -> None:
+        """Prints a line about what this host alone knows."""
+        self.say(text)
+
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         text = f"{self._title}: {text}"
@@ -102,6 +108,38 @@ class Writer:
         else:  # as it is: a digest in brackets is no markup
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()
+
+
+class Silent(Writer):
+    """What the other hosts of several have for a writer: the first one speaks for all."""
+
+    def __init__(self, title: str):
+        self._title, self._bar = title, None
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        pass
+
+    def write(self, step: int, values: Mapping[str, Any], *, loud: bool = False) -> None:
+        """Nothing."""
+
+    def evaluated(self, step: int) -> bool:
+        """Nobody knows here."""
+        return False
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def tell(self, text: str) -> None:
+        """Prints a line about what this host alone knows."""
+        print(f"{self._title}, host {hosts.index()}: {text}", flush=True)
+
+
+def open_writer(directory: Path, title: str, total: int) -> Writer:
+    """The stage's writer, see `Writer`; on other hosts than the first one that writes nothing."""
+    return Writer(directory, title, total) if hosts.first() else Silent(title)
 
 
 def number(value: float) -> str:

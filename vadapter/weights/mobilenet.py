@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,7 +110,7 @@ def _abstract(config: MobileNetConfig) -> Any:
     """The shapes of the published network's parameters."""
     frames = jax.ShapeDtypeStruct((1, 1, 32, 32, 3), jnp.uint8)
     init = lambda frames: MobileNet(config).init(jax.random.key(0), frames)  # noqa: E731
-    return jax.eval_shape(init, frames)["params"]
+    return nn.unbox(jax.eval_shape(init, frames)["params"])
 
 
 def unround(tensor: np.ndarray) -> np.ndarray:

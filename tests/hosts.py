@@ -1,0 +1,143 @@
+"""Several processes on this machine as the hosts of one run.
+
+    job = Job(folder, recipe, n=2)
+    assert job.start().wait() == [0, 0]
+    assert "resumed" in job.log(0)
+
+Each host has two devices, so that arrays are split within hosts and between them.
+"""
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import runs
+
+DEVICES = 2
+DEADLINE = 60  # seconds; heartbeats are lost after a third of it
+# Without optimisation these programs compile in half the time.
+FLAGS = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+LIMIT = 240  # seconds until a job is taken to hang: far more than any deadline in the tests
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Job:
+    """A run on several hosts.
+
+    Args:
+      folder: for the logs, and the run directory, `run`.
+      recipe: file of the recipe, from `runs.write_recipe`.
+      n: hosts.
+      overrides: `a.b=VALUE`, of the recipe.
+    """
+
+    def __init__(self, folder: Path, recipe: Path, *overrides: str, n: int = 2):
+        self.folder, self.recipe, self.n, self.overrides = folder, recipe, n, overrides
+        self.workdir = folder / "run"
+        self.processes: list[subprocess.Popen] = []
+        self.hosts: tuple[int, ...] = ()  # that were started
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _train(self, workdir: Path, own: tuple[str, ...]) -> tuple[str, ...]:
+        items = [f"--config.{item}" for item in (*self.overrides, *own)]
+        return (*runs.VADAPTER, "train", f"--config={self.recipe}", f"--workdir={workdir}", *items)
+
+    def start(
+        self,
+        *,
+        command: tuple[str, ...] = (),
+        faults: Mapping[int, str] = {},
+        own: Mapping[int, tuple[str, ...]] = {},
+        workdirs: Mapping[int, Path] = {},
+        variables: Mapping[int, Mapping[str, str]] = {},
+        only: tuple[int, ...] = (),
+        deadline: float = DEADLINE,
+        **env: str,
+    ) -> "Job":
+        """Starts `vadapter train`, or another command, on every host.
+
+        Args:
+          faults: host -> VADAPTER_FAULT.
+          own: host -> overrides of this one alone; workdirs: host -> its run directory.
+          variables: host -> variables of this one alone.
+          only: hosts to start; the others stay away. (): all.
+          deadline: VADAPTER_DEADLINE; env: other variables of all.
+        """
+        port, self.hosts = free_port(), only or tuple(range(self.n))
+        for i in self.hosts:
+            joined = {
+                "VADAPTER_COORDINATOR": f"127.0.0.1:{port}",
+                "VADAPTER_PROCESSES": str(self.n),
+                "VADAPTER_PROCESS": str(i),
+                "VADAPTER_DEADLINE": str(deadline),
+                "XLA_FLAGS": FLAGS,
+                **env,
+                **variables.get(i, {}),
+            }
+            with open(self.folder / f"host-{i}.log", "w") as log:
+                self.processes.append(
+                    runs.launch(
+                        command or self._train(workdirs.get(i, self.workdir), own.get(i, ())),
+                        fault=faults.get(i, ""),
+                        more=joined,
+                        stdout=log,
+                    )
+                )
+        return self
+
+    def wait(self, only: tuple[int, ...] = ()) -> list[int]:
+        """Waits until all hosts that were started, or these, have ended; their exit codes."""
+        try:
+            chosen = only or range(len(self.processes))
+            return [self.processes[i].wait(timeout=LIMIT) for i in chosen]
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Kills what is left of it."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+            process.wait()
+        self.processes = []
+
+    def log(self, host: int) -> str:
+        """Both streams of a host."""
+        return (self.folder / f"host-{host}.log").read_text()
+
+    def logs(self) -> str:
+        """Of all hosts, for messages of assertions."""
+        paths = sorted(self.folder.glob("host-*.log"))
+        return "\n".join(f"--- {path.stem}\n{path.read_text()}" for path in paths)
+
+
+def run_python(script: str, *arguments: str, n: int = 2, deadline: float = DEADLINE) -> list[str]:
+    """Runs a script on several hosts, after `hosts.start()`; what they print, once all are done."""
+    port = free_port()
+    begin = "from vadapter.parallel import hosts\nhosts.start()\n"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", begin + script, *arguments],
+            env=runs.environment(
+                DEVICES, VADAPTER_COORDINATOR=f"127.0.0.1:{port}", VADAPTER_PROCESSES=str(n),
+                VADAPTER_PROCESS=str(i), VADAPTER_DEADLINE=str(deadline),
+            ),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(n)
+    ]  # fmt: skip
+    try:
+        return [process.communicate(timeout=LIMIT)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()

@@ -1,0 +1,170 @@
+"""Many devices do what one does, for every kind of stage, with every part split that can be.
+
+All comparisons are in float32. A leaf agrees if no element is off by more than 1e-5 of the leaf's
+largest one (measured: at most 4e-6), or by more than 1e-8: biases of keys have no gradient but
+rounding.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from recipes import tiny_recipe
+
+from vadapter.data.batch import fake_batch
+from vadapter.parallel.mesh import MeshConfig, make_mesh, on
+from vadapter.study.program import Program
+from vadapter.train.checkpoint import Checkpointer
+from vadapter.train.digest import tree_digests
+from vadapter.train.recipe import read
+from vadapter.train.shapes import abstract_state
+from vadapter.train.stage import stage_step
+from vadapter.train.steps import init_state
+
+SGD = optax.sgd(0.1, momentum=0.9)  # Adam's first steps amplify rounding: no use in comparisons
+ROWS = 16
+MESHES = {
+    "data": MeshConfig(data=8),
+    "fsdp": MeshConfig(data=1, fsdp=8),
+    "all": MeshConfig(data=2, fsdp=2, tensor=2),
+    "tensor": MeshConfig(data=1, fsdp=1, tensor=4),
+}
+STAGES = ("tlm", "vision", "decoder", "vadapter", "perceiver", "llava")
+# The mesh with all axes for every kind of stage, every mesh for one: the others take minutes.
+PAIRS = [
+    pytest.param(stage, mesh, marks=() if mesh == "all" or stage == "tlm" else pytest.mark.slow)
+    for stage in STAGES
+    for mesh in MESHES
+]
+
+
+@functools.cache
+def recipe():
+    """Two layers and four heads of everything, so that `tensor` and the stacks have work."""
+    config: Any = tiny_recipe(Path("nowhere"))
+    config.components.mlp = {"kind": "mlp", "hidden_dim": 32, "width": 0, "frames": 8}
+    config.stages.llava = {**config.stages.perceiver, "chain": ("mlp",)}
+    config.stages.llava.start = {"llm": "llm", "encoder": "vision"}
+    for spec in config.components.values():
+        spec.update({key: 2 * spec[key] for key in ("depth", "heads") if key in spec})
+    config.components.perceiver.layers = 6
+    config.components.llm.update(width=32, mlp_dim=64, kv_heads=2)
+    return read(config)
+
+
+def program(stage, mesh=None, accumulate=1, everything=None):
+    """A stage on a mesh, or on one device."""
+    everything = everything or recipe()
+    config = dataclasses.replace(everything.stages[stage], accumulate=accumulate)
+    stages = {**everything.stages, stage: config}
+    if mesh is None:
+        grid = make_mesh(MeshConfig(), jax.devices()[:1])
+    else:
+        grid = make_mesh(MESHES[mesh], jax.devices()[: 4 if mesh == "tensor" else 8])
+    return Program(dataclasses.replace(everything, stages=stages), stage, grid, batch=ROWS)
+
+
+def batch_of(stage, seed):
+    sizes = stage.sizes
+    batch = fake_batch(
+        ROWS, seed=seed, frames=sizes.get("F", 0), size=sizes.get("S", 0), segments=1,
+        prompt_len=sizes["P"], text_len=sizes["T"], vocab_size=recipe().tokenizer.vocab_size,
+    )  # fmt: skip
+    batch |= {k: batch[k][:, : sizes["M"]] for k in ("target_at", "targets", "weights")}
+    batch["weights"][:3, 2:] = 0  # devices have different shares of the targets
+    return batch
+
+
+def put(tree, like):
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding, like))
+
+
+def begin(stage):
+    """State and frozen parameters, the same on every mesh, where they belong."""
+    learnt, frozen = stage.params
+    state = init_state(tiny.filled(learnt), SGD)
+    return put(state, abstract_state(learnt, SGD, stage.mesh)), put(tiny.filled(frozen, 1), frozen)
+
+
+def two_steps(stage):
+    """(first, last) state, and the metrics of the second step."""
+    step = jax.jit(on(stage.mesh, stage_step(stage.recipe, stage.config, stage.model, SGD)))
+    first, frozen = begin(stage)
+    state, metrics = first, {}
+    for seed in range(2):
+        batch = put(batch_of(stage, seed), stage.batch_shapes())
+        state, metrics = step(state, frozen, batch)
+    return first, state, metrics
+
+
+@functools.cache
+def one_device(stage):
+    return jax.device_get(two_steps(program(stage))[1:])
+
+
+def assert_close(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for path, leaf in tiny.paths(theirs).items():
+        off = np.abs(np.asarray(tiny.paths(ours)[path]) - leaf).max()
+        assert off <= max(1e-5 * np.abs(leaf).max(), 1e-8), (
+            f"{path}: {off}, of {np.abs(leaf).max()}"
+        )
+
+
+@pytest.mark.parametrize(("stage", "mesh"), PAIRS)
+def test_many_devices_take_the_steps_of_one(stage, mesh):
+    first, *after = two_steps(program(stage, mesh))
+    assert_close(tuple(after), one_device(stage))
+    for path, leaf in tiny.paths(after[0]).items():  # else the next step is compiled once more
+        assert leaf.sharding.is_equivalent_to(tiny.paths(first)[path].sharding, leaf.ndim), path
+
+
+def test_micro_batches_on_many_devices_take_the_steps_of_one():
+    assert_close(two_steps(program("decoder", "all", accumulate=2))[1:], one_device("decoder"))
+
+
+def test_texts_do_not_depend_on_the_devices():
+    texts = []
+    for stage in (program("vadapter"), program("vadapter", "all")):
+        state, frozen = begin(stage)
+        batch = put(batch_of(stage, 0), stage.batch_shapes())
+        out = jax.jit(stage.decode(8))(state.params | frozen, batch)
+        texts.append(jax.device_get(out))
+    np.testing.assert_array_equal(texts[0]["tokens"], texts[1]["tokens"])
+    np.testing.assert_allclose(texts[0]["logprob"], texts[1]["logprob"], rtol=1e-5)
+    assert len({tuple(row) for row in texts[0]["tokens"].tolist()}) > 1, "a test of nothing"
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_matrices_and_their_moments_lie_in_equal_parts_on_all_devices(stage, mesh):
+    stage = program(stage, mesh)
+    parts = stage.mesh.shape["fsdp"] * stage.mesh.shape["tensor"]
+    matrices = 0
+    for path, leaf in tiny.paths(begin(stage)).items():
+        if leaf.ndim >= 2 and path.endswith(("kernel", "embedding")):
+            matrices += 1
+            sizes = {shard.data.size for shard in leaf.addressable_shards}
+            assert sizes == {leaf.size // parts}, f"{path} {leaf.shape} {leaf.sharding.spec}"
+    assert matrices > 10
+
+
+@pytest.mark.parametrize("mesh", ["all", None])
+def test_a_state_saved_on_one_mesh_has_the_same_digests_on_another(tmp_path, mesh):
+    state, other = begin(program("tlm", "data"))[0], program("tlm", mesh)
+    like = abstract_state(other.params[0], SGD, other.mesh)
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(1, state, {"stage": "tlm"})
+    found = checkpointer.restore(like, expect={"stage": "tlm"})
+    checkpointer.close()
+    assert found is not None
+    restored = found[0]
+    assert tree_digests(restored) == tree_digests(state)
+    for path, leaf in tiny.paths(restored).items():
+        assert leaf.sharding == tiny.paths(like)[path].sharding, path

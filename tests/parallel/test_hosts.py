@@ -1,0 +1,495 @@
+"""Several hosts train as one, stop as one, and end as one, whatever happens to one of them.
+
+Real processes on this machine, each with two devices. One run is left alone; another has its
+second host killed, hung, stopped and so on, one after the other, and goes on each time.
+"""
+
+import dataclasses
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import hosts as drive
+import jax
+import numpy as np
+import pytest
+import runs
+
+from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR, ConfigError, HostError
+from vadapter.parallel import hosts
+from vadapter.parallel.mesh import MeshConfig, make_mesh, to_mesh
+from vadapter.parallel.rollcall import answer, call
+from vadapter.train import loop, run
+from vadapter.train.agree import require_own_rows
+from vadapter.train.checkpoint import steps
+from vadapter.train.loop import train
+from vadapter.train.recipe import read
+from vadapter.train.writer import history, rows
+
+STEPS = 10
+MESH = {"data": 2, "fsdp": 2}
+OVERRIDES = tuple(f"mesh.{axis}={size}" for axis, size in MESH.items())
+KILLED, ABORTED = -signal.SIGKILL, -signal.SIGABRT
+
+
+@dataclasses.dataclass
+class Runs:
+    """A job that nothing stopped, and one whose attempts left these exit codes and logs."""
+
+    folder: Path
+    whole: drive.Job
+    stopped: drive.Job
+    killed: tuple[list[int], list[str]]
+    asked: tuple[list[int], list[str]]
+    last: tuple[list[int], list[str]]
+
+
+def recipe_of(folder, **stage):
+    config = runs.text_only(folder, steps=STEPS, **stage)
+    with config.unlocked():
+        config.mesh.update(MESH)
+    return read(config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with runs.cached_programs():
+        yield runs.prepare(tmp_path_factory.mktemp("hosts"))
+
+
+@pytest.fixture(scope="module")
+def recipe(folder):
+    return runs.write_recipe(folder, "text_only")
+
+
+def attempt(job, fault="", **options):
+    codes = job.start(faults={1: fault}, **options).wait()
+    return codes, [job.log(host) for host in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def done(folder, recipe):
+    overrides = (*OVERRIDES, f"stages.llm.steps={STEPS}")
+    whole = drive.Job(folder / "whole", recipe, *overrides).start()  # beside the other one
+    stopped = drive.Job(folder / "stopped", recipe, *overrides)
+    killed = attempt(stopped, "KILL:llm:step:5", deadline=30)  # the save of 4 may be in flight
+    assert whole.wait() == [0, 0], whole.logs()
+    asked = attempt(stopped, "TERM:llm:step:5")
+    shutil.copytree(stopped.workdir, folder / "cut")
+    return Runs(folder, whole, stopped, killed, asked, attempt(stopped))
+
+
+# --- One run ---------------------------------------------------------------------------------
+
+
+def test_when_one_host_is_killed_the_other_ends_too_and_both_go_on_from_a_common_step(done):
+    (first, second), (log, _) = done.killed
+    assert second == KILLED
+    assert first in (LOST, ABORTED), log
+    resumed = [line for line in done.asked[1][0].splitlines() if "resumed" in line]
+    assert resumed in (["llm: resumed at step 2"], ["llm: resumed at step 4"])
+
+
+def test_a_signal_to_one_host_stops_all_at_one_step_and_each_says_so(done):
+    codes, logs = done.asked
+    assert codes == [PREEMPTED, PREEMPTED], logs
+    for log in logs:
+        assert "vadapter: llm, step 7, saved: stopped by SIGTERM" in log.splitlines()[-1]
+        assert "Traceback" not in log
+    assert steps(done.folder / "cut/llm/checkpoints")[-1] == 7
+    assert "llm: resumed at step 7\n" in done.last[1][0]
+
+
+def test_the_job_that_was_killed_and_stopped_ends_in_the_same_bits(done):
+    assert done.last[0] == [0, 0], done.last[1]
+    stopped, whole = (runs.handed_over(job.workdir, ("llm",)) for job in (done.stopped, done.whole))
+    assert stopped == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [0, 1])
+@pytest.mark.parametrize(
+    "fault", ["RAISE:llm:step:9", "HANG:llm:step:9", "KILL:llm:begin", "KILL:llm:saving:8"]
+)
+def test_whatever_befalls_a_host_all_end_and_what_was_saved_is_not_lost(
+    done, tmp_path, fault, host
+):
+    job = drive.Job(tmp_path, done.stopped.recipe, *done.stopped.overrides)
+    shutil.copytree(done.folder / "cut", job.workdir)
+    codes = job.start(faults={host: fault}, deadline=30, VADAPTER_WATCHDOG="6").wait()
+    may = {KILLED, LOST, ABORTED} if fault.startswith("KILL") else {LOST}
+    assert may.issuperset(codes), job.logs()
+    codes, (log, _) = attempt(job)
+    assert codes == [0, 0]
+    assert "llm: resumed at step 7\n" in log or "llm: resumed at step 8\n" in log
+    stopped, whole = (runs.handed_over(at.workdir, ("llm",)) for at in (job, done.whole))
+    assert stopped == whole
+    assert not list(job.workdir.rglob("*orbax-checkpoint-tmp*"))
+
+
+def test_only_the_first_host_writes_and_speaks(done):
+    path = done.whole.workdir / "llm"
+    assert [row["step"] for row in rows(path / "metrics.jsonl")] == [*range(1, STEPS + 1)]
+    assert len(list((path / "tb").iterdir())) == 1
+    said = [line for line in done.whole.log(1).splitlines() if "ank" not in line]  # Gloo's
+    assert not said
+    leftovers = {p.name for p in done.whole.workdir.iterdir() if p.name.startswith(".")}
+    assert leftovers == {".lock"}
+
+
+def test_two_hosts_train_what_one_process_does(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:4]))
+    train(recipe_of(done.folder), tmp_path)
+    one, two = (history(at / "llm/metrics.jsonl") for at in (tmp_path, done.whole.workdir))
+    assert len(one) == len(two) == STEPS
+    for a, b in zip(one, two, strict=True):
+        assert (a["step"], a["targets"]) == (b["step"], b["targets"])
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+        np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("devices", [4, 1])
+def test_one_process_goes_on_with_what_two_hosts_have_saved(done, tmp_path, monkeypatch, devices):
+    seen = []
+
+    def record(batch, mesh):
+        seen.append(batch["id"].tolist())
+        return to_mesh(batch, mesh)
+
+    monkeypatch.setattr(loop, "to_mesh", record)
+    config = MeshConfig(**MESH) if devices == 4 else MeshConfig()
+    monkeypatch.setattr(run, "make_mesh", lambda _: make_mesh(config, jax.devices()[:devices]))
+    shutil.copytree(done.folder / "cut", tmp_path / "run")
+    train(recipe_of(done.folder), tmp_path / "run")
+    went_on = [row for row in history(tmp_path / "run/llm/metrics.jsonl") if row["step"] > 7]
+    whole = [row for row in history(done.whole.workdir / "llm/metrics.jsonl") if row["step"] > 7]
+    assert len(went_on) == len(seen) == STEPS - 7
+    for a, b in zip(went_on, whole, strict=True):
+        assert a["targets"] == b["targets"]  # of the very next batch
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_chain_with_cached_pictures_and_evaluations_is_that_of_one_process(folder, tmp_path, n):
+    recipe, overrides = runs.write_recipe(folder), ("mesh.fsdp=2", "stages.llm.accumulate=1")
+    one = runs.run(recipe, tmp_path / "one", *overrides, devices=n * drive.DEVICES)
+    assert one.returncode == 0, one.stdout
+    job = drive.Job(tmp_path / "several", recipe, *overrides, n=n)
+    for point in ("decoder:features:0", "vadapter:evaluate:0"):
+        assert job.start(faults={n - 1: f"TERM:{point}"}).wait() == [PREEMPTED] * n, job.logs()
+        assert "Traceback" not in job.logs()
+    assert job.start().wait() == [0] * n, job.logs()
+    assert "vadapter: resumed at step 3\n" in job.log(0)
+    for stage in runs.CHAIN:
+        a, b = (history(at / stage / "metrics.jsonl") for at in (tmp_path / "one", job.workdir))
+        assert [row["step"] for row in a] == [row["step"] for row in b]
+        losses = [[row["loss"] for row in rows if "loss" in row] for rows in (a, b)]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
+
+    where = Path("vadapter/eval/captions/predictions.jsonl")
+    whole = (tmp_path / "one" / where).read_text()
+    assert (job.workdir / where).read_text() == whole
+    (job.workdir / where).unlink()
+    evaluate = (*runs.VADAPTER, "eval", str(job.workdir), "--evals=captions")
+    assert job.start(command=evaluate).wait() == [0] * n, job.logs()
+    assert (job.workdir / where).read_text() == whole
+
+
+# --- Before anything is compiled ---------------------------------------------------------------
+
+
+def test_hosts_with_different_recipes_are_refused_and_the_keys_are_named(folder, recipe, tmp_path):
+    job = drive.Job(tmp_path, recipe, *OVERRIDES)
+    job.start(own={1: ("seed=7", "stages.llm.optim.lr=0.5")})
+    assert job.wait() == [USER_ERROR] * 2, job.logs()
+    for host in (0, 1):
+        assert "vadapter: the hosts differ in recipe or versions:" in job.log(host)
+        assert "host 1: recipe.seed = 7, host 0: 0" in job.log(host)
+        assert "host 1: recipe.stages.llm.optim.lr = 0.5, host 0: 0.01" in job.log(host)
+    assert not (tmp_path / "run/llm").exists()
+
+
+def test_hosts_with_different_run_directories_are_refused(folder, recipe, tmp_path):
+    job = drive.Job(tmp_path, recipe, *OVERRIDES)
+    job.start(workdirs={1: tmp_path / "elsewhere"}, deadline=10)
+    assert job.wait() == [USER_ERROR] * 2, job.logs()
+    assert "elsewhere is not the same directory on host 1 as on host 0" in job.log(1)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.slow
+def test_hosts_with_different_data_under_the_same_name_are_refused(folder, tmp_path):
+    for host in ("a", "b"):
+        shutil.copytree(folder / "shapes", tmp_path / host)
+    table = tmp_path / "b/pictures.jsonl"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))  # one is missing
+    recipe = runs.write_recipe(folder, "text_only")
+    job = drive.Job(
+        tmp_path, recipe, *OVERRIDES, "data.documents.source.groups=('$HERE/pictures.jsonl',)"
+    )
+    job.start(variables={0: {"HERE": str(tmp_path / "a")}, 1: {"HERE": str(tmp_path / "b")}})
+    assert job.wait() == [USER_ERROR] * 2, job.logs()
+    for host in (0, 1):
+        assert "the hosts differ in what stage llm trains, and on what" in job.log(host)
+        assert "fingerprints.documents" in job.log(host)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"VADAPTER_COORDINATOR": "a:1"}, "VADAPTER_COORDINATOR without VADAPTER_PROCESS"),
+        ({"VADAPTER_DISTRIBUTED": "yes"}, "VADAPTER_DISTRIBUTED='yes': auto, or not set"),
+        ({"VADAPTER_DISTRIBUTED": "auto"}, "JAX finds no cluster here"),
+        (
+            {"VADAPTER_COORDINATOR": "a", "VADAPTER_PROCESSES": "2", "VADAPTER_PROCESS": "2"},
+            "must be host:port, a number above 0, and one below that",
+        ),
+        ({"VADAPTER_DISTRIBUTED": "auto", "VADAPTER_DEADLINE": "soon"}, "must be seconds"),
+    ],
+)
+def test_variables_that_make_no_sense_are_refused(monkeypatch, variables, message):
+    def nothing_found(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nothing_found)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        hosts.start()
+
+
+def test_without_the_variables_nothing_is_started():
+    hosts.start()
+    assert not jax.distributed.is_initialized()
+    assert (hosts.count(), hosts.index(), hosts.exchange({"a": 1}, "all")) == (1, 0, [{"a": 1}])
+
+
+def roll_call(n, others, limit=5.0):
+    """Process 0 of n, and others as (index, count); what each of them raised, by index."""
+    port, raised = drive.free_port(), {}
+
+    def attempt(i, fn, *arguments):
+        try:
+            fn(*arguments)
+            raised[i] = None
+        except (HostError, ConfigError) as error:
+            raised[i] = error
+
+    threads = [
+        threading.Thread(target=attempt, args=(i, answer, "127.0.0.1", port, told, i, limit))
+        for i, told in others
+    ]
+    for thread in threads:
+        thread.start()
+    attempt(0, call, "127.0.0.1", port, n, limit)
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def test_all_hosts_are_called_and_the_absent_ones_named_to_all():
+    assert roll_call(4, [(3, 4), (1, 4), (2, 4)]) == dict.fromkeys(range(4))
+    missing = roll_call(4, [(2, 4)], limit=0.5)
+    assert {str(e) for e in missing.values()} == {"hosts 1, 3 of 4 did not come within 0.5 s"}
+
+
+def test_hosts_that_were_started_differently_are_told():
+    other = roll_call(3, [(1, 2)])
+    assert {str(e) for e in other.values()} == {"host 1 was told of 2 processes, host 0 of 3"}
+    assert isinstance(roll_call(3, [(0, 3)])[0], ConfigError)
+    with pytest.raises(HostError, match=r"host 0 of 2 did not come within 0\.3 s: nobody at 127"):
+        answer("127.0.0.1", drive.free_port(), 2, 1, 0.3)
+
+
+# --- How they end --------------------------------------------------------------------------------
+
+WORK = """
+import argparse, sys, time
+from vadapter import cli
+from vadapter.errors import DataError, NonFiniteError
+from vadapter.parallel import hosts, leaving
+from vadapter.train.interrupts import signals
+def run(args):
+    with signals() as stop:
+        for i in stop.watch(range(400), "work"):
+            if sys.argv[1] == "all":
+                raise NonFiniteError("diverged")
+            if sys.argv[1] == "one" and i == 2 and hosts.index() == 1:
+                raise DataError("no file here")
+            time.sleep(0.05)
+code, reason = cli._attempt(argparse.Namespace(computes=True, run=run))
+sys.exit(leaving.leave(code, reason))
+"""
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """Jobs that work in steps, all at once: what happens in them -> exit codes and logs."""
+    folder = tmp_path_factory.mktemp("ends")
+    started = {}
+    for name, fault in {
+        "raise": "RAISE:work:2", "hang": "HANG:work:2", "term": "TERM:work:2",
+        "one": "", "all": "", "nothing": "", "kill first": "KILL:work:2",
+    }.items():  # fmt: skip
+        host = int("first" not in name)
+        command = (sys.executable, "-c", WORK, name)
+        started[name] = drive.Job(folder / name.replace(" ", "-"), folder).start(
+            command=command, faults={host: fault}, deadline=30, VADAPTER_WATCHDOG="5"
+        )
+    frozen = drive.Job(folder / "frozen", folder).start(
+        command=(sys.executable, "-c", WORK, "frozen"), faults={1: "STOP:work:2"}, deadline=30
+    )
+    started["away"] = drive.Job(folder / "away", folder, n=3).start(
+        command=(sys.executable, "-c", WORK, "away"), only=(0, 2), deadline=20
+    )
+    done = {name: (job.wait(), list(map(job.log, job.hosts))) for name, job in started.items()}
+    return done | {"frozen": (frozen.wait(only=(0,)), [frozen.log(0)])}
+
+
+def test_a_host_that_stays_away_is_named_to_the_others(ends):
+    said = "vadapter: host 1 of 3 did not come within 20 s\n"
+    assert ends["away"] == ([LOST, LOST], [said, said])
+
+
+def test_an_error_on_one_host_is_told_there_in_full_and_by_name_on_the_others(ends):
+    codes, (first, second) = ends["raise"]
+    assert codes == [LOST, LOST]
+    assert "Traceback" in second
+    assert second.rstrip().endswith("RuntimeError: injected at work:2")
+    assert first == "vadapter: host 1 of 2 stopped: RuntimeError: injected at work:2\n"
+
+
+def test_what_one_host_finds_to_mend_ends_all_with_its_exit_code(ends):
+    codes, (first, second) = ends["one"]
+    assert codes == [USER_ERROR, USER_ERROR]
+    assert first == "vadapter: host 1 of 2 stopped: no file here\n"
+    assert second == "vadapter: no file here\n"
+
+
+def test_what_all_hosts_find_each_of_them_tells(ends):
+    assert ends["all"] == ([NON_FINITE] * 2, ["vadapter: diverged\n"] * 2)
+
+
+def test_a_host_that_hangs_is_found_with_the_stacks_of_all_threads(ends):
+    codes, (_, second) = ends["hang"]
+    assert codes == [LOST, LOST]
+    assert "Timeout (0:00:05)!" in second
+    assert second.count("(most recent call first)") > 1
+    assert "in fault" in second
+
+
+def test_when_a_host_is_frozen_the_others_end_without_it(ends):
+    (code,), _ = ends["frozen"]
+    assert code in (LOST, ABORTED)
+
+
+def test_between_two_batches_a_signal_to_one_host_stops_all(ends):
+    codes, logs = ends["term"]
+    assert codes == [PREEMPTED, PREEMPTED]
+    assert all("vadapter: work: stopped by SIGTERM; run" in log for log in logs)
+
+
+def test_without_the_first_host_the_others_end(ends):
+    codes, _ = ends["kill first"]
+    assert codes[0] == KILLED
+    assert codes[1] in (LOST, ABORTED)
+
+
+def test_a_job_that_nothing_befalls_ends_in_success(ends):
+    assert ends["nothing"] == ([0, 0], ["", ""])
+
+
+# --- What they tell each other -----------------------------------------------------------------
+
+TALK = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+from vadapter.errors import ConfigError, HostError
+from vadapter.parallel import leaving
+from vadapter.train.checkpoint import Checkpointer
+me, folder = hosts.index(), pathlib.Path(sys.argv[1])
+def told(fn, *arguments):
+    try:
+        print(fn(*arguments))
+    except (ConfigError, HostError) as error:
+        print(type(error).__name__, error)
+told(hosts.exchange, {"host": me}, "values")
+told(hosts.of_first, me + 5, "first")
+told(hosts.require_same, {"a": {"b": 1}}, "facts")
+told(hosts.require_same, {"a": {"b": me}, "c": 2}, "facts")
+def make():
+    path = folder / "made"
+    if not path.exists():
+        path.write_text(f"by {me}")
+    return path.read_text()
+told(hosts.in_turn, make, "file")
+def fail():
+    raise ConfigError(f"no file for {me}")
+told(hosts.in_turn, fail, "file")
+told(hosts.exchange, 1, f"place {me}")
+checkpointer = Checkpointer(folder / "checkpoints", keep=1)
+told(checkpointer.save, 3 + me, {"w": jnp.ones(2)}, {})
+if me == 0:
+    told(checkpointer.save, 9, {"w": jnp.ones(2)}, {})
+hosts.ended()
+import os
+leaving._go(0, "done", quiet=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talk")
+    return [text.splitlines() for text in drive.run_python(TALK, str(folder), deadline=5)]
+
+
+def test_hosts_exchange_values_and_take_those_of_the_first(talk):
+    for lines in talk:
+        assert lines[:3] == ["[{'host': 0}, {'host': 1}]", "5", "None"]
+
+
+def test_a_difference_is_an_error_on_all_hosts_that_names_it(talk):
+    for lines in talk:
+        assert lines[3:6] == [
+            "ConfigError the hosts differ in facts:",
+            "  host 1: a.b = 1, host 0: 0",
+            "Start all of them with the same command, program and data.",
+        ]
+
+
+def test_the_first_host_makes_what_the_others_find_and_its_error_is_theirs(talk):
+    assert [lines[6] for lines in talk] == ["by 0", "by 0"]
+    assert talk[0][7] == "ConfigError no file for 0"
+    assert talk[1][7] == "ConfigError host 0: no file for 0"
+
+
+def test_hosts_that_save_different_steps_or_alone_are_an_error_and_not_a_hang(talk):
+    apart = "HostError the hosts do different things, which is a mistake in vadapter:"
+    for lines in talk:
+        assert lines[8:11] == [apart, "  host 0: place 0", "  host 1: place 1"]
+        assert lines[11:14] == [apart, "  host 0: saving step 3", "  host 1: saving step 4"]
+    assert talk[0][14].startswith("HostError host 1 of 2 did not come within 5 s: saving step 9")
+
+
+# --- Who reads what ------------------------------------------------------------------------------
+
+
+def test_a_mesh_that_gives_hosts_the_same_rows_is_refused(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        process_index: int
+
+    class Mesh:
+        def __init__(self, **shape):
+            self.shape = shape
+            owners = np.repeat([Device(0), Device(1)], 4)
+            self.devices = owners.reshape(*shape.values())
+
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    require_own_rows(Mesh(data=2, fsdp=2, tensor=2))
+    require_own_rows(Mesh(data=1, fsdp=2, tensor=4))
+    with pytest.raises(ConfigError, match=r"mesh.tensor must divide the devices of a host"):
+        require_own_rows(Mesh(data=1, fsdp=1, tensor=8))

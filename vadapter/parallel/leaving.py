@@ -1,0 +1,100 @@
+"""How a job of several processes ends: all of them, with one exit code, and soon.
+
+JAX's own way out waits for hosts that will never come, and then every process dies of a signal,
+whatever was wrong. So a process that ends early tells the others why and goes at once; they look
+for such news once a second, and follow with the same code. Process 0 goes last: it holds the news.
+"""
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+
+from vadapter.errors import HostError
+from vadapter.parallel import hosts, watchdog
+
+_EVERY = 1.0  # seconds between two looks at the news
+_GRACE = 3.0  # seconds to find by oneself what another host has found
+_LINGER = 10.0  # seconds that process 0 waits for the others to follow
+
+_leaving = threading.Lock()  # taken once, by whoever ends this process
+_over = threading.Event()
+
+
+def follow() -> None:
+    """From now on this process ends when another one does, even while it waits for a device."""
+    if hosts.count() > 1:
+        _over.clear()
+        threading.Thread(target=_follow, name="news of other hosts", daemon=True).start()
+
+
+def _follow() -> None:
+    try:
+        while not _over.wait(_EVERY):
+            if hosts.ended():
+                if not _over.wait(_GRACE):
+                    _go(*_news(hosts.ended()))
+                return
+    except jax.errors.JaxRuntimeError:
+        return  # the coordinator is gone: JAX ends this process
+
+
+def _news(ended: dict[int, dict[str, Any]]) -> tuple[int, str]:
+    """Exit code and reason of the host that was the first to end."""
+    i, record = min(ended.items(), key=lambda item: item[1]["time"])
+    return record["code"], f"host {i} of {hosts.count()} stopped: {record['reason']}"
+
+
+def leave(code: int, reason: str = "") -> int:
+    """Ends a job of several processes; in a single one, and in success, it returns the code.
+
+    Args:
+      code: the exit code, see `vadapter.errors`.
+      reason: for the other hosts.
+    """
+    watchdog.off()
+    if hosts.count() == 1:
+        return code
+    if code:
+        _go(code, reason, quiet=True)
+    try:
+        hosts.exchange("", "the end", patience=hosts.WORK)
+    except (HostError, jax.errors.JaxRuntimeError) as error:
+        _go(HostError.exit_code, str(error))
+    _over.set()
+    watchdog.hurry(hosts.deadline() + _LINGER)
+    jax.distributed.shutdown()
+    watchdog.off()
+    return code
+
+
+def cause(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and reason of the host that broke a collective; None if it was not another host."""
+    if hosts.count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    end = time.monotonic() + _GRACE
+    with hosts.if_connected():
+        while time.monotonic() < end:
+            if others := hosts.ended():
+                return _news(others)
+            time.sleep(_EVERY / 10)
+    return None
+
+
+def _go(code: int, reason: str, *, quiet: bool = False) -> None:
+    if not _leaving.acquire(blocking=False):
+        time.sleep(_LINGER + hosts.deadline())  # another thread is ending this process
+    if not quiet:
+        print(f"vadapter: {reason}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    watchdog.hurry(_LINGER + _GRACE)
+    with hosts.if_connected():
+        hosts.report_end({"code": code, "reason": reason, "time": time.time()})
+        end = time.monotonic() + _LINGER
+        while hosts.first() and time.monotonic() < end and len(hosts.ended()) < hosts.count():
+            time.sleep(_EVERY / 10)
+    os._exit(code or HostError.exit_code)
