@@ -55,6 +55,36 @@ def test_a_line_holds_the_mean_time_of_its_steps_also_where_the_last_is_short(cl
     assert lines.rows[2]["lr"] == 0.5 / 8  # the rate that step 8 used
 
 
+def test_no_time_falls_between_two_lines_not_even_that_of_writing_them(clock):
+    lines = Lines()
+    keep = lines.write
+    lines.write = lambda *row: keep(*row) or clock.__setitem__(0, clock[0] + 0.25)
+    journal = make(lines, log_every=1)
+    for step in range(1, 5):
+        clock[0] += 0.5
+        journal.add(step, metrics(), [])
+        journal.flush()
+    assert [row["step_ms"] for row in lines.rows] == [500.0, 750.0, 750.0, 750.0]
+
+
+def test_a_line_asks_nothing_of_the_device_that_is_busy_with_the_next_step(clock):
+    lines, asked = Lines(), []
+    config = StageConfig("lm", 8, 8, {"text": 1.0}, log_every=1)
+
+    def rate(step):
+        asked.append(step)
+        return 0.5 / (step + 1)
+
+    journal = Journal(lines, "stage", config, rate, str)
+    before = len(asked)
+    for step in range(1, 9):
+        journal.add(step, metrics(), [])
+    journal.flush()
+    assert len(asked) == before
+    wanted = pytest.approx([0.5 / step for step in range(1, 9)])
+    assert [row["lr"] for row in lines.rows] == wanted
+
+
 def test_compilation_and_evaluation_do_not_count_as_steps_and_are_told_once(clock):
     lines = Lines()
     journal = make(lines)

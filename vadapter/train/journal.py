@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -42,14 +43,16 @@ class Journal:
         describe: Callable[[int, int], str],
     ):
         self._writer, self._name, self._config = writer, name, config
-        self._rate, self._describe = rate, describe
+        self._describe = describe
+        # Asked in the middle of a step, the device would answer behind it: so all at once, now.
+        self._rates = np.asarray(jax.vmap(rate)(jnp.arange(config.steps)))
         self._pending: tuple[int, Any, Sequence[int]] | None = None
         self._seen, self._bad = 0, 0  # samples of this attempt
         self._named: list[str] = []  # unusable ones
-        self._new_line()
+        self._new_line(time.monotonic())
 
-    def _new_line(self) -> None:
-        self._clock, self._steps = time.monotonic(), 0
+    def _new_line(self, now: float) -> None:
+        self._clock, self._steps = now, 0
         self._compile_s, self._sums = 0.0, {"skipped": 0, "bad": 0}
         self._values: list[dict[str, float]] = []  # of the updates that were made
 
@@ -119,12 +122,12 @@ class Journal:
             )
 
     def _log(self, step: int, last: dict[str, float]) -> None:
-        spent = time.monotonic() - self._clock
+        now = time.monotonic()
         made = self._values or [last]
         values = {k: float(np.mean([v[k] for v in made])) for k in last} | self._sums
-        rate = float(np.asarray(self._rate(step - 1)))
-        values |= {"lr": rate, "step_ms": 1000 * spent / self._steps}
+        values["lr"] = float(self._rates[step - 1])
+        values["step_ms"] = 1000 * (now - self._clock) / self._steps
         if self._compile_s:
             values["compile_s"] = self._compile_s
+        self._new_line(now)
         self._writer.write(step, values)
-        self._new_line()
