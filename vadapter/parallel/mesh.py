@@ -106,6 +106,15 @@ def to_mesh(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.
     }
 
 
+def places(tree: Any) -> Any:
+    """The sharding of every leaf, of arrays or of shapes.
+
+    A step whose state comes out where it went in is compiled once: left to itself, the compiler may
+    gather small leaves on the way.
+    """
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())

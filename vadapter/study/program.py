@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from vadapter.data.batch import EOS, fake_batch
 from vadapter.models.coca import CoCa
 from vadapter.models.generate import Decode
-from vadapter.parallel.mesh import batch_sharding, on
+from vadapter.parallel.mesh import batch_sharding, on, places
 from vadapter.train.optim import make_optimizer
 from vadapter.train.recipe import DTYPES, Recipe, make_model, trained
 from vadapter.train.shapes import (
@@ -93,6 +93,11 @@ class Program:
         put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
         return {key: put(x) for key, x in shapes.items()}
 
+    def train_step(self) -> Any:
+        """The jitted train step as `train.loop` has it, but without its compiler options."""
+        state, _, _ = self.arguments()
+        return jax.jit(self.step, donate_argnums=0, out_shardings=(places(state), None))
+
     def decode(self, max_new: int) -> Any:
         """Greedy decoding of a batch: (params of every component, batch) -> texts."""
         from vadapter.models.beam import decode
@@ -107,16 +112,15 @@ class Program:
         """The arguments with random content, on the devices."""
         learnt, frozen = self.params
         state, _, batch = self.arguments()
-        where = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
 
         def make(names: tuple[str, ...], like: Any) -> Any:
             both = {name: nn.meta.unbox(tree) for name, tree in self._init().items()}
             return jax.tree.map(lambda x, s: x.astype(s.dtype), {n: both[n] for n in names}, like)
 
         put = lambda like: jax.jit(  # noqa: E731
-            functools.partial(make, tuple(like), like), out_shardings=where(like)
+            functools.partial(make, tuple(like), like), out_shardings=places(like)
         )()
-        begin = jax.jit(lambda p: init_state(p, self.tx), out_shardings=where(state))
+        begin = jax.jit(lambda p: init_state(p, self.tx), out_shardings=places(state))
         sizes = self.sizes
         made = fake_batch(
             self.config.batch, frames=sizes.get("F", 0), size=sizes.get("S", 0),
@@ -124,7 +128,7 @@ class Program:
             vocab_size=self.recipe.tokenizer.vocab_size,
         )  # fmt: skip
         made |= {key: made[key][:, : sizes["M"]] for key in ("target_at", "targets", "weights")}
-        return begin(put(learnt)), put(frozen), jax.device_put(made, where(batch))
+        return begin(put(learnt)), put(frozen), jax.device_put(made, places(batch))
 
     def _init(self) -> dict[str, Any]:
         return init_params(self.model, jax.random.key(0))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import optax
 
 from vadapter.config import differences, plain
@@ -19,7 +18,7 @@ from vadapter.data.pipeline import Schedule, make_loader
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted, disk_errors
 from vadapter.parallel import hosts, watchdog
 from vadapter.parallel.compile import jit
-from vadapter.parallel.mesh import on, to_mesh
+from vadapter.parallel.mesh import on, places, to_mesh
 from vadapter.train import handover
 from vadapter.train.agree import require_own_rows, shared_run
 from vadapter.train.checkpoint import Checkpointer
@@ -131,8 +130,8 @@ def _begin(
     stage.run.record()
     learnt, frozen = stage.load_params(resumed=restored is not None)
     if restored is None:
-        where = jax.tree.map(lambda x: x.sharding, abstract)
-        return jit(lambda p: init_state(p, tx), out_shardings=where)(learnt), frozen
+        begin = jit(lambda p: init_state(p, tx), out_shardings=places(abstract))
+        return begin(learnt), frozen
     state = restored[0]
     writer.say(f"resumed at step {int(state.step)}")
     return state, frozen
@@ -149,7 +148,7 @@ def _steps(
 ) -> TrainState:
     """Steps to the end, or to where a signal asks to stop; the state returned is saved."""
     c, stop, start = stage.config, stage.stop, int(state.step)
-    step_fn, loader = _step_fn(stage, tx), _loader(stage, frozen, start)
+    step_fn, loader = _step_fn(stage, tx, state), _loader(stage, frozen, start)
     drawn = lambda step: Schedule(c.data)(step - 1)[0]  # noqa: E731
     journal = Journal(
         writer, stage.name, c, learning_rate(c.optim, c.steps),
@@ -199,8 +198,10 @@ def _steps(
     return state
 
 
-def _step_fn(stage: Stage, tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """The compiled train step, which reuses the memory of the state it is given.
+def _step_fn(
+    stage: Stage, tx: optax.GradientTransformation, state: TrainState
+) -> Callable[..., Any]:
+    """The compiled train step, which leaves the state where it is and reuses its memory.
 
     What the hosts sign a batch with (`Stop.sign`) comes out as a metric.
     """
@@ -211,7 +212,7 @@ def _step_fn(stage: Stage, tx: optax.GradientTransformation) -> Callable[..., An
         state, metrics = train_step(state, frozen, rows)
         return state, metrics | {"stop": batch["stop"].max()} if "stop" in batch else metrics
 
-    return jit(on(stage.mesh, step), donate_argnums=0)
+    return jit(on(stage.mesh, step), donate_argnums=0, out_shardings=(places(state), None))
 
 
 def _loader(stage: Stage, frozen: dict[str, Any], start: int) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ from vadapter.config import plain
 from vadapter.models.coca import CoCa
 from vadapter.models.vadapter import component_seed
 from vadapter.parallel.compile import jit
+from vadapter.parallel.mesh import places
 from vadapter.train import handover
 from vadapter.train.features import encoded
 from vadapter.train.inputs import make_stream
@@ -76,7 +77,7 @@ class Stage:
         names = [n for n, s in starts.items() if s.fresh or s.source == "random"]
         rng = jax.random.fold_in(jax.random.key(self.recipe.seed), component_seed(self.name))
         make = lambda key: {n: nn.meta.unbox(init_params(self.model, key))[n] for n in names}  # noqa: E731
-        where = {n: jax.tree.map(lambda x: x.sharding, self.abstract[n]) for n in names}
+        where = {n: places(self.abstract[n]) for n in names}
         initial = jit(make, out_shardings=where)(rng)
         learns = trained(self.config)
         params = {
