@@ -18,7 +18,7 @@ from vadapter.evals.part import Part
 from vadapter.evals.protocol import POSTS, Protocol, resolve
 from vadapter.evals.protocols import PROTOCOLS, find_protocol
 from vadapter.evals.runner import Decoder, predict
-from vadapter.evals.scoring import METRICS, Result, items_of, score_texts
+from vadapter.evals.scoring import METRICS, items_of, score_texts
 from vadapter.evals.submission import submission
 from vadapter.study.gallery import Section, write_gallery
 from vadapter.study.prompting import prompting
@@ -49,7 +49,7 @@ def choose(names: str, protocol: str, overrides: Sequence[str] = ()) -> list[Pro
 
 def run(
     loaded: Loaded, protocol: Protocol, data: Path, *, limit: int = 0, batch: int = 0
-) -> tuple[Result, Path]:
+) -> Path:
     """Runs a benchmark and writes its files: predictions.jsonl, score.json, submission.* and
     gallery.html. Killed and called again, it goes on behind the last batch that was done.
 
@@ -61,7 +61,7 @@ def run(
       batch: rows at a time; 0: `BATCH`.
 
     Returns:
-      The result, and the directory of its files; on other hosts than the first an empty result.
+      The directory of its files, which the first host writes.
 
     Raises:
       ConfigError: a stage that sees no pictures, a prompt longer than the language model's room.
@@ -90,19 +90,18 @@ def run(
         shown=prompts.shown, part=part, title=protocol.benchmark,
     )  # fmt: skip
     if jax.process_index():
-        return Result({}, []), directory
+        return directory
     post = POSTS[protocol.post]
     texts = [(i, text and post(text), ended) for i, text, ended in texts]
     result = score_texts(items, texts, METRICS[protocol.metric])
     name, text = submission(protocol.benchmark, protocol.task, result.rows)
     (directory / name).write_text(text, encoding="utf-8")
-    if all("score" in item for item in result.rows):
-        section = Section(
-            protocol.benchmark, protocol.task, {loaded.stage: result.rows},
-            lambda item: load_media(_example(items, item["index"]).media, frames=prompts.frames),
-        )  # fmt: skip
-        title = f"{loaded.stage}: {protocol.benchmark}, {protocol.name} {digest(protocol)[:8]}"
-        write_gallery(directory / "gallery.html", title, [section], "\n".join(notes))
+    section = Section(
+        protocol.benchmark, protocol.task, {loaded.stage: result.rows},
+        lambda item: load_media(_example(items, item["index"]).media, frames=prompts.frames),
+    )  # fmt: skip
+    title = f"{loaded.stage}: {protocol.benchmark}, {protocol.name} {digest(protocol)[:8]}"
+    write_gallery(directory / "gallery.html", title, [section], "\n".join(notes))
     save_result(
         directory, result,
         benchmark=protocol.benchmark, official=not notes, note="; ".join(notes),
@@ -110,7 +109,7 @@ def run(
         protocol=plain(protocol), protocol_digest=digest(protocol), **prompts.facts(),
     )  # fmt: skip
     part.remove()
-    return result, directory
+    return directory
 
 
 def _folder(protocol: Protocol, limit: int) -> str:

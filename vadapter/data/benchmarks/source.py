@@ -99,7 +99,7 @@ def check(benchmark: Benchmark, directory: Path, split: str) -> Iterator[Record]
     if not directory.is_dir():
         raise DataError(
             f"{directory}: no such folder; it holds the official files of {benchmark.name}, from "
-            f"{benchmark.homepage}"
+            f"{benchmark.homepage}; `vadapter data doctor {benchmark.name}` lists them"
         )
     where = f"{directory}: {benchmark.name} {split}"
     answered = benchmark.splits[split].each != 0
