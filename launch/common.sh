@@ -1,0 +1,113 @@
+# Shared by the launchers, which source it: options, --dry-run, quoting, what a run has reached.
+#
+# A launcher sets `options` (all that it takes) and calls `parse "$@"`. Then ${opt[name]} is what
+# --name=… gave, and `command` is what follows `--`: a verb of vadapter and its arguments.
+# shellcheck shell=bash disable=SC2034,SC2154 # its callers read what it sets, and set `options`
+set -euo pipefail
+
+declare -A opt=()
+command=()
+missing=()
+dry_run=
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+die() {
+  printf '%s: %s\n' "$(basename "$0")" "$1" >&2
+  exit 2
+}
+
+# The comment at the head of the script.
+usage() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; }
+
+parse() {
+  local key
+  while (($#)); do
+    case $1 in
+      --) shift; command=("$@"); return ;;
+      -h | --help) usage; exit 0 ;;
+      --dry-run) dry_run=1 ;;
+      --*)
+        key=${1%%=*} key=${key#--}
+        [[ " $options " == *" $key "* ]] || die "--$key is none of its options: $options"
+        if [[ $1 == *=* ]]; then opt[$key]=${1#*=}; else opt[$key]=1; fi
+        ;;
+      *) die "$1: options are --name=value; the vadapter command stands behind --" ;;
+    esac
+    shift
+  done
+}
+
+# -- what must be there: gathered, and told at once by `complete` ------------------------------
+
+need() {
+  local name
+  for name in "$@"; do [[ ${opt[$name]:-} ]] || missing+=("--$name=…"); done
+}
+
+need_command() { ((${#command[@]})) || missing+=("-- train --config=… --workdir=…"); }
+
+complete() { ((${#missing[@]} == 0)) || die "missing: ${missing[*]} (see --help)"; }
+
+# Options that are counts; those that are not given are left.
+counts() {
+  local name
+  for name in "$@"; do
+    [[ ! ${opt[$name]:-} || ${opt[$name]} =~ ^[1-9][0-9]*$ ]] ||
+      die "--$name=${opt[$name]}: must be a number above 0"
+  done
+}
+
+# -- the command ---------------------------------------------------------------------------------
+
+# What the run directory of the command is; empty if it has none.
+workdir() {
+  local i word
+  for ((i = 0; i < ${#command[@]}; i++)); do
+    word=${command[i]}
+    if [[ $word == --workdir=* ]]; then echo "${word#--workdir=}"; fi
+    if [[ $word == --workdir ]]; then echo "${command[i + 1]:-}"; fi
+  done
+}
+
+# The words as a shell would have to be given them.
+quoted() {
+  local word out=()
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then out+=("$word"); else out+=("${word@Q}"); fi
+  done
+  printf '%s\n' "${out[*]}"
+}
+
+# Runs a command, or prints it.
+run() {
+  if [[ $dry_run ]]; then quoted "$@"; else "$@"; fi
+}
+
+# Where the logs of all hosts are.
+say_logs() {
+  if [[ $dry_run ]]; then echo "# logs: $*"; else echo "logs: $*" >&2; fi
+}
+
+# Waits for a child and returns its exit code: a signal with a trap ends `wait`, not the child.
+hold() {
+  while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
+  wait "$1"
+}
+
+# -- what a run has reached ------------------------------------------------------------------------
+
+# Every checkpoint and finished stage of a run directory, a line each. What is still being written
+# is none of them: a folder under another name, in a bucket one without its last file.
+reached() {
+  case $1 in
+    gs://*)
+      gcloud storage ls "$1/*/checkpoints/*/commit_success.txt" 2>/dev/null || true
+      gcloud storage ls "$1/*/done.json" 2>/dev/null || true
+      ;;
+    *)
+      find "$1" -mindepth 2 -maxdepth 3 \
+        \( -name done.json -o -path '*/checkpoints/*' -name '[0-9]*' -not -name '*[!0-9]*' \) \
+        2>/dev/null || true
+      ;;
+  esac
+}

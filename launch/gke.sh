@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# TPU slices of a GKE cluster, as a JobSet: a Job for each slice, restarted together.
+#
+#   launch/gke.sh --name=N --image=REGISTRY/IMAGE:TAG --accelerator=tpu-v5-lite-podslice
+#                 --topology=8x8 --hosts=16 --chips=4 --restarts=R [--slices=1] [--namespace=default]
+#                 [--account=default] -- train --config=… --workdir=gs://B/RUN
+#
+#   --image      built from launch/Dockerfile with --build-arg EXTRA=tpu, with your recipes in it
+#   --accelerator, --topology   labels of the node pools: one pool a slice
+#   --hosts      machines of a slice; --chips  of a machine
+#   --slices     how many, joined by the data-centre network
+#   --restarts   how often all of it may start again, whatever it has reached
+#   --account    Kubernetes service account that may read and write the bucket
+#
+# `kubectl apply` in the current context, or with --dry-run the YAML alone. Exit codes 2, 77 and 78
+# end the JobSet; whatever else ends a pod restarts all of it, which is why supervise.sh is not
+# needed. `kubectl delete jobset N` sends SIGTERM, which saves. Not run on real hardware.
+# https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice
+# https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+options="name image accelerator topology hosts chips restarts slices namespace account"
+parse "$@"
+need name image accelerator topology hosts chips restarts
+need_command
+complete
+counts hosts chips slices restarts
+for key in name namespace account; do
+  [[ ${opt[$key]:-a} =~ ^[a-z0-9]([-a-z0-9]*[a-z0-9])?$ ]] ||
+    die "--$key=${opt[$key]}: must be small letters, digits and -"
+done
+opt[slices]=${opt[slices]:-1} opt[namespace]=${opt[namespace]:-default} opt[account]=${opt[account]:-default}
+
+# A text as JSON, which is YAML.
+json() {
+  local text=$1
+  text=${text//\\/\\\\} text=${text//\"/\\\"} text=${text//$'\n'/\\n} text=${text//$'\t'/\\t}
+  printf '"%s"' "$text"
+}
+
+yaml() {
+  local text args='' word
+  text=$(<"$here/jobset.yaml")
+  for word in "${command[@]}"; do args+="${args:+, }$(json "$word")"; done
+  shopt -u patsub_replacement 2>/dev/null || true # since bash 5.2 a & would stand for the key
+  for key in name namespace accelerator topology hosts chips restarts slices account; do
+    text=${text//@$key@/${opt[$key]}}
+  done
+  text=${text//@image@/$(json "${opt[image]}")}
+  echo "${text//@args@/[$args]}"
+}
+
+if [[ $dry_run ]]; then yaml; else yaml | kubectl apply -f -; fi
+say_logs "$(quoted kubectl logs -f --namespace="${opt[namespace]}" --prefix --max-log-requests=1000 \
+  -l "jobset.sigs.k8s.io/jobset-name=${opt[name]}"); of pods that are gone: Cloud Logging"

@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# A TPU slice, or several, as VMs: queued, installed, run, watched, deleted.
+#
+#   launch/tpu_vm.sh create  --name=N --project=P --zone=Z --type=v5litepod-64 --runtime=R
+#                            --install=WHAT [--slices=1] [--provision=spot|reserved]
+#   launch/tpu_vm.sh run     --name=N --project=P --zone=Z [--files='a.py data'] [--tries=5]
+#                            -- train --config=… --workdir=gs://B/RUN
+#   launch/tpu_vm.sh logs    --name=N --project=P --zone=Z [--lines=20] [--out=DIR]
+#   launch/tpu_vm.sh stop    --name=N --project=P --zone=Z    saves; the VMs stay
+#   launch/tpu_vm.sh delete  --name=N --project=P --zone=Z    until then they cost money
+#   launch/tpu_vm.sh install --name=N --project=P --zone=Z --install=WHAT    another version
+#
+#   --type       of a slice; `vadapter plan` says which one a recipe needs
+#   --runtime    software of the VMs, such as v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv6e
+#   --slices     how many, joined by the data-centre network
+#   --provision  which kind of capacity, if not on demand
+#   --install    pinned, and the same on every host: 'vadapter[tpu]==0.1', a wheel here
+#                ('dist/vadapter-0.1-py3-none-any.whl[tpu]'), or a commit
+#                ('vadapter[tpu] @ git+https://HOST/REPOSITORY@COMMIT')
+#   --python     version of Python to install it into (3.12)
+#   --files      recipes and the like, copied to every host's home folder, where the command runs
+#   --tries      starts in a row without a new checkpoint, see supervise.sh
+#   --lines      of the end of each host's log, printed; --out  a folder for all of each instead
+#
+# `create` waits until the slices are there; interrupted, `install` goes on. Every host runs the
+# same command below supervise.sh and writes ~/vadapter.log; RUN is a place that all hosts see. A
+# slice that was preempted is gone: delete, create and run again, and training goes on.
+# Not run on real hardware.
+# https://cloud.google.com/tpu/docs/queued-resources, https://cloud.google.com/tpu/docs/multislice-introduction
+# https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources (create, ssh, scp)
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+verbs="create install run logs stop delete"
+options="name project zone type runtime install slices provision python files tries lines out"
+verb=${1:-}
+case " $verbs " in
+  *" $verb "*) shift ;;
+  *) [[ $verb == -h || $verb == --help ]] && parse --help; die "first: one of $verbs (see --help)" ;;
+esac
+parse "$@"
+need name project zone
+queue=(gcloud compute tpus queued-resources)
+where=(--project="${opt[project]:-}" --zone="${opt[zone]:-}")
+
+everywhere() {
+  run "${queue[@]}" ssh "${opt[name]}" "${where[@]}" --node=all --worker=all "${@:2}" --command="$1"
+}
+
+copy() { run "${queue[@]}" scp --recurse "$@" "${opt[name]}:" "${where[@]}" --node=all --worker=all; }
+
+create() {
+  local slices=${opt[slices]:-1} nodes=(--node-id="${opt[name]}") provision=()
+  ((slices == 1)) || nodes=(--node-count="$slices" --node-prefix="${opt[name]}")
+  [[ ! ${opt[provision]:-} ]] || provision=("--${opt[provision]}")
+  run "${queue[@]}" create "${opt[name]}" "${where[@]}" "${nodes[@]}" \
+    --accelerator-type="${opt[type]}" --runtime-version="${opt[runtime]}" "${provision[@]}"
+}
+
+await() {
+  local now describe=("${queue[@]}" describe "${opt[name]}" "${where[@]}")
+  local state=("${describe[@]}" --format='value(state.state)')
+  if [[ $dry_run ]]; then
+    echo "# until it says ACTIVE, every 30 s:"
+    quoted "${state[@]}"
+    return
+  fi
+  until now=$("${state[@]}") && [[ $now == ACTIVE ]]; do
+    case $now in
+      FAILED | SUSPENDED | SUSPENDING)
+        echo "the queue says $now; look at: $(quoted "${describe[@]}")" >&2
+        exit 1
+        ;;
+    esac
+    echo "$(date +%T) $now"
+    sleep 30
+  done
+}
+
+# Whatever Python the VMs bring, uv fetches the one that is asked for.
+install() {
+  local what=${opt[install]} file=${opt[install]%%[*} extra='' files=("$here/supervise.sh" "$here/common.sh")
+  if [[ $file == *.whl && $file != *://* ]]; then
+    [[ $what != *"["* ]] || extra="[${what#*[}"
+    what=./$(basename "$file")$extra
+    files+=("$file")
+  fi
+  copy "${files[@]}"
+  everywhere "curl -LsSf https://astral.sh/uv/install.sh | sh && \
+~/.local/bin/uv venv --quiet --clear --seed --python ${opt[python]:-3.12} ~/venv && \
+~/venv/bin/pip install --quiet $(quoted "$what")"
+}
+
+start() {
+  local files=() again
+  if [[ ${opt[files]:-} ]]; then
+    read -r -a files <<<"${opt[files]}"
+    copy "${files[@]}"
+  fi
+  again=$(quoted ./supervise.sh --workdir="$run_dir" --tries="${opt[tries]:-5}" -- vadapter "${command[@]}")
+  # Hosts and slices find each other by what the VMs know of themselves.
+  everywhere "if kill -0 \$(cat vadapter.pid 2>/dev/null) 2>/dev/null; then echo runs already >&2; exit 1; fi; \
+export PATH=~/venv/bin:\$PATH VADAPTER_DISTRIBUTED=auto; \
+setsid nohup $again >>vadapter.log 2>&1 </dev/null & echo \$! >vadapter.pid"
+  say_logs "vadapter.log in the home folder of every host: $(quoted "$here/tpu_vm.sh" logs --name="${opt[name]}" "${where[@]}")"
+}
+
+logs() {
+  if [[ ${opt[out]:-} ]]; then
+    run mkdir -p "${opt[out]}"
+    everywhere "cat vadapter.log" --output-directory="${opt[out]}"
+  else
+    everywhere "echo \"== \$(hostname)\"; tail -n ${opt[lines]:-20} vadapter.log"
+  fi
+}
+
+case $verb in
+  create) need type runtime install ;;
+  install) need install ;;
+  run)
+    need_command
+    run_dir=$(workdir)
+    [[ $run_dir || ${#command[@]} == 0 ]] || missing+=("--workdir=… behind --, where all hosts see it")
+    ;;
+esac
+complete
+counts slices tries lines
+case ${opt[provision]:-spot} in spot | reserved) ;; *) die "--provision=${opt[provision]}: spot or reserved" ;; esac
+case ${opt[install]:-==} in
+  *==* | *.whl | *.whl\[*\] | *git+*@*) ;;
+  *) die "--install=${opt[install]}: must be pinned: NAME==VERSION, a wheel, or git+…@COMMIT" ;;
+esac
+
+case $verb in
+  create) create; await; install ;;
+  install) await; install ;;
+  run) start ;;
+  logs) logs ;;
+  stop) everywhere "kill -TERM \$(cat vadapter.pid)" ;;
+  delete) run "${queue[@]}" delete "${opt[name]}" "${where[@]}" --force --quiet ;;
+esac
