@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vadapter import __version__, cli_eval, cli_plan
+from vadapter.buckets import bucket_errors
 from vadapter.cli_data import add_data
 from vadapter.cli_data import recipe as _recipe
 from vadapter.errors import (
@@ -22,9 +23,10 @@ from vadapter.errors import (
     UserError,
     disk_errors,
 )
+from vadapter.storage import as_path
 
 RUN: dict[str, Any] = {
-    "type": Path,
+    "type": as_path,
     "metavar": "RUN",
     "help": "run directory, the --workdir of `vadapter train`",
 }
@@ -52,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     parser, overrides, rest = _parser(), [], []
     for item in sys.argv[1:] if argv is None else argv:  # not argparse's business
         (overrides if item.startswith("--config.") else rest).append(item)
-    args = parser.parse_args(rest)
+    try:
+        args = parser.parse_args(rest)
+    except UserError as error:  # of a path
+        print(f"vadapter: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     args.overrides = [item.removeprefix("--config.") for item in overrides]
     code, reason = _attempt(args)
     if not args.computes:
@@ -67,7 +73,7 @@ def _attempt(args: argparse.Namespace) -> tuple[int, str]:
     try:
         if args.computes:
             _prepare()
-        with disk_errors():
+        with bucket_errors(), disk_errors():
             return args.run(args) or 0, ""
     except (UserError, NonFiniteError, Preempted, HostError) as error:
         print(f"vadapter: {error}", file=sys.stderr, flush=True)
@@ -128,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workdir=runs/quickstart", overrides="override a key of the recipe",
     )  # fmt: skip
     sub.add_argument(
-        "--workdir", type=Path, default=Path("runs/quickstart"), metavar="DIR",
+        "--workdir", type=as_path, default=Path("runs/quickstart"), metavar="DIR",
         help="run directory (runs/quickstart)",
     )  # fmt: skip
     sub.add_argument("--config", default="configs/quickstart.py", **CONFIG, help="another recipe")
@@ -141,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         overrides="override a key of the recipe",
     )  # fmt: skip
     sub.add_argument("--config", required=True, **CONFIG, help="the recipe")
-    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="run directory")
+    sub.add_argument("--workdir", required=True, type=as_path, metavar="RUN", help="run directory")
 
     sub = verb(
         "check", _check,
@@ -153,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(computes=False)
     sub.add_argument("--config", required=True, **CONFIG, help="the recipe")
     sub.add_argument(
-        "--workdir", type=Path, metavar="RUN", help="run directory, where stages may be finished"
+        "--workdir", type=as_path, metavar="RUN", help="run directory, where stages may be finished"
     )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vadapter.errors import USER_ERROR
+from vadapter.storage import as_path
 
 
 class Subverb(NamedTuple):
@@ -72,9 +73,9 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _index_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("path", type=Path, metavar="PATH", help="a folder of shards")
+    sub.add_argument("path", type=as_path, metavar="PATH", help="a folder of shards")
     sub.add_argument(
-        "--out", type=Path, metavar="FILE", help="where to write it (PATH/index.vadapter)"
+        "--out", type=as_path, metavar="FILE", help="where to write it (PATH/index.vadapter)"
     )
     sub.add_argument(
         "--verify", action="store_true", help="read all shards again and compare their digests"
@@ -96,7 +97,10 @@ def _cache_arguments(sub: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="folder of caches (cache_dir, or RUN/features)"
     )
     sub.add_argument(
-        "--workdir", type=Path, metavar="RUN", help="run directory, if a stage trains the encoder"
+        "--workdir",
+        type=as_path,
+        metavar="RUN",
+        help="run directory, if a stage trains the encoder",
     )
     sub.add_argument("--dtype", choices=("bfloat16", "int8"), help="as stored (cache_dtype)")
 
@@ -156,7 +160,7 @@ def _look_arguments(sub: argparse.ArgumentParser) -> None:
         "--stage", default="", metavar="S", help="as this stage reads them (one that reads A)"
     )
     sub.add_argument(
-        "--workdir", type=Path, metavar="RUN", help="run directory, if it has the tokenizer"
+        "--workdir", type=as_path, metavar="RUN", help="run directory, if it has the tokenizer"
     )
 
 

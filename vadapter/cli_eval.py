@@ -7,7 +7,8 @@ from typing import Any
 TEXT = (
     "Scores a trained stage: the recipe's evaluations, or benchmarks, with the newest checkpoint.\n"
     "Writes RUN/STAGE/eval/NAME/{predictions.jsonl, score.json, gallery.html}, of benchmarks also\n"
-    "the file for their evaluation server. Killed, the same command goes on where it stopped."
+    "the file for their evaluation server. Killed, the same command goes on where it stopped;\n"
+    "benchmarks that are complete are not run again."
 )
 EXAMPLE = "runs/flickr8k --benchmarks=flickr8k,daquar --data=/data/benchmarks"
 OVERRIDES = "override data, evals, mesh, workers, components.NAME.weights; protocol"

@@ -6,13 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import official_files
 import pytest
-from official_files import MAKERS
-from plain_files import write_json
+from small_benchmarks import PHOTOS, QUESTIONS, write_benchmarks
 
 from vadapter.cli import main
 from vadapter.config import digest
@@ -26,6 +24,11 @@ FILES = {"predictions.jsonl", "score.json", "gallery.html"}
 SHOTLESS = "--config.protocol.shots=0"
 # Its language models have room for few examples.
 SHORT = ("--config.protocol.shots=1", "--config.protocol.decode.max_new=4")
+
+
+@pytest.fixture(autouse=True)
+def programs(chain, monkeypatch):
+    monkeypatch.setenv("VADAPTER_COMPILE_CACHE", str(chain / "compiled"))
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +45,7 @@ def run(trained):
 
 @pytest.fixture(scope="module")
 def data(chain, tmp_path_factory):
-    """Small benchmarks in their official form, with drawn pictures."""
-    root = tmp_path_factory.mktemp("official")
-    for name in ("flickr8k", "okvqa", "vqav2", "daquar"):
-        MAKERS[name](root / name)
-    (root / "okvqa/train2014").mkdir()  # for examples with pictures
-    (root / "okvqa/train2014/COCO_train2014_000000000009.jpg").touch()
-    lines = "".join(f"what is number {n} in the image{n % 5} ?\na box\n" for n in range(30))
-    (root / "daquar/qa.894.raw.test.txt").write_text(lines)
-    for n in range(5):
-        (root / f"daquar/nyu_depth_images/image{n}.png").touch()
-    asked = [{"image_id": n, "question": "What?", "question_id": 1000 + n} for n in (1, 2)]
-    folder = root / "vqav2"
-    write_json(folder / "v2_OpenEnded_mscoco_test-dev2015_questions.json", {"questions": asked})
-    for n in (1, 2):
-        path = folder / f"test2015/COCO_test2015_{n:012d}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    pictures = sorted((chain / "shapes").glob("*.png"))
-    media = [p for p in root.rglob("*") if p.suffix in (".jpg", ".png")]
-    for path, picture in zip(sorted(media), pictures, strict=False):
-        shutil.copy(picture, path)
-    return root
+    return write_benchmarks(tmp_path_factory.mktemp("official"), chain / "shapes")
 
 
 @pytest.fixture
@@ -92,7 +74,7 @@ def test_captions_have_predictions_scores_a_file_to_send_in_and_a_gallery(run, e
     folder, score, rows = results(run, "flickr8k")
     assert {path.name for path in folder.iterdir()} == FILES | {"submission.json"}
     assert f"{folder}/score.json\n" in out
-    assert [row["id"] for row in rows] == ["2258277193_586949ec62.jpg", "3385593926_d3e9c21170.jpg"]
+    assert [row["id"] for row in rows] == [f"{1000 + n}_{n:010x}.jpg" for n in range(PHOTOS)]
     assert len(rows[0]["references"]) == 5
     sent = json.loads((folder / "submission.json").read_text())
     assert sent == [{"image_id": r["id"], "caption": r["prediction"]} for r in rows]
@@ -101,29 +83,30 @@ def test_captions_have_predictions_scores_a_file_to_send_in_and_a_gallery(run, e
     assert score["versions"].keys() >= {"vadapter", "jax", "python"}
     assert {"cider", "bleu4", "rouge_l", "n"} <= score["scores"].keys()
     page = (folder / "gallery.html").read_text()
-    assert all(heading in page for heading in ("Best", "not the complete official"))
-    assert page.count("data:image/") >= 2
+    groups = ("<h3>Best<", "<h3>Worst<", "<h3>Random<")
+    assert all(words in page for words in (*groups, "not the complete official"))
+    assert page.count("data:image/") == PHOTOS
 
 
 def test_a_partial_set_is_named_as_such_everywhere_and_a_complete_one_is_official(
     run, evaluate, data, monkeypatch
 ):
     _, _, err = evaluate("--benchmarks=flickr8k")
-    note = "2 of 1,000 images"
+    note = f"{PHOTOS} of 1,000 images"
     _, score, _ = results(run, "flickr8k")
     assert score["official"] is False
     assert note in score["note"]
     assert f"flickr8k: not official: {score['note']}" in err
     assert note in (run / "vadapter/eval/flickr8k/gallery.html").read_text()
-    records = MAKERS["flickr8k"](data / "again")
-    shrunk = official_files.shrunk("flickr8k", records)
-    monkeypatch.setitem(BENCHMARKS, "flickr8k", shrunk)
+    records = list(BENCHMARKS["flickr8k"].read(data / "flickr8k", "test"))
+    monkeypatch.setitem(BENCHMARKS, "flickr8k", official_files.shrunk("flickr8k", records))
     _, _, err = evaluate("--benchmarks=flickr8k")
     _, score, _ = results(run, "flickr8k")
     assert (score["official"], score["note"]) == (True, "")
     assert "not official" not in err
-    _, _, err = evaluate("--benchmarks=flickr8k", "--limit=2")  # of two: that is all
-    assert results(run, "flickr8k-first-2")[1]["official"] is True
+    for limit, official in ((PHOTOS, True), (2, False)):
+        evaluate("--benchmarks=flickr8k", f"--limit={limit}")
+        assert results(run, f"flickr8k-first-{limit}")[1]["official"] is official
 
 
 def test_questions_follow_examples_of_the_training_split(run, evaluate, data):
@@ -139,6 +122,7 @@ def test_questions_follow_examples_of_the_training_split(run, evaluate, data):
     assert [row["question_id"] for row in rows] == ids
     sent = json.loads((folder / "submission.json").read_text())
     assert sent == [{"question_id": int(r["question_id"]), "answer": r["prediction"]} for r in rows]
+    shutil.rmtree(folder)
     evaluate("--benchmarks=okvqa", *SHORT)
     assert results(run, folder.name)[1]["examples"] == [example]
 
@@ -197,30 +181,96 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "gallery.html"}
 
 
-def test_what_is_done_is_not_done_again_and_the_end_is_the_same(run, evaluate, monkeypatch):
-    evaluate("--benchmarks=daquar", SHOTLESS, "--batch=8")
+def count_texts(monkeypatch):
+    """A list of all texts that are decoded from now on."""
+    read, texts = runner.Decoder._read, []
+
+    def reading(self, arrays, out):
+        texts.extend(found := read(self, arrays, out))
+        return found
+
+    monkeypatch.setattr(runner.Decoder, "_read", reading)
+    return texts
+
+
+DAQUAR = ("--benchmarks=daquar", SHOTLESS, "--batch=8")
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(run, evaluate, monkeypatch):
+    evaluate(*DAQUAR)
     (folder,) = (run / "vadapter/eval").iterdir()
     whole = contents(folder)
     shutil.rmtree(folder)
-    read, texts = runner.Decoder._read, []
+    texts = count_texts(monkeypatch)
+    with monkeypatch.context() as patch:
+        read = runner.Decoder._read
 
-    def until_the_second(self, arrays, out):
-        found = read(self, arrays, out)
-        texts.extend(found)
-        if len(texts) == 16:
-            raise KeyboardInterrupt
-        return found
+        def until_the_second(*arguments):
+            found = read(*arguments)
+            if len(texts) == 16:
+                raise KeyboardInterrupt
+            return found
 
-    monkeypatch.setattr(runner.Decoder, "_read", until_the_second)
-    assert evaluate("--benchmarks=daquar", SHOTLESS, "--batch=8")[0] == 130
+        patch.setattr(runner.Decoder, "_read", until_the_second)
+        assert evaluate(*DAQUAR)[0] == 130
     assert (folder / "predictions.jsonl.part").exists()
     assert not (folder / "score.json").exists()
     texts.clear()
-    monkeypatch.setattr(runner.Decoder, "_read", lambda *a: texts.append(read(*a)) or texts[-1])
-    code, _, err = evaluate("--benchmarks=daquar", SHOTLESS, "--batch=8")
+    code, _, err = evaluate(*DAQUAR)
     assert code == 0
-    assert "daquar: 8 of 30 done before" in err
-    assert sum(map(len, texts)) == 22
+    assert f"daquar: 8 of {QUESTIONS} done before" in err
+    assert len(texts) == QUESTIONS - 8
+    assert contents(folder) == whole
+
+
+# Two batches are kept, the third is torn when the process is killed.
+KILLED = """
+import os, signal, sys
+from vadapter.cli import main
+from vadapter.evals.part import Part
+
+append = Part.append
+
+def torn(self, texts):
+    append(self, texts)
+    if texts[0][0] == 16:
+        os.truncate(self._path, self._path.stat().st_size - 3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Part.append = torn
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_process_goes_on_and_ends_the_same(run, data, evaluate, monkeypatch):
+    arguments = ["eval", str(run), "--stage=vadapter", f"--data={data}", *DAQUAR]
+    evaluate(*DAQUAR)
+    (folder,) = (run / "vadapter/eval").iterdir()
+    whole = contents(folder)
+    shutil.rmtree(folder)
+    killed = [sys.executable, "-c", KILLED, *arguments]
+    done = subprocess.run(killed, env=environment(8), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in folder.iterdir()] == ["predictions.jsonl.part"]
+    texts = count_texts(monkeypatch)
+    _, _, err = evaluate(*DAQUAR)
+    assert f"daquar: 16 of {QUESTIONS} done before" in err
+    assert len(texts) == QUESTIONS - 16
+    assert contents(folder) == whole
+
+
+def test_of_several_those_that_are_complete_are_not_done_again(run, evaluate, monkeypatch):
+    evaluate("--benchmarks=daquar", SHOTLESS)
+    (folder,) = (run / "vadapter/eval").iterdir()
+    whole = contents(folder)
+    texts = count_texts(monkeypatch)
+    _, out, err = evaluate("--benchmarks=daquar,flickr8k", SHOTLESS)
+    assert len(texts) == PHOTOS
+    assert "daquar: done before" in err
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["daquar", "flickr8k"]
+    assert contents(folder) == whole
+    (folder / "predictions.jsonl").unlink()
+    evaluate("--benchmarks=daquar", SHOTLESS)
     assert contents(folder) == whole
 
 
@@ -230,29 +280,17 @@ def environment(devices):
     return {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "XLA_FLAGS": flags}
 
 
-def test_a_killed_process_goes_on_and_eight_devices_say_what_one_says(run, data):
-    command = [
-        *(sys.executable, "-m", "vadapter", "eval", str(run), "--stage=vadapter"),
-        *("--benchmarks=flickr8k,daquar", f"--data={data}", SHOTLESS, "--batch=8"),
-    ]
-    process = subprocess.Popen(command, env=environment(1), stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    eval_folder = run / "vadapter/eval"
-    while time.monotonic() < end and process.poll() is None:
-        if any(p.read_bytes().count(b"\n") > 8 for p in eval_folder.glob("daquar*/*.part")):
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    found = {}
-    for devices in (1, 8):
-        subprocess.run(command, env=environment(devices), check=True, capture_output=True)
-        folders = sorted(eval_folder.iterdir())
-        found[devices] = {f.name: contents(f)["predictions.jsonl"] for f in folders}
-        shutil.rmtree(eval_folder)
-    assert found[1] == found[8]
-    assert len(found[1]) == 2
+def test_eight_devices_say_what_one_says(run, data, evaluate):
+    both = ("--benchmarks=flickr8k,daquar", SHOTLESS, "--batch=8")
+    evaluate(*both)  # on eight
+    folders = sorted((run / "vadapter/eval").iterdir())
+    eight = {folder.name: contents(folder) for folder in folders}
+    said = {line for files in eight.values() for line in files["predictions.jsonl"].splitlines()}
+    assert len({json.loads(line)["prediction"] for line in said}) > 2, "equal texts prove little"
+    shutil.rmtree(run / "vadapter/eval")
+    command = [sys.executable, "-m", "vadapter", "eval", run, "--stage=vadapter", f"--data={data}"]
+    subprocess.run([*command, *both], env=environment(1), check=True, capture_output=True)
+    assert {folder.name: contents(folder) for folder in folders} == eight
 
 
 @pytest.mark.parametrize("spoil", ["missing", "double"])
@@ -274,21 +312,50 @@ def test_texts_that_are_not_one_of_each_item_are_an_error(evaluate, spoil, monke
         (["--benchmarks=okvqa", "--protocol=papr"], "--protocol=papr: unknown; did you mean"),
         (["--benchmarks=okvqa", "--config.protocol.shot=1"], "did you mean 'shots'"),
         (["--benchmarks=flickr8k", "--config.protocol.shots=4"], "text-only examples are of"),
-        (["--benchmarks=coco"], "vadapter data doctor coco"),
+        (["--benchmarks="], "names none; all, or some of coco, "),
+        (["--benchmarks=okvqa", "--config.protocol.shots=two"], "--config.protocol.shots=two: "),
+        (["--benchmarks=coco"], "`vadapter data doctor coco` lists them"),
         (["--benchmarks=okvqa", "--config.protocol.shots=40"], "shots=40: the training split of"),
         (["--benchmarks=flickr8k", "--config.protocol.decode.max_new=400"], "tokens"),
+        (["--benchmarks=flickr8k", "--limit=1"], "CIDEr needs at least 2 items"),
+        (["--protocol=paper"], "--protocol=paper: is of benchmarks"),
         (["--evals=captions", "--protocol=paper"], "--protocol=paper: is of benchmarks"),
         (["--evals=captions", "--config.protocol.shots=1"], "is of benchmarks"),
         (["--benchmarks=flickr8k", "--stage=tlm"], "reads text alone"),
     ],
 )
 def test_mistakes_are_told_in_a_line(run, data, capsys, arguments, words):
-    given = [] if arguments[0].startswith("--evals") else [f"--data={data}"]
+    given = [f"--data={data}"] if arguments[0].startswith("--benchmarks") else []
     assert main(["eval", str(run), *given, *arguments]) == USER_ERROR
-    err = capsys.readouterr().err
-    assert words in err
-    assert err.splitlines()[-1].startswith("vadapter: ")
-    assert "Traceback" not in err
+    assert words in the_error(capsys.readouterr().err)
+
+
+def the_error(err):
+    """The only line that is neither a remark on what is scored nor progress."""
+    (line,) = (x for x in err.splitlines() if "not official" not in x and " left" not in x)
+    assert line.startswith("vadapter: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("okvqa", "OpenEnded_mscoco_val2014_questions.json"),
+        ("okvqa", "mscoco_train2014_annotations.json"),  # of the examples
+        ("okvqa", "val2014"),
+        ("flickr8k", "dataset_flickr8k.json"),
+    ],
+)
+def test_official_files_that_are_missing_are_named_with_what_lists_them(
+    run, data, tmp_path, capsys, name, file
+):
+    folder = shutil.copytree(data / name, tmp_path / name)
+    (folder / file).rename(tmp_path / "elsewhere")
+    command = ["eval", str(run), "--stage=vadapter", f"--data={tmp_path}", f"--benchmarks={name}"]
+    assert main([*command, "--config.protocol.decode.max_new=4"]) == USER_ERROR
+    line = the_error(capsys.readouterr().err)
+    assert file in line
+    assert line.endswith(f"; `vadapter data doctor {name} --dir={folder}` lists what is there")
 
 
 def test_a_folder_that_is_not_there_is_told(run, tmp_path, capsys):
@@ -307,17 +374,17 @@ def test_evaluations_and_benchmarks_are_one_or_the_other(run, capsys):
 
 
 @pytest.mark.data
-def test_the_real_flickr8k_is_read_in_its_official_form(run, data_root, tmp_path, capsys):
+def test_the_real_sets_are_official_until_they_are_limited(run, data_root, tmp_path):
     (tmp_path / "flickr8k").symlink_to(data_root / "flickr8k")
     (tmp_path / "daquar").symlink_to(data_root / "daquar")
     arguments = [f"--data={tmp_path}", "--benchmarks=flickr8k,daquar", "--limit=3", SHOTLESS]
-    assert (
-        main(["eval", str(run), "--stage=vadapter", "--benchmarks=flickr8k,daquar", *arguments])
-        == 0
-    )
+    assert main(["eval", str(run), "--stage=vadapter", *arguments]) == 0
     captions = open_benchmark("flickr8k", tmp_path / "flickr8k", "test")
     assert (len(captions), captions.official) == (1000, True)
     assert sum(len(captions.words(i).captions) for i in range(1000)) == 5000
+    photos = open_benchmark("daquar", tmp_path / "daquar", "test")
+    assert (len(photos), photos.official) == (653, True)
+    assert sum(len(photos.words(i).qa) for i in range(653)) == 5673
     for folder in (run / "vadapter/eval").iterdir():
         score = json.loads((folder / "score.json").read_text())
         assert score["note"] == "only the first 3"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from vadapter import storage
 from vadapter.errors import DataError
 
 _DTYPES = {"U8": np.uint8, "U64": np.uint64, "I64": np.int64}
@@ -55,6 +56,11 @@ def write(path: Path, columns: Columns, metadata: Mapping[str, Any]) -> None:
       columns: u8, u64 or i64 arrays of one dimension.
       metadata: JSON values.
     """
+    with storage.written_locally(path) as file:
+        _write(file, columns, metadata)
+
+
+def _write(path: Path, columns: Columns, metadata: Mapping[str, Any]) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.new")
     words = json.dumps(metadata)
     found = {"sha256": digest(columns, words), "words": words}
@@ -69,7 +75,8 @@ def write(path: Path, columns: Columns, metadata: Mapping[str, Any]) -> None:
 
 
 def read(path: Path, *, verify: bool = True) -> tuple[Columns, dict[str, Any]]:
-    """(columns, metadata) of a file; the columns are mapped, not read.
+    """(columns, metadata) of a file; the columns are mapped, not read. One of a bucket is kept on
+    this machine's disk.
 
     Args:
       verify: compare the digest, which reads the file once.
@@ -78,14 +85,15 @@ def read(path: Path, *, verify: bool = True) -> tuple[Columns, dict[str, Any]]:
       DataError: missing, not such a file, cut short or damaged.
     """
     try:
-        with path.open("rb") as file:
+        copy = storage.local_copy(path)
+        with copy.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > _MAX_HEADER:
                 raise ValueError("no header")
             header = json.loads(file.read(length))
         found = json.loads(header.pop("__metadata__")["index"])
         columns = {
-            name: _map(path, _DTYPES[entry["dtype"]], 8 + length, entry)
+            name: _map(copy, _DTYPES[entry["dtype"]], 8 + length, entry)
             for name, entry in header.items()
         }
         if verify and digest(columns, found["words"]) != found["sha256"]:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from vadapter import storage
 from vadapter.data.example import Example, Source
 from vadapter.data.prompts import CAPTION, text_piece
 from vadapter.data.tokenizer import Tokenizer
@@ -262,7 +263,7 @@ def _text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
 def _lines(path: str | os.PathLike[str]) -> list[str]:
     """The lines of a text file, gzip or not; only a newline ends a line."""
     try:
-        data = Path(path).read_bytes()
+        data = storage.as_path(path).read_bytes()
         if Path(path).suffix == ".gz":
             data = gzip.decompress(data)
         return data.decode("utf-8").split("\n")

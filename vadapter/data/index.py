@@ -2,7 +2,8 @@
 
 What is known of each shard is appended to a journal as soon as it is read, so a shard that is done
 is not read again however the command was stopped; a line torn by a kill is left out. When all are
-done the index is written as one file, and replaces the one before at one stroke.
+done the index is written as one file, and replaces the one before at one stroke. Of an index in a
+bucket the journal lies on this machine.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from vadapter import storage
 from vadapter.data import columns
 from vadapter.data.scan import SCANNERS, Scan, scan
 from vadapter.data.shards import INDEX, VERSION, assemble, counted, differs
@@ -44,10 +46,11 @@ def build(folder: Path, out: Path | None = None, *, say: Say = print) -> str:
       ConfigError: the folder is being indexed already, or `out` is a folder.
     """
     out = out or folder / INDEX
-    if out.is_dir():
+    if not storage.remote(out) and out.is_dir():
         raise ConfigError(f"{out} is a folder; name the file to write")
     names = _shards(folder)
     journal = out.with_name(f"{out.name}.part")
+    journal = storage.cached(out, journal.name) if storage.remote(out) else journal
     with _only_one(journal) as file:
         if not journal.stat().st_size:
             _copy(out, file)
@@ -98,13 +101,16 @@ def verify(folder: Path, out: Path | None = None, *, say: Say = print) -> str:
 
 
 def _shards(folder: Path) -> list[str]:
-    if not folder.is_dir():
+    if not storage.is_folder(folder):
         raise DataError(f"{folder}: no such folder; check the path")
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix in SCANNERS and path.is_file()
-    )
+    if storage.remote(folder):
+        names = sorted(name for name in storage.files(folder) if name.endswith(".tar"))
+    else:
+        names = sorted(
+            path.relative_to(folder).as_posix()
+            for path in folder.rglob("*")
+            if path.suffix in SCANNERS and path.is_file()
+        )
     if not names:
         raise DataError(f"{folder}: no {' or '.join(SCANNERS)} files; check the path")
     return names
@@ -208,7 +214,8 @@ def _copy(out: Path, file: BinaryIO) -> None:
 
 def _watched(folder: Path, names: list[str], total: int, say: Say) -> Iterator[str]:
     """The names, one by one, while telling how far it has come and how long it may take."""
-    sizes = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
+    paths = {name: folder / name for name in names}
+    sizes = {n: storage.facts(path)["size"] for n, path in paths.items() if path.is_file()}
     whole, read = sum(sizes.values()), 0
     start = last = time.monotonic()
     if len(names) < total:

@@ -32,6 +32,7 @@ from typing import Any
 
 import tokenizers
 
+from vadapter import storage
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.data.tokenizer_files import Spec, read_json, read_spec
 from vadapter.errors import CheckpointError, DataError
@@ -87,7 +88,7 @@ class PretrainedTokenizer:
           DataError: no tokenizer there, or one that is damaged, of another kind, or without EOS.
           CheckpointError: the tokenizer has ids that the model has no rows for.
         """
-        path = Path(path)
+        path = storage.as_path(path)
         try:
             record = _record(path, rows) if path.is_dir() else read_json(path)
             if any(record.get(k) != v for k, v in _HEADER.items()):
@@ -141,16 +142,12 @@ class PretrainedTokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one JSON file; a reader never sees half of it."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        partial.write_bytes(self._dump)
-        partial.replace(path)
+        storage.write_bytes(storage.as_path(path), self._dump)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | PretrainedTokenizer:
     """Reads the file that either kind of tokenizer saved; DataError if it is neither's."""
-    ours = read_json(Path(path)).get("format") == _HEADER["format"]
+    ours = read_json(storage.as_path(path)).get("format") == _HEADER["format"]
     return PretrainedTokenizer.load(path) if ours else Tokenizer.load(path)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vadapter import storage
 from vadapter.data import columns, tar
 from vadapter.data.columns import Columns, Strings
 from vadapter.data.scan import Scan, scan
@@ -248,7 +249,7 @@ def open_shards(folder: Path, names: list[str], index: str | Path | None) -> Sha
     Raises:
       DataError: a shard that cannot be read, or an index that does not fit the shards.
     """
-    path = Path(index) if index else folder / INDEX
+    path = storage.as_path(index) if index else folder / INDEX
     if not index and not path.is_file():
         made, facts = assemble(scan(folder, name) for name in names)
         return ShardSet(folder, facts, _firsts(facts), made)
@@ -275,10 +276,10 @@ def differs(path: Path, fact: dict[str, Any]) -> str | None:
     """
     if not path.is_file():
         return "which is gone"
-    status = path.stat()
-    if status.st_size != fact["size"]:
-        return f"which has {status.st_size} bytes and had {fact['size']}"
-    if status.st_mtime_ns != fact["mtime_ns"]:
+    now = storage.facts(path)
+    if now["size"] != fact["size"]:
+        return f"which has {now['size']} bytes and had {fact['size']}"
+    if now["mtime_ns"] != fact["mtime_ns"]:
         return "which was written to since"
     return None
 

@@ -17,11 +17,13 @@ Every error names the file and the line.
 
 import csv
 import functools
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from vadapter import storage
 from vadapter.data import coco
 from vadapter.data.example import Question
 from vadapter.errors import ConfigError, DataError
@@ -85,8 +87,12 @@ def pick(value: Any, path: str) -> Any:
     return value
 
 
+def _open(path: Path) -> BinaryIO:
+    return io.BytesIO(path.read_bytes()) if storage.remote(path) else path.open("rb")
+
+
 def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_TEXT_BYTES), b""), 1):
             if line.strip():
                 where = f"{path}, line {number}"
@@ -99,7 +105,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _separated(path: Path, **form: Any) -> Iterator[Row]:
     """A cell that is empty says nothing; one that is missing, or one too many, is an error."""
-    with path.open("rb") as file:
+    with _open(path) as file:
         reader = csv.DictReader(_text_lines(path, file), **form)
         try:
             for row in reader:

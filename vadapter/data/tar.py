@@ -2,8 +2,8 @@
 
 Nothing is ever extracted, so a member's name is only a key and cannot reach the file system.
 Only regular files of allowed types and sizes enter the index; links, devices, sparse files and
-names that climb out of the archive are left out, with the reason. Local files only: a bucket has
-to be mounted or copied.
+names that climb out of the archive are left out, with the reason. Of a shard in a bucket only the
+ranges of bytes that are wanted are fetched.
 
 Format: POSIX.1-1988 ustar, with pax and GNU long names, uncompressed.
 """
@@ -15,6 +15,7 @@ import tarfile
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
+from vadapter import storage
 from vadapter.errors import DataError
 
 MAX_MEMBER_BYTES = 256 << 20
@@ -44,7 +45,11 @@ def _handle(path: str, size: int, mtime_ns: int) -> _Handle:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Bytes of one tar file by position. Holds no open file: pickle, fork and threads are safe."""
+    """Bytes of one tar file by position. Holds no open file: pickle, fork and threads are safe.
+
+    Attributes:
+      path: of the file; size: in bytes; mtime_ns: see `storage.facts`.
+    """
 
     path: str
     size: int
@@ -56,6 +61,8 @@ class Shard:
         Raises:
           DataError: the file is gone, cannot be read, or has changed since it was indexed.
         """
+        if storage.remote(self.path):
+            return self._fetch(offset, size)
         try:
             handle = _handle(self.path, self.size, self.mtime_ns)
             data = os.pread(handle.fd, size, offset)
@@ -65,6 +72,16 @@ class Shard:
         if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns) or len(data) != size:
             raise DataError(f"{self.path}: changed since it was indexed; start again with it")
         return data
+
+    def _fetch(self, offset: int, size: int) -> bytes:
+        try:
+            return storage.read_range(self.path, offset, size, self.mtime_ns)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{self.path}: gone or changed since it was indexed; start again with it"
+            ) from error
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +116,19 @@ def scan(
     Raises:
       DataError: not a plain tar file, cut short, damaged between members, or a name twice.
     """
-    path = Path(path)
+    path = storage.as_path(path)
     if not path.is_file():  # also keeps a FIFO from blocking the open
         raise DataError(f"{path}: no such file; check the path and the name of the split")
-    status = path.stat()
+    facts = storage.facts(path)
     members: dict[str, tuple[int, int]] = {}
     skipped: dict[str, str] = {}
     try:
-        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as archive:
+        with (
+            path.open("rb") as file,
+            tarfile.open(
+                fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
+            ) as archive,
+        ):
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore  # tarfile keeps a kilobyte for each
                 if member.isdir():
@@ -115,7 +137,7 @@ def scan(
                     skipped[member.name] = reason
                 elif member.name in members:
                     raise DataError(f"{path}: holds {member.name!r} twice; write the shard again")
-                elif member.offset_data + member.size > status.st_size:
+                elif member.offset_data + member.size > facts["size"]:
                     raise DataError(f"{path}: ends inside {member.name!r}; copy the shard again")
                 else:
                     members[member.name] = (member.offset_data, member.size)
@@ -131,7 +153,7 @@ def scan(
             f"{path}: no end mark at byte {end}, so members may be missing; copy the shard again "
             "(or write one archive where several were concatenated)"
         )
-    return TarIndex(Shard(str(path), status.st_size, status.st_mtime_ns), members, skipped)
+    return TarIndex(Shard(str(path), **facts), members, skipped)
 
 
 def _refusal(member: tarfile.TarInfo, suffixes: Collection[str], max_bytes: int) -> str:

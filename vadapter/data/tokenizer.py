@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import tokenizers
 
+from vadapter import storage
 from vadapter.errors import ConfigError, DataError
 
 PAD, BOS, EOS = 0, 1, 2
@@ -118,11 +118,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one JSON file; a reader never sees half of it."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        partial.write_bytes(self._dump())
-        partial.replace(path)
+        storage.write_bytes(storage.as_path(path), self._dump())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]):
@@ -131,7 +127,7 @@ class Tokenizer:
         Raises:
           DataError: no such file, or not a tokenizer of this form.
         """
-        path = Path(path)
+        path = storage.as_path(path)
         try:
             record = json.loads(path.read_bytes())
         except FileNotFoundError:

@@ -1,5 +1,6 @@
 """What an evaluation keeps and says while it runs, so that it can be killed at any moment."""
 
+import contextlib
 import json
 import sys
 import time
@@ -9,15 +10,18 @@ from typing import TextIO
 
 import jax
 
+from vadapter import storage
 from vadapter.evals.scoring import Text
 
 _EVERY = 10.0  # seconds between two lines where there is no terminal
+_UPLOAD_EVERY = 30.0  # seconds between two uploads
 
 
 class Part:
     """Texts that are done, a JSON line each and in order, behind a line that says of what.
 
-    Only the first host reads and writes.
+    Only the first host reads and writes. In a bucket the file is uploaded whole, every half minute:
+    a kill loses the batches since.
 
     Args:
       path: of the file, predictions.jsonl.part.
@@ -26,6 +30,7 @@ class Part:
 
     def __init__(self, path: Path, key: str):
         self._path, self._key = path, key
+        self._uploaded: storage.Uploaded | None = None
 
     def read(self, batch: int) -> list[Text]:
         """The texts of whole batches; what is behind them is cut off.
@@ -44,6 +49,10 @@ class Part:
                     break
                 texts.append(text)
         texts = texts[: len(texts) // batch * batch]
+        if storage.remote(self._path):
+            kept = b"".join(lines[: 1 + len(texts)]) if texts else head
+            self._uploaded, self._last = storage.Uploaded(self._path, kept), time.monotonic()
+            return texts
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "ab") as file:
             file.truncate(sum(map(len, lines[: 1 + len(texts)])) if texts else 0)
@@ -53,9 +62,18 @@ class Part:
 
     def append(self, texts: Sequence[Text]) -> None:
         """Adds the texts of a batch, in order, in one write."""
-        if not jax.process_index():
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(text) + "\n" for text in texts))
+        if jax.process_index():
+            return
+        data = "".join(json.dumps(text) + "\n" for text in texts).encode()
+        if self._uploaded is None:
+            with open(self._path, "ab") as file:
+                file.write(data)
+            return
+        self._uploaded.write(data)
+        if time.monotonic() - self._last > _UPLOAD_EVERY:
+            self._last = time.monotonic()
+            with contextlib.suppress(OSError):  # it only saves time, and the next try may do
+                self._uploaded.flush()
 
     def remove(self) -> None:
         """Deletes the file, once its texts are elsewhere."""

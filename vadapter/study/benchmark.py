@@ -1,8 +1,10 @@
 """A trained stage on the benchmarks: predictions, scores, a file to send in, a gallery."""
 
+import contextlib
+import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,15 @@ from vadapter import __version__
 from vadapter.config import digest, plain
 from vadapter.data.benchmarks.registry import open_benchmark
 from vadapter.data.media import load_media
-from vadapter.errors import ConfigError
+from vadapter.errors import ConfigError, DataError
 from vadapter.evals.part import Part
 from vadapter.evals.protocol import POSTS, Protocol, resolve
 from vadapter.evals.protocols import PROTOCOLS, find_protocol
-from vadapter.evals.runner import Decoder, predict
-from vadapter.evals.scoring import METRICS, items_of, score_texts
+from vadapter.evals.runner import Decoder, everywhere, predict
+from vadapter.evals.scoring import METRICS, Text, items_of, score_texts
 from vadapter.evals.submission import submission
 from vadapter.study.gallery import Section, write_gallery
-from vadapter.study.prompting import prompting
+from vadapter.study.prompting import Prompts, prompting
 from vadapter.study.rescore import PART, text_key
 from vadapter.train.evaluator import save_result
 from vadapter.train.restore import Loaded, describing
@@ -38,20 +40,21 @@ def choose(names: str, protocol: str, overrides: Sequence[str] = ()) -> list[Pro
       overrides: see `protocol.resolve`.
 
     Raises:
-      ConfigError: an unknown name, field or value.
+      ConfigError: an unknown name, field or value, or no name.
     """
     table = find_protocol(protocol)
     chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if chosen == ["all"]:
         chosen = list(table)
+    if not chosen:
+        raise ConfigError(f"--benchmarks={names}: names none; all, or some of {', '.join(table)}")
     return [resolve(table, name, overrides) for name in chosen]
 
 
-def run(
-    loaded: Loaded, protocol: Protocol, data: Path, *, limit: int = 0, batch: int = 0
-) -> Path:
+def run(loaded: Loaded, protocol: Protocol, data: Path, *, limit: int = 0, batch: int = 0) -> Path:
     """Runs a benchmark and writes its files: predictions.jsonl, score.json, submission.* and
-    gallery.html. Killed and called again, it goes on behind the last batch that was done.
+    gallery.html. Killed and called again, it goes on behind the last batch that was done; what is
+    complete stays as it is.
 
     Args:
       loaded: the stage.
@@ -73,43 +76,88 @@ def run(
             f"{', '.join(describing(loaded.recipe))}"
         )
     folder = data / protocol.benchmark
-    source = open_benchmark(protocol.benchmark, folder, protocol.split)
-    items = items_of(source, protocol.task, limit)
-    notes = [source.note] if not source.official else []
-    if limit and limit < len(items_of(source, protocol.task)):
-        notes.append(f"only the first {limit}")
-    for note in notes:
-        print(f"vadapter: {protocol.benchmark}: not official: {note}", file=sys.stderr, flush=True)
+    with _doctor(protocol.benchmark, folder):
+        source = open_benchmark(protocol.benchmark, folder, protocol.split)
+        items = items_of(source, protocol.task, limit)
+        notes = [source.note] if not source.official else []
+        if limit and limit < len(items_of(source, protocol.task)):
+            notes.append(f"only the first {limit}")
+        for note in notes:
+            _tell(f"{protocol.benchmark}: not official: {note}")
+        prompts = prompting(loaded, protocol, folder, source.kind, items)
 
-    prompts = prompting(loaded, protocol, folder, source.kind, items)
     directory = loaded.workdir / loaded.stage / "eval" / _folder(protocol, limit)
-    part = Part(directory / PART, text_key(loaded, source, protocol, limit, prompts.facts()))
-    decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
-    texts = predict(
-        decoder, loaded.params, items, prompts.row, batch=batch or BATCH, how=protocol.decode,
-        shown=prompts.shown, part=part, title=protocol.benchmark,
-    )  # fmt: skip
-    if jax.process_index():
+    key = text_key(loaded, source, protocol, limit, prompts.facts())
+    record = plain({
+        "benchmark": protocol.benchmark, "official": not notes, "note": "; ".join(notes),
+        "stage": loaded.stage, "step": loaded.step, "limit": limit, "versions": _versions(),
+        "protocol": protocol, "protocol_digest": digest(protocol), "texts": key, **prompts.facts(),
+    })  # fmt: skip
+    part = Part(directory / PART, key)
+    if everywhere(_is_complete(directory, record)):
+        _tell(f"{protocol.benchmark}: done before; to do it again, delete {directory}")
+        part.remove()
         return directory
+    texts = predict(
+        Decoder(loaded.model, loaded.tokenizer, loaded.mesh), loaded.params, items, prompts.row,
+        batch=batch or BATCH, how=protocol.decode, shown=prompts.shown, part=part,
+        title=protocol.benchmark,
+    )  # fmt: skip
+    if jax.process_index() == 0:
+        _write(directory, protocol, items, texts, prompts, record)
+        part.remove()
+    return directory
+
+
+@contextlib.contextmanager
+def _doctor(name: str, folder: Path) -> Iterator[None]:
+    """Where the official files of a benchmark cannot be used: names the command that lists them."""
+    try:
+        yield
+    except DataError as error:
+        if not folder.is_dir():  # says so itself
+            raise
+        raise DataError(
+            f"{error}; `vadapter data doctor {name} --dir={folder}` lists what is there"
+        ) from error
+
+
+def _tell(text: str) -> None:
+    if jax.process_index() == 0:
+        print(f"vadapter: {text}", file=sys.stderr, flush=True)
+
+
+def _is_complete(directory: Path, record: Mapping[str, Any]) -> bool:
+    """Whether it holds the files of this very result; score.json is written when all others are."""
+    names = ("score.json", "predictions.jsonl", "gallery.html")
+    if not all((directory / name).is_file() for name in names):
+        return False
+    before = json.loads((directory / "score.json").read_text(encoding="utf-8"))
+    before.pop("scores")
+    return before == record
+
+
+def _write(
+    directory: Path,
+    protocol: Protocol,
+    items: Any,
+    texts: Sequence[Text],
+    prompts: Prompts,
+    record: Mapping[str, Any],
+) -> None:
+    """The files of a result; `record` is what score.json says beside the scores."""
     post = POSTS[protocol.post]
     texts = [(i, text and post(text), ended) for i, text, ended in texts]
     result = score_texts(items, texts, METRICS[protocol.metric])
     name, text = submission(protocol.benchmark, protocol.task, result.rows)
     (directory / name).write_text(text, encoding="utf-8")
     section = Section(
-        protocol.benchmark, protocol.task, {loaded.stage: result.rows},
+        protocol.benchmark, protocol.task, {record["stage"]: result.rows},
         lambda item: load_media(_example(items, item["index"]).media, frames=prompts.frames),
     )  # fmt: skip
-    title = f"{loaded.stage}: {protocol.benchmark}, {protocol.name} {digest(protocol)[:8]}"
-    write_gallery(directory / "gallery.html", title, [section], "\n".join(notes))
-    save_result(
-        directory, result,
-        benchmark=protocol.benchmark, official=not notes, note="; ".join(notes),
-        stage=loaded.stage, step=loaded.step, limit=limit, versions=_versions(),
-        protocol=plain(protocol), protocol_digest=digest(protocol), **prompts.facts(),
-    )  # fmt: skip
-    part.remove()
-    return directory
+    title = f"{record['stage']}: {protocol.benchmark}, {protocol.name} {digest(protocol)[:8]}"
+    write_gallery(directory / "gallery.html", title, [section], record["note"])
+    save_result(directory, result, **record)
 
 
 def _folder(protocol: Protocol, limit: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from vadapter import __version__
+from vadapter import __version__, storage
 from vadapter.config import plain
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.models.variants import expand
@@ -55,12 +55,12 @@ def export(loaded: Loaded, folder: Path) -> dict[str, int]:
       ConfigError: a stage without pictures, a folder that holds anything else.
       CheckpointError: public weights that are not where the recipe says.
     """
+    target = storage.local(folder, "folder").resolve()
     if loaded.view is None:
         raise ConfigError(
             f"stage {loaded.stage} reads text alone; choose one that sees pictures: "
             f"{', '.join(describing(loaded.recipe))}"
         )
-    target = Path(folder).resolve()
     part, old = (target.with_name(f".{target.name}.{word}") for word in ("part", "old"))
     _restore(old, target)  # of an export that was killed
     _check_target(target)

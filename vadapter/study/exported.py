@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vadapter import buckets, storage
 from vadapter.config import build
 from vadapter.data.images import View
 from vadapter.data.prompts import CAPTION, QUESTION
@@ -130,8 +131,10 @@ def files(exported: Exported) -> tuple[str, ...]:
 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds an export, of whatever version."""
+    folder = storage.as_path(folder)
+    buckets.require_bucket(folder)
     try:
-        return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["format"] == FORMAT
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

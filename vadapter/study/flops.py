@@ -30,10 +30,11 @@ def count(fn: Callable, *args: Any, loops: int = 1) -> int:
       args: its arguments; shapes will do.
       loops: how often the body of a `while` runs, which the program does not tell.
     """
-    return _count(jax.make_jaxpr(fn)(*args).jaxpr, loops)
+    return count_traced(jax.make_jaxpr(fn)(*args).jaxpr, loops)
 
 
-def _count(jaxpr: Any, loops: int) -> int:
+def count_traced(jaxpr: Any, loops: int = 1) -> int:
+    """As `count`, of a program that is traced already."""
     total = 0
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
@@ -46,14 +47,14 @@ def _count(jaxpr: Any, loops: int) -> int:
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             total += 2 * eqn.outvars[0].aval.size * kernel.size // outputs
         elif name == "cond":
-            total += max(_count(branch.jaxpr, loops) for branch in params["branches"])
+            total += max(count_traced(branch.jaxpr, loops) for branch in params["branches"])
         else:
             times = {"scan": params.get("length", 1), "while": loops}.get(name, 1)
-            total += times * sum(_count(inner, loops) for inner in _inner(params))
+            total += times * sum(count_traced(inner, loops) for inner in programs_in(params))
     return total
 
 
-def _inner(params: Mapping[str, Any]) -> list[Any]:
+def programs_in(params: Mapping[str, Any]) -> list[Any]:
     """The programs among an operation's parameters."""
     found = []
     for value in params.values():
@@ -118,9 +119,7 @@ def formula(
     return flops
 
 
-def forward_work(
-    model: VAdapter | CoCa, sizes: Mapping[str, int]
-) -> dict[str, Work] | None:
+def forward_work(model: VAdapter | CoCa, sizes: Mapping[str, int]) -> dict[str, Work] | None:
     """The work of each component for one row, in the order of the data flow."""
     if not isinstance(model, VAdapter):
         return None

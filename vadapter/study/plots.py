@@ -1,10 +1,12 @@
 """Convergence: how fast the adapters of a run learn, side by side."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vadapter import storage
 from vadapter.train.recipe import Recipe
 from vadapter.train.writer import history
 
@@ -24,7 +26,7 @@ def convergence(workdir: Path, recipe: Recipe, path: Path) -> Path | None:
       `path`, or None where no adapter has been trained yet.
     """
     names = [n for n in recipe.chain if recipe.stages[n].kind == "adapter"]
-    logs = {n: history(Path(workdir) / n / "metrics.jsonl") for n in names}
+    logs = {n: history(storage.as_path(workdir) / n / "metrics.jsonl") for n in names}
     logs = {n: log for n, log in logs.items() if any("loss" in row for row in log)}
     if not logs:
         return None
@@ -63,8 +65,9 @@ def convergence(workdir: Path, recipe: Recipe, path: Path) -> Path | None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(recipe.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130, format="png")
+    storage.write_bytes(path, drawn.getvalue())
     return path
 
 

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vadapter.data.benchmarks.registry import BENCHMARKS, open_benchmark, training_questions
-from vadapter.data.images import resize
+from vadapter.data.example import Example
+from vadapter.data.images import BadMedia, resize
 from vadapter.data.media import load_media
 from vadapter.data.prompts import CAPTION
 from vadapter.data.transforms import prompt_sample
-from vadapter.errors import ConfigError
+from vadapter.errors import ConfigError, DataError
 from vadapter.evals.protocol import Protocol, draw, draw_questions
 from vadapter.evals.scoring import Questions
 from vadapter.evals.shots import show
@@ -52,7 +53,7 @@ class Prompts:
 class _Shot:
     """An example with its picture: `text` stands behind it, up to the next picture."""
 
-    media: Any
+    example: Example
     text: str
 
 
@@ -67,7 +68,7 @@ def prompting(loaded: Loaded, protocol: Protocol, folder: Path, kind: str, items
 
     Raises:
       ConfigError: the longest row does not fit into the language model; tells how much would.
-      DataError: training files that are missing or cannot be used.
+      DataError: training files that are missing or cannot be used, or the picture of an example.
     """
     view, clip_frames = seen(loaded)
     frames = clip_frames if kind == "clip" else 1
@@ -96,7 +97,7 @@ def prompting(loaded: Loaded, protocol: Protocol, folder: Path, kind: str, items
     )  # fmt: skip
     if not shots:
         return Prompts(row, frames, tuple(asked.shown(*pair) for pair in pairs))
-    media = np.stack([resize(load_media(shot.media, frames=frames), view) for shot in shots])
+    media = np.stack([resize(_frames(shot.example, frames), view) for shot in shots])
     texts = [encode(shot.text) for shot in shots]
     shown = show(loaded.model, loaded.params, media, texts)
     return Prompts(row, frames, tuple(shot.text for shot in shots), shown)
@@ -113,11 +114,23 @@ def _with_pictures(protocol: Protocol, folder: Path) -> list[_Shot]:
     if protocol.task == "caption":
         found = [source[i] for i in draw(range(len(source)), protocol)]
         behind = f"{CAPTION.after} {{}} {CAPTION.before}"
-        return [_Shot(e.media, behind.format(e.captions[0])) for e in found]
+        return [_Shot(e, behind.format(e.captions[0])) for e in found]
     questions = Questions(source)
     answered = [i for i in range(len(questions)) if questions.words(i)[1].answer.strip()]
     asked = [questions[i] for i in draw(answered, protocol)]
-    return [_Shot(e.media, protocol.asked.shown(q.text, q.answer)) for e, q in asked]
+    return [_Shot(e, protocol.asked.shown(q.text, q.answer)) for e, q in asked]
+
+
+def _frames(example: Example, count: int) -> np.ndarray:
+    """u8[F,H,W,3]. What is in the prompt of every item has to be readable."""
+    assert example.media is not None
+    try:
+        return load_media(example.media, frames=count)
+    except BadMedia as error:
+        raise DataError(
+            f"{example.id}, an example in the prompt: {error}; get it again, or draw other "
+            "examples: --config.protocol.shot_seed"
+        ) from error
 
 
 def _queries(loaded: Loaded, size: int, frames: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import traverse_util
 
+from vadapter import storage
 from vadapter.config import nearest
 from vadapter.data.pretrained_tokenizer import load_tokenizer
 from vadapter.errors import CheckpointError, ConfigError
@@ -62,7 +63,7 @@ def open_export(
     Raises:
       CheckpointError, ConfigError: as `VAdapter.from_pretrained`.
     """
-    folder = Path(folder).absolute()
+    folder = storage.local(folder, "folder").absolute()
     exported = form.read(folder)
     exported = _moved(exported, weights or {})
     tokenizer = _tokenizer(folder, exported)

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from vadapter import storage
 from vadapter.study.gallery import read_section, write_gallery
 from vadapter.study.plots import convergence
 from vadapter.study.table import BENCHMARKS, as_markdown, as_text, benchmarks, summary
@@ -34,15 +35,15 @@ def write_report(workdir: Path, recipe: Recipe) -> Report:
 
     Pictures that are no longer there are left out of the gallery, with the reason in their place.
     """
-    workdir = Path(workdir)
+    workdir = storage.as_path(workdir)
     rows = summary(workdir, recipe)
     text, page = as_text(rows), as_markdown(rows)
     directories = [path for name in recipe.chain for path in sorted(workdir.glob(f"{name}/eval/*"))]
     if scored := benchmarks(directories):
         text += f"\n\n{as_text(scored, BENCHMARKS)}"
         page += f"\n{as_markdown(scored, BENCHMARKS)}"
-    (workdir / "table.md").write_text(page, encoding="utf-8")
-    (workdir / "table.txt").write_text(text + "\n", encoding="utf-8")
+    storage.write_bytes(workdir / "table.md", page.encode())
+    storage.write_bytes(workdir / "table.txt", f"{text}\n".encode())
     plot = convergence(workdir, recipe, workdir / "plots" / "convergence.png")
     sections = []
     for name in sorted(recipe.evals, key=lambda name: recipe.data[recipe.evals[name].data].task):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vadapter import storage
 from vadapter.evals.blind import constant_caption, majority_answer
 from vadapter.evals.scoring import METRICS
 from vadapter.train.handover import DONE
@@ -32,8 +33,8 @@ def summary(workdir: Path, recipe: Recipe) -> list[tuple[Cell, ...]]:
     with the mean of several: only where the first is the lowest does the picture help. A last row
     says what scores without any picture, see `evals.blind`.
     """
-    stages = [_row(Path(workdir) / name, name, recipe) for name in recipe.chain]
-    return stages + _blind(Path(workdir), recipe)
+    stages = [_row(storage.as_path(workdir) / name, name, recipe) for name in recipe.chain]
+    return stages + _blind(storage.as_path(workdir), recipe)
 
 
 def _blind(workdir: Path, recipe: Recipe) -> list[tuple[Cell, ...]]:
@@ -138,7 +139,7 @@ def benchmarks(directories: Iterable[Path]) -> list[tuple[Cell, ...]]:
       directories: of evaluations, with a score.json each.
     """
     table = []
-    for path in (Path(directory) / "score.json" for directory in directories):
+    for path in (storage.as_path(directory) / "score.json" for directory in directories):
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if "benchmark" not in record:
             continue

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vadapter import __version__
+from vadapter import __version__, storage
 from vadapter.config import plain
 from vadapter.errors import ConfigError
 from vadapter.parallel import hosts
@@ -65,8 +65,8 @@ def _require_same_directory(workdir: Path) -> None:
     if not all(found):
         others = hosts.hosts_of([i for i, there in enumerate(found) if not there])
         raise ConfigError(
-            f"{workdir.absolute()} is not the same directory on {others} as on host 0; --workdir "
-            "must be on a file system that all hosts share"
+            f"{storage.absolute(workdir)} is not the same directory on {others} as on host 0; "
+            "--workdir must be on a file system that all hosts share"
         )
     probe(workdir)
 

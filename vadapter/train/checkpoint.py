@@ -7,7 +7,6 @@ damaged (a resume takes the one before it and says so), or the disk failed while
 """
 
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as ocm
 
+from vadapter import storage
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.parallel import hosts
 from vadapter.train import snapshot
@@ -28,13 +28,15 @@ log = logging.getLogger(__name__)
 
 
 def steps(directory: Path) -> list[int]:
-    """Committed steps, ascending: directories named by a number, as Orbax renames them at the end.
+    """Committed steps, ascending: directories named by a number, as Orbax renames them at the end,
+    or marks them in a bucket.
 
     They may still be damaged: an interrupted copy of a run directory looks committed.
     """
-    if not directory.is_dir():
+    if not storage.is_folder(directory):
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
+    numbered = (p for p in directory.iterdir() if p.name.isdecimal())
+    return sorted(int(p.name) for p in numbered if storage.committed(p))
 
 
 def restore_step(
@@ -73,7 +75,7 @@ class Checkpointer:
     def __init__(self, directory: Path, *, keep: int, keep_every: int | None = None):
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ConfigError(f"cannot keep {keep} checkpoints, every {keep_every} steps: use >= 1")
-        self._directory = Path(directory).absolute()
+        self._directory = storage.absolute(directory)
         policies: list[Any] = [ocm.LatestN(keep)]
         if keep_every:
             policies.append(ocm.EveryNSteps(keep_every))
@@ -141,7 +143,7 @@ class Checkpointer:
         return [
             step
             for step in steps(self._directory)
-            if all((self._directory / str(step) / part).is_dir() for part in parts)
+            if all(storage.is_folder(self._directory / str(step) / part) for part in parts)
         ]
 
     def wait(self) -> int | None:
@@ -263,19 +265,28 @@ class Checkpointer:
 
     def _remove_leftovers(self) -> None:
         if hosts.first():
-            for path in self._directory.glob(f"*{snapshot.TMP}*"):
-                shutil.rmtree(path, ignore_errors=True)
+            for path in _leftovers(self._directory):
+                storage.remove_tree(path)
 
     def _set_aside(self, later: list[int]) -> None:
         self._drop_manager()
         if later and hosts.first():
             for step in later:
                 target = self._directory / "quarantine" / str(step)
-                target.parent.mkdir(exist_ok=True)
                 copy = 0
                 while target.exists():
                     target = target.with_name(f"{step}.{(copy := copy + 1)}")
-                (self._directory / str(step)).rename(target)
+                storage.move_tree(self._directory / str(step), target)
             log.warning("moved the later steps %s to %s", later, self._directory / "quarantine")
         if later:
             hosts.exchange("", "checkpoints set aside")
+
+
+def _leftovers(directory: Path) -> list[Path]:
+    """What interrupted saves left."""
+    if not storage.remote(directory):
+        return list(directory.glob(f"*{snapshot.TMP}*"))
+    if not storage.is_folder(directory):
+        return []
+    numbered = (p for p in directory.iterdir() if p.name.isdecimal())
+    return [path for path in numbered if not storage.committed(path)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from vadapter import storage
 from vadapter.config import plain
 from vadapter.data.images import View
 from vadapter.data.pipeline import eval_batches
@@ -111,8 +112,6 @@ def _least(*limits: int) -> int:
 
 def save_result(directory: Path, result: Result, **record: Any) -> None:
     """Writes predictions.jsonl, and score.json with the scores and a record of what they are of."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for row in result.rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+    storage.write_bytes(directory / "predictions.jsonl", text.encode())
     write_json(directory / "score.json", {"scores": result.scores, **record})

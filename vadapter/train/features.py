@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vadapter import storage
 from vadapter.config import digest as digest_of
 from vadapter.config import plain, resolve
 from vadapter.data.batch import Row
@@ -63,9 +64,14 @@ def encoded(
       watch, and the errors: see `cached`.
     """
     folder = resolve(config.cache_dir, "cache_dir") if config.cache_dir else workdir / "features"
+    if storage.remote(root := storage.as_path(folder)):
+        raise ConfigError(
+            f"cached tokens cannot lie in a bucket ({root}): set data.NAME.cache_dir to a folder "
+            "on a disk that all hosts share, or data.NAME.cache=False"
+        )
     return cached(
         source,
-        Path(folder),
+        root,
         encode=encoder,
         params=params,
         digest=digest,

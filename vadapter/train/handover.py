@@ -7,7 +7,6 @@ they lie, both by digest.
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from vadapter import storage
 from vadapter.config import resolve
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.models.quantize import full_precision, quantize
@@ -83,7 +83,7 @@ def _start(
     if start.weights is not None:
         digest = start.weights.digest(ours, write=hosts.first())
         return dataclasses.replace(start, digest=digest)
-    elsewhere = start.name and start.root.resolve() != ours.resolve()
+    elsewhere = start.name and not _same(start.root, ours)
     if elsewhere and component not in trained(stage):
         _keep(start.root, ours, start.name, start.digest)
         return dataclasses.replace(start, root=ours)
@@ -138,19 +138,21 @@ def find(
     return _match(stage, component, abstract, start, have, at_most)
 
 
+def _same(one: Path, other: Path) -> bool:
+    if storage.remote(one) or storage.remote(other):
+        return str(one) == str(other)
+    return one.resolve() == other.resolve()
+
+
 def _keep(theirs: Path, ours: Path, name: str, digest: str) -> None:
     """Copies a frozen component of another run into this run's store: a run directory is whole."""
     ComponentStore(theirs).describe(name, digest)  # it is there, and its record is intact
     source, target = (ComponentStore(root).path(name, digest) for root in (theirs, ours))
-    if hosts.first() and not target.is_dir():
-        part = target.with_name(f"{target.name}{snapshot.TMP}")
-        shutil.rmtree(part, ignore_errors=True)  # of an interrupted copy
+    if hosts.first() and not storage.committed(target):
         try:
-            shutil.copytree(source, part)
-        except OSError as e:
-            shutil.rmtree(part, ignore_errors=True)
+            storage.copy_tree(source, target)
+        except Exception as e:
             raise CheckpointError(f"could not copy {name} to {target}: {snapshot.reason(e)}") from e
-        part.rename(target)
     hosts.exchange("", f"copied {name}", patience=hosts.WORK)
 
 
@@ -217,7 +219,7 @@ def check_sources(recipe: Recipe, stage: str, workdir: Path) -> None:
 
 
 def _directory(source: str, workdir: Path) -> Path:
-    return Path(resolve(source)) if "/" in source else workdir / source
+    return storage.as_path(resolve(source)) if "/" in source else workdir / source
 
 
 def _match(

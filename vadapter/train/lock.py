@@ -1,4 +1,7 @@
-"""One writer a directory: a lock that the kernel releases however its process ends."""
+"""One writer a directory: a lock that the kernel releases however its process ends.
+
+In a bucket, where no kernel helps, see `lease`.
+"""
 
 import contextlib
 import fcntl
@@ -10,7 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from vadapter import buckets, storage
 from vadapter.errors import ConfigError
+from vadapter.train.lease import lease
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +32,14 @@ def run_lock(directory: Path) -> Iterator[None]:
     Raises:
       ConfigError: another run holds the lock, or the directory cannot be written.
     """
-    path = Path(directory) / ".lock"
+    directory = storage.as_path(directory)
+    path = directory / ".lock"
+    if storage.remote(directory):
+        with lease(path):
+            yield
+        return
     with _refuse_unwritable(directory):
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     with os.fdopen(descriptor, "r+") as file:
         try:
@@ -39,7 +49,7 @@ def run_lock(directory: Path) -> Iterator[None]:
                 f"{directory} is in use by another run: {_holder(path)}. "
                 "Stop that run, or choose another directory."
             ) from None
-        probe(Path(directory))
+        probe(directory)
         with _refuse_unwritable(directory):
             file.truncate()
             me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}
@@ -51,6 +61,10 @@ def run_lock(directory: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
     """Holds the lock file `path`, after waiting for whoever holds it: for short, shared writes."""
+    if storage.remote(path):
+        with lease(path, wait=True):
+            yield
+        return
     with open(path, "a") as file:
         _flock(file.fileno(), wait=True)
         yield
@@ -95,6 +109,11 @@ def probe(directory: Path) -> None:
       ConfigError: it cannot.
     """
     path = directory / f".probe-{socket.gethostname()}-{os.getpid()}"
+    if storage.remote(path):
+        with buckets.bucket_errors():
+            path.write_bytes(bytes(4096))
+            path.unlink()
+        return
     with _refuse_unwritable(directory):
         try:
             with open(path, "wb") as file:

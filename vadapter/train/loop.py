@@ -12,6 +12,7 @@ from typing import Any
 
 import optax
 
+from vadapter import buckets, storage
 from vadapter.config import differences, plain
 from vadapter.data.batch import Batch, check_batch
 from vadapter.data.pipeline import Schedule, make_loader
@@ -51,8 +52,13 @@ def train(
       Preempted: a signal came; the state is saved.
       NonFiniteError: the loss diverged.
     """
-    workdir = Path(workdir)
-    with shared_run(recipe, workdir), disk_errors(), signals() as stop:
+    workdir = storage.as_path(workdir)
+    with (
+        shared_run(recipe, workdir),
+        buckets.bucket_errors(),
+        disk_errors(),
+        signals() as stop,
+    ):
         run = Run(recipe, workdir)
         require_own_rows(run.mesh)
         run.check()
@@ -89,7 +95,11 @@ def train_stage(stage: Stage) -> None:
         evaluator = Evaluator(stage, frozen)  # compiled once, for the looks on the way too
         digests = _digests(frozen)
         try:
-            save = lambda step, state: checkpointer.save(step, state, identity)  # noqa: E731
+
+            def save(step: int, state: TrainState) -> None:
+                writer.flush()  # what a checkpoint knows is there
+                checkpointer.save(step, state, identity)
+
             state = _steps(stage, tx, state, frozen, evaluator, save, writer)
         except BaseException as error:
             # A save needs all hosts, and they are all here only for what all of them met.

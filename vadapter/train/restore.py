@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from vadapter import buckets, storage
 from vadapter.config import build, nearest, override, plain
 from vadapter.data.images import View
 from vadapter.data.pretrained_tokenizer import load_tokenizer
@@ -79,7 +80,9 @@ def read_run(workdir: Path, overrides: Iterable[str] = ()) -> Recipe:
       CheckpointError: there is no run.
       ConfigError: an override that is unknown, or not possible any more.
     """
-    path = Path(workdir) / "config.json"
+    workdir = storage.as_path(workdir)
+    buckets.require_bucket(workdir)
+    path = workdir / "config.json"
     if not path.is_file():
         raise CheckpointError(
             f"no run in {workdir}: there is no {path.name}. Give the directory that was --workdir "
@@ -131,7 +134,7 @@ def open_run(
       CheckpointError: no run, no checkpoint (yet), damaged or missing files.
       ConfigError: an unknown stage, or one that has no model which writes text about pictures.
     """
-    workdir = Path(workdir).absolute()
+    workdir = storage.absolute(workdir)
     recipe = read_run(workdir, overrides)
     stage = _choose(recipe, workdir, stage)
     directory = workdir / stage / "checkpoints"
@@ -234,7 +237,7 @@ def _frozen(
         return handover.Start(name, f"weights {weights.weights}", digest, weights, loaded=leaves)
     store = ComponentStore(workdir / STORE)
     for stored in (config.rename.get(name, name), name):
-        if store.path(stored, digest).is_dir():
+        if storage.committed(store.path(stored, digest)):
             return handover.Start(
                 name, "store", digest, name=stored, root=workdir / STORE, loaded=leaves
             )

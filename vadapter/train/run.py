@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vadapter import __version__
+from vadapter import __version__, storage
 from vadapter.config import differences, plain
 from vadapter.data.pretrained_tokenizer import PretrainedTokenizer, load_tokenizer
 from vadapter.data.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ class Run:
     """A recipe in a run directory."""
 
     def __init__(self, recipe: Recipe, workdir: Path):
-        self.recipe, self.workdir = recipe, Path(workdir)
+        self.recipe, self.workdir = recipe, storage.as_path(workdir)
         self.mesh = make_mesh(recipe.mesh)
         self._sources: dict[str, Any] = {}
         self._tokenizers: dict[Path, Any] = {}  # or what is wrong with one

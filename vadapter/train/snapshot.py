@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from vadapter import buckets, storage
 from vadapter.errors import CheckpointError
 from vadapter.parallel import hosts
 from vadapter.train.digest import is_key, leaf_paths, tree_digests
@@ -74,7 +75,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         meta = json.loads((path / "meta" / "metadata").read_text())
         intact = meta.pop("sha256") == _seal(meta)
     except Exception as e:
-        raise DamagedError(f"{path}: no readable meta ({reason(e)})") from e
+        raise _unreadable(f"{path}: no readable meta", e) from e
     if not intact:
         raise DamagedError(f"{path}: meta was changed after it was written (sha256 differs)")
     if meta["schema"] > SCHEMA:
@@ -127,10 +128,16 @@ def _read_leaves(path: Path, targets: Mapping[str, Any]) -> dict[str, jax.Array]
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # not the fault of the files
         except Exception as e:
-            raise DamagedError(f"{path}: cannot read {name} ({reason(e)})") from e
+            raise _unreadable(f"{path}: cannot read {name}", e) from e
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         return dict(zip(targets, pool.map(read, targets), strict=True))
+
+
+def _unreadable(text: str, e: Exception) -> CheckpointError:
+    """Damaged; or in a bucket out of reach, which says nothing about what is there."""
+    kind = CheckpointError if buckets.out_of_reach(e) else DamagedError
+    return kind(f"{text} ({reason(e)})")
 
 
 def _read_leaf(path: Path, name: str, target: Any) -> jax.Array:
@@ -138,10 +145,9 @@ def _read_leaf(path: Path, name: str, target: Any) -> jax.Array:
     stored = jax.eval_shape(jax.random.key_data, target) if is_key(target) else target
     spec = {
         "driver": "zarr",
-        # Not a URL: in those, some characters of file names have a meaning.
         "kvstore": {
             "driver": "ocdbt",
-            "base": {"driver": "file", "path": f"{path / 'state'}/"},
+            "base": storage.kvstore(path / "state"),
             "path": f"{name}/",
         },
         "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros

@@ -6,12 +6,12 @@ never change. They lie in `<root>/<name>-<digest>/`, and each checkpoint names t
 
 import contextlib
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
+from vadapter import storage
 from vadapter.errors import CheckpointError
 from vadapter.parallel import hosts
 from vadapter.train import snapshot
@@ -33,7 +33,7 @@ class ComponentStore:
     """
 
     def __init__(self, root: Path):
-        self._root = Path(root).absolute()
+        self._root = storage.absolute(root)
 
     def path(self, name: str, digest: str) -> Path:
         """The directory of a component, which may not exist.
@@ -108,7 +108,7 @@ class ComponentStore:
 
     def _existing(self, name: str, digest: str) -> Path:
         path = self.path(name, digest)
-        if not path.is_dir():
+        if not storage.committed(path):
             raise CheckpointError(f"{path} is missing: load the weights of {name} again")
         return path
 
@@ -118,16 +118,16 @@ class ComponentStore:
         if hosts.first() and path.exists():
             try:
                 _check_content(path, snapshot.read_meta(path), digest)
-                missing = not (path / "state").is_dir()
+                missing = not (storage.is_folder(path / "state") and storage.committed(path))
             except DamagedError:
                 pass
             if missing:
-                shutil.rmtree(path)
+                storage.remove_tree(path)
         return hosts.exchange(missing, f"storing {path.name}", patience=hosts.WORK)[0]
 
     def _write(self, path: Path, params: PyTree, meta: dict[str, Any]) -> None:
         if hosts.first():
-            shutil.rmtree(f"{path}{snapshot.TMP}", ignore_errors=True)  # of an interrupted put
+            storage.remove_tree(path.with_name(path.name + snapshot.TMP))  # of an interrupted put
         handler = ocp.CompositeCheckpointHandler(**snapshot.handlers())
         with ocp.Checkpointer(handler) as writer:
             writer.save(path, args=snapshot.items(params, meta))

@@ -1,5 +1,11 @@
-"""What a run says and writes: metrics.jsonl is the truth; the screen and TensorBoard are views."""
+"""What a run says and writes: metrics.jsonl is the truth; the screen and TensorBoard are views.
 
+In a bucket metrics.jsonl is uploaded whole: before each save, with each loud line, every half
+minute and at the end. A kill loses the rows since, never those of steps before the newest
+checkpoint. There are no TensorBoard files there.
+"""
+
+import io
 import json
 import math
 import sys
@@ -10,7 +16,10 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vadapter import storage
 from vadapter.parallel import hosts
+
+_UPLOAD_EVERY = 30.0  # seconds
 
 
 class Writer:
@@ -28,12 +37,17 @@ class Writer:
         before = list(rows(path))
         self._attempt = 1 + max((row.get("attempt", 0) for row in before), default=0)
         self._evaluated = {row["step"] for row in before if any("/" in key for key in row)}
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in __exit__
+        known = path.read_bytes() if path.is_file() else b""
+        if storage.remote(path):
+            self._file: Any = storage.Uploaded(path, known)
+        else:
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in __exit__
+        self._flushed = time.monotonic()
         self._unwritten = b""  # what a full disk did not take yet
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        if known and not known.endswith(b"\n"):
             self._append(b"\n")  # a line torn by a kill stays a line of its own
         self._title, self._total = title, total
-        self._tensorboard = _tensorboard(directory / "tb")
+        self._tensorboard = None if storage.remote(path) else _tensorboard(directory / "tb")
         self._bar: Progress | None = None
         self._last = 0.0
 
@@ -55,7 +69,9 @@ class Writer:
         if self._bar is not None:
             self._bar.stop()
         self._append(b"")
-        self._file.close()
+        self.flush()
+        if not storage.remote(self._file.name):
+            self._file.close()
         self._view(lambda tensorboard: tensorboard.close())
 
     def write(self, step: int, values: Mapping[str, Any], *, loud: bool = False) -> None:
@@ -72,6 +88,18 @@ class Writer:
             self.say(f"step {step}/{self._total}  {note}")
         if loud:
             self.say(f"step {step}/{self._total}  {note}")
+        if loud or time.monotonic() - self._flushed > _UPLOAD_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Makes what was written outlive the process; on a disk it does already."""
+        self._flushed = time.monotonic()
+        if not isinstance(self._file, storage.Uploaded):
+            return
+        try:
+            self._file.flush()
+        except OSError as error:
+            self.say(f"cannot write {self._file.name} ({error.strerror}); trying again later")
 
     def evaluated(self, step: int) -> bool:
         """Whether an attempt before this one has written scores of that step."""
@@ -125,6 +153,9 @@ class Silent(Writer):
     def write(self, step: int, values: Mapping[str, Any], *, loud: bool = False) -> None:
         """Nothing."""
 
+    def flush(self) -> None:
+        """Nothing."""
+
     def evaluated(self, step: int) -> bool:
         """Nobody knows here."""
         return False
@@ -151,7 +182,7 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON lines file in file order; lines torn by a kill are left out."""
     if not path.exists():
         return
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with io.TextIOWrapper(path.open("rb"), encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
@@ -201,7 +232,4 @@ def _tensorboard(directory: Path) -> _TensorBoard | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    storage.write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())

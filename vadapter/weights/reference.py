@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import jax
 
+from vadapter import storage
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.models.variants import expand
 from vadapter.weights.mobilenet import MobileNetFiles
@@ -103,11 +104,8 @@ class Reference:
             return known["digest"]
         digest = PREFIX + weights.digest()
         if write:
-            folder.mkdir(parents=True, exist_ok=True)
             made = {"weights": self.weights, "digest": digest, "files": stamps}
-            part = record.with_suffix(".part")
-            part.write_text(json.dumps(made, indent=1))
-            part.replace(record)
+            storage.write_bytes(record, json.dumps(made, indent=1).encode())
         return digest
 
     def expect(self, digest: str, folder: Path) -> None:

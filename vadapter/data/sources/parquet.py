@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vadapter import storage
 from vadapter.data import parquet, tables
 from vadapter.data.example import Example
 from vadapter.data.shards import find, open_shards
@@ -41,7 +42,7 @@ class ParquetImages:
         columns: Mapping[str, str] | None = None,
         index: str | Path | None = None,
     ):
-        folder = Path(folder)
+        folder = storage.local(folder, "folder")
         names = find(folder, ".parquet", split, shards)
         self._shards = open_shards(folder, names, index)
         self._groups = self._shards.members()

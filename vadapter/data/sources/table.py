@@ -1,9 +1,11 @@
 """Images or clips as single files beside a table."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vadapter import storage
 from vadapter.data import tables
 from vadapter.data.example import Example
 from vadapter.data.sources.common import digest_of, kind_of
@@ -15,7 +17,8 @@ class ImageFolder:
 
     Args:
       table: JSON lines, CSV, TSV, COCO captions or Karpathy's JSON, see `vadapter.data.tables`.
-      folder: what the names in it are relative to; the folder of `table` if None.
+      folder: what the names in it are relative to; the folder of `table` if None. Either may be
+        `gs://…`; a folder there is listed once.
       split: keep the rows of this split, or of several; all of them if None.
       columns: our key -> the table's, where it calls them otherwise.
 
@@ -32,36 +35,57 @@ class ImageFolder:
         split: tables.Split = None,
         columns: Mapping[str, str] | None = None,
     ):
-        table = Path(table)
-        folder = table.parent if folder is None else Path(folder)
+        table = storage.as_path(table)
+        folder = table.parent if folder is None else storage.as_path(folder)
+        listed = storage.files(folder) if storage.remote(folder) else None
         repeats = table.suffix.lower() in tables.ONE_CAPTION_A_ROW
-        rows = _check_files(tables.read_rows(table, split, columns), folder)
+        rows = _check_files(tables.read_rows(table, split, columns), folder, listed)
         texts = tables.gather(rows, repeats=repeats)
         if not texts:
             raise DataError(f"{table}: 0 usable examples in split {split!r}; check its rows")
         self.kind = kind_of(texts, str(table))
         self._examples = [Example(name, folder / name, *both) for name, both in texts.items()]
-        sizes = [(folder / name).stat().st_size for name in texts]
+        facts = [listed[name] if listed else storage.facts(folder / name) for name in texts]
+        self._generations = [fact["mtime_ns"] for fact in facts] if listed else []
+        sizes = [fact["size"] for fact in facts]
         self._digest = digest_of(self.kind, self._examples, sizes)
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Example:
-        return self._examples[index]
+        example = self._examples[index]
+        if not self._generations:
+            return example
+        data = _fetch(str(example.media), self._generations[index])
+        return dataclasses.replace(example, media=data)
+
+    def words(self, index: int) -> Example:
+        """The example without its media where that has to be fetched."""
+        example = self._examples[index]
+        return dataclasses.replace(example, media=None) if self._generations else example
 
     def fingerprint(self) -> str:
         """Of names, sizes and texts; not of the pixels, nor of where the folder is."""
         return self._digest
 
 
+def _fetch(path: str, generation: int) -> bytes:
+    try:
+        return storage.read_object(path, generation)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}); if it has changed since, start again"
+        ) from error
+
+
 def _check_files(
-    rows: Iterable[tables.Row], folder: Path
+    rows: Iterable[tables.Row], folder: Path, listed: Collection[str] | None
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for where, row in rows:
         name = tables.media_name(where, row)
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise DataError(f"{where}: {name!r} leaves the folder; use names inside {folder}")
-        if not (folder / name).is_file():
+        if name not in listed if listed is not None else not (folder / name).is_file():
             raise DataError(f"{where}: no file {folder / name}; add it or remove the row")
         yield where, name, row

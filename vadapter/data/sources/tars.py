@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vadapter import storage
 from vadapter.data import tables
 from vadapter.data.example import Example, Question
 from vadapter.data.shards import ShardSet, find, open_shards
@@ -29,7 +30,7 @@ class CaptionTars:
     an index (`vadapter data index`) in a file that is mapped; of texts in tables about 1 kB.
 
     Args:
-      folder: the folder of shards.
+      folder: the folder of shards, which may be `gs://…`.
       split: shards `<split>-NNN.tar`, all of them; and which rows.
       shards: instead of the split's, shards by a pattern: a glob such as `*.tar`, or a range such
         as `{00000..00099}.tar`.
@@ -51,7 +52,7 @@ class CaptionTars:
         index: str | Path | None = None,
         max_bad: float = MAX_BAD,
     ):
-        folder = Path(folder)
+        folder = storage.as_path(folder)
         self._shards = open_shards(folder, find(folder, ".tar", split, shards), index)
         self._shards.require_unique()
         paths = [folder / name for name in _TABLES if (folder / name).is_file()]

@@ -1,0 +1,378 @@
+"""`vadapter plan`: its figures, what it does where something does not fit, and its command."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from recipes import tiny_recipe
+
+from vadapter import config
+from vadapter.cli import main
+from vadapter.errors import USER_ERROR, ConfigError
+from vadapter.parallel import topology
+from vadapter.parallel.topology import CHIPS, Topology, parse
+from vadapter.study import advice, figures, plan_text
+from vadapter.study import plan as study_plan
+from vadapter.study.figures import memory_needed
+from vadapter.study.plan import Setting, plan
+from vadapter.train.recipe import read
+
+HERE = Path(__file__).parent
+TINY = f"{HERE.parent / 'recipes.py'}:nowhere"
+OOM = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.30G) exceeds available HBM (15.75G)."  # noqa: E501 - libtpu 0.0.42
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)"
+)
+
+
+def recipe(**stage):
+    made = read(tiny_recipe(Path("nowhere"), batch=16))
+    one = dataclasses.replace(made.stages["vadapter"], **stage)
+    return dataclasses.replace(made, stages={**made.stages, "vadapter": one})
+
+
+@functools.cache
+def planned(name="cpu:1", stage="vadapter", decode=0, **setting) -> Any:
+    return plan(recipe(), stage, Setting(parse(name), **setting), decode=decode)
+
+
+@pytest.fixture(autouse=True)
+def _hosts(monkeypatch):
+    """Four CPU devices a host."""
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], per_host=4))
+
+
+def both() -> tuple[Any, Any]:
+    """The same stage on eight devices with its weights whole and split."""
+    return planned("cpu:8"), planned("cpu:8", fsdp=4, decode=8)
+
+
+def test_what_stays_is_the_sum_of_its_parts():
+    for made in both():
+        parts = sum(part.bytes for part in made.parts.values())
+        counters = 2 * 4  # steps and skipped ones
+        assert made.train.arguments == parts + made.optimizer + made.batch_bytes + counters
+        assert made.train.peak == made.train.arguments + made.train.temporaries
+
+
+def test_split_weights_need_a_share_of_their_bytes_on_each_device():
+    whole, split = both()
+    assert split.mesh == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert whole.parts["llm"].parameters == split.parts["llm"].parameters
+    assert split.parts["llm"].bytes < 0.3 * whole.parts["llm"].bytes
+    assert split.optimizer < 0.3 * whole.optimizer
+    assert whole.batch_bytes == split.batch_bytes
+
+
+def test_trained_parts_are_float32_with_two_moments():
+    made, _ = both()
+    learnt = {name: part for name, part in made.parts.items() if part.trained}
+    assert set(learnt) == {"resampler", "fc_in", "tlm", "fc_out"}
+    count = sum(part.parameters for part in learnt.values())
+    assert sum(part.bytes for part in learnt.values()) == 4 * count
+    assert made.optimizer == pytest.approx(8 * count, abs=64)
+
+
+def test_split_weights_are_gathered_and_whole_ones_are_not():
+    whole, split = (made.train.collectives for made in both())
+    assert "all-gather" not in whole
+    assert split["all-gather"].bytes > 0
+    assert whole["all-reduce"].count > 0
+    assert planned().train.collectives == {}
+
+
+def test_time_follows_from_flops_peak_and_utilisation_and_every_host_reads_its_share():
+    made, _ = both()
+    assert made.flops == made.counted == made.train.flops > 0
+    seconds = made.flops / (8 * CHIPS["cpu"].peak * 0.4)
+    assert made.utilised_ms == pytest.approx(1000 * seconds)
+    assert made.step_ms == pytest.approx(0.4 * made.utilised_ms)
+    assert made.days == pytest.approx(made.steps * seconds / 86400)
+    assert made.chip_hours == pytest.approx(8 * 24 * made.days)
+    assert made.hosts == 2
+    assert made.rows_s == pytest.approx(16 / seconds / 2)
+
+
+def test_more_rows_need_more_and_rematerialisation_less():
+    one, four, full = planned(), planned(batch=64), planned(batch=64, remat="full")
+    assert four.train.temporaries > 3 * one.train.temporaries
+    assert full.train.temporaries < four.train.temporaries
+    assert full.train.flops > full.counted == four.counted
+
+
+def test_texts_are_planned_on_request():
+    _, made = both()
+    assert made.decode is not None
+    assert made.decode.fits
+    assert made.decode.arguments < made.train.arguments  # no optimizer
+    assert "writing 8 tokens: fits" in plan_text.as_text(made)
+    with pytest.raises(ConfigError, match="kind vision writes no texts"):
+        planned(stage="vision", decode=8)
+
+
+def test_a_model_without_a_formula_is_counted():
+    made = planned(stage="vision")
+    assert made.flops is None
+    assert made.step_ms == pytest.approx(1000 * made.counted / CHIPS["cpu"].peak)
+    assert "no formula" in plan_text.as_text(made)
+
+
+def test_rows_that_do_not_divide_over_the_chips_are_refused():
+    with pytest.raises(ConfigError, match="make it a multiple of 8"):
+        planned("cpu:8", batch=12)
+
+
+def test_the_text_has_every_figure():
+    _, made = both()
+    text = plan_text.as_text(made)
+    for name, part in made.parts.items():
+        assert f"{name} " in text
+        assert f"{part.parameters:,}" in text
+    for words in ("memory estimated from the trace", "collectives from compiling for 8 devices",
+                  "fits: peak", "ratio 1.0000", "chip-hours", "rows/s", "all-gather"):  # fmt: skip
+        assert words in text
+
+
+def test_the_text_is_narrow_and_says_where_jax_must_be_allowed_more():
+    made = dataclasses.replace(both()[0], topology="h100:8")
+    lines = plan_text.as_text(made).splitlines()
+    guessed = dataclasses.replace(made.train, cycles=10**10, estimated_ms=10000.0)
+    more = plan_text.as_text(dataclasses.replace(made, train=guessed, share=0.5)).splitlines()
+    assert max(map(len, lines + more)) < 100
+    said = " ".join(" ".join(more).split())
+    assert "10,000,000,000 cycles, 10,000.0 ms, 50% of the peak" in said
+    assert not any("MEM_FRACTION" in line for line in lines)
+    nearly = dataclasses.replace(made.train, limit=int(1.1 * made.train.peak))
+    text = plan_text.as_text(dataclasses.replace(made, train=nearly))
+    assert "fits: peak" in text
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in text
+
+
+# -- what does not fit -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("message", "needed"), [
+    (OOM, int(16.30 * 2**30)),
+    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 512.5M of 15.75G hbm.",
+     int(512.5 * 2**20)),
+    ("INVALID_ARGUMENT: (16.30G) exceeds", None),
+    ("RESOURCE_EXHAUSTED: something else", None),
+])  # fmt: skip
+def test_the_compilers_words_say_how_much_is_needed(message, needed):
+    assert memory_needed(message) == needed
+
+
+class Stopped:
+    """A traced program that the compiler does not finish."""
+
+    jaxpr = jax.make_jaxpr(lambda: 1)()
+
+    def __init__(self, message):
+        self._message = message
+
+    def lower(self):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self._message)
+
+
+def tpu_that_stops(monkeypatch, message):
+    monkeypatch.setattr(figures, "versions", lambda: {"libtpu": "0"})
+    return figures.of_compiler(parse("v5e:2x2"), Stopped(message), ())
+
+
+def test_a_compiler_that_runs_out_of_memory_is_a_row_of_the_table(monkeypatch):
+    stopped = tpu_that_stops(monkeypatch, OOM)
+    assert not stopped.fits
+    assert (stopped.peak, stopped.temporaries) == (int(16.30 * 2**30), None)
+    made = dataclasses.replace(planned(), train=stopped)
+    assert "train: does not fit: needs 17.5 GB of 16.9 GB" in plan_text.as_text(made)
+
+
+def test_any_other_error_of_the_compiler_is_told_as_it_is(monkeypatch):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        tpu_that_stops(monkeypatch, "INTERNAL: a bug")
+
+
+def tried(monkeypatch, stage="vadapter", fits=lambda setting: False, over=False):
+    """What is tried, in its order, and what is found."""
+    setting, order, made = Setting(parse("cpu:8")), [], both()[0]
+    train = dataclasses.replace(made.train, limit=0 if over else made.train.arguments + 1)
+    made = dataclasses.replace(made, train=train, batch=32)
+    rest = dataclasses.replace(train, limit=10**12)
+    monkeypatch.setattr(advice.importlib.util, "find_spec", lambda name: True)
+
+    def attempt(change):
+        order.append(advice.described(recipe(), stage, setting, change))
+        return dataclasses.replace(made, train=rest if fits(change) else train)
+
+    return order, advice.search(recipe(), stage, setting, made, attempt)
+
+
+def test_less_is_tried_in_the_order_of_what_it_costs(monkeypatch):
+    order, found = tried(monkeypatch)
+    remat = "--config.components.tlm.remat={0} --config.components.llm.remat={0}"
+    full, split = remat.format("full"), " --config.mesh.fsdp=8 --config.mesh.data=-1"
+    int8 = " --config.components.llm.int8=True"
+    assert order == [
+        remat.format("names"), full, full + split,
+        f"--topology=cpu:16 {full}{split}",
+        f"--topology=cpu:32 {full}{split}",
+        full + split + int8,
+        f"{full}{split}{int8} --config.stages.vadapter.batch=16",
+        f"{full}{split}{int8} --config.stages.vadapter.batch=8",
+    ]  # fmt: skip
+    assert found is None
+
+
+def test_rematerialisation_is_not_tried_where_weights_alone_are_too_large(monkeypatch):
+    order, _ = tried(monkeypatch, over=True)
+    assert not any("remat" in line for line in order)
+    assert order
+
+
+def test_a_language_model_that_is_trained_is_not_made_int8(monkeypatch):
+    order, _ = tried(monkeypatch, stage="decoder")
+    assert not any("int8" in line for line in order)
+
+
+def test_the_first_that_fits_is_named_and_nothing_is_tried_after_it(monkeypatch):
+    order, found = tried(monkeypatch, fits=lambda setting: setting.fsdp == 8)
+    assert len(order) == 3
+    assert found is not None
+    assert found[0].fsdp == 8
+    assert found[1].fits
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(capfd):
+    def run(*options):
+        code = main(["plan", f"--config={TINY}", *map(str, options)])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_the_command_prints_and_saves_the_same_figures(call, tmp_path):
+    code, out, err = call(
+        "--topology=cpu:1", "--stage=vadapter", "--batch=64", "--utilisation=0.5",
+        "--config.components.llm.remat=full", f"--json={tmp_path / 'plan.json'}",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    assert saved["fits"]
+    assert saved["batch"] == 64
+    assert saved["remat"]["llm"] == "full"
+    assert saved["utilisation"] == 0.5
+    assert saved["decode"] is saved["nearest"] is None
+    assert plan_text.size(saved["train"]["peak"]) in out
+    assert f"{saved['parts']['llm']['parameters']:,}" in out
+
+
+def fitting(monkeypatch, fits):
+    """Every plan is the same one, which fits where the setting does."""
+    made = both()[0]
+    full = dataclasses.replace(made, train=dataclasses.replace(made.train, limit=1))
+    answer = lambda recipe, name, setting, **_: made if fits(setting) else full  # noqa: E731
+    monkeypatch.setattr(study_plan, "plan", answer)
+
+
+def test_what_does_not_fit_ends_well_with_the_nearest_that_does(call, monkeypatch, tmp_path):
+    fitting(monkeypatch, lambda setting: setting.fsdp == 8)
+    code, out, err = call("--topology=cpu:8", "--stage=vadapter", f"--json={tmp_path / 'p.json'}")
+    assert code == 0
+    assert "train: does not fit: needs" in out
+    change = "--config.mesh.fsdp=8 --config.mesh.data=-1"
+    assert f"\nfits with {change}:\n" in out
+    assert "train: fits: peak" in out
+    assert err == f"vadapter: does not fit; trying {change}\n"
+    saved = json.loads((tmp_path / "p.json").read_text())
+    assert not saved["fits"]
+    assert saved["change"] == change
+    assert saved["nearest"]["train"]["limit"] > 1
+
+
+def test_where_nothing_fits_the_code_says_so(call, monkeypatch, tmp_path):
+    fitting(monkeypatch, lambda setting: False)
+    code, out, err = call("--topology=cpu:8", "--stage=vadapter", f"--json={tmp_path / 'p.json'}")
+    assert code == USER_ERROR
+    assert "does not fit" in out
+    assert "stage vadapter does not fit cpu:8" in err.splitlines()[-1]
+    assert not json.loads((tmp_path / "p.json").read_text())["fits"]
+
+
+def test_a_tpu_without_its_compiler_is_one_line(call, monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    code, out, err = call("--topology=v5e:4x4")
+    assert (code, out) == (USER_ERROR, "")
+    assert err.splitlines() == [
+        "vadapter: topology v5e:4x4: its compiler is not installed; pip install 'vadapter[tpu]'"
+    ]
+
+
+@pytest.mark.parametrize(("option", "says"), [
+    ("--topology=v5e:3x4", "nearest: v5e:2x4"),
+    ("--topology=cpu:1 --stage=vadaptr", "did you mean 'vadapter'?"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(call, option, says):
+    code, out, err = call(*option.split())
+    assert (code, out) == (USER_ERROR, "")
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
+# -- the TPU's compiler ----------------------------------------------------------------------------
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("name", "decode"), [("v5e:2x2", 4), ("2*v5p:2x2x1", 0)])
+def test_a_small_stage_compiles_for_tpus_that_are_not_here(name, decode):
+    made = planned(name, fsdp=2, decode=decode)
+    assert made.fits
+    assert (made.decode is None) == (not decode)
+    assert made.train.cycles > 0
+    assert made.train.collectives["all-gather"].count > 0
+    assert made.train.peak <= made.train.arguments + (made.train.temporaries or 0)
+    assert "compiled for" in plan_text.as_text(made)
+
+
+@needs_libtpu
+def test_the_tpus_own_words_for_too_little_memory_are_understood():
+    where = topology.devices(parse("v5e:2x2")).ravel()[0]
+    alone = jax.sharding.SingleDeviceSharding(where)
+    x = jax.ShapeDtypeStruct((2**24, 1024), "float32", sharding=alone)
+    traced = jax.jit(lambda x: x * x.sum()).trace(x)
+    made = figures.of_compiler(parse("v5e:2x2"), traced, (x,))
+    assert not made.fits
+    assert made.peak > 2**36
+
+
+GATE = json.loads((HERE / "estimated_cycles.json").read_text())
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("row", GATE["rows"], ids=lambda row: f"{row['config']}-{row['topology']}")
+def test_the_compilers_estimate_has_not_grown(row):
+    """Another libtpu may count otherwise: then measure all rows anew, and say so."""
+    made = read(config.load(row["config"]))
+    setting = Setting(parse(row["topology"]), batch=row["batch"], fsdp=row["fsdp"])
+    with jax.default_matmul_precision(None):  # as in training, not as in these tests
+        found = plan(made, made.chain[-1], setting)
+    assert found.train.cycles == pytest.approx(row["cycles"], rel=0.03)
+    assert found.train.peak == pytest.approx(row["peak"], rel=0.03)
+
+
+def test_the_gate_names_topologies_that_there_are():
+    assert GATE["libtpu"]
+    assert all(isinstance(parse(row["topology"]), Topology) for row in GATE["rows"])

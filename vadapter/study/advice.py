@@ -1,0 +1,89 @@
+"""The nearest setting that fits, where the one asked for does not."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Iterator
+
+from vadapter.errors import ConfigError
+from vadapter.parallel.topology import larger
+from vadapter.study.plan import Plan, Setting, language_models
+from vadapter.train.recipe import Recipe, trained
+
+Try = Callable[[Setting], Plan]
+MORE = 3  # larger topologies that are tried
+
+
+def search(
+    recipe: Recipe, name: str, setting: Setting, planned: Plan, attempt: Try,
+    say: Callable[[str], object] = lambda line: None,
+) -> tuple[Setting, Plan] | None:  # fmt: skip
+    """The first setting that fits: rematerialisation, weights that are split, more chips, int8 with
+    all these chips or those asked for, and last a smaller batch.
+
+    Args:
+      planned: at `setting`; attempt: plans another one.
+      say: is told what is tried.
+
+    Returns:
+      The setting and its plan; None if nothing fits.
+    """
+    for change in easier(recipe, name, setting, planned):
+        say(f"does not fit; trying {described(recipe, name, setting, change)}")
+        try:
+            found = attempt(change)
+        except ConfigError as error:  # the batch does not divide over these chips, say
+            say(str(error))
+            continue
+        if found.fits:
+            return change, found
+    return None
+
+
+def easier(recipe: Recipe, name: str, setting: Setting, planned: Plan) -> Iterator[Setting]:
+    """Settings that need less and less memory a chip."""
+    now, parts = setting, recipe.stages[name].accumulate
+    kinds = set(planned.remat.values()) if planned.train.arguments < planned.train.limit else set()
+    for remat, more in (("names", {"none"}), ("full", {"none", "dots", "names"})):
+        if kinds & more:  # and what stays leaves room
+            now = dataclasses.replace(now, remat=remat)
+            yield now
+    able = planned.chips // setting.topology.slices // planned.mesh["tensor"]
+    for fsdp in sorted({min(8, able), able}):
+        if fsdp > planned.mesh["fsdp"]:
+            now = dataclasses.replace(now, fsdp=fsdp)
+            yield now
+    topology = larger(setting.topology)
+    for _ in range(MORE):
+        if topology is None or planned.batch % (topology.chips * parts):
+            break
+        yield dataclasses.replace(now, topology=topology)
+        topology = larger(topology)
+    lm = recipe.stages[name].lm
+    if (
+        lm in language_models(recipe, name)
+        and lm not in trained(recipe.stages[name])
+        and lm not in planned.int8
+        and importlib.util.find_spec("qwix")
+    ):
+        now = dataclasses.replace(now, int8=True)
+        yield now
+    batch = planned.batch // 2
+    while batch and batch % (planned.chips * parts) == 0:
+        yield dataclasses.replace(now, batch=batch)
+        batch //= 2
+
+
+def described(recipe: Recipe, name: str, old: Setting, new: Setting) -> str:
+    """What differs, as one writes it on the command line, for `vadapter train` as well."""
+    changed = lambda key: getattr(old, key) != getattr(new, key)  # noqa: E731
+    words = [f"--topology={new.topology}"] * changed("topology")
+    values = {}
+    if changed("remat"):
+        values |= {f"components.{n}.remat": new.remat for n in language_models(recipe, name)}
+    if changed("fsdp"):
+        values |= {"mesh.fsdp": new.fsdp, "mesh.data": -1}
+    if changed("int8"):
+        values[f"components.{recipe.stages[name].lm}.int8"] = True
+    if changed("batch"):
+        values[f"stages.{name}.batch"] = new.batch
+    return " ".join([*words, *(f"--config.{key}={value}" for key, value in values.items())])

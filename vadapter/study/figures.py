@@ -1,0 +1,140 @@
+"""Memory, traffic and estimated time of one program on accelerators that are not here.
+
+Of TPUs they are those of the program that the TPU compiler makes. Other compilers are not here:
+their memory is estimated from the trace, and what is sent is what the same program sends when it
+is compiled for as many devices of this host's CPU. `Figures.how` says which.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+
+from vadapter.parallel.topology import Topology
+from vadapter.study import flops, hlo, liveness
+
+ROWS = 1009  # of a traced micro-batch: a prime, so that no other dimension has it as a factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """A program on one device, in bytes.
+
+    Attributes:
+      how: where these figures come from.
+      arguments: what is there before: weights, optimizer, batch.
+      temporaries: activations, gradients, logits; None where the compiler stopped before.
+      peak: the most at a time; of a program that the compiler stopped at, what it needs.
+      limit: what programs may use.
+      flops: of the traced program on all devices, recomputed products included.
+      collectives: kind -> what is sent.
+      cycles: the compiler's estimate, see `hlo.Work`; estimated_ms: at the chip's clock.
+      compile_s: None where nothing was compiled.
+    """
+
+    how: str
+    arguments: int
+    temporaries: int | None
+    peak: int
+    limit: int
+    flops: int
+    collectives: dict[str, hlo.Sent]
+    cycles: int = 0
+    estimated_ms: float | None = None
+    compile_s: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+
+def of_compiler(topology: Topology, traced: Any, arguments: Any, loops: int = 1) -> Figures:
+    """Those of the TPU compiler.
+
+    Args:
+      traced: a program for the topology's devices, from `jax.jit(fn).trace(*arguments)`.
+      loops: how often the body of a `while` runs.
+    """
+    limit, how = int(topology.row.hbm), f"compiled for {topology} by libtpu {versions()['libtpu']}"
+    total = flops.count_traced(traced.jaxpr.jaxpr, loops)
+    began = time.perf_counter()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (needs := memory_needed(str(error))) is None:
+            raise
+        spent = time.perf_counter() - began
+        kept = on_one(arguments)
+        return Figures(how, kept, None, needs, limit, total, {}, compile_s=spent)
+    seconds = time.perf_counter() - began
+    memory: Any = compiled.memory_analysis()
+    work = hlo.walk(compiled.as_text() or "")
+    return Figures(
+        how, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
+        memory.peak_memory_in_bytes, limit, total, work.collectives, work.cycles,
+        1000 * work.cycles / topology.row.clock, seconds,
+    )  # fmt: skip
+
+
+def of_trace(topology: Topology, traced: Any, arguments: Any, held: int, loops: int = 1) -> Figures:
+    """Those of an analysis; something is compiled only where there are several chips.
+
+    Args:
+      traced, arguments, loops: as of `of_compiler`, for as many devices of this host's CPU.
+      held: bytes of temporaries, from `estimate`.
+    """
+    how, sent, seconds = "memory estimated from the trace", {}, None
+    if topology.chips > 1:
+        began = time.perf_counter()
+        compiled = traced.lower().compile()
+        seconds = time.perf_counter() - began
+        sent = hlo.walk(compiled.as_text() or "").collectives
+        how += f", collectives from compiling for {topology.chips} devices of this host's CPU"
+    kept, limit = on_one(arguments), int(topology.row.hbm)
+    total = flops.count_traced(traced.jaxpr.jaxpr, loops)
+    return Figures(how, kept, held, kept + held, limit, total, sent, compile_s=seconds)
+
+
+def estimate(fn: Callable[..., Any], arguments: Any, mesh: Mapping[str, int], rows: int) -> int:
+    """Bytes of temporaries on a device.
+
+    Args:
+      fn, arguments: the program for one device and micro-batches of `ROWS`.
+      mesh: axis -> devices, of the mesh that it will run on.
+      rows: of its micro-batches, on all devices together.
+    """
+    scale = rows / (mesh["data"] * mesh["fsdp"]) / ROWS
+    share = 1 / (mesh["fsdp"] * mesh["tensor"])
+    return liveness.temporaries(fn, *arguments, rows=ROWS, scale=scale, share=share)
+
+
+def on_one(tree: Any) -> int:
+    """Bytes of shapes with shardings, on each device."""
+    shard = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
+    return sum(shard(x) for x in jax.tree.leaves(tree))
+
+
+def memory_needed(message: str) -> int | None:
+    """Bytes that the TPU compiler says a program needs; None if it stopped for something else."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    for pattern in (r"\(([\d.]+)([KMGT]?)\) exceeds", r"Used ([\d.]+)([KMGT]?) of"):
+        if found := re.search(pattern, message):
+            return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Of what plans depend on; without libtpu where that is not installed."""
+    found = {}
+    for name in ("vadapter", "jax", "libtpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,212 @@
+"""What a stage would take on accelerators that are not here: memory, time, traffic."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from vadapter.errors import ConfigError
+from vadapter.models.variants import expand
+from vadapter.parallel.mesh import MeshConfig, make_mesh
+from vadapter.parallel.topology import Topology, devices
+from vadapter.study import flops
+from vadapter.study.figures import ROWS, Figures, estimate, of_compiler, of_trace, on_one, versions
+from vadapter.study.program import Program
+from vadapter.train.preflight import check_batch_size
+from vadapter.train.recipe import Recipe, components, trained
+
+DAY = 86400
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is planned, and what may be changed where it does not fit.
+
+    Attributes:
+      batch: rows of a step; 0: the stage's.
+      frames: F of its rows; 0: as many as the data set's clips have.
+      remat: of the stage's language models, instead of their own.
+      fsdp: devices that split the weights; 0: the recipe's.
+      int8: the frozen language model's weights are int8.
+    """
+
+    topology: Topology
+    batch: int = 0
+    frames: int = 1
+    remat: str = ""
+    fsdp: int = 0
+    int8: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A component: parameters in all, and bytes of them on each device."""
+
+    parameters: int
+    trained: bool
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A stage on a topology.
+
+    Attributes:
+      optimizer, batch_bytes: of the arguments, per device; the others are `parts`.
+      train, decode: the programs; decode writes texts of `decode_tokens`.
+      flops: of a step on all devices, by formula (nothing recomputed); None: there is none.
+      counted: the same in the traced program; what the backward pass repeats is in `train.flops`.
+      step_ms: of `flops` at the chips' peak; utilised_ms: at that share of it, `utilisation`.
+      share: of the peak, if a step takes `train.estimated_ms`.
+      days, chip_hours: of all steps at `utilised_ms`, nothing but steps.
+      rows_s: rows a second that each host reads, at `utilised_ms`.
+    """
+
+    stage: str
+    kind: str
+    topology: str
+    chips: int
+    hosts: int
+    mesh: dict[str, int]
+    steps: int
+    batch: int
+    frames: int
+    remat: dict[str, str]
+    int8: tuple[str, ...]
+    parts: dict[str, Part]
+    optimizer: int
+    batch_bytes: int
+    train: Figures
+    decode: Figures | None
+    decode_tokens: int
+    flops: int | None
+    counted: int
+    step_ms: float
+    utilisation: float
+    utilised_ms: float
+    share: float | None
+    days: float
+    chip_hours: float
+    rows_s: float
+    versions: dict[str, str]
+
+    @property
+    def fits(self) -> bool:
+        return self.train.fits and (self.decode is None or self.decode.fits)
+
+
+def plan(
+    recipe: Recipe, name: str, setting: Setting, *, decode: int = 0, utilisation: float = 0.4
+) -> Plan:
+    """Compiles or analyses the train step of a stage, and writing texts of `decode` tokens.
+
+    Raises:
+      ConfigError: batch, mesh and topology do not go together, or the compiler is not installed.
+    """
+    stage = program(recipe, name, setting)
+    if decode and not stage.captions:
+        raise ConfigError(f"stages.{name}: kind {stage.config.kind} writes no texts: no --decode")
+    train = _figures(stage, setting, 0)
+    texts = _figures(stage, setting, decode) if decode else None
+    return _described(stage, setting, train, texts, decode, utilisation)
+
+
+def program(recipe: Recipe, name: str, setting: Setting) -> Program:
+    """The stage's program at this setting, on the topology's devices."""
+    recipe = applied(recipe, name, setting)
+    mesh = make_mesh(recipe.mesh, devices(setting.topology))
+    batch = setting.batch or recipe.stages[name].batch
+    stage = Program(recipe, name, mesh, batch=batch, frames=setting.frames)
+    check_batch_size(name, stage.config, mesh.size)
+    return stage
+
+
+def applied(recipe: Recipe, name: str, setting: Setting) -> Recipe:
+    """The recipe with the setting's mesh, rematerialisation and int8."""
+    stage, specs = recipe.stages[name], dict(recipe.components)
+    for part in language_models(recipe, name) if setting.remat else ():
+        specs[part] = {**specs[part], "remat": setting.remat}
+    if setting.int8 and stage.lm not in trained(stage):
+        specs[stage.lm] = {**specs[stage.lm], "int8": True}
+    mesh = dataclasses.replace(recipe.mesh, slices=setting.topology.slices)
+    if setting.fsdp:
+        mesh = dataclasses.replace(mesh, fsdp=setting.fsdp, data=-1)
+    return dataclasses.replace(recipe, components=specs, mesh=mesh)
+
+
+def language_models(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """The language models of a stage."""
+    kind = lambda part: expand(part, recipe.components[part])["kind"]  # noqa: E731
+    return tuple(part for part in components(recipe.stages[name]) if kind(part) == "lm")
+
+
+def _figures(stage: Program, setting: Setting, decode: int) -> Figures:
+    """Of the train step, or of writing texts of `decode` tokens."""
+    fn, arguments = _function(stage, decode)
+    traced = (jax.jit(fn) if decode else stage.train_step()).trace(*arguments)
+    if setting.topology.row.kind == "tpu":
+        return of_compiler(setting.topology, traced, arguments, decode or 1)
+    # The same for a device alone, with another number of rows.
+    accumulate = 1 if decode else stage.config.accumulate
+    one = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
+    alone = Program(
+        stage.recipe, stage.name, one, batch=ROWS * accumulate, frames=setting.frames
+    )  # fmt: skip
+    fn = alone.decode(decode) if decode else alone.step
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments[:-1])
+    shapes = (*shapes, alone.batch_shapes())
+    held = estimate(fn, shapes, stage.mesh.shape, stage.config.batch // accumulate)
+    return of_trace(setting.topology, traced, arguments, held, decode or 1)
+
+
+def _function(stage: Program, decode: int) -> tuple[Any, Any]:
+    """The function and the shapes of its arguments."""
+    if not decode:
+        return stage.step, stage.arguments()
+    learnt, frozen = stage.params
+    return stage.decode(decode), (learnt | frozen, stage.batch_shapes())
+
+
+def _described(
+    stage: Program, setting: Setting, train: Figures, texts: Figures | None, decode: int,
+    utilisation: float,
+) -> Plan:  # fmt: skip
+    topology, config, recipe = setting.topology, stage.config, stage.recipe
+    state, _, batch = stage.arguments()
+    rows, modules = config.batch, stage.model.modules
+    each = flops.formula(stage.model, stage.learns, stage.sizes)
+    needed = rows * sum(each.values()) if each else None
+    counted = train.flops
+    if any(spec.get("remat", "none") != "none" for spec in recipe.components.values()):
+        plain = Program(
+            recipe, stage.name, stage.mesh, batch=rows, frames=setting.frames, remat="none"
+        )  # fmt: skip
+        counted = flops.count(plain.step, *stage.arguments())
+    least = (needed or counted) / (topology.row.peak * topology.chips)
+    seconds, estimated = least / utilisation, train.estimated_ms
+    lms = language_models(recipe, stage.name)
+    return Plan(
+        stage=stage.name, kind=config.kind, topology=str(topology), chips=topology.chips,
+        hosts=topology.hosts, mesh=dict(stage.mesh.shape), steps=config.steps, batch=rows,
+        frames=stage.sizes.get("F", 0),
+        remat={part: modules[part].config.remat for part in lms},  # type: ignore[attr-defined]
+        int8=tuple(part for part in lms if recipe.components[part].get("int8")),
+        parts=_parts(stage), optimizer=on_one(state.opt_state), batch_bytes=on_one(batch),
+        train=train, decode=texts, decode_tokens=decode,
+        flops=needed, counted=counted,
+        step_ms=1000 * least, utilisation=utilisation, utilised_ms=1000 * seconds,
+        share=1000 * least / estimated if estimated else None,
+        days=seconds * config.steps / DAY,
+        chip_hours=seconds * config.steps / 3600 * topology.chips,
+        rows_s=rows / seconds / topology.hosts, versions=versions(),
+    )  # fmt: skip
+
+
+def _parts(stage: Program) -> dict[str, Part]:
+    learnt, frozen = stage.params
+    both = learnt | frozen
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    return {
+        part: Part(count(both[part]), part in learnt, on_one(both[part]))
+        for part in components(stage.config)
+    }
