@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from small_benchmarks import write_benchmarks
 
 from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR, ConfigError, HostError
 from vadapter.parallel import hosts
@@ -62,6 +63,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recipe(folder):
     return runs.write_recipe(folder, "text_only")
+
+
+def said(log):
+    """Lines of a log without those of Gloo, which speaks of ranks."""
+    return [line for line in log.splitlines() if "ank" not in line]
 
 
 def attempt(job, fault="", **options):
@@ -133,8 +139,7 @@ def test_only_the_first_host_writes_and_speaks(done):
     path = done.whole.workdir / "llm"
     assert [row["step"] for row in rows(path / "metrics.jsonl")] == [*range(1, STEPS + 1)]
     assert len(list((path / "tb").iterdir())) == 1
-    said = [line for line in done.whole.log(1).splitlines() if "ank" not in line]  # Gloo's
-    assert not said
+    assert not said(done.whole.log(1))
     leftovers = {p.name for p in done.whole.workdir.iterdir() if p.name.startswith(".")}
     assert leftovers == {".lock"}
 
@@ -196,6 +201,19 @@ def test_a_chain_with_cached_pictures_and_evaluations_is_that_of_one_process(fol
     evaluate = (*runs.VADAPTER, "eval", str(job.workdir), "--evals=captions")
     assert job.start(command=evaluate).wait() == [0] * n, job.logs()
     assert (job.workdir / where).read_text() == whole
+
+    data = write_benchmarks(tmp_path / "official", folder / "shapes")
+    where = Path("vadapter/eval/flickr8k")
+    benchmark = ("--benchmarks=flickr8k", f"--data={data}", "--batch=8")
+    alone = (*runs.VADAPTER, "eval", str(tmp_path / "one"), *benchmark)
+    together = (*runs.VADAPTER, "eval", str(job.workdir), *benchmark)
+    assert drive.Job(tmp_path / "alone", recipe, n=1).start(command=alone).wait() == [0]
+    assert job.start(command=together).wait() == [0] * n, job.logs()
+    assert not said(job.log(n - 1))
+    for name in ("predictions.jsonl", "submission.json", "gallery.html"):
+        assert (job.workdir / where / name).read_text() == (
+            tmp_path / "one" / where / name
+        ).read_text()
 
 
 # --- Before anything is compiled ---------------------------------------------------------------

@@ -1,11 +1,13 @@
 """One stage in this process: what is logged, skipped, counted, stopped, and in which order."""
 
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 import runs
+from flax.traverse_util import flatten_dict
 from recipes import tiny_recipe
 
 from vadapter.data.pipeline import make_loader
@@ -255,3 +257,6 @@ def test_in_bfloat16_frozen_parts_are_half_and_what_is_trained_stays_float32(fol
     path = tmp_path / "text/llm/checkpoints"
     state, _ = restore_step(path, stage.abstract_state(tx))
     assert dtypes((state.params, state.opt_state)) == {"float32", "int32"}
+    overview = (tmp_path / "text/llm/parameters.txt").read_text()
+    for name, x in flatten_dict(state.params, sep="/").items():
+        assert re.search(rf"\| {name} +\| {re.escape(str(x.shape))} +\| float32 ", overview)

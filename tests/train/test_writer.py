@@ -97,6 +97,15 @@ def test_what_a_full_disk_does_not_take_is_written_when_there_is_space_again(tmp
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
+def test_tensorboard_reads_the_same_numbers(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    write(tmp_path, 1, loss=3.0)
+    write(tmp_path, 2, loss=2.0, accuracy=0.5)
+    events = accumulator.EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 3.0), (2, 2.0)]
+    assert [(e.step, e.value) for e in events.Scalars("accuracy")] == [(2, 0.5)]
+
+
 def test_without_tensorboard_nothing_is_missing_but_its_files(tmp_path, monkeypatch):
     honest = builtins.__import__
 

@@ -230,8 +230,9 @@ def attend(
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
-        scores = scores.reshape(B, H, T, -1)
-        scores = jnp.where(mask[:, None], scores, MASKED).reshape(B, N, H // N * T, -1)
+        # An addend: a choice would keep the mask of every head for the backward pass.
+        bias = jnp.where(mask[:, None], jnp.float32(0), MASKED)
+        scores = scores + jnp.tile(bias, (1, 1, H // N, 1))
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     y = jnp.einsum("bnqs,bsnk->bnqk", weights, v).reshape(B, N, H // N, T, K)
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)

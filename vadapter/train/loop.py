@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optax
+from clu.parameter_overview import get_parameter_overview
 
 from vadapter import buckets, storage
 from vadapter.config import differences, plain
@@ -92,6 +93,9 @@ def train_stage(stage: Stage) -> None:
             + handover.report(stage.starts, c, stage.abstract)
         )
         state, frozen = _begin(stage, tx, checkpointer, identity, writer)
+        if hosts.first():
+            table = get_parameter_overview(state.params | frozen, include_stats="sharding")
+            storage.write_bytes(stage.directory / "parameters.txt", f"{table}\n".encode())
         evaluator = Evaluator(stage, frozen)  # compiled once, for the looks on the way too
         digests = _digests(frozen)
         try:
