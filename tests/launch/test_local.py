@@ -135,6 +135,7 @@ def test_a_mistake_ends_all_with_its_exit_code(begin, tmp_path):
     assert {line[:8] for line in out.splitlines()[1:]} == {"host 0: ", "host 1: "}
 
 
+@pytest.mark.slow
 def test_after_a_signal_all_have_saved_and_the_same_command_goes_on(begin, recipe, tmp_path):
     stopped = begin(REAL, *train(recipe, tmp_path / "run"))
     assert stopped.stdout is not None

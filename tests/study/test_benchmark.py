@@ -280,6 +280,7 @@ def environment(devices):
     return {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "XLA_FLAGS": flags}
 
 
+@pytest.mark.slow
 def test_eight_devices_say_what_one_says(run, data, evaluate):
     both = ("--benchmarks=flickr8k,daquar", SHOTLESS, "--batch=8")
     evaluate(*both)  # on eight

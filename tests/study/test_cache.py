@@ -50,6 +50,7 @@ def shards(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("*.array_record")}
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_goes_on_behind_the_last_complete_file(recipe, tmp_path):
     out = tmp_path / "killed"
     have, kept = [], {}

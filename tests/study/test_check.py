@@ -137,9 +137,11 @@ def test_the_quickstart_is_told_from_pixels_to_words_without_a_problem():
     assert vision["fusion"][1] == [30, 512]
 
 
-@pytest.mark.parametrize("encoder", ["b", "l", "g"])
-@pytest.mark.parametrize("llm", ["1b", "8b"])
-def test_the_papers_scales_are_told_and_only_what_is_not_there_is_missing(encoder, llm, tmp_path):
+@pytest.mark.parametrize(("encoder", "llm"), [("b", "1b"), ("l", "1b"), ("g", "8b")])
+def test_the_papers_scales_are_told_and_only_what_is_not_there_is_missing(
+    encoder, llm, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("VADAPTER_DATA", raising=False)
     arg = f"encoder={encoder},llm={llm}"
     facts = looked(config.load(f"configs/paper.py:{arg}"), tmp_path)
     stage = stages(facts)["vadapter"]
@@ -158,7 +160,8 @@ def test_the_papers_scales_are_told_and_only_what_is_not_there_is_missing(encode
 
 
 @pytest.mark.parametrize("arg", ["stage=1", "adapter=resampler", "adapter=mlp", "front=pooler"])
-def test_the_papers_other_rows_go_through_their_models(arg, tmp_path):
+def test_the_papers_other_rows_go_through_their_models(arg, tmp_path, monkeypatch):
+    monkeypatch.delenv("VADAPTER_DATA", raising=False)
     facts = looked(config.load(f"configs/paper.py:{arg}"), tmp_path)
     for stage in facts["stages"]:
         assert all(part["leaves"] for part in stage["components"])

@@ -209,6 +209,7 @@ def vadapter(*arguments):
     return process.returncode, out
 
 
+@pytest.mark.slow
 def test_a_run_with_pictures_lies_in_a_bucket_with_its_report(bucket, pictures):
     names = {name.removeprefix("pictures/") for name in bucket.objects}
     results = {f"decoder/eval/captions/{name}" for name in ("predictions.jsonl", "score.json")}
@@ -225,6 +226,7 @@ def test_the_convergence_of_a_run_in_a_bucket_is_drawn_there(bucket, folder):
     assert bucket.objects["plot/plots/convergence.png"][:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_evaluation_writes_to_the_bucket_what_training_did(bucket, pictures):
     name = "pictures/decoder/eval/captions/predictions.jsonl"
     trained = bucket.objects.pop(name)
@@ -235,6 +237,7 @@ def test_evaluation_writes_to_the_bucket_what_training_did(bucket, pictures):
     assert f"{name}.part" not in bucket.objects
 
 
+@pytest.mark.slow
 def test_a_picture_is_captioned_from_the_bucket_as_from_a_copy_of_it(
     bucket, pictures, folder, tmp_path
 ):

@@ -269,6 +269,7 @@ def tar(path, pictures):
                 shard.addfile(member, io.BytesIO(data))
 
 
+@pytest.mark.slow
 def test_readmes_commands_check_and_train_generated_models(world, tmp_path, monkeypatch, capsys):
     pictures = sorted((world / "shapes").glob("*.png"))[:12]
     (tmp_path / "pairs").mkdir()
