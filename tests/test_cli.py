@@ -13,7 +13,7 @@ import pytest
 from vadapter.cli import main
 from vadapter.errors import USER_ERROR
 
-VERBS = ("quickstart", "train", "check", "eval", "caption", "ask", "export")
+VERBS = ("quickstart", "train", "check", "plan", "eval", "caption", "ask", "export")
 
 
 @pytest.fixture(autouse=True)
