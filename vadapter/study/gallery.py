@@ -1,14 +1,10 @@
-"""Held-out pictures and clips with what the stages say about them, in a single HTML file.
-
-Captions, questions and names come from data sets and models: all of them are text, never markup.
-"""
+"""Held-out pictures and clips with what the stages say about them, in a single HTML file."""
 
 import base64
 import dataclasses
-import html
+import functools
 import io
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from vadapter.data.images import BadMedia
 from vadapter.data.media import load_media
 from vadapter.errors import UserError
 from vadapter.evals.scoring import Questions
+from vadapter.study.page import page, text
 from vadapter.train.inputs import make_source
 from vadapter.train.recipe import Recipe
 from vadapter.train.writer import lines
@@ -87,20 +84,20 @@ def write_gallery(path: Path, title: str, sections: Sequence[Section], table: st
       sections: in order.
       table: text of the summary, shown in front.
     """
-    page = ""
+    content = b""
     for size in SIZES:
-        page = _page(title, sections, table, size)
-        if len(page.encode("utf-8", "replace")) <= MAX_BYTES:
+        content = _page(title, sections, table, size).encode("utf-8", "replace")
+        if len(content) <= MAX_BYTES:
             break
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(page.encode("utf-8", "replace"))
+    path.write_bytes(content)
     return path
 
 
 def _page(title: str, sections: Sequence[Section], table: str, size: int) -> str:
-    body = [f"<h1>{_text(title)}</h1>"]
+    body = []
     if table:
-        body.append(f"<pre>{_text(table, len(table))}</pre>")
+        body.append(f"<pre>{text(table)}</pre>")
     for section in sections:
         if not section.rows:
             continue
@@ -114,7 +111,7 @@ def _page(title: str, sections: Sequence[Section], table: str, size: int) -> str
         for group, rows in groups.items():
             cards = "\n".join(_card(section, row, size) for row in rows)
             body.append(f"<h3>{group}</h3>\n<div class=cards>\n{cards}\n</div>")
-    return _FRAME.format(title=_text(title), body="\n".join(body))
+    return page(title, _STYLE, "\n".join(body))
 
 
 def choose(rows: Sequence[Row], task: str, each: int = EACH) -> dict[str, list[Row]]:
@@ -207,38 +204,19 @@ def thumbnail(frames: np.ndarray, size: int) -> tuple[str, bool]:
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}", small
 
 
-def _text(value: Any, limit: int = _MAX_TEXT) -> str:
-    """Any value as text of a page or of an attribute."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(value))
-    return html.escape(text if len(text) <= limit else text[: limit - 1] + "…")
+_text = functools.partial(text, limit=_MAX_TEXT)
 
-
-_FRAME = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; }}
-pre {{ overflow-x: auto; line-height: 1.3; }}
-h3 {{ margin: 1.2em 0 .4em; }}
-.cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: 1em; }}
-article {{ border: 1px solid #8884; border-radius: 6px; padding: .7em; overflow-wrap: anywhere; }}
-article p {{ margin: .2em 0; unicode-bidi: isolate; }}
-img {{ display: block; width: 150px; height: auto; margin: 0 auto .5em; }}
-img.small {{ image-rendering: pixelated; }}
-.stage {{ display: flex; justify-content: space-between; font-size: 12px; opacity: .8; }}
-.reference {{ font-size: 12px; opacity: .65; }}
-.question {{ font-weight: 600; }}
-.gone {{ opacity: .6; font-style: italic; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
+_STYLE = """\
+body { font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; }
+pre { overflow-x: auto; line-height: 1.3; }
+h3 { margin: 1.2em 0 .4em; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: 1em; }
+article { overflow-wrap: anywhere; }
+article p { margin: .2em 0; unicode-bidi: isolate; }
+img { display: block; width: 150px; height: auto; margin: 0 auto .5em; }
+img.small { image-rendering: pixelated; }
+.stage { display: flex; justify-content: space-between; font-size: 12px; opacity: .8; }
+.reference { font-size: 12px; opacity: .65; }
+.question { font-weight: 600; }
+.gone { opacity: .6; font-style: italic; }
 """

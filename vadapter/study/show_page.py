@@ -1,12 +1,7 @@
-"""Rows of data sets as one HTML file that needs nothing else.
-
-Texts and names come from data sets: all of them are text, never markup.
-"""
+"""Rows of data sets as one HTML file that needs nothing else."""
 
 import base64
-import html
 import io
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vadapter.errors import ConfigError
+from vadapter.study.page import page, text
 from vadapter.study.show_data import Shown, Token
 
 _EXACT = 160  # pixels a side up to which pictures are PNG, without loss
@@ -30,11 +26,10 @@ def write_page(path: Path, title: str, rows: Iterable[Shown]) -> Path:
     Raises:
       ConfigError: the file cannot be written.
     """
-    body = "\n".join(_card(row) for row in rows)
-    page = _FRAME.replace("{title}", _text(title)).replace("{body}", body)
+    body = _LEGEND + "\n".join(_card(row) for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(page.encode("utf-8", "replace"))
+        path.write_bytes(page(title, _STYLE, body).encode("utf-8", "replace"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name a file that can be written") from error
     return path
@@ -45,10 +40,10 @@ def _card(row: Shown) -> str:
     if row.frames is not None:
         frames, size = row.frames.shape[:2]
         marks.append(f"<span class=size>{frames} × {size} × {size}</span>")
-    head = f"<b>{_text(row.data)}[{row.index}]</b> {_text(row.name)} {' '.join(marks)}"
+    head = f"<b>{text(row.data)}[{row.index}]</b> {text(row.name)} {' '.join(marks)}"
     parts = [f"<h2>{head}</h2>"]
     if row.bad:
-        parts.append(f"<p class=bad>left out, with weight 0: {_text(row.bad)}</p>")
+        parts.append(f"<p class=bad>left out, with weight 0: {text(row.bad)}</p>")
     if row.frames is not None:
         images = "".join(
             f'<img src="{_uri(frame)}" alt="frame {n}" title="frame {n}">'
@@ -74,7 +69,7 @@ def _token(token: Token) -> str:
         where += f", segment {token.segment}, position {token.position}, {token.role}"
     where += "" if token.read else ", not read"
     kind = token.role if token.read else f"{token.role} unread"
-    return f'<span class="{kind}" title="{where}">{_text(token.text)}</span>'
+    return f'<span class="{kind}" title="{where}">{text(token.text)}</span>'
 
 
 def _uri(frame: np.ndarray) -> str:
@@ -84,23 +79,10 @@ def _uri(frame: np.ndarray) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def _text(value: str) -> str:
-    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", value))
-
-
-_FRAME = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-:root { color-scheme: light dark; }
+_STYLE = """\
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 90em; padding: 0 1em; }
 h2 { font-size: 1em; font-weight: normal; margin: 0 0 .5em; overflow-wrap: anywhere; }
-article { border: 1px solid #8884; border-radius: 6px; padding: .8em; margin: 0 0 1em; }
+article { margin: 0 0 1em; }
 .frames { display: flex; flex-wrap: wrap; gap: 2px; margin-bottom: .5em; }
 .frames img { width: 144px; height: 144px; }
 table { border-collapse: collapse; }
@@ -115,15 +97,10 @@ td span { border-radius: 3px; border-left: 1px solid #8883; padding: 1px 0; }
 .bad { background: #d33c; color: #fff; padding: .3em .6em; border-radius: 3px; }
 .mark { background: #c80; color: #fff; border-radius: 3px; padding: 0 .4em; }
 .size { opacity: .6; }
-</style>
-</head>
-<body>
-<h1>{title}</h1>
+"""
+_LEGEND = """\
 <p><span class="context">context</span> the model reads it; <span class="target">target</span> the
 loss counts it; <span class="target unread">target, not read</span> the end of a text;
 <span class="padding">padding</span> neither. The pixels are those that the encoder gets, before it
 normalises them. Hover over a token for its id and place.</p>
-{body}
-</body>
-</html>
 """
