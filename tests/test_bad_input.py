@@ -419,7 +419,7 @@ def small_disk(path: Path) -> Iterator[Callable[[], None]]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-@pytest.mark.parametrize("kind", ["disk", "limit"])
+@pytest.mark.parametrize("kind", ["disk", pytest.param("limit", marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(train, tmp_path, kind):
     # Checkpoints larger than what is copied before them: the first saves fit on the disk, and none
     # under the limit, which cuts the file that holds `front`.

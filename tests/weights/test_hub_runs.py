@@ -87,6 +87,7 @@ def test_a_run_records_the_commit_of_a_hub_id_and_is_read_again_offline(world):
     assert not hub.asked
 
 
+@pytest.mark.slow
 def test_a_branch_that_moves_does_not_move_the_run(world):
     hub = world[0]
     assert ask(world, "owner/model") == "24"
