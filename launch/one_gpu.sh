@@ -5,7 +5,7 @@
 #                     -- train --config=… --workdir=RUN
 #
 #   --gpu    which one; none: the CPU
-#   --batch, --steps   of --stage, which they need
+#   --batch, --steps   of --stage, which they need; its learning rate is not warmed up
 #   --quick  compiles with few optimisations: sooner ready, slower steps
 #   --nans   stops at the operation that makes the first NaN, with its traceback (slow)
 #
@@ -32,4 +32,6 @@ overrides=()
 for key in batch steps; do
   [[ ! ${opt[$key]:-} ]] || overrides+=("--config.stages.${opt[stage]}.$key=${opt[$key]}")
 done
+# So few steps are fewer than those of a recipe's warm-up.
+[[ ! ${opt[steps]:-} ]] || overrides+=("--config.stages.${opt[stage]}.optim.warmup=0")
 run env "${extra[@]}" vadapter "${command[@]}" "${overrides[@]}"

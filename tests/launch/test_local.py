@@ -1,4 +1,4 @@
-"""Jobs of several processes through launch/local.sh: real ones, and a command that stands in."""
+"""Jobs on this machine, of several processes or one: real ones, and a command that stands in."""
 
 import signal
 import subprocess
@@ -168,3 +168,11 @@ def test_the_supervisor_brings_a_job_whose_process_was_killed_to_its_end(begin, 
     assert out.count("supervise: exit code 137: again in 0 s") == 1
     assert "host 0: llm: resumed at step" in out
     assert not members(job.pid)
+
+
+def test_a_few_steps_on_one_device_are_a_matter_of_options(begin, recipe, tmp_path):
+    few = ("--gpu=none", "--stage=llm", "--batch=2", "--steps=2", "--quick", "--nans")
+    command = ("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}")
+    code, out = end(begin(REAL, str(LAUNCH / "one_gpu.sh"), *few, "--", *command), drive.LIMIT)
+    assert code == 0, out
+    assert "llm: lm, 2 steps of 2, mesh {'data': 1, " in out
