@@ -12,8 +12,8 @@ Arguments:
     steps               of each stage, instead of samples / batch
     int8                the LLM's weights in int8, half of bfloat16's memory
 
-Stage 2, planned (`vadapter plan`): memory of a device, and from the compiler's estimate to 40 % of the
-peak the time of the whole stage. laptop 2.9 GB; gpu (H100) 22 GB, 0.5 h; v5e-8 12.8 GB, 2.8-3.4 h;
+Stage 2, planned (`vadapter plan`): memory of a device; time of the whole stage, from the compiler's
+estimate to 40 % of the peak. laptop 2.9 GB; gpu (H100) 22 GB, 0.5 h; v5e-8 12.8 GB, 2.8-3.4 h;
 v5e-64 12.8 GB, 3.6-4.2 h; v5p-128 33 GB, 36-51 h. Stage 1 takes less. Not run.
 """
 
