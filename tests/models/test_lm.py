@@ -1,6 +1,7 @@
 """The stack and the decoder language model: who sees whom, scan, rematerialisation, switches."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -70,6 +71,39 @@ def test_gradients_at_a_token_reach_earlier_inputs_and_no_later_ones(switches, r
     reach = np.abs(jax.jit(jax.jacrev(readout))(x))[:, 0].sum(-1)  # [T out, T in]
     assert (reach[np.triu_indices(T, 1)] == 0).all()
     assert (reach[np.tril_indices(T)] > 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"parallel": False, "positions": "learned", "kv_heads": 2, "remat": "names"},
+        {"windows": (3, 0), "post_norms": True, "parallel": False, "qk_norm": True, "depth": 4},
+        {"shared_norm": False, "depth": 1, "remat": "full"},
+    ],
+    ids=["parallel", "serial", "windows", "alone"],
+)
+def test_the_last_tokens_states_and_gradients_do_not_need_the_others_in_the_last_block(
+    switches, rng
+):
+    module, params = tiny.lm(**switches)
+    x = jnp.asarray(rng.standard_normal((2, T, 16)), jnp.float32)
+    segments = jnp.array([[0, -1, -1, -1, 1, 1, 2, 2], [-1, -1, -1, -1, 1, 1, 1, 0]])
+    where = {"positions": jnp.tile(jnp.arange(T), (2, 1)), "mask": text_mask(segments)}
+    pick = jnp.asarray(rng.standard_normal((2, 4, 16)), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(x, last):
+        def readout(x):
+            states, _ = module.apply({"params": params}, x, method="hidden", last=last, **where)
+            return (states[:, -4:] * pick).sum(), states
+
+        return jax.grad(readout, has_aux=True)(x)
+
+    (slope, states), (every_slope, every) = run(x, 4), run(x, 0)
+    assert states.shape == (2, 4, 16)
+    np.testing.assert_allclose(states, every[:, -4:], atol=2e-5)
+    np.testing.assert_allclose(slope, every_slope, atol=2e-5)
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])

@@ -15,6 +15,7 @@ from vadapter.models.losses import token_xent
 from vadapter.models.resampler import MlpAdapter, MlpAdapterConfig, Pooler, PoolerConfig, Resampler
 from vadapter.models.vadapter import Fc, FcConfig, VAdapter
 from vadapter.models.vit import ViT
+from vadapter.study import flops
 
 E = tiny.LLM.width
 MODULES = {
@@ -69,6 +70,21 @@ def test_every_chain_trains_all_its_parts_through_the_language_model(name):
     visual = jax.ShapeDtypeStruct((2, 1, tiny.N, tiny.VIT.width), jnp.float32)
     prefix = jax.eval_shape(lambda v: model.prefix(params, v), visual)
     assert prefix.shape == (2, queries, E)
+
+
+def test_a_frozen_language_model_computes_the_same_with_less():
+    chain, _ = CHAINS["vadapter"]
+    plain = make(chain)
+    frozen = dataclasses.replace(plain, frozen_lm=True)
+    params, batch = tiny.filled(tiny.boxed(plain)), batch_of(segments=2)
+    learnt = {name: params[name] for name in chain}
+    step = lambda model: jax.value_and_grad(  # noqa: E731
+        lambda learnt: loss_of(model, params | learnt, batch)
+    )
+    (loss, slopes), (same, equal) = (jax.jit(step(model))(learnt) for model in (plain, frozen))
+    np.testing.assert_allclose(loss, same, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), slopes, equal)
+    assert flops.count(step(frozen), learnt) < flops.count(step(plain), learnt)
 
 
 def test_a_language_model_inside_the_chain_has_neither_embedding_nor_head():

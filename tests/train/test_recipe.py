@@ -216,3 +216,5 @@ def test_every_kind_of_stage_has_a_model(config):
         model = make_model(recipe, stage, 300)
         assert isinstance(model, CoCa if stage.kind == "vision" else VAdapter)
         assert model.names() == components(stage)
+        if isinstance(model, VAdapter):
+            assert model.frozen_lm == (stage.lm not in trained(stage))

@@ -169,7 +169,8 @@ class Attention(nn.Module):
           x: queries' inputs, [B, T, E].
           kv: inputs of keys and values, [B, S, any width]; None for self-attention.
           mask: bool[B, T, S], True where a query may look; None for everywhere.
-          positions: i32[B, T], and freq: f32[R/2] of rotary positions; None for none.
+          positions: i32[B, S] of the keys, whose last T are the queries', and freq: f32[R/2] of
+            rotary positions; None for none.
           cache: keys and values [B, S, kv_heads, K] of a sequence being decoded; the new ones are
             written at `index`.
           index: first slot of `x` in the cache.
@@ -194,7 +195,7 @@ class Attention(nn.Module):
             q, k = self.qk_norm("norm_q")(q), self.qk_norm("norm_k")(k)
         if freq is not None:
             assert positions is not None
-            q = rotate(q, positions, freq, self.rope_scale)
+            q = rotate(q, positions[:, -q.shape[1] :], freq, self.rope_scale)
             k = rotate(k, positions, freq, self.rope_scale)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cache is not None:

@@ -143,6 +143,7 @@ class LM(nn.Module):
         key_positions: jax.Array | None = None,
         cache: Any = None,
         index: jax.Array | int = 0,
+        last: int = 0,
     ) -> tuple[jax.Array, Any]:
         """Embeddings [B, T, E] -> last hidden states [B, T, E] after the final norm, and the cache.
 
@@ -152,6 +153,8 @@ class LM(nn.Module):
           key_positions: i32[B, S] of what is in the cache; None: `positions`.
           cache: from `empty_cache`, or None.
           index: first cache slot of `x`.
+          last: the states of so many last tokens, as parameters that are not trained may compute
+            them, see `Stack`; 0: of all.
         """
         x = x.astype(self.dtype)
         if self.config.positions == "learned":
@@ -167,7 +170,7 @@ class LM(nn.Module):
             distance = positions[:, :, None] - keys[:, None, :]
         x, cache = self.stack(
             x, mask=mask, positions=positions, layers=layers, distance=distance, cache=cache,
-            index=index,
+            index=index, last=last,
         )  # fmt: skip
         return self.norm(x), cache
 

@@ -30,8 +30,8 @@ def first_max(x: jax.Array) -> jax.Array:
 
     Of `argmax` the compiler would send the index of every element from device to device.
     """
-    at = jnp.arange(x.shape[-1]).reshape(*(1,) * (x.ndim - 1), -1)
-    return jnp.where(x == x.max(-1, keepdims=True), at, x.shape[-1]).min(-1)
+    at = jnp.arange(x.shape[-1], dtype=jnp.float32).reshape(*(1,) * (x.ndim - 1), -1)
+    return jnp.where(x == x.max(-1, keepdims=True), at, jnp.inf).min(-1)
 
 
 def chunked_xent(

@@ -125,10 +125,15 @@ class PerLayer:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; arguments and results as `Stack`, for one layer."""
+    """Pre-norm transformer block; arguments and results as `Stack`, for one layer.
+
+    Attributes:
+      last: it computes the states of so many last tokens, which see all of them; 0: of all.
+    """
 
     config: BlockConfig
     dtype: Dtype = jnp.float32
+    last: int = 0
 
     @nn.compact
     def __call__(self, x, cache, layer, mask, positions, distance, kv, kv_mask, index):
@@ -141,9 +146,12 @@ class Block(nn.Module):
         if layer.window is not None:
             near = distance < layer.window
             mask = near if mask is None else mask & near
-        h = norm("norm_attn")(x)
+        h = keys = norm("norm_attn")(x)
+        if self.last:
+            x, h = x[:, -self.last :], h[:, -self.last :]
+            mask = None if mask is None else mask[:, -self.last :]
         y, cache = c.attention(self.dtype, "attn")(
-            h, mask=mask, positions=positions, freq=layer.freq, cache=cache, index=index
+            h, keys, mask=mask, positions=positions, freq=layer.freq, cache=cache, index=index
         )
         y = after("norm_attn_out", y)
         if c.parallel:
@@ -186,6 +194,7 @@ class Stack(nn.Module):
         kv_mask: jax.Array | None = None,
         cache: Any = None,
         index: jax.Array | int = 0,
+        last: int = 0,
     ) -> tuple[jax.Array, Any]:
         """Runs the blocks.
 
@@ -198,10 +207,16 @@ class Stack(nn.Module):
           kv: [B, S', ·] for cross-attention, with kv_mask bool[B, T, S'].
           cache: keys and values, each [L, B, S, kv_heads, K], or None.
           index: first cache slot of `x`.
+          last: the last block runs for so many last tokens alone, for which the others are there;
+            0: for all. Not for parameters that are trained, nor with a cache or `kv`.
 
         Returns:
-          [B, T, E] and the updated cache (None without one).
+          [B, T or last, E] and the updated cache (None without one).
         """
+        if last:
+            assert cache is None
+            assert kv is None
+            return self._last(x, layers or PerLayer(), (mask, positions, distance), last), None
         block = Block
         if self.config.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.config.remat])
@@ -216,6 +231,27 @@ class Stack(nn.Module):
             constrain(x, "batch"), cache, layers or PerLayer(), mask, positions, distance, kv,
             kv_mask, index,
         )  # fmt: skip
+
+    def _last(self, x: jax.Array, layers: PerLayer, seen: tuple[Any, ...], last: int) -> jax.Array:
+        """Runs the blocks, the last one for the last tokens alone.
+
+        Each block takes its parameters out of the whole stack: a scan over all blocks but one
+        would copy them. Gradients of such parameters would be as large as the stack, in each block.
+        """
+        every = self.variables["params"]["blocks"], layers
+
+        def run(x: jax.Array, at: jax.Array | int, last: int) -> jax.Array:
+            pick = lambda w: jax.lax.dynamic_index_in_dim(w, at, keepdims=False)  # noqa: E731
+            params, layer = jax.tree.map(pick, every)
+            block = Block(self.config, self.dtype, last, parent=None)
+            return block.apply({"params": params}, x, None, layer, *seen, None, None, 0)[0]  # type: ignore[index]
+
+        if self.config.remat != "none":
+            policy = REMAT[self.config.remat]
+            run = jax.checkpoint(run, prevent_cse=False, policy=policy, static_argnums=2)
+        body = lambda x, at: (run(x, at, 0), None)  # noqa: E731
+        x, _ = jax.lax.scan(body, constrain(x, "batch"), jnp.arange(self.depth - 1))
+        return run(x, self.depth - 1, last)
 
 
 def text_mask(segments: jax.Array, prefix: int = 0, *, bidirectional: bool = False) -> jax.Array:

@@ -68,6 +68,8 @@ class VAdapter:
       chain: components between encoder and `lm`, in order.
       encoder: the vision encoder's component; "" for text only.
       bidirectional: queries see each other both ways inside a language model of the chain.
+      frozen_lm: no parameters of `lm` are trained. Its last block then runs for the text alone,
+        which changes no state of the text.
     """
 
     modules: Mapping[str, nn.Module]
@@ -75,6 +77,7 @@ class VAdapter:
     chain: tuple[str, ...] = ()
     encoder: str = ""
     bidirectional: bool = False
+    frozen_lm: bool = False
 
     def names(self) -> tuple[str, ...]:
         """Every component, in the order of the data flow."""
@@ -120,6 +123,7 @@ class VAdapter:
     ) -> jax.Array:
         """As `hidden`, from a prefix [B,Q,E] that is already there."""
         x, segments, positions = self.layout(params, prefix, batch)
+        text_len = batch["tokens"].shape[1]
         states, _ = self._apply(
             params,
             self.lm,
@@ -128,8 +132,9 @@ class VAdapter:
             method="hidden",
             positions=positions,
             mask=text_mask(segments),
+            last=text_len if self.frozen_lm else 0,
         )
-        text = states[:, -batch["tokens"].shape[1] :]
+        text = states[:, -text_len:]
         return jnp.take_along_axis(text, batch["target_at"][:, :, None], axis=1)
 
     def logits(self, params: Params, states: jax.Array) -> jax.Array:

@@ -154,11 +154,12 @@ def forward_work(model: VAdapter | CoCa, sizes: Mapping[str, int]) -> dict[str, 
             work[name] = Work(product, product)
             width = c.width
         elif isinstance(module, LM):
-            work[name], width = _stack(c, tokens), c.width
+            work[name], width = _stack(c, tokens, tokens), c.width
         else:
             return None
     lm: Any = model.modules[model.lm]
-    states = _stack(lm.config, sizes["P"] + tokens + sizes["T"])
+    rows = sizes["P"] + tokens + sizes["T"]
+    states = _stack(lm.config, rows, sizes["T"] if model.frozen_lm else rows)
     head = _linear(sizes["M"], lm.config.width, lm.config.vocab_size)
     work[model.lm] = Work(states.weights + head, 0, states.mixing)
     return work
@@ -195,11 +196,11 @@ def _pooler(c: Any, tokens: int, width: int) -> Work:
     return Work(weights, keys, 4 * c.queries * tokens * c.width)
 
 
-def _stack(c: LMConfig, rows: int) -> Work:
-    """All layers of a language model over R tokens."""
+def _stack(c: LMConfig, rows: int, last: int) -> Work:
+    """All layers of a language model over R tokens, the last one for `last` of them."""
     size = c.head_dim or c.width // c.heads
     inner, keys = c.heads * size, (c.kv_heads or c.heads) * size
-    matrices = 3 if c.mlp in GATED else 2
-    layer = 2 * _linear(rows, c.width, inner) + 2 * _linear(rows, c.width, keys)
-    layer += matrices * _linear(rows, c.width, c.mlp_dim)
-    return Work(c.depth * layer, 0, c.depth * 4 * rows**2 * inner)
+    each = 2 * c.width * inner + (3 if c.mlp in GATED else 2) * c.width * c.mlp_dim
+    asked = (c.depth - 1) * rows + last  # tokens over all layers
+    weights = 2 * asked * each + c.depth * 2 * _linear(rows, c.width, keys)
+    return Work(weights, 0, asked * 4 * rows * inner)

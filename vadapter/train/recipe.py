@@ -397,7 +397,8 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> VAdapter 
         return CoCa(modules)
     _check_widths(stage, modules)
     encoder = stage.encoder if STAGES[stage.kind].visual else ""
-    return VAdapter(modules, stage.lm, stage.chain, encoder, stage.bidirectional)
+    frozen = stage.lm not in trained(stage)
+    return VAdapter(modules, stage.lm, stage.chain, encoder, stage.bidirectional, frozen)
 
 
 def _derived(recipe: Recipe, name: str, vocab_size: int, width: int) -> dict[str, int]:
