@@ -8,9 +8,8 @@ axes at definition (`embed`, `heads`, `mlp`, `vocab`, …); `vadapter.parallel.m
 mesh.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -54,23 +53,6 @@ def linear(
         bias_init=partitioned(nn.initializers.zeros, output_axis(axes)),
         name=name,
     )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def float32_product(x: jax.Array, kernel: jax.Array, dims: Any) -> jax.Array:
-    """`lax.dot_general(x, kernel, dims)` in float32, its gradients in the arrays' own dtype.
-
-    What a matrix unit adds up is float32 anyway; rounded to bfloat16, large logits lose two digits.
-    """
-    return jax.lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
-
-
-def _pull(dims: Any, arrays: tuple[jax.Array, jax.Array], gradient: jax.Array) -> Any:
-    _, pull = jax.vjp(lambda x, kernel: jax.lax.dot_general(x, kernel, dims), *arrays)
-    return pull(gradient.astype(arrays[0].dtype))
-
-
-float32_product.defvjp(lambda x, w, dims: (float32_product(x, w, dims), (x, w)), _pull)
 
 
 class Norm(nn.Module):

@@ -11,14 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vadapter.errors import ConfigError
-from vadapter.models.layers import (
-    Dtype,
-    MlpKind,
-    Norm,
-    NormKind,
-    float32_product,
-    partitioned,
-)
+from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, partitioned
 from vadapter.models.rope import RopeConfig, amplitude, frequencies
 from vadapter.models.transformer import BlockConfig, PerLayer, Remat, Stack
 from vadapter.parallel.mesh import constrain
@@ -183,11 +176,7 @@ class LM(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., E] -> f32[..., V]."""
-        if self.config.tied:
-            kernel, last = self.embedding.embedding.astype(self.dtype), hidden.ndim - 1
-            out = float32_product(hidden.astype(self.dtype), kernel, (((last,), (1,)), ((), ())))
-        else:
-            out = self.head(hidden)
+        out = self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
         out = constrain(out, "batch", *(None,) * (out.ndim - 2), "vocab")
         out, cap = out.astype(jnp.float32), self.config.final_softcap
         return cap * jnp.tanh(out / cap) if cap else out
