@@ -238,20 +238,19 @@ def attend(
 
     Scores are multiplied by `scale` (0: K ** -0.5), then capped, see `Attention`.
 
-    The G query heads of a key head are laid end to end as G·T queries, so that both products are
-    plain batched matrix products.
+    The G query heads of a key head stand beside its queries, [B,N,G,T,K], so that both products
+    are plain batched matrix products and the mask is one for all heads.
     """
     B, T, H, K = q.shape
     N = k.shape[2]
-    q = q.reshape(B, T, N, H // N, K).transpose(0, 2, 3, 1, 4).reshape(B, N, -1, K)
-    scores = jnp.einsum("bnqk,bsnk->bnqs", q, k, preferred_element_type=jnp.float32)
+    q = q.reshape(B, T, N, H // N, K).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("bngtk,bsnk->bngts", q, k, preferred_element_type=jnp.float32)
     scores = scores * (scale or K**-0.5)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
         # An addend: a choice would keep the mask of every head for the backward pass.
-        bias = jnp.where(mask[:, None], jnp.float32(0), MASKED)
-        scores = scores + jnp.tile(bias, (1, 1, H // N, 1))
+        scores = scores + jnp.where(mask[:, None, None], jnp.float32(0), MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = jnp.einsum("bnqs,bsnk->bnqk", weights, v).reshape(B, N, H // N, T, K)
+    y = jnp.einsum("bngts,bsnk->bngtk", weights, v)
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
