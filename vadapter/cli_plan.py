@@ -14,6 +14,7 @@ TEXT = (
 )
 EXAMPLE = "--config=configs/paper.py:stage=2,encoder=l,llm=1b --topology=v5e:16x16"
 OVERRIDES = "override a key of the recipe"
+MOST = 512  # GPUs among which the smallest number is searched for
 
 
 def add_verb(verb: Any, count: Any) -> None:
@@ -24,7 +25,7 @@ def add_verb(verb: Any, count: Any) -> None:
     sub.add_argument(
         "--topology", required=True, metavar="T",
         help="v4, v5e, v5p, v6e as v5e:4x4, 2*v5e:4x4 (slices), v5e-16 (chips), v5p-128 (cores: "
-        "two a chip, of v4 too); h100:8, h200:1, a100:8, cpu:4",
+        "two a chip, of v4 too); h100:8, h200:1, a100:8, cpu:4; v5e alone: the smallest that fits",
     )  # fmt: skip
     sub.add_argument("--stage", default="", metavar="S", help="the chain's last")
     sub.add_argument("--batch", type=count, default=0, metavar="N", help="rows (the stage's)")
@@ -45,20 +46,24 @@ def _share(text: str) -> float:
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     import dataclasses
+    import functools
 
     import jax
 
     from vadapter.cli_data import recipe as read
     from vadapter.config import nearest
     from vadapter.errors import ConfigError
-    from vadapter.parallel.topology import parse, require_compiler
+    from vadapter.parallel.topology import parse, require_compiler, reserve, smallest
     from vadapter.study import advice
-    from vadapter.study.plan import Plan, Setting, plan
+    from vadapter.study.plan import Plan, Setting, guess, plan
     from vadapter.study.plan_text import as_text
 
-    setting = Setting(parse(args.topology), args.batch, args.frames)
+    least = smallest(args.topology)
+    setting = Setting(least or parse(args.topology), args.batch, args.frames)
     if setting.topology.row.kind == "tpu":
         require_compiler(setting.topology)
+    elif least is not None:
+        reserve(MOST)
     jax.config.update("jax_platforms", "cpu")  # nothing runs: a TPU that is here stays free
     recipe = read(args)
     name = args.stage or recipe.chain[-1]
@@ -68,11 +73,15 @@ def run(args: argparse.Namespace) -> None:
     def attempt(setting: Setting) -> Plan:
         return plan(recipe, name, setting, decode=args.decode, utilisation=args.utilisation)
 
-    planned = attempt(setting)
+    tell = lambda line: print(f"vadapter: {line}", file=sys.stderr, flush=True)  # noqa: E731
+    if least is None:
+        planned = attempt(setting)
+    else:
+        about = functools.partial(guess, recipe, name)
+        setting, planned = advice.smallest(recipe, name, setting, attempt, about, tell)
     print(as_text(planned), flush=True)
     found, change = None, ""
     if not planned.fits:
-        tell = lambda line: print(f"vadapter: {line}", file=sys.stderr, flush=True)  # noqa: E731
         found = advice.search(recipe, name, setting, planned, attempt, tell)
     if found:
         change = advice.described(recipe, name, setting, found[0])

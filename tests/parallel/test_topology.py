@@ -7,7 +7,7 @@ import pytest
 
 from vadapter.errors import ConfigError
 from vadapter.parallel import topology
-from vadapter.parallel.topology import CHIPS, Topology, devices, larger, parse
+from vadapter.parallel.topology import CHIPS, Topology, devices, larger, parse, smallest
 
 NAMES = {
     "v5e:4x4": Topology("v5e", (4, 4)),
@@ -78,6 +78,14 @@ def test_a_topology_that_there_is_not_is_refused_with_the_nearest_in_one_line(na
 ])  # fmt: skip
 def test_the_next_larger_one_has_more_chips(name, next_one):
     assert larger(parse(name)) == parse(next_one)
+
+
+@pytest.mark.parametrize(("name", "first"), [
+    ("v5e", "v5e:1x1"), ("V5LITE", "v5e:1x1"), ("v5p", "v5p:2x2x1"), ("h100", "h100:1"),
+])  # fmt: skip
+def test_a_generation_alone_begins_with_its_smallest_slice(name, first):
+    assert smallest(name) == parse(first)
+    assert smallest(first) is None
 
 
 def test_nothing_is_larger_than_the_largest_slice():

@@ -19,7 +19,7 @@ from vadapter.parallel.topology import CHIPS, Topology, parse
 from vadapter.study import advice, figures, plan_text
 from vadapter.study import plan as study_plan
 from vadapter.study.figures import memory_needed
-from vadapter.study.plan import Setting, plan
+from vadapter.study.plan import Setting, guess, plan
 from vadapter.train.recipe import read
 
 HERE = Path(__file__).parent
@@ -250,6 +250,51 @@ def test_the_first_that_fits_is_named_and_nothing_is_tried_after_it(monkeypatch)
     assert found[1].fits
 
 
+def least(fits, guess=lambda setting: 0, chip="cpu:1"):
+    """What is tried on the way to the smallest slice."""
+    order, made = [], both()[0]
+    rest = dataclasses.replace(made, train=dataclasses.replace(made.train, limit=10**12))
+    over = dataclasses.replace(made, train=dataclasses.replace(made.train, limit=1))
+
+    def attempt(change):
+        return rest if fits(change) else over
+
+    setting, _ = advice.smallest(
+        recipe(), "vadapter", Setting(parse(chip)), attempt, guess, order.append
+    )
+    return setting, order
+
+
+def test_the_smallest_slice_has_whole_weights_if_they_fit_and_else_split_ones():
+    setting, order = least(lambda s: s.topology.chips == 8 and s.fsdp == 8)
+    assert (str(setting.topology), setting.fsdp) == ("cpu:8", 8)
+    split = ", weights split over {} chips"
+    assert order == [
+        "trying cpu:1", "trying cpu:2", "trying cpu:4", "trying cpu:4" + split.format(4),
+        "trying cpu:8", "trying cpu:8" + split.format(4), "trying cpu:8" + split.format(8),
+    ]  # fmt: skip
+    assert least(lambda s: s.topology.chips == 4)[0] == Setting(parse("cpu:4"))
+
+
+def test_what_is_surely_too_large_is_not_tried():
+    small = lambda s: s.topology.chips < 8 or not s.fsdp  # noqa: E731
+    setting, order = least(lambda s: True, lambda s: 10**12 * small(s))
+    assert order == ["trying cpu:8, weights split over 4 chips"]
+    assert setting.fsdp == 4
+
+
+def test_a_stage_that_fits_no_slice_is_one_line():
+    with pytest.raises(ConfigError, match="stage vadapter fits no cpu"):
+        least(lambda s: False)
+
+
+@pytest.mark.parametrize("fsdp", [0, 4])
+def test_a_guess_is_near_what_planning_says(fsdp):
+    setting = Setting(parse("cpu:8"), fsdp=fsdp)
+    made = planned("cpu:8", fsdp=fsdp)
+    assert guess(recipe(), "vadapter", setting) == pytest.approx(made.train.peak, rel=0.25)
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -300,6 +345,14 @@ def test_what_does_not_fit_ends_well_with_the_nearest_that_does(call, monkeypatc
     assert not saved["fits"]
     assert saved["change"] == change
     assert saved["nearest"]["train"]["limit"] > 1
+
+
+def test_a_generation_alone_is_planned_on_the_smallest_slice_that_fits(call, tmp_path):
+    code, out, err = call("--topology=cpu", "--stage=vadapter", f"--json={tmp_path / 'p.json'}")
+    assert code == 0
+    assert err == "vadapter: trying cpu:1\n"
+    assert "on cpu:1: 1 chip, 1 host" in out
+    assert json.loads((tmp_path / "p.json").read_text())["fits"]
 
 
 def test_where_nothing_fits_the_code_says_so(call, monkeypatch, tmp_path):

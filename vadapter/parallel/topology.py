@@ -170,6 +170,15 @@ def _nearest(chip: str, wanted: float) -> str:
     )
 
 
+def smallest(name: str) -> Topology | None:
+    """The smallest slice, or one GPU, of a generation named alone (`v5e`); None of other names."""
+    chip = name.strip().lower()
+    chip = ALIASES.get(chip, chip)
+    if chip not in CHIPS:
+        return None
+    return Topology(chip, next(iter(CHIPS[chip].shapes.values()), (1,)))
+
+
 def larger(topology: Topology) -> Topology | None:
     """The next larger slice, or twice as many GPUs; None if there is none."""
     row, chips = topology.row, math.prod(topology.shape)
@@ -221,11 +230,16 @@ def require_compiler(topology: Topology) -> None:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"v5litepod-{math.prod(topology.shape)}")
 
 
-def _of_cpu(count: int) -> np.ndarray:
-    """So many devices of this host's CPU: at first it may be asked for any number."""
+def reserve(count: int) -> None:
+    """So many devices of this host's CPU, if the process has not computed anything yet."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # the backend is there
-            jax.config.update("jax_num_cpu_devices", SPARE * count)
+            jax.config.update("jax_num_cpu_devices", count)
+
+
+def _of_cpu(count: int) -> np.ndarray:
+    """So many devices of this host's CPU: at first it may be asked for any number."""
+    reserve(SPARE * count)
     there = jax.devices("cpu")
     if len(there) < count:
         raise ConfigError(f"{count} devices: this process has {len(there)}; plan in a new one")

@@ -5,12 +5,14 @@ import importlib.util
 from collections.abc import Callable, Iterator
 
 from vadapter.errors import ConfigError
-from vadapter.parallel.topology import larger
+from vadapter.parallel.topology import Topology, larger
 from vadapter.study.plan import Plan, Setting, language_models
 from vadapter.train.recipe import Recipe, trained
 
 Try = Callable[[Setting], Plan]
 MORE = 3  # larger topologies that are tried
+SPLITS = (4, 8)  # chips that weights are split over where whole ones do not fit
+SURELY = 1.5  # a guess of so many times the memory is not tried
 
 
 def search(
@@ -37,6 +39,37 @@ def search(
         if found.fits:
             return change, found
     return None
+
+
+def smallest(
+    recipe: Recipe, name: str, setting: Setting, attempt: Try, guess: Callable[[Setting], int],
+    say: Callable[[str], object] = lambda line: None,
+) -> tuple[Setting, Plan]:  # fmt: skip
+    """The smallest slice that the stage fits as it is, its weights whole or else split.
+
+    Args:
+      setting: with the smallest slice there is.
+      attempt: plans a setting; guess: about its peak, at once.
+      say: is told what is tried.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    stage, own = recipe.stages[name], recipe.mesh
+    rows = (setting.batch or stage.batch) // stage.accumulate
+    topology: Topology | None = setting.topology
+    while topology is not None and topology.chips <= rows:
+        for fsdp in (0, *(n for n in SPLITS if n > own.fsdp)):
+            change = dataclasses.replace(setting, topology=topology, fsdp=fsdp)
+            whole = topology.chips % ((fsdp or own.fsdp) * own.tensor) == 0 == rows % topology.chips
+            if not whole or guess(change) > SURELY * topology.row.hbm:
+                continue
+            say(f"trying {topology}" + (f", weights split over {fsdp} chips" if fsdp else ""))
+            found = attempt(change)
+            if found.fits:
+                return change, found
+        topology = larger(topology)
+    raise ConfigError(f"stage {name} fits no {setting.topology.chip}, with whole weights or split")
 
 
 def easier(recipe: Recipe, name: str, setting: Setting, planned: Plan) -> Iterator[Setting]:

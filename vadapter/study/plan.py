@@ -1,6 +1,8 @@
 """What a stage would take on accelerators that are not here: memory, time, traffic."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ from vadapter.study import flops
 from vadapter.study.figures import ROWS, Figures, estimate, of_compiler, of_trace, on_one, versions
 from vadapter.study.program import Program
 from vadapter.train.preflight import check_batch_size
-from vadapter.train.recipe import Recipe, components, trained
+from vadapter.train.recipe import Recipe, StageConfig, components, trained
 
 DAY = 86400
 
@@ -140,23 +142,42 @@ def language_models(recipe: Recipe, name: str) -> tuple[str, ...]:
     return tuple(part for part in components(recipe.stages[name]) if kind(part) == "lm")
 
 
+def guess(recipe: Recipe, name: str, setting: Setting) -> int:
+    """About the peak of the train step on a device, from its trace alone: nothing is compiled.
+
+    Of TPUs it is 10 to 50 % too much (BUILD_NOTES, "Plan"); takes seconds.
+    """
+    recipe = applied(recipe, name, setting)
+    config = recipe.stages[name]
+    config = dataclasses.replace(config, batch=setting.batch or config.batch)
+    split = {"fsdp": recipe.mesh.fsdp, "tensor": recipe.mesh.tensor}
+    parts = math.prod(split.values())
+    mesh = {"data": setting.topology.chips // parts, **split}
+    held, (state, frozen, _) = _held(recipe, name, config, setting, mesh, 0)
+    return held + on_one((state, frozen)) // parts
+
+
 def _figures(stage: Program, setting: Setting, decode: int) -> Figures:
     """Of the train step, or of writing texts of `decode` tokens."""
     fn, arguments = _function(stage, decode)
     traced = (jax.jit(fn) if decode else stage.train_step()).trace(*arguments)
     if setting.topology.row.kind == "tpu":
         return of_compiler(setting.topology, traced, arguments, decode or 1)
-    # The same for a device alone, with another number of rows.
-    accumulate = 1 if decode else stage.config.accumulate
-    one = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
-    alone = Program(
-        stage.recipe, stage.name, one, batch=ROWS * accumulate, frames=setting.frames
-    )  # fmt: skip
-    fn = alone.decode(decode) if decode else alone.step
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments[:-1])
-    shapes = (*shapes, alone.batch_shapes())
-    held = estimate(fn, shapes, stage.mesh.shape, stage.config.batch // accumulate)
+    held, _ = _held(stage.recipe, stage.name, stage.config, setting, stage.mesh.shape, decode)
     return of_trace(setting.topology, traced, arguments, held, decode or 1)
+
+
+def _held(
+    recipe: Recipe, name: str, config: StageConfig, setting: Setting, mesh: Mapping[str, int],
+    decode: int,
+) -> tuple[int, Any]:  # fmt: skip
+    """Estimated bytes of temporaries on a device of the mesh, and the arguments of one alone."""
+    accumulate = 1 if decode else config.accumulate
+    one = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
+    alone = Program(recipe, name, one, batch=ROWS * accumulate, frames=setting.frames)
+    fn, arguments = _function(alone, decode)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    return estimate(fn, shapes, mesh, config.batch // accumulate), arguments
 
 
 def _function(stage: Program, decode: int) -> tuple[Any, Any]:
