@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from recipes import tiny_recipe
 
 from vadapter import config
 from vadapter.cli import main
 from vadapter.errors import USER_ERROR, ConfigError
 from vadapter.parallel import topology
+from vadapter.parallel.mesh import MeshConfig, make_mesh
 from vadapter.parallel.topology import CHIPS, Topology, parse
 from vadapter.study import advice, figures, plan_text
 from vadapter.study import plan as study_plan
@@ -178,7 +180,7 @@ class Stopped:
     def lower(self):
         return self
 
-    def compile(self):
+    def compile(self, **options):
         raise jax.errors.JaxRuntimeError(self._message)
 
 
@@ -408,6 +410,19 @@ def test_the_tpus_own_words_for_too_little_memory_are_understood():
     made = figures.of_compiler(parse("v5e:2x2"), traced, (x,))
     assert not made.fits
     assert made.peak > 2**36
+
+
+@needs_libtpu
+def test_products_with_split_weights_are_not_cut_into_one_for_each_chip():
+    mesh = make_mesh(MeshConfig(fsdp=4), topology.devices(parse("v5e:2x2")))
+    shape = lambda *axes: jax.ShapeDtypeStruct(  # noqa: E731
+        (8192, 8192), "bfloat16", sharding=NamedSharding(mesh, PartitionSpec(*axes))
+    )
+    arguments = shape("fsdp"), shape("fsdp")
+    traced = jax.jit(lambda x, w: x @ w, out_shardings=arguments[0].sharding).trace(*arguments)
+    sent = figures.of_compiler(parse("v5e:2x2"), traced, arguments).collectives
+    assert "all-gather" in sent
+    assert "collective-permute" not in sent
 
 
 GATE = json.loads((HERE / "estimated_cycles.json").read_text())

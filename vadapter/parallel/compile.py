@@ -1,4 +1,4 @@
-"""What makes short runs on a CPU fast: cheaper compilation, and memory that is not given back."""
+"""What makes short runs on a CPU fast, and split weights on a TPU: compiler options; CPU memory."""
 
 import contextlib
 import ctypes
@@ -13,15 +13,19 @@ import jax
 # XLA:CPU spends most of a short run optimising code: these halve its compile time, and leave the
 # matrix products, which are library calls, as fast as they were (BUILD_NOTES, "Compile time").
 _CPU = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+# Where weights are split over all chips, XLA:TPU cuts each product that gathers them into as many
+# small ones as there are chips: a step of 244 ms takes 321 (BUILD_NOTES, "Plan").
+TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6}
 
 
 @functools.cache
 def options() -> dict[str, Any] | None:
-    """Compiler options of the default backend, unless XLA_FLAGS set them; None for the defaults."""
-    chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
-    if chosen or jax.default_backend() != "cpu":
+    """Compiler options of the default backend, unless a variable sets them; None: the defaults."""
+    wanted = {"cpu": _CPU, "tpu": TPU}.get(jax.default_backend(), {})
+    flags = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
+    if not wanted or any(name in flags for name in wanted):
         return None
-    for known in (_CPU, dict([next(iter(_CPU.items()))])):  # newer compilers lack the second
+    for known in (wanted, dict([next(iter(wanted.items()))])):  # other compilers lack the second
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             jax.jit(lambda x: x + 1, compiler_options=known)(0)
             return known

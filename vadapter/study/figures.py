@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from vadapter.parallel.compile import TPU
 from vadapter.parallel.topology import Topology
 from vadapter.study import flops, hlo, liveness
 
@@ -64,7 +65,7 @@ def of_compiler(topology: Topology, traced: Any, arguments: Any, loops: int = 1)
     total = flops.count_traced(traced.jaxpr.jaxpr, loops)
     began = time.perf_counter()
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=TPU)
     except jax.errors.JaxRuntimeError as error:
         if (needs := memory_needed(str(error))) is None:
             raise

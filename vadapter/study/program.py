@@ -94,7 +94,7 @@ class Program:
         return {key: put(x) for key, x in shapes.items()}
 
     def train_step(self) -> Any:
-        """The jitted train step as `train.loop` has it, but without its compiler options."""
+        """The jitted train step as `train.loop` has it, but for its compiler options."""
         state, _, _ = self.arguments()
         return jax.jit(self.step, donate_argnums=0, out_shardings=(places(state), None))
 
