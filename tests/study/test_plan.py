@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import planned as planned_table
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from recipes import tiny_recipe
@@ -423,6 +424,16 @@ def test_products_with_split_weights_are_not_cut_into_one_for_each_chip():
     sent = figures.of_compiler(parse("v5e:2x2"), traced, arguments).collectives
     assert "all-gather" in sent
     assert "collective-permute" not in sent
+
+
+# -- what is recorded ------------------------------------------------------------------------------
+
+
+def test_the_readme_has_the_recorded_plans_each_of_which_fits():
+    assert planned_table.table() in (planned_table.ROOT / "README.md").read_text(encoding="utf-8")
+    for row in planned_table.rows():
+        assert row["arg"] in planned_table.CELLS
+        assert row["peak"] <= row["limit"] == int(parse(row["topology"]).row.hbm)
 
 
 GATE = json.loads((HERE / "estimated_cycles.json").read_text())

@@ -1,0 +1,104 @@
+"""The table of plans in the README: every scale of the paper on the smallest slice it fits.
+
+python tests/study/planned.py v5e v6e    # plans what planned.json lacks: minutes a cell
+python tests/study/planned.py            # writes the README's table from planned.json
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vadapter.parallel.topology import CHIPS, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = Path(__file__).with_name("planned.json")
+MARKS = "<!-- planned -->\n", "<!-- /planned -->\n"
+CHIP = tuple(name for name, row in CHIPS.items() if row.kind == "tpu")
+SCALES = [(e, llm) for llm in ("1b", "8b") for e in "blg"]
+ADAPTERS = {"vadapter": "VAdapter", "resampler": "perceiver", "mlp": "MLP"}
+# What is planned: the argument of configs/paper.py -> what the table calls it.
+SIZES = {"b": "B", "l": "L", "g": "g", "1b": "1B", "8b": "8B"}
+CELLS = {f"stage=1,encoder={e}": ("stage 1", SIZES[e]) for e in "blg"} | {
+    f"stage=2,encoder={e},llm={llm},adapter={key}": (name, f"{SIZES[e]} + {SIZES[llm]}")
+    for key, name in ADAPTERS.items()
+    for e, llm in SCALES
+}
+KEPT = ("topology", "steps", "batch", "step_ms", "versions")
+
+
+def row(arg: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a plan's JSON."""
+    train = plan["train"]
+    figures = {key: train[key] for key in ("peak", "limit", "cycles", "estimated_ms")}
+    return {"arg": arg, "fsdp": plan["mesh"]["fsdp"], **{k: plan[k] for k in KEPT}, **figures}
+
+
+def make(chip: str) -> None:
+    """Plans the cells of a generation that are not there yet."""
+    there = {(r["arg"], parse(r["topology"]).chip) for r in rows()}
+    for arg in CELLS:
+        if (arg, chip) in there:
+            continue
+        with tempfile.NamedTemporaryFile(suffix=".json") as made:
+            config = f"--config={ROOT}/configs/paper.py:{arg}"
+            options = [config, f"--topology={chip}", f"--json={made.name}"]
+            subprocess.run([sys.executable, "-m", "vadapter", "plan", *options], check=True)
+            add([row(arg, json.loads(Path(made.name).read_text()))])
+
+
+def rows() -> list[dict[str, Any]]:
+    """The record's."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else []
+
+
+def add(more: list[dict[str, Any]]) -> None:
+    """Writes the record with more rows, one a line."""
+    order = list(CELLS)
+    place = lambda r: (order.index(r["arg"]), parse(r["topology"]).chip)  # noqa: E731
+    lines = [json.dumps(r) for r in sorted([*rows(), *more], key=place)]
+    RECORD.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def table() -> str:
+    """The README's block, between its marks."""
+    cells = {(r["arg"], parse(r["topology"]).chip): r for r in rows()}
+    shown = [arg for arg in CELLS if any((arg, chip) in cells for chip in CHIP)]
+    lines = [
+        f"| | sizes | {' | '.join(CHIP)} |",
+        "|---" * (2 + len(CHIP)) + "|",
+        *(
+            f"| {' | '.join(CELLS[arg])} | "
+            + " | ".join(_cell(cells.get((arg, chip))) for chip in CHIP)
+            + " |"
+            for arg in shown
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(r: dict[str, Any] | None) -> str:
+    """Slice, milliseconds a step, days of the run and memory of a chip."""
+    if r is None:
+        return "—"
+    shape = str(parse(r["topology"])).split(":")[1]
+    split = f"/{r['fsdp']}" if r["fsdp"] > 1 else ""
+    days = r["estimated_ms"] * r["steps"] / 86_400_000
+    share = r["step_ms"] / r["estimated_ms"]
+    return f"{shape}{split}: {r['estimated_ms']:,.0f} ms, {share:.0%}, {days:.1f} d"
+
+
+def write() -> None:
+    """Puts the table into the README."""
+    path = ROOT / "README.md"
+    before, rest = path.read_text().split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    path.write_text(before + MARKS[0] + table() + MARKS[1] + after)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        make(name)
+    write()
