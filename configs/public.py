@@ -27,7 +27,7 @@ CLIP_B, CLIP_L = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
 SIGLIP, COCA = "google/siglip-large-patch16-256", "laion/CoCa-ViT-L-14-laion2B-s13B-b90k"
 TINY, SMALL = "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-1.7B"
 GEMMA, LLAMA = "google/gemma-2-2b", "meta-llama/Meta-Llama-3-8B"
-# All fit with whole weights on each chip, so that none are sent; split over v5e-8, 7.7 GB do.
+# All fit with whole weights on each chip, so that none are sent.
 RUNGS: dict[str, dict[str, Any]] = {
     "laptop": dict(encoder=CLIP_B, llm=TINY, batch=8, samples=1_600, workers=0),
     "gpu": dict(encoder=CLIP_L, llm=SMALL, batch=64, samples=640_000, workers=8),

@@ -145,7 +145,7 @@ def language_models(recipe: Recipe, name: str) -> tuple[str, ...]:
 def guess(recipe: Recipe, name: str, setting: Setting) -> int:
     """About the peak of the train step on a device, from its trace alone: nothing is compiled.
 
-    Of TPUs it is 10 to 50 % too much (BUILD_NOTES, "Plan"); takes seconds.
+    Of TPUs it is up to half too much (BUILD_NOTES, "Plan"); takes seconds.
     """
     recipe = applied(recipe, name, setting)
     config = recipe.stages[name]
