@@ -130,8 +130,7 @@ def parse(name: str) -> Topology:
     found = re.fullmatch(r"(?:(\d+)[*x])?([a-z]\w*?)([:-])([\dx]+)", name.strip().lower())
     if not found:
         raise ConfigError(f"topology {name!r}: write v5e:4x4, 2*v5e:4x4, v5p-128 or h100:8")
-    slices, chip, sign, size = int(found[1] or 1), found[2], found[3], found[4]
-    chip = ALIASES.get(chip, chip)
+    slices, chip, sign, size = int(found[1] or 1), _chip(found[2]), found[3], found[4]
     if chip not in CHIPS:
         near = difflib.get_close_matches(chip, CHIPS, 3, 0.4) or CHIPS
         raise ConfigError(f"topology {name!r}: no chip {chip!r}; there are {', '.join(near)}")
@@ -159,6 +158,12 @@ def parse(name: str) -> Topology:
     return Topology(chip, shape, slices)
 
 
+def _chip(name: str) -> str:
+    """A generation's key in `CHIPS`, if there is one by that name."""
+    name = name.strip().lower()
+    return ALIASES.get(name, name)
+
+
 def _nearest(chip: str, wanted: float) -> str:
     """The three slices that come nearest in chips, under both of their names."""
     row = CHIPS[chip]
@@ -172,8 +177,7 @@ def _nearest(chip: str, wanted: float) -> str:
 
 def smallest(name: str) -> Topology | None:
     """The smallest slice, or one GPU, of a generation named alone (`v5e`); None of other names."""
-    chip = name.strip().lower()
-    chip = ALIASES.get(chip, chip)
+    chip = _chip(name)
     if chip not in CHIPS:
         return None
     return Topology(chip, next(iter(CHIPS[chip].shapes.values()), (1,)))
