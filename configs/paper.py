@@ -77,7 +77,7 @@ def get_config(arg=None):
                 # An mlp hands on all 2048 visual tokens of a clip, and the text comes behind them.
                 llm=dict(size=f"llm_{arg.llm}", remat="names", max_len=4096),
                 resampler=dict(size="resampler_x1"),
-                perceiver=dict(size="resampler_x6"),
+                perceiver=dict(size="resampler_x6", remat="names"),
                 pooler=dict(kind="pooler", queries=256, width=768, heads=12),
                 mlp=dict(kind="mlp", hidden_dim=2048, width=0, frames=8),
                 fc_in=dict(kind="fc", width=0),

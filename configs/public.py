@@ -74,7 +74,7 @@ def get_config(arg=None):
                     **({"int8": True} if arg.int8 else {}),
                 },
                 resampler={**resampler, "layers": 1},
-                perceiver={**resampler, "layers": 6},
+                perceiver={**resampler, "layers": 6, "remat": "names"},
                 fc_in=dict(kind="fc", width=0),
                 fc_out=dict(kind="fc", width=0),
             ),

@@ -37,6 +37,20 @@ def test_what_stands_at_weightless_targets_does_not_matter():
     assert float(a) == pytest.approx(float(b), rel=1e-6)
 
 
+def test_rounded_logits_have_the_loss_of_their_values_and_its_gradient_rounded_once():
+    states, kernel, targets, weights = arrays()
+    logits = jnp.asarray(2 * states @ kernel, jnp.bfloat16)
+    # A target that is almost certain: rounded apart, its probability and the 1 would cancel out.
+    logits = logits.at[0, 0].set(0).at[0, 0, targets[0, 0]].set(10)
+    run = jax.jit(jax.value_and_grad(token_xent, has_aux=True))
+    (a, hits_a), grad = run(logits, targets, weights)
+    (b, hits_b), exact = run(logits.astype(jnp.float32), targets, weights)
+    assert (a, hits_a) == (b, hits_b)
+    assert grad.dtype == jnp.bfloat16
+    assert 0 < abs(float(exact[0, 0, targets[0, 0]])) < 1e-3
+    np.testing.assert_array_equal(grad, exact.astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("rows", [1, 7, 10, 15, 1000])
 def test_chunked_loss_equals_the_whole_one_in_value_and_gradient(rows):
     states, kernel, targets, weights = arrays()

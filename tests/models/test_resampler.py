@@ -20,6 +20,7 @@ from vadapter.models.resampler import (
     ResamplerConfig,
     ResamplerLayer,
 )
+from vadapter.models.transformer import REMAT
 from vadapter.models.vit import ViT
 
 D, BASE = 12, dataclasses.replace(tiny.RESAMPLER, layers=2)
@@ -152,6 +153,25 @@ def test_fewer_frames_are_held_in_order_and_other_counts_are_an_error():
     np.testing.assert_allclose(run(module, params, frames), run(module, params, held), atol=1e-5)
     with pytest.raises(ValueError, match="3 frames do not repeat to the 8"):
         run(module, params, visual(frames=3))
+
+
+@pytest.mark.parametrize("policy", sorted(set(REMAT) - {"none"}))
+def test_rematerialisation_keeps_no_attention_weights_and_changes_nothing_else(policy):
+    tokens, layers = np.tile(visual(), (1, 1, 8, 1)), 6
+
+    def step(remat):
+        module, params = build(layers=layers, remat=remat)
+        loss = lambda p: jnp.square(module.apply({"params": p}, tokens)).mean()  # noqa: E731
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        return *compiled(params), compiled.memory_analysis().temp_size_in_bytes
+
+    (loss, grads, temp), (plain_loss, plain_grads, plain_temp) = step(policy), step("none")
+    np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, plain_grads)
+    B, F, N, _ = tokens.shape
+    weights = layers * B * BASE.heads * BASE.queries * F * N * 4
+    assert plain_temp > weights
+    assert plain_temp - temp > 0.7 * weights
 
 
 def test_queries_start_with_the_stated_spread():

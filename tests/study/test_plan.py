@@ -220,7 +220,7 @@ def tried(monkeypatch, stage="vadapter", fits=lambda setting: False, over=False)
 
 def test_less_is_tried_in_the_order_of_what_it_costs(monkeypatch):
     order, found = tried(monkeypatch)
-    remat = "--config.components.tlm.remat={0} --config.components.llm.remat={0}"
+    remat = " ".join(f"--config.components.{n}.remat={{0}}" for n in ("resampler", "tlm", "llm"))
     full, split = remat.format("full"), " --config.mesh.fsdp=8 --config.mesh.data=-1"
     int8 = " --config.components.llm.int8=True"
     assert order == [

@@ -91,7 +91,7 @@ class CoCa:
     def __call__(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
-        """Batch -> f32[B, M, V] caption logits, image and text unit vectors [B, ·], temperature.
+        """Batch -> caption logits [B, M, V], image and text unit vectors [B, ·], temperature.
 
         Uses one caption a row.
         """

@@ -93,7 +93,7 @@ def prefill(
     states = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
     position = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0]
     visible = jnp.pad(segments != 0, ((0, 0), (0, room)))
-    logp = jax.nn.log_softmax(model.logits(params, states))
+    logp = _log_probs(model, params, states)
     return logp, Context(cache, places, visible, position, jnp.int32(S))
 
 
@@ -111,8 +111,13 @@ def extend(
         {"params": params[model.lm]}, embedded, method="hidden", positions=position[:, None],
         mask=visible[:, None, :], key_positions=places, cache=context.cache, index=slot,
     )  # fmt: skip
-    logp = jax.nn.log_softmax(model.logits(params, states[:, 0]))
+    logp = _log_probs(model, params, states[:, 0])
     return logp, Context(cache, places, visible, position, slot + 1)
+
+
+def _log_probs(model: VAdapter, params: Params, states: jax.Array) -> jax.Array:
+    """[B, E] -> f32[B, V]."""
+    return jax.nn.log_softmax(model.logits(params, states).astype(jnp.float32))
 
 
 def ends(token: jax.Array, stop: Sequence[int]) -> jax.Array:

@@ -175,14 +175,14 @@ class LM(nn.Module):
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., E] -> f32[..., V]."""
+        """[..., E] -> [..., V], in the dtype of the computation, or float32 if they are capped."""
         out = self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
         out = constrain(out, "batch", *(None,) * (out.ndim - 2), "vocab")
-        out, cap = out.astype(jnp.float32), self.config.final_softcap
-        return cap * jnp.tanh(out / cap) if cap else out
+        cap = self.config.final_softcap
+        return cap * jnp.tanh(out.astype(jnp.float32) / cap) if cap else out
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """i32[B, T] -> f32[B, T, V], causal; creates every parameter."""
+        """i32[B, T] -> `logits`, [B, T, V], causal; creates every parameter."""
         B, T = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))

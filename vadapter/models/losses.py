@@ -17,12 +17,41 @@ def token_xent(
     """Weighted sums of cross entropy (nats) and of correct predictions.
 
     Args:
-      logits: f32[B, M, V]; targets: i32[B, M]; weights: f32[B, M], 0 where there is no target.
+      logits: [B, M, V]; targets: i32[B, M]; weights: f32[B, M], 0 where there is no target.
     """
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nats = jax.nn.logsumexp(logits, axis=-1) - picked
     correct = first_max(logits) == targets
-    return (nats * weights).sum(), (correct * weights).sum()
+    return (xent(logits, targets) * weights).sum(), (correct * weights).sum()
+
+
+@jax.custom_vjp
+def xent(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross entropy in nats, f32[B, M], of logits [B, M, V] of any dtype.
+
+    Sums are float32, yet logits, the largest array of a step, are kept only as they came: the
+    backward pass reads them again, and rounds the gradient once, as a whole.
+    """
+    return _forward(logits, targets)[0]
+
+
+def _chosen(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
+
+
+def _forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    most = logits.max(-1).astype(jnp.float32)
+    total = jnp.exp(logits.astype(jnp.float32) - most[..., None]).sum(-1)
+    picked = jnp.where(_chosen(logits, targets), logits, 0).sum(-1)  # one number and zeros
+    return jnp.log(total) + (most - picked), (logits, targets, most, total)
+
+
+def _backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, None]:
+    logits, targets, most, total = kept
+    p = jnp.exp(logits.astype(jnp.float32) - most[..., None]) / total[..., None]
+    slope = (p - _chosen(logits, targets)) * gradient[..., None]
+    return slope.astype(logits.dtype), None
+
+
+xent.defvjp(_forward, _backward)
 
 
 def first_max(x: jax.Array) -> jax.Array:
@@ -46,7 +75,7 @@ def chunked_xent(
     Saves memory where batch times vocabulary is large; costs time under about 512 rows a chunk.
 
     Args:
-      head: [b, M, E] -> f32[b, M, V]; states: [B, M, E].
+      head: [b, M, E] -> [b, M, V]; states: [B, M, E].
       rows: B·M is cut along B into chunks of at least one example.
     """
     B, M, _ = states.shape

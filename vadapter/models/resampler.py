@@ -13,6 +13,7 @@ from einops import rearrange
 
 from vadapter.errors import ConfigError
 from vadapter.models.layers import Attention, Dtype, Mlp, Norm, linear, partitioned
+from vadapter.models.transformer import REMAT, Remat
 from vadapter.parallel.mesh import constrain
 
 
@@ -34,6 +35,8 @@ class ResamplerConfig:
       concat_queries: keys and values also from the queries (Flamingo, arXiv 2204.14198).
       space_embed: a learned embedding per visual token, for encoders without positions (CNNs).
       query_std: spread of the queries at initialisation.
+      remat: what the backward pass computes again, see `BlockConfig`. A layer's attention weights,
+        of every query on the tokens of all frames, are by far the largest arrays of a resampler.
     """
 
     queries: int = 256
@@ -49,6 +52,7 @@ class ResamplerConfig:
     concat_queries: bool = False
     space_embed: bool = False
     query_std: float = 1.0
+    remat: Remat = "none"
 
 
 class ResamplerLayer(nn.Module):
@@ -103,8 +107,12 @@ class Resampler(nn.Module):
         x = constrain(rearrange(x, "b f n d -> b (f n) d"), "batch")
         queries = self._embed("queries", (1, c.queries, c.query_dim), c.query_std)
         queries = jnp.broadcast_to(queries, (B, c.queries, c.query_dim)).astype(self.dtype)
+        layer = ResamplerLayer
+        if c.remat != "none":
+            # A loop of one layer is none: there the compiler would find what is done twice.
+            layer = nn.remat(layer, prevent_cse=c.layers == 1, policy=REMAT[c.remat])
         layers = nn.scan(
-            ResamplerLayer,
+            layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # type: ignore[arg-type]

@@ -138,7 +138,7 @@ class VAdapter:
         return jnp.take_along_axis(text, batch["target_at"][:, :, None], axis=1)
 
     def logits(self, params: Params, states: jax.Array) -> jax.Array:
-        """[B, M, E] -> f32[B, M, V]."""
+        """[B, M, E] -> [B, M, V], see `LM.logits`."""
         return self._apply(params, self.lm, states, method="logits")
 
     def layout(

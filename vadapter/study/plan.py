@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from vadapter.errors import ConfigError
-from vadapter.models.variants import expand
+from vadapter.models.variants import KINDS, expand
 from vadapter.parallel.mesh import MeshConfig, make_mesh
 from vadapter.parallel.topology import Topology, devices
 from vadapter.study import flops
@@ -27,7 +27,7 @@ class Setting:
     Attributes:
       batch: rows of a step; 0: the stage's.
       frames: F of its rows; 0: as many as the data set's clips have.
-      remat: of the stage's language models, instead of their own.
+      remat: of the stage's components that may repeat, instead of their own.
       fsdp: devices that split the weights; 0: the recipe's.
       int8: the frozen language model's weights are int8.
     """
@@ -126,7 +126,7 @@ def program(recipe: Recipe, name: str, setting: Setting) -> Program:
 def applied(recipe: Recipe, name: str, setting: Setting) -> Recipe:
     """The recipe with the setting's mesh, rematerialisation and int8."""
     stage, specs = recipe.stages[name], dict(recipe.components)
-    for part in language_models(recipe, name) if setting.remat else ():
+    for part in repeating(recipe, name) if setting.remat else ():
         specs[part] = {**specs[part], "remat": setting.remat}
     if setting.int8 and stage.lm not in trained(stage):
         specs[stage.lm] = {**specs[stage.lm], "int8": True}
@@ -136,10 +136,13 @@ def applied(recipe: Recipe, name: str, setting: Setting) -> Recipe:
     return dataclasses.replace(recipe, components=specs, mesh=mesh)
 
 
-def language_models(recipe: Recipe, name: str) -> tuple[str, ...]:
-    """The language models of a stage."""
+def repeating(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Components of a stage that have a backward pass and may repeat parts of the forward in it."""
+    stage = recipe.stages[name]
     kind = lambda part: expand(part, recipe.components[part])["kind"]  # noqa: E731
-    return tuple(part for part in components(recipe.stages[name]) if kind(part) == "lm")
+    able = lambda part: "remat" in KINDS[kind(part)][0].__dataclass_fields__  # type: ignore[attr-defined]  # noqa: E731
+    frozen = () if stage.encoder in trained(stage) else (stage.encoder,)
+    return tuple(part for part in components(stage) if part not in frozen and able(part))
 
 
 def guess(recipe: Recipe, name: str, setting: Setting) -> int:
@@ -205,13 +208,13 @@ def _described(
         counted = flops.count(plain.step, *stage.arguments())
     least = (needed or counted) / (topology.row.peak * topology.chips)
     seconds, estimated = least / utilisation, train.estimated_ms
-    lms = language_models(recipe, stage.name)
+    able = repeating(recipe, stage.name)
     return Plan(
         stage=stage.name, kind=config.kind, topology=str(topology), chips=topology.chips,
         hosts=topology.hosts, mesh=dict(stage.mesh.shape), steps=config.steps, batch=rows,
         frames=stage.sizes.get("F", 0),
-        remat={part: modules[part].config.remat for part in lms},  # type: ignore[attr-defined]
-        int8=tuple(part for part in lms if recipe.components[part].get("int8")),
+        remat={part: modules[part].config.remat for part in able},  # type: ignore[attr-defined]
+        int8=tuple(part for part in able if recipe.components[part].get("int8")),
         parts=_parts(stage), optimizer=on_one(state.opt_state), batch_bytes=on_one(batch),
         train=train, decode=texts, decode_tokens=decode,
         flops=needed, counted=counted,
