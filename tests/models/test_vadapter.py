@@ -72,6 +72,22 @@ def test_every_chain_trains_all_its_parts_through_the_language_model(name):
     assert prefix.shape == (2, queries, E)
 
 
+def test_words_are_looked_up_once_so_their_gradient_is_written_once():
+    model, batch = make(CHAINS["vadapter"][0]), batch_of()
+    assert batch["prompt"].shape[1], "a prompt in front, and the text behind"
+    params = jax.eval_shape(lambda: tiny.filled(tiny.boxed(model)))
+    traced = jax.make_jaxpr(jax.grad(lambda p: loss_of(model, p, batch)))(params)
+
+    def scatters(program):
+        for eqn in program.eqns:
+            if eqn.primitive.name.startswith("scatter"):
+                yield eqn.outvars[0].aval.shape
+            for inner in flops.programs_in(eqn.params):
+                yield from scatters(inner)
+
+    assert list(scatters(traced.jaxpr)).count((tiny.V, E)) == 1
+
+
 def test_a_frozen_language_model_computes_the_same_with_less():
     chain, _ = CHAINS["vadapter"]
     plain = make(chain)

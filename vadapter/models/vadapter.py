@@ -148,21 +148,20 @@ class VAdapter:
 
         Padding, wherever it is, takes no position; a text starts where the prefix ends.
         """
-        embed = lambda tokens: self._apply(params, self.lm, tokens, method="embed")  # noqa: E731
         prompt, tokens = batch["prompt"], batch["tokens"]
-        parts, front = [], [jnp.where(prompt >= 0, -1, 0)]
-        if prompt.shape[1]:
-            parts.append(embed(jnp.maximum(prompt, 0)))
+        # One lookup: the gradient of each is as large as the vocabulary.
+        ids = jnp.concatenate([jnp.maximum(prompt, 0), tokens], axis=1)
+        words = self._apply(params, self.lm, ids, method="embed")
+        parts = jnp.split(words, [prompt.shape[1]], axis=1)
+        front = [jnp.where(prompt >= 0, -1, 0)]
         if prefix is not None:
-            parts.append(prefix)
+            parts.insert(1, prefix.astype(words.dtype))
             front.append(jnp.full(prefix.shape[:2], -1, jnp.int32))
-        parts.append(embed(tokens))
         front = jnp.concatenate(front, axis=1)
         used = jnp.cumsum(front != 0, axis=1)
         start = used[:, -1:] if front.shape[1] else jnp.zeros((len(tokens), 1), jnp.int32)
         positions = jnp.concatenate([jnp.maximum(used - 1, 0), start + batch["positions"]], axis=1)
         segments = jnp.concatenate([front, batch["segments"]], axis=1)
-        parts = [p.astype(parts[-1].dtype) for p in parts]
         return jnp.concatenate(parts, axis=1), segments, positions
 
     def _states(self, params: Params, name: str, x: jax.Array, rng: jax.Array | None) -> jax.Array:
