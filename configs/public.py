@@ -13,8 +13,8 @@ Arguments:
     int8                the LLM's weights in int8, half of bfloat16's memory
 
 Stage 2, planned (`vadapter plan`): memory of a device; time of the whole stage, from the compiler's
-estimate to 40 % of the peak. laptop 2.9 GB; gpu (H100) 22 GB, 0.5 h; v5e-8 12.8 GB, 2.8-3.4 h;
-v5e-64 12.8 GB, 3.6-4.2 h; v5p-128 33 GB, 36-51 h. Stage 1 takes less. Not run.
+estimate to 40 % of the peak. laptop 2.8 GB; gpu (H100) 22 GB, 0.5 h; v5e-8 11.7 GB, 2.6-3.3 h;
+v5e-64 11.7 GB, 3.3-4.1 h; v5p-128 32 GB, 33-50 h. Stage 1 takes less. Not run.
 """
 
 from typing import Any
