@@ -139,10 +139,10 @@ def applied(recipe: Recipe, name: str, setting: Setting) -> Recipe:
 def repeating(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Components of a stage that have a backward pass and may repeat parts of the forward in it."""
     stage = recipe.stages[name]
-    kind = lambda part: expand(part, recipe.components[part])["kind"]  # noqa: E731
-    able = lambda part: "remat" in KINDS[kind(part)][0].__dataclass_fields__  # type: ignore[attr-defined]  # noqa: E731
-    frozen = () if stage.encoder in trained(stage) else (stage.encoder,)
-    return tuple(part for part in components(stage) if part not in frozen and able(part))
+    behind = [part for part in components(stage) if part != stage.encoder or part in trained(stage)]
+    config_of = lambda part: KINDS[expand(part, recipe.components[part])["kind"]][0]  # noqa: E731
+    fields = lambda part: [field.name for field in dataclasses.fields(config_of(part))]  # noqa: E731
+    return tuple(part for part in behind if "remat" in fields(part))
 
 
 def guess(recipe: Recipe, name: str, setting: Setting) -> int:
