@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from vadapter.errors import ConfigError
 from vadapter.parallel.topology import Topology, larger
-from vadapter.study.plan import Plan, Setting, repeating
+from vadapter.study.plan import Plan, Setting, with_field
 from vadapter.train.recipe import Recipe, trained
 
 Try = Callable[[Setting], Plan]
@@ -93,7 +93,7 @@ def easier(recipe: Recipe, name: str, setting: Setting, planned: Plan) -> Iterat
         topology = larger(topology)
     lm = recipe.stages[name].lm
     if (
-        lm in repeating(recipe, name)
+        lm in with_field(recipe, name, "int8")
         and lm not in trained(recipe.stages[name])
         and lm not in planned.int8
         and importlib.util.find_spec("qwix")
@@ -112,7 +112,7 @@ def described(recipe: Recipe, name: str, old: Setting, new: Setting) -> str:
     words = [f"--topology={new.topology}"] * changed("topology")
     values = {}
     if changed("remat"):
-        values |= {f"components.{n}.remat": new.remat for n in repeating(recipe, name)}
+        values |= {f"components.{n}.remat": new.remat for n in with_field(recipe, name, "remat")}
     if changed("fsdp"):
         values |= {"mesh.fsdp": new.fsdp, "mesh.data": -1}
     if changed("int8"):
