@@ -174,6 +174,19 @@ def test_rematerialisation_keeps_no_attention_weights_and_changes_nothing_else(p
     assert plain_temp - temp > 0.7 * weights
 
 
+@pytest.mark.parametrize("policy", sorted(set(REMAT) - {"none"}))
+def test_a_single_layer_repeats_too(policy):
+    """Outside a loop the compiler would find what is computed twice and keep it instead."""
+
+    def flops(remat):
+        module, params = build(layers=1, remat=remat)
+        loss = lambda p: jnp.square(module.apply({"params": p}, visual())).mean()  # noqa: E731
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(policy) > 1.05 * flops("none")
+
+
 def test_queries_start_with_the_stated_spread():
     config = ResamplerConfig(
         queries=64, query_dim=16, hidden_dim=16, layers=1, heads=2, query_std=0.3

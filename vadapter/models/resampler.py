@@ -13,7 +13,7 @@ from einops import rearrange
 
 from vadapter.errors import ConfigError
 from vadapter.models.layers import Attention, Dtype, Mlp, Norm, linear, partitioned
-from vadapter.models.transformer import REMAT, Remat
+from vadapter.models.transformer import Remat, in_a_row
 from vadapter.parallel.mesh import constrain
 
 
@@ -107,18 +107,7 @@ class Resampler(nn.Module):
         x = constrain(rearrange(x, "b f n d -> b (f n) d"), "batch")
         queries = self._embed("queries", (1, c.queries, c.query_dim), c.query_std)
         queries = jnp.broadcast_to(queries, (B, c.queries, c.query_dim)).astype(self.dtype)
-        layer = ResamplerLayer
-        if c.remat != "none":
-            # A loop of one layer is none: there the compiler would find what is done twice.
-            layer = nn.remat(layer, prevent_cse=c.layers == 1, policy=REMAT[c.remat])
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # type: ignore[arg-type]
-            length=c.layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        layers = in_a_row(ResamplerLayer, c.layers, c.remat, nn.broadcast)
         queries, _ = layers(c, self.dtype, name="layers")(queries, x)
         return Norm("layer", dtype=self.dtype, name="norm")(queries) if c.final_norm else queries
 

@@ -217,17 +217,8 @@ class Stack(nn.Module):
             assert cache is None
             assert kv is None
             return self._last(x, layers or PerLayer(), (mask, positions, distance), last), None
-        block = Block
-        if self.config.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.config.remat])
-        return nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, 0, *(nn.broadcast,) * 6),  # type: ignore[arg-type]
-            length=self.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.config, self.dtype, name="blocks")(
+        blocks = in_a_row(Block, self.depth, self.config.remat, (0, 0, *(nn.broadcast,) * 6))
+        return blocks(self.config, self.dtype, name="blocks")(
             constrain(x, "batch"), cache, layers or PerLayer(), mask, positions, distance, kv,
             kv_mask, index,
         )  # fmt: skip
@@ -252,6 +243,28 @@ class Stack(nn.Module):
         body = lambda x, at: (run(x, at, 0), None)  # noqa: E731
         x, _ = jax.lax.scan(body, constrain(x, "batch"), jnp.arange(self.depth - 1))
         return run(x, self.depth - 1, last)
+
+
+def in_a_row(layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any) -> Any:
+    """`depth` layers one after the other, scanned, their parameters stacked.
+
+    Args:
+      layer: a module class whose call takes and returns the carry first.
+      depth: L.
+      remat: what the backward pass computes again, see `BlockConfig`.
+      in_axes: of the call's other arguments: 0 where layers differ, `nn.broadcast` elsewhere.
+    """
+    if remat != "none":
+        # A loop of one layer is none: there the compiler would find what is done twice.
+        layer = nn.remat(layer, prevent_cse=depth == 1, policy=REMAT[remat])
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
 
 def text_mask(segments: jax.Array, prefix: int = 0, *, bidirectional: bool = False) -> jax.Array:
