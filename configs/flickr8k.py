@@ -2,6 +2,9 @@
 
 export VADAPTER_DATA=/path/to/data
 vadapter train --config=configs/flickr8k.py --workdir=runs/flickr8k
+
+Run 2026-11-25: 4 hours on one busy core. CIDEr on the test split: stage 1 40.0, stage 2 36.6,
+perceiver 37.9 (BUILD_NOTES, "Flickr8k").
 """
 
 from ml_collections import ConfigDict

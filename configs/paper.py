@@ -74,8 +74,13 @@ def get_config(arg=None):
             components=dict(
                 encoder=dict(size=f"coca_{arg.encoder}"),
                 tlm=dict(size="tlm_108m", remat="dots"),
-                # An mlp hands on all 2048 visual tokens of a clip, and the text comes behind them.
-                llm=dict(size=f"llm_{arg.llm}", remat="names", max_len=4096),
+                # An mlp hands on all 2048 visual tokens of a clip, and the text comes behind them:
+                # only the inputs of the LLM's blocks are kept.
+                llm=dict(
+                    size=f"llm_{arg.llm}",
+                    remat="full" if arg.adapter == "mlp" else "names",
+                    max_len=4096,
+                ),
                 resampler=dict(size="resampler_x1"),
                 perceiver=dict(size="resampler_x6", remat="names"),
                 pooler=dict(kind="pooler", queries=256, width=768, heads=12),
@@ -84,8 +89,8 @@ def get_config(arg=None):
                 fc_out=dict(kind="fc", width=0),
             ),
             data=dict(
-                pairs={**caption, "source": tars("pairs")},
-                clips={**caption, "source": tars("clips")},
+                pairs={**caption, "media": "image", "source": tars("pairs")},
+                clips={**caption, "media": "clip", "source": tars("clips")},
             ),
             chain=(name,),
             stages={name: stage},

@@ -5,7 +5,8 @@
 
 Arguments:
     rung                laptop | gpu | v5e-8 | v5e-64 | v5p-128: a row of RUNGS, from a try to the
-                        paper's size; what differs is that row, and schedules count samples
+                        paper's size; what differs is that row, and schedules are shares of its
+                        samples
     encoder, tlm, llm   hub ids or folders, instead of the rung's
     data                folder of tar shards `train-*.tar` and `val-*.tar`
     batch, samples      of each stage, instead of the rung's
@@ -53,7 +54,7 @@ def get_config(arg=None):
         eval_every=max(1, steps // 10), eval_limit=500, save_every=max(1, min(1000, steps // 20)),
         log_every=20,
         optim=dict(
-            lr=5e-4, warmup=min(1000, steps // 10), schedule="cosine", clip=1.0, weight_decay=1e-4,
+            lr=5e-4, warmup=max(1, steps // 25), schedule="cosine", clip=1.0, weight_decay=1e-4,
         ),
     )  # fmt: skip
     aligned = dict(resampler="decoder", fc_in="decoder", tlm="decoder")

@@ -4,7 +4,7 @@
 
 Pretrains a tiny LM, a larger LM and a small ViT (CoCa), aligns the tiny LM as a caption decoder
 (stage 1), then trains it as the adapter of the frozen larger LM (stage 2) beside the
-perceiver-resampler baseline on the same batches in the same order.
+perceiver-resampler baseline on the same batches in the same order. Run 2026-11-27: 3 minutes.
 """
 
 from ml_collections import ConfigDict
@@ -72,8 +72,8 @@ def get_config(arg=None):
                     target_len=30,
                     source=scenes("image", "train", 8_000),
                 ),
-                images={**caption, "source": scenes("image", "train", 8_000)},
-                clips={**caption, "source": scenes("clip", "train", 1_500)},
+                images={**caption, "media": "image", "source": scenes("image", "train", 8_000)},
+                clips={**caption, "media": "clip", "source": scenes("clip", "train", 1_500)},
                 held_images={**caption, "source": scenes("image", "test", 200)},
                 held_clips={**caption, "source": scenes("clip", "test", 64)},
                 questions={**question, "source": scenes("image", "test", 100)},

@@ -1,6 +1,7 @@
 """The packaged recipes: each reads, fits together and means what the paper says."""
 
 import itertools
+import re
 from pathlib import Path
 
 import jax
@@ -43,6 +44,28 @@ def test_every_recipe_reads_and_says_how_it_is_run(path):
     assert recipe.name == path.stem
     head = path.read_text().split('"""')[1]
     assert "vadapter " in head
+    assert re.search(r"\b(Run 20\d\d-\d\d-\d\d: .*(minutes|hours)|[Nn]ot run\b)", head)
+
+
+def test_the_rungs_of_the_ladder_share_one_recipe():
+    def rung(name, **arg):
+        text = ",".join(f"{key}={value}" for key, value in arg.items())
+        return config.load(f"configs/public.py:rung={name},{text}").to_dict()
+
+    same = {"encoder": "e", "llm": "l", "batch": 64, "samples": 640_000}
+    first, *others = [
+        rung(name, **same) for name in ("laptop", "gpu", "v5e-8", "v5e-64", "v5p-128")
+    ]
+    for other in others:
+        assert other | {"workers": 0} == first | {"workers": 0}
+
+    def schedule(**arg):
+        """What of a stage counts steps, in samples."""
+        stage = rung("gpu", **arg)["stages"]["vadapter"]
+        steps = stage["steps"], stage["optim"]["warmup"], stage["eval_every"]
+        return [count * stage["batch"] for count in steps]
+
+    assert schedule(batch=64, samples=6_400_000) == schedule(batch=256, samples=6_400_000)
 
 
 @pytest.mark.parametrize("arg", PAPER)

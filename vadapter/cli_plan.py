@@ -4,7 +4,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vadapter.study.plan import Plan
 
 TEXT = (
     "Says what a stage would take on accelerators that are not here: memory, time, traffic.\n"
@@ -29,7 +32,9 @@ def add_verb(verb: Any, count: Any) -> None:
     )  # fmt: skip
     sub.add_argument("--stage", default="", metavar="S", help="the chain's last")
     sub.add_argument("--batch", type=count, default=0, metavar="N", help="rows (the stage's)")
-    sub.add_argument("--frames", type=count, default=1, metavar="F", help="of a row (1: pictures)")
+    sub.add_argument(
+        "--frames", type=count, default=0, metavar="F", help="of all rows (as data say)"
+    )
     sub.add_argument("--decode", type=count, default=0, metavar="N", help="also texts of N tokens")
     sub.add_argument(
         "--utilisation", type=_share, default=0.4, metavar="U", help="share of the peak (0.4)"
@@ -45,7 +50,6 @@ def _share(text: str) -> float:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    import dataclasses
     import functools
 
     import jax
@@ -78,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
         planned = attempt(setting)
     else:
         about = functools.partial(guess, recipe, name)
-        setting, planned = advice.smallest(recipe, name, setting, attempt, about, tell)
+        most = None if setting.topology.row.kind == "tpu" else MOST
+        setting, planned = advice.smallest(recipe, name, setting, attempt, about, tell, most)
     print(as_text(planned), flush=True)
     found, change = None, ""
     if not planned.fits:
@@ -87,11 +92,18 @@ def run(args: argparse.Namespace) -> None:
         change = advice.described(recipe, name, setting, found[0])
         print(f"\nfits with {change}:\n\n{as_text(found[1])}", flush=True)
     if args.json:
-        record = dataclasses.asdict(planned) | {"fits": planned.fits, "change": change}
-        record["nearest"] = dataclasses.asdict(found[1]) if found else None
+        record = _record(planned) | {"change": change}
+        record["nearest"] = _record(found[1]) if found else None
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if not planned.fits and not found:
         raise ConfigError(
             f"stage {name} does not fit {setting.topology}, nor does anything nearby that was "
             "tried: take a larger topology or a smaller model"
         )
+
+
+def _record(plan: "Plan") -> dict[str, Any]:
+    """All figures of a plan, for JSON."""
+    import dataclasses
+
+    return dataclasses.asdict(plan) | {"parameters": plan.parameters, "fits": plan.fits}

@@ -1,20 +1,31 @@
-"""The table of plans in the README: every scale of the paper on the smallest slice it fits.
+"""What is recorded of plans: the README's table, and a few programs that must not grow.
 
 python tests/study/planned.py v5e v6e    # plans what planned.json lacks: minutes a cell
 python tests/study/planned.py            # writes the README's table from planned.json
+python tests/study/planned.py gate       # plans the rows of estimated_cycles.json anew
+
+The table: every scale of the paper on the smallest slice it fits.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from vadapter import config
 from vadapter.parallel.topology import CHIPS, parse
+from vadapter.study.figures import Figures
+from vadapter.study.plan import Setting, plan
+from vadapter.train.recipe import read
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path(__file__).with_name("planned.json")
+GATE = Path(__file__).with_name("estimated_cycles.json")
 MARKS = "<!-- planned -->\n", "<!-- /planned -->\n"
 CHIP = tuple(name for name, row in CHIPS.items() if row.kind == "tpu")
 SCALES = [(e, llm) for llm in ("1b", "8b") for e in "blg"]
@@ -26,14 +37,16 @@ CELLS = {f"stage=1,encoder={e}": ("stage 1", SIZES[e]) for e in "blg"} | {
     for key, name in ADAPTERS.items()
     for e, llm in SCALES
 }
-KEPT = ("topology", "steps", "batch", "step_ms", "versions")
+KEPT = ("topology", "steps", "batch", "step_ms", "estimated_ms", "versions")
+MADE = ("peak", "limit", "cycles", "estimated_ms")  # of the step on each kind of rows
 
 
 def row(arg: str, plan: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a plan's JSON."""
-    train = plan["train"]
-    figures = {key: train[key] for key in ("peak", "limit", "cycles", "estimated_ms")}
-    return {"arg": arg, "fsdp": plan["mesh"]["fsdp"], **{k: plan[k] for k in KEPT}, **figures}
+    of = lambda one: {key: one[key] for key in ("data", "frames", "share")}  # noqa: E731
+    made = lambda one: {key: one["train"][key] for key in MADE}  # noqa: E731
+    rows = [of(one) | made(one) for one in plan["rows"]]
+    return {"arg": arg, "fsdp": plan["mesh"]["fsdp"], **{k: plan[k] for k in KEPT}, "rows": rows}
 
 
 def make(chip: str) -> None:
@@ -47,6 +60,30 @@ def make(chip: str) -> None:
             options = [config, f"--topology={chip}", f"--json={made.name}"]
             subprocess.run([sys.executable, "-m", "vadapter", "plan", *options], check=True)
             add([row(arg, json.loads(Path(made.name).read_text()))])
+
+
+def gated(row: dict[str, Any]) -> Figures:
+    """The train step of a row of the gate: a config on a topology, as it is planned now."""
+    values = config.load(f"{ROOT}/{row['config']}")
+    config.override(values, row["overrides"])
+    made = read(values)
+    setting = Setting(parse(row["topology"]), row["batch"], row["frames"], fsdp=row["fsdp"])
+    return plan(made, made.chain[-1], setting).train
+
+
+def measured(found: Figures) -> dict[str, Any]:
+    """What the gate holds of a step: the compiler's cycles, bytes needed and sent."""
+    sent = {kind: sent.bytes for kind, sent in found.collectives.items()}
+    return {"cycles": found.cycles, "peak": found.peak, "sent": sent}
+
+
+def record_gate() -> None:
+    """Measures its rows anew, for another compiler or a program that is better."""
+    jax.config.update("jax_platforms", "cpu")
+    gate = json.loads(GATE.read_text())
+    made = [row | measured(gated(row)) for row in gate["rows"]]
+    lines = ",\n".join(json.dumps(row) for row in made)
+    GATE.write_text(f'{{"libtpu": "{version("libtpu")}", "rows": [\n{lines}\n]}}\n')
 
 
 def rows() -> list[dict[str, Any]]:
@@ -100,5 +137,5 @@ def write() -> None:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        make(name)
+        record_gate() if name == "gate" else make(name)
     write()

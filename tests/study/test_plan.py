@@ -13,7 +13,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from recipes import tiny_recipe
 
-from vadapter import config
 from vadapter.cli import main
 from vadapter.errors import USER_ERROR, ConfigError
 from vadapter.parallel import topology
@@ -50,6 +49,12 @@ def _hosts(monkeypatch):
     monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], per_host=4))
 
 
+def with_train(made, train):
+    """The plan with another figure for its steps."""
+    rows = tuple(dataclasses.replace(one, train=train) for one in made.rows)
+    return dataclasses.replace(made, rows=rows)
+
+
 def both() -> tuple[Any, Any]:
     """The same stage on eight devices with its weights whole and split."""
     return planned("cpu:8"), planned("cpu:8", fsdp=4, decode=8)
@@ -59,7 +64,8 @@ def test_what_stays_is_the_sum_of_its_parts():
     for made in both():
         parts = sum(part.bytes for part in made.parts.values())
         counters = 2 * 4  # steps and skipped ones
-        assert made.train.arguments == parts + made.optimizer + made.batch_bytes + counters
+        (rows,) = made.rows
+        assert made.train.arguments == parts + made.optimizer + rows.batch_bytes + counters
         assert made.train.peak == made.train.arguments + made.train.temporaries
 
 
@@ -69,7 +75,7 @@ def test_split_weights_need_a_share_of_their_bytes_on_each_device():
     assert whole.parts["llm"].parameters == split.parts["llm"].parameters
     assert split.parts["llm"].bytes < 0.3 * whole.parts["llm"].bytes
     assert split.optimizer < 0.3 * whole.optimizer
-    assert whole.batch_bytes == split.batch_bytes
+    assert whole.rows[0].batch_bytes == split.rows[0].batch_bytes
 
 
 def test_trained_parts_are_float32_with_two_moments():
@@ -91,7 +97,7 @@ def test_split_weights_are_gathered_and_whole_ones_are_not():
 
 def test_time_follows_from_flops_peak_and_utilisation_and_every_host_reads_its_share():
     made, _ = both()
-    assert made.flops == made.counted == made.train.flops > 0
+    assert made.flops == made.counted == made.train.flops == made.train.compiled_flops > 0
     seconds = made.flops / (8 * CHIPS["cpu"].peak * 0.4)
     assert made.utilised_ms == pytest.approx(1000 * seconds)
     assert made.step_ms == pytest.approx(0.4 * made.utilised_ms)
@@ -106,6 +112,45 @@ def test_more_rows_need_more_and_rematerialisation_less():
     assert four.train.temporaries > 3 * one.train.temporaries
     assert full.train.temporaries < four.train.temporaries
     assert full.train.flops > full.counted == four.counted
+
+
+def mixed(**setting) -> Any:
+    """A plan of a stage of which three steps of four are on pictures and one on clips."""
+    made = recipe(data={"pictures": 3.0, "clips": 1.0})
+    data = made.data | {
+        "clips": dataclasses.replace(made.data["pictures"], media="clip", frames=4)
+    }  # fmt: skip
+    made = dataclasses.replace(made, data=data)
+    return plan(made, "vadapter", Setting(parse("cpu:1"), **setting))
+
+
+def test_a_stage_of_pictures_and_clips_must_fit_with_both_and_takes_the_mean_of_their_time():
+    made, alone = mixed(), planned()
+    clips, pictures = made.rows
+    assert (clips.data, clips.frames, clips.share) == (("clips",), 4, 0.25)
+    assert (pictures.data, pictures.frames, pictures.share) == (("pictures",), 1, 0.75)
+    assert pictures.train == dataclasses.replace(alone.train, compile_s=pictures.train.compile_s)
+    assert made.train == clips.train
+    assert clips.train.peak > 1.02 * pictures.train.peak
+    assert clips.flops > 1.1 * pictures.flops
+    assert made.flops == 0.25 * clips.flops + 0.75 * pictures.flops
+    assert made.step_ms == pytest.approx(1000 * made.flops / CHIPS["cpu"].peak)
+    text = " ".join(plan_text.as_text(made).split())
+    assert "train on clips (25%, 4 frames): fits" in text
+    assert "train on pictures (75%): fits" in text
+    one = mixed(frames=2).rows
+    assert [(rows.data, rows.frames, rows.share) for rows in one] == [
+        (("pictures", "clips"), 2, 1.0)
+    ]
+
+
+def test_where_clips_do_not_fit_pictures_are_not_tried(monkeypatch):
+    peak = mixed().rows[0].train.peak
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], hbm=peak - 1))
+    made = mixed()
+    assert not made.fits
+    assert [rows.train is None for rows in made.rows] == [False, True]
+    assert "train on pictures (75%): not made" in " ".join(plan_text.as_text(made).split())
 
 
 def test_texts_are_planned_on_request():
@@ -145,13 +190,15 @@ def test_the_text_is_narrow_and_says_where_jax_must_be_allowed_more():
     made = dataclasses.replace(both()[0], topology="h100:8")
     lines = plan_text.as_text(made).splitlines()
     guessed = dataclasses.replace(made.train, cycles=10**10, estimated_ms=10000.0)
-    more = plan_text.as_text(dataclasses.replace(made, train=guessed, share=0.5)).splitlines()
+    timed = dataclasses.replace(with_train(made, guessed), estimated_ms=10000.0, share=0.5)
+    more = plan_text.as_text(timed).splitlines()
     assert max(map(len, lines + more)) < 100
     said = " ".join(" ".join(more).split())
-    assert "10,000,000,000 cycles, 10,000.0 ms, 50% of the peak" in said
+    assert "10,000,000,000 cycles (10,000.0 ms)" in said
+    assert "no collectives: 10,000.0 ms, 50% of the peak" in said
     assert not any("MEM_FRACTION" in line for line in lines)
     nearly = dataclasses.replace(made.train, limit=int(1.1 * made.train.peak))
-    text = plan_text.as_text(dataclasses.replace(made, train=nearly))
+    text = plan_text.as_text(with_train(made, nearly))
     assert "fits: peak" in text
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in text
 
@@ -194,7 +241,7 @@ def test_a_compiler_that_runs_out_of_memory_is_a_row_of_the_table(monkeypatch):
     stopped = tpu_that_stops(monkeypatch, OOM)
     assert not stopped.fits
     assert (stopped.peak, stopped.temporaries) == (int(16.30 * 2**30), None)
-    made = dataclasses.replace(planned(), train=stopped)
+    made = with_train(planned(), stopped)
     assert "train: does not fit: needs 17.5 GB of 16.9 GB" in plan_text.as_text(made)
 
 
@@ -207,13 +254,13 @@ def tried(monkeypatch, stage="vadapter", fits=lambda setting: False, over=False)
     """What is tried, in its order, and what is found."""
     setting, order, made = Setting(parse("cpu:8")), [], both()[0]
     train = dataclasses.replace(made.train, limit=0 if over else made.train.arguments + 1)
-    made = dataclasses.replace(made, train=train, batch=32)
+    made = with_train(dataclasses.replace(made, batch=32), train)
     rest = dataclasses.replace(train, limit=10**12)
     monkeypatch.setattr(advice.importlib.util, "find_spec", lambda name: True)
 
     def attempt(change):
         order.append(advice.described(recipe(), stage, setting, change))
-        return dataclasses.replace(made, train=rest if fits(change) else train)
+        return with_train(made, rest if fits(change) else train)
 
     return order, advice.search(recipe(), stage, setting, made, attempt)
 
@@ -253,17 +300,17 @@ def test_the_first_that_fits_is_named_and_nothing_is_tried_after_it(monkeypatch)
     assert found[1].fits
 
 
-def least(fits, guess=lambda setting: 0, chip="cpu:1"):
+def least(fits, guess=lambda setting: 0, chip="cpu:1", most=None):
     """What is tried on the way to the smallest slice."""
     order, made = [], both()[0]
-    rest = dataclasses.replace(made, train=dataclasses.replace(made.train, limit=10**12))
-    over = dataclasses.replace(made, train=dataclasses.replace(made.train, limit=1))
+    rest = with_train(made, dataclasses.replace(made.train, limit=10**12))
+    over = with_train(made, dataclasses.replace(made.train, limit=1))
 
     def attempt(change):
         return rest if fits(change) else over
 
     setting, _ = advice.smallest(
-        recipe(), "vadapter", Setting(parse(chip)), attempt, guess, order.append
+        recipe(), "vadapter", Setting(parse(chip)), attempt, guess, order.append, most
     )
     return setting, order
 
@@ -289,6 +336,13 @@ def test_what_is_surely_too_large_is_not_tried():
 def test_a_stage_that_fits_no_slice_is_one_line():
     with pytest.raises(ConfigError, match="stage vadapter fits no cpu"):
         least(lambda s: False)
+
+
+def test_no_more_chips_are_tried_than_allowed():
+    order = []
+    with pytest.raises(ConfigError, match="stage vadapter fits no cpu"):
+        least(lambda s: order.append(s.topology.chips), most=4)
+    assert max(order) == 4
 
 
 @pytest.mark.parametrize("fsdp", [0, 4])
@@ -323,14 +377,20 @@ def test_the_command_prints_and_saves_the_same_figures(call, tmp_path):
     assert saved["remat"]["llm"] == "full"
     assert saved["utilisation"] == 0.5
     assert saved["decode"] is saved["nearest"] is None
-    assert plan_text.size(saved["train"]["peak"]) in out
+    (rows,) = saved["rows"]
+    assert plan_text.size(rows["train"]["peak"]) in out
+    count = {state: sum(p["parameters"] for p in saved["parts"].values() if p["trained"] == state)
+             for state in (True, False)}  # fmt: skip
+    assert saved["parameters"] == {
+        "total": sum(count.values()), "trained": count[True], "frozen": count[False],
+    }  # fmt: skip
     assert f"{saved['parts']['llm']['parameters']:,}" in out
 
 
 def fitting(monkeypatch, fits):
     """Every plan is the same one, which fits where the setting does."""
     made = both()[0]
-    full = dataclasses.replace(made, train=dataclasses.replace(made.train, limit=1))
+    full = with_train(made, dataclasses.replace(made.train, limit=1))
     answer = lambda recipe, name, setting, **_: made if fits(setting) else full  # noqa: E731
     monkeypatch.setattr(study_plan, "plan", answer)
 
@@ -347,7 +407,7 @@ def test_what_does_not_fit_ends_well_with_the_nearest_that_does(call, monkeypatc
     saved = json.loads((tmp_path / "p.json").read_text())
     assert not saved["fits"]
     assert saved["change"] == change
-    assert saved["nearest"]["train"]["limit"] > 1
+    assert saved["nearest"]["fits"]
 
 
 def test_a_generation_alone_is_planned_on_the_smallest_slice_that_fits(call, tmp_path):
@@ -432,11 +492,14 @@ def test_products_with_split_weights_are_not_cut_into_one_for_each_chip():
 def test_the_readme_has_the_recorded_plans_each_of_which_fits():
     assert planned_table.table() in (planned_table.ROOT / "README.md").read_text(encoding="utf-8")
     for row in planned_table.rows():
-        assert row["arg"] in planned_table.CELLS
-        assert row["peak"] <= row["limit"] == int(parse(row["topology"]).row.hbm)
+        assert sum(one["share"] for one in row["rows"]) == 1
+        for one in row["rows"]:
+            assert one["peak"] <= one["limit"] == int(parse(row["topology"]).row.hbm)
+    there = {(row["arg"], parse(row["topology"]).chip) for row in planned_table.rows()}
+    assert there == {(arg, chip) for arg in planned_table.CELLS for chip in planned_table.CHIP}
 
 
-GATE = json.loads((HERE / "estimated_cycles.json").read_text())
+GATE = json.loads(planned_table.GATE.read_text())
 
 
 @pytest.mark.slow
@@ -444,12 +507,13 @@ GATE = json.loads((HERE / "estimated_cycles.json").read_text())
 @pytest.mark.parametrize("row", GATE["rows"], ids=lambda row: f"{row['config']}-{row['topology']}")
 def test_the_compilers_estimate_has_not_grown(row):
     """Another libtpu may count otherwise: then measure all rows anew, and say so."""
-    made = read(config.load(row["config"]))
-    setting = Setting(parse(row["topology"]), batch=row["batch"], fsdp=row["fsdp"])
     with jax.default_matmul_precision(None):  # as in training, not as in these tests
-        found = plan(made, made.chain[-1], setting)
-    assert found.train.cycles == pytest.approx(row["cycles"], rel=0.03)
-    assert found.train.peak == pytest.approx(row["peak"], rel=0.03)
+        found = planned_table.gated(row)
+    now = planned_table.measured(found)
+    assert now["cycles"] == pytest.approx(row["cycles"], rel=0.03)
+    assert now["peak"] == pytest.approx(row["peak"], rel=0.03)
+    assert now["sent"] == pytest.approx(row["sent"], rel=0.03)
+    assert found.compiled_flops == pytest.approx(found.flops, rel=0.05)
 
 
 def test_the_gate_names_topologies_that_there_are():

@@ -39,6 +39,15 @@ def tokenizer(data):
     return Tokenizer.train(lines, 300, lowercase=True)
 
 
+def test_a_set_that_is_not_what_the_recipe_says_is_refused(data, tokenizer):
+    source, view = make_source("pictures", data["pictures"]), View(16)
+    said = lambda media: dataclasses.replace(data["pictures"], media=media)  # noqa: E731
+    for media in ("", "image"):
+        make_stream("pictures", said(media), source, tokenizer, view)
+    with pytest.raises(ConfigError, match="'pictures': media='clip', but its source has images"):
+        make_stream("pictures", said("clip"), source, tokenizer, view)
+
+
 def test_variables_and_the_home_folder_are_filled_in(monkeypatch):
     monkeypatch.setenv("DATA", "/d")
     monkeypatch.setenv("HOME", "/home/me")

@@ -12,7 +12,7 @@ from vadapter.train.recipe import Recipe, trained
 Try = Callable[[Setting], Plan]
 MORE = 3  # larger topologies that are tried
 SPLITS = (4, 8)  # chips that weights are split over where whole ones do not fit
-SURELY = 1.5  # a guess of so many times the memory is not tried
+SURELY = 2  # a guess of so many times the memory is not tried
 
 
 def search(
@@ -43,7 +43,7 @@ def search(
 
 def smallest(
     recipe: Recipe, name: str, setting: Setting, attempt: Try, guess: Callable[[Setting], int],
-    say: Callable[[str], object] = lambda line: None,
+    say: Callable[[str], object] = lambda line: None, most: int | None = None,
 ) -> tuple[Setting, Plan]:  # fmt: skip
     """The smallest slice that the stage fits as it is, its weights whole or else split.
 
@@ -51,6 +51,7 @@ def smallest(
       setting: with the smallest slice there is.
       attempt: plans a setting; guess: about its peak, at once.
       say: is told what is tried.
+      most: chips that are tried; None: as many as a step has rows.
 
     Raises:
       ConfigError: there is none.
@@ -58,7 +59,7 @@ def smallest(
     stage, own = recipe.stages[name], recipe.mesh
     rows = (setting.batch or stage.batch) // stage.accumulate
     topology: Topology | None = setting.topology
-    while topology is not None and topology.chips <= rows:
+    while topology is not None and topology.chips <= min(rows, most or rows):
         for fsdp in (0, *(n for n in SPLITS if n > own.fsdp)):
             change = dataclasses.replace(setting, topology=topology, fsdp=fsdp)
             whole = topology.chips % ((fsdp or own.fsdp) * own.tensor) == 0 == rows % topology.chips

@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGS]", help="the recipe")
     parser.add_argument("--stage", default="", metavar="S", help="the chain's last")
     parser.add_argument("--batch", default="0", metavar="N,…", help="rows a step (the stage's)")
-    parser.add_argument("--frames", default="1", metavar="F,…", help="1: pictures; 0: clips")
+    parser.add_argument("--frames", default="1", metavar="F,…", help="of a row (1: pictures)")
     parser.add_argument("--remat", default="", metavar="R,…", help="instead of the components' own")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="steps (20)")
     parser.add_argument("--max-new", type=int, default=0, metavar="N", help="time texts too")

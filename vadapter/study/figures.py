@@ -33,6 +33,7 @@ class Figures:
       peak: the most at a time; of a program that the compiler stopped at, what it needs.
       limit: what programs may use.
       flops: of the traced program on all devices, recomputed products included.
+      compiled_flops: the same in the compiled one; None where nothing was compiled.
       collectives: kind -> what is sent.
       cycles: the compiler's estimate, see `hlo.Work`; estimated_ms: at the chip's clock.
       compile_s: None where nothing was compiled.
@@ -45,6 +46,7 @@ class Figures:
     limit: int
     flops: int
     collectives: dict[str, hlo.Sent]
+    compiled_flops: int | None = None
     cycles: int = 0
     estimated_ms: float | None = None
     compile_s: float | None = None
@@ -77,8 +79,8 @@ def of_compiler(topology: Topology, traced: Any, arguments: Any, loops: int = 1)
     work = hlo.walk(compiled.as_text() or "")
     return Figures(
         how, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-        memory.peak_memory_in_bytes, limit, total, work.collectives, work.cycles,
-        1000 * work.cycles / topology.row.clock, seconds,
+        memory.peak_memory_in_bytes, limit, total, work.collectives,
+        work.flops * topology.chips, work.cycles, 1000 * work.cycles / topology.row.clock, seconds,
     )  # fmt: skip
 
 
@@ -89,16 +91,19 @@ def of_trace(topology: Topology, traced: Any, arguments: Any, held: int, loops: 
       traced, arguments, loops: as of `of_compiler`, for as many devices of this host's CPU.
       held: bytes of temporaries, from `estimate`.
     """
-    how, sent, seconds = "memory estimated from the trace", {}, None
+    how, work, seconds = "memory estimated from the trace", None, None
     if topology.chips > 1:
         began = time.perf_counter()
         compiled = traced.lower().compile()
         seconds = time.perf_counter() - began
-        sent = hlo.walk(compiled.as_text() or "").collectives
+        work = hlo.walk(compiled.as_text() or "")
         how += f", collectives from compiling for {topology.chips} devices of this host's CPU"
     kept, limit = on_one(arguments), int(topology.row.hbm)
     total = flops.count_traced(traced.jaxpr.jaxpr, loops)
-    return Figures(how, kept, held, kept + held, limit, total, sent, compile_s=seconds)
+    return Figures(
+        how, kept, held, kept + held, limit, total, work.collectives if work else {},
+        work and work.flops * topology.chips, compile_s=seconds,
+    )  # fmt: skip
 
 
 def estimate(fn: Callable[..., Any], arguments: Any, mesh: Mapping[str, int], rows: int) -> int:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ class Setting:
 
     Attributes:
       batch: rows of a step; 0: the stage's.
-      frames: F of its rows; 0: as many as the data set's clips have.
+      frames: F of all rows; 0: as the data sets say.
       remat: of the stage's components that may repeat, instead of their own.
       fsdp: devices that split the weights; 0: the recipe's.
       int8: the frozen language model's weights are int8.
@@ -34,7 +35,7 @@ class Setting:
 
     topology: Topology
     batch: int = 0
-    frames: int = 1
+    frames: int = 0
     remat: str = ""
     fsdp: int = 0
     int8: bool = False
@@ -50,16 +51,38 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """Steps whose batches have one shape: the data sets of a stage take turns.
+
+    Attributes:
+      data: the data sets whose batches they are; share: of the stage's steps.
+      frames: F; 0: no pictures.
+      batch_bytes: on each device.
+      flops: of a step on all devices, by formula (nothing recomputed); None: there is none.
+      counted: the same in the traced program; what the backward pass repeats is in `train.flops`.
+      train: the program; None: not made, as one that needs more does not fit.
+    """
+
+    data: tuple[str, ...]
+    share: float
+    frames: int
+    batch_bytes: int
+    flops: int | None
+    counted: int
+    train: Figures | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A stage on a topology.
 
     Attributes:
-      optimizer, batch_bytes: of the arguments, per device; the others are `parts`.
-      train, decode: the programs; decode writes texts of `decode_tokens`.
-      flops: of a step on all devices, by formula (nothing recomputed); None: there is none.
-      counted: the same in the traced program; what the backward pass repeats is in `train.flops`.
+      rows: what its steps are, those that need most first.
+      optimizer: of the arguments, per device; the others are `parts` and the rows' batch.
+      decode: the program that writes texts of `decode_tokens`, of the first rows.
+      flops, counted: the mean of a step, as of `Rows`.
       step_ms: of `flops` at the chips' peak; utilised_ms: at that share of it, `utilisation`.
-      share: of the peak, if a step takes `train.estimated_ms`.
+      estimated_ms: the mean of a step by the compiler's cycles; share: of the peak, if so.
       days, chip_hours: of all steps at `utilised_ms`, nothing but steps.
       rows_s: rows a second that each host reads, at `utilised_ms`.
     """
@@ -72,17 +95,16 @@ class Plan:
     mesh: dict[str, int]
     steps: int
     batch: int
-    frames: int
+    rows: tuple[Rows, ...]
     remat: dict[str, str]
     int8: tuple[str, ...]
     parts: dict[str, Part]
     optimizer: int
-    batch_bytes: int
-    train: Figures
     decode: Figures | None
     decode_tokens: int
-    flops: int | None
-    counted: int
+    flops: float | None
+    counted: float
+    estimated_ms: float | None
     step_ms: float
     utilisation: float
     utilised_ms: float
@@ -91,6 +113,19 @@ class Plan:
     chip_hours: float
     rows_s: float
     versions: dict[str, str]
+
+    @property
+    def train(self) -> Figures:
+        """The train step that needs most."""
+        return max((rows.train for rows in self.rows if rows.train), key=lambda made: made.peak)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Of all parts: total, trained, frozen."""
+        count = {True: 0, False: 0}
+        for part in self.parts.values():
+            count[part.trained] += part.parameters
+        return {"total": sum(count.values()), "trained": count[True], "frozen": count[False]}
 
     @property
     def fits(self) -> bool:
@@ -105,22 +140,37 @@ def plan(
     Raises:
       ConfigError: batch, mesh and topology do not go together, or the compiler is not installed.
     """
-    stage = program(recipe, name, setting)
+    stages = programs(recipe, name, setting)
+    stage, fit, rows = next(iter(stages.values())), True, []
     if decode and not stage.captions:
         raise ConfigError(f"stages.{name}: kind {stage.config.kind} writes no texts: no --decode")
-    train = _figures(stage, setting, 0)
+    for data, each in stages.items():
+        train = _figures(each, setting, 0) if fit else None
+        fit = fit and train is not None and train.fits
+        rows.append(_rows(each, data, train))
     texts = _figures(stage, setting, decode) if decode else None
-    return _described(stage, setting, train, texts, decode, utilisation)
+    return _described(stage, setting, tuple(rows), texts, decode, utilisation)
 
 
-def program(recipe: Recipe, name: str, setting: Setting) -> Program:
-    """The stage's program at this setting, on the topology's devices."""
+def programs(recipe: Recipe, name: str, setting: Setting) -> dict[tuple[str, ...], Program]:
+    """The stage's programs at this setting, on the topology's devices.
+
+    Returns:
+      data sets whose batches have one shape -> its program; the largest rows first.
+    """
     recipe = applied(recipe, name, setting)
     mesh = make_mesh(recipe.mesh, devices(setting.topology))
-    batch = setting.batch or recipe.stages[name].batch
-    stage = Program(recipe, name, mesh, batch=batch, frames=setting.frames)
-    check_batch_size(name, stage.config, mesh.size)
-    return stage
+    stage = recipe.stages[name]
+    batch = setting.batch or stage.batch
+    shapes = defaultdict(list)
+    for data in stage.data:
+        one = Program(recipe, name, mesh, batch=batch, frames=setting.frames, data=data)
+        shapes[tuple(sorted(one.sizes.items()))].append((data, one))
+    check_batch_size(name, next(iter(shapes.values()))[0][1].config, mesh.size)
+    order = sorted(
+        shapes.items(), key=lambda item: math.prod(n or 1 for _, n in item[0]), reverse=True
+    )
+    return {tuple(data for data, _ in same): same[0][1] for _, same in order}
 
 
 def applied(recipe: Recipe, name: str, setting: Setting) -> Recipe:
@@ -151,7 +201,7 @@ def with_field(recipe: Recipe, name: str, field: str) -> tuple[str, ...]:
 def guess(recipe: Recipe, name: str, setting: Setting) -> int:
     """About the peak of the train step on a device, from its trace alone: nothing is compiled.
 
-    Of TPUs it is 5 to 24 % over what was compiled (BUILD_NOTES, "Plan"); takes seconds.
+    Takes seconds. Of TPUs it is from 13 % under to 61 % over what the compiler says.
     """
     recipe = applied(recipe, name, setting)
     config = recipe.stages[name]
@@ -159,8 +209,12 @@ def guess(recipe: Recipe, name: str, setting: Setting) -> int:
     split = {"fsdp": recipe.mesh.fsdp, "tensor": recipe.mesh.tensor}
     parts = math.prod(split.values())
     mesh = {"data": setting.topology.chips // parts, **split}
-    held, (state, frozen, _) = _held(recipe, name, config, setting, mesh, 0)
-    return held + on_one((state, frozen)) // parts
+
+    def of(data: str) -> int:
+        held, (state, frozen, _) = _held(recipe, name, data, config, setting, mesh, 0)
+        return held + on_one((state, frozen)) // parts
+
+    return max(map(of, config.data))
 
 
 def _figures(stage: Program, setting: Setting, decode: int) -> Figures:
@@ -169,18 +223,21 @@ def _figures(stage: Program, setting: Setting, decode: int) -> Figures:
     traced = (jax.jit(fn) if decode else stage.train_step()).trace(*arguments)
     if setting.topology.row.kind == "tpu":
         return of_compiler(setting.topology, traced, arguments, decode or 1)
-    held, _ = _held(stage.recipe, stage.name, stage.config, setting, stage.mesh.shape, decode)
+    held, _ = _held(
+        stage.recipe, stage.name, stage.data, stage.config, setting, stage.mesh.shape, decode
+    )  # fmt: skip
     return of_trace(setting.topology, traced, arguments, held, decode or 1)
 
 
 def _held(
-    recipe: Recipe, name: str, config: StageConfig, setting: Setting, mesh: Mapping[str, int],
-    decode: int,
+    recipe: Recipe, name: str, data: str, config: StageConfig, setting: Setting,
+    mesh: Mapping[str, int], decode: int,
 ) -> tuple[int, Any]:  # fmt: skip
     """Estimated bytes of temporaries on a device of the mesh, and the arguments of one alone."""
     accumulate = 1 if decode else config.accumulate
     one = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
-    alone = Program(recipe, name, one, batch=ROWS * accumulate, frames=setting.frames)
+    rows = ROWS * accumulate
+    alone = Program(recipe, name, one, batch=rows, frames=setting.frames, data=data)
     fn, arguments = _function(alone, decode)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     return estimate(fn, shapes, mesh, config.batch // accumulate), arguments
@@ -194,39 +251,58 @@ def _function(stage: Program, decode: int) -> tuple[Any, Any]:
     return stage.decode(decode), (learnt | frozen, stage.batch_shapes())
 
 
+def _rows(stage: Program, data: tuple[str, ...], train: Figures | None) -> Rows:
+    """What is said of one shape of batches."""
+    weights, batch = stage.config.data, stage.config.batch
+    each = flops.formula(stage.model, stage.learns, stage.sizes)
+    plain = Program(
+        stage.recipe, stage.name, stage.mesh, batch=batch, frames=stage.sizes.get("F", 0),
+        data=stage.data, remat="none",
+    )  # fmt: skip
+    return Rows(
+        data, sum(weights[name] for name in data) / sum(weights.values()),
+        stage.sizes.get("F", 0), on_one(stage.batch_shapes()),
+        flops=batch * sum(each.values()) if each else None,
+        counted=flops.count(plain.step, *stage.arguments()), train=train,
+    )  # fmt: skip
+
+
 def _described(
-    stage: Program, setting: Setting, train: Figures, texts: Figures | None, decode: int,
+    stage: Program, setting: Setting, rows: tuple[Rows, ...], texts: Figures | None, decode: int,
     utilisation: float,
 ) -> Plan:  # fmt: skip
     topology, config, recipe = setting.topology, stage.config, stage.recipe
-    state, _, batch = stage.arguments()
-    rows, modules = config.batch, stage.model.modules
-    each = flops.formula(stage.model, stage.learns, stage.sizes)
-    needed = rows * sum(each.values()) if each else None
-    counted = train.flops
-    if any(spec.get("remat", "none") != "none" for spec in recipe.components.values()):
-        plain = Program(
-            recipe, stage.name, stage.mesh, batch=rows, frames=setting.frames, remat="none"
-        )  # fmt: skip
-        counted = flops.count(plain.step, *stage.arguments())
-    least = (needed or counted) / (topology.row.peak * topology.chips)
-    seconds, estimated = least / utilisation, train.estimated_ms
+    state, _, _ = stage.arguments()
+    modules = stage.model.modules
+    needed = _mean(rows, lambda one: one.flops)
+    counted = _mean(rows, lambda one: one.counted)
+    estimated = _mean(rows, lambda one: one.train and one.train.estimated_ms)
+    least = (needed or counted or 0) / (topology.row.peak * topology.chips)
+    seconds = least / utilisation
     able = with_field(recipe, stage.name, "remat")
     return Plan(
         stage=stage.name, kind=config.kind, topology=str(topology), chips=topology.chips,
-        hosts=topology.hosts, mesh=dict(stage.mesh.shape), steps=config.steps, batch=rows,
-        frames=stage.sizes.get("F", 0),
+        hosts=topology.hosts, mesh=dict(stage.mesh.shape), steps=config.steps, batch=config.batch,
+        rows=rows,
         remat={part: modules[part].config.remat for part in able},  # type: ignore[attr-defined]
         int8=tuple(part for part in components(config) if recipe.components[part].get("int8")),
-        parts=_parts(stage), optimizer=on_one(state.opt_state), batch_bytes=on_one(batch),
-        train=train, decode=texts, decode_tokens=decode,
-        flops=needed, counted=counted,
+        parts=_parts(stage), optimizer=on_one(state.opt_state),
+        decode=texts, decode_tokens=decode,
+        flops=needed, counted=counted or 0, estimated_ms=estimated,
         step_ms=1000 * least, utilisation=utilisation, utilised_ms=1000 * seconds,
         share=1000 * least / estimated if estimated else None,
         days=seconds * config.steps / DAY,
         chip_hours=seconds * config.steps / 3600 * topology.chips,
-        rows_s=rows / seconds / topology.hosts, versions=versions(),
+        rows_s=config.batch / seconds / topology.hosts, versions=versions(),
     )  # fmt: skip
+
+
+def _mean(rows: tuple[Rows, ...], figure: Callable[[Rows], float | None]) -> float | None:
+    """Of a step; None where it is not known of all."""
+    found = [figure(one) for one in rows]
+    if any(value is None for value in found):
+        return None
+    return sum(one.share * (value or 0) for one, value in zip(rows, found, strict=True))
 
 
 def _parts(stage: Program) -> dict[str, Part]:

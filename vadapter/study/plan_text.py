@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from vadapter.parallel.topology import CHIPS, parse
 from vadapter.study import table
 from vadapter.study.figures import Figures
-from vadapter.study.plan import Plan
+from vadapter.study.plan import Plan, Rows
 
 WIDTH = 98
 _PARTS = (("component",), ("   parameters",), ("state",), ("on a chip",))
@@ -28,13 +28,14 @@ def _blocks(plan: Plan) -> Iterator[list[str]]:
         f"mesh {mesh}; remat {remat}{int8}",
         *textwrap.wrap(plan.train.how, WIDTH),
     ]
-    yield [*_parts(plan), _fit("train", plan.train)]
+    fill = lambda line: textwrap.wrap(line, WIDTH, subsequent_indent="  ")  # noqa: E731
+    fits = [_fit(f"train{_what(one, plan)}", one.train) for one in plan.rows]
+    yield [*_parts(plan), *(part for line in fits for part in fill(line))]
     if plan.decode is not None:
         yield [_fit(f"writing {plan.decode_tokens} tokens", plan.decode)]
     gpu, used = parse(plan.topology).row.kind == "gpu", plan.train.peak / plan.train.limit
     if gpu and 0.75 < used <= 1:
         yield ["set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: by default jax takes 0.75 of the memory"]
-    fill = lambda line: textwrap.wrap(line, WIDTH, subsequent_indent="  ")  # noqa: E731
     yield [part for line in _time(plan) for part in fill(line)]
     if plan.train.collectives:
         rows = [
@@ -50,18 +51,28 @@ def _parts(plan: Plan) -> Iterator[str]:
          (f"{size(part.bytes):>9}",))
         for name, part in plan.parts.items()
     ]  # fmt: skip
-    counts = {state: sum(p.parameters for p in plan.parts.values() if p.trained == state)
-              for state in (True, False)}  # fmt: skip
     rows.append((("optimizer",), ("",), ("",), (f"{size(plan.optimizer):>9}",)))
-    rows.append((("batch",), ("",), ("",), (f"{size(plan.batch_bytes):>9}",)))
+    batch = max(one.batch_bytes for one in plan.rows)
+    rows.append((("batch",), ("",), ("",), (f"{size(batch):>9}",)))
     yield table.as_text(rows, _PARTS)
+    count = plan.parameters
     yield (
-        f"total {sum(counts.values()):,} parameters: {counts[True]:,} trained, "
-        f"{counts[False]:,} frozen"
+        f"total {count['total']:,} parameters: {count['trained']:,} trained, "
+        f"{count['frozen']:,} frozen"
     )
 
 
-def _fit(what: str, figures: Figures) -> str:
+def _what(one: Rows, plan: Plan) -> str:
+    """Which of the stage's rows, where there are several."""
+    if len(plan.rows) == 1:
+        return ""
+    frames = f", {one.frames} frames" if one.frames > 1 else ""
+    return f" on {', '.join(one.data)} ({one.share:.0%}{frames})"
+
+
+def _fit(what: str, figures: Figures | None) -> str:
+    if figures is None:
+        return f"{what}: not made, as the others do not fit"
     if figures.temporaries is None:
         return f"{what}: does not fit: needs {size(figures.peak)} of {size(figures.limit)}"
     verdict = "fits" if figures.fits else "does not fit"
@@ -76,28 +87,34 @@ def _time(plan: Plan) -> Iterator[str]:
     row = CHIPS[parse(plan.topology).chip]
     formula = "no formula" if plan.flops is None else f"{_tera(plan.flops)} by formula"
     ratio = "" if plan.flops is None else f", ratio {plan.counted / plan.flops:.4f}"
+    mean = "" if len(plan.rows) == 1 else "mean "
+    yield f"{mean}TFLOP a step: {formula}, {_tera(plan.counted)} counted{ratio}"
+    for one in plan.rows:
+        if one.train is not None:
+            yield from _program(one.train, f"a step{_what(one, plan)}")
     yield (
-        f"TFLOP a step: {formula}, {_tera(plan.counted)} counted{ratio}; "
-        f"{_tera(plan.train.flops)} with what is recomputed"
-    )
-    yield (
-        f"a step: {plan.step_ms:,.1f} ms at the peak ({row.peak / 1e12:g} TFLOP/s a chip), "
+        f"a {mean}step: {plan.step_ms:,.1f} ms at the peak ({row.peak / 1e12:g} TFLOP/s a chip), "
         f"{plan.utilised_ms:,.1f} ms at {plan.utilisation:.0%} of it"
     )
-    if plan.train.estimated_ms is not None:
+    if plan.estimated_ms is not None:
         yield (
-            f"the compiler's estimate, no run and no collectives: {plan.train.cycles:,} cycles, "
-            f"{plan.train.estimated_ms:,.1f} ms, {plan.share or 0:.0%} of the peak"
+            f"the compiler's estimate, no run and no collectives: {plan.estimated_ms:,.1f} ms, "
+            f"{plan.share or 0:.0%} of the peak"
         )
     yield (
         f"the run at {plan.utilisation:.0%}: {plan.days:,.2f} days, {plan.chip_hours:,.0f} "
         f"chip-hours; every host reads {plan.rows_s:,.0f} rows/s"
     )
-    if plan.train.compile_s is not None:
-        yield f"compiled in {plan.train.compile_s:,.0f} s"
 
 
-def _tera(count: int) -> str:
+def _program(made: Figures, what: str) -> Iterator[str]:
+    compiled = f" ({_tera(made.compiled_flops)} compiled)" if made.compiled_flops else ""
+    cycles = f", {made.cycles:,} cycles ({made.estimated_ms:,.1f} ms)" if made.estimated_ms else ""
+    seconds = "" if made.compile_s is None else f"; compiled in {made.compile_s:,.0f} s"
+    yield f"{what}: {_tera(made.flops)} TFLOP with what is recomputed{compiled}{cycles}{seconds}"
+
+
+def _tera(count: float) -> str:
     return f"{count / 1e12:,.1f}" if count >= 1e12 else f"{count / 1e12:.4g}"
 
 

@@ -37,14 +37,14 @@ class Program:
       recipe, name: the stage.
       mesh: of devices that are here, or of a topology that is not.
       batch: rows of a step, on all devices together; 0: as the stage says.
-      frames: F; 0: as many as the data set's clips have. Images have 1.
+      frames: F; 0: as the data set says, 1 where it does not say that it has clips.
       data: the data set whose rows it reads; the stage's first if "".
       remat: instead of every component's own; "": as the recipe says.
     """
 
     def __init__(
         self, recipe: Recipe, name: str, mesh: jax.sharding.Mesh, *, batch: int = 0,
-        frames: int = 1, data: str = "", remat: str = "",
+        frames: int = 0, data: str = "", remat: str = "",
     ):  # fmt: skip
         config = recipe.stages[name]
         config = dataclasses.replace(config, batch=batch or config.batch)
@@ -58,13 +58,15 @@ class Program:
         self.learns = trained(config)
         self.model = make_model(recipe, config, recipe.tokenizer.vocab_size)
         self.tx = make_optimizer(config.optim, config.steps)
-        rows = recipe.data[data or next(iter(config.data))]
+        self.data = data or next(iter(config.data))
+        rows = recipe.data[self.data]
         view = view_of(self.model)
         self.sizes = {"P": PROMPT, "T": rows.text_len, "M": rows.target_len or rows.text_len}
         if rows.task == "document":
             self.sizes["P"] = 0
         if view is not None:
-            self.sizes |= {"F": frames or rows.frames, "S": rows.view(view).size}
+            clip = rows.frames if rows.media == "clip" else 1
+            self.sizes |= {"F": frames or clip, "S": rows.view(view).size}
         self.step = on(mesh, stage_step(recipe, config, self.model, self.tx))
 
     # -- shapes --------------------------------------------------------------------------------

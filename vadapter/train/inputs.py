@@ -74,6 +74,10 @@ def make_stream(
         return items, functools.partial(
             document_sample, tokenizer=tokenizer, last_only=config.last_only, **lengths
         )
+    if config.media not in ("", source.kind):
+        raise ConfigError(
+            f"data {name!r}: media={config.media!r}, but its source has {source.kind}s"
+        )
     many = {"caption": "captions_per_image", "question": "questions_per_image"}[config.task]
     return source, functools.partial(
         TASKS[config.task],

@@ -82,6 +82,8 @@ class DataConfig:
       size: pixels a side; fit: crop | stretch | pad. 0 and "" leave it to the encoder, see
         `images.View`.
       frames: of a clip; images have one.
+      media: image | clip, what its pictures are; "": the source says, and `vadapter plan`, which
+        opens none, takes them for images.
       cache: encode the pictures once and train on the stored tokens.
       cache_dir: of the stored tokens, which other runs may share; "": RUN/features.
       cache_dtype: bfloat16 | int8 (with a scale a token).
@@ -96,6 +98,7 @@ class DataConfig:
     flip: bool = False
     size: int = 0
     frames: int = 8
+    media: Literal["", "image", "clip"] = ""
     fit: Literal["", Fit] = ""
     cache: bool = False
     cache_dir: str = ""
