@@ -22,6 +22,7 @@ from vadapter.parallel.mesh import MeshConfig, make_mesh, on, places
 from vadapter.study.program import Program
 from vadapter.train.checkpoint import Checkpointer
 from vadapter.train.digest import tree_digests
+from vadapter.train.optim import make_optimizer
 from vadapter.train.recipe import read
 from vadapter.train.shapes import abstract_state
 from vadapter.train.stage import stage_step
@@ -34,6 +35,7 @@ MESHES = {
     "fsdp": MeshConfig(data=1, fsdp=8),
     "all": MeshConfig(data=2, fsdp=2, tensor=2),
     "tensor": MeshConfig(data=1, fsdp=1, tensor=4),
+    "slices": MeshConfig(data=4, fsdp=2, slices=2),
 }
 STAGES = ("tlm", "vision", "decoder", "vadapter", "perceiver", "llava")
 # The mesh with all axes for every kind of stage, every mesh for one: the others take minutes.
@@ -121,6 +123,32 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize(("stage", "mesh"), PAIRS)
 def test_many_devices_take_the_steps_of_one(stage, mesh):
     assert_close(two_steps(program(stage, mesh)), one_device(stage))
+
+
+def test_the_recipes_own_optimizer_takes_the_step_of_one_device():
+    """Clipping by the norm of all shards, moments and update of AdamW."""
+    ends = []
+    for mesh in (None, "all"):
+        stage = program("vadapter", mesh)
+        optim = dataclasses.replace(stage.config.optim, clip=0.01, warmup=0)
+        tx = make_optimizer(optim, stage.config.steps)
+        (learnt, frozen), filled = stage.params, tiny.filled(stage.params[0])
+        first = put(init_state(filled, tx), abstract_state(learnt, tx, stage.mesh))
+        step = on(stage.mesh, stage_step(stage.recipe, stage.config, stage.model, tx))
+        step = jax.jit(step, out_shardings=(places(first), None))
+        batch = put(batch_of(stage, 0), stage.batch_shapes())
+        end, metrics = step(first, put(tiny.filled(frozen, 1), frozen), batch)
+        assert metrics["grad_norm"] > 2 * optim.clip  # and so it is clipped
+        ends.append(jax.device_get(end))
+    one, many = ends
+    assert_close(many.opt_state, one.opt_state)
+    adam = optax.tree_utils.tree_get(one.opt_state, "mu")
+    for path, mean in tiny.paths(adam).items():
+        sure = np.abs(mean) > 1e-3 * np.abs(mean).max()  # Adam makes rounding of nothing a step
+        old, new = (tiny.paths(end.params)[path][sure] for end in ends)
+        start = tiny.paths(filled)[path][sure]
+        assert np.abs(new - start).max() > 0, path
+        np.testing.assert_allclose(new - start, old - start, rtol=1e-2, atol=1e-6, err_msg=path)
 
 
 def test_a_step_leaves_the_state_where_it_is():

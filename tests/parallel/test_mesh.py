@@ -91,7 +91,7 @@ def test_every_parameter_of_every_kind_gets_a_valid_sharding(kind, mesh):
         sharding.shard_shape(tiny.paths(shapes)[path].shape)  # raises where it does not divide
 
 
-@pytest.mark.parametrize("name", [n for n in SIZES if n != "llm_8b"])
+@pytest.mark.parametrize("name", SIZES)
 def test_every_large_parameter_of_a_named_size_is_split_as_far_as_the_mesh_allows(name, mesh):
     module = make_module(name, {"size": name})
     kind = next(k for k, (config, _) in KINDS.items() if isinstance(module.config, config))
