@@ -1,11 +1,13 @@
 # Shared by the launchers, which source it: options, --dry-run, quoting, what a run has reached.
 #
 # A launcher sets `options` (all that it takes) and calls `parse "$@"`. Then ${opt[name]} is what
-# --name=… gave, and `command` is what follows `--`: a verb of vadapter and its arguments.
+# --name=… gave, `variables` what each --env=… gave, and `command` is what follows `--`: a verb of
+# vadapter and its arguments.
 # shellcheck shell=bash disable=SC2034,SC2154 # its callers read what it sets, and set `options`
 set -euo pipefail
 
 declare -A opt=()
+variables=()
 command=()
 missing=()
 dry_run=
@@ -30,6 +32,10 @@ parse() {
         key=${1%%=*} key=${key#--}
         [[ " $options " == *" $key "* ]] || die "--$key is none of its options: $options"
         if [[ $1 == *=* ]]; then opt[$key]=${1#*=}; else opt[$key]=1; fi
+        if [[ $key == env ]]; then
+          [[ ${opt[env]} =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || die "$1: must be --env=NAME=VALUE"
+          variables+=("${opt[env]}")
+        fi
         ;;
       *) die "$1: options are --name=value; the vadapter command stands behind --" ;;
     esac
@@ -67,6 +73,14 @@ workdir() {
     if [[ $word == --workdir=* ]]; then echo "${word#--workdir=}"; fi
     if [[ $word == --workdir ]]; then echo "${command[i + 1]:-}"; fi
   done
+}
+
+# A recipe must be told of several slices; here it is, unless the command does so.
+tell_slices() {
+  local word
+  ((${opt[slices]:-1} > 1)) || return 0
+  for word in "${command[@]}"; do [[ $word != --config.mesh.slices=* ]] || return 0; done
+  command+=("--config.mesh.slices=${opt[slices]}")
 }
 
 # The words as a shell would have to be given them.

@@ -1,35 +1,44 @@
 #!/usr/bin/env bash
 # TPU slices of a GKE cluster, as a JobSet: a Job for each slice, restarted together.
 #
-#   launch/gke.sh --name=N --image=REGISTRY/IMAGE:TAG --accelerator=tpu-v5-lite-podslice
-#                 --topology=8x8 --hosts=16 --chips=4 --restarts=R [--slices=1] [--namespace=default]
-#                 [--account=default] -- train --config=… --workdir=gs://B/RUN
+#   launch/gke.sh --context=C --namespace=S --account=A --name=N --image=REGISTRY/IMAGE:TAG
+#                 --accelerator=tpu-v5-lite-podslice --topology=8x8 --hosts=16 --chips=4
+#                 --restarts=R [--slices=1] [--env=NAME=VALUE …]
+#                 -- train --config=… --workdir=gs://B/RUN
 #
+#   --context    of kubectl: which cluster (`kubectl config get-contexts`)
+#   --namespace, --account   of the cluster; the service account may read and write the bucket
 #   --image      built from launch/Dockerfile with --build-arg EXTRA=tpu, with your recipes in it
 #   --accelerator, --topology   labels of the node pools: one pool a slice
 #   --hosts      machines of a slice; --chips  of a machine
-#   --slices     how many, joined by the data-centre network
+#   --slices     how many, joined by the data-centre network; adds --config.mesh.slices
 #   --restarts   how often all of it may start again, whatever it has reached
-#   --account    Kubernetes service account that may read and write the bucket
+#   --env        a variable of every pod (no secret: it can be read there), once for each, such as
+#                VADAPTER_DATA=gs://B/data
 #
-# `kubectl apply` in the current context, or with --dry-run the YAML alone. Exit codes 2, 77 and 78
-# end the JobSet; whatever else ends a pod restarts all of it, which is why supervise.sh is not
-# needed. `kubectl delete jobset N` sends SIGTERM, which saves. Not run on real hardware.
+# `kubectl apply`, or with --dry-run the YAML and the command that would get it. Exit codes 2, 77
+# and 78 end the JobSet; whatever else ends a pod restarts all of it, which is why supervise.sh is
+# not needed. `kubectl delete jobset N` sends SIGTERM, which saves. Not run on real hardware.
 # https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice
 # https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-options="name image accelerator topology hosts chips restarts slices namespace account"
+options="context namespace account name image accelerator topology hosts chips restarts slices env"
 parse "$@"
-need name image accelerator topology hosts chips restarts
+need context namespace account name image accelerator topology hosts chips restarts
 need_command
+if [[ ${command[0]:-} == train && $(workdir) != gs://* ]]; then
+  missing+=("--workdir=gs://… behind --, as a pod keeps nothing")
+fi
 complete
 counts hosts chips slices restarts
 for key in name namespace account; do
-  [[ ${opt[$key]:-a} =~ ^[a-z0-9]([-a-z0-9]*[a-z0-9])?$ ]] ||
+  [[ ${opt[$key]} =~ ^[a-z0-9]([-a-z0-9]*[a-z0-9])?$ ]] ||
     die "--$key=${opt[$key]}: must be small letters, digits and -"
 done
-opt[slices]=${opt[slices]:-1} opt[namespace]=${opt[namespace]:-default} opt[account]=${opt[account]:-default}
+tell_slices
+opt[slices]=${opt[slices]:-1}
+kubectl=(kubectl --context="${opt[context]}")
 
 # A text as JSON, which is YAML.
 json() {
@@ -39,17 +48,26 @@ json() {
 }
 
 yaml() {
-  local text args='' word
+  local text args='' env='' word
   text=$(<"$here/jobset.yaml")
+  for word in "${variables[@]}"; do
+    env+=$'\n'"                    - {name: $(json "${word%%=*}"), value: $(json "${word#*=}")}"
+  done
   for word in "${command[@]}"; do args+="${args:+, }$(json "$word")"; done
   shopt -u patsub_replacement 2>/dev/null || true # since bash 5.2 a & would stand for the key
   for key in name namespace accelerator topology hosts chips restarts slices account; do
     text=${text//@$key@/${opt[$key]}}
   done
   text=${text//@image@/$(json "${opt[image]}")}
+  text=${text//@env@/$env}
   echo "${text//@args@/[$args]}"
 }
 
-if [[ $dry_run ]]; then yaml; else yaml | kubectl apply -f -; fi
-say_logs "$(quoted kubectl logs -f --namespace="${opt[namespace]}" --prefix --max-log-requests=1000 \
+if [[ $dry_run ]]; then
+  yaml
+  echo "# to: $(quoted "${kubectl[@]}" apply -f -)"
+else
+  yaml | "${kubectl[@]}" apply -f -
+fi
+say_logs "$(quoted "${kubectl[@]}" logs -f --namespace="${opt[namespace]}" --prefix --max-log-requests=1000 \
   -l "jobset.sigs.k8s.io/jobset-name=${opt[name]}"); of pods that are gone: Cloud Logging"

@@ -10,10 +10,11 @@
 #   --bin      folder with the `vadapter` to run, in PATH by default
 #   --tries    starts in a row without a new checkpoint, see supervise.sh
 #
-# This folder, DIR and RUN must lie where all nodes see them. Within its time the job starts again
-# what was lost. Five minutes before its time is up it gets a SIGTERM and saves; if there is a new
-# checkpoint by then, it goes back to the queue. `scancel --signal=TERM --batch JOB` does the same
-# at once; `scancel JOB` ends it. Not run on real hardware.
+# This folder, DIR and RUN must lie where all nodes see them. The variables of the shell that calls
+# it ($VADAPTER_DATA and the like) are those of all processes, as sbatch and srun do it. Within its
+# time the job starts again what was lost. Five minutes before its time is up it gets a SIGTERM and
+# saves; if there is a new checkpoint by then, it goes back to the queue. `scancel --signal=TERM
+# --batch JOB` does the same at once; `scancel JOB` ends it. Not run on real hardware.
 # https://slurm.schedmd.com/sbatch.html (--signal, --requeue), https://slurm.schedmd.com/srun.html
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -2,8 +2,9 @@
 # A TPU slice, or several, as VMs: queued, installed, run, watched, deleted.
 #
 #   launch/tpu_vm.sh create  --name=N --project=P --zone=Z --type=v5litepod-64 --runtime=R
-#                            --install=WHAT [--slices=1] [--provision=spot|reserved]
-#   launch/tpu_vm.sh run     --name=N --project=P --zone=Z [--files='a.py data'] [--tries=5]
+#                            --provision=on-demand|spot|reserved --install=WHAT [--slices=1]
+#   launch/tpu_vm.sh run     --name=N --project=P --zone=Z [--slices=1] [--env=NAME=VALUE …]
+#                            [--files='a.py data'] [--tries=5]
 #                            -- train --config=… --workdir=gs://B/RUN
 #   launch/tpu_vm.sh logs    --name=N --project=P --zone=Z [--lines=20] [--out=DIR]
 #   launch/tpu_vm.sh stop    --name=N --project=P --zone=Z    saves; the VMs stay
@@ -12,12 +13,14 @@
 #
 #   --type       of a slice; `vadapter plan` says which one a recipe needs
 #   --runtime    software of the VMs, such as v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv6e
-#   --slices     how many, joined by the data-centre network
-#   --provision  which kind of capacity, if not on demand
-#   --install    pinned, and the same on every host: 'vadapter[tpu]==0.1', a wheel here
-#                ('dist/vadapter-0.1-py3-none-any.whl[tpu]'), or a commit
-#                ('vadapter[tpu] @ git+https://HOST/REPOSITORY@COMMIT')
+#   --slices     how many, joined by the data-centre network; `run` adds --config.mesh.slices
+#   --provision  which kind of capacity, and so what it costs
+#   --install    pinned, and the same on every host: 'vadapter[tpu,gs]==0.1', a wheel here
+#                ('dist/vadapter-0.1-py3-none-any.whl[tpu,gs]'), or a commit
+#                ('vadapter[tpu,gs] @ git+https://HOST/REPOSITORY@COMMIT'); gs is for buckets
 #   --python     version of Python to install it into (3.12)
+#   --env        a variable on every host (no secret: it can be read there), once for each, such as
+#                VADAPTER_DATA=gs://B/data
 #   --files      recipes and the like, copied to every host's home folder, where the command runs
 #   --tries      starts in a row without a new checkpoint, see supervise.sh
 #   --lines      of the end of each host's log, printed; --out  a folder for all of each instead
@@ -31,7 +34,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 verbs="create install run logs stop delete"
-options="name project zone type runtime install slices provision python files tries lines out"
+options="name project zone type runtime install slices provision python env files tries lines out"
 verb=${1:-}
 case " $verbs " in
   *" $verb "*) shift ;;
@@ -51,7 +54,7 @@ copy() { run "${queue[@]}" scp --recurse "$@" "${opt[name]}:" "${where[@]}" --no
 create() {
   local slices=${opt[slices]:-1} nodes=(--node-id="${opt[name]}") provision=()
   ((slices == 1)) || nodes=(--node-count="$slices" --node-prefix="${opt[name]}")
-  [[ ! ${opt[provision]:-} ]] || provision=("--${opt[provision]}")
+  [[ ${opt[provision]} == on-demand ]] || provision=("--${opt[provision]}")
   run "${queue[@]}" create "${opt[name]}" "${where[@]}" "${nodes[@]}" \
     --accelerator-type="${opt[type]}" --runtime-version="${opt[runtime]}" "${provision[@]}"
 }
@@ -77,6 +80,7 @@ await() {
 }
 
 # Whatever Python the VMs bring, uv fetches the one that is asked for.
+uv=0.13.7
 install() {
   local what=${opt[install]} file=${opt[install]%%[*} extra='' files=("$here/supervise.sh" "$here/common.sh")
   if [[ $file == *.whl && $file != *://* ]]; then
@@ -85,13 +89,14 @@ install() {
     files+=("$file")
   fi
   copy "${files[@]}"
-  everywhere "curl -LsSf https://astral.sh/uv/install.sh | sh && \
+  everywhere "curl -LsSf https://astral.sh/uv/$uv/install.sh | sh && \
 ~/.local/bin/uv venv --quiet --clear --seed --python ${opt[python]:-3.12} ~/venv && \
 ~/venv/bin/pip install --quiet $(quoted "$what")"
 }
 
 start() {
-  local files=() again
+  local files=() again env
+  env=$(quoted VADAPTER_DISTRIBUTED=auto "${variables[@]}")
   if [[ ${opt[files]:-} ]]; then
     read -r -a files <<<"${opt[files]}"
     copy "${files[@]}"
@@ -99,7 +104,7 @@ start() {
   again=$(quoted ./supervise.sh --workdir="$run_dir" --tries="${opt[tries]:-5}" -- vadapter "${command[@]}")
   # Hosts and slices find each other by what the VMs know of themselves.
   everywhere "if kill -0 \$(cat vadapter.pid 2>/dev/null) 2>/dev/null; then echo runs already >&2; exit 1; fi; \
-export PATH=~/venv/bin:\$PATH VADAPTER_DISTRIBUTED=auto; \
+export PATH=~/venv/bin:\$PATH $env; \
 setsid nohup $again >>vadapter.log 2>&1 </dev/null & echo \$! >vadapter.pid"
   say_logs "vadapter.log in the home folder of every host: $(quoted "$here/tpu_vm.sh" logs --name="${opt[name]}" "${where[@]}")"
 }
@@ -114,7 +119,7 @@ logs() {
 }
 
 case $verb in
-  create) need type runtime install ;;
+  create) need type runtime provision install ;;
   install) need install ;;
   run)
     need_command
@@ -124,7 +129,10 @@ case $verb in
 esac
 complete
 counts slices tries lines
-case ${opt[provision]:-spot} in spot | reserved) ;; *) die "--provision=${opt[provision]}: spot or reserved" ;; esac
+case ${opt[provision]:-spot} in
+  on-demand | spot | reserved) ;;
+  *) die "--provision=${opt[provision]}: on-demand, spot or reserved" ;;
+esac
 case ${opt[install]:-==} in
   *==* | *.whl | *.whl\[*\] | *git+*@*) ;;
   *) die "--install=${opt[install]}: must be pinned: NAME==VERSION, a wheel, or git+…@COMMIT" ;;
@@ -133,7 +141,7 @@ esac
 case $verb in
   create) create; await; install ;;
   install) await; install ;;
-  run) start ;;
+  run) tell_slices; start ;;
   logs) logs ;;
   stop) everywhere "kill -TERM \$(cat vadapter.pid)" ;;
   delete) run "${queue[@]}" delete "${opt[name]}" "${where[@]}" --force --quiet ;;

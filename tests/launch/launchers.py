@@ -13,9 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 TRAIN = ("--", "train", "--config=configs/paper.py:stage=2,encoder=l", "--workdir=gs://bucket/run")
 VM = ("--name=pod", "--project=p-1", "--zone=us-west4-a")
-SLICE = ("--type=v5litepod-64", "--runtime=v2-alpha-tpuv5-lite", "--install=vadapter[tpu]==0.1")
-GKE = ("--name=pod", "--image=reg.io/p/vadapter:tpu", "--accelerator=tpu-v5-lite-podslice",
-       "--topology=8x8", "--hosts=16", "--chips=4", "--restarts=20")  # fmt: skip
+SLICE = ("--type=v5litepod-64", "--runtime=v2-alpha-tpuv5-lite", "--provision=spot",
+         "--install=vadapter[tpu,gs]==0.1")  # fmt: skip
+GKE = ("--context=gke_p-1_us-west4_c", "--namespace=ml", "--account=trainer", "--name=pod",
+       "--image=reg.io/p/vadapter:tpu", "--accelerator=tpu-v5-lite-podslice", "--topology=8x8",
+       "--hosts=16", "--chips=4", "--restarts=20")  # fmt: skip
 SLURM = ("--nodes=4", "--gpus=8", "--time=24:00:00", "--partition=gpu", "--logs=/shared/logs")
 
 

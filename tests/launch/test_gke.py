@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from launchers import GKE, dry_run
+from launchers import GKE, dry_run, launch, put
 
 from vadapter.errors import NON_FINITE, USER_ERROR
 
@@ -43,6 +43,7 @@ JOBSET = {
     },
 }  # fmt: skip
 ARGS = ("train", '--config=a"b\\c&d.py', "--workdir=gs://bucket/a run", "--config.x=@name@ # {}")
+ODD = 'a "b"\\c & d=e: # {}'
 
 
 def misfits(value, schema, where="jobset"):
@@ -59,7 +60,7 @@ def misfits(value, schema, where="jobset"):
 
 @pytest.fixture(scope="module")
 def jobset():
-    done = dry_run("gke.sh", *GKE, "--slices=4", "--", *ARGS)
+    done = dry_run("gke.sh", *GKE, "--slices=4", f"--env=ON={ODD}", "--env=B=", "--", *ARGS)
     return yaml.safe_load(done.stdout)
 
 
@@ -81,12 +82,14 @@ def test_a_job_is_a_slice_with_a_pod_for_each_of_its_machines(jobset):
     }
     chips = {"google.com/tpu": 4}
     assert container["resources"] == {"requests": chips, "limits": chips}
-    assert container["env"] == [{"name": "VADAPTER_DISTRIBUTED", "value": "auto"}]
 
 
-def test_the_command_comes_through_yaml_unchanged(jobset):
+def test_the_command_and_its_variables_come_through_yaml_unchanged(jobset):
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert job["template"]["spec"]["containers"][0]["args"] == list(ARGS)
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["args"] == [*ARGS, "--config.mesh.slices=4"]
+    variables = {"VADAPTER_DISTRIBUTED": "auto", "ON": ODD, "B": ""}
+    assert container["env"] == [{"name": k, "value": v} for k, v in variables.items()]
 
 
 def test_exit_codes_that_restarting_cannot_help_end_it_and_all_others_restart_it(jobset):
@@ -101,3 +104,13 @@ def test_exit_codes_that_restarting_cannot_help_end_it_and_all_others_restart_it
     assert policy["maxRestarts"] == 20
     # Kubernetes takes a podFailurePolicy with no other restartPolicy.
     assert (job["template"]["spec"]["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
+
+
+def test_it_goes_to_the_cluster_that_is_named(tmp_path):
+    kubectl = 'echo "$*" >"$SAID/asked"; cat >"$SAID/yaml"'
+    path = put(tmp_path / "bin", kubectl=kubectl)
+    done = launch("gke.sh", *GKE, "--", *ARGS, PATH=path, SAID=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert (tmp_path / "asked").read_text() == "--context=gke_p-1_us-west4_c apply -f -\n"
+    dry = dry_run("gke.sh", *GKE, "--", *ARGS).stdout
+    assert dry.startswith((tmp_path / "yaml").read_text() + "# to: kubectl --context=gke_p-1_")

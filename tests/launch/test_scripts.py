@@ -1,6 +1,7 @@
 """The launchers: what they would run, what they refuse, and shellcheck's opinion of them."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,18 +14,21 @@ GOLDENS = Path(__file__).parent / "goldens"
 FILES = sorted(LAUNCH.glob("*.sh"))
 SCRIPTS = [path.name for path in FILES if path.name != "common.sh"]
 LOCAL = ("--", "train", "--config=configs/quickstart.py", "--workdir", "runs/a b")
-WHEEL = "--install=dist/vadapter-0.1-py3-none-any.whl[tpu]"
+WHEEL = "--install=dist/vadapter-0.1-py3-none-any.whl[tpu,gs]"
+VARIABLES = ("--env=VADAPTER_DATA=gs://bucket/data", "--env=LIBTPU_INIT_ARGS=--a=1 --b")
 CASES = {
-    "tpu_vm_create": ("tpu_vm.sh", "create", *VM, *SLICE, "--provision=spot"),
-    "tpu_vm_create_slices": ("tpu_vm.sh", "create", *VM, *SLICE, "--slices=2"),
+    "tpu_vm_create": ("tpu_vm.sh", "create", *VM, *SLICE),
+    "tpu_vm_create_slices": ("tpu_vm.sh", "create", *VM, *SLICE, "--slices=2",
+                             "--provision=on-demand"),
     "tpu_vm_install": ("tpu_vm.sh", "install", *VM, WHEEL),
     "tpu_vm_run": ("tpu_vm.sh", "run", *VM, "--files=my.py data.json", *TRAIN),
+    "tpu_vm_run_slices": ("tpu_vm.sh", "run", *VM, "--slices=2", *VARIABLES, *TRAIN),
     "tpu_vm_logs": ("tpu_vm.sh", "logs", *VM),
     "tpu_vm_logs_all": ("tpu_vm.sh", "logs", *VM, "--out=logs"),
     "tpu_vm_stop": ("tpu_vm.sh", "stop", *VM),
     "tpu_vm_delete": ("tpu_vm.sh", "delete", *VM),
     "gke": ("gke.sh", *GKE, *TRAIN),
-    "gke_slices": ("gke.sh", *GKE, "--slices=4", "--account=trainer", "--namespace=ml", *TRAIN),
+    "gke_slices": ("gke.sh", *GKE, "--slices=4", *VARIABLES, *TRAIN),
     "slurm": ("slurm.sh", *SLURM, "--account=lab", "--bin=/shared/venv/bin", *TRAIN),
     "slurm_gpu": ("slurm.sh", *SLURM, "--per=gpu", *TRAIN),
     "local": ("local.sh", "--processes=2", "--devices=2", *LOCAL),
@@ -36,14 +40,17 @@ CASES = {
 }  # fmt: skip
 NO_COMMAND = "-- train --config=… --workdir=…"
 MISSING = [
-    (("tpu_vm.sh", "create"), "--name=… --project=… --zone=… --type=… --runtime=… --install=…"),
+    (("tpu_vm.sh", "create"), "--name=… --project=… --zone=… --type=… --runtime=… --provision=… "
+     "--install=…"),
     (("tpu_vm.sh", "run", "--zone=z"), f"--name=… --project=… {NO_COMMAND}"),
     (("tpu_vm.sh", "run", *VM, "--", "train"), "--workdir=… behind --, where all hosts see it"),
     (
         ("gke.sh",),
-        "--name=… --image=… --accelerator=… --topology=… --hosts=… --chips=… --restarts=… "
-        + NO_COMMAND,
+        "--context=… --namespace=… --account=… --name=… --image=… --accelerator=… --topology=… "
+        f"--hosts=… --chips=… --restarts=… {NO_COMMAND}",
     ),
+    (("gke.sh", *GKE, "--", "train", "--workdir=runs/a"), "--workdir=gs://… behind --, as a "
+     "pod keeps nothing"),
     (("slurm.sh",), f"--nodes=… --gpus=… --time=… --partition=… --logs=… {NO_COMMAND}"),
     (("slurm.sh", *SLURM, "--", "train"), "--workdir=… behind --"),
     (("local.sh",), f"--processes=… --devices=… (or --gpus) {NO_COMMAND}"),
@@ -57,10 +64,12 @@ MISTAKES = [
     (("tpu_vm.sh", "install", *VM, "--install=vadapter[tpu]"), "--install=vadapter[tpu]: must be "
      "pinned: NAME==VERSION, a wheel, or git+…@COMMIT"),
     (("tpu_vm.sh", "install", *VM, "--install=git+https://host/repository"), "must be pinned"),
-    (("tpu_vm.sh", "create", *VM, *SLICE, "--provision=cheap"), "cheap: spot or reserved"),
+    (("tpu_vm.sh", "create", *VM, *SLICE, "--provision=cheap"), "cheap: on-demand, spot"),
     (("tpu_vm.sh", "create", *VM, *SLICE, "--slices=two"), "two: must be a number above 0"),
-    (("gke.sh", "--nam=x", *TRAIN), "--nam is none of its options: name image"),
+    (("gke.sh", "--nam=x", *TRAIN), "--nam is none of its options: context"),
     (("gke.sh", *GKE, "--name=My run", *TRAIN), "--name=My run: must be small letters"),
+    (("gke.sh", *GKE, "--env=A-B=1", *TRAIN), "--env=A-B=1: must be --env=NAME=VALUE"),
+    (("tpu_vm.sh", "run", *VM, "--env", *TRAIN), "--env: must be --env=NAME=VALUE"),
     (("gke.sh", *GKE, "--hosts=0", *TRAIN), "--hosts=0: must be a number above 0"),
     (("slurm.sh", "train"), "train: options are --name=value"),
     (("slurm.sh", *SLURM, "--per=core", *TRAIN), "--per=core: node or gpu"),
@@ -77,6 +86,11 @@ def test_a_dry_run_prints_exactly_what_would_run(case):
     if os.environ.get("UPDATE_GOLDENS"):
         golden.write_text(said)
     assert said == golden.read_text(), "UPDATE_GOLDENS=1 writes the goldens anew"
+
+
+def test_what_the_command_says_of_slices_stays():
+    done = dry_run("tpu_vm.sh", "run", *VM, "--slices=4", *TRAIN, "--config.mesh.slices=2")
+    assert re.findall(r"--config.mesh.slices=\d", done.stdout) == ["--config.mesh.slices=2"]
 
 
 def test_there_is_no_golden_without_a_case():

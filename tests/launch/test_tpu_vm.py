@@ -28,7 +28,7 @@ esac
 VADAPTER = """
 echo $$ >"$HOME/child.pid"
 trap 'echo saved; echo saved >"$HOME/fifo"; exit 75' TERM
-echo "$VADAPTER_DISTRIBUTED: $*"
+echo "$VADAPTER_DISTRIBUTED, $VADAPTER_DATA: $*"
 echo started >"$HOME/fifo"
 while :; do /bin/sleep 0.05; done
 """
@@ -63,7 +63,7 @@ def test_create_waits_until_the_slices_are_there_and_installs(vm):
     assert (home / "asked").read_text().splitlines() == [
         "create", "describe", "describe", "describe", "scp", "ssh",
         f"uv venv --quiet --clear --seed --python 3.12 {home}/venv",
-        "pip install --quiet vadapter[tpu]==0.1",
+        "pip install --quiet vadapter[tpu,gs]==0.1",
     ]  # fmt: skip
     assert (home / "supervise.sh").exists()
     assert (home / "common.sh").exists()
@@ -81,8 +81,8 @@ def test_create_gives_up_when_the_queue_does(vm):
 def test_a_run_is_started_once_watched_and_stopped(vm):
     do, home = vm
     (home / "states").write_text("ACTIVE\n")
-    assert do("install", "--install=vadapter[tpu]==0.1").returncode == 0
-    started = do("run", *TRAIN)
+    assert do("install", "--install=vadapter[tpu,gs]==0.1").returncode == 0
+    started = do("run", "--env=VADAPTER_DATA=gs://b/a c", *TRAIN)
     assert (started.returncode, started.stdout) == (0, "")
     assert started.stderr.startswith("logs: vadapter.log in the home folder of every host: ")
     assert (home / "fifo").read_text() == "started\n"
@@ -90,7 +90,7 @@ def test_a_run_is_started_once_watched_and_stopped(vm):
     assert (again.returncode, again.stderr.splitlines()[0]) == (1, "runs already")
     said = do("logs").stdout.splitlines()
     assert said[0].startswith("== ")
-    assert said[1:] == [f"auto: {' '.join(TRAIN[1:])}"]
+    assert said[1:] == [f"auto, gs://b/a c: {' '.join(TRAIN[1:])}"]
     assert do("stop").returncode == 0
     assert (home / "fifo").read_text() == "saved\n"
     assert "saved" in do("logs").stdout
