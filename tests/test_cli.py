@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vadapter.cli import main
-from vadapter.errors import USER_ERROR
+from vadapter.cli import EXIT_CODES, main
+from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR
 
 VERBS = ("quickstart", "train", "check", "plan", "eval", "caption", "ask", "export")
 
@@ -199,6 +199,14 @@ def test_an_evaluation_of_a_part_over_data_that_has_moved(chain, run, call, tmp_
     part = (run / "perceiver/eval/captions-first-4/predictions.jsonl").read_text().splitlines()
     text = lambda lines: [json.loads(line)["prediction"] for line in lines]  # noqa: E731
     assert text(part) == text(whole[:4])
+
+
+def test_help_and_the_readme_tell_the_same_exit_codes():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    table = readme.split("| exit code |")[1].split("\n\n")[0]
+    codes = re.findall(r"^\| (\d+) \|", table, re.MULTILINE)
+    assert re.findall(r"\b\d+\b", EXIT_CODES) == codes
+    assert {LOST, PREEMPTED, NON_FINITE, USER_ERROR} <= set(map(int, codes))
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
