@@ -300,6 +300,22 @@ def test_the_first_that_fits_is_named_and_nothing_is_tried_after_it(monkeypatch)
     assert found[1].fits
 
 
+@pytest.mark.parametrize("nearest", [{"remat": "names"}, {"remat": "full"}, {"chips": 2}])
+def test_the_nearest_setting_is_found_by_planning_it(monkeypatch, nearest):
+    chips, remat = nearest.get("chips", 1), nearest.get("remat", "full")
+    fits = planned(f"cpu:{chips}", batch=64, remat=remat)
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], hbm=fits.train.peak))
+    attempt = functools.partial(plan, recipe(), "vadapter")
+    asked = Setting(parse("cpu:1"), batch=64)
+    made = attempt(asked)
+    assert not made.fits
+    found = advice.search(recipe(), "vadapter", asked, made, attempt)
+    assert found is not None
+    assert found[0] == Setting(parse(f"cpu:{chips}"), batch=64, remat=remat)
+    assert found[1].fits
+    assert found[1].train.peak == fits.train.peak
+
+
 def least(fits, guess=lambda setting: 0, chip="cpu:1", most=None):
     """What is tried on the way to the smallest slice."""
     order, made = [], both()[0]
