@@ -12,6 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,9 +21,31 @@ import runs
 
 DEVICES = 2
 DEADLINE = 60  # seconds; heartbeats are lost after a third of it
+MARGIN = 20  # seconds, for a busy machine, on top of whatever ends a host
 # Without optimisation these programs compile in half the time.
 FLAGS = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
 LIMIT = 240  # seconds until a job is taken to hang: far more than any deadline in the tests
+
+# What a script begins with that takes part in `Job.start(detected=True)`: JAX finds its job.
+CLUSTER = """
+import os
+from jax._src.clusters import ClusterEnv
+class Cluster(ClusterEnv):
+    name = "test"
+    @classmethod
+    def is_env_present(cls):
+        return True
+    @classmethod
+    def get_coordinator_address(cls, timeout_secs, override_coordinator_port):
+        return os.environ["CLUSTER_COORDINATOR"]
+    @classmethod
+    def get_process_count(cls):
+        return int(os.environ["CLUSTER_PROCESSES"])
+    @classmethod
+    def get_process_id(cls):
+        return int(os.environ["CLUSTER_PROCESS"])
+ClusterEnv._cluster_types[:] = [Cluster]
+"""
 
 
 def free_port() -> int:
@@ -29,6 +53,23 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+class _Watcher(threading.Thread):
+    """Notes when a process ends, whatever else is waited for meanwhile."""
+
+    def __init__(self, process: subprocess.Popen):
+        super().__init__(daemon=True)
+        self._process, self._end = process, 0.0
+        self.start()
+
+    def run(self) -> None:
+        self._process.wait()
+        self._end = time.time()
+
+    def end(self) -> float:
+        self.join()
+        return self._end
 
 
 class Job:
@@ -46,6 +87,8 @@ class Job:
         self.workdir = folder / "run"
         self.processes: list[subprocess.Popen] = []
         self.hosts: tuple[int, ...] = ()  # that were started
+        self.last = 0.0  # when the last of the hosts that `wait` waited for had ended
+        self._watchers: list[_Watcher] = []
         folder.mkdir(parents=True, exist_ok=True)
 
     def _train(self, workdir: Path, own: tuple[str, ...]) -> tuple[str, ...]:
@@ -61,6 +104,7 @@ class Job:
         workdirs: Mapping[int, Path] = {},
         variables: Mapping[int, Mapping[str, str]] = {},
         only: tuple[int, ...] = (),
+        detected: bool = False,
         deadline: float = DEADLINE,
         **env: str,
     ) -> "Job":
@@ -71,14 +115,17 @@ class Job:
           own: host -> overrides of this one alone; workdirs: host -> its run directory.
           variables: host -> variables of this one alone.
           only: hosts to start; the others stay away. (): all.
+          detected: JAX is to find the job itself; the command begins with `CLUSTER`.
           deadline: VADAPTER_DEADLINE; env: other variables of all.
         """
         port, self.hosts = free_port(), only or tuple(range(self.n))
+        told = "CLUSTER" if detected else "VADAPTER"
         for i in self.hosts:
             joined = {
-                "VADAPTER_COORDINATOR": f"127.0.0.1:{port}",
-                "VADAPTER_PROCESSES": str(self.n),
-                "VADAPTER_PROCESS": str(i),
+                f"{told}_COORDINATOR": f"127.0.0.1:{port}",
+                f"{told}_PROCESSES": str(self.n),
+                f"{told}_PROCESS": str(i),
+                "VADAPTER_DISTRIBUTED": "auto" if detected else "",
                 "VADAPTER_DEADLINE": str(deadline),
                 "XLA_FLAGS": FLAGS,
                 **env,
@@ -93,15 +140,22 @@ class Job:
                         stdout=log,
                     )
                 )
+            self._watchers.append(_Watcher(self.processes[-1]))
         return self
 
     def wait(self, only: tuple[int, ...] = ()) -> list[int]:
         """Waits until all hosts that were started, or these, have ended; their exit codes."""
         try:
             chosen = only or range(len(self.processes))
-            return [self.processes[i].wait(timeout=LIMIT) for i in chosen]
+            codes = [self.processes[i].wait(timeout=LIMIT) for i in chosen]
+            self.last = max(self._watchers[i].end() for i in chosen)
+            return codes
         finally:
             self.stop()
+
+    def took(self, mark: Path) -> float:
+        """Seconds from when that file was last written until the last of them had ended."""
+        return self.last - mark.stat().st_mtime
 
     def stop(self) -> None:
         """Kills what is left of it."""
@@ -109,7 +163,7 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGKILL)
             process.wait()
-        self.processes = []
+        self.processes, self._watchers = [], []
 
     def log(self, host: int) -> str:
         """Both streams of a host."""

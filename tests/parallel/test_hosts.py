@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from jax._src.clusters import ClusterEnv
 from small_benchmarks import write_benchmarks
 
 from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR, ConfigError, HostError
@@ -33,6 +34,7 @@ STEPS = 10
 MESH = {"data": 2, "fsdp": 2}
 OVERRIDES = tuple(f"mesh.{axis}={size}" for axis, size in MESH.items())
 KILLED, ABORTED = -signal.SIGKILL, -signal.SIGABRT
+STACK = "(most recent call first)"  # above the stack of a thread
 
 
 @dataclasses.dataclass
@@ -269,14 +271,20 @@ def test_hosts_with_different_data_under_the_same_name_are_refused(folder, tmp_p
     ],
 )
 def test_variables_that_make_no_sense_are_refused(monkeypatch, variables, message):
-    def nothing_found(**_):
-        raise ValueError("coordinator_address should be defined.")
-
-    monkeypatch.setattr(jax.distributed, "initialize", nothing_found)
+    monkeypatch.setattr(ClusterEnv, "_cluster_types", [])
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         hosts.start()
+
+
+def test_a_jax_that_does_not_tell_of_its_cluster_is_left_to_wait_itself(monkeypatch):
+    asked = []
+    monkeypatch.delattr(ClusterEnv, "auto_detect_unset_distributed_params")
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: asked.append(settings))
+    monkeypatch.setenv("VADAPTER_DISTRIBUTED", "auto")
+    hosts.start()
+    assert "coordinator_address" not in asked[0]
 
 
 def test_without_the_variables_nothing_is_started():
@@ -285,8 +293,12 @@ def test_without_the_variables_nothing_is_started():
     assert (hosts.count(), hosts.index(), hosts.exchange({"a": 1}, "all")) == (1, 0, [{"a": 1}])
 
 
-def roll_call(n, others, limit=5.0):
-    """Process 0 of n, and others as (index, count); what each of them raised, by index."""
+def roll_call(n, others, limit=5.0, at="127.0.0.1"):
+    """Process 0 of n, and others as (index, count); what each of them raised, by index.
+
+    Args:
+      at: where process 0 listens; "": everywhere.
+    """
     port, raised = drive.free_port(), {}
 
     def attempt(i, fn, *arguments):
@@ -302,7 +314,7 @@ def roll_call(n, others, limit=5.0):
     ]
     for thread in threads:
         thread.start()
-    attempt(0, call, "127.0.0.1", port, n, limit)
+    attempt(0, call, at, port, n, limit)
     for thread in threads:
         thread.join()
     return raised
@@ -310,6 +322,7 @@ def roll_call(n, others, limit=5.0):
 
 def test_all_hosts_are_called_and_the_absent_ones_named_to_all():
     assert roll_call(4, [(3, 4), (1, 4), (2, 4)]) == dict.fromkeys(range(4))
+    assert roll_call(2, [(1, 2)], at="") == dict.fromkeys(range(2))
     missing = roll_call(4, [(2, 4)], limit=0.5)
     assert {str(e) for e in missing.values()} == {"hosts 1, 3 of 4 did not come within 0.5 s"}
 
@@ -325,7 +338,7 @@ def test_hosts_that_were_started_differently_are_told():
 # --- How they end --------------------------------------------------------------------------------
 
 WORK = """
-import argparse, sys, time
+import argparse, pathlib, sys, time
 from vadapter import cli
 from vadapter.errors import DataError, NonFiniteError
 from vadapter.parallel import hosts, leaving
@@ -335,89 +348,122 @@ def run(args):
         for i in stop.watch(range(400), "work"):
             if sys.argv[1] == "all":
                 raise NonFiniteError("diverged")
+            if i == 1:
+                pathlib.Path(sys.argv[2]).touch()  # a moment before the fault
             if sys.argv[1] == "one" and i == 2 and hosts.index() == 1:
                 raise DataError("no file here")
             time.sleep(0.05)
 code, reason = cli._attempt(argparse.Namespace(computes=True, run=run))
 sys.exit(leaving.leave(code, reason))
 """
+LIMITS = {"deadline": 30, "VADAPTER_WATCHDOG": "5"}
+HEARTBEAT = 10  # seconds: a third of the deadline
+
+
+@dataclasses.dataclass
+class End:
+    """How the hosts of a job ended, and how many seconds after the fault the last of them did."""
+
+    codes: list[int]
+    logs: list[str]
+    took: float
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    """Jobs that work in steps, all at once: what happens in them -> exit codes and logs."""
+    """Jobs that work in steps, all at once: what happens in them -> how they ended."""
     folder = tmp_path_factory.mktemp("ends")
-    started = {}
-    for name, fault in {
-        "raise": "RAISE:work:2", "hang": "HANG:work:2", "term": "TERM:work:2",
-        "one": "", "all": "", "nothing": "", "kill first": "KILL:work:2",
-    }.items():  # fmt: skip
-        host = int("first" not in name)
-        command = (sys.executable, "-c", WORK, name)
-        started[name] = drive.Job(folder / name.replace(" ", "-"), folder).start(
-            command=command, faults={host: fault}, deadline=30, VADAPTER_WATCHDOG="5"
-        )
-    frozen = drive.Job(folder / "frozen", folder).start(
-        command=(sys.executable, "-c", WORK, "frozen"), faults={1: "STOP:work:2"}, deadline=30
-    )
-    started["away"] = drive.Job(folder / "away", folder, n=3).start(
-        command=(sys.executable, "-c", WORK, "away"), only=(0, 2), deadline=20
-    )
-    done = {name: (job.wait(), list(map(job.log, job.hosts))) for name, job in started.items()}
-    return done | {"frozen": (frozen.wait(only=(0,)), [frozen.log(0)])}
+
+    def begin(name, faults=None, before="", n=2, **options):
+        place = folder / name.replace(" ", "-")
+        command = (sys.executable, "-c", before + WORK, name, str(place / "mark"))
+        job = drive.Job(place, folder, n=n)
+        return job.start(command=command, faults=faults or {}, **{**LIMITS, **options})
+
+    apart = {"n": 3, "only": (0, 2), "deadline": 20}
+    cluster = {"before": drive.CLUSTER, "detected": True}
+    started = {
+        "raise": begin("raise", {1: "RAISE:work:2"}),
+        "hang": begin("hang", {1: "HANG:work:2"}),
+        "term first": begin("term first", {0: "TERM:work:2"}),
+        "term last": begin("term last", {1: "TERM:work:2"}),
+        "term both": begin("term both", dict.fromkeys((0, 1), "TERM:work:2")),
+        "one": begin("one"),
+        "all": begin("all"),
+        "nothing": begin("nothing", **cluster),
+        "kill first": begin("kill first", {0: "KILL:work:2"}),
+        "frozen": begin("frozen", {1: "STOP:work:2"}, VADAPTER_WATCHDOG="600"),
+        "away": begin("away", **apart),
+        "detected away": begin("detected away", **apart, **cluster),
+    }
+    done = {}
+    for name, job in started.items():
+        codes = job.wait(only=(0,) if name == "frozen" else ())
+        mark = job.folder / "mark"
+        took = job.took(mark) if mark.exists() else 0.0
+        done[name] = End(codes, list(map(job.log, job.hosts)), took)
+    return done
 
 
-def test_a_host_that_stays_away_is_named_to_the_others(ends):
+@pytest.mark.parametrize("name", ["away", "detected away"])
+def test_a_host_that_stays_away_is_named_to_the_others(ends, name):
     said = "vadapter: host 1 of 3 did not come within 20 s\n"
-    assert ends["away"] == ([LOST, LOST], [said, said])
+    assert (ends[name].codes, ends[name].logs) == ([LOST, LOST], [said, said])
 
 
 def test_an_error_on_one_host_is_told_there_in_full_and_by_name_on_the_others(ends):
-    codes, (first, second) = ends["raise"]
-    assert codes == [LOST, LOST]
+    first, second = ends["raise"].logs
+    assert ends["raise"].codes == [LOST, LOST]
     assert "Traceback" in second
     assert second.rstrip().endswith("RuntimeError: injected at work:2")
     assert first == "vadapter: host 1 of 2 stopped: RuntimeError: injected at work:2\n"
 
 
 def test_what_one_host_finds_to_mend_ends_all_with_its_exit_code(ends):
-    codes, (first, second) = ends["one"]
-    assert codes == [USER_ERROR, USER_ERROR]
+    assert ends["one"].codes == [USER_ERROR, USER_ERROR]
+    first, second = ends["one"].logs
     assert first == "vadapter: host 1 of 2 stopped: no file here\n"
     assert second == "vadapter: no file here\n"
 
 
 def test_what_all_hosts_find_each_of_them_tells(ends):
-    assert ends["all"] == ([NON_FINITE] * 2, ["vadapter: diverged\n"] * 2)
+    assert ends["all"].codes == [NON_FINITE] * 2
+    assert ends["all"].logs == ["vadapter: diverged\n"] * 2
 
 
 def test_a_host_that_hangs_is_found_with_the_stacks_of_all_threads(ends):
-    codes, (_, second) = ends["hang"]
-    assert codes == [LOST, LOST]
-    assert "Timeout (0:00:05)!" in second
-    assert second.count("(most recent call first)") > 1
-    assert "in fault" in second
+    assert ends["hang"].codes == [LOST, LOST]
+    for log, where in zip(ends["hang"].logs, ("in exchange", "in fault"), strict=True):
+        assert "Timeout (0:00:05)!" in log
+        assert log.count(STACK) > 1
+        assert where in log
 
 
-def test_when_a_host_is_frozen_the_others_end_without_it(ends):
-    (code,), _ = ends["frozen"]
+@pytest.mark.parametrize(("name", "lost"), [("kill first", 0), ("frozen", 1)])
+def test_without_a_host_the_others_end_and_say_where_they_were(ends, name, lost):
+    code, log = ends[name].codes[1 - lost], ends[name].logs[1 - lost]
     assert code in (LOST, ABORTED)
+    assert log.count(STACK) > 1
+    assert "in run" in log
 
 
-def test_between_two_batches_a_signal_to_one_host_stops_all(ends):
-    codes, logs = ends["term"]
-    assert codes == [PREEMPTED, PREEMPTED]
-    assert all("vadapter: work: stopped by SIGTERM; run" in log for log in logs)
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("raise", 0), ("one", 0), ("hang", 5), ("kill first", HEARTBEAT), ("frozen", HEARTBEAT)],
+)
+def test_all_end_within_the_deadline_of_what_befell_one(ends, name, limit):
+    assert 0 < ends[name].took < limit + drive.MARGIN
 
 
-def test_without_the_first_host_the_others_end(ends):
-    codes, _ = ends["kill first"]
-    assert codes[0] == KILLED
-    assert codes[1] in (LOST, ABORTED)
+@pytest.mark.parametrize("whom", ["first", "last", "both"])
+def test_between_two_batches_a_signal_to_any_host_stops_all(ends, whom):
+    end = ends[f"term {whom}"]
+    assert end.codes == [PREEMPTED, PREEMPTED]
+    assert all("vadapter: work: stopped by SIGTERM; run" in log for log in end.logs)
 
 
 def test_a_job_that_nothing_befalls_ends_in_success(ends):
-    assert ends["nothing"] == ([0, 0], ["", ""])
+    assert (ends["nothing"].codes, ends["nothing"].logs) == ([0, 0], ["", ""])
 
 
 # --- What they tell each other -----------------------------------------------------------------

@@ -9,7 +9,7 @@ either nothing is started. VADAPTER_DEADLINE (300) is how many seconds a host is
 
 What hosts tell each other goes as JSON through the key-value store of JAX's coordinator and not
 over the devices, where nothing has a deadline and nobody knows who is missing. JAX's client of that
-store is private: only this file knows it.
+store and its search for a cluster are private: only this file knows them.
 """
 
 import contextlib
@@ -99,8 +99,64 @@ def _start_explicit() -> None:
             f"VADAPTER_COORDINATOR={address!r} VADAPTER_PROCESSES={hosts!r} VADAPTER_PROCESS="
             f"{host!r}: must be host:port, a number above 0, and one below that"
         ) from None
+    _join(address, n, i)
+
+
+def _start_detected() -> None:
+    def late() -> None:
+        _end(
+            f"no cluster, or not all of its hosts, within {deadline():g} s; look at the logs of "
+            "the others"
+        )
+
+    alarm = threading.Timer(deadline(), late)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        found = _detect()
+        if found is None:
+            _initialize()  # JAX looks, and waits, itself: it names nobody
+            return
+    except ValueError as error:
+        raise _no_cluster(f" ({error})") from None
+    finally:
+        alarm.cancel()
+    *job, devices = found
+    if None in job:
+        raise _no_cluster()
+    _join(*job, local_device_ids=devices)
+
+
+def _detect() -> Any:
+    """(address, processes, index, devices), None for what JAX does not find; None: it changed."""
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        *job, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            coordinator_address=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            num_processes=None,
+            process_id=None,
+            local_device_ids=None,
+            cluster_detection_method=None,
+            initialization_timeout=int(deadline()),
+        )
+    except (ImportError, AttributeError, TypeError):
+        return None
+    return *job, None if os.environ.get("JAX_LOCAL_DEVICE_IDS") else devices  # JAX reads it
+
+
+def _no_cluster(why: str = "") -> ConfigError:
+    return ConfigError(
+        f"VADAPTER_DISTRIBUTED=auto: JAX finds no cluster here{why}; set "
+        f"{', '.join(_COORDINATOR)}, or none of them for a single process"
+    )
+
+
+def _join(address: str, n: int, i: int, **settings: Any) -> None:
+    """Starts JAX's service once all are there: it would end without a word of who is missing."""
+    name, _, port = address.rpartition(":")
     local = name in ("127.0.0.1", "localhost")
-    if n > 1:  # JAX would end the process here without a word of who is missing
+    if n > 1:
         if i == 0:
             call("127.0.0.1" if local else "", int(port), n, deadline())
         else:
@@ -111,25 +167,8 @@ def _start_explicit() -> None:
         process_id=i,
         coordinator_bind_address=address if local else None,  # nobody else needs to reach it
         cluster_detection_method="deactivate",
+        **settings,
     )
-
-
-def _start_detected() -> None:
-    def late() -> None:
-        _end(f"not all hosts came within {deadline():g} s; look at the logs of the others")
-
-    alarm = threading.Timer(deadline(), late)
-    alarm.daemon = True
-    alarm.start()
-    try:
-        _initialize()
-    except ValueError as error:
-        raise ConfigError(
-            f"VADAPTER_DISTRIBUTED=auto: JAX finds no cluster here ({error}); set "
-            f"{', '.join(_COORDINATOR)}, or none of them for a single process"
-        ) from None
-    finally:
-        alarm.cancel()
 
 
 def _initialize(**settings: Any) -> None:

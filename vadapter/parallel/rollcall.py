@@ -30,13 +30,19 @@ def call(name: str, port: int, n: int, limit: float) -> None:
     """
     end, here = time.monotonic() + limit, {}
     with contextlib.ExitStack() as stack:
+        both = not name and socket.has_dualstack_ipv6()  # as JAX does
+        family = socket.AF_INET6 if both else socket.AF_INET
         try:
-            server = stack.enter_context(socket.create_server((name, port), backlog=n))
+            server = socket.create_server(
+                (name, port), family=family, backlog=n, dualstack_ipv6=both
+            )
         except OSError as error:
             raise ConfigError(
-                f"VADAPTER_COORDINATOR: cannot listen at port {port} ({error.strerror}); choose "
-                "another one, and the host that process 0 runs on"
+                f"process 0 cannot listen at port {port} ({error.strerror}); choose another one, "
+                "in VADAPTER_COORDINATOR, which names the host that process 0 runs on, or, with "
+                "VADAPTER_DISTRIBUTED=auto, in JAX_COORDINATOR_PORT"
             ) from None
+        stack.enter_context(server)
         told = ""
         while len(here) < n - 1 and not told and (left := end - time.monotonic()) > 0:
             server.settimeout(left)
@@ -64,7 +70,7 @@ def _enter(here: dict[int, socket.socket], peer: socket.socket, said: Any, n: in
         return f"host {said['host']} was told of {said['of']} processes, host 0 of {n}"
     if said["host"] in here or said["host"] == 0:
         here.setdefault(-1, peer)
-        return f"two processes were told that they are VADAPTER_PROCESS={said['host']}"
+        return f"two processes were told that they are number {said['host']}"
     here[said["host"]] = peer
     return ""
 
