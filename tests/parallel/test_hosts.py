@@ -496,10 +496,15 @@ told(hosts.in_turn, fail, "file")
 told(hosts.exchange, 1, f"place {me}")
 checkpointer = Checkpointer(folder / "checkpoints", keep=1)
 told(checkpointer.save, 3 + me, {"w": jnp.ones(2)}, {})
+if me == 1:
+    hosts.report_end({"code": 78, "reason": "no file"})
+hosts.exchange("", "one ends")
+if me == 0:
+    hosts.report_end({"code": 1, "reason": "follows"})
+hosts.exchange("", "both end")
+told(leaving._news)
 if me == 0:
     told(checkpointer.save, 9, {"w": jnp.ones(2)}, {})
-hosts.ended()
-import os
 leaving._go(0, "done", quiet=True)
 """
 
@@ -535,7 +540,12 @@ def test_hosts_that_save_different_steps_or_alone_are_an_error_and_not_a_hang(ta
     for lines in talk:
         assert lines[8:11] == [apart, "  host 0: place 0", "  host 1: place 1"]
         assert lines[11:14] == [apart, "  host 0: saving step 3", "  host 1: saving step 4"]
-    assert talk[0][14].startswith("HostError host 1 of 2 did not come within 5 s: saving step 9")
+    assert talk[0][15].startswith("HostError host 1 of 2 did not come within 5 s: saving step 9")
+
+
+def test_the_host_whose_end_was_reported_first_is_the_cause(talk):
+    for lines in talk:
+        assert lines[14] == "(78, 'host 1 of 2 stopped: no file')"
 
 
 # --- Who reads what ------------------------------------------------------------------------------

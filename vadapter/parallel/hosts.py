@@ -313,16 +313,26 @@ def require_same(facts: Mapping[str, Any], what: str) -> None:
 
 def report_end(record: Mapping[str, Any]) -> None:
     """Tells the others that, and how, this process ends."""
-    _client().key_value_set(f"ended/{index()}", json.dumps(dict(record)), allow_overwrite=True)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was first: that stays
+        _client().key_value_set("cause/0", json.dumps([index(), dict(record)]))
+    _client().key_value_set(f"ended/{index()}", "true", allow_overwrite=True)
 
 
-def ended() -> dict[int, dict[str, Any]]:
-    """The records of hosts that end, by number.
+def first_to_end() -> tuple[int, dict[str, Any]] | None:
+    """The host whose report came first, and its record; None while all go on.
+
+    The coordinator keeps the order: the clocks of machines differ.
 
     Raises:
       JaxRuntimeError: the coordinator is gone.
     """
-    return dict(sorted(_values("ended").items()))
+    found = _values("cause")
+    return tuple(found[0]) if found else None
+
+
+def all_end() -> bool:
+    """Whether every host has reported its end."""
+    return len(_values("ended")) == count()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import time
-from typing import Any
 
 import jax
 
@@ -34,17 +33,19 @@ def follow() -> None:
 def _follow() -> None:
     try:
         while not _over.wait(_EVERY):
-            if hosts.ended():
+            if of_another := _news():
                 if not _over.wait(_GRACE):
-                    _go(*_news(hosts.ended()))
+                    _go(*of_another)
                 return
     except jax.errors.JaxRuntimeError:
         return  # the coordinator is gone: JAX ends this process
 
 
-def _news(ended: dict[int, dict[str, Any]]) -> tuple[int, str]:
-    """Exit code and reason of the host that was the first to end."""
-    i, record = min(ended.items(), key=lambda item: item[1]["time"])
+def _news() -> tuple[int, str] | None:
+    """Exit code and reason of the host that was the first to end; None while all go on."""
+    if not (first := hosts.first_to_end()):
+        return None
+    i, record = first
     return record["code"], f"host {i} of {hosts.count()} stopped: {record['reason']}"
 
 
@@ -78,8 +79,8 @@ def cause(error: BaseException) -> tuple[int, str] | None:
     end = time.monotonic() + _GRACE
     with hosts.if_connected():
         while time.monotonic() < end:
-            if others := hosts.ended():
-                return _news(others)
+            if of_another := _news():
+                return of_another
             time.sleep(_EVERY / 10)
     return None
 
@@ -93,8 +94,8 @@ def _go(code: int, reason: str, *, quiet: bool = False) -> None:
         stream.flush()
     watchdog.hurry(_LINGER + _GRACE)
     with hosts.if_connected():
-        hosts.report_end({"code": code, "reason": reason, "time": time.time()})
+        hosts.report_end({"code": code, "reason": reason})
         end = time.monotonic() + _LINGER
-        while hosts.first() and time.monotonic() < end and len(hosts.ended()) < hosts.count():
+        while hosts.first() and time.monotonic() < end and not hosts.all_end():
             time.sleep(_EVERY / 10)
     os._exit(code or HostError.exit_code)
