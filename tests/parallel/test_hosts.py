@@ -5,6 +5,8 @@ second host killed, hung, stopped and so on, one after the other, and goes on ea
 """
 
 import dataclasses
+import itertools
+import json
 import shutil
 import signal
 import sys
@@ -19,6 +21,7 @@ import runs
 from jax._src.clusters import ClusterEnv
 from small_benchmarks import write_benchmarks
 
+from vadapter.data.pipeline import make_loader
 from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR, ConfigError, HostError
 from vadapter.parallel import hosts
 from vadapter.parallel.mesh import MeshConfig, make_mesh, to_mesh
@@ -26,14 +29,17 @@ from vadapter.parallel.rollcall import answer, call
 from vadapter.train import loop, run
 from vadapter.train.agree import require_own_rows
 from vadapter.train.checkpoint import steps
+from vadapter.train.interrupts import Stop
 from vadapter.train.loop import train
 from vadapter.train.recipe import read
+from vadapter.train.stage import Stage
 from vadapter.train.writer import history, rows
 
 STEPS = 10
 MESH = {"data": 2, "fsdp": 2}
 OVERRIDES = tuple(f"mesh.{axis}={size}" for axis, size in MESH.items())
 KILLED, ABORTED = -signal.SIGKILL, -signal.SIGABRT
+HEARTBEAT = 10  # seconds, where the deadline is 30
 STACK = "(most recent call first)"  # above the stack of a thread
 
 
@@ -129,9 +135,16 @@ def test_whatever_befalls_a_host_all_end_and_what_was_saved_is_not_lost(
     codes = job.start(faults={host: fault}, deadline=30, VADAPTER_WATCHDOG="6").wait()
     may = {KILLED, LOST, ABORTED} if fault.startswith("KILL") else {LOST}
     assert may.issuperset(codes), job.logs()
+    limit = {"RAISE": 0, "HANG": 6, "KILL": HEARTBEAT}[fault.partition(":")[0]] + drive.MARGIN
+    if not fault.endswith("begin"):  # else the last row of metrics was written a moment before it
+        assert 0 < job.took(job.workdir / "llm/metrics.jsonl") < limit
+    if not fault.startswith("RAISE"):
+        assert STACK in job.log(1 - host)
+    visible = steps(job.workdir / "llm/checkpoints")[-1]
+    assert visible == 7 or not list(job.workdir.rglob("8.orbax-checkpoint-tmp*"))
     codes, (log, _) = attempt(job)
     assert codes == [0, 0]
-    assert "llm: resumed at step 7\n" in log or "llm: resumed at step 8\n" in log
+    assert f"llm: resumed at step {visible}\n" in log
     stopped, whole = (runs.handed_over(at.workdir, ("llm",)) for at in (job, done.whole))
     assert stopped == whole
     assert not list(job.workdir.rglob("*orbax-checkpoint-tmp*"))
@@ -146,11 +159,34 @@ def test_only_the_first_host_writes_and_speaks(done):
     assert leftovers == {".lock"}
 
 
-def test_two_hosts_train_what_one_process_does(done, tmp_path, monkeypatch):
+@pytest.fixture
+def seen(monkeypatch):
+    """The rows of every batch that training in this process, on four devices, sees."""
+    batches = []
+
+    def record(batch, mesh):
+        batches.append(batch["id"].tolist())
+        return to_mesh(batch, mesh)
+
+    monkeypatch.setattr(loop, "to_mesh", record)
     monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:4]))
+    return batches
+
+
+def rows_after(step, recipe, workdir):
+    """The rows of the steps after `step`, of a loader for one process."""
+    stage = Stage(run.Run(recipe, workdir), "llm", Stop())
+    loader = make_loader(
+        {"documents": (*stage.stream("documents", {}), 1.0)},
+        global_batch=stage.config.batch, seed=recipe.seed, start_step=step, num_steps=STEPS,
+    )  # fmt: skip
+    return [batch["id"].tolist() for batch in loader]
+
+
+def test_two_hosts_train_what_one_process_does(done, tmp_path, seen):
     train(recipe_of(done.folder), tmp_path)
     one, two = (history(at / "llm/metrics.jsonl") for at in (tmp_path, done.whole.workdir))
-    assert len(one) == len(two) == STEPS
+    assert len(one) == len(two) == len(seen) == STEPS
     for a, b in zip(one, two, strict=True):
         assert (a["step"], a["targets"]) == (b["step"], b["targets"])
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
@@ -158,24 +194,97 @@ def test_two_hosts_train_what_one_process_does(done, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("devices", [4, 1])
-def test_one_process_goes_on_with_what_two_hosts_have_saved(done, tmp_path, monkeypatch, devices):
-    seen = []
-
-    def record(batch, mesh):
-        seen.append(batch["id"].tolist())
-        return to_mesh(batch, mesh)
-
-    monkeypatch.setattr(loop, "to_mesh", record)
-    config = MeshConfig(**MESH) if devices == 4 else MeshConfig()
-    monkeypatch.setattr(run, "make_mesh", lambda _: make_mesh(config, jax.devices()[:devices]))
+def test_one_process_goes_on_with_what_two_hosts_have_saved(
+    done, tmp_path, monkeypatch, seen, devices
+):
+    if devices == 1:
+        one = lambda _: make_mesh(MeshConfig(), jax.devices()[:1])  # noqa: E731
+        monkeypatch.setattr(run, "make_mesh", one)
     shutil.copytree(done.folder / "cut", tmp_path / "run")
-    train(recipe_of(done.folder), tmp_path / "run")
+    recipe = recipe_of(done.folder)
+    train(recipe, tmp_path / "run")
+    assert seen == rows_after(7, recipe, tmp_path / "run")
     went_on = [row for row in history(tmp_path / "run/llm/metrics.jsonl") if row["step"] > 7]
     whole = [row for row in history(done.whole.workdir / "llm/metrics.jsonl") if row["step"] > 7]
     assert len(went_on) == len(seen) == STEPS - 7
     for a, b in zip(went_on, whole, strict=True):
-        assert a["targets"] == b["targets"]  # of the very next batch
+        assert a["targets"] == b["targets"]
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+
+
+# What a recipe begins with whose processes note the pictures that each of them opens, and the rows
+# of each batch that it trains on.
+WATCHED = """
+import json, os, sys
+from vadapter.train import loop
+
+notes, to_mesh = open(os.environ["NOTES"], "w", buffering=1), loop.to_mesh
+
+def opened(event, arguments):
+    if event == "open" and str(arguments[0]).endswith(".png"):
+        print(json.dumps(os.path.basename(arguments[0])), file=notes)
+
+def placed(batch, mesh):
+    print(json.dumps(batch["id"].tolist()), file=notes)
+    return to_mesh(batch, mesh)
+
+sys.addaudithook(opened)
+loop.to_mesh = placed
+"""
+
+
+def noted(path):
+    """The pictures that a process opened, and the rows of its batches."""
+    notes = [json.loads(line) for line in path.read_text().splitlines()]
+    return {n for n in notes if isinstance(n, str)}, [n for n in notes if isinstance(n, list)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_hosts_go_on_where_one_process_stopped_and_each_reads_its_own_pictures(folder, tmp_path, n):
+    recipe = runs.write_recipe(folder, "blind")
+    watched = tmp_path / "watched.py"
+    watched.write_text(WATCHED + recipe.read_text())
+    notes = [tmp_path / f"notes-{name}" for name in ("whole", "begun", *range(n))]
+    job = drive.Job(tmp_path / "several", watched, "mesh.fsdp=2", n=n)
+
+    def alone(workdir, where, fault=""):
+        more, devices = {"NOTES": str(where)}, n * drive.DEVICES
+        return runs.run(watched, workdir, "mesh.fsdp=2", devices=devices, fault=fault, more=more)
+
+    whole = alone(tmp_path / "whole", notes[0])
+    assert whole.returncode == 0, whole.stdout
+    begun = alone(job.workdir, notes[1], "TERM:decoder:step:3")  # an epoch
+    assert begun.returncode == PREEMPTED, begun.stdout
+    job.start(variables={i: {"NOTES": str(path)} for i, path in enumerate(notes[2:])})
+    assert job.wait() == [0] * n, job.logs()
+    assert "decoder: resumed at step 3\n" in job.log(0)
+
+    (_, rows), (_, first), *parts = map(noted, notes)
+    assert [len(batch) for batch in rows] == [8] * runs.STEPS
+    assert first == rows[:3]
+    steps_of_all = zip(*(own for _, own in parts), strict=True)
+    assert [list(itertools.chain(*shares)) for shares in steps_of_all] == rows[3:]
+    table = map(json.loads, (folder / "shapes/pictures.jsonl").read_text().splitlines())
+    names = [row["image"] for row in table if row["split"] == "train"]
+    for pictures, own in parts:
+        assert pictures == {names[i] for batch in own for i in batch}
+    assert sorted(itertools.chain(*(pictures for pictures, _ in parts))) == sorted(names)
+
+    a, b = (history(at / "decoder/metrics.jsonl") for at in (tmp_path / "whole", job.workdir))
+    losses = [[(row["step"], row["loss"]) for row in rows if "loss" in row] for rows in (a, b)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", [(0,), (0, 1)])
+def test_a_signal_to_the_first_host_or_to_all_is_saved_at_one_step(done, tmp_path, whom):
+    job = drive.Job(tmp_path, done.stopped.recipe, *done.stopped.overrides)
+    job.start(faults=dict.fromkeys(whom, "TERM:llm:step:5"))
+    assert job.wait() == [PREEMPTED, PREEMPTED], job.logs()
+    for host in (0, 1):
+        assert "vadapter: llm, step 7, saved: stopped by SIGTERM" in job.log(host)
+    assert steps(job.workdir / "llm/checkpoints")[-1] == 7
 
 
 @pytest.mark.slow
@@ -357,7 +466,6 @@ code, reason = cli._attempt(argparse.Namespace(computes=True, run=run))
 sys.exit(leaving.leave(code, reason))
 """
 LIMITS = {"deadline": 30, "VADAPTER_WATCHDOG": "5"}
-HEARTBEAT = 10  # seconds: a third of the deadline
 
 
 @dataclasses.dataclass
