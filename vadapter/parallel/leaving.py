@@ -3,8 +3,10 @@
 JAX's own way out waits for hosts that will never come, and then every process dies of a signal,
 whatever was wrong. So a process that ends early tells the others why and goes at once; they look
 for such news once a second, and follow with the same code. Process 0 goes last: it holds the news.
+Where nobody can say what to mend (code 1), each prints where all of its threads are.
 """
 
+import faulthandler
 import os
 import sys
 import threading
@@ -88,6 +90,9 @@ def cause(error: BaseException) -> tuple[int, str] | None:
 def _go(code: int, reason: str, *, quiet: bool = False) -> None:
     if not _leaving.acquire(blocking=False):
         time.sleep(_LINGER + hosts.deadline())  # another thread is ending this process
+    if code == HostError.exit_code:
+        sys.stderr.flush()
+        faulthandler.dump_traceback(file=2)  # whatever sys.stderr is by then
     if not quiet:
         print(f"vadapter: {reason}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
