@@ -117,14 +117,15 @@ def table() -> str:
 
 
 def _cell(r: dict[str, Any] | None) -> str:
-    """Slice, milliseconds a step, days of the run and memory of a chip."""
+    """Slice, milliseconds a step, share of the peak and days of the run."""
     if r is None:
         return "—"
     shape = str(parse(r["topology"])).split(":")[1]
     split = f"/{r['fsdp']}" if r["fsdp"] > 1 else ""
     days = r["estimated_ms"] * r["steps"] / 86_400_000
     share = r["step_ms"] / r["estimated_ms"]
-    return f"{shape}{split}: {r['estimated_ms']:,.0f} ms, {share:.0%}, {days:.1f} d"
+    mark = "" if {one["frames"] for one in r["rows"]} == {1, 8} else " †"  # of pictures alone
+    return f"{shape}{split}: {r['estimated_ms']:,.0f} ms, {share:.0%}, {days:.1f} d{mark}"
 
 
 def write() -> None:
