@@ -368,6 +368,7 @@ def test_a_save_killed_midway_leaves_the_one_before_it(tmp_path):
     assert killed.returncode == -signal.SIGKILL
     assert "committed 1" in killed.stdout
     assert list(tmp_path.glob("2.orbax-checkpoint-tmp*"))  # it was midway
+    assert steps(tmp_path) == [1]
     checkpointer = Checkpointer(tmp_path, keep=3)
     assert not list(tmp_path.glob("*tmp*"))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])

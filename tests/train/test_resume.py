@@ -17,7 +17,10 @@ import pytest
 import runs
 
 from vadapter.errors import PREEMPTED, ConfigError, Preempted
+from vadapter.train.checkpoint import steps
 from vadapter.train.interrupts import signals
+from vadapter.train.loop import train
+from vadapter.train.recipe import read
 from vadapter.train.writer import history, rows
 
 KILLED = -signal.SIGKILL
@@ -28,6 +31,7 @@ POINTS = (
     ("KILL:llm:stored", KILLED, 6),  # trained, but nobody was told
     ("TERM:decoder:features:0", PREEMPTED, None),
     ("KILL:decoder:features:0", KILLED, None),
+    ("TERM:decoder:saving:2", PREEMPTED, 2),
     ("KILL:decoder:saving:4", KILLED, (2, 4)),
     ("INT:vadapter:step:1", PREEMPTED, 1),
     ("TERM:vadapter:evaluate:0", PREEMPTED, 3),
@@ -158,6 +162,53 @@ def test_a_run_whose_signals_go_elsewhere_is_refused():
         signal.signal(signal.SIGTERM, lambda *_: None)  # as a library may do
         with pytest.raises(ConfigError, match=r"SIGTERM goes to <function .*would not be saved"):
             stop.require_handlers()
+
+
+def test_training_asks_where_signals_go_before_it_compiles(tmp_path):
+    def take(stage):
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    recipe = read(runs.text_only(runs.prepare(tmp_path)))
+    with pytest.raises(ConfigError, match="SIGTERM goes to"):
+        train(recipe, tmp_path / "run", before=take)
+    assert not (tmp_path / "run/llm/checkpoints").exists()
+
+
+# What a recipe begins with whose process gets a SIGTERM while the compiler is at its train step.
+COMPILING = """
+import os, signal, threading
+import jax
+
+EVENT = "/jax/core/compile/backend_compile_duration"
+
+def stop():
+    print("asked", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def begins(event, value, fun_name="", **_):
+    if event == EVENT and "step" in fun_name:
+        print("compiling", fun_name, flush=True)
+        threading.Timer(0.05, stop).start()
+
+def ends(event, seconds, fun_name="", **_):
+    if event == EVENT and "step" in fun_name:
+        print("compiled", fun_name, flush=True)
+
+jax.monitoring.register_scalar_listener(begins)
+jax.monitoring.register_event_duration_secs_listener(ends)
+"""
+
+
+def test_a_signal_while_it_compiles_is_heeded_after_the_first_step(tmp_path):
+    recipe = runs.write_recipe(runs.prepare(tmp_path), "text_only")
+    recipe.write_text(COMPILING + recipe.read_text())
+    fresh = {"VADAPTER_COMPILE_CACHE": str(tmp_path / "programs")}
+    output = runs.run(recipe, tmp_path / "run", more=fresh)
+    assert output.returncode == PREEMPTED, output.stdout
+    said = [line.split()[0] for line in output.stdout.splitlines() if line]
+    assert said.index("compiling") < said.index("asked") < said.index("compiled")
+    assert "vadapter: llm, step 1, saved: stopped by SIGTERM" in output.stdout
+    assert steps(tmp_path / "run/llm/checkpoints") == [1]
 
 
 @pytest.mark.slow
