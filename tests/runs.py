@@ -40,6 +40,32 @@ def get_config(arg):
     return runs.{kind}(Path({folder!r}))
 """
 
+# What a recipe begins with whose process, if INTERRUPTED is set, gets a SIGTERM while its step is
+# compiled.
+COMPILING = """
+import os, signal, threading
+import jax
+
+EVENT = "/jax/core/compile/backend_compile_duration"
+
+def stop():
+    print("asked", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def begins(event, value, fun_name="", **_):
+    if event == EVENT and "step" in fun_name:
+        print("compiling", fun_name, flush=True)
+        threading.Timer(0.05, stop).start()
+
+def ends(event, seconds, fun_name="", **_):
+    if event == EVENT and "step" in fun_name:
+        print("compiled", fun_name, flush=True)
+
+if os.environ.get("INTERRUPTED"):
+    jax.monitoring.register_scalar_listener(begins)
+    jax.monitoring.register_event_duration_secs_listener(ends)
+"""
+
 
 def prepare(folder: Path) -> Path:
     """Draws the pictures, and makes an encoder that another run might have trained."""

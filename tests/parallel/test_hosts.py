@@ -211,6 +211,23 @@ def test_one_process_goes_on_with_what_two_hosts_have_saved(
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_signal_while_one_host_compiles_stops_all_at_one_step(done, tmp_path, host):
+    recipe = tmp_path / "compiling.py"
+    recipe.write_text(runs.COMPILING + done.stopped.recipe.read_text())
+    job = drive.Job(tmp_path, recipe, *done.stopped.overrides)
+    fresh = str(tmp_path / "programs")
+    job.start(variables={host: {"INTERRUPTED": "yes"}}, VADAPTER_COMPILE_CACHE=fresh)
+    assert job.wait() == [PREEMPTED, PREEMPTED], job.logs()
+    said = [line.split()[0] for line in job.log(host).splitlines() if line]
+    assert said.index("compiling") < said.index("asked") < said.index("compiled")
+    step = steps(job.workdir / "llm/checkpoints")[-1]
+    assert step <= 3  # what the first step was made from was signed before it came
+    for log in map(job.log, job.hosts):
+        assert f"vadapter: llm, step {step}, saved: stopped by SIGTERM" in log
+
+
 # What a recipe begins with whose processes note the pictures that each of them opens, and the rows
 # of each batch that it trains on.
 WATCHED = """

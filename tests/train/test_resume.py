@@ -174,35 +174,10 @@ def test_training_asks_where_signals_go_before_it_compiles(tmp_path):
     assert not (tmp_path / "run/llm/checkpoints").exists()
 
 
-# What a recipe begins with whose process gets a SIGTERM while the compiler is at its train step.
-COMPILING = """
-import os, signal, threading
-import jax
-
-EVENT = "/jax/core/compile/backend_compile_duration"
-
-def stop():
-    print("asked", flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-def begins(event, value, fun_name="", **_):
-    if event == EVENT and "step" in fun_name:
-        print("compiling", fun_name, flush=True)
-        threading.Timer(0.05, stop).start()
-
-def ends(event, seconds, fun_name="", **_):
-    if event == EVENT and "step" in fun_name:
-        print("compiled", fun_name, flush=True)
-
-jax.monitoring.register_scalar_listener(begins)
-jax.monitoring.register_event_duration_secs_listener(ends)
-"""
-
-
 def test_a_signal_while_it_compiles_is_heeded_after_the_first_step(tmp_path):
     recipe = runs.write_recipe(runs.prepare(tmp_path), "text_only")
-    recipe.write_text(COMPILING + recipe.read_text())
-    fresh = {"VADAPTER_COMPILE_CACHE": str(tmp_path / "programs")}
+    recipe.write_text(runs.COMPILING + recipe.read_text())
+    fresh = {"VADAPTER_COMPILE_CACHE": str(tmp_path / "programs"), "INTERRUPTED": "yes"}
     output = runs.run(recipe, tmp_path / "run", more=fresh)
     assert output.returncode == PREEMPTED, output.stdout
     said = [line.split()[0] for line in output.stdout.splitlines() if line]
