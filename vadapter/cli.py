@@ -92,9 +92,15 @@ def _attempt(args: argparse.Namespace) -> tuple[int, str]:
 
 
 def _unforeseen(error: Exception) -> tuple[int, str]:
-    """What no handler knows has a traceback: in a job of several hosts soon, or all would wait."""
-    from vadapter.parallel import hosts, leaving
+    """What no handler knows has a traceback: in a job of several hosts soon, or all would wait.
 
+    But for memory that is used up, wherever that was.
+    """
+    from vadapter.parallel import hosts, leaving, memory
+
+    if memory.exhausted(error):
+        print(f"vadapter: {memory.described(error)}", file=sys.stderr, flush=True)
+        return USER_ERROR, memory.described(error)
     if hosts.count() == 1:
         raise error
     if of_another := leaving.cause(error):

@@ -36,6 +36,7 @@ class Chip:
       shapes: of the slices that there are, `{chips: shape}`; of GPUs none: whole hosts.
       cores: a slice's accelerator type (`v5p-128`) counts so many for a chip.
       options: of `get_topology_desc`, so that a chip is one device.
+      kinds: what JAX calls it; of GPUs, how that begins.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Chip:
     shapes: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     cores: int = 1
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
 
 
 def _by_size(*shapes: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
@@ -64,15 +66,25 @@ _CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 
 CHIPS: dict[str, Chip] = {
     "v4": Chip(
         "tpu", 275e12, 30.75 * GIB, 1228e9, 1.05e9, 4, _by_size(*_CUBES), 2,
-        {"chip_config_name": "megacore"},
+        {"chip_config_name": "megacore"}, ("TPU v4",),
     ),
-    "v5e": Chip("tpu", 197e12, 15.75 * GIB, 819e9, 1.5e9, 4, _FLAT),
-    "v5p": Chip("tpu", 459e12, 95.74 * GIB, 2765e9, 1.75e9, 4, _by_size(*_CUBES), 2),
-    "v6e": Chip("tpu", 918e12, 31.25 * GIB, 1640e9, 1.75e9, 4, _FLAT),
-    "a100": Chip("gpu", 312e12, 79.2 * GIB, 2039e9, per_host=8),
-    "h100": Chip("gpu", 989e12, 79.2 * GIB, 3350e9, per_host=8),
-    "h200": Chip("gpu", 989e12, 139.8 * GIB, 4800e9, per_host=8),
-    "cpu": Chip("cpu", 6e10, 4 * GIB, 1e10, per_host=64),
+    "v5e": Chip(
+        "tpu", 197e12, 15.75 * GIB, 819e9, 1.5e9, 4, _FLAT, kinds=("TPU v5 lite", "TPU v5e")
+    ),
+    "v5p": Chip(
+        "tpu", 459e12, 95.74 * GIB, 2765e9, 1.75e9, 4, _by_size(*_CUBES), 2,
+        kinds=("TPU v5p", "TPU v5"),
+    ),
+    "v6e": Chip(
+        "tpu", 918e12, 31.25 * GIB, 1640e9, 1.75e9, 4, _FLAT, kinds=("TPU v6 lite", "TPU v6e")
+    ),
+    "a100": Chip(
+        "gpu", 312e12, 79.2 * GIB, 2039e9, per_host=8,
+        kinds=("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"),
+    ),
+    "h100": Chip("gpu", 989e12, 79.2 * GIB, 3350e9, per_host=8, kinds=("NVIDIA H100",)),
+    "h200": Chip("gpu", 989e12, 139.8 * GIB, 4800e9, per_host=8, kinds=("NVIDIA H200",)),
+    "cpu": Chip("cpu", 6e10, 4 * GIB, 1e10, per_host=64, kinds=("cpu",)),
 }  # fmt: skip
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
 # libtpu looks for a TPU VM's metadata server and writes logs: not for a topology that is not there.
@@ -181,6 +193,21 @@ def smallest(name: str) -> Topology | None:
     if chip not in CHIPS:
         return None
     return Topology(chip, next(iter(CHIPS[chip].shapes.values()), (1,)))
+
+
+def here() -> str:
+    """What the devices that are here are called, as `parse` and `smallest` read it; "": unknown."""
+    there = jax.devices()
+    kind = there[0].device_kind
+    slices = len({getattr(device, "slice_index", 0) for device in there})
+    for name, row in CHIPS.items():
+        if row.kind != "tpu" and kind.startswith(row.kinds):
+            whole = len(there) <= row.per_host or len(there) % row.per_host == 0
+            return str(Topology(name, (len(there),))) if whole else name
+        if kind in row.kinds:
+            shape = row.shapes.get(len(there) // slices)
+            return str(Topology(name, shape, slices)) if shape else name
+    return ""
 
 
 def larger(topology: Topology) -> Topology | None:

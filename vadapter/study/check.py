@@ -16,6 +16,7 @@ from vadapter.data.tokenizer import Tokenizer
 from vadapter.data.tokenizer_files import read_spec
 from vadapter.errors import Problems, UserError
 from vadapter.models.variants import expand
+from vadapter.parallel import memory
 from vadapter.parallel.mesh import MeshConfig, make_mesh
 from vadapter.train import handover
 from vadapter.train.inputs import make_source, require_texts
@@ -51,11 +52,13 @@ def _stages(recipe: Recipe, workdir: Path, problems: Problems) -> Facts:
         mesh = make_mesh(recipe.mesh)
         shape = dict(mesh.shape)
     source, stages, coming = _Sources(recipe), [], {}
+    limit = None if shape is None else memory.limit(mesh)
     for name in recipe.chain:
         done = (workdir / name / handover.DONE).is_file()
         # What is finished is not run again: what it was made of may be gone.
         mine = Problems() if done else problems
-        stages.append(_stage(recipe, name, workdir, mesh, source, coming, mine) | {"done": done})
+        stage = _stage(recipe, name, workdir, mesh, source, coming, mine, limit)
+        stages.append(stage | {"done": done})
         if done:
             coming.pop(name, None)
     for stage in stages if shape is None else ():
@@ -88,6 +91,7 @@ def _stage(
     source: Callable[[str], Any],
     coming: Coming,
     problems: Problems,
+    limit: int | None,
 ) -> Facts:
     config = recipe.stages[name]
     tokenizer = None
@@ -106,7 +110,7 @@ def _stage(
         recipe, name, workdir, tokenizer or _bytes(), mesh,
         exact=tokenizer is not None, vocab_size=0 if tokenizer else at_most,
     )  # fmt: skip
-    stage.check(source, coming, problems)
+    stage.check(source, coming, problems, limit)
     return {
         "name": name,
         "kind": config.kind,

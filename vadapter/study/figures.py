@@ -6,7 +6,6 @@ is compiled for as many devices of this host's CPU. `Figures.how` says which.
 """
 
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ import jax
 from vadapter.parallel.compile import TPU
 from vadapter.parallel.topology import Topology
 from vadapter.study import flops, hlo, liveness
+from vadapter.train.shapes import on_one
 
 ROWS = 1009  # of a traced micro-batch: a prime, so that no other dimension has it as a factor
 
@@ -117,12 +117,6 @@ def estimate(fn: Callable[..., Any], arguments: Any, mesh: Mapping[str, int], ro
     scale = rows / (mesh["data"] * mesh["fsdp"]) / ROWS
     share = 1 / (mesh["fsdp"] * mesh["tensor"])
     return liveness.temporaries(fn, *arguments, rows=ROWS, scale=scale, share=share)
-
-
-def on_one(tree: Any) -> int:
-    """Bytes of shapes with shardings, on each device."""
-    shard = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
-    return sum(shard(x) for x in jax.tree.leaves(tree))
 
 
 def memory_needed(message: str) -> int | None:

@@ -13,10 +13,11 @@ from vadapter.models.variants import KINDS, expand
 from vadapter.parallel.mesh import MeshConfig, make_mesh
 from vadapter.parallel.topology import Topology, devices
 from vadapter.study import flops
-from vadapter.study.figures import ROWS, Figures, estimate, of_compiler, of_trace, on_one, versions
+from vadapter.study.figures import ROWS, Figures, estimate, of_compiler, of_trace, versions
 from vadapter.study.program import Program
 from vadapter.train.preflight import check_batch_size
 from vadapter.train.recipe import Recipe, StageConfig, components, trained
+from vadapter.train.shapes import on_one
 
 DAY = 86400
 

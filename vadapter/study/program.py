@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from vadapter.data.batch import EOS, fake_batch
 from vadapter.models.coca import CoCa
@@ -20,6 +19,7 @@ from vadapter.train.recipe import DTYPES, Recipe, make_model, trained
 from vadapter.train.shapes import (
     abstract_params,
     abstract_state,
+    at_rest,
     init_params,
     row_shapes,
     view_of,
@@ -75,13 +75,7 @@ class Program:
     def params(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(trained, frozen) shapes with shardings, frozen ones in the dtype of the computation."""
         learnt, frozen = split(abstract_params(self.model, self.mesh), self.learns)
-        dtype = DTYPES[self.recipe.dtype]
-
-        def cast(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            floats = jnp.issubdtype(x.dtype, jnp.floating)
-            return jax.ShapeDtypeStruct(x.shape, dtype if floats else x.dtype, sharding=x.sharding)
-
-        return learnt, jax.tree.map(cast, frozen)
+        return learnt, at_rest(frozen, DTYPES[self.recipe.dtype])
 
     def arguments(self) -> tuple[Any, Any, Any]:
         """(state, frozen, batch) of the train step, as shapes with shardings."""

@@ -20,6 +20,7 @@ from vadapter.data.pipeline import Schedule, make_loader
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted, disk_errors
 from vadapter.parallel import hosts, watchdog
 from vadapter.parallel.compile import jit
+from vadapter.parallel.memory import memory_errors
 from vadapter.parallel.mesh import on, places, to_mesh
 from vadapter.train import handover
 from vadapter.train.agree import require_own_rows, shared_run
@@ -66,7 +67,9 @@ def train(
         for name in recipe.chain:
             stop.check(name)
             before(name)
-            train_stage(Stage(run, name, stop))
+            stage = Stage(run, name, stop)
+            with memory_errors(lambda stage=stage: f"{stage.name}, {stage.at}"):
+                train_stage(stage)
 
 
 def train_stage(stage: Stage) -> None:
@@ -114,6 +117,7 @@ def train_stage(stage: Stage) -> None:
         checkpointer.close()
         stage.stop.check(f"{stage.name}, step {int(state.step)}, saved")
         _check_frozen(stage, digests, _digests(frozen))
+        stage.at = "evaluation at the end"
         fault(stage.name, "finish")
         scores = evaluator(state.params, 0, stage.directory / "eval")
         if scores:
@@ -171,7 +175,7 @@ def _steps(
     due = lambda step: c.eval_every and step % c.eval_every == 0 and 0 < step < c.steps  # noqa: E731
 
     def look(step: int) -> None:
-        began = time.monotonic()
+        began, stage.at = time.monotonic(), f"evaluation at step {step}"
         writer.write(step, evaluator(state.params, c.eval_limit), loud=True)
         journal.paused(time.monotonic() - began)
 
@@ -180,6 +184,7 @@ def _steps(
     fault(stage.name, "begin")
     shapes = set()
     for step, batch in enumerate(watchdog.watch(loader), start + 1):
+        stage.at = f"step {step}"
         shape = str({k: v.shape for k, v in batch.items()})
         if new := shape not in shapes:
             watchdog.beat(slow=True)

@@ -21,10 +21,21 @@ from vadapter.data.pipeline import require_usable
 from vadapter.errors import ConfigError, Problems, UserError
 from vadapter.models.coca import CoCa
 from vadapter.models.lm import LM
+from vadapter.parallel import memory
 from vadapter.train import handover
 from vadapter.train.inputs import make_stream, prompt_len
-from vadapter.train.recipe import Recipe, components, make_model, trained
-from vadapter.train.shapes import Model, abstract_params, row_shapes, view_of
+from vadapter.train.optim import make_optimizer
+from vadapter.train.recipe import DTYPES, Recipe, components, make_model, trained
+from vadapter.train.shapes import (
+    Model,
+    abstract_params,
+    abstract_state,
+    at_rest,
+    on_one,
+    row_shapes,
+    view_of,
+)
+from vadapter.train.steps import split
 
 Coming = dict[str, dict[str, Any]]  # stage -> component -> tree of shapes
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -77,13 +88,20 @@ class Preflight:
         evaluated = (self.recipe.evals[name].data for name in self.config.evals)
         return tuple(dict.fromkeys((*self.config.data, *self.config.loss, *evaluated)))
 
-    def check(self, source: Callable[[str], Any], coming: Coming, problems: Problems) -> None:
+    def check(
+        self,
+        source: Callable[[str], Any],
+        coming: Coming,
+        problems: Problems,
+        limit: int | None = None,
+    ) -> None:
         """Fills in the attributes.
 
         Args:
           source: opens a data set.
           coming: what stages that run before this one will have trained; this one's is added.
           problems: gathers everything that is wrong.
+          limit: bytes that programs may use on a device; None: nobody knows.
         """
         gather = lambda: problems.gather(self.name)  # noqa: E731
         with gather():
@@ -109,7 +127,27 @@ class Preflight:
                     self.recipe, self.config, self.workdir, name, self.abstract[name],
                     coming=coming, at_most=0 if self.exact else self.vocab_size,
                 )  # fmt: skip
+        with gather():
+            memory.require_room(f"stages.{self.name}", self.stays(), limit)
         coming[self.name] = {name: self.abstract[name] for name in trained(self.config)}
+
+    def stays(self) -> dict[str, int]:
+        """Bytes on each device that stay there while it trains: what -> bytes.
+
+        Of a batch, the largest that is known; without pictures where their tokens may be cached.
+        """
+        config, mesh = self.config, self.mesh
+        learnt, frozen = split(self.abstract, trained(config))
+        parts = learnt | at_rest(frozen, DTYPES[self.recipe.dtype])
+        state = abstract_state(learnt, make_optimizer(config.optim, config.steps), mesh)
+        rows = config.batch // (mesh.shape["data"] * mesh.shape["fsdp"])
+        size = {"optimizer": on_one(state.opt_state), "batch": 0}
+        for name in (name for name in config.data if name in self.rows):
+            cached = ("frames",) if self.recipe.data[name].cache else ()
+            row = {key: x for key, x in self.rows[name].items() if key not in cached}
+            one = sum(x.size * x.dtype.itemsize for x in row.values())
+            size["batch"] = max(size["batch"], rows * one)
+        return {name: on_one(tree) for name, tree in parts.items()} | size
 
     def _build(self) -> None:
         model = make_model(self.recipe, self.config, self.vocab_size)

@@ -14,7 +14,7 @@ from vadapter.config import differences, plain
 from vadapter.data.pretrained_tokenizer import PretrainedTokenizer, load_tokenizer
 from vadapter.data.tokenizer import Tokenizer
 from vadapter.errors import CheckpointError, Problems, UserError
-from vadapter.parallel import hosts
+from vadapter.parallel import hosts, memory
 from vadapter.parallel.mesh import make_mesh
 from vadapter.train import handover
 from vadapter.train.inputs import make_source, train_tokenizer
@@ -41,7 +41,7 @@ class Run:
     def tokenizer(self, stage: StageConfig) -> Any:
         """The tokenizer of the stage's language model: its own if that is public, else the run's.
 
-        Either is made once, by the first host, and from then on read from the run directory.
+        The run's is trained once, by the first host, and from then on read from the run directory.
         """
         path = tokenizer_path(self.recipe, stage, self.workdir)
         if path not in self._tokenizers:
@@ -56,11 +56,7 @@ class Run:
 
     def _tokenizer(self, stage: StageConfig, path: Path) -> Any:
         tokenizer = read_tokenizer(self.recipe, stage, self.workdir)
-        if tokenizer is None:
-            return self._trained(path)
-        if not path.exists():
-            tokenizer.save(path)
-        return tokenizer
+        return self._trained(path) if tokenizer is None else tokenizer
 
     def _trained(self, path: Path) -> Tokenizer:
         write_json(made_how(path), plain(self.recipe.tokenizer))  # first
@@ -72,17 +68,38 @@ class Run:
 
         Raises:
           UserError: models that do not fit together, data that cannot be read, starts that are not
-            there; all of them at once.
+            there; all of them at once. What several hosts do not have in common.
         """
         problems, coming = Problems(), {}  # what stages before will have trained
+        checked, limit = [], memory.limit(self.mesh)
         for name in self.recipe.chain:
             if (self.workdir / name / handover.DONE).is_file():
                 continue
             with problems.gather(name):
                 tokenizer = self.tokenizer(self.recipe.stages[name])
                 stage = Preflight(self.recipe, name, self.workdir, tokenizer, self.mesh)
-                stage.check(self.source, coming, problems)
+                stage.check(self.source, coming, problems, limit)
+                checked.append(stage)
         problems.settle()
+        self._agree(checked)
+        if hosts.first():
+            for path, tokenizer in self._tokenizers.items():
+                if not path.exists():
+                    tokenizer.save(path)
+
+    def _agree(self, stages: list[Preflight]) -> None:
+        """Refuses hosts whose data sets or tokenizers differ, in whatever stage they are used.
+
+        Public weights are left to each stage's identity: their digest is that of all their bytes.
+        """
+        if hosts.count() == 1:
+            return  # fingerprints take their time
+        names = dict.fromkeys(name for stage in stages for name in stage.data())
+        facts = {
+            "fingerprints": {name: self.source(name).fingerprint() for name in names},
+            "tokenizers": {stage.name: stage.tokenizer.digest for stage in stages},
+        }
+        hosts.require_same(facts, "data or tokenizers")
 
     def record(self) -> None:
         """Writes what is about to run; not before it is known to fit what ran before."""

@@ -1,5 +1,6 @@
 """The parameters of a stage's model: drawn at random, or as shapes that know where they lie."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -74,6 +75,22 @@ def abstract_state(
         step=put(state.step, whole),
         skipped=put(state.skipped, whole),
     )
+
+
+def at_rest(frozen: Any, dtype: Any) -> Any:
+    """Shapes of frozen parameters as they lie on the devices, in the dtype of the computation."""
+
+    def cast(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        floats = jnp.issubdtype(x.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(x.shape, dtype if floats else x.dtype, sharding=x.sharding)
+
+    return jax.tree.map(cast, frozen)
+
+
+def on_one(tree: Any) -> int:
+    """Bytes of shapes with shardings, on each device."""
+    shard = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
+    return sum(shard(x) for x in jax.tree.leaves(tree))
 
 
 def row_shapes(

@@ -54,6 +54,7 @@ class Stage:
     def __init__(self, run: Run, name: str, stop: Stop | None = None):
         self.run, self.name, self.stop = run, name, stop or Stop()
         self.recipe, self.mesh = run.recipe, run.mesh
+        self.at = "before its first step"  # what it is doing, for messages
         self.config: StageConfig = run.recipe.stages[name]
         self.directory = run.workdir / name
         self.tokenizer = run.tokenizer(self.config)
