@@ -50,8 +50,8 @@ def row(arg: str, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def make(chip: str) -> None:
-    """Plans the cells of a generation that are not there yet."""
-    there = {(r["arg"], parse(r["topology"]).chip) for r in rows()}
+    """Plans the cells of a generation that are not there yet, or of pictures alone."""
+    there = {_cell_of(r) for r in rows() if _whole(r)}
     for arg in CELLS:
         if (arg, chip) in there:
             continue
@@ -92,16 +92,17 @@ def rows() -> list[dict[str, Any]]:
 
 
 def add(more: list[dict[str, Any]]) -> None:
-    """Writes the record with more rows, one a line."""
+    """Writes the record with more rows, one a line, or others in place of the same cell's."""
     order = list(CELLS)
-    place = lambda r: (order.index(r["arg"]), parse(r["topology"]).chip)  # noqa: E731
-    lines = [json.dumps(r) for r in sorted([*rows(), *more], key=place)]
+    cells = {_cell_of(r): r for r in [*rows(), *more]}
+    place = lambda cell: (order.index(cell[0]), cell[1])  # noqa: E731
+    lines = [json.dumps(cells[cell]) for cell in sorted(cells, key=place)]
     RECORD.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def table() -> str:
     """The README's block, between its marks."""
-    cells = {(r["arg"], parse(r["topology"]).chip): r for r in rows()}
+    cells = {_cell_of(r): r for r in rows()}
     shown = [arg for arg in CELLS if any((arg, chip) in cells for chip in CHIP)]
     lines = [
         f"| | sizes | {' | '.join(CHIP)} |",
@@ -116,6 +117,15 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _cell_of(r: dict[str, Any]) -> tuple[str, str]:
+    return r["arg"], parse(r["topology"]).chip
+
+
+def _whole(r: dict[str, Any]) -> bool:
+    """Planned on pictures and on clips, as the recipe has both."""
+    return {one["frames"] for one in r["rows"]} == {1, 8}
+
+
 def _cell(r: dict[str, Any] | None) -> str:
     """Slice, milliseconds a step, share of the peak and days of the run."""
     if r is None:
@@ -124,7 +134,7 @@ def _cell(r: dict[str, Any] | None) -> str:
     split = f"/{r['fsdp']}" if r["fsdp"] > 1 else ""
     days = r["estimated_ms"] * r["steps"] / 86_400_000
     share = r["step_ms"] / r["estimated_ms"]
-    mark = "" if {one["frames"] for one in r["rows"]} == {1, 8} else " †"  # of pictures alone
+    mark = "" if _whole(r) else " †"
     return f"{shape}{split}: {r['estimated_ms']:,.0f} ms, {share:.0%}, {days:.1f} d{mark}"
 
 

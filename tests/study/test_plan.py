@@ -508,11 +508,10 @@ def test_products_with_split_weights_are_not_cut_into_one_for_each_chip():
 def test_the_readme_has_the_recorded_plans_each_of_which_fits():
     assert planned_table.table() in (planned_table.ROOT / "README.md").read_text(encoding="utf-8")
     for row in planned_table.rows():
+        assert row["arg"] in planned_table.CELLS
         assert sum(one["share"] for one in row["rows"]) == 1
         for one in row["rows"]:
             assert one["peak"] <= one["limit"] == int(parse(row["topology"]).row.hbm)
-    there = {(row["arg"], parse(row["topology"]).chip) for row in planned_table.rows()}
-    assert there == {(arg, chip) for arg in planned_table.CELLS for chip in planned_table.CHIP}
 
 
 GATE = json.loads(planned_table.GATE.read_text())
