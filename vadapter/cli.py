@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {"metavar": "FILE.py[:ARGS]"}
 EXIT_CODES = (
     "exit codes: 0 finished, 1 a host was lost or hung, or a bug, 2 mistake in the command,\n"
     "75 stopped by a signal and saved, 77 training diverged,\n"
-    "78 something to mend in configuration, data, checkpoints or disk space,\n"
+    "78 something to mend in configuration, data, checkpoints, disk or device memory,\n"
     "134 ended by JAX as another host died or fell silent, 137 killed"
 )
 

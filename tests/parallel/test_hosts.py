@@ -378,7 +378,7 @@ def test_hosts_with_different_data_under_the_same_name_are_refused(folder, tmp_p
     job.start(variables={0: {"HERE": str(tmp_path / "a")}, 1: {"HERE": str(tmp_path / "b")}})
     assert job.wait() == [USER_ERROR] * 2, job.logs()
     for host in (0, 1):
-        assert "the hosts differ in what stage llm trains, and on what" in job.log(host)
+        assert "the hosts differ in data or tokenizers" in job.log(host)
         assert "fingerprints.documents" in job.log(host)
 
 
