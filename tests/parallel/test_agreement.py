@@ -16,6 +16,8 @@ from public_tokenizers import llama2
 
 from vadapter.errors import USER_ERROR
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 import sys
 sys.path.insert(0, {tests!r})

@@ -300,7 +300,10 @@ def test_the_first_that_fits_is_named_and_nothing_is_tried_after_it(monkeypatch)
     assert found[1].fits
 
 
-@pytest.mark.parametrize("nearest", [{"remat": "names"}, {"remat": "full"}, {"chips": 2}])
+@pytest.mark.parametrize("nearest", [
+    {"remat": "names"}, pytest.param({"remat": "full"}, marks=pytest.mark.slow),
+    pytest.param({"chips": 2}, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_the_nearest_setting_is_found_by_planning_it(monkeypatch, nearest):
     chips, remat = nearest.get("chips", 1), nearest.get("remat", "full")
     fits = planned(f"cpu:{chips}", batch=64, remat=remat)
