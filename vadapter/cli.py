@@ -99,8 +99,9 @@ def _unforeseen(error: Exception) -> tuple[int, str]:
     from vadapter.parallel import hosts, leaving, memory
 
     if memory.exhausted(error):
-        print(f"vadapter: {memory.described(error)}", file=sys.stderr, flush=True)
-        return USER_ERROR, memory.described(error)
+        told = memory.described(error)
+        print(f"vadapter: {told}", file=sys.stderr, flush=True)
+        return USER_ERROR, told
     if hosts.count() == 1:
         raise error
     if of_another := leaving.cause(error):

@@ -87,20 +87,20 @@ def put(tree, like):
     return jax.device_put(tree, places(like))
 
 
-def begin(stage):
+def begin(stage, tx=SGD):
     """State and frozen parameters, the same on every mesh, where they belong."""
     learnt, frozen = stage.params
-    state = init_state(tiny.filled(learnt), SGD)
-    return put(state, abstract_state(learnt, SGD, stage.mesh)), put(tiny.filled(frozen, 1), frozen)
+    state = init_state(tiny.filled(learnt), tx)
+    return put(state, abstract_state(learnt, tx, stage.mesh)), put(tiny.filled(frozen, 1), frozen)
 
 
-def two_steps(stage):
-    """The state after two steps, and the metrics of the second."""
-    first, frozen = begin(stage)
-    step = on(stage.mesh, stage_step(stage.recipe, stage.config, stage.model, SGD))
+def run_steps(stage, n=2, tx=SGD):
+    """The state after n steps, and the metrics of the last."""
+    first, frozen = begin(stage, tx)
+    step = on(stage.mesh, stage_step(stage.recipe, stage.config, stage.model, tx))
     step = jax.jit(step, out_shardings=(places(first), None))
     state, metrics = first, {}
-    for seed in range(2):
+    for seed in range(n):
         batch = put(batch_of(stage, seed), stage.batch_shapes())
         state, metrics = step(state, frozen, batch)
     return state, metrics
@@ -108,7 +108,7 @@ def two_steps(stage):
 
 @functools.cache
 def one_device(stage):
-    return jax.device_get(two_steps(program(stage)))
+    return jax.device_get(run_steps(program(stage)))
 
 
 def assert_close(ours, theirs):
@@ -122,7 +122,7 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize(("stage", "mesh"), PAIRS)
 def test_many_devices_take_the_steps_of_one(stage, mesh):
-    assert_close(two_steps(program(stage, mesh)), one_device(stage))
+    assert_close(run_steps(program(stage, mesh)), one_device(stage))
 
 
 def test_the_recipes_own_optimizer_takes_the_step_of_one_device():
@@ -132,16 +132,12 @@ def test_the_recipes_own_optimizer_takes_the_step_of_one_device():
         stage = program("vadapter", mesh)
         optim = dataclasses.replace(stage.config.optim, clip=0.01, warmup=0)
         tx = make_optimizer(optim, stage.config.steps)
-        (learnt, frozen), filled = stage.params, tiny.filled(stage.params[0])
-        first = put(init_state(filled, tx), abstract_state(learnt, tx, stage.mesh))
-        step = on(stage.mesh, stage_step(stage.recipe, stage.config, stage.model, tx))
-        step = jax.jit(step, out_shardings=(places(first), None))
-        batch = put(batch_of(stage, 0), stage.batch_shapes())
-        end, metrics = step(first, put(tiny.filled(frozen, 1), frozen), batch)
+        end, metrics = run_steps(stage, 1, tx)
         assert metrics["grad_norm"] > 2 * optim.clip  # and so it is clipped
         ends.append(jax.device_get(end))
     one, many = ends
     assert_close(many.opt_state, one.opt_state)
+    filled = tiny.filled(program("vadapter").params[0])
     adam = optax.tree_utils.tree_get(one.opt_state, "mu")
     for path, mean in tiny.paths(adam).items():
         sure = np.abs(mean) > 1e-3 * np.abs(mean).max()  # Adam makes rounding of nothing a step
@@ -161,7 +157,7 @@ def test_a_step_leaves_the_state_where_it_is():
 
 
 def test_micro_batches_on_many_devices_take_the_steps_of_one():
-    assert_close(two_steps(program("decoder", "all", accumulate=2)), one_device("decoder"))
+    assert_close(run_steps(program("decoder", "all", accumulate=2)), one_device("decoder"))
 
 
 def test_texts_do_not_depend_on_the_devices():

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from vadapter import __version__, config
+from vadapter.parallel.memory import exhausted
 from vadapter.parallel.mesh import make_mesh
 from vadapter.study import flops
 from vadapter.study.program import Program
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
                     found = bench(program, repeats=args.repeats, max_new=args.max_new)
                     found["share"] = found["tflops"] * 1e12 / peak
                 except jax.errors.JaxRuntimeError as error:
-                    if "RESOURCE_EXHAUSTED" not in str(error):
+                    if not exhausted(error):
                         raise
                     found = {"error": "out of memory"}
                 _say(setting | found)

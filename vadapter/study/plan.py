@@ -16,7 +16,7 @@ from vadapter.study import flops
 from vadapter.study.figures import ROWS, Figures, estimate, of_compiler, of_trace, versions
 from vadapter.study.program import Program
 from vadapter.train.preflight import check_batch_size
-from vadapter.train.recipe import Recipe, StageConfig, components, trained
+from vadapter.train.recipe import Recipe, components, trained
 from vadapter.train.shapes import on_one
 
 DAY = 86400
@@ -147,7 +147,7 @@ def plan(
         raise ConfigError(f"stages.{name}: kind {stage.config.kind} writes no texts: no --decode")
     for data, each in stages.items():
         train = _figures(each, setting, 0) if fit else None
-        fit = fit and train is not None and train.fits
+        fit = train is not None and train.fits
         rows.append(_rows(each, data, train))
     texts = _figures(stage, setting, decode) if decode else None
     return _described(stage, setting, tuple(rows), texts, decode, utilisation)
@@ -161,17 +161,22 @@ def programs(recipe: Recipe, name: str, setting: Setting) -> dict[tuple[str, ...
     """
     recipe = applied(recipe, name, setting)
     mesh = make_mesh(recipe.mesh, devices(setting.topology))
-    stage = recipe.stages[name]
-    batch = setting.batch or stage.batch
+    made = _by_shape(recipe, name, mesh, setting.batch, setting.frames)
+    check_batch_size(name, next(iter(made.values())).config, mesh.size)
+    return made
+
+
+def _by_shape(
+    recipe: Recipe, name: str, mesh: jax.sharding.Mesh, batch: int, frames: int
+) -> dict[tuple[str, ...], Program]:
+    """As `programs`, on any mesh."""
     shapes = defaultdict(list)
-    for data in stage.data:
-        one = Program(recipe, name, mesh, batch=batch, frames=setting.frames, data=data)
-        shapes[tuple(sorted(one.sizes.items()))].append((data, one))
-    check_batch_size(name, next(iter(shapes.values()))[0][1].config, mesh.size)
-    order = sorted(
-        shapes.items(), key=lambda item: math.prod(n or 1 for _, n in item[0]), reverse=True
-    )
-    return {tuple(data for data, _ in same): same[0][1] for _, same in order}
+    for data in recipe.stages[name].data:
+        one = Program(recipe, name, mesh, batch=batch, frames=frames, data=data)
+        shapes[tuple(sorted(one.sizes.items()))].append(one)
+    size = lambda shape: math.prod(n or 1 for _, n in shape)  # noqa: E731
+    order = sorted(shapes, key=size, reverse=True)
+    return {tuple(one.data for one in shapes[shape]): shapes[shape][0] for shape in order}
 
 
 def applied(recipe: Recipe, name: str, setting: Setting) -> Recipe:
@@ -206,16 +211,17 @@ def guess(recipe: Recipe, name: str, setting: Setting) -> int:
     """
     recipe = applied(recipe, name, setting)
     config = recipe.stages[name]
-    config = dataclasses.replace(config, batch=setting.batch or config.batch)
+    rows = (setting.batch or config.batch) // config.accumulate
     split = {"fsdp": recipe.mesh.fsdp, "tensor": recipe.mesh.tensor}
     parts = math.prod(split.values())
     mesh = {"data": setting.topology.chips // parts, **split}
 
-    def of(data: str) -> int:
-        held, (state, frozen, _) = _held(recipe, name, data, config, setting, mesh, 0)
-        return held + on_one((state, frozen)) // parts
+    def of(alone: Program) -> int:
+        state, frozen, _ = alone.arguments()
+        return _held(alone, mesh, rows, 0) + on_one((state, frozen)) // parts
 
-    return max(map(of, config.data))
+    batch = ROWS * config.accumulate
+    return max(map(of, _by_shape(recipe, name, _one(), batch, setting.frames).values()))
 
 
 def _figures(stage: Program, setting: Setting, decode: int) -> Figures:
@@ -224,24 +230,27 @@ def _figures(stage: Program, setting: Setting, decode: int) -> Figures:
     traced = (jax.jit(fn) if decode else stage.train_step()).trace(*arguments)
     if setting.topology.row.kind == "tpu":
         return of_compiler(setting.topology, traced, arguments, decode or 1)
-    held, _ = _held(
-        stage.recipe, stage.name, stage.data, stage.config, setting, stage.mesh.shape, decode
-    )  # fmt: skip
+    accumulate = 1 if decode else stage.config.accumulate
+    alone = stage.again(_one(), batch=ROWS * accumulate)
+    held = _held(alone, stage.mesh.shape, stage.config.batch // accumulate, decode)
     return of_trace(setting.topology, traced, arguments, held, decode or 1)
 
 
-def _held(
-    recipe: Recipe, name: str, data: str, config: StageConfig, setting: Setting,
-    mesh: Mapping[str, int], decode: int,
-) -> tuple[int, Any]:  # fmt: skip
-    """Estimated bytes of temporaries on a device of the mesh, and the arguments of one alone."""
-    accumulate = 1 if decode else config.accumulate
-    one = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
-    rows = ROWS * accumulate
-    alone = Program(recipe, name, one, batch=rows, frames=setting.frames, data=data)
+def _one() -> jax.sharding.Mesh:
+    """A mesh of one device of this host."""
+    return make_mesh(MeshConfig(), jax.devices("cpu")[:1])
+
+
+def _held(alone: Program, mesh: Mapping[str, int], rows: int, decode: int) -> int:
+    """Estimated bytes of temporaries on a device of the mesh.
+
+    Args:
+      alone: the program on one device, with micro-batches of `ROWS`.
+      rows: of a micro-batch on the mesh.
+    """
     fn, arguments = _function(alone, decode)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-    return estimate(fn, shapes, mesh, config.batch // accumulate), arguments
+    return estimate(fn, shapes, mesh, rows)
 
 
 def _function(stage: Program, decode: int) -> tuple[Any, Any]:
@@ -256,15 +265,16 @@ def _rows(stage: Program, data: tuple[str, ...], train: Figures | None) -> Rows:
     """What is said of one shape of batches."""
     weights, batch = stage.config.data, stage.config.batch
     each = flops.formula(stage.model, stage.learns, stage.sizes)
-    plain = Program(
-        stage.recipe, stage.name, stage.mesh, batch=batch, frames=stage.sizes.get("F", 0),
-        data=stage.data, remat="none",
-    )  # fmt: skip
+    if train and not stage.repeats:
+        counted = train.flops
+    else:
+        plain = stage.again(stage.mesh, batch=batch, remat="none")
+        counted = flops.count(plain.step, *stage.arguments())
     return Rows(
         data, sum(weights[name] for name in data) / sum(weights.values()),
         stage.sizes.get("F", 0), on_one(stage.batch_shapes()),
         flops=batch * sum(each.values()) if each else None,
-        counted=flops.count(plain.step, *stage.arguments()), train=train,
+        counted=counted, train=train,
     )  # fmt: skip
 
 

@@ -69,6 +69,19 @@ class Program:
             self.sizes |= {"F": frames or clip, "S": rows.view(view).size}
         self.step = on(mesh, stage_step(recipe, config, self.model, self.tx))
 
+    def again(self, mesh: jax.sharding.Mesh, *, batch: int, remat: str = "") -> "Program":
+        """The same program on another mesh, for another number of rows, or with other `remat`."""
+        frames = self.sizes.get("F", 0)
+        return Program(
+            self.recipe, self.name, mesh, batch=batch, frames=frames, data=self.data, remat=remat
+        )
+
+    @property
+    def repeats(self) -> bool:
+        """Its backward pass computes parts of the forward again."""
+        specs = self.recipe.components.values()
+        return any(spec.get("remat", "none") != "none" for spec in specs)
+
     # -- shapes --------------------------------------------------------------------------------
 
     @functools.cached_property
