@@ -35,7 +35,10 @@ def add_verb(verb: Any, count: Any) -> None:
     sub.add_argument(
         "--frames", type=count, default=0, metavar="F", help="of all rows (as data say)"
     )
-    sub.add_argument("--decode", type=count, default=0, metavar="N", help="also texts of N tokens")
+    sub.add_argument(
+        "--decode", type=_tokens, metavar="N",
+        help="tokens of the texts that are also planned (as the stage's evaluations); 0: none",
+    )  # fmt: skip
     sub.add_argument(
         "--utilisation", type=_share, default=0.4, metavar="U", help="share of the peak (0.4)"
     )
@@ -45,6 +48,12 @@ def add_verb(verb: Any, count: Any) -> None:
 def _share(text: str) -> float:
     if not 0 < (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def _tokens(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value
 
 

@@ -57,7 +57,7 @@ def make(chip: str) -> None:
             continue
         with tempfile.NamedTemporaryFile(suffix=".json") as made:
             config = f"--config={ROOT}/configs/paper.py:{arg}"
-            options = [config, f"--topology={chip}", f"--json={made.name}"]
+            options = [config, f"--topology={chip}", "--decode=0", f"--json={made.name}"]
             subprocess.run([sys.executable, "-m", "vadapter", "plan", *options], check=True)
             add([row(arg, json.loads(Path(made.name).read_text()))])
 
@@ -68,7 +68,7 @@ def gated(row: dict[str, Any]) -> Figures:
     config.override(values, row["overrides"])
     made = read(values)
     setting = Setting(parse(row["topology"]), row["batch"], row["frames"], fsdp=row["fsdp"])
-    return plan(made, made.chain[-1], setting).train
+    return plan(made, made.chain[-1], setting, decode=0).train
 
 
 def measured(found: Figures) -> dict[str, Any]:

@@ -155,12 +155,36 @@ def test_where_clips_do_not_fit_pictures_are_not_tried(monkeypatch):
 
 def test_texts_are_planned_on_request():
     _, made = both()
-    assert made.decode is not None
-    assert made.decode.fits
-    assert made.decode.arguments < made.train.arguments  # no optimizer
-    assert "writing 8 tokens: fits" in plan_text.as_text(made)
-    with pytest.raises(ConfigError, match="kind vision writes no texts"):
-        planned(stage="vision", decode=8)
+    texts = made.decode
+    assert texts is not None
+    assert (texts.rows, texts.max_new, texts.beams) == (8, 8, 1)
+    assert texts.made.fits
+    assert texts.made.arguments < made.train.arguments  # no optimizer
+    assert "writing 8 texts of 8 tokens: fits" in plan_text.as_text(made)
+    assert planned(decode=0).decode is None
+    for stage, kind in (("vision", "vision"), ("llm", "lm")):
+        with pytest.raises(ConfigError, match=f"kind {kind} writes no texts"):
+            planned(stage=stage, decode=8)
+
+
+def test_texts_are_planned_as_the_stages_evaluations_write_them(monkeypatch):
+    made = recipe(evals=("captions", "beams"))
+    few = made.evals["captions"]
+    beams = dataclasses.replace(few, max_new=5, batch=12, beams=3)
+    made = dataclasses.replace(made, evals={**made.evals, "beams": beams})
+    planned = plan(made, "vadapter", Setting(parse("cpu:8")))
+    texts = planned.decode
+    assert texts is not None
+    assert (texts.rows, texts.max_new, texts.beams) == (16, 5, 3)  # filled up to the devices
+    text = " ".join(plan_text.as_text(planned).split())
+    assert "writing 16 texts of 5 tokens with 3 beams: fits" in text
+    greedy = plan(dataclasses.replace(made, evals={**made.evals, "beams": few}), "vadapter",
+                  Setting(parse("cpu:8")), decode=5).decode  # fmt: skip
+    assert greedy is not None
+    assert greedy.made.flops < texts.made.flops
+    # Not where the train step does not fit.
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], hbm=1))
+    assert plan(made, "vadapter", Setting(parse("cpu:8"))).decode is None
 
 
 def test_a_model_without_a_formula_is_counted():
@@ -386,7 +410,7 @@ def call(capfd):
 
 def test_the_command_prints_and_saves_the_same_figures(call, tmp_path):
     code, out, err = call(
-        "--topology=cpu:1", "--stage=vadapter", "--batch=64", "--utilisation=0.5",
+        "--topology=cpu:1", "--stage=vadapter", "--batch=64", "--utilisation=0.5", "--decode=3",
         "--config.components.llm.remat=full", f"--json={tmp_path / 'plan.json'}",
     )  # fmt: skip
     assert (code, err) == (0, "")
@@ -395,7 +419,8 @@ def test_the_command_prints_and_saves_the_same_figures(call, tmp_path):
     assert saved["batch"] == 64
     assert saved["remat"]["llm"] == "full"
     assert saved["utilisation"] == 0.5
-    assert saved["decode"] is saved["nearest"] is None
+    assert saved["decode"]["max_new"] == 3
+    assert saved["nearest"] is None
     (rows,) = saved["rows"]
     assert plan_text.size(rows["train"]["peak"]) in out
     count = {state: sum(p["parameters"] for p in saved["parts"].values() if p["trained"] == state)
@@ -474,7 +499,7 @@ def test_a_mistake_is_one_line(call, option, says):
 def test_a_small_stage_compiles_for_tpus_that_are_not_here(name, decode):
     made = planned(name, fsdp=2, decode=decode)
     assert made.fits
-    assert (made.decode is None) == (not decode)
+    assert bool(made.decode) == bool(decode)
     assert made.train.cycles > 0
     assert made.train.collectives["all-gather"].count > 0
     assert made.train.peak <= made.train.arguments + (made.train.temporaries or 0)

@@ -19,7 +19,7 @@ from vadapter.models.beam import decode
 from vadapter.models.generate import Decode
 from vadapter.models.vadapter import Batch, Params, VAdapter
 from vadapter.parallel.compile import jit
-from vadapter.parallel.mesh import on, to_mesh
+from vadapter.parallel.mesh import filled, on, to_mesh
 
 MAX_QUESTION = 40  # tokens of a question with its prompt; longer ones count as wrong
 
@@ -119,7 +119,7 @@ def predict(
       RuntimeError: the texts gathered are not one of each item.
     """
     require_usable(items, 1)
-    batch = _round_up(min(batch, len(items)), decoder.mesh.size)
+    batch = filled(min(batch, len(items)), decoder.mesh)
     texts = part.read(batch) if part is not None else []
     start = everywhere(min(len(texts), len(items)))
     texts = texts[:start]
@@ -186,7 +186,3 @@ def evaluate(
     if part is not None and jax.process_index():  # the first host has the texts of before
         return Result({}, [])
     return score_texts(items, texts, METRICS["cider" if task == "caption" else "simple"])
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -98,6 +98,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def filled(rows: int, mesh: Mesh) -> int:
+    """The rows of a batch that splits evenly over the mesh: the next multiple of its devices."""
+    return -(-rows // mesh.size) * mesh.size
+
+
 def to_mesh(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Host rows -> global arrays, rows over all devices."""
     sharding = batch_sharding(mesh)

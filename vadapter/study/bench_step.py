@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from vadapter import __version__, config
+from vadapter.models.generate import Decode
 from vadapter.parallel.memory import exhausted
 from vadapter.parallel.mesh import make_mesh
 from vadapter.study import flops
@@ -87,7 +88,7 @@ def bench(program: Program, *, repeats: int = 20, max_new: int = 0) -> dict[str,
     }
     if max_new and program.captions:
         params = live[0].params | frozen
-        texts = jax.jit(program.decode(max_new))
+        texts = jax.jit(program.decode(Decode(max_new)))
         began = time.perf_counter()
         decode = texts.lower(params, batch).compile()
         out["decode_compile_s"] = time.perf_counter() - began

@@ -9,14 +9,15 @@ from typing import Any
 import jax
 
 from vadapter.errors import ConfigError
+from vadapter.models.generate import Decode
 from vadapter.models.variants import KINDS, expand
-from vadapter.parallel.mesh import MeshConfig, make_mesh
+from vadapter.parallel.mesh import MeshConfig, filled, make_mesh
 from vadapter.parallel.topology import Topology, devices
 from vadapter.study import flops
 from vadapter.study.figures import ROWS, Figures, estimate, of_compiler, of_trace, versions
 from vadapter.study.program import Program
 from vadapter.train.preflight import check_batch_size
-from vadapter.train.recipe import Recipe, components, trained
+from vadapter.train.recipe import EvalConfig, Recipe, components, trained
 from vadapter.train.shapes import on_one
 
 DAY = 86400
@@ -74,13 +75,29 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
+class Texts:
+    """Writing one batch of texts, as an evaluation does.
+
+    Attributes:
+      data: the data set that they are about.
+      rows: at a time on all devices; max_new: tokens of each; beams: 1: greedy.
+    """
+
+    data: str
+    rows: int
+    max_new: int
+    beams: int
+    made: Figures
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A stage on a topology.
 
     Attributes:
       rows: what its steps are, those that need most first.
       optimizer: of the arguments, per device; the others are `parts` and the rows' batch.
-      decode: the program that writes texts of `decode_tokens`, of the first rows.
+      decode: None: not made.
       flops, counted: the mean of a step, as of `Rows`.
       step_ms: of `flops` at the chips' peak; utilised_ms: at that share of it, `utilisation`.
       estimated_ms: the mean of a step by the compiler's cycles; share: of the peak, if so.
@@ -101,8 +118,7 @@ class Plan:
     int8: tuple[str, ...]
     parts: dict[str, Part]
     optimizer: int
-    decode: Figures | None
-    decode_tokens: int
+    decode: Texts | None
     flops: float | None
     counted: float
     estimated_ms: float | None
@@ -130,13 +146,18 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.train.fits and (self.decode is None or self.decode.fits)
+        return self.train.fits and (self.decode is None or self.decode.made.fits)
 
 
 def plan(
-    recipe: Recipe, name: str, setting: Setting, *, decode: int = 0, utilisation: float = 0.4
-) -> Plan:
-    """Compiles or analyses the train step of a stage, and writing texts of `decode` tokens.
+    recipe: Recipe, name: str, setting: Setting, *, decode: int | None = None,
+    utilisation: float = 0.4,
+) -> Plan:  # fmt: skip
+    """Compiles or analyses the train step of a stage, and writing texts.
+
+    Args:
+      decode: tokens of a text; 0: no texts; None: as many as the stage's evaluations have, if it
+        writes any and its train step fits.
 
     Raises:
       ConfigError: batch, mesh and topology do not go together, or the compiler is not installed.
@@ -146,11 +167,12 @@ def plan(
     if decode and not stage.captions:
         raise ConfigError(f"stages.{name}: kind {stage.config.kind} writes no texts: no --decode")
     for data, each in stages.items():
-        train = _figures(each, setting, 0) if fit else None
+        train = _figures(each, setting) if fit else None
         fit = train is not None and train.fits
         rows.append(_rows(each, data, train))
-    texts = _figures(stage, setting, decode) if decode else None
-    return _described(stage, setting, tuple(rows), texts, decode, utilisation)
+    wanted = fit and stage.captions if decode is None else bool(decode)
+    texts = _texts(stage, setting, decode or 0) if wanted else None
+    return _described(stage, setting, tuple(rows), texts, utilisation)
 
 
 def programs(recipe: Recipe, name: str, setting: Setting) -> dict[tuple[str, ...], Program]:
@@ -218,22 +240,39 @@ def guess(recipe: Recipe, name: str, setting: Setting) -> int:
 
     def of(alone: Program) -> int:
         state, frozen, _ = alone.arguments()
-        return _held(alone, mesh, rows, 0) + on_one((state, frozen)) // parts
+        return _held(alone, mesh, rows) + on_one((state, frozen)) // parts
 
     batch = ROWS * config.accumulate
     return max(map(of, _by_shape(recipe, name, _one(), batch, setting.frames).values()))
 
 
-def _figures(stage: Program, setting: Setting, decode: int) -> Figures:
-    """Of the train step, or of writing texts of `decode` tokens."""
-    fn, arguments = _function(stage, decode)
-    traced = (jax.jit(fn) if decode else stage.train_step()).trace(*arguments)
+def _texts(stage: Program, setting: Setting, max_new: int) -> Texts:
+    """The stage's largest evaluation, or one as is usual if it has none.
+
+    Args:
+      max_new: instead of its own; 0: as it says.
+    """
+    evals = [stage.recipe.evals[name] for name in stage.config.evals]
+    of = max(evals or [EvalConfig(stage.data)], key=lambda one: one.batch * one.beams)
+    how = dataclasses.replace(of.decode, max_new=max_new or of.max_new)
+    rows = filled(of.batch, stage.mesh)
+    one = Program(
+        stage.recipe, stage.name, stage.mesh, batch=rows, frames=setting.frames, data=of.data
+    )
+    return Texts(of.data, rows, how.max_new, how.beams, _figures(one, setting, how))
+
+
+def _figures(stage: Program, setting: Setting, how: Decode | None = None) -> Figures:
+    """Of the train step, or of writing texts."""
+    fn, arguments = _function(stage, how)
+    loops = how.max_new if how else 1
+    traced = (jax.jit(fn) if how else stage.train_step()).trace(*arguments)
     if setting.topology.row.kind == "tpu":
-        return of_compiler(setting.topology, traced, arguments, decode or 1)
-    accumulate = 1 if decode else stage.config.accumulate
+        return of_compiler(setting.topology, traced, arguments, loops)
+    accumulate = 1 if how else stage.config.accumulate
     alone = stage.again(_one(), batch=ROWS * accumulate)
-    held = _held(alone, stage.mesh.shape, stage.config.batch // accumulate, decode)
-    return of_trace(setting.topology, traced, arguments, held, decode or 1)
+    held = _held(alone, stage.mesh.shape, stage.config.batch // accumulate, how)
+    return of_trace(setting.topology, traced, arguments, held, loops)
 
 
 def _one() -> jax.sharding.Mesh:
@@ -241,24 +280,24 @@ def _one() -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(), jax.devices("cpu")[:1])
 
 
-def _held(alone: Program, mesh: Mapping[str, int], rows: int, decode: int) -> int:
+def _held(alone: Program, mesh: Mapping[str, int], rows: int, how: Decode | None = None) -> int:
     """Estimated bytes of temporaries on a device of the mesh.
 
     Args:
       alone: the program on one device, with micro-batches of `ROWS`.
       rows: of a micro-batch on the mesh.
     """
-    fn, arguments = _function(alone, decode)
+    fn, arguments = _function(alone, how)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     return estimate(fn, shapes, mesh, rows)
 
 
-def _function(stage: Program, decode: int) -> tuple[Any, Any]:
+def _function(stage: Program, how: Decode | None) -> tuple[Any, Any]:
     """The function and the shapes of its arguments."""
-    if not decode:
+    if how is None:
         return stage.step, stage.arguments()
     learnt, frozen = stage.params
-    return stage.decode(decode), (learnt | frozen, stage.batch_shapes())
+    return stage.decode(how), (learnt | frozen, stage.batch_shapes())
 
 
 def _rows(stage: Program, data: tuple[str, ...], train: Figures | None) -> Rows:
@@ -279,7 +318,7 @@ def _rows(stage: Program, data: tuple[str, ...], train: Figures | None) -> Rows:
 
 
 def _described(
-    stage: Program, setting: Setting, rows: tuple[Rows, ...], texts: Figures | None, decode: int,
+    stage: Program, setting: Setting, rows: tuple[Rows, ...], texts: Texts | None,
     utilisation: float,
 ) -> Plan:  # fmt: skip
     topology, config, recipe = setting.topology, stage.config, stage.recipe
@@ -298,7 +337,7 @@ def _described(
         remat={part: modules[part].config.remat for part in able},  # type: ignore[attr-defined]
         int8=tuple(part for part in components(config) if recipe.components[part].get("int8")),
         parts=_parts(stage), optimizer=on_one(state.opt_state),
-        decode=texts, decode_tokens=decode,
+        decode=texts,
         flops=needed, counted=counted or 0, estimated_ms=estimated,
         step_ms=1000 * least, utilisation=utilisation, utilised_ms=1000 * seconds,
         share=1000 * least / estimated if estimated else None,

@@ -32,7 +32,10 @@ def _blocks(plan: Plan) -> Iterator[list[str]]:
     fits = [_fit(f"train{_what(one, plan)}", one.train) for one in plan.rows]
     yield [*_parts(plan), *(part for line in fits for part in fill(line))]
     if plan.decode is not None:
-        yield [_fit(f"writing {plan.decode_tokens} tokens", plan.decode)]
+        texts = plan.decode
+        search = f" with {texts.beams} beams" if texts.beams > 1 else ""
+        what = f"writing {texts.rows} texts of {texts.max_new} tokens{search}"
+        yield [*fill(_fit(what, texts.made)), *fill("; ".join(_program(texts.made, "a batch")))]
     gpu, used = parse(plan.topology).row.kind == "gpu", plan.train.peak / plan.train.limit
     if gpu and 0.75 < used <= 1:
         yield ["set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: by default jax takes 0.75 of the memory"]

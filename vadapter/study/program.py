@@ -107,12 +107,11 @@ class Program:
         state, _, _ = self.arguments()
         return jax.jit(self.step, donate_argnums=0, out_shardings=(places(state), None))
 
-    def decode(self, max_new: int) -> Any:
-        """Greedy decoding of a batch: (params of every component, batch) -> texts."""
+    def decode(self, how: Decode) -> Any:
+        """Writing the texts of a batch: (params of every component, batch) -> texts."""
         from vadapter.models.beam import decode
 
         assert not isinstance(self.model, CoCa), "see `captions`"
-        how = Decode(max_new)
         return on(self.mesh, functools.partial(decode, self.model, how=how, stop=(EOS,)))
 
     # -- arrays --------------------------------------------------------------------------------
@@ -144,5 +143,5 @@ class Program:
 
     @property
     def captions(self) -> bool:
-        """The stage can write texts."""
-        return not isinstance(self.model, CoCa)
+        """The stage writes texts about pictures."""
+        return "S" in self.sizes and not isinstance(self.model, CoCa)
