@@ -13,7 +13,7 @@ import pytest
 from vadapter.cli import EXIT_CODES, main
 from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR
 
-VERBS = ("quickstart", "train", "check", "plan", "eval", "caption", "ask", "export")
+VERBS = ("quickstart", "train", "rewind", "check", "plan", "eval", "caption", "ask", "export")
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +220,7 @@ def test_help_tells_every_option_and_an_example(verb, capsys):
         assert "exit codes" in text
         return
     assert f"example:\n  vadapter {verb} " in text
-    assert "--config.a.b=VALUE" in text
+    assert ("--config.a.b=VALUE" in text) == (verb != "rewind")
     options = re.findall(r"^  (--[\w-]+|[A-Z]+)\b(.*(?:\n {10,}.*)?)", text, re.MULTILINE)
     assert options
     assert all(len(words.split()) > 1 for _, words in options)
@@ -235,6 +235,8 @@ def test_help_tells_every_option_and_an_example(verb, capsys):
         ["caption", "RUN"],
         ["ask", "RUN", "FILE"],
         ["train", "--config=configs/quickstart.py"],
+        ["rewind", "RUN", "--step=1", "--config.seed=1"],
+        ["data", "index", "SHARDS", "--config.seed=1"],
         ["eval", "RUN", "--limt=3"],
         ["eval", "RUN", "--limit=0"],
         ["caption", "RUN", "FILE", "--max-new=-1"],

@@ -11,7 +11,7 @@ from typing import Any
 
 from vadapter import __version__, cli_eval, cli_plan
 from vadapter.buckets import bucket_errors
-from vadapter.cli_data import add_data
+from vadapter.cli_data import add_data, at_least
 from vadapter.cli_data import recipe as _recipe
 from vadapter.errors import (
     LOST,
@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:  # of a path
         print(f"vadapter: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    if overrides and not args.overridable:
+        parser.error(f"{args.verb} takes no recipe: {overrides[0]}")
     args.overrides = [item.removeprefix("--config.") for item in overrides]
     code, reason = _attempt(args)
     if not args.computes:
@@ -123,15 +125,16 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Any, text: str, example: str, overrides: str):
+        options = f"  --config.a.b=VALUE    {overrides}\n\n" if overrides else ""
         sub = verbs.add_parser(
             name,
             help=text.split(":")[0].split(".")[0],
             description=text,
-            epilog=f"  --config.a.b=VALUE    {overrides}\n\nexample:\n  vadapter {name} {example}",
+            epilog=f"{options}example:\n  vadapter {name} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        sub.set_defaults(run=run, computes=True)
+        sub.set_defaults(run=run, computes=True, overridable=bool(overrides))
         return sub
 
     sub = verb(
@@ -158,6 +161,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workdir", required=True, type=as_path, metavar="RUN", help="run directory")
 
     sub = verb(
+        "rewind", _rewind,
+        "Goes back to an earlier checkpoint of a run that is stopped: later ones are put aside in\n"
+        "`quarantine/`, and the next `vadapter train` continues from there.",
+        "runs/flickr8k --step=4000", overrides="",
+    )  # fmt: skip
+    sub.set_defaults(computes=False)
+    sub.add_argument("workdir", **RUN)
+    sub.add_argument(
+        "--step", type=at_least(0), required=True, metavar="N", help="the last that stays"
+    )
+    sub.add_argument("--stage", metavar="S", help="stage of the run (the one it has come to)")
+
+    sub = verb(
         "check", _check,
         "Shows what a recipe would train, and all that would stop it: joined parts, shapes,\n"
         "parameters, starts, tokenizers, data, memory. Reads no tensor and writes nothing.",
@@ -176,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("workdir", **RUN)
     sub.add_argument("--stage", **STAGE)
-    cli_eval.add_arguments(sub, _count)
+    cli_eval.add_arguments(sub)
 
     sub = verb(
         "caption", _caption,
@@ -188,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("workdir", **TRAINED)
     sub.add_argument("files", nargs="+", type=Path, metavar="FILE", help="images and clips")
     sub.add_argument("--stage", **STAGE)
-    sub.add_argument("--max-new", type=_count, **MAX_NEW)
+    sub.add_argument("--max-new", type=at_least(1), **MAX_NEW)
 
     sub = verb(
         "ask", _ask,
@@ -199,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("file", type=Path, metavar="FILE", help="an image or a clip")
     sub.add_argument("question", metavar="QUESTION", help="in quotes")
     sub.add_argument("--stage", **STAGE)
-    sub.add_argument("--max-new", type=_count, **MAX_NEW)
+    sub.add_argument("--max-new", type=at_least(1), **MAX_NEW)
 
     sub = verb(
         "export", _export,
@@ -212,16 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path, metavar="DIR", help="the folder to write")
     sub.add_argument("--stage", **STAGE)
 
-    cli_plan.add_verb(verb, _count)
+    cli_plan.add_verb(verb)
     add_data(verbs)
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def _quickstart(args: argparse.Namespace) -> None:
@@ -242,6 +251,14 @@ def _train(args: argparse.Namespace) -> None:
         from vadapter.study.report import write_report
 
         show(write_report(args.workdir, recipe))
+
+
+def _rewind(args: argparse.Namespace) -> None:
+    from vadapter.train.rewind import rewind
+
+    stage, step, later = rewind(args.workdir, args.step, args.stage)
+    told = ", ".join(map(str, later)) or "none"
+    print(f"{stage}: goes on from step {step}; put aside: {told}", flush=True)
 
 
 def _check(args: argparse.Namespace) -> None:

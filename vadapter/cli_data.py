@@ -59,11 +59,13 @@ def add_data(verbs: Any) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        sub.set_defaults(run=row.run, computes=row.computes)
+        sub.set_defaults(run=row.run, computes=row.computes, overridable=bool(row.overrides))
         row.arguments(sub)
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of argument: whole numbers from `least` on."""
+
     def count(text: str) -> int:
         if (value := int(text)) < least:
             raise argparse.ArgumentTypeError(f"{text} is below {least}")
@@ -173,7 +175,7 @@ def _opened(args: argparse.Namespace) -> Any:
 
 def _show_arguments(sub: argparse.ArgumentParser) -> None:
     _look_arguments(sub)
-    sub.add_argument("--n", type=_at_least(1), default=4, metavar="N", help="rows of each (4)")
+    sub.add_argument("--n", type=at_least(1), default=4, metavar="N", help="rows of each (4)")
     sub.add_argument("--out", type=Path, metavar="FILE.html", help="write a page instead")
 
 
@@ -195,7 +197,7 @@ def _show(args: argparse.Namespace) -> None:
 def _stats_arguments(sub: argparse.ArgumentParser) -> None:
     _look_arguments(sub)
     sub.add_argument(
-        "--limit", type=_at_least(0), default=500, metavar="N",
+        "--limit", type=at_least(0), default=500, metavar="N",
         help="look at N examples, evenly spread (500); 0: all",
     )  # fmt: skip
     sub.add_argument("--json", action="store_true", help="print one JSON list")

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vadapter.cli_data import at_least
+
 TEXT = (
     "Scores a trained stage: the recipe's evaluations, or benchmarks, with the newest checkpoint.\n"
     "Writes RUN/STAGE/eval/NAME/{predictions.jsonl, score.json, gallery.html}, of benchmarks also\n"
@@ -14,8 +16,9 @@ EXAMPLE = "runs/flickr8k --benchmarks=flickr8k,daquar --data=/data/benchmarks"
 OVERRIDES = "override data, evals, mesh, workers, components.NAME.weights; protocol"
 
 
-def add_arguments(sub: argparse.ArgumentParser, count: Any) -> None:
-    """The options of the verb; `count` reads a number above 0."""
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    count = at_least(1)
     what = sub.add_mutually_exclusive_group()
     what.add_argument(
         "--evals", default="", metavar="A,B", help="their names, or all (default: the stage's)"

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vadapter.cli_data import at_least
+
 if TYPE_CHECKING:
     from vadapter.study.plan import Plan
 
@@ -20,8 +22,9 @@ OVERRIDES = "override a key of the recipe"
 MOST = 512  # GPUs among which the smallest number is searched for
 
 
-def add_verb(verb: Any, count: Any) -> None:
-    """Adds the verb: `verb` makes its parser, `count` reads a number above 0."""
+def add_verb(verb: Any) -> None:
+    """Adds the verb, whose parser `verb` makes."""
+    count = at_least(1)
     sub = verb("plan", run, TEXT, EXAMPLE, overrides=OVERRIDES)
     sub.set_defaults(computes=False)
     sub.add_argument("--config", required=True, metavar="FILE.py[:ARGS]", help="the recipe")
@@ -36,7 +39,7 @@ def add_verb(verb: Any, count: Any) -> None:
         "--frames", type=count, default=0, metavar="F", help="of all rows (as data say)"
     )
     sub.add_argument(
-        "--decode", type=_tokens, metavar="N",
+        "--decode", type=at_least(0), metavar="N",
         help="tokens of the texts that are also planned (as the stage's evaluations); 0: none",
     )  # fmt: skip
     sub.add_argument(
@@ -48,12 +51,6 @@ def add_verb(verb: Any, count: Any) -> None:
 def _share(text: str) -> float:
     if not 0 < (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
-
-
-def _tokens(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value
 
 

@@ -152,21 +152,6 @@ def test_no_checkpoint_at_all_is_none(tmp_path):
     assert Checkpointer(tmp_path / "new", keep=1).restore(_abstract(_state())) is None
 
 
-def test_going_back_moves_the_later_steps_aside_and_saves_them_again(run):
-    checkpointer = Checkpointer(run, keep=5)
-    _, meta = checkpointer.restore(_abstract(_state()), at_most=7)
-    assert meta["step"] == 5
-    assert steps(run) == [5]
-    assert (run / "quarantine" / "10").is_dir()
-    assert checkpointer.save(10, _state(10), META)
-    checkpointer.close()
-    assert _restored_step(run) == 10
-    Checkpointer(run, keep=5).restore(_abstract(_state()), at_most=5)
-    assert (run / "quarantine" / "10.1").is_dir()  # the first one is not overwritten
-    with pytest.raises(CheckpointError, match=r"no step up to 2 in .*, only \[5\]"):
-        Checkpointer(run, keep=5).restore(_abstract(_state()), at_most=2)
-
-
 def test_one_part_of_one_step_restores_for_evaluation_and_nothing_changes(run):
     leftover = run / "15.orbax-checkpoint-tmp"
     leftover.mkdir()  # of a run that is still saving

@@ -22,6 +22,7 @@ from vadapter.train.snapshot import DamagedError
 
 PyTree = Any
 
+QUARANTINE = "quarantine"
 MAX_FAILURES = 2  # saves in a row that may fail before the run stops
 
 log = logging.getLogger(__name__)
@@ -174,14 +175,12 @@ class Checkpointer:
         abstract_state: PyTree,
         *,
         expect: Mapping[str, Any] | None = None,
-        at_most: int | None = None,
     ) -> tuple[PyTree, dict[str, Any]] | None:
         """Restores the newest checkpoint that verifies, and moves later ones to `quarantine/`.
 
         Args:
           abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
           expect: values that `meta` must hold.
-          at_most: newest step to consider, to go back behind a bad stretch of training.
 
         Returns:
           State and meta, or None if there is no checkpoint at all.
@@ -195,8 +194,6 @@ class Checkpointer:
             return None
         reasons = []
         for step in reversed(found):
-            if at_most is not None and step > at_most:
-                continue
             path = self._directory / str(step)
             try:
                 state, meta = snapshot.load(path, abstract_state, expect=expect)
@@ -209,8 +206,6 @@ class Checkpointer:
             self._set_aside([later for later in found if later > step])
             self._own = {step}
             return state, meta
-        if not reasons:
-            raise CheckpointError(f"no step up to {at_most} in {self._directory}, only {found}")
         raise CheckpointError(
             f"none of the {len(reasons)} checkpoints in {self._directory} can be used:\n  "
             + "\n  ".join(reasons[:3])
@@ -271,15 +266,20 @@ class Checkpointer:
     def _set_aside(self, later: list[int]) -> None:
         self._drop_manager()
         if later and hosts.first():
-            for step in later:
-                target = self._directory / "quarantine" / str(step)
-                copy = 0
-                while target.exists():
-                    target = target.with_name(f"{step}.{(copy := copy + 1)}")
-                storage.move_tree(self._directory / str(step), target)
-            log.warning("moved the later steps %s to %s", later, self._directory / "quarantine")
+            put_aside(self._directory, later)
+            log.warning("moved the later steps %s to %s", later, self._directory / QUARANTINE)
         if later:
             hosts.exchange("", "checkpoints set aside")
+
+
+def put_aside(directory: Path, later: list[int]) -> None:
+    """Moves steps to `quarantine/`, beside those of the same number that are there."""
+    for step in later:
+        target = directory / QUARANTINE / str(step)
+        copy = 0
+        while target.exists():
+            target = target.with_name(f"{step}.{(copy := copy + 1)}")
+        storage.move_tree(directory / str(step), target)
 
 
 def _leftovers(directory: Path) -> list[Path]:

@@ -32,7 +32,7 @@ from vadapter.train.interrupts import fault, signals
 from vadapter.train.journal import Journal
 from vadapter.train.optim import learning_rate, make_optimizer
 from vadapter.train.recipe import Recipe, trained
-from vadapter.train.run import Run, diff_table
+from vadapter.train.run import Run, diff_table, made_with
 from vadapter.train.stage import Stage, stage_step
 from vadapter.train.steps import TrainState, init_state
 from vadapter.train.store import ComponentStore
@@ -105,7 +105,7 @@ def train_stage(stage: Stage) -> None:
 
             def save(step: int, state: TrainState) -> None:
                 writer.flush()  # what a checkpoint knows is there
-                checkpointer.save(step, state, identity)
+                checkpointer.save(step, state, {**identity, "made_with": made_with(stage.mesh)})
 
             state = _steps(stage, tx, state, frozen, evaluator, save, writer)
         except BaseException as error:
@@ -150,8 +150,15 @@ def _begin(
     if restored is None:
         begin = jit(lambda p: init_state(p, tx), out_shardings=places(abstract))
         return begin(learnt), frozen
-    state = restored[0]
+    state, meta = restored
     writer.say(f"resumed at step {int(state.step)}")
+    now = plain(made_with(stage.mesh))
+    if diff := differences(meta.get("made_with", now), now):
+        was = ", ".join(f"{key} {there} (now {here})" for key, there, here in diff)
+        writer.say(
+            f"saved with {was}: the same state, data and order, but what follows equals that of "
+            "the old setting within rounding, not bit for bit"
+        )
     return state, frozen
 
 

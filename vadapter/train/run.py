@@ -164,6 +164,16 @@ def diff_table(rows: list[tuple[str, Any, Any]], limit: int = 12) -> str:
     return "\n".join(lines + ([f"  … {len(rows) - limit} more"] if len(rows) > limit else []))
 
 
+def made_with(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """What the last bits of a result depend on, beside the recipe, its data and its start."""
+    return {
+        "mesh": dict(mesh.shape),
+        "hosts": hosts.count(),
+        "device": mesh.devices.flat[0].device_kind,
+        "jax": jax.__version__,
+    }
+
+
 def environment() -> dict[str, Any]:
     """Versions, devices and command line, for the record."""
     return {

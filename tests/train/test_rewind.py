@@ -1,0 +1,74 @@
+"""Back to an earlier checkpoint, and on from there."""
+
+import json
+
+import pytest
+import runs
+
+from vadapter.cli import main
+from vadapter.errors import USER_ERROR, CheckpointError, ConfigError
+from vadapter.train.checkpoint import steps
+from vadapter.train.lock import run_lock
+from vadapter.train.loop import train
+from vadapter.train.recipe import read
+from vadapter.train.rewind import rewind
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return read(runs.text_only(runs.prepare(tmp_path), keep=9))
+
+
+@pytest.fixture
+def stopped(recipe, tmp_path, monkeypatch):
+    """A run that ended in an error at its fifth step, with steps 2 and 4 saved."""
+    monkeypatch.setenv("VADAPTER_FAULT", "RAISE:llm:step:5")
+    with pytest.raises(RuntimeError, match="injected"):
+        train(recipe, tmp_path / "run")
+    monkeypatch.delenv("VADAPTER_FAULT")
+    return tmp_path / "run"
+
+
+def test_training_goes_on_from_the_step_gone_back_to_and_ends_in_the_same_bits(
+    recipe, stopped, tmp_path, capsys
+):
+    assert main(["rewind", str(stopped), "--step=3"]) == 0
+    assert capsys.readouterr().out.endswith("llm: goes on from step 2; put aside: 4\n")
+    saved = stopped / "llm/checkpoints"
+    assert (steps(saved), steps(saved / "quarantine")) == ([2], [4])
+    train(recipe, stopped)
+    said = capsys.readouterr().out
+    assert "llm: resumed at step 2\n" in said
+    assert "saved with" not in said
+    assert (steps(saved), steps(saved / "quarantine")) == ([2, 4, 6], [4])
+    rows = [json.loads(line) for line in (stopped / "llm/metrics.jsonl").read_text().splitlines()]
+    again = [(row["step"], row["attempt"]) for row in rows if "loss" in row][4:]
+    assert again == [(3, 2), (4, 2), (5, 2), (6, 2)]
+    train(recipe, tmp_path / "whole")
+    assert runs.handed_over(stopped, ("llm",)) == runs.handed_over(tmp_path / "whole", ("llm",))
+    with pytest.raises(CheckpointError, match="llm is finished, and what follows starts from its"):
+        rewind(stopped, 2)
+
+
+def test_a_step_that_is_put_aside_twice_is_there_twice(recipe, stopped, monkeypatch):
+    assert rewind(stopped, 2, "llm") == ("llm", 2, [4])
+    assert rewind(stopped, 2, "llm") == ("llm", 2, [])
+    monkeypatch.setenv("VADAPTER_FAULT", "RAISE:llm:step:5")
+    with pytest.raises(RuntimeError, match="injected"):
+        train(recipe, stopped)
+    assert rewind(stopped, 2) == ("llm", 2, [4])
+    aside = stopped / "llm/checkpoints/quarantine"
+    assert sorted(path.name for path in aside.iterdir()) == ["4", "4.1"]
+
+
+def test_what_cannot_be_gone_back_to_is_explained_and_nothing_moves(stopped, tmp_path, capsys):
+    for argv, says in {
+        (stopped, "--step=1"): "no step up to 1 in ",
+        (stopped, "--step=2", "--stage=lm"): "--stage=lm: no such stage",
+        (tmp_path, "--step=2"): f"no run in {tmp_path}",
+    }.items():
+        assert main(["rewind", *map(str, argv)]) == USER_ERROR
+        assert says in capsys.readouterr().err
+    with run_lock(stopped), pytest.raises(ConfigError, match="in use by another run"):
+        rewind(stopped, 2)
+    assert steps(stopped / "llm/checkpoints") == [2, 4]
