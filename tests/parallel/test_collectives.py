@@ -9,11 +9,12 @@ import jax
 import pytest
 import test_devices
 import tiny
+from jax.sharding import NamedSharding, PartitionSpec
 
 WIDTH = 2  # dimensions of a kernel without the layers in front
 V = 2560  # more than the tokens of a batch, as ever: what is less is sent instead
 # No kernel, nor a part of one, has the shape of anything else; the last block is not in the loop.
-LLM = {"width": 48, "head_dim": 24, "mlp_dim": 224, "depth": 3}
+LLM = {"width": 120, "heads": 4, "kv_heads": 4, "head_dim": 24, "mlp_dim": 224, "depth": 3}
 
 
 def program(mesh=None):
@@ -56,14 +57,22 @@ def made(mesh, *operations, where=lambda name: True):
 
 
 def kernels(name, mesh):
-    """Shapes of a component's kernels, and of what a device holds of them, without the layers."""
+    """Shapes of a component's kernels, without the layers: whole, as a device holds them, and as it
+    computes with them, once they are gathered over `fsdp`."""
     learnt, frozen = program(mesh).params
-    whole, part = set(), set()
+    whole, part, used = set(), set(), set()
     for path, leaf in tiny.paths((learnt | frozen)[name]).items():
         if path.endswith("kernel"):
-            whole.add(leaf.shape[-WIDTH:])
-            part.add(leaf.sharding.shard_shape(leaf.shape)[-WIDTH:])
-    return whole, part
+            at = leaf.sharding
+            spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in at.spec))
+            shapes = leaf.shape, at.shard_shape(leaf.shape), on(at.mesh, spec, leaf.shape)
+            for kind, shape in zip((whole, part, used), shapes, strict=True):
+                kind.add(shape[-WIDTH:])
+    return whole, part, used
+
+
+def on(mesh, spec, shape):
+    return NamedSharding(mesh, spec).shard_shape(shape)
 
 
 def tail(shapes):
@@ -75,23 +84,25 @@ def vocabulary(shapes):
     return {shape for shape in shapes if V in shape}
 
 
-def test_tensor_parallelism_gathers_no_weight_of_the_frozen_language_model():
-    whole, part = kernels("llm", "tensor")
-    assert not whole & part, "every kernel is split"
-    gathered = made("tensor", "all-gather", "all-to-all")
+@pytest.mark.parametrize("mesh", ["tensor", "all"])
+def test_tensor_parallelism_gathers_no_whole_weight_of_the_frozen_language_model(mesh):
+    whole, part, used = kernels("llm", mesh)
+    assert not whole & (part | used), "every kernel is split"
+    gathered = made(mesh, "all-gather", "all-to-all")
     assert gathered, "or this test reads nothing"
     assert not {shape for shape in gathered if shape[-WIDTH:] in whole}
-    assert made("tensor", "all-reduce"), "activations are summed instead"
+    assert made(mesh, "all-reduce"), "activations are summed instead"
 
 
-def test_fsdp_gathers_weights_layer_by_layer_and_inside_the_loop():
-    whole, _ = kernels("llm", "fsdp")
+@pytest.mark.parametrize("mesh", ["fsdp", "all"])
+def test_fsdp_gathers_weights_layer_by_layer_and_inside_the_loop(mesh):
+    _, _, used = kernels("llm", mesh)
     layers = program().model.modules["llm"].config.depth
-    inside = made("fsdp", "all-gather", where=lambda name: name != "entry")
-    outside = made("fsdp", "all-gather", "all-to-all", where=lambda name: name == "entry")
-    assert whole <= tail(inside)
+    inside = made(mesh, "all-gather", where=lambda name: name != "entry")
+    outside = made(mesh, "all-gather", "all-to-all", where=lambda name: name == "entry")
+    assert used <= tail(inside)
     for shape in inside | outside:
-        stacked = len(shape) > WIDTH and shape[-WIDTH:] in whole and prod(shape[:-WIDTH]) >= layers
+        stacked = len(shape) > WIDTH and shape[-WIDTH:] in used and prod(shape[:-WIDTH]) >= layers
         assert not stacked, shape
 
 
@@ -103,7 +114,7 @@ def test_the_vocabulary_is_never_gathered(mesh):
 
 @pytest.mark.parametrize("mesh", ["fsdp", "tensor", "all"])
 def test_there_is_no_gradient_of_a_frozen_kernel(mesh):
-    learnt, frozen = (kernels(name, mesh) for name in ("tlm", "llm"))
+    learnt, frozen = (kernels(name, mesh)[:2] for name in ("tlm", "llm"))
     products = {shape for shape in made(mesh, "dot", "all-reduce") if len(shape) == WIDTH}
     assert products & (learnt[0] | learnt[1]), "those of the trained ones are there"
     assert not products & (frozen[0] | frozen[1])

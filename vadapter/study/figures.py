@@ -91,7 +91,8 @@ def of_trace(topology: Topology, traced: Any, arguments: Any, held: int, loops: 
       traced, arguments, loops: as of `of_compiler`, for as many devices of this host's CPU.
       held: bytes of temporaries, from `estimate`.
     """
-    how, work, seconds = "memory estimated from the trace", None, None
+    work, seconds = None, None
+    how = "memory estimated from the trace (of TPUs 13 % under to 61 % over the compiler's)"
     if topology.chips > 1:
         began = time.perf_counter()
         compiled = traced.lower().compile()
