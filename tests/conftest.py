@@ -1,5 +1,6 @@
 """Strict numerics for every test, eight fake devices, and the optional real data folder."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -32,6 +33,15 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 if not flags.FLAGS.is_parsed():  # grain reads absl flags
     flags.FLAGS.mark_as_parsed()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the TPU's compiler are skipped where it is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        skip = pytest.mark.skip(reason="libtpu is not installed (extra tpu)")
+        for item in items:
+            if item.get_closest_marker("libtpu"):
+                item.add_marker(skip)
 
 
 def _data_root() -> Path:

@@ -1,6 +1,5 @@
 """Names of accelerators, and the devices that are made of them."""
 
-import importlib.util
 import math
 
 import pytest
@@ -24,9 +23,6 @@ NAMES = {
     "a100:16": Topology("a100", (16,)),
     "cpu:4": Topology("cpu", (4,)),
 }
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)"
-)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,7 +112,7 @@ def test_a_tpu_without_its_compiler_is_refused_with_the_extra_to_install(monkeyp
         devices(parse("v5e:4x4"))
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.parametrize("name", ["v5e:1x1", "v5e:2x4", "v4-8", "v5p-8", "v6e-4", "2*v5e:2x2"])
 def test_a_chip_is_one_device_and_slices_are_told_apart(name):
     wanted = parse(name)
@@ -126,7 +122,7 @@ def test_a_chip_is_one_device_and_slices_are_told_apart(name):
     assert len({getattr(d, "slice_index", None) or 0 for d in made}) == wanted.slices
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_the_compiler_knows_every_slice_of_the_table():
     for chip, row in CHIPS.items():
         for shape in row.shapes.values():

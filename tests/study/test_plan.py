@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,6 @@ from vadapter.train.recipe import read
 HERE = Path(__file__).parent
 TINY = f"{HERE.parent / 'recipes.py'}:nowhere"
 OOM = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.30G) exceeds available HBM (15.75G)."  # noqa: E501 - libtpu 0.0.42
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)"
-)
 
 
 def recipe(**stage):
@@ -494,7 +490,7 @@ def test_a_mistake_is_one_line(call, option, says):
 # -- the TPU's compiler ----------------------------------------------------------------------------
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.parametrize(("name", "decode"), [("v5e:2x2", 4), ("2*v5p:2x2x1", 0)])
 def test_a_small_stage_compiles_for_tpus_that_are_not_here(name, decode):
     made = planned(name, fsdp=2, decode=decode)
@@ -506,7 +502,7 @@ def test_a_small_stage_compiles_for_tpus_that_are_not_here(name, decode):
     assert "compiled for" in plan_text.as_text(made)
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_the_tpus_own_words_for_too_little_memory_are_understood():
     where = topology.devices(parse("v5e:2x2")).ravel()[0]
     alone = jax.sharding.SingleDeviceSharding(where)
@@ -517,7 +513,7 @@ def test_the_tpus_own_words_for_too_little_memory_are_understood():
     assert made.peak > 2**36
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_products_with_split_weights_are_not_cut_into_one_for_each_chip():
     mesh = make_mesh(MeshConfig(fsdp=4), topology.devices(parse("v5e:2x2")))
     shape = lambda *axes: jax.ShapeDtypeStruct(  # noqa: E731
@@ -542,12 +538,17 @@ def test_the_readme_has_the_recorded_plans_each_of_which_fits():
             assert one["peak"] <= one["limit"] == int(parse(row["topology"]).row.hbm)
 
 
-GATE = json.loads(planned_table.GATE.read_text())
+GATE = [
+    pytest.param(
+        row, marks=[pytest.mark.slow] * row["config"].startswith("configs/"),
+        id=f"{row['config']}-{row['topology']}",
+    )
+    for row in json.loads(planned_table.GATE.read_text())["rows"]
+]  # fmt: skip
 
 
-@pytest.mark.slow
-@needs_libtpu
-@pytest.mark.parametrize("row", GATE["rows"], ids=lambda row: f"{row['config']}-{row['topology']}")
+@pytest.mark.libtpu
+@pytest.mark.parametrize("row", GATE)
 def test_the_compilers_estimate_has_not_grown(row):
     """Another libtpu may count otherwise: then measure all rows anew, and say so."""
     with jax.default_matmul_precision(None):  # as in training, not as in these tests
