@@ -181,6 +181,14 @@ def test_cycles_of_a_fusion_are_its_own_lines_and_loops_have_as_many_as_their_co
     assert walk(TPU).cycles == 12 * (1000 + 100) + 5
 
 
+def test_operations_that_the_compiler_has_no_estimate_of_are_counted_by_their_flops():
+    work = walk(TPU.replace('"1000"', '"9223372036854775807"'))
+    assert work.cycles == 12 * 100 + 5
+    assert work.unestimated == 12 * 2 * 4 * 16 * 64
+    assert work.flops == walk(TPU).flops
+    assert walk(TPU).unestimated == 0
+
+
 def test_a_collective_that_is_fused_with_products_in_several_parts_is_one():
     assert walk(TPU).collectives == {
         "all-reduce": Sent(1, 4 * (32 + 8)),

@@ -36,6 +36,7 @@ class Figures:
       compiled_flops: the same in the compiled one; None where nothing was compiled.
       collectives: kind -> what is sent.
       cycles: the compiler's estimate, see `hlo.Work`; estimated_ms: at the chip's clock.
+      unestimated: of `compiled_flops`, those without an estimate; in `cycles` at the chip's peak.
       compile_s: None where nothing was compiled.
     """
 
@@ -50,6 +51,7 @@ class Figures:
     cycles: int = 0
     estimated_ms: float | None = None
     compile_s: float | None = None
+    unestimated: int = 0
 
     @property
     def fits(self) -> bool:
@@ -76,11 +78,13 @@ def of_compiler(topology: Topology, traced: Any, arguments: Any, loops: int = 1)
         return Figures(how, kept, None, needs, limit, total, {}, compile_s=spent)
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
-    work = hlo.walk(compiled.as_text() or "")
+    work, row = hlo.walk(compiled.as_text() or ""), topology.row
+    cycles = work.cycles + round(work.unestimated / row.peak * row.clock)
     return Figures(
         how, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
         memory.peak_memory_in_bytes, limit, total, work.collectives,
-        work.flops * topology.chips, work.cycles, 1000 * work.cycles / topology.row.clock, seconds,
+        work.flops * topology.chips, cycles, 1000 * cycles / row.clock, seconds,
+        work.unestimated * topology.chips,
     )  # fmt: skip
 
 

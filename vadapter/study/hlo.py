@@ -16,6 +16,7 @@ COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
+NO_ESTIMATE = 2**63 - 1  # what the compiler writes where it has none
 Shape = tuple[str, tuple[int, ...]]  # dtype, dimensions
 
 
@@ -35,11 +36,13 @@ class Work:
       cycles: the compiler's estimates of operations, summed; 0 if it makes none, as for CPUs.
         Collectives and hand-written kernels are not among them.
       collectives: kind -> what is sent.
+      unestimated: of `flops`, those of operations whose cycles the compiler could not estimate.
     """
 
     flops: int
     cycles: int
     collectives: dict[str, Sent]
+    unestimated: int = 0
 
 
 class Instruction(NamedTuple):
@@ -65,6 +68,7 @@ def walk(text: str) -> Work:
         totals["flops"],
         totals["cycles"],
         {kind: Sent(totals[f"count {kind}"], totals[f"bytes {kind}"]) for kind in kinds},
+        totals["unestimated"],
     )
 
 
@@ -92,14 +96,17 @@ class _Program:
     def _total(self, name: str) -> Counter[str]:
         out: Counter[str] = Counter()
         for line in self.computations[name].values():
-            out["flops"] += self._products(name, line)
-            if cycles := re.search(r'"estimated_cycles":"(\d+)"', line.rest):
-                out["cycles"] += int(cycles[1])
+            flops = self._products(name, line)
             for inner, times in self._inside(line):
                 for key, value in self.total(inner).items():
-                    # A fusion's own line has the estimate of all that is in it.
-                    if key == "flops" or line.op != "fusion":
+                    if key == "flops":
+                        flops += times * value
+                    elif line.op != "fusion":  # its own line has the estimate of all that is in it
                         out[key] += times * value
+            out["flops"] += flops
+            if cycles := re.search(r'"estimated_cycles":"(\d+)"', line.rest):
+                known = int(cycles[1]) != NO_ESTIMATE
+                out["cycles" if known else "unestimated"] += int(cycles[1]) if known else flops
         for kind, size in self._collectives(name):
             out[f"count {kind}"] += 1
             out[f"bytes {kind}"] += size

@@ -113,6 +113,8 @@ def _time(plan: Plan) -> Iterator[str]:
 def _program(made: Figures, what: str) -> Iterator[str]:
     compiled = f" ({_tera(made.compiled_flops)} compiled)" if made.compiled_flops else ""
     cycles = f", {made.cycles:,} cycles ({made.estimated_ms:,.1f} ms)" if made.estimated_ms else ""
+    if made.unestimated:
+        cycles += f", {_tera(made.unestimated)} TFLOP of it without an estimate and at the peak"
     seconds = "" if made.compile_s is None else f"; compiled in {made.compile_s:,.0f} s"
     yield f"{what}: {_tera(made.flops)} TFLOP with what is recomputed{compiled}{cycles}{seconds}"
 
