@@ -13,8 +13,7 @@ Frozen and pretrained parts come from finished stages (`--config.stages.S.start.
 data from tar shards under $VADAPTER_DATA/{pairs,clips}. Paper: 512 TPU v3, about 8 h (stage 1) and
 20 h (stage 2), COCO CIDEr 83.0 (B), 89.6 (L), 97.5 (g) with the 1B model. Ours: not run.
 Planned (`vadapter plan`, the compiler's estimate, no traffic between chips): stage 1, L on 32 chips
-v5e 2.9 days; stage 2, L + 1B on 64 2.4 days, g + 8B on 256 2.0 if all were pictures. README has
-the others.
+v5e 2.9 days; stage 2, L + 1B on 64 2.4 days, g + 8B on 256 2.5. README has the others.
 """
 
 from ml_collections import ConfigDict

@@ -50,8 +50,8 @@ def row(arg: str, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def make(chip: str) -> None:
-    """Plans the cells of a generation that are not there yet, or of pictures alone."""
-    there = {_cell_of(r) for r in rows() if _whole(r)}
+    """Plans the cells of a generation that are not there yet."""
+    there = {_cell_of(r) for r in rows()}
     for arg in CELLS:
         if (arg, chip) in there:
             continue
@@ -121,11 +121,6 @@ def _cell_of(r: dict[str, Any]) -> tuple[str, str]:
     return r["arg"], parse(r["topology"]).chip
 
 
-def _whole(r: dict[str, Any]) -> bool:
-    """Planned on pictures and on clips, as the recipe has both."""
-    return {one["frames"] for one in r["rows"]} == {1, 8}
-
-
 def _cell(r: dict[str, Any] | None) -> str:
     """Slice, milliseconds a step, share of the peak and days of the run."""
     if r is None:
@@ -134,8 +129,7 @@ def _cell(r: dict[str, Any] | None) -> str:
     split = f"/{r['fsdp']}" if r["fsdp"] > 1 else ""
     days = r["estimated_ms"] * r["steps"] / 86_400_000
     share = r["step_ms"] / r["estimated_ms"]
-    mark = "" if _whole(r) else " †"
-    return f"{shape}{split}: {r['estimated_ms']:,.0f} ms, {share:.0%}, {days:.1f} d{mark}"
+    return f"{shape}{split}: {r['estimated_ms']:,.0f} ms, {share:.0%}, {days:.1f} d"
 
 
 def write() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -531,11 +532,15 @@ def test_products_with_split_weights_are_not_cut_into_one_for_each_chip():
 
 def test_the_readme_has_the_recorded_plans_each_of_which_fits():
     assert planned_table.table() in (planned_table.ROOT / "README.md").read_text(encoding="utf-8")
+    there = set()
     for row in planned_table.rows():
-        assert row["arg"] in planned_table.CELLS
+        there.add((row["arg"], parse(row["topology"]).chip))
+        assert {one["frames"] for one in row["rows"]} == {1, 8}
         assert sum(one["share"] for one in row["rows"]) == 1
         for one in row["rows"]:
             assert one["peak"] <= one["limit"] == int(parse(row["topology"]).row.hbm)
+    cells, chips = planned_table.CELLS, planned_table.CHIP
+    assert there == set(itertools.product(cells, chips))
 
 
 GATE = [
