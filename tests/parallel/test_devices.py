@@ -18,6 +18,7 @@ import tiny
 from recipes import tiny_recipe
 
 from vadapter.data.batch import fake_batch
+from vadapter.models.generate import Decode
 from vadapter.parallel.mesh import MeshConfig, make_mesh, on, places
 from vadapter.study.program import Program
 from vadapter.train.checkpoint import Checkpointer
@@ -165,7 +166,7 @@ def test_texts_do_not_depend_on_the_devices():
     for stage in (program("vadapter"), program("vadapter", "all")):
         state, frozen = begin(stage)
         batch = put(batch_of(stage, 0), stage.batch_shapes())
-        out = jax.jit(stage.decode(8))(state.params | frozen, batch)
+        out = jax.jit(stage.decode(Decode(8)))(state.params | frozen, batch)
         texts.append(jax.device_get(out))
     np.testing.assert_array_equal(texts[0]["tokens"], texts[1]["tokens"])
     np.testing.assert_allclose(texts[0]["logprob"], texts[1]["logprob"], rtol=1e-5)

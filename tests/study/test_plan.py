@@ -199,12 +199,13 @@ def test_rows_that_do_not_divide_over_the_chips_are_refused():
 def test_the_text_has_every_figure():
     _, made = both()
     text = plan_text.as_text(made)
+    said = " ".join(text.split())
     for name, part in made.parts.items():
         assert f"{name} " in text
         assert f"{part.parameters:,}" in text
     for words in ("memory estimated from the trace", "collectives from compiling for 8 devices",
                   "fits: peak", "ratio 1.0000", "chip-hours", "rows/s", "all-gather"):  # fmt: skip
-        assert words in text
+        assert words in said
 
 
 def test_the_text_is_narrow_and_says_where_jax_must_be_allowed_more():
@@ -543,12 +544,13 @@ def test_the_readme_has_the_recorded_plans_each_of_which_fits():
     assert there == set(itertools.product(cells, chips))
 
 
+RECORDED = json.loads(planned_table.GATE.read_text())
 GATE = [
     pytest.param(
         row, marks=[pytest.mark.slow] * row["config"].startswith("configs/"),
         id=f"{row['config']}-{row['topology']}",
     )
-    for row in json.loads(planned_table.GATE.read_text())["rows"]
+    for row in RECORDED["rows"]
 ]  # fmt: skip
 
 
@@ -566,5 +568,5 @@ def test_the_compilers_estimate_has_not_grown(row):
 
 
 def test_the_gate_names_topologies_that_there_are():
-    assert GATE["libtpu"]
-    assert all(isinstance(parse(row["topology"]), Topology) for row in GATE["rows"])
+    assert RECORDED["libtpu"]
+    assert all(isinstance(parse(row["topology"]), Topology) for row in RECORDED["rows"])
