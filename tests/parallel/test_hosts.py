@@ -203,7 +203,8 @@ def test_one_process_goes_on_with_what_two_hosts_have_saved(
     recipe = recipe_of(done.folder)
     train(recipe, tmp_path / "run")
     assert seen == rows_after(7, recipe, tmp_path / "run")
-    changed = "hosts 2 (now 1)" + (", mesh.data 4 (now 1)" if devices == 1 else "")
+    axes = "".join(f", mesh.{axis} {size} (now 1)" for axis, size in MESH.items())
+    changed = "hosts 2 (now 1)" + (axes if devices == 1 else "")
     assert f"llm: saved with {changed}: the same state, data and order" in capsys.readouterr().out
     went_on = [row for row in history(tmp_path / "run/llm/metrics.jsonl") if row["step"] > 7]
     whole = [row for row in history(done.whole.workdir / "llm/metrics.jsonl") if row["step"] > 7]
