@@ -60,12 +60,14 @@ def done(tmp_path_factory) -> Runs:
     return Runs(folder / "whole", folder / "stopped", recipe, outputs)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_anywhere_ends_in_the_same_bits(done):
     codes = [output.returncode for output in done.outputs]
     assert codes == [*(code for _, code, _ in POINTS), 0], done.outputs[-1].stdout
     assert runs.handed_over(done.stopped) == runs.handed_over(done.whole)
 
 
+@pytest.mark.slow
 def test_each_process_goes_on_where_the_one_before_it_had_saved(done):
     for (point, _, at), after in zip(POINTS, done.outputs[1:], strict=True):
         stage = point.split(":")[1]
@@ -75,6 +77,7 @@ def test_each_process_goes_on_where_the_one_before_it_had_saved(done):
         assert (resumed and resumed[0] in wanted) or (not resumed and at is None), point
 
 
+@pytest.mark.slow
 def test_a_signal_is_told_in_one_line_and_without_a_traceback(done):
     for (point, code, _), output in zip(POINTS, done.outputs, strict=False):
         assert "Traceback" not in output.stdout, output.stdout
@@ -85,6 +88,7 @@ def test_a_signal_is_told_in_one_line_and_without_a_traceback(done):
             assert last.endswith(f"stopped by SIG{kind}; run the same command again to go on")
 
 
+@pytest.mark.slow
 def test_the_stopped_run_has_the_metrics_of_the_whole_one(done):
     for stage in runs.CHAIN:
         whole, stopped = (
@@ -98,6 +102,7 @@ def test_the_stopped_run_has_the_metrics_of_the_whole_one(done):
     assert looks == [3, 6]  # the one that a signal cut short was made up for, once
 
 
+@pytest.mark.slow
 def test_a_half_written_cache_is_computed_again_and_a_whole_one_is_not(done):
     cut, killed, after, *later = (output.stdout for output in done.outputs[3:])
     assert "features: 24/24" not in cut + killed
@@ -112,6 +117,7 @@ def test_a_half_written_cache_is_computed_again_and_a_whole_one_is_not(done):
     assert whole == stopped
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(done):
     before = {
         p: p.stat().st_mtime_ns for name in runs.CHAIN for p in (done.whole / name).rglob("*")
