@@ -5,14 +5,16 @@ their memory is estimated from the trace, and what is sent is what the same prog
 is compiled for as many devices of this host's CPU. `Figures.how` says which.
 """
 
+import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from vadapter.parallel.compile import TPU
 from vadapter.parallel.topology import Topology
@@ -69,7 +71,8 @@ def of_compiler(topology: Topology, traced: Any, arguments: Any, loops: int = 1)
     total = flops.count_traced(traced.jaxpr.jaxpr, loops)
     began = time.perf_counter()
     try:
-        compiled = traced.lower().compile(compiler_options=TPU)
+        with _uncached():
+            compiled = traced.lower().compile(compiler_options=TPU)
     except jax.errors.JaxRuntimeError as error:
         if (needs := memory_needed(str(error))) is None:
             raise
@@ -86,6 +89,19 @@ def of_compiler(topology: Topology, traced: Any, arguments: Any, loops: int = 1)
         work.flops * topology.chips, cycles, 1000 * cycles / row.clock, seconds,
         work.unestimated * topology.chips,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without jax's cache on disk: a program for devices that are not here cannot be read back."""
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    jax.config.update("jax_compilation_cache_dir", None)
+    reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        reset_cache()
 
 
 def of_trace(topology: Topology, traced: Any, arguments: Any, held: int, loops: int = 1) -> Figures:
