@@ -65,14 +65,10 @@ def kernels(name, mesh):
         if path.endswith("kernel"):
             at = leaf.sharding
             spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in at.spec))
-            shapes = leaf.shape, at.shard_shape(leaf.shape), on(at.mesh, spec, leaf.shape)
-            for kind, shape in zip((whole, part, used), shapes, strict=True):
-                kind.add(shape[-WIDTH:])
+            whole.add(leaf.shape[-WIDTH:])
+            part.add(at.shard_shape(leaf.shape)[-WIDTH:])
+            used.add(NamedSharding(at.mesh, spec).shard_shape(leaf.shape)[-WIDTH:])
     return whole, part, used
-
-
-def on(mesh, spec, shape):
-    return NamedSharding(mesh, spec).shard_shape(shape)
 
 
 def tail(shapes):
