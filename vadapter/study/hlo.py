@@ -105,8 +105,10 @@ class _Program:
                         out[key] += times * value
             out["flops"] += flops
             if cycles := re.search(r'"estimated_cycles":"(\d+)"', line.rest):
-                known = int(cycles[1]) != NO_ESTIMATE
-                out["cycles" if known else "unestimated"] += int(cycles[1]) if known else flops
+                if (count := int(cycles[1])) == NO_ESTIMATE:
+                    out["unestimated"] += flops
+                else:
+                    out["cycles"] += count
         for kind, size in self._collectives(name):
             out[f"count {kind}"] += 1
             out[f"bytes {kind}"] += size
