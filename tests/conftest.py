@@ -24,9 +24,10 @@ os.environ.setdefault("PJRT_NPROC", "32")
 import jax
 import pytest
 from absl import flags
-from recipes import draw
+from support import paths
+from support.recipes import draw
 
-from vadapter.train.lock import waiting_lock
+from vadapter.io.lock import waiting_lock
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -44,15 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-def _data_root() -> Path:
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    return Path(os.environ.get("VADAPTER_DATA", default))
-
-
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The real data folder; the test is skipped, with the reason, where there is none."""
-    root = _data_root()
+    root = paths.data_root()
     if not root.is_dir():
         pytest.skip(f"no real data at {root}; set VADAPTER_DATA to a folder that holds it")
     return root
@@ -77,12 +73,11 @@ def chain(tmp_path_factory) -> Path:
 
 
 def _quickstart(folder: Path) -> str:
-    tests = Path(__file__).parent
-    recipe = f"{tests / 'recipes.py'}:{draw(folder / 'shapes')}"
+    recipe = f"{paths.RECIPES}:{draw(folder / 'shapes')}"
     command = [sys.executable, "-m", "vadapter", "quickstart", f"--config={recipe}"]
     env = {
         **os.environ,
-        "PYTHONPATH": str(tests.parent),
+        "PYTHONPATH": str(paths.ROOT),
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
         "VADAPTER_COMPILE_CACHE": str(folder / "compiled"),
     }

@@ -17,15 +17,15 @@ from typing import Any
 
 import jax
 import pytest
-import runs
 from PIL import Image
+from support import runs
 
-from vadapter import cli
-from vadapter.parallel.mesh import make_mesh
-from vadapter.train import run, stage
-from vadapter.train.checkpoint import steps
-from vadapter.train.lock import run_lock
-from vadapter.train.writer import rows
+from vadapter.checkpoints.manager import steps
+from vadapter.cli import main
+from vadapter.distributed.mesh import make_mesh
+from vadapter.io.lock import run_lock
+from vadapter.stages import run, stage
+from vadapter.train.metric_writer import rows
 
 RECIPE = """
 import sys
@@ -49,7 +49,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(cli, "_prepare", lambda: None)
+    monkeypatch.setattr(main, "_prepare", lambda: None)
     monkeypatch.setattr(stage, "make_train_step", runs.fake_step)
     monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
@@ -72,7 +72,7 @@ class Command:
         arguments = [f"--config.{item}" for item in overrides]
         config = config or self.folder / "recipe.py"
         self.capsys.readouterr()
-        code = cli.main(["train", f"--config={config}", f"--workdir={self.workdir}", *arguments])
+        code = main.main(["train", f"--config={config}", f"--workdir={self.workdir}", *arguments])
         captured = self.capsys.readouterr()
         self.out = captured.out
         return code, captured.err
@@ -382,13 +382,13 @@ def test_too_many_pictures_that_cannot_be_read_end_the_run_by_name(spoil):
 # A process of its own: what fails in the background of a save is noise within pytest.
 PROCESS = """
 import resource, sys
-import runs
+from support import runs
 from vadapter import cli
 from vadapter.train import stage
 stage.make_train_step = runs.fake_step
 if limit := int(sys.argv[1]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-sys.exit(cli.main(["train", *sys.argv[2:]]))
+sys.exit(main.main(["train", *sys.argv[2:]]))
 """
 
 

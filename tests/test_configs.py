@@ -2,20 +2,20 @@
 
 import itertools
 import re
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from support.paths import ROOT
 
 from vadapter import config
+from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import ConfigError
-from vadapter.models.variants import expand
-from vadapter.parallel.mesh import MeshConfig, make_mesh
-from vadapter.train.recipe import components, make_model, read, trained
-from vadapter.train.shapes import abstract_params
+from vadapter.models.registry import expand
+from vadapter.recipe.schema import components, make_model, read, trained
+from vadapter.stages.abstract_state import abstract_params
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 PAPER = [f"stage=1,front={front}" for front in ("resampler", "pooler", "perceiver")]
 PAPER += [f"front={f},init={i}" for f in ("resampler", "pooler") for i in ("text", "random")]
 PAPER += ["front=perceiver", "adapter=resampler", "adapter=mlp", "encoder=b,llm=8b", "encoder=g"]

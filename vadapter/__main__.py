@@ -2,6 +2,6 @@
 
 import sys
 
-from vadapter.cli import main
+from vadapter.cli.main import main
 
 sys.exit(main())

@@ -12,19 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_index import pairs, read
-from test_sources import folder_of, picture, row, tars, write_rows
-from test_tar import write_tar
+from support.image_files import folder_of, pairs, picture, read, row, tars, write_rows, write_tar
 
-from vadapter.data import index, sources
-from vadapter.data.images import View
+from vadapter.data import sources
+from vadapter.data.media.images import View
+from vadapter.data.open import describe, make_stream
 from vadapter.data.pipeline import eval_batches
+from vadapter.data.shards import index
 from vadapter.data.sources.table import ImageFolder
 from vadapter.data.sources.tars import CaptionTars
-from vadapter.data.tokenizer import Tokenizer
+from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.errors import DataError
-from vadapter.train.inputs import describe, make_stream
-from vadapter.train.recipe import DataConfig
+from vadapter.recipe.schema import DataConfig
 
 CASES: dict[str, Callable[[Path], None]] = {}
 TOKENIZER = Tokenizer.train(["number 1 2 3 grey", "Question: what? Answer: dog"], 280)

@@ -9,7 +9,7 @@ import pytest
 
 from vadapter.data.documents import DocumentSource, Windows, content_words
 from vadapter.data.prompts import CAPTION, QUESTION
-from vadapter.data.tokenizer import Tokenizer
+from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.data.transforms import document_sample
 from vadapter.errors import ConfigError, DataError
 

@@ -10,12 +10,11 @@ import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import ROOT
 
-import vadapter
 from vadapter.data.pipeline import Schedule, Stream, eval_batches, make_loader, require_usable
 from vadapter.errors import ConfigError, DataError
 
@@ -231,7 +230,7 @@ def test_workers_end_when_the_trainer_is_killed(tmp_path):
             """
         )
     )
-    root = str(Path(vadapter.__file__).parents[1])  # importable where it is not installed
+    root = str(ROOT)  # importable where it is not installed
     trainer = subprocess.Popen(
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from vadapter.data.example import Example, Question
-from vadapter.data.images import View
+from vadapter.data.media.images import View
 from vadapter.data.prompts import CAPTION, QUESTION
-from vadapter.data.tokenizer import EOS, Tokenizer
+from vadapter.data.tokenizers.bpe import EOS, Tokenizer
 from vadapter.data.transforms import caption_sample, prompt_sample, question_sample
 
 PIXELS = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(1, 4, 4, 3)

@@ -11,8 +11,8 @@ from PIL import Image
 
 from vadapter.data.batch import check_batch, fake_batch
 from vadapter.data.example import Example, Question
-from vadapter.data.images import View
-from vadapter.data.tokenizer import Tokenizer
+from vadapter.data.media.images import View
+from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.data.transforms import caption_sample, document_sample, question_sample
 from vadapter.errors import ConfigError, DataError
 

@@ -6,7 +6,7 @@ import subprocess
 import tomllib
 
 import pytest
-from launchers import LAUNCH, ROOT, put
+from support.launchers import LAUNCH, ROOT, put
 
 # Lines that end in a backslash go on.
 LINES = re.sub(r"\\\n", "", (LAUNCH / "Dockerfile").read_text()).splitlines()

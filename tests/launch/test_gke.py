@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from launchers import GKE, dry_run, launch, put
+from support.launchers import GKE, dry_run, launch, put
 
 from vadapter.errors import NON_FINITE, USER_ERROR
 

@@ -4,13 +4,13 @@ import signal
 import subprocess
 import sys
 
-import hosts as drive
 import pytest
-import runs
-from launchers import LAUNCH, put
+from support import hosts as drive
+from support import runs
+from support.launchers import LAUNCH, put
 
+from vadapter.checkpoints.manager import steps
 from vadapter.errors import PREEMPTED, USER_ERROR
-from vadapter.train.checkpoint import steps
 
 STEPS = 8
 OVERRIDES = [

@@ -6,9 +6,9 @@ import shlex
 import subprocess
 
 import pytest
-from launchers import ROOT, put
+from support.launchers import ROOT, put
 
-from vadapter.cli import main
+from vadapter.cli.main import main
 
 
 @pytest.fixture(scope="module")

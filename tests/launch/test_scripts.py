@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launchers import GKE, LAUNCH, SLICE, SLURM, TRAIN, VM, dry_run, launch
+from support.launchers import GKE, LAUNCH, SLICE, SLURM, TRAIN, VM, dry_run, launch
 
 GOLDENS = Path(__file__).parent / "goldens"
 FILES = sorted(LAUNCH.glob("*.sh"))

@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 import pytest
-from launchers import launch, put
+from support.launchers import launch, put
 
 from vadapter.errors import PREEMPTED, USER_ERROR
 

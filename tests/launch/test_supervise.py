@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from launchers import LAUNCH, put
+from support.launchers import LAUNCH, put
 
 SUPERVISE = LAUNCH / "supervise.sh"
 # Takes its exit codes from a file, one a start; a line goes on with what it saves (10), throws away

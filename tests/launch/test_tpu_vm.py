@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from launchers import SLICE, TRAIN, VM, launch, put
+from support.launchers import SLICE, TRAIN, VM, launch, put
 
 # Notes what it is asked; copies, runs commands at home, and tells the states of a file in turn.
 GCLOUD = """

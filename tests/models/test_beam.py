@@ -6,13 +6,13 @@ import itertools
 import jax
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from vadapter.data.batch import PAD
+from vadapter.models.adapter_model import VAdapter
 from vadapter.models.beam import beam, decode
 from vadapter.models.generate import Decode, greedy
 from vadapter.models.lm import LM
-from vadapter.models.vadapter import VAdapter
 
 VOCAB, STOP, LENGTHS = 6, (2,), (1, 4, 2)
 B, T = len(LENGTHS), max(LENGTHS) + 1

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
+from support import tiny
 
 from vadapter.data.batch import fake_batch
+from vadapter.models.adapters.resampler import Pooler, PoolerConfig
 from vadapter.models.coca import CoCa, Fusion, FusionConfig
 from vadapter.models.lm import LM
-from vadapter.models.resampler import Pooler, PoolerConfig
 from vadapter.models.vit import ViT
-from vadapter.train.steps import CocaObjective, init_state, make_train_step
+from vadapter.stages.steps import CocaObjective, init_state, make_train_step
 
 MODEL = CoCa({
     "encoder": ViT(tiny.VIT),

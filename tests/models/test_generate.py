@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from vadapter.data.batch import BOS, EOS, PAD
+from vadapter.models.adapter_model import Fc, FcConfig, VAdapter
+from vadapter.models.adapters.resampler import Resampler
 from vadapter.models.generate import greedy
 from vadapter.models.lm import LM
-from vadapter.models.resampler import Resampler
-from vadapter.models.vadapter import Fc, FcConfig, VAdapter
 from vadapter.models.vit import ViT
 
 VOCAB, NEW, LENGTHS = 8, 10, (1, 4, 2)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from vadapter.errors import ConfigError
 from vadapter.models.layers import GATED, Attention, Mlp, Norm, attend

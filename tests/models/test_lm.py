@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from vadapter.models.lm import LM, LMConfig
 from vadapter.models.rope import RopeConfig, frequencies

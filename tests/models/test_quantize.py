@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import traverse_util
+from support import tiny
 
+from vadapter.distributed.mesh import MeshConfig, make_mesh, on, shardings
 from vadapter.errors import ConfigError
 from vadapter.models.lm import LM, LMConfig, empty_cache
 from vadapter.models.quantize import Int8Linear, full_precision, library, quantize
-from vadapter.models.variants import make_module
-from vadapter.parallel.mesh import MeshConfig, make_mesh, on, shardings
+from vadapter.models.registry import make_module
 
 T, V, E = 16, 64, 32
 CONFIG = LMConfig(V, width=E, depth=3, heads=4, mlp_dim=64, max_len=64)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from vadapter.models.vit import ViT
 

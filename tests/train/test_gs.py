@@ -5,29 +5,25 @@ import json
 import re
 import shutil
 
-import gcs
-import hosts
 import jax
 import jax.numpy as jnp
 import pytest
-import runs
-import tiny
+from support import gcs, hosts, runs, tiny
 
-from vadapter import buckets, storage
-from vadapter.cli import main
+from vadapter.checkpoints.digest import combined, tree_digests
+from vadapter.checkpoints.manager import Checkpointer, steps
+from vadapter.cli.main import main
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.evals import part as part_module
-from vadapter.evals.part import Part
-from vadapter.models.variants import make_module
-from vadapter.study.ask import describe
-from vadapter.study.plots import convergence
-from vadapter.train import lease
-from vadapter.train.checkpoint import Checkpointer, steps
-from vadapter.train.digest import combined, tree_digests
+from vadapter.evaluate import partial_results as part_module
+from vadapter.evaluate.describe import describe
+from vadapter.evaluate.partial_results import Part
+from vadapter.io import buckets, gcs_lock, storage
+from vadapter.models.registry import make_module
+from vadapter.recipe.schema import read
+from vadapter.report.plots import convergence
+from vadapter.stages.restore import open_run
 from vadapter.train.loop import train
-from vadapter.train.recipe import read
-from vadapter.train.restore import open_run
-from vadapter.train.writer import rows
+from vadapter.train.metric_writer import rows
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +153,8 @@ def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(bucket, saved, plac
 
 
 def test_a_second_run_in_the_same_directory_of_a_bucket_is_refused(bucket, here, monkeypatch):
-    monkeypatch.setattr(lease, "BEAT", 0.1)
-    with lease.lease(storage.as_path("gs://bucket/held/.lock")):
+    monkeypatch.setattr(gcs_lock, "BEAT", 0.1)
+    with gcs_lock.lease(storage.as_path("gs://bucket/held/.lock")):
         ended = runs.run(here[0], "gs://bucket/held")
     assert ended.returncode == 78
     assert re.search(r"gs://bucket/held is in use by another run: process \d+ on", ended.stdout)
@@ -169,7 +165,7 @@ RECIPE = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-import runs
+from support import runs
 
 def get_config(arg):
     config = runs.small(Path({folder!r}))

@@ -6,24 +6,25 @@ import re
 import jax
 import numpy as np
 import pytest
-import runs
 from flax.traverse_util import flatten_dict
-from recipes import tiny_recipe
+from support import runs
+from support.recipes import tiny_recipe
 
+from vadapter.checkpoints.manager import restore_step, steps
+from vadapter.data.open import make_stream
 from vadapter.data.pipeline import make_loader
+from vadapter.distributed.mesh import make_mesh
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted
-from vadapter.evals.runner import to_mesh
-from vadapter.parallel.mesh import make_mesh
-from vadapter.train import loop, run, stage
-from vadapter.train.checkpoint import restore_step, steps
-from vadapter.train.handover import DONE
-from vadapter.train.inputs import make_stream
+from vadapter.evaluate.runner import to_mesh
+from vadapter.recipe.optim import make_optimizer
+from vadapter.recipe.schema import read
+from vadapter.stages import run, stage
+from vadapter.stages.initialization import DONE
+from vadapter.stages.run import Run
+from vadapter.stages.stage import Stage
+from vadapter.train import loop
 from vadapter.train.loop import train
-from vadapter.train.optim import make_optimizer
-from vadapter.train.recipe import read
-from vadapter.train.run import Run
-from vadapter.train.stage import Stage
-from vadapter.train.writer import rows
+from vadapter.train.metric_writer import rows
 
 
 @pytest.fixture(scope="module")

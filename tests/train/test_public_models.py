@@ -6,26 +6,26 @@ import json
 import re
 import shutil
 import tarfile
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import runs
-from public_models import write_model
-from public_tokenizers import llama2, neox
+from support import runs
+from support.paths import README, ROOT
+from support.public_models import write_model
+from support.public_tokenizers import llama2, neox
 
-from vadapter import cli
+from vadapter.cli import main
+from vadapter.distributed.mesh import make_mesh
 from vadapter.errors import CheckpointError
-from vadapter.parallel.mesh import make_mesh
-from vadapter.train import run
-from vadapter.train.handover import DONE
+from vadapter.recipe.schema import read
+from vadapter.stages import run
+from vadapter.stages.initialization import DONE
+from vadapter.stages.restore import open_run
 from vadapter.train.loop import train
-from vadapter.train.recipe import read
-from vadapter.train.restore import open_run
-from vadapter.train.writer import rows
-from vadapter.weights.public import Checkpoint
-from vadapter.weights.tensors import TensorFiles
+from vadapter.train.metric_writer import rows
+from vadapter.weights.hf_checkpoint import Checkpoint
+from vadapter.weights.safetensors import TensorFiles
 
 CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "image_size": 32,
         "num_attention_heads": 2, "patch_size": 8}  # fmt: skip
@@ -68,7 +68,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-    monkeypatch.setattr(cli, "_prepare", lambda: None)
+    monkeypatch.setattr(main, "_prepare", lambda: None)
 
 
 def recipe(world, **encoder):
@@ -134,9 +134,9 @@ def test_frozen_parts_are_the_checkpoints_and_trained_ones_have_moved(world, tra
 
 def test_a_run_captions_and_answers(world, trained, capsys):
     picture = str(world / "shapes" / "00.png")
-    assert cli.main(["caption", str(trained), picture, "--max-new=5"]) == 0
+    assert main.main(["caption", str(trained), picture, "--max-new=5"]) == 0
     assert capsys.readouterr().out.startswith(f"{picture}: ")
-    assert cli.main(["ask", str(trained), picture, "what is it?", "--stage=decoder"]) == 0
+    assert main.main(["ask", str(trained), picture, "what is it?", "--stage=decoder"]) == 0
 
 
 def test_frozen_weights_are_neither_copied_nor_hashed_twice(world, trained, monkeypatch):
@@ -167,10 +167,10 @@ def test_weights_may_move_but_must_be_what_the_run_was_made_with(world, trained,
     with pytest.raises(CheckpointError, match=r"(?s)components\.llm\.weights=.*not what this run"):
         open_run(moved, "vadapter", overrides=places)
     command = ["caption", str(moved), str(world / "shapes" / "00.png"), "--max-new=2"]
-    assert cli.main(command) == 78
+    assert main.main(command) == 78
     capsys.readouterr()
     (weights).write_bytes(bytes(content[:-1]) + bytes([content[-1] ^ 1]))
-    assert cli.main([*command, *(f"--config.{place}" for place in places)]) == 0
+    assert main.main([*command, *(f"--config.{place}" for place in places)]) == 0
 
 
 def test_a_finished_run_is_recognised_and_a_changed_checkpoint_is_not(world, tmp_path, capsys):
@@ -235,7 +235,7 @@ def test_a_real_file_of_llama2c_is_an_llm(world, data_root, tmp_path, capsys):
     assert loaded.digests["llm"] == f"sha256:{hashlib.sha256(binary).hexdigest()}"
     picture = str(world / "shapes" / "00.png")
     capsys.readouterr()
-    assert cli.main(["caption", str(tmp_path / "run"), picture, "--max-new=5"]) == 0
+    assert main.main(["caption", str(tmp_path / "run"), picture, "--max-new=5"]) == 0
     assert capsys.readouterr().out.startswith(f"{picture}: ")
 
 
@@ -275,7 +275,7 @@ def test_readmes_commands_check_and_train_generated_models(world, tmp_path, monk
     (tmp_path / "pairs").mkdir()
     for split, part in (("train", pictures[:8]), ("val", pictures[8:])):
         tar(tmp_path / "pairs" / f"{split}-000.tar", part)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = README.read_text()
     section = readme.split("\n## Use your own models\n")[1].split("\n## ")[0]
     names, *commands = section.split("```bash\n")[1].split("```")[0].splitlines()
     models = names.removeprefix("MODELS=")
@@ -287,7 +287,7 @@ def test_readmes_commands_check_and_train_generated_models(world, tmp_path, monk
     ):
         assert there in models
         models = models.replace(there, str(here))
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(ROOT)
     sizes = {"queries": 4, "query_dim": 16, "hidden_dim": 16, "heads": 2}
     short = {"batch": 8, "steps": 2, "optim.warmup": 0}
     small = ["--config.dtype=float32", "--config.workers=0", "--config.chain=decoder,vadapter"]
@@ -298,7 +298,7 @@ def test_readmes_commands_check_and_train_generated_models(world, tmp_path, monk
     assert [command.split()[1] for command in commands] == ["check", "train"]
     for command in commands:
         line = command.replace("$MODELS", models).replace("runs/mine", str(tmp_path / "run"))
-        assert cli.main([*line.split()[1:], *small]) == 0
+        assert main.main([*line.split()[1:], *small]) == 0
     out = capsys.readouterr().out
     assert str(world / "llm") in out
     assert (tmp_path / "run" / "gallery.html").is_file()
@@ -307,7 +307,7 @@ def test_readmes_commands_check_and_train_generated_models(world, tmp_path, monk
 
 
 def test_readmes_components_are_a_recipes(world):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = README.read_text()
     section = readme.split("\n## Use your own models\n")[1].split("\n## ")[0]
     code = section.split("```python\n")[1].split("```")[0].replace("    ...\n", "")
     found = {}

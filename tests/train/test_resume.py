@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
+from support import runs
 
+from vadapter.checkpoints.manager import steps
+from vadapter.distributed.preemption import signals
 from vadapter.errors import PREEMPTED, ConfigError, Preempted
-from vadapter.train.checkpoint import steps
-from vadapter.train.interrupts import signals
+from vadapter.recipe.schema import read
 from vadapter.train.loop import train
-from vadapter.train.recipe import read
-from vadapter.train.writer import history, rows
+from vadapter.train.metric_writer import history, rows
 
 KILLED = -signal.SIGKILL
 # (signal and point, exit code, step that the next process goes on from; None: from the start)
@@ -130,7 +130,7 @@ def test_a_finished_run_is_not_run_again(done):
 
 WAIT = """
 import time
-from vadapter.train.interrupts import signals
+from vadapter.distributed.preemption import signals
 with signals() as stop:
     print("ready", flush=True)
     while not stop.signal:

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-import runs
+from support import runs
 
-from vadapter.cli import main
+from vadapter.checkpoints.manager import steps
+from vadapter.cli.main import main
 from vadapter.errors import USER_ERROR, CheckpointError, ConfigError
-from vadapter.train.checkpoint import steps
-from vadapter.train.lock import run_lock
+from vadapter.io.lock import run_lock
+from vadapter.recipe.schema import read
 from vadapter.train.loop import train
-from vadapter.train.recipe import read
 from vadapter.train.rewind import rewind
 
 

@@ -4,11 +4,11 @@ import functools
 import http.server
 import os
 import threading
-from pathlib import Path
 
 import pytest
-from hub_server import FILES, NEW, Hub
-from original import draw, imported, their_warnings
+from support.hub_server import FILES, NEW, Hub
+from support.original import draw, imported, their_warnings
+from support.paths import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def hub():
 def env(tmp_path):
     """The environment of someone who never used the hub, but for what a test adds."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSF"))}
-    root = Path(__file__).resolve().parents[2]
+    root = ROOT
     return {
         **{k: v for k, v in kept.items() if "proxy" not in k.lower()},
         "HF_HOME": str(tmp_path / "hf"),

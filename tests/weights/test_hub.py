@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import NEW, OLD, WANTED
+from support.hub_server import NEW, OLD, WANTED
 
 from vadapter.errors import CheckpointError
 from vadapter.weights.hub import Snapshot, download_command, resolve

@@ -6,15 +6,14 @@ Each case runs in a process of its own, as in test_hub.
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from hub_server import NEW, OLD
-from public_models import write_model
-from public_tokenizers import llama2
-from recipes import draw
+from support.hub_server import NEW, OLD
+from support.paths import TESTS
+from support.public_models import write_model
+from support.public_tokenizers import llama2
+from support.recipes import draw
 
-TESTS = Path(__file__).resolve().parents[1]
 LLAMA = {"model_type": "llama", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
          "num_attention_heads": 2, "max_position_embeddings": 512}  # fmt: skip
 # As `vadapter train` reads a recipe, up to the first stage; then as `vadapter eval` reads the run.
@@ -26,10 +25,10 @@ flags.FLAGS.mark_as_parsed()
 import jax
 from runs import text_only
 from vadapter.errors import CheckpointError
-from vadapter.parallel.mesh import make_mesh
+from vadapter.distributed.mesh import make_mesh
 from vadapter.train import run
-from vadapter.train.recipe import read
-from vadapter.train.restore import read_run
+from vadapter.recipe.schema import read
+from vadapter.stages.restore import read_run
 
 folder, weights = Path(sys.argv[1]), sys.argv[2]
 try:

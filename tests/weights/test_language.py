@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from original import their_warnings
-from public_models import write_model
+from support.original import their_warnings
+from support.public_models import write_model
 
+from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings
 from vadapter.errors import CheckpointError
+from vadapter.models.adapter_model import VAdapter
 from vadapter.models.beam import beam
 from vadapter.models.generate import Decode, greedy
+from vadapter.models.registry import make_module
 from vadapter.models.transformer import text_mask
-from vadapter.models.vadapter import VAdapter
-from vadapter.models.variants import make_module
-from vadapter.parallel.mesh import MeshConfig, make_mesh, shardings
 from vadapter.weights.families.language import FAMILIES
-from vadapter.weights.public import Checkpoint
+from vadapter.weights.hf_checkpoint import Checkpoint
 
 V, T = 97, 40
 TOLERANCE = 1e-4  # of logits of about 6

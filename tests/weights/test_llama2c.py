@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from public_models import write_model
+from support.public_models import write_model
 
-from vadapter.data.pretrained_tokenizer import PretrainedTokenizer
+from vadapter.data.tokenizers.pretrained import PretrainedTokenizer
+from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings
 from vadapter.errors import CheckpointError
+from vadapter.models.adapter_model import VAdapter
 from vadapter.models.generate import greedy
-from vadapter.models.vadapter import VAdapter
-from vadapter.models.variants import make_module
-from vadapter.parallel.mesh import MeshConfig, make_mesh, shardings
+from vadapter.models.registry import make_module
 from vadapter.weights import llama2c
-from vadapter.weights.public import Checkpoint
-from vadapter.weights.tensors import TensorFiles
+from vadapter.weights.hf_checkpoint import Checkpoint
+from vadapter.weights.safetensors import TensorFiles
 
 KINDS = ("norm_attn", "q", "k", "v", "o", "norm_mlp", "gate", "down", "up")
 

@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import load_memory
 import pytest
+from support import load_memory
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs /proc of Linux to measure memory"

@@ -6,13 +6,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from original import draw, imported, their_warnings
 from safetensors.numpy import load_file, save_file
+from support.original import draw, imported, their_warnings
 
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.models.variants import make_module
+from vadapter.models.registry import make_module
 from vadapter.weights.families.openclip import FAMILIES, read_config
-from vadapter.weights.public import Checkpoint, complete, describe
+from vadapter.weights.hf_checkpoint import Checkpoint, complete, describe
 
 VISION = {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 8,
           "attentional_pool": True, "attn_pooler_queries": 6, "attn_pooler_heads": 4,

@@ -4,17 +4,17 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from original import their_warnings
 from PIL import Image
-from processors import CLIP, DINOV2, SIGLIP, SIGLIP2, picture, write_processor
-from recipes import draw, tiny_recipe
+from support.original import their_warnings
+from support.processors import CLIP, DINOV2, SIGLIP, SIGLIP2, picture, write_processor
+from support.recipes import draw, tiny_recipe
 
 from vadapter.data.example import Example
-from vadapter.data.media import load_media
-from vadapter.models.variants import make_module
-from vadapter.train.inputs import make_stream
-from vadapter.train.recipe import read
-from vadapter.weights.public import Checkpoint
+from vadapter.data.media.frames import load_media
+from vadapter.data.open import make_stream
+from vadapter.models.registry import make_module
+from vadapter.recipe.schema import read
+from vadapter.weights.hf_checkpoint import Checkpoint
 
 BASE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MLP = BASE | {"intermediate_size": 48}

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from vadapter.weights.names import Patches, Tokens
-from vadapter.weights.public import FAMILIES
+from vadapter.weights.hf_checkpoint import FAMILIES
+from vadapter.weights.name_mapping import Patches, Tokens
 
 TABLES = [
     pytest.param(table, id=f"{name}-{i}")

@@ -6,14 +6,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from original import their_warnings
-from public_models import write_model
+from support.original import their_warnings
+from support.public_models import write_model
 
 from vadapter.errors import CheckpointError
-from vadapter.models.variants import make_module
+from vadapter.models.registry import make_module
 from vadapter.weights.families.vision import FAMILIES
-from vadapter.weights.names import bicubic
-from vadapter.weights.public import Checkpoint, describe
+from vadapter.weights.hf_checkpoint import Checkpoint, describe
+from vadapter.weights.name_mapping import bicubic
 
 BASE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32,
         "patch_size": 8}  # fmt: skip

@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from vadapter import storage
 from vadapter.data.example import Example, Source
 from vadapter.data.prompts import CAPTION, text_piece
-from vadapter.data.tokenizer import Tokenizer
+from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.errors import ConfigError, DataError
+from vadapter.io import storage
 
 Paths = Sequence[str | os.PathLike[str]]
 

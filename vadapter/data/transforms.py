@@ -28,10 +28,10 @@ import numpy as np
 
 from vadapter.data.batch import PROMPT_PAD, Row
 from vadapter.data.example import Example
-from vadapter.data.images import BadMedia, View
-from vadapter.data.media import load_square
+from vadapter.data.media.frames import load_square
+from vadapter.data.media.images import BadMedia, View
 from vadapter.data.prompts import CAPTION, QUESTION, QuestionPrompt, text_piece
-from vadapter.data.tokenizer import Tokenizer
+from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.errors import ConfigError
 
 Segment = tuple[list[int], list[int]]  # lead, words

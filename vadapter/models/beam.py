@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from vadapter.data.batch import EOS, PAD
+from vadapter.models.adapter_model import Batch, Params, VAdapter
 from vadapter.models.generate import Context, Decode, ends, extend, greedy, permitted, prefill
-from vadapter.models.vadapter import Batch, Params, VAdapter
 
 _NOTHING = -1e9  # the score of a text that is none
 

@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vadapter.models.adapter_model import Batch, Params, component_seed
 from vadapter.models.layers import Dtype, Norm, NormKind, linear, partitioned
 from vadapter.models.lm import LM
 from vadapter.models.transformer import BlockConfig, Remat, Stack, text_mask
-from vadapter.models.vadapter import Batch, Params, component_seed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from vadapter.data.images import Fit, Interpolation, View
+from vadapter.data.media.images import Fit, Interpolation, View
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

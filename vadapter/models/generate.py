@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from vadapter.data.batch import EOS, PAD
+from vadapter.models.adapter_model import Batch, Params, VAdapter
 from vadapter.models.lm import LM, empty_cache
 from vadapter.models.transformer import text_mask
-from vadapter.models.vadapter import Batch, Params, VAdapter
 
 
 @dataclasses.dataclass(frozen=True)

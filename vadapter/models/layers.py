@@ -4,8 +4,7 @@ Legend: B batch, T queries (text tokens), S keys, E width, H heads, G query head
 K head dim, V vocabulary.
 
 Parameters are float32; `dtype` is the dtype of the computation. Every parameter names its logical
-axes at definition (`embed`, `heads`, `mlp`, `vocab`, …); `vadapter.parallel.mesh` maps them to the
-mesh.
+axes at definition (`embed`, `heads`, `mlp`, `vocab`, …); `distributed.mesh` maps them to the mesh.
 """
 
 from collections.abc import Callable
@@ -16,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vadapter.distributed.mesh import constrain
 from vadapter.models.rope import rotate
-from vadapter.parallel.mesh import constrain
 
 Dtype = jnp.dtype
 # Scores of masked keys. Finite, so that a row without any visible key stays finite.

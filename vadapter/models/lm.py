@@ -10,11 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
 from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, partitioned
 from vadapter.models.rope import RopeConfig, amplitude, frequencies
 from vadapter.models.transformer import BlockConfig, PerLayer, Remat, Stack
-from vadapter.parallel.mesh import constrain
 
 EVERYTHING = 2**30  # a window that nothing is outside of
 

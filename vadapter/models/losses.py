@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from vadapter.parallel.mesh import constrain
+from vadapter.distributed.mesh import constrain
 
 
 def token_xent(

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vadapter.data.images import View
+from vadapter.data.media.images import View
+from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
 from vadapter.models.encoder import EncoderConfig
 from vadapter.models.layers import partitioned
-from vadapter.parallel.mesh import constrain
 
 Depthwise = Literal["shifts", "grouped"]
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vadapter.distributed.mesh import constrain
 from vadapter.models.layers import (
     Attention,
     Dtype,
@@ -25,7 +26,6 @@ from vadapter.models.layers import (
     partitioned,
 )
 from vadapter.models.quantize import Int8Linear
-from vadapter.parallel.mesh import constrain
 
 # What the backward pass keeps. For a frozen stack the inputs of its matrix products are never
 # needed, so these names suffice; they are recomputed from with one norm and one activation each.

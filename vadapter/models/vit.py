@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vadapter.data.images import View
+from vadapter.data.media.images import View
+from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
+from vadapter.models.adapters.resampler import Pooler, PoolerConfig
 from vadapter.models.encoder import EncoderConfig
 from vadapter.models.layers import Dtype, MlpKind, Norm, linear, partitioned
-from vadapter.models.resampler import Pooler, PoolerConfig
 from vadapter.models.transformer import BlockConfig, Remat, Stack
-from vadapter.parallel.mesh import constrain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,30 +13,30 @@ from typing import Any
 import optax
 from clu.parameter_overview import get_parameter_overview
 
-from vadapter import buckets, storage
+from vadapter.checkpoints.component_store import ComponentStore
+from vadapter.checkpoints.digest import combined, tree_digests
+from vadapter.checkpoints.manager import Checkpointer
 from vadapter.config import differences, plain
 from vadapter.data.batch import Batch, check_batch
+from vadapter.data.open import describe
 from vadapter.data.pipeline import Schedule, make_loader
+from vadapter.distributed import hosts, watchdog
+from vadapter.distributed.compile import jit
+from vadapter.distributed.memory import memory_errors
+from vadapter.distributed.mesh import on, places, to_mesh
+from vadapter.distributed.preemption import fault, signals
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted, disk_errors
-from vadapter.parallel import hosts, watchdog
-from vadapter.parallel.compile import jit
-from vadapter.parallel.memory import memory_errors
-from vadapter.parallel.mesh import on, places, to_mesh
-from vadapter.train import handover
-from vadapter.train.agree import require_own_rows, shared_run
-from vadapter.train.checkpoint import Checkpointer
-from vadapter.train.digest import combined, tree_digests
-from vadapter.train.evaluator import Evaluator
-from vadapter.train.inputs import describe
-from vadapter.train.interrupts import fault, signals
-from vadapter.train.journal import Journal
-from vadapter.train.optim import learning_rate, make_optimizer
-from vadapter.train.recipe import Recipe, trained
-from vadapter.train.run import Run, diff_table, made_with
-from vadapter.train.stage import Stage, stage_step
-from vadapter.train.steps import TrainState, init_state
-from vadapter.train.store import ComponentStore
-from vadapter.train.writer import Writer, open_writer, write_json
+from vadapter.evaluate.evaluator import Evaluator
+from vadapter.io import buckets, storage
+from vadapter.recipe.optim import learning_rate, make_optimizer
+from vadapter.recipe.schema import Recipe, trained
+from vadapter.stages import initialization
+from vadapter.stages.run import Run, diff_table, made_with
+from vadapter.stages.stage import Stage, stage_step
+from vadapter.stages.steps import TrainState, init_state
+from vadapter.train.host_agreement import require_own_rows, shared_run
+from vadapter.train.metric_writer import Writer, open_writer, write_json
+from vadapter.train.monitor import Journal
 
 
 def train(
@@ -81,7 +81,7 @@ def train_stage(stage: Stage) -> None:
     """
     identity = stage.identity()
     hosts.require_same(identity, f"what stage {stage.name} trains, and on what")
-    if hosts.of_first((stage.directory / handover.DONE).is_file(), f"{stage.name}: done?"):
+    if hosts.of_first((stage.directory / initialization.DONE).is_file(), f"{stage.name}: done?"):
         _check_done(stage, identity)
         if hosts.first():
             print(f"{stage.name}: done before", flush=True)
@@ -93,7 +93,7 @@ def train_stage(stage: Stage) -> None:
     with open_writer(stage.directory, stage.name, c.steps) as writer:
         writer.say(
             f"{c.kind}, {c.steps} steps of {c.batch}, mesh {dict(stage.mesh.shape)}\n"
-            + handover.report(stage.starts, c, stage.abstract)
+            + initialization.report(stage.starts, c, stage.abstract)
         )
         state, frozen = _begin(stage, tx, checkpointer, identity, writer)
         if hosts.first():
@@ -126,7 +126,7 @@ def train_stage(stage: Stage) -> None:
 
 
 def _check_done(stage: Stage, identity: dict[str, Any]) -> None:
-    before = handover.finished(stage.directory)["identity"]
+    before = initialization.finished(stage.directory)["identity"]
     if diff := differences(before, plain(identity)):
         raise CheckpointError(
             f"{stage.directory} was finished with another configuration:\n"
@@ -278,11 +278,11 @@ def _hand_over(
     seconds: float,
 ) -> None:
     """Stores the trained components, then the record that they are complete."""
-    store = ComponentStore(stage.run.workdir / handover.STORE)
+    store = ComponentStore(stage.run.workdir / initialization.STORE)
     digests = {n: store.put(n, state.params[n]) for n in trained(stage.config)}
     record = {"components": digests, "identity": plain(identity), "scores": scores,
               "steps": stage.config.steps, "seconds": round(seconds, 1)}  # fmt: skip
     fault(stage.name, "stored")
     if hosts.first():
-        write_json(stage.directory / handover.DONE, record)
+        write_json(stage.directory / initialization.DONE, record)
     hosts.exchange("", f"{stage.name}: handed over")

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from vadapter import storage
+from vadapter.checkpoints.manager import put_aside, steps
 from vadapter.config import nearest
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.train.checkpoint import put_aside, steps
-from vadapter.train.handover import DONE
-from vadapter.train.lock import run_lock
-from vadapter.train.restore import read_run
+from vadapter.io import storage
+from vadapter.io.lock import run_lock
+from vadapter.stages.initialization import DONE
+from vadapter.stages.restore import read_run
 
 
 def rewind(workdir: Path, step: int, stage: str | None = None) -> tuple[str, int, list[int]]:

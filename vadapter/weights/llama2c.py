@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from vadapter.errors import CheckpointError
-from vadapter.weights.names import Pairs, Table
-from vadapter.weights.tensors import TensorFiles, TensorInfo, blaming, recognise
+from vadapter.weights.name_mapping import Pairs, Table
+from vadapter.weights.safetensors import TensorFiles, TensorInfo, blaming, recognise
 
 TABLE = Table(
     layers="layers.{}.",

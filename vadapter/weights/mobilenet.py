@@ -20,8 +20,8 @@ from flax import traverse_util
 
 from vadapter.errors import CheckpointError
 from vadapter.models.mobilenet import MobileNet, MobileNetConfig, block_specs
-from vadapter.weights import load
-from vadapter.weights.public import Report
+from vadapter.weights import npz
+from vadapter.weights.hf_checkpoint import Report
 
 _NAME = "mobilenet_v2_1.0_224"
 _ENDS = (".json", "_float16.npz")
@@ -45,7 +45,7 @@ class MobileNetFiles:
 
     def stamps(self) -> dict[Path, tuple[int, int]]:
         """The two files, each with its size and time of change in ns."""
-        files = [load.require_file(self.path / f"{_NAME}{end}") for end in _ENDS]
+        files = [npz.require_file(self.path / f"{_NAME}{end}") for end in _ENDS]
         return {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
 
     def digest(self) -> str:
@@ -62,8 +62,8 @@ class MobileNetFiles:
           CheckpointError: files that are damaged or describe another network.
         """
         _, kept, left_out = _names(self.path, head=False)
-        found = load.read_npz_headers(self.path / f"{_NAME}{_ENDS[1]}", max_bytes=_MAX_BYTES)
-        used = load.account(abstract, found, kept, ignore=left_out)
+        found = npz.read_npz_headers(self.path / f"{_NAME}{_ENDS[1]}", max_bytes=_MAX_BYTES)
+        used = npz.account(abstract, found, kept, ignore=left_out)
         count = sum(int(np.prod(found[name].shape)) for name, _ in used.values())
         return Report(len(used), len(used), count, ("head",))
 
@@ -93,9 +93,9 @@ def load_mobilenet(path: Path, *, head: bool = False) -> tuple[MobileNetConfig, 
       CheckpointError: a file is missing or damaged, or describes another network.
     """
     config, kept, left_out = _names(path, head=head)
-    tensors = load.read_npz(path / f"{_NAME}{_ENDS[1]}", max_bytes=_MAX_BYTES)
+    tensors = npz.read_npz(path / f"{_NAME}{_ENDS[1]}", max_bytes=_MAX_BYTES)
     tensors = {name: unround(tensor) for name, tensor in tensors.items()}
-    return config, load.assign(_abstract(config), tensors, kept, ignore=left_out)
+    return config, npz.assign(_abstract(config), tensors, kept, ignore=left_out)
 
 
 def _names(path: Path, *, head: bool) -> tuple[MobileNetConfig, dict[str, str], list[str]]:
@@ -138,7 +138,7 @@ def unround(tensor: np.ndarray) -> np.ndarray:
 
 def _name_table(config: MobileNetConfig, graph: Path) -> dict[str, str]:
     """Name in the .npz to path in our tree, once the graph is known to be the network we build."""
-    load.require_file(graph)
+    npz.require_file(graph)
     try:
         layers = json.loads(graph.read_text(encoding="utf-8"))["layers"]
         names = [layer["name"] for layer in layers]

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import jax
 
-from vadapter import storage
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.models.variants import expand
+from vadapter.io import storage
+from vadapter.models.registry import expand
+from vadapter.weights.hf_checkpoint import Checkpoint, Report, locate
 from vadapter.weights.mobilenet import MobileNetFiles
-from vadapter.weights.public import Checkpoint, Report, locate
 
 PREFIX = "sha256:"  # of a digest of files, unlike that of stored arrays
 

@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from official_files import MAKERS, vqav2
-from plain_files import write_json
+from support.official_files import MAKERS, vqav2
+from support.plain_files import write_json
 
-from vadapter.cli import main
+from vadapter.cli.main import main
 from vadapter.data.benchmarks.prepare import prepare
 from vadapter.data.benchmarks.registry import BENCHMARKS, open_benchmark
 from vadapter.data.sources.tfds import TfdsSource

@@ -1,12 +1,12 @@
 """`vadapter data doctor`: what is there, what is missing, and where it officially comes from."""
 
 import shutil
-from pathlib import Path
 
 import pytest
-from official_files import MAKERS, vqav2
+from support.official_files import MAKERS, vqav2
+from support.paths import README
 
-from vadapter.cli import main
+from vadapter.cli.main import main
 from vadapter.data.benchmarks.registry import BENCHMARKS
 
 
@@ -86,7 +86,7 @@ def test_an_unknown_name_tells_the_nearest(capsys):
 
 
 def test_the_readme_tells_the_counts_and_pages_of_all():
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    readme = README.read_text()
     for name, row in BENCHMARKS.items():
         (line,) = (line for line in readme.splitlines() if line.startswith(f"| {name} | "))
         media, texts, _ = row.splits[row.split]

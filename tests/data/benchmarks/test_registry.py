@@ -6,13 +6,13 @@ import pickle
 from pathlib import Path
 
 import pytest
-from official_files import MAKERS, TEN, shrunk, vqav2
-from plain_files import content, edit, move_into_zip, write_json, write_tar
+from support.official_files import MAKERS, TEN, shrunk, vqav2
+from support.plain_files import content, edit, move_into_zip, write_json, write_tar
 
 from vadapter.data.benchmarks.registry import BENCHMARKS, open_benchmark, training_questions
 from vadapter.data.benchmarks.source import BenchmarkSource
 from vadapter.data.example import Source
-from vadapter.data.media import load_media
+from vadapter.data.media.frames import load_media
 from vadapter.errors import ConfigError
 
 ALL = sorted(BENCHMARKS)

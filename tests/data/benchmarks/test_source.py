@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from official_files import MAKERS, flickr8k, msrvtt, shrunk, vqav2
-from plain_files import edit, move_into_zip
+from support.official_files import MAKERS, flickr8k, msrvtt, shrunk, vqav2
+from support.plain_files import edit, move_into_zip
 
 from vadapter.data.benchmarks.registry import BENCHMARKS, open_benchmark
 from vadapter.data.benchmarks.source import BenchmarkSource

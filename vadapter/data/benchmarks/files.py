@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from vadapter.data import tar, zips
 from vadapter.data.benchmarks.benchmark import Benchmark, File, Place
-from vadapter.data.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
+from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
+from vadapter.data.shards import tar, zips
 from vadapter.errors import DataError
 
 _MAX_TEXT = 2 << 30  # the largest official annotation file has 0.4 GB

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from vadapter.data import tables
+from vadapter.data.annotations import annotation_tables
 from vadapter.data.benchmarks.benchmark import File, Record
 from vadapter.data.benchmarks.files import locate, missing, official, read_json
 from vadapter.data.example import Question
@@ -115,10 +115,13 @@ def video_qa(
 
 
 def rows(folder: Path, split: str, file: File) -> Iterator[Record]:
-    """JSON lines beside tar shards, as `vadapter.data.tables` explains them."""
+    """JSON lines beside tar shards, see `annotation_tables`."""
     found = locate(folder, file, split)
     if found is None:
         raise DataError(missing(folder, file, split))
-    lines = ((at, tables.media_name(at, row), row) for at, row in tables.read_rows(found[0], split))
-    for name, (captions, qa) in tables.gather(lines).items():
+    lines = (
+        (at, annotation_tables.media_name(at, row), row)
+        for at, row in annotation_tables.read_rows(found[0], split)
+    )
+    for name, (captions, qa) in annotation_tables.gather(lines).items():
         yield Record(name, PurePosixPath(name).stem, captions, qa)

@@ -1,4 +1,4 @@
-"""The data sets of files. One module a form; `vadapter.train.inputs.SOURCES` names them.
+"""The data sets of files. One module a form; `vadapter.data.open.SOURCES` names them.
 
 What becomes of bad data. Refused: building the source, or reading, ends with a DataError that names
 file, line or member, and what to do. Masked: the example keeps its place in the order with weight

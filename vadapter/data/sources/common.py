@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from vadapter.data import tables
+from vadapter.data.annotations import annotation_tables
 from vadapter.data.example import Example
-from vadapter.data.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
-from vadapter.data.scan import MEDIA
+from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
+from vadapter.data.shards.shard_scan import MEDIA
 from vadapter.errors import ConfigError, DataError
 
 MAX_BAD = 0.001  # share of examples without usable text
@@ -43,7 +43,7 @@ def kind_and_key(known: Collection[str], columns: Mapping[str, str], where: str)
       ConfigError: `columns` names a key that is not ours, or a column that there is not.
       DataError: no column of media.
     """
-    tables.rename({}, columns)
+    annotation_tables.rename({}, columns)
     for theirs in columns.values():
         if theirs.split(".")[0] not in known:
             raise ConfigError(
@@ -58,10 +58,10 @@ def kind_and_key(known: Collection[str], columns: Mapping[str, str], where: str)
     )
 
 
-def texts_or_fault(where: str, row: dict[str, Any]) -> tuple[tables.Texts, str]:
+def texts_or_fault(where: str, row: dict[str, Any]) -> tuple[annotation_tables.Texts, str]:
     """The texts of a row, or none and why they cannot be used."""
     try:
-        return tables.texts(where, row), ""
+        return annotation_tables.texts(where, row), ""
     except DataError as error:
         return ((), ()), str(error)
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vadapter import storage
-from vadapter.data import parquet, tables
+from vadapter.data.annotations import annotation_tables
 from vadapter.data.example import Example
-from vadapter.data.shards import find, open_shards
+from vadapter.data.shards import parquet_rows
+from vadapter.data.shards.shard_set import find, open_shards
 from vadapter.data.sources.common import kind_and_key, texts_or_fault
 from vadapter.errors import DataError
+from vadapter.io import storage
 
 
 class ParquetImages:
@@ -25,7 +26,7 @@ class ParquetImages:
       folder: the folder of files.
       split: files `<split>-NNN-of-NNN.parquet`, all of them.
       shards: instead, files by a pattern, see `CaptionTars`.
-      columns: our key -> its column, such as {"caption": "text"}; see `vadapter.data.tables`.
+      columns: our key -> its column, such as {"caption": "text"}; see `annotation_tables`.
       index: the index file, if it is not `index.vadapter` in the folder.
 
     Raises:
@@ -50,11 +51,11 @@ class ParquetImages:
         self._ends = sizes.cumsum()
         if not len(self):
             raise DataError(f"{folder}: 0 usable examples in split {split!r}; check its files")
-        known = parquet.column_names(folder / names[0])
+        known = parquet_rows.column_names(folder / names[0])
         self._renamed = dict(columns or {})
         self.kind, self._media = kind_and_key(known, self._renamed, str(folder / names[0]))
         theirs = {path.split(".")[0] for path in self._renamed.values()}
-        self._names = tuple(name for name in known if name in theirs | set(tables.KEYS))
+        self._names = tuple(name for name in known if name in theirs | set(annotation_tables.KEYS))
         files = [(f["name"], f["size"], f["digest"]) for f in self._shards.facts]
         said = json.dumps([self.kind, files, sorted(self._renamed.items()), self._names])
         self._digest = hashlib.sha256(said.encode()).hexdigest()
@@ -99,6 +100,10 @@ class ParquetImages:
         row = index - (int(self._ends[place]) - count)
         group = int(self._shards.name(member).rpartition("/")[2])
         file = self._shards.shards[shard]
-        data = parquet.read_row(file.path, (file.size, file.mtime_ns), group, row, names)
-        data = {key: v for key, v in tables.rename(data, self._renamed).items() if v is not None}
+        data = parquet_rows.read_row(file.path, (file.size, file.mtime_ns), group, row, names)
+        data = {
+            key: v
+            for key, v in annotation_tables.rename(data, self._renamed).items()
+            if v is not None
+        }
         return self._shards.facts[shard]["name"], first + row, data

@@ -5,18 +5,18 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vadapter import storage
-from vadapter.data import tables
+from vadapter.data.annotations import annotation_tables
 from vadapter.data.example import Example
 from vadapter.data.sources.common import digest_of, kind_of
 from vadapter.errors import DataError
+from vadapter.io import storage
 
 
 class ImageFolder:
     """Images or clips as single files, with captions or questions in one table.
 
     Args:
-      table: JSON lines, CSV, TSV, COCO captions or Karpathy's JSON, see `vadapter.data.tables`.
+      table: JSON lines, CSV, TSV, COCO captions or Karpathy's JSON, see `annotation_tables`.
       folder: what the names in it are relative to; the folder of `table` if None. Either may be
         `gs://…`; a folder there is listed once.
       split: keep the rows of this split, or of several; all of them if None.
@@ -32,15 +32,15 @@ class ImageFolder:
         table: str | Path,
         folder: str | Path | None = None,
         *,
-        split: tables.Split = None,
+        split: annotation_tables.Split = None,
         columns: Mapping[str, str] | None = None,
     ):
         table = storage.as_path(table)
         folder = table.parent if folder is None else storage.as_path(folder)
         listed = storage.files(folder) if storage.remote(folder) else None
-        repeats = table.suffix.lower() in tables.ONE_CAPTION_A_ROW
-        rows = _check_files(tables.read_rows(table, split, columns), folder, listed)
-        texts = tables.gather(rows, repeats=repeats)
+        repeats = table.suffix.lower() in annotation_tables.ONE_CAPTION_A_ROW
+        rows = _check_files(annotation_tables.read_rows(table, split, columns), folder, listed)
+        texts = annotation_tables.gather(rows, repeats=repeats)
         if not texts:
             raise DataError(f"{table}: 0 usable examples in split {split!r}; check its rows")
         self.kind = kind_of(texts, str(table))
@@ -80,10 +80,10 @@ def _fetch(path: str, generation: int) -> bytes:
 
 
 def _check_files(
-    rows: Iterable[tables.Row], folder: Path, listed: Collection[str] | None
+    rows: Iterable[annotation_tables.Row], folder: Path, listed: Collection[str] | None
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for where, row in rows:
-        name = tables.media_name(where, row)
+        name = annotation_tables.media_name(where, row)
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise DataError(f"{where}: {name!r} leaves the folder; use names inside {folder}")
         if name not in listed if listed is not None else not (folder / name).is_file():

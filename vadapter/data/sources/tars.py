@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from vadapter import storage
-from vadapter.data import tables
+from vadapter.data.annotations import annotation_tables
 from vadapter.data.example import Example, Question
-from vadapter.data.shards import ShardSet, find, open_shards
+from vadapter.data.shards.shard_set import ShardSet, find, open_shards
 from vadapter.data.sources.common import MAX_BAD, digest_of, kind_of, settle_bad
 from vadapter.errors import DataError
+from vadapter.io import storage
 
 _TABLES = ("captions.jsonl", "qa.jsonl")
 
@@ -23,7 +23,7 @@ class CaptionTars:
     """Images or clips in tar shards, with captions, questions or both.
 
     The texts come from captions.jsonl and qa.jsonl beside the shards. Where there is neither, they
-    come from the shards, as webdataset and img2dataset write them, see `vadapter.data.scan`. All
+    come from the shards, as webdataset and img2dataset write them, see `shard_scan`. All
     questions about an image are one example.
 
     Shards are read in place. Of texts in the shards some bytes an example stay in memory, or with
@@ -57,7 +57,7 @@ class CaptionTars:
         self._shards.require_unique()
         paths = [folder / name for name in _TABLES if (folder / name).is_file()]
         if paths:
-            rows = [row for path in paths for row in tables.read_rows(path, split)]
+            rows = [row for path in paths for row in annotation_tables.read_rows(path, split)]
             self._rows: _TableRows | _PairRows = _TableRows(self._shards, rows, folder)
         else:
             self._rows = _PairRows(self._shards, folder, max_bad)
@@ -89,12 +89,12 @@ class CaptionTars:
 class _TableRows:
     """Examples whose texts come from tables beside the shards."""
 
-    def __init__(self, shards: ShardSet, rows: list[tables.Row], folder: Path):
-        names = [tables.media_name(where, row) for where, row in rows]
+    def __init__(self, shards: ShardSet, rows: list[annotation_tables.Row], folder: Path):
+        names = [annotation_tables.media_name(where, row) for where, row in rows]
         found = shards.find(names)
         for (where, row), name, member in zip(rows, names, found, strict=True):
             _check_member(shards, where, row, name, member)
-        texts = tables.gather(
+        texts = annotation_tables.gather(
             (where, name, row) for (where, row), name in zip(rows, names, strict=True)
         )
         member_of = dict(zip(names, found, strict=True))

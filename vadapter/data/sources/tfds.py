@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from vadapter.data import tables
+from vadapter.data.annotations import annotation_tables
 from vadapter.data.example import Example
-from vadapter.data.extras import need
+from vadapter.data.optional_deps import need
 from vadapter.data.sources.common import kind_and_key, texts_or_fault
 from vadapter.errors import DataError
 
@@ -38,7 +38,7 @@ class TfdsSource:
       split: such as `train`, `train[:10%]`.
       data_dir: where it was prepared; TFDS' own default if None.
       columns: our key -> its feature, such as {"captions": "captions.text"}; see
-        `vadapter.data.tables`.
+        `vadapter.data.annotations.annotation_tables`.
 
     Raises:
       ConfigError: an unknown feature, or TFDS is not installed.
@@ -111,7 +111,7 @@ class TfdsSource:
             raise DataError(
                 f"{self._where}: record {index} cannot be read ({error}); prepare it again"
             ) from error
-        row = tables.rename(record, self._renamed)
+        row = annotation_tables.rename(record, self._renamed)
         return {key: v if key == self._media else _plain(v) for key, v in row.items()}
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from vadapter.errors import CheckpointError
 from vadapter.weights import llama2c
-from vadapter.weights.names import Part, Table
-from vadapter.weights.tensors import TensorFiles
+from vadapter.weights.name_mapping import Part, Table
+from vadapter.weights.safetensors import TensorFiles
 
 Config = Mapping[str, Any]
 Spec = dict[str, Any]

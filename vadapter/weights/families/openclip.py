@@ -12,8 +12,8 @@ from typing import Any
 
 from vadapter.errors import CheckpointError
 from vadapter.weights.families.language import Config, Family, Spec
-from vadapter.weights.names import Part, Patches, Table, Tokens
-from vadapter.weights.tensors import TensorFiles
+from vadapter.weights.name_mapping import Part, Patches, Table, Tokens
+from vadapter.weights.safetensors import TensorFiles
 
 CONFIG = "open_clip_config.json"
 _WEIGHTS = "open_clip_model.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 
 from vadapter.errors import CheckpointError
 from vadapter.weights.families.language import Family, Spec, activation
-from vadapter.weights.names import Part, Patches, Table, Tokens
+from vadapter.weights.name_mapping import Part, Patches, Table, Tokens
 
 Config = Mapping[str, Any]
 

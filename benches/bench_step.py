@@ -1,0 +1,150 @@
+"""How fast a stage trains here: `python -m benches.bench_step --help`.
+
+Random weights and pictures at the recipe's sizes; nothing is read from disk. The share of the peak
+is that of the products that the step needs (`flops.formula`: nothing recomputed) at the measured
+step time, over a large matrix product's rate measured in the same run.
+
+Legend: B batch, F frames, n size of the matrices.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vadapter import __version__, config
+from vadapter.distributed.memory import exhausted
+from vadapter.distributed.mesh import make_mesh
+from vadapter.models.generate import Decode
+from vadapter.plan import flops
+from vadapter.plan.abstract_program import Program
+from vadapter.recipe.schema import read
+
+MATMUL = {"cpu": 1024}  # n; elsewhere 8192
+
+
+def matmul_peak(n: int = 0, repeats: int = 20) -> float:
+    """FLOP/s of a bfloat16 product of two random n × n matrices on one device."""
+    n = n or MATMUL.get(jax.default_backend(), 8192)
+    a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.bfloat16)
+    product = jax.jit(lambda a, b: a @ b)
+    return 2 * n**3 / statistics.median(_times(lambda: product(a, b), repeats))
+
+
+def _times(run: Callable[[], Any], repeats: int, at_once: int = 5) -> list[float]:
+    """Seconds of a call, each the mean of a few that are not waited for one by one."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(max(repeats // at_once, 1)):
+        began, out = time.perf_counter(), None
+        for _ in range(at_once):
+            out = run()
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - began) / at_once)
+    return times
+
+
+def bench(program: Program, *, repeats: int = 20, max_new: int = 0) -> dict[str, Any]:
+    """Compiles and times a stage's step, and writing texts if `max_new` is above 0.
+
+    Args:
+      repeats: steps.
+      max_new: tokens of each text.
+
+    Returns:
+      `compile_s`, `ms` (median a step), `rows_s`, `tflops` (of the formula) and `tflops_run`
+      (recomputation counted too) a second and device, `temporary_gb`; with texts `texts_s`.
+    """
+    rows, devices = program.config.batch, program.mesh.size
+    state, frozen, batch = program.random()
+    began = time.perf_counter()
+    compiled = program.train_step().lower(state, frozen, batch).compile()
+    memory: Any = compiled.memory_analysis()
+    out: dict[str, Any] = {"compile_s": time.perf_counter() - began}
+    live = [state]
+
+    def run() -> Any:
+        live[0], metrics = compiled(live[0], frozen, batch)
+        return metrics
+
+    seconds = statistics.median(_times(run, repeats))
+    loss = float(run()["loss"])
+    counted = flops.count(program.step, *program.arguments())
+    each = flops.formula(program.model, program.learns, program.sizes)
+    needed = rows * sum(each.values()) if each else counted
+    out |= {
+        "ms": 1000 * seconds,
+        "rows_s": rows / seconds,
+        "tflops": needed / seconds / devices / 1e12,
+        "tflops_run": counted / seconds / devices / 1e12,
+        "temporary_gb": memory.temp_size_in_bytes / 1e9,
+        "loss": loss,
+    }
+    if max_new and program.captions:
+        params = live[0].params | frozen
+        texts = jax.jit(program.decode(Decode(max_new)))
+        began = time.perf_counter()
+        decode = texts.lower(params, batch).compile()
+        out["decode_compile_s"] = time.perf_counter() - began
+        out["texts_s"] = rows / statistics.median(_times(lambda: decode(params, batch), 2, 2))
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        out["peak_gb"] = stats["peak_bytes_in_use"] / 1e9  # of the process, so far
+    return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints one JSON object a line: the machine, then each setting."""
+    parser = argparse.ArgumentParser("bench_step", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGS]", help="the recipe")
+    parser.add_argument("--stage", default="", metavar="S", help="the chain's last")
+    parser.add_argument("--batch", default="0", metavar="N,…", help="rows a step (the stage's)")
+    parser.add_argument("--frames", default="1", metavar="F,…", help="of a row (1: pictures)")
+    parser.add_argument("--remat", default="", metavar="R,…", help="instead of the components' own")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="steps (20)")
+    parser.add_argument("--max-new", type=int, default=0, metavar="N", help="time texts too")
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [item for item in rest if not item.startswith("--config.")]:
+        parser.error(f"unknown {' '.join(unknown)}")
+    values = config.load(args.config)
+    config.override(values, [item.removeprefix("--config.") for item in rest])
+    recipe = read(values)
+    stage = args.stage or recipe.chain[-1]
+    peak = matmul_peak()
+    device = jax.devices()[0]
+    _say({
+        "device": device.device_kind, "devices": jax.device_count(), "matmul_tflops": peak / 1e12,
+        "jax": jax.__version__, "python": sys.version.split()[0], "vadapter": __version__,
+    })  # fmt: skip
+    mesh = make_mesh(recipe.mesh)
+    for batch in map(int, args.batch.split(",")):
+        for frames in map(int, args.frames.split(",")):
+            for remat in args.remat.split(","):
+                setting = {"config": args.config, "stage": stage, "batch": batch, "remat": remat}
+                program = Program(
+                    recipe, stage, mesh, batch=batch, frames=frames, remat=remat
+                )  # fmt: skip
+                setting |= {"frames": program.sizes.get("F", 0)}
+                try:
+                    found = bench(program, repeats=args.repeats, max_new=args.max_new)
+                    found["share"] = found["tflops"] * 1e12 / peak
+                except jax.errors.JaxRuntimeError as error:
+                    if not exhausted(error):
+                        raise
+                    found = {"error": "out of memory"}
+                _say(setting | found)
+
+
+def _say(row: dict[str, Any]) -> None:
+    short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+    print(json.dumps(short), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Whoever shows the encoder a picture shows it as the encoder wants it, or as its data set says."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from support import runs, tiny
+from support.processors import picture
+from support.recipes import SIZE, tiny_recipe
+
+from vadapter.data.example import Example
+from vadapter.data.media.images import View, resize
+from vadapter.data.open import make_source, train_tokenizer
+from vadapter.distributed.mesh import MeshConfig, make_mesh
+from vadapter.errors import ConfigError
+from vadapter.evaluate import describe
+from vadapter.evaluate.evaluator import score
+from vadapter.models.registry import make_module
+from vadapter.recipe.schema import DataConfig, EvalConfig, read
+from vadapter.stages.feature_cache import encoded
+from vadapter.stages.run import Run
+from vadapter.stages.stage import Stage
+
+# Nothing of it is a default, and each part of it shows in the pixels.
+KEYS = {"fit": "crop", "interpolation": "bilinear", "crop_pct": 0.75, "floor": True}
+VIEW = View(SIZE, "crop", "bilinear", 0.75, True)
+PIXELS = picture(75, 99)
+ONE = DataConfig({"kind": "folder"}, "caption", text_len=40)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Drawn pictures, the first of them like a photo and oblong."""
+    made = runs.prepare(tmp_path_factory.mktemp("pictures"))
+    Image.fromarray(PIXELS).save(made / "shapes" / "00.png")
+    return made
+
+
+def wanting(config, **keys):
+    """The recipe with an encoder that wants `VIEW`."""
+    with config.unlocked():
+        config.components.encoder.update(KEYS)
+        config.data.pictures.update(cache=False, flip=False, **keys)
+    return read(config)
+
+
+class Few(list):
+    kind = "image"
+
+
+class Seen:
+    """A decoder that keeps the pictures and says nothing."""
+
+    def __init__(self, tokenizer, frames):
+        self.tokenizer, self.frames = tokenizer, frames
+        self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+
+    def batches(self, params, batches, how, shown=None):
+        self.frames += [np.asarray(batch["frames"]) for batch in batches]
+        yield [(i, "a bar", True) for i in range(2)]
+
+    def texts(self, params, batches, max_new):
+        return next(self.batches(params, batches, max_new))
+
+
+@pytest.mark.parametrize("name", ["vision", "decoder"])
+def test_a_stage_trains_on_the_encoders_view(folder, tmp_path, name):
+    config = tiny_recipe(folder / "shapes") if name == "vision" else runs.small(folder)
+    stage = Stage(Run(wanting(config), tmp_path), name)
+    assert stage.view == VIEW
+    items, transform = stage.stream("pictures", {})
+    np.testing.assert_array_equal(transform(items[0])["frames"], resize(PIXELS[None], VIEW))
+
+
+def test_each_part_of_the_view_shows_in_the_pixels():
+    shown = resize(PIXELS[None], VIEW)
+    for key in KEYS:
+        assert not np.array_equal(shown, resize(PIXELS[None], View(SIZE, **without(key)))), key
+
+
+def without(key):
+    return {"fit": "stretch"} if key == "fit" else {k: v for k, v in KEYS.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("keys", "view"),
+    [
+        ({"fit": "pad"}, dataclasses.replace(VIEW, fit="pad")),
+        ({"size": 2 * SIZE}, dataclasses.replace(VIEW, size=2 * SIZE)),
+        ({"fit": "", "size": 0}, VIEW),
+    ],
+)
+def test_a_data_set_may_be_seen_otherwise(folder, tmp_path, keys, view):
+    stage = Stage(Run(wanting(runs.small(folder), **keys), tmp_path), "decoder")
+    items, transform = stage.stream("pictures", {})
+    np.testing.assert_array_equal(transform(items[0])["frames"], resize(PIXELS[None], view))
+
+
+def test_without_an_encoder_a_data_set_says_how_large_pictures_are():
+    assert dataclasses.replace(ONE, size=8, fit="pad").view(None) == View(8, "pad")
+    with pytest.raises(ConfigError, match="image_size=0"):
+        ONE.view(None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder, tmp_path_factory):
+    config = read(tiny_recipe(folder / "shapes"))
+    sources = {n: make_source(n, config.data[n]) for n in config.tokenizer.data}
+    return train_tokenizer(config.tokenizer, sources, tmp_path_factory.mktemp("t") / "t.json")
+
+
+def test_an_evaluation_shows_the_view_of_training(tokenizer):
+    seen = []
+    source = Few([Example(name, PIXELS[None], ("a bar",)) for name in "ab"])
+    for data in (ONE, dataclasses.replace(ONE, fit="stretch")):
+        score(Seen(tokenizer, seen), {}, source, data, EvalConfig("x"), VIEW)
+    np.testing.assert_array_equal(seen[0][0], resize(PIXELS[None], VIEW))
+    stretched = dataclasses.replace(VIEW, fit="stretch")
+    np.testing.assert_array_equal(seen[1][0], resize(PIXELS[None], stretched))
+
+
+@pytest.mark.parametrize("fit", ["", "stretch"])
+def test_ones_own_pictures_are_seen_as_those_of_training(folder, tokenizer, monkeypatch, fit):
+    seen = []
+    monkeypatch.setattr(describe, "Decoder", lambda *_: Seen(tokenizer, seen))
+    data = {"pictures": dataclasses.replace(ONE, fit=fit)}
+    loaded = types.SimpleNamespace(
+        view=VIEW, stage="s", tokenizer=tokenizer, model=tiny.stage2(), params={},
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]), config=types.SimpleNamespace(data=data),
+        recipe=types.SimpleNamespace(data=data),
+    )  # fmt: skip
+    replies = list(describe.describe(loaded, [folder / "shapes" / "00.png"] * 2))
+    assert [reply.text for reply in replies] == ["a bar"] * 2
+    view = dataclasses.replace(VIEW, fit=fit or VIEW.fit)
+    np.testing.assert_array_equal(seen[0][0], resize(PIXELS[None], view))
+
+
+def test_tokens_are_cached_of_the_encoders_view(folder, tmp_path):
+    recipe = wanting(runs.small(folder))
+    module = make_module("encoder", recipe.components["encoder"])
+    params = tiny.init(module, jnp.zeros((1, 1, SIZE, SIZE, 3)))
+    source = make_source("pictures", recipe.data["pictures"])
+    made = encoded(
+        source, recipe.data["pictures"], tmp_path, encoder=module, params=params, digest="d" * 64,
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+    )  # fmt: skip
+    wanted, plain = (
+        module.apply({"params": params}, resize(PIXELS[None], view)[None])[0]
+        for view in (VIEW, View(SIZE))
+    )
+    np.testing.assert_allclose(made[0].media, wanted, rtol=2**-8, atol=1e-4)  # bfloat16
+    assert np.abs(np.asarray(plain) - wanted).max() > 0.05

@@ -1,0 +1,138 @@
+"""What a model reads of a benchmark: prompt, examples with or without pictures, the question.
+
+Its tokenizer knows small letters alone.
+"""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.small_benchmarks import write_benchmarks
+
+from vadapter.data.benchmarks.registry import open_benchmark
+from vadapter.data.media.frames import load_media
+from vadapter.data.media.images import resize
+from vadapter.errors import ConfigError, DataError
+from vadapter.evaluate.few_shot import prompting
+from vadapter.evaluate.protocol import resolve
+from vadapter.evaluate.protocols import PROTOCOLS
+from vadapter.evaluate.runner import Decoder, predict
+from vadapter.metrics.scoring import items_of
+from vadapter.models.generate import Decode
+from vadapter.stages.restore import open_run
+
+
+@pytest.fixture(scope="module")
+def data(chain, tmp_path_factory):
+    return write_benchmarks(tmp_path_factory.mktemp("official"), chain / "shapes")
+
+
+@pytest.fixture(scope="module")
+def loaded(chain):
+    return open_run(chain / "run", "vadapter")
+
+
+@pytest.fixture
+def prompts(loaded, data):
+    """(what `prompting` makes of a benchmark with fields of its protocol changed, the items)."""
+
+    def call(name, *overrides):
+        protocol = resolve(PROTOCOLS["paper"], name, ["decode.max_new=4", *overrides])
+        items = items_of(open_benchmark(name, data / name, protocol.split), protocol.task)
+        return prompting(loaded, protocol, data / name, "image", items), items
+
+    return call
+
+
+def reads(loaded, prompts, item):
+    """The row of an item as text, its picture as <>."""
+    row = prompts.row(item, rng=None)
+    words = lambda ids: loaded.tokenizer.decode([int(t) for t in ids if t])  # noqa: E731
+    return f"{words(row['prompt'])}<>{words(row['tokens'][row['segments'] > 0])}"
+
+
+FIRST = r"answer the question given the images\. given"
+ASKED = r"\. question: what is 262148000\? answer:"
+EXAMPLE = r" question: what is (900\d)\? answer: net given"
+
+
+def test_captions_are_asked_for_without_examples(loaded, prompts):
+    made, items = prompts("flickr8k")
+    assert reads(loaded, made, items[0]) == "describe the following:<> :"
+    assert (made.examples, made.shown, made.frames) == ((), None, 1)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_k_text_only_examples_stand_in_front_of_the_picture(loaded, prompts, k):
+    made, items = prompts("okvqa", f"shots={k}")
+    found = re.fullmatch(f"{FIRST}{k * EXAMPLE}<>{ASKED}", reads(loaded, made, items[0]))
+    assert found
+    assert len(set(found.groups())) == k
+    assert len(made.examples) == k
+    assert made.shown is None
+
+
+def test_other_examples_are_drawn_by_another_seed_only(prompts):
+    drawn = [
+        [prompts("okvqa", "shots=1", f"shot_seed={seed}")[0].examples for seed in range(6)]
+        for _ in range(2)
+    ]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 2
+
+
+@pytest.mark.parametrize("name", ["okvqa", "flickr8k"])
+def test_k_image_examples_stand_behind_their_pictures(loaded, prompts, data, name):
+    made, items = prompts(name, "shots=2", "shot_kind=image", "decode.max_new=2")
+    plain, _ = prompts(name, "shots=0")
+    assert reads(loaded, made, items[0]) == reads(loaded, plain, items[0])
+    training = open_benchmark(name, data / name, "train")
+    if name == "okvqa":
+        behind = {f". Question: {q.text} Answer: net Given": 0 for q in training.words(0).qa}
+    else:
+        captions = [training.words(i).captions[0] for i in range(len(training))]
+        behind = {f" : {text} Describe the following:": i for i, text in enumerate(captions)}
+    assert len(set(made.examples)) == 2
+
+    expected = []
+    for text in made.examples:
+        media = training[behind[text]].media
+        assert media is not None
+        pixels = resize(load_media(media, frames=1), loaded.view)
+        visual = loaded.model.encode(loaded.params, {"frames": jnp.asarray(pixels)[None]})
+        expected.append(loaded.model.prefix(loaded.params, visual)[0])
+        llm = loaded.model.modules[loaded.model.lm]
+        ids = jnp.asarray(loaded.tokenizer.encode(text))
+        expected.append(llm.apply({"params": loaded.params[loaded.model.lm]}, ids, method="embed"))
+    np.testing.assert_allclose(made.shown[0], np.concatenate(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_examples_and_beams_change_what_is_said(loaded, prompts):
+    """An image example is read, and not only counted."""
+    made, items = prompts("flickr8k", "shots=1", "shot_kind=image")
+    decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
+
+    def texts(shown, how):
+        return predict(decoder, loaded.params, items, made.row, batch=16, how=how, shown=shown)
+
+    plain = texts(None, Decode(8))
+    assert texts(made.shown, Decode(8)) != plain
+    assert texts(None, Decode(8, beams=3)) != plain
+
+
+def test_the_picture_of_an_example_that_cannot_be_read_is_named(prompts, data):
+    path = data / "okvqa/train2014/COCO_train2014_000000000009.jpg"
+    kept = path.read_bytes()
+    path.write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"^9, an example in the prompt: unusable .*shot_seed"):
+        prompts("okvqa", "shots=1", "shot_kind=image")
+    path.write_bytes(kept)
+
+
+def test_a_prompt_without_room_is_refused_with_how_many_examples_fit(prompts):
+    with pytest.raises(ConfigError, match=r"1 of 2 examples fit: --config\.protocol\.shots=1"):
+        prompts("okvqa", "shots=2", "decode.max_new=90")
+    prompts("okvqa", "shots=1", "decode.max_new=90")
+    with pytest.raises(ConfigError, match=r"lower --config\.protocol\.decode\.max_new"):
+        prompts("flickr8k", "decode.max_new=400")

@@ -1,0 +1,194 @@
+"""Evaluations: what training reported comes out again, and the signs that pictures are used."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import tiny
+
+from vadapter.data.example import Example
+from vadapter.data.media.images import View
+from vadapter.errors import ConfigError
+from vadapter.evaluate.image_ablation import control_scores, make_control
+from vadapter.evaluate.recipe_evals import choose, rescore
+from vadapter.evaluate.runner import Decoder, evaluate
+from vadapter.metrics.scoring import First, Questions
+from vadapter.models.generate import Decode
+from vadapter.stages.restore import open_run
+
+
+@pytest.fixture(scope="module")
+def run(chain, tmp_path_factory):
+    target = tmp_path_factory.mktemp("runner") / "run"
+    return shutil.copytree(chain / "run", target)
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return open_run(run, "vadapter")
+
+
+class Pairs:
+    """Examples of two, one and no questions."""
+
+    kind = "image"
+    asked = ((("a?", "1", "x"), ("b?", "2", "y")), (("c?", "3", "x"),), ())
+
+    def __len__(self):
+        return len(self.asked)
+
+    def __getitem__(self, index):
+        return Example(str(index), None, (), self.asked[index])
+
+
+def test_questions_are_items_of_their_own_up_to_the_limit():
+    items = Questions(Pairs())
+    assert [(e.id, q) for e, (q, *_) in (items[i] for i in range(len(items)))] == [
+        ("0", "a?"),
+        ("0", "b?"),
+        ("1", "c?"),
+    ]
+    assert items.words(2)[1] == ("c?", "3", "x")
+    assert [len(Questions(Pairs(), limit)) for limit in (0, 1, 2, 9)] == [3, 1, 2, 3]
+    assert [len(First(Pairs(), limit)) for limit in (1, 9)] == [1, 3]
+
+
+def test_an_evaluation_gives_the_scores_that_training_reported(run, loaded):
+    before = run / "vadapter" / "eval" / "captions"
+    rows = [json.loads(line) for line in (before / "predictions.jsonl").read_text().splitlines()]
+    scores = json.loads((before / "score.json").read_text())["scores"]
+    result, directory = rescore(loaded, "captions")
+    assert directory == before
+    assert [row["prediction"] for row in result.rows] == [row["prediction"] for row in rows]
+    assert result.scores == pytest.approx(scores)
+    assert result.scores["n"] == len(rows) == 12
+    assert scores["cider"] > 0.05  # it has learnt something: equal zeros would prove little
+    assert json.loads((before / "score.json").read_text())["scores"] == pytest.approx(scores)
+
+
+def test_fewer_examples_in_batches_that_fit_badly_give_the_same_texts(run, loaded):
+    whole = (run / "vadapter" / "eval" / "captions" / "predictions.jsonl").read_text()
+    result, directory = rescore(loaded, "captions", limit=5, batch=3)  # on eight devices
+    assert directory.name == "captions-first-5"
+    full = [json.loads(line)["prediction"] for line in whole.splitlines()]
+    assert [row["prediction"] for row in result.rows] == full[:5]
+    assert (run / "vadapter" / "eval" / "captions" / "predictions.jsonl").read_text() == whole
+    assert json.loads((directory / "score.json").read_text())["eval"]["limit"] == 5
+
+
+def test_what_cannot_be_read_has_no_text_and_does_not_move_the_others(loaded):
+    shape = (1, 32, 32, 3)
+    pictures = [np.full(shape, 40 * i, np.uint8) for i in range(4)]
+    as_source = lambda media: [Example(str(i), m, ("a bar",)) for i, m in enumerate(media)]  # noqa: E731
+    decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
+    texts = []
+    for media in (pictures, [*pictures[:2], b"junk", pictures[3]]):
+        result = evaluate(
+            decoder, loaded.params, as_source(media), task="caption", how=Decode(12), batch=8,
+            view=View(32),
+        )  # fmt: skip
+        texts.append([row["prediction"] for row in result.rows])
+    assert all(texts[0])
+    assert texts[1] == [*texts[0][:2], "", texts[0][3]]
+
+
+class Narrow:
+    """A tokenizer of fewer ids than the model has rows, which remembers what it decodes."""
+
+    def __init__(self, tokenizer, vocab_size):
+        self.tokenizer, self.vocab_size, self.seen = tokenizer, vocab_size, set()
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def decode(self, ids):
+        self.seen |= set(ids)
+        return self.tokenizer.decode(ids)
+
+
+def test_no_id_is_produced_that_the_tokenizer_lacks(loaded):
+    picture = np.full((1, 32, 32, 3), 90, np.uint8)
+    source = [Example(name, picture, ("a bar",)) for name in "ab"]
+    limit = loaded.tokenizer.vocab_size
+    for _ in range(2):  # then without the highest id of the first text
+        tokenizer = Narrow(loaded.tokenizer, limit)
+        decoder = Decoder(loaded.model, tokenizer, loaded.mesh)
+        evaluate(
+            decoder, loaded.params, source, task="caption", how=Decode(12), batch=8, view=View(32)
+        )
+        assert max(tokenizer.seen) < limit
+        limit = max(tokenizer.seen)
+
+
+def test_evaluations_are_chosen_by_name(loaded, run):
+    assert choose(loaded) == ["captions", "answers", "clips"]
+    assert choose(loaded, "clips, answers") == ["clips", "answers"]
+    assert set(choose(loaded, "all")) == {"captions", "answers", "clips"}
+    with pytest.raises(ConfigError, match="--evals=clps: unknown; did you mean 'clips'"):
+        choose(loaded, "clps")
+    with pytest.raises(ConfigError, match=r"reads text alone.* decoder, vadapter, perceiver"):
+        choose(open_run(run, "tlm"))
+    silent = dataclasses.replace(loaded.recipe, evals={}, stages=_without_evals(loaded.recipe))
+    with pytest.raises(ConfigError, match="no evaluations"):
+        choose(dataclasses.replace(loaded, recipe=silent))
+
+
+def _without_evals(recipe):
+    return {n: dataclasses.replace(s, evals=()) for n, s in recipe.stages.items()}
+
+
+@pytest.fixture(scope="module")
+def controlled():
+    """A tiny stage-2 model: (control, params, a function from pictures to a batch)."""
+    model = tiny.stage2()
+    params = {k: tiny.filled(v, seed=i) for i, (k, v) in enumerate(tiny.boxed(model).items())}
+    tokens = np.arange(3, 3 + tiny.B * 4, dtype=np.int32).reshape(tiny.B, 4) % tiny.V
+    same = lambda row: np.broadcast_to(np.array(row), (tiny.B, len(row)))  # noqa: E731
+
+    def batch(frames):
+        return {
+            "frames": jnp.asarray(frames),
+            "prompt": jnp.ones((tiny.B, 1), jnp.int32),
+            "tokens": jnp.asarray(tokens),
+            "segments": jnp.ones_like(tokens),
+            "positions": jnp.asarray(same([0, 1, 2, 3])),
+            "target_at": jnp.asarray(same([0, 1, 2])),
+            "targets": jnp.asarray(tokens[:, 1:]),
+            "weights": jnp.asarray(same([1.0, 1.0, 0.0]).astype(np.float32)),
+        }
+
+    return jax.jit(make_control(model)), params, batch
+
+
+def test_the_control_compares_right_wrong_and_mean_pictures(controlled):
+    control, params, batch = controlled
+    rng = np.random.default_rng(0)
+    shape = (tiny.B, 1, tiny.IMAGE, tiny.IMAGE, 3)
+    frames = rng.integers(0, 256, shape).astype(np.uint8)
+    sums = jax.device_get(control(params, batch(frames)))
+    assert sums["targets"] == 2 * tiny.B
+    assert sums["right"] != pytest.approx(sums["wrong"], rel=1e-6)
+    assert 0 <= sums["between"] <= sums["power"]
+
+    # The wrong picture of a row is that of the row before.
+    rolled = jax.device_get(control(params, batch(np.roll(frames, 1, axis=0))))
+    assert rolled["right"] == pytest.approx(float(sums["wrong"]), rel=1e-5)
+
+    # Of equal pictures none is wrong, and nothing is specific to one of them.
+    equal = jax.device_get(control(params, batch(np.broadcast_to(frames[:1], shape))))
+    assert equal["wrong"] == pytest.approx(float(equal["right"]), rel=1e-5)
+    assert equal["mean"] == pytest.approx(float(equal["right"]), rel=1e-5)
+    assert equal["power"] < 1e-6 * sums["power"]
+
+
+def test_control_scores_are_means_over_all_targets_of_all_batches():
+    first = {"targets": 3.0, "right": 6.0, "wrong": 9.0, "mean": 7.5, "between": 1.0, "power": 4.0}
+    second = {"targets": 1.0, "right": 6.0, "wrong": 3.0, "mean": 0.5, "between": 2.0, "power": 2.0}
+    expected = {"loss": 3.0, "loss_wrong": 3.0, "loss_mean": 2.0, "query_share": 0.5}
+    assert control_scores([first, second]) == expected
+    assert control_scores([{"targets": 4.0, "right": 2.0}]) == {"loss": 0.5}
+    assert control_scores([{"targets": 0.0, "right": 0.0}]) == {"loss": 0.0}

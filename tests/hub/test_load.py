@@ -1,0 +1,169 @@
+"""Whatever is wrong with an export is refused by name; a folder of its own is enough."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support.paths import ROOT
+
+from vadapter import VAdapter
+from vadapter.cli import main
+from vadapter.errors import CheckpointError, ConfigError, UserError
+from vadapter.hub.load import open_export
+from vadapter.hub.write import export
+from vadapter.stages.restore import open_run
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "adapter")
+
+
+def tensors(change, name="model.safetensors"):
+    """Rewrites a file with other tensors."""
+
+    def spoil(folder):
+        found = load_file(folder / name)
+        change(found)
+        save_file(found, folder / name)
+
+    return spoil
+
+
+def flip(name, at):
+    """Flips a bit of one byte."""
+
+    def spoil(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[at] ^= 1
+        (folder / name).write_bytes(content)
+
+    return spoil
+
+
+def record(**keys):
+    """Changes keys of config.json."""
+
+    def spoil(folder):
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | keys))
+
+    return spoil
+
+
+def cut(name):
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - 5)
+
+
+KERNEL = "fc_out/out/kernel"
+FAULTS = {
+    "no record": (lambda f: (f / "config.json").unlink(), "no exported adapter in .*config.json"),
+    "a record cut short": (cut("config.json"), r"config\.json is damaged"),
+    "another record": (record(format="x"), r"config\.json is not the record of an exported"),
+    "a newer version": (record(version=2, vadapter="9.1"), "version 2, written by vadapter 9.1;"),
+    "an unknown key": (record(chian=[]), r"config\.json\.chian: unknown key; did you mean 'chain'"),
+    "a key of another type": (record(step="two"), r"config\.json\.step: expected int"),
+    "another prompt": (record(prompts={}), "trained with other prompts .*install vadapter 0.1"),
+    "another view": (record(view={"size": 32, "crop_pct": 0.5}), "its view is not that of its enc"),
+    "an unknown part": (record(chain=["front", "nose"]), "unknown 'nose'"),
+    "a part that nobody has": (record(trained={}), "trained and frozen are not"),
+    "a text-only kind": (record(kind="lm"), "does not write about pictures"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+    "weights cut short": (cut("model.safetensors"), r"model\.safetensors: it is cut short"),
+    "a changed bit": (flip("model.safetensors", -1), r"model\.safetensors is damaged: \w+ is not"),
+    "no frozen part": (lambda f: (f / "frozen-llm.safetensors").unlink(), "n-llm.* is missing"),
+    "a frozen part cut short": (cut("frozen-llm.safetensors"), "frozen-llm.safetensors: it is cut"),
+    "a changed frozen bit": (flip("frozen-encoder.safetensors", -1), "encoder is not what was exp"),
+    "a tensor too few": (tensors(lambda t: t.pop(KERNEL)), f"{KERNEL}: missing"),
+    "a tensor too many": (tensors(lambda t: t.update(a=np.zeros(3))), "a: left over"),
+    "another shape": (
+        tensors(lambda t: t.update({KERNEL: t[KERNEL][1:]})), r": \[15, 24\] there, \[16, 24\]",
+    ),
+    "another dtype": (
+        tensors(lambda t: t.update({KERNEL: t[KERNEL].astype(np.float16)})), "fc_out is not what",
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
+    "a tokenizer cut short": (cut("tokenizer.json"), r"tokenizer file .*tokenizer\.json"),
+    "another tokenizer": (record(tokenizer="0" * 64), r"tokenizer\.json is not the tokeniz"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_export_is_refused_by_name(copy, fault):
+    spoil, words = FAULTS[fault]
+    open_export(copy)
+    spoil(copy)
+    with pytest.raises(UserError, match=f"(?s){words}"):
+        open_export(copy)
+
+
+def test_a_base_model_that_has_moved_is_named_and_one_that_has_changed_refused(
+    public, folder, tmp_path
+):
+    export(open_run(public), tmp_path / "adapter")
+    values = (tmp_path / "adapter" / "config.json").read_text()
+    values = values.replace(str(folder), "/nowhere")
+    (tmp_path / "adapter" / "config.json").write_text(values)
+    with pytest.raises(CheckpointError, match=r"(?s)no folder '/nowhere/clip'.*\{'encoder': FOLD"):
+        VAdapter.from_pretrained(tmp_path / "adapter")
+    places = {"encoder": str(folder / "clip"), "llm": folder / "llm"}
+    model = VAdapter.from_pretrained(tmp_path / "adapter", weights=places)
+    picture = folder / "shapes" / "02.png"
+    assert model.caption(picture) == VAdapter(open_run(public)).caption(picture)
+
+    other = shutil.copytree(folder / "llm", tmp_path / "llm")
+    flip("model.safetensors", -1)(other)
+    with pytest.raises(CheckpointError, match=r"(?s)llm: .*/llm is not what .*weights=\{'llm': F"):
+        VAdapter.from_pretrained(tmp_path / "adapter", weights=places | {"llm": str(other)})
+    with pytest.raises(ConfigError, match=r"'lm'.*did you mean 'llm'"):
+        VAdapter.from_pretrained(tmp_path / "adapter", weights={"lm": str(other)})
+    with pytest.raises(ConfigError, match=r"'tlm'.*no public frozen part"):
+        VAdapter.from_pretrained(tmp_path / "adapter", weights={"tlm": str(other)})
+
+
+def test_the_verbs_take_an_export_in_the_place_of_its_run(
+    own, exported, public, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(main, "_prepare", lambda: None)
+    picture = str(folder / "shapes" / "02.png")
+
+    def say(*argv):
+        code = main.main([str(item) for item in argv])
+        return code, *capsys.readouterr()
+
+    for argv in (("caption", picture), ("ask", picture, "what is it?")):
+        verb, *rest = argv
+        assert say(verb, exported, *rest) == say(verb, own, *rest)
+    assert (
+        "an export of stage vadapter alone" in say("caption", exported, picture, "--stage=llm")[2]
+    )
+    export(open_run(public), tmp_path / "adapter")
+    place = "--config.components.llm.weights="
+    code, out, _ = say("caption", tmp_path / "adapter", picture, f"{place}{folder / 'llm'}")
+    assert (code, out) == say("caption", public, picture)[:2]
+    assert say("caption", tmp_path / "adapter", picture, f"{place}/nowhere")[0] == 78
+    assert "only components.NAME.weights" in say("caption", exported, picture, "--config.seed=1")[2]
+
+
+def test_a_process_with_the_folder_alone_says_what_the_run_said(own, folder, tmp_path):
+    run = shutil.copytree(own, tmp_path / "run")
+    loaded = open_run(run)
+    export(loaded, tmp_path / "adapter")
+    picture = shutil.copy(folder / "shapes" / "02.png", tmp_path / "p.png")
+    said = VAdapter(loaded).caption(picture)
+    shutil.rmtree(run)
+    script = (
+        "from vadapter import VAdapter as A; print(A.from_pretrained('adapter').caption('p.png'))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=env,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{said}\n"

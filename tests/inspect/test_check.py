@@ -1,0 +1,449 @@
+"""`vadapter check`: what a recipe would train and what would stop it, without doing any of it."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from support import runs, tiny
+from support.public_models import write_model
+from support.public_tokenizers import llama2, neox
+
+from vadapter import config
+from vadapter.cli.main import main
+from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.errors import ConfigError, Problems
+from vadapter.inspect.check import check
+from vadapter.inspect.check_text import as_text
+from vadapter.models.mobilenet import MobileNetConfig
+from vadapter.models.registry import make_module
+from vadapter.recipe.schema import read
+from vadapter.stages.run import Run
+from vadapter.weights import mobilenet, npz
+from vadapter.weights.mobilenet import MobileNetFiles
+from vadapter.weights.safetensors import TensorFiles
+
+CLIP = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 2, "image_size": 32, "num_attention_heads": 2,
+        "patch_size": 8}  # fmt: skip
+LM = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
+      "num_attention_heads": 2, "max_position_embeddings": 512}  # fmt: skip
+
+
+def language_model(folder, tokenizer, model_type, **keys):
+    written = json.loads((tokenizer(folder) / "config.json").read_text())
+    return write_model(folder, {**written, **LM, "model_type": model_type, **keys})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A CLIP, a tiny LM, an LLM and pictures."""
+    folder = tmp_path_factory.mktemp("check")
+    runs.prepare(folder)
+    left_out = {"logit_scale": np.zeros(()), "visual_projection.weight": np.zeros((7, 16))}
+    write_model(folder / "clip", CLIP, "vision_model.", **left_out)
+    language_model(folder / "tlm", neox, "gpt_neox", hidden_size=16)
+    language_model(folder / "llm", llama2, "llama")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_read(monkeypatch):
+    """No tensor, no digest, no compiled program."""
+    fail = lambda *args, **kwargs: pytest.fail("a tensor is read")  # noqa: E731
+    for owner, name in (
+        (TensorFiles, "read"), (TensorFiles, "digest"), (load, "read_npz"),
+        (mobilenet, "load_mobilenet"), (MobileNetFiles, "digest"), (jax, "device_put"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, fail)
+
+
+ONE = "--config.stages.llm.accumulate=1"  # eight devices share a batch of eight
+
+
+def small(world):
+    """llm → decoder → vadapter of `runs`, with a tokenizer that is trained on texts."""
+    made = runs.small(world)
+    made.stages.llm.accumulate = 1
+    return made
+
+
+def public(world, **encoder):
+    """decoder → vadapter, every pretrained part a public checkpoint."""
+    made = runs.small(world)
+    with made.unlocked():
+        made.components.encoder = {"weights": str(world / "clip"), **encoder}
+        made.components.tlm = {"weights": str(world / "tlm")}
+        made.components.llm = {"weights": str(world / "llm")}
+        made.chain = ("decoder", "vadapter")
+        made.stages = {name: made.stages[name] for name in made.chain}
+        made.tokenizer.data = ()
+        made.data.pictures.update(text_len=80, target_len=78)
+        made.stages.decoder.start = {}
+        made.stages.vadapter.start = {"front": "decoder", "tlm": "decoder"}
+    return made
+
+
+def looked(made, workdir=None):
+    """Facts and problems of a ConfigDict."""
+    return check(lambda: read(made), workdir)[0]
+
+
+def stages(facts):
+    return {stage["name"]: stage for stage in facts["stages"]}
+
+
+def parts(stage):
+    return {part["name"]: part for part in stage["components"]}
+
+
+def shapes(part):
+    of = lambda leaf: leaf and leaf["shape"][1:]  # noqa: E731
+    enters = part["enters"]
+    return of(enters) if "shape" in enters else {k: of(v) for k, v in enters.items()}, of(
+        part["leaves"]
+    )
+
+
+# -- what it tells -----------------------------------------------------------------------------
+
+
+def test_the_quickstart_is_told_from_pixels_to_words_without_a_problem():
+    facts = looked(config.load("configs/quickstart.py"))
+    assert facts["problems"] == []
+    assert [s["name"] for s in facts["stages"]] == list(config.load("configs/quickstart.py").chain)
+    stage = stages(facts)["vadapter"]
+    flow = {name: shapes(part) for name, part in parts(stage).items()}
+    lm = {"prompt": [24], "prefix": [8, 128], "tokens": [64]}
+    assert flow == {
+        "encoder": ([8, 64, 64, 3], [8, 64, 96]),
+        "resampler": ([8, 64, 96], [8, 96]),
+        "fc_in": ([8, 96], [8, 96]),
+        "tlm": ([8, 96], [8, 96]),
+        "fc_out": ([8, 96], [8, 128]),
+        "llm": (lm, [60, 512]),
+    }
+    assert [p["name"] for p in stage["components"] if not p["trained"]] == ["encoder", "llm"]
+    assert parts(stage)["tlm"]["start"]["from"] == "stage decoder"
+    assert parts(stage)["tlm"]["start"]["left_out"] == ["embedding.embedding"]
+    assert parts(stage)["fc_out"]["start"]["from"] == "random"
+    data = {d["name"]: (d["task"], d["examples"], d["use"]) for d in stage["data"]}
+    assert data["images"] == ("caption", 8000, ["train 2"])
+    assert data["held_images"] == ("caption", 200, ["loss", "eval captions"])
+    vision = {name: shapes(part) for name, part in parts(stages(facts)["vision"]).items()}
+    assert vision["pooler"] == ([1, 64, 96], [9, 96])
+    assert vision["fusion"][1] == [30, 512]
+
+
+@pytest.mark.parametrize(("encoder", "llm"), [("b", "1b"), ("l", "1b"), ("g", "8b")])
+def test_the_papers_scales_are_told_and_only_what_is_not_there_is_missing(
+    encoder, llm, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("VADAPTER_DATA", raising=False)
+    arg = f"encoder={encoder},llm={llm}"
+    facts = looked(config.load(f"configs/paper.py:{arg}"), tmp_path)
+    stage = stages(facts)["vadapter"]
+    frozen = {"b": 0.087, "l": 0.304, "g": 1.01}[encoder] + {"1b": 1.6, "8b": 9.64}[llm]
+    assert stage["parameters"]["frozen"] / 1e9 == pytest.approx(frozen, rel=0.02)
+    assert stage["memory"]["frozen"] == 2 * stage["parameters"]["frozen"]  # bfloat16
+    learnt = stage["parameters"]["trained"]
+    assert (stage["memory"]["trained"], stage["memory"]["moments"]) == (4 * learnt, 8 * learnt)
+    assert shapes(parts(stage)["encoder"])[0] == [8, 288, 288, 3]
+    assert shapes(parts(stage)["llm"])[0]["prefix"][0] == 256
+    problems = "\n".join(facts["problems"])
+    missing = ("pretrained/encoder", "pretrained/llm", "stage1/decoder")
+    assert len(facts["problems"]) == len(missing) + 2
+    assert all(f"stage {name} is not finished" in problems for name in missing)
+    assert all(f"data.{name}.source" in problems for name in ("pairs", "clips"))
+
+
+@pytest.mark.parametrize("arg", ["stage=1", "adapter=resampler", "adapter=mlp", "front=pooler"])
+def test_the_papers_other_rows_go_through_their_models(arg, tmp_path, monkeypatch):
+    monkeypatch.delenv("VADAPTER_DATA", raising=False)
+    facts = looked(config.load(f"configs/paper.py:{arg}"), tmp_path)
+    for stage in facts["stages"]:
+        assert all(part["leaves"] for part in stage["components"])
+    assert all("not finished" in p or "source" in p for p in facts["problems"])
+
+
+def test_public_checkpoints_are_told_by_their_headers(world):
+    facts = looked(public(world))
+    assert facts["problems"] == []
+    stage = stages(facts)["vadapter"]
+    start = parts(stage)["encoder"]["start"]
+    assert start["weights"] == str(world / "clip")
+    weights = world / "clip" / "model.safetensors"
+    assert (start["files"], start["bytes"]) == (1, weights.stat().st_size)
+    assert start["tensors"] == 5 + 2 * 16
+    assert start["left_out"] == ["logit_scale", "visual_projection.weight"]
+    tokenizer = stage["tokenizer"]
+    assert tokenizer["of"] == "llm"
+    assert tokenizer["bos"] == [{"id": 1, "token": "<s>"}]
+    assert tokenizer["eos"] == tokenizer["stop"] == [{"id": 2, "token": "</s>"}]
+    assert tokenizer["padding_rows"] == 7
+    assert stages(facts)["decoder"]["tokenizer"]["bos"] == [{"id": 0, "token": "<|endoftext|>"}]
+
+
+def test_the_text_is_aligned_narrow_and_says_the_same(world):
+    text = as_text(looked(public(world)))
+    assert max(map(len, text.splitlines())) < 100
+    assert re.search(r"\n  encoder +vit +u8\[B,1,32,32,3\] +[\d,]+ +frozen +…?\S+clip\n", text)
+    assert re.search(r"\n +→ \[B,1,16,16\] +1 file, \d+\.?\d* kB\n", text)
+    assert "37 tensors" in text
+    assert "2 left out" in text
+    assert re.search(r"eos 2 </s>, stop 2 </s>; llm has \d+ rows, 7\s+of\s+padding", text)
+    assert re.search(r"\n  pictures +caption +train 1 +24  1 × 32 px, prompt \d+, text 80", text)
+
+
+def test_int8_halves_what_the_frozen_llm_takes(world):
+    made = public(world)
+    whole = stages(looked(made))["vadapter"]["memory"]["frozen"]
+    with made.unlocked():
+        made.components.llm.int8 = True
+    facts = looked(made)
+    assert facts["problems"] == []
+    stage = stages(facts)["vadapter"]
+    assert parts(stage)["llm"]["int8"]
+    assert stage["memory"]["frozen"] < 0.65 * whole
+    assert "float32 and int8" in as_text(facts)
+
+
+def test_memory_is_also_that_of_one_device_of_the_mesh(world):
+    made = public(world)
+    with made.unlocked():
+        made.mesh = {"data": 1, "fsdp": 4, "tensor": 2}
+    memory = stages(looked(made))["vadapter"]["memory"]
+    assert memory["moments"] / 8 < memory["per_device"]["moments"] < memory["moments"] / 2
+    with made.unlocked():
+        made.mesh = {"data": 3, "fsdp": 1, "tensor": 1}
+    facts = looked(made)
+    assert "per_device" not in stages(facts)["vadapter"]["memory"]
+    assert facts["mesh"] is None
+    assert ["does not cover 8 devices" in p for p in facts["problems"]] == [True]
+
+
+def test_a_tokenizer_that_is_yet_to_be_trained_is_told_as_a_bound(world, monkeypatch, tmp_path):
+    monkeypatch.setattr(Tokenizer, "save", lambda *args: pytest.fail("it is trained"))
+    facts = looked(small(world), tmp_path)
+    assert facts["problems"] == []
+    tokenizer = stages(facts)["vadapter"]["tokenizer"]
+    assert (tokenizer["of"], tokenizer["exact"], tokenizer["vocab_size"]) == ("run", False, 320)
+    assert "yet to be trained: at most 320 ids" in as_text(facts)
+
+
+# -- what it leaves alone ----------------------------------------------------------------------
+
+
+def finished_llm(folder, world):
+    """Its tokenizer has reached 300 ids of the 320 that it may have."""
+    spec = {**small(world).components.llm.to_dict(), "vocab_size": 300}
+    runs.hand_over(folder, {"llm": tiny.init(make_module("llm", spec), np.zeros((1, 2), int))})
+
+
+def state(folder):
+    """All that lies there, with its content and its times."""
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_nothing_is_written_anywhere(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("VADAPTER_COMPILE_CACHE", str(tmp_path / "compiled"))
+    recipe, before = runs.write_recipe(world), state(world)
+    finished_llm(tmp_path / "run" / "llm", world)
+    there = state(tmp_path)
+    assert main(["check", f"--config={recipe}", ONE, f"--workdir={tmp_path / 'run'}"]) == 0
+    assert main(["check", f"--config={recipe}", ONE]) == 0
+    looked(public(world), tmp_path / "other")
+    assert (state(world), state(tmp_path)) == (before, there)
+    assert "llm: lm, 6 steps of 8, float32, mesh data=8 fsdp=1 tensor=1, done before" in (
+        capsys.readouterr().out
+    )
+
+
+def test_no_program_is_compiled(world):
+    compiled = []
+    listen = lambda name, *_, **__: compiled.append(name) if "compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        looked(public(world))
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert [name for name in compiled if "backend" in name] == []
+
+
+@pytest.mark.data
+def test_mobilenet_is_matched_by_its_graph_and_headers_alone(data_root, tmp_path):
+    abstract = mobilenet._abstract(MobileNetConfig())
+    folder = data_root / "weights/mobilenet"
+    found = MobileNetFiles.open(folder).match(abstract)
+    assert (found.tensors, found.parameters) == (104, 2_223_872 - 17_056)
+    assert found.left_out == ("head",)
+    small = mobilenet._abstract(MobileNetConfig(width_mult=0.5))
+    with pytest.raises(npz.CheckpointError, match="mismatched: block_00"):
+        MobileNetFiles.open(folder).match(small)
+
+
+# -- what it finds -----------------------------------------------------------------------------
+
+
+def spoil_weights(made, world, tmp_path):
+    drop = lambda tensors: tensors.pop("vision_model.pre_layrnorm.bias")  # noqa: E731
+    write_model(tmp_path / "clip", CLIP, "vision_model.", spoil=drop)
+    made.components.encoder.weights = str(tmp_path / "clip")
+
+
+def small_vocabulary(made, world, tmp_path):
+    made.components.tlm.vocab_size = 300
+
+
+def no_pictures(made, world, tmp_path):
+    made.data.pictures.source = made.data.documents.source
+
+
+def another_llm(made, world, tmp_path):
+    made.components.other = made.components.llm.to_dict() | {"depth": 2}
+    vadapter = made.stages.vadapter
+    del vadapter.start["llm"]
+    vadapter.start.other = "llm"
+    vadapter.update(lm="other", rename={"other": "llm"})
+
+
+def elsewhere(made, world, tmp_path):
+    made.stages.decoder.start.encoder = str(tmp_path / "nowhere" / "vision")
+
+
+def no_table(made, world, tmp_path):
+    made.data.pictures.source.table = str(tmp_path / "nowhere.jsonl")
+
+
+FAULTS = {
+    "a frozen part that starts nowhere": (
+        lambda m, w, t: m.stages.decoder.start.__delitem__("encoder"),
+        r"encoder is frozen .* nowhere"),
+    "a stage elsewhere that is not there": (elsewhere, r"nowhere/vision is not finished"),
+    "a vocabulary below the tokenizer's": (
+        small_vocabulary, r"tlm\.vocab_size=300 is smaller than the tokenizer's 320"),
+    "widths": (
+        lambda m, w, t: m.components.front.update(width=20), r"gives width 20, but tlm reads 16"),
+    "heads": (lambda m, w, t: m.components.tlm.update(heads=3), r"its model cannot be built"),
+    "rows past max_len": (
+        lambda m, w, t: m.components.llm.update(max_len=50),
+        r"56 tokens in a row .*components\.llm has max_len=50"),
+    "rows past learned positions": (
+        lambda m, w, t: m.components.llm.update(positions="learned", max_len=50),
+        r"56 tokens in a row .*components\.llm has max_len=50"),
+    "data that is not there": (no_table, r"nowhere\.jsonl"),
+    "a source of another kind": (
+        lambda m, w, t: m.data.pictures.source.update(kind="folders"), r"kind='folders': unknown"),
+    "a picture of another size than the positions": (
+        lambda m, w, t: m.data.pictures.update(size=40), r"row of data 'pictures' does not go"),
+    "a batch that does not divide": (
+        lambda m, w, t: m.stages.decoder.update(batch=12), r"batch=12 does not divide over 8"),
+    "data without pictures": (no_pictures, r"data 'pictures' has no pictures"),
+    "a tokenizer without texts": (
+        lambda m, w, t: m.tokenizer.update(data=()), r"config\.tokenizer\.data: empty"),
+    "a tokenizer too small for the bytes": (
+        lambda m, w, t: m.tokenizer.update(vocab_size=100), r"vocab_size=100 is too small"),
+    "a stage before that has other leaves": (another_llm, r"other from stage llm does not fit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_what_would_stop_training_stops_here(kind, world, tmp_path, capsys):
+    spoil, message = FAULTS[kind]
+    made = small(world)
+    with made.unlocked():
+        spoil(made, world, tmp_path)
+    facts, problems = check(lambda: read(made), tmp_path / "run")
+    assert re.search(message, "\n".join(facts["problems"]), re.DOTALL), facts["problems"]
+    as_text(facts)
+    with pytest.raises(Exception, match=message) as met:
+        problems.settle()
+    assert met.value.exit_code == 78
+
+
+PUBLIC_FAULTS = {
+    "a tensor that is missing": (spoil_weights, r"pre_layrnorm\.bias: missing"),
+    "weights that are not there": (
+        lambda m, w, t: m.components.llm.update(weights=str(t / "gone")),
+        r"llm\.weights: There is no folder"),
+    "a batch larger than the data": (
+        lambda m, w, t: m.stages.decoder.update(batch=32), r"24 usable examples in 'pictures'"),
+    "no room for a text": (
+        lambda m, w, t: m.data.pictures.update(text_len=3, target_len=1), r"are too small"),
+    "a pickle": (
+        lambda m, w, t: (
+            (t / "pt").mkdir(), (t / "pt" / "config.json").write_text(json.dumps(CLIP)),
+            (t / "pt" / "pytorch_model.bin").write_bytes(b"\x80"),
+            m.components.encoder.update(weights=str(t / "pt"))), r"only \.safetensors is read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PUBLIC_FAULTS)
+def test_what_is_wrong_with_public_checkpoints_stops_here(kind, world, tmp_path):
+    spoil, message = PUBLIC_FAULTS[kind]
+    made = public(world)
+    with made.unlocked():
+        spoil(made, world, tmp_path)
+    facts = looked(made)
+    assert re.search(message, "\n".join(facts["problems"]), re.DOTALL), facts["problems"]
+
+
+def test_all_problems_are_told_each_once_and_the_command_exits_with_78(world, tmp_path, capsys):
+    recipe = runs.write_recipe(world)
+    spoil = ("stages.decoder.batch=12", "data.pictures.source.table=/nowhere.jsonl",
+             "components.llm.max_len=50",
+             "stages.vadapter.start.encoder=/nowhere/vision")  # fmt: skip
+    code = main(["check", f"--config={recipe}", ONE, *(f"--config.{item}" for item in spoil)])
+    out, err = capsys.readouterr()
+    assert code == 78
+    assert "vadapter: adapter, 6 steps of 8" in out
+    assert "vadapter: 4 problems:\n" in err
+    assert len(re.findall(r"nowhere\.jsonl", err)) == 1
+    assert re.search(r"\n- decoder, vadapter: .*nowhere\.jsonl", err)
+    assert "\n- vadapter/encoder: stage /nowhere/vision is not finished" in err
+    assert "Traceback" not in err
+
+
+def test_a_problem_is_told_once_with_every_place_where_it_was_met():
+    problems = Problems()
+    for where in ("tlm", "llm", "tlm"):
+        with problems.gather(where):
+            raise ConfigError("it is gone")
+    assert problems.lines() == ["tlm, llm: it is gone"]
+
+
+def test_several_broken_components_are_told_together(world):
+    made = public(world)
+    with made.unlocked():
+        made.components.encoder.weights = "/nowhere/clip"
+        made.components.llm.weights = "/nowhere/llm"
+    facts = looked(made)
+    assert len(facts["problems"]) == 2
+    assert facts["stages"] == []
+
+
+def test_json_is_the_same_facts(world, capsys):
+    recipe = runs.write_recipe(world)
+    assert main(["check", f"--config={recipe}", ONE, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(json.dumps(looked(small(world))))
+    assert main(
+        ["check", f"--config={recipe}", ONE, "--json", "--config.components.llm.max_len=50"]
+    )
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 1
+
+
+def test_training_checks_the_same(world, tmp_path):
+    made = public(world)
+    with made.unlocked():
+        made.components.llm.max_len = 96
+    (problem,) = looked(made)["problems"]
+    with pytest.raises(ConfigError) as met:
+        Run(read(made), tmp_path).check()
+    assert str(met.value) in problem

@@ -1,0 +1,144 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from support.paths import ROOT
+
+from vadapter.errors import ConfigError
+from vadapter.io.lock import run_lock, waiting_lock
+
+HOLD = """
+import pathlib, sys, time
+from vadapter.errors import ConfigError
+from vadapter.io.lock import run_lock
+try:
+    with run_lock(pathlib.Path(sys.argv[1])):
+        print("held", flush=True)
+        sys.stdin.readline()
+    print("released", flush=True)
+except ConfigError as e:
+    print("refused:", e, flush=True)
+"""
+
+
+@pytest.fixture
+def hold():
+    """Starts processes that take the lock of a directory and hold it until a line arrives."""
+    started = []
+
+    def start(directory):
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", HOLD, str(directory)],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_the_second_process_is_refused_and_told_who_holds_the_lock(tmp_path, hold):
+    first = hold(tmp_path)
+    assert first.stdout.readline() == "held\n"
+    refused = hold(tmp_path).communicate()[0]
+    assert refused.startswith(f"refused: {tmp_path} is in use by another run: process {first.pid} ")
+    assert "Stop that run, or choose another directory." in refused
+    assert first.communicate("go\n")[0] == "released\n"
+    with run_lock(tmp_path):
+        pass
+
+
+def test_a_killed_holder_leaves_no_stale_lock(tmp_path, hold):
+    holder = hold(tmp_path)
+    assert holder.stdout.readline() == "held\n"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_one_process_cannot_take_the_lock_twice_but_can_take_it_again(tmp_path):
+    with run_lock(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
+        run_lock(tmp_path).__enter__()
+    with pytest.raises(KeyError), run_lock(tmp_path):
+        raise KeyError("an error in the run releases the lock and is not changed")
+    with run_lock(tmp_path / "sub"), run_lock(tmp_path):
+        pass
+
+
+def test_a_missing_directory_may_be_created_by_several_at_once(tmp_path):
+    def enter(_):
+        try:
+            lock = run_lock(tmp_path / "a" / "b" / "c")
+            lock.__enter__()
+            return lock
+        except ConfigError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        locks = [lock for lock in pool.map(enter, range(8)) if lock]
+    assert len(locks) == 1
+    locks[0].__exit__(None, None, None)
+
+
+def test_what_cannot_be_written_is_named_before_anything_runs(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write .*file/run: Not a directory\. Choose"):
+        run_lock(tmp_path / "file" / "run").__enter__()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"cannot write .*: No space left on device"):
+        run_lock(tmp_path / "run").__enter__()
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]  # no probe stays
+    with run_lock(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+def test_a_directory_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match=r"cannot write .*Permission denied"):
+        run_lock(tmp_path).__enter__()
+    tmp_path.chmod(0o700)
+
+
+def test_an_unreadable_note_in_the_lock_file_does_not_matter(tmp_path):
+    (tmp_path / ".lock").write_text("{not json, and longer than what will be written here" * 9)
+    with run_lock(tmp_path):
+        assert set(json.loads((tmp_path / ".lock").read_text())) == {"host", "pid", "started"}
+        (tmp_path / ".lock").write_text("")
+        with pytest.raises(ConfigError, match="in use by another run: see "):
+            run_lock(tmp_path).__enter__()
+
+
+def test_the_waiting_lock_lets_one_in_at_a_time(tmp_path):
+    inside, most = 0, 0
+
+    def work(_):
+        nonlocal inside, most
+        with waiting_lock(tmp_path / "l"):
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.005)
+            inside -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(12)))
+    assert most == 1

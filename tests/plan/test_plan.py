@@ -1,0 +1,572 @@
+"""`vadapter plan`: its figures, what it does where something does not fit, and its command."""
+
+import dataclasses
+import functools
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from support import planned as planned_table
+from support.recipes import tiny_recipe
+
+from vadapter.cli.main import main
+from vadapter.distributed import topology
+from vadapter.distributed.mesh import MeshConfig, make_mesh
+from vadapter.distributed.topology import CHIPS, Topology, parse
+from vadapter.errors import USER_ERROR, ConfigError
+from vadapter.plan import compiled_stats, plan_text, search
+from vadapter.plan import plan as study_plan
+from vadapter.plan.compiled_stats import memory_needed
+from vadapter.plan.plan import Setting, guess, plan
+from vadapter.recipe.schema import read
+
+HERE = Path(__file__).parent
+TINY = f"{HERE.parent / 'recipes.py'}:nowhere"
+OOM = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.30G) exceeds available HBM (15.75G)."  # noqa: E501 - libtpu 0.0.42
+
+
+def recipe(**stage):
+    made = read(tiny_recipe(Path("nowhere"), batch=16))
+    one = dataclasses.replace(made.stages["vadapter"], **stage)
+    return dataclasses.replace(made, stages={**made.stages, "vadapter": one})
+
+
+@functools.cache
+def planned(name="cpu:1", stage="vadapter", decode=0, **setting) -> Any:
+    return plan(recipe(), stage, Setting(parse(name), **setting), decode=decode)
+
+
+@pytest.fixture(autouse=True)
+def _hosts(monkeypatch):
+    """Four CPU devices a host."""
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], per_host=4))
+
+
+def with_train(made, train):
+    """The plan with another figure for its steps."""
+    rows = tuple(dataclasses.replace(one, train=train) for one in made.rows)
+    return dataclasses.replace(made, rows=rows)
+
+
+def both() -> tuple[Any, Any]:
+    """The same stage on eight devices with its weights whole and split."""
+    return planned("cpu:8"), planned("cpu:8", fsdp=4, decode=8)
+
+
+def test_what_stays_is_the_sum_of_its_parts():
+    for made in both():
+        parts = sum(part.bytes for part in made.parts.values())
+        counters = 2 * 4  # steps and skipped ones
+        (rows,) = made.rows
+        assert made.train.arguments == parts + made.optimizer + rows.batch_bytes + counters
+        assert made.train.peak == made.train.arguments + made.train.temporaries
+
+
+def test_split_weights_need_a_share_of_their_bytes_on_each_device():
+    whole, split = both()
+    assert split.mesh == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert whole.parts["llm"].parameters == split.parts["llm"].parameters
+    assert split.parts["llm"].bytes < 0.3 * whole.parts["llm"].bytes
+    assert split.optimizer < 0.3 * whole.optimizer
+    assert whole.rows[0].batch_bytes == split.rows[0].batch_bytes
+
+
+def test_trained_parts_are_float32_with_two_moments():
+    made, _ = both()
+    learnt = {name: part for name, part in made.parts.items() if part.trained}
+    assert set(learnt) == {"resampler", "fc_in", "tlm", "fc_out"}
+    count = sum(part.parameters for part in learnt.values())
+    assert sum(part.bytes for part in learnt.values()) == 4 * count
+    assert made.optimizer == pytest.approx(8 * count, abs=64)
+
+
+def test_split_weights_are_gathered_and_whole_ones_are_not():
+    whole, split = (made.train.collectives for made in both())
+    assert "all-gather" not in whole
+    assert split["all-gather"].bytes > 0
+    assert whole["all-reduce"].count > 0
+    assert planned().train.collectives == {}
+
+
+def test_time_follows_from_flops_peak_and_utilisation_and_every_host_reads_its_share():
+    made, _ = both()
+    assert made.flops == made.counted == made.train.flops == made.train.compiled_flops > 0
+    seconds = made.flops / (8 * CHIPS["cpu"].peak * 0.4)
+    assert made.utilised_ms == pytest.approx(1000 * seconds)
+    assert made.step_ms == pytest.approx(0.4 * made.utilised_ms)
+    assert made.days == pytest.approx(made.steps * seconds / 86400)
+    assert made.chip_hours == pytest.approx(8 * 24 * made.days)
+    assert made.hosts == 2
+    assert made.rows_s == pytest.approx(16 / seconds / 2)
+
+
+def test_more_rows_need_more_and_rematerialisation_less():
+    one, four, full = planned(), planned(batch=64), planned(batch=64, remat="full")
+    assert four.train.temporaries > 3 * one.train.temporaries
+    assert full.train.temporaries < four.train.temporaries
+    assert full.train.flops > full.counted == four.counted
+
+
+def mixed(**setting) -> Any:
+    """A plan of a stage of which three steps of four are on pictures and one on clips."""
+    made = recipe(data={"pictures": 3.0, "clips": 1.0})
+    data = made.data | {
+        "clips": dataclasses.replace(made.data["pictures"], media="clip", frames=4)
+    }  # fmt: skip
+    made = dataclasses.replace(made, data=data)
+    return plan(made, "vadapter", Setting(parse("cpu:1"), **setting))
+
+
+def test_a_stage_of_pictures_and_clips_must_fit_with_both_and_takes_the_mean_of_their_time():
+    made, alone = mixed(), planned()
+    clips, pictures = made.rows
+    assert (clips.data, clips.frames, clips.share) == (("clips",), 4, 0.25)
+    assert (pictures.data, pictures.frames, pictures.share) == (("pictures",), 1, 0.75)
+    assert pictures.train == dataclasses.replace(alone.train, compile_s=pictures.train.compile_s)
+    assert made.train == clips.train
+    assert clips.train.peak > 1.02 * pictures.train.peak
+    assert clips.flops > 1.1 * pictures.flops
+    assert made.flops == 0.25 * clips.flops + 0.75 * pictures.flops
+    assert made.step_ms == pytest.approx(1000 * made.flops / CHIPS["cpu"].peak)
+    text = " ".join(plan_text.as_text(made).split())
+    assert "train on clips (25%, 4 frames): fits" in text
+    assert "train on pictures (75%): fits" in text
+    one = mixed(frames=2).rows
+    assert [(rows.data, rows.frames, rows.share) for rows in one] == [
+        (("pictures", "clips"), 2, 1.0)
+    ]
+
+
+def test_where_clips_do_not_fit_pictures_are_not_tried(monkeypatch):
+    peak = mixed().rows[0].train.peak
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], hbm=peak - 1))
+    made = mixed()
+    assert not made.fits
+    assert [rows.train is None for rows in made.rows] == [False, True]
+    assert "train on pictures (75%): not made" in " ".join(plan_text.as_text(made).split())
+
+
+def test_texts_are_planned_on_request():
+    _, made = both()
+    texts = made.decode
+    assert texts is not None
+    assert (texts.rows, texts.max_new, texts.beams) == (8, 8, 1)
+    assert texts.made.fits
+    assert texts.made.arguments < made.train.arguments  # no optimizer
+    assert "writing 8 texts of 8 tokens: fits" in plan_text.as_text(made)
+    assert planned(decode=0).decode is None
+    for stage, kind in (("vision", "vision"), ("llm", "lm")):
+        with pytest.raises(ConfigError, match=f"kind {kind} writes no texts"):
+            planned(stage=stage, decode=8)
+
+
+def test_texts_are_planned_as_the_stages_evaluations_write_them(monkeypatch):
+    made = recipe(evals=("captions", "beams"))
+    few = made.evals["captions"]
+    beams = dataclasses.replace(few, max_new=5, batch=12, beams=3)
+    made = dataclasses.replace(made, evals={**made.evals, "beams": beams})
+    planned = plan(made, "vadapter", Setting(parse("cpu:8")))
+    texts = planned.decode
+    assert texts is not None
+    assert (texts.rows, texts.max_new, texts.beams) == (16, 5, 3)  # filled up to the devices
+    text = " ".join(plan_text.as_text(planned).split())
+    assert "writing 16 texts of 5 tokens with 3 beams: fits" in text
+    greedy = plan(dataclasses.replace(made, evals={**made.evals, "beams": few}), "vadapter",
+                  Setting(parse("cpu:8")), decode=5).decode  # fmt: skip
+    assert greedy is not None
+    assert greedy.made.flops < texts.made.flops
+    # Not where the train step does not fit.
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], hbm=1))
+    assert plan(made, "vadapter", Setting(parse("cpu:8"))).decode is None
+
+
+def test_a_model_without_a_formula_is_counted():
+    made = planned(stage="vision")
+    assert made.flops is None
+    assert made.step_ms == pytest.approx(1000 * made.counted / CHIPS["cpu"].peak)
+    assert "no formula" in plan_text.as_text(made)
+
+
+def test_rows_that_do_not_divide_over_the_chips_are_refused():
+    with pytest.raises(ConfigError, match="make it a multiple of 8"):
+        planned("cpu:8", batch=12)
+
+
+def test_the_text_has_every_figure():
+    _, made = both()
+    text = plan_text.as_text(made)
+    said = " ".join(text.split())
+    for name, part in made.parts.items():
+        assert f"{name} " in text
+        assert f"{part.parameters:,}" in text
+    for words in ("memory estimated from the trace", "collectives from compiling for 8 devices",
+                  "fits: peak", "ratio 1.0000", "chip-hours", "rows/s", "all-gather"):  # fmt: skip
+        assert words in said
+
+
+def test_the_text_is_narrow_and_says_where_jax_must_be_allowed_more():
+    made = dataclasses.replace(both()[0], topology="h100:8")
+    lines = plan_text.as_text(made).splitlines()
+    guessed = dataclasses.replace(made.train, cycles=10**10, estimated_ms=10000.0)
+    timed = dataclasses.replace(with_train(made, guessed), estimated_ms=10000.0, share=0.5)
+    more = plan_text.as_text(timed).splitlines()
+    assert max(map(len, lines + more)) < 100
+    said = " ".join(" ".join(more).split())
+    assert "10,000,000,000 cycles (10,000.0 ms)" in said
+    assert "no collectives: 10,000.0 ms, 50% of the peak" in said
+    assert not any("MEM_FRACTION" in line for line in lines)
+    nearly = dataclasses.replace(made.train, limit=int(1.1 * made.train.peak))
+    text = plan_text.as_text(with_train(made, nearly))
+    assert "fits: peak" in text
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in text
+
+
+# -- what does not fit -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("message", "needed"), [
+    (OOM, int(16.30 * 2**30)),
+    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 512.5M of 15.75G hbm.",
+     int(512.5 * 2**20)),
+    ("INVALID_ARGUMENT: (16.30G) exceeds", None),
+    ("RESOURCE_EXHAUSTED: something else", None),
+])  # fmt: skip
+def test_the_compilers_words_say_how_much_is_needed(message, needed):
+    assert memory_needed(message) == needed
+
+
+class Stopped:
+    """A traced program that the compiler does not finish."""
+
+    jaxpr = jax.make_jaxpr(lambda: 1)()
+
+    def __init__(self, message):
+        self._message = message
+
+    def lower(self):
+        return self
+
+    def compile(self, **options):
+        raise jax.errors.JaxRuntimeError(self._message)
+
+
+def tpu_that_stops(monkeypatch, message):
+    monkeypatch.setattr(compiled_stats, "versions", lambda: {"libtpu": "0"})
+    return compiled_stats.of_compiler(parse("v5e:2x2"), Stopped(message), ())
+
+
+def test_a_compiler_that_runs_out_of_memory_is_a_row_of_the_table(monkeypatch):
+    stopped = tpu_that_stops(monkeypatch, OOM)
+    assert not stopped.fits
+    assert (stopped.peak, stopped.temporaries) == (int(16.30 * 2**30), None)
+    made = with_train(planned(), stopped)
+    assert "train: does not fit: needs 17.5 GB of 16.9 GB" in plan_text.as_text(made)
+
+
+def test_any_other_error_of_the_compiler_is_told_as_it_is(monkeypatch):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        tpu_that_stops(monkeypatch, "INTERNAL: a bug")
+
+
+def tried(monkeypatch, stage="vadapter", fits=lambda setting: False, over=False):
+    """What is tried, in its order, and what is found."""
+    setting, order, made = Setting(parse("cpu:8")), [], both()[0]
+    train = dataclasses.replace(made.train, limit=0 if over else made.train.arguments + 1)
+    made = with_train(dataclasses.replace(made, batch=32), train)
+    rest = dataclasses.replace(train, limit=10**12)
+    monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: True)
+
+    def attempt(change):
+        order.append(search.described(recipe(), stage, setting, change))
+        return with_train(made, rest if fits(change) else train)
+
+    return order, search.search(recipe(), stage, setting, made, attempt)
+
+
+def test_less_is_tried_in_the_order_of_what_it_costs(monkeypatch):
+    order, found = tried(monkeypatch)
+    remat = " ".join(f"--config.components.{n}.remat={{0}}" for n in ("resampler", "tlm", "llm"))
+    full, split = remat.format("full"), " --config.mesh.fsdp=8 --config.mesh.data=-1"
+    int8 = " --config.components.llm.int8=True"
+    assert order == [
+        remat.format("names"), full, full + split,
+        f"--topology=cpu:16 {full}{split}",
+        f"--topology=cpu:32 {full}{split}",
+        full + split + int8,
+        f"{full}{split}{int8} --config.stages.vadapter.batch=16",
+        f"{full}{split}{int8} --config.stages.vadapter.batch=8",
+    ]  # fmt: skip
+    assert found is None
+
+
+def test_rematerialisation_is_not_tried_where_weights_alone_are_too_large(monkeypatch):
+    order, _ = tried(monkeypatch, over=True)
+    assert not any("remat" in line for line in order)
+    assert order
+
+
+def test_a_language_model_that_is_trained_is_not_made_int8(monkeypatch):
+    order, _ = tried(monkeypatch, stage="decoder")
+    assert not any("int8" in line for line in order)
+
+
+def test_the_first_that_fits_is_named_and_nothing_is_tried_after_it(monkeypatch):
+    order, found = tried(monkeypatch, fits=lambda setting: setting.fsdp == 8)
+    assert len(order) == 3
+    assert found is not None
+    assert found[0].fsdp == 8
+    assert found[1].fits
+
+
+@pytest.mark.parametrize("nearest", [
+    {"remat": "names"}, pytest.param({"remat": "full"}, marks=pytest.mark.slow),
+    pytest.param({"chips": 2}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_the_nearest_setting_is_found_by_planning_it(monkeypatch, nearest):
+    chips, remat = nearest.get("chips", 1), nearest.get("remat", "full")
+    fits = planned(f"cpu:{chips}", batch=64, remat=remat)
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], hbm=fits.train.peak))
+    attempt = functools.partial(plan, recipe(), "vadapter")
+    asked = Setting(parse("cpu:1"), batch=64)
+    made = attempt(asked)
+    assert not made.fits
+    found = search.search(recipe(), "vadapter", asked, made, attempt)
+    assert found is not None
+    assert found[0] == Setting(parse(f"cpu:{chips}"), batch=64, remat=remat)
+    assert found[1].fits
+    assert found[1].train.peak == fits.train.peak
+
+
+def least(fits, guess=lambda setting: 0, chip="cpu:1", most=None):
+    """What is tried on the way to the smallest slice."""
+    order, made = [], both()[0]
+    rest = with_train(made, dataclasses.replace(made.train, limit=10**12))
+    over = with_train(made, dataclasses.replace(made.train, limit=1))
+
+    def attempt(change):
+        return rest if fits(change) else over
+
+    setting, _ = search.smallest(
+        recipe(), "vadapter", Setting(parse(chip)), attempt, guess, order.append, most
+    )
+    return setting, order
+
+
+def test_the_smallest_slice_has_whole_weights_if_they_fit_and_else_split_ones():
+    setting, order = least(lambda s: s.topology.chips == 8 and s.fsdp == 8)
+    assert (str(setting.topology), setting.fsdp) == ("cpu:8", 8)
+    split = ", weights split over {} chips"
+    assert order == [
+        "trying cpu:1", "trying cpu:2", "trying cpu:4", "trying cpu:4" + split.format(4),
+        "trying cpu:8", "trying cpu:8" + split.format(4), "trying cpu:8" + split.format(8),
+    ]  # fmt: skip
+    assert least(lambda s: s.topology.chips == 4)[0] == Setting(parse("cpu:4"))
+
+
+def test_what_is_surely_too_large_is_not_tried():
+    small = lambda s: s.topology.chips < 8 or not s.fsdp  # noqa: E731
+    setting, order = least(lambda s: True, lambda s: 10**12 * small(s))
+    assert order == ["trying cpu:8, weights split over 4 chips"]
+    assert setting.fsdp == 4
+
+
+def test_a_stage_that_fits_no_slice_is_one_line():
+    with pytest.raises(ConfigError, match="stage vadapter fits no cpu"):
+        least(lambda s: False)
+
+
+def test_no_more_chips_are_tried_than_allowed():
+    order = []
+    with pytest.raises(ConfigError, match="stage vadapter fits no cpu"):
+        least(lambda s: order.append(s.topology.chips), most=4)
+    assert max(order) == 4
+
+
+@pytest.mark.parametrize("fsdp", [0, 4])
+def test_a_guess_is_near_what_planning_says(fsdp):
+    setting = Setting(parse("cpu:8"), fsdp=fsdp)
+    made = planned("cpu:8", fsdp=fsdp)
+    assert guess(recipe(), "vadapter", setting) == pytest.approx(made.train.peak, rel=0.25)
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(capfd):
+    def run(*options):
+        code = main(["plan", f"--config={TINY}", *map(str, options)])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_the_command_prints_and_saves_the_same_figures(call, tmp_path):
+    code, out, err = call(
+        "--topology=cpu:1", "--stage=vadapter", "--batch=64", "--utilisation=0.5", "--decode=3",
+        "--config.components.llm.remat=full", f"--json={tmp_path / 'plan.json'}",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    assert saved["fits"]
+    assert saved["batch"] == 64
+    assert saved["remat"]["llm"] == "full"
+    assert saved["utilisation"] == 0.5
+    assert saved["decode"]["max_new"] == 3
+    assert saved["nearest"] is None
+    (rows,) = saved["rows"]
+    assert plan_text.size(rows["train"]["peak"]) in out
+    count = {state: sum(p["parameters"] for p in saved["parts"].values() if p["trained"] == state)
+             for state in (True, False)}  # fmt: skip
+    assert saved["parameters"] == {
+        "total": sum(count.values()), "trained": count[True], "frozen": count[False],
+    }  # fmt: skip
+    assert f"{saved['parts']['llm']['parameters']:,}" in out
+
+
+def fitting(monkeypatch, fits):
+    """Every plan is the same one, which fits where the setting does."""
+    made = both()[0]
+    full = with_train(made, dataclasses.replace(made.train, limit=1))
+    answer = lambda recipe, name, setting, **_: made if fits(setting) else full  # noqa: E731
+    monkeypatch.setattr(study_plan, "plan", answer)
+
+
+def test_what_does_not_fit_ends_well_with_the_nearest_that_does(call, monkeypatch, tmp_path):
+    fitting(monkeypatch, lambda setting: setting.fsdp == 8)
+    code, out, err = call("--topology=cpu:8", "--stage=vadapter", f"--json={tmp_path / 'p.json'}")
+    assert code == 0
+    assert "train: does not fit: needs" in out
+    change = "--config.mesh.fsdp=8 --config.mesh.data=-1"
+    assert f"\nfits with {change}:\n" in out
+    assert "train: fits: peak" in out
+    assert err == f"vadapter: does not fit; trying {change}\n"
+    saved = json.loads((tmp_path / "p.json").read_text())
+    assert not saved["fits"]
+    assert saved["change"] == change
+    assert saved["nearest"]["fits"]
+
+
+def test_a_generation_alone_is_planned_on_the_smallest_slice_that_fits(call, tmp_path):
+    code, out, err = call("--topology=cpu", "--stage=vadapter", f"--json={tmp_path / 'p.json'}")
+    assert code == 0
+    assert err == "vadapter: trying cpu:1\n"
+    assert "on cpu:1: 1 chip, 1 host" in out
+    assert json.loads((tmp_path / "p.json").read_text())["fits"]
+
+
+def test_where_nothing_fits_the_code_says_so(call, monkeypatch, tmp_path):
+    fitting(monkeypatch, lambda setting: False)
+    code, out, err = call("--topology=cpu:8", "--stage=vadapter", f"--json={tmp_path / 'p.json'}")
+    assert code == USER_ERROR
+    assert "does not fit" in out
+    assert "stage vadapter does not fit cpu:8" in err.splitlines()[-1]
+    assert not json.loads((tmp_path / "p.json").read_text())["fits"]
+
+
+def test_a_tpu_without_its_compiler_is_one_line(call, monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    code, out, err = call("--topology=v5e:4x4")
+    assert (code, out) == (USER_ERROR, "")
+    assert err.splitlines() == [
+        "vadapter: topology v5e:4x4: its compiler is not installed; pip install 'vadapter[tpu]'"
+    ]
+
+
+@pytest.mark.parametrize(("option", "says"), [
+    ("--topology=v5e:3x4", "nearest: v5e:2x4"),
+    ("--topology=cpu:1 --stage=vadaptr", "did you mean 'vadapter'?"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(call, option, says):
+    code, out, err = call(*option.split())
+    assert (code, out) == (USER_ERROR, "")
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
+# -- the TPU's compiler ----------------------------------------------------------------------------
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize(("name", "decode"), [("v5e:2x2", 4), ("2*v5p:2x2x1", 0)])
+def test_a_small_stage_compiles_for_tpus_that_are_not_here(name, decode):
+    made = planned(name, fsdp=2, decode=decode)
+    assert made.fits
+    assert bool(made.decode) == bool(decode)
+    assert made.train.cycles > 0
+    assert made.train.collectives["all-gather"].count > 0
+    assert made.train.peak <= made.train.arguments + (made.train.temporaries or 0)
+    assert "compiled for" in plan_text.as_text(made)
+
+
+@pytest.mark.libtpu
+def test_the_tpus_own_words_for_too_little_memory_are_understood():
+    where = topology.devices(parse("v5e:2x2")).ravel()[0]
+    alone = jax.sharding.SingleDeviceSharding(where)
+    x = jax.ShapeDtypeStruct((2**24, 1024), "float32", sharding=alone)
+    traced = jax.jit(lambda x: x * x.sum()).trace(x)
+    made = compiled_stats.of_compiler(parse("v5e:2x2"), traced, (x,))
+    assert not made.fits
+    assert made.peak > 2**36
+
+
+@pytest.mark.libtpu
+def test_products_with_split_weights_are_not_cut_into_one_for_each_chip():
+    mesh = make_mesh(MeshConfig(fsdp=4), topology.devices(parse("v5e:2x2")))
+    shape = lambda *axes: jax.ShapeDtypeStruct(  # noqa: E731
+        (8192, 8192), "bfloat16", sharding=NamedSharding(mesh, PartitionSpec(*axes))
+    )
+    arguments = shape("fsdp"), shape("fsdp")
+    traced = jax.jit(lambda x, w: x @ w, out_shardings=arguments[0].sharding).trace(*arguments)
+    sent = compiled_stats.of_compiler(parse("v5e:2x2"), traced, arguments).collectives
+    assert "all-gather" in sent
+    assert "collective-permute" not in sent
+
+
+# -- what is recorded ------------------------------------------------------------------------------
+
+
+def test_the_readme_has_the_recorded_plans_each_of_which_fits():
+    assert planned_table.table() in (planned_table.ROOT / "README.md").read_text(encoding="utf-8")
+    there = set()
+    for row in planned_table.rows():
+        there.add((row["arg"], parse(row["topology"]).chip))
+        assert {one["frames"] for one in row["rows"]} == {1, 8}
+        assert sum(one["share"] for one in row["rows"]) == 1
+        for one in row["rows"]:
+            assert one["peak"] <= one["limit"] == int(parse(row["topology"]).row.hbm)
+    cells, chips = planned_table.CELLS, planned_table.CHIP
+    assert there == set(itertools.product(cells, chips))
+
+
+RECORDED = json.loads(planned_table.GATE.read_text())
+GATE = [
+    pytest.param(
+        row, marks=[pytest.mark.slow] * row["config"].startswith("configs/"),
+        id=f"{row['config']}-{row['topology']}",
+    )
+    for row in RECORDED["rows"]
+]  # fmt: skip
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize("row", GATE)
+def test_the_compilers_estimate_has_not_grown(row):
+    """Another libtpu may count otherwise: then measure all rows anew, and say so."""
+    with jax.default_matmul_precision(None):  # as in training, not as in these tests
+        found = planned_table.gated(row)
+    now = planned_table.measured(found)
+    assert now["cycles"] == pytest.approx(row["cycles"], rel=0.03)
+    assert now["peak"] == pytest.approx(row["peak"], rel=0.03)
+    assert now["sent"] == pytest.approx(row["sent"], rel=0.03)
+    assert found.compiled_flops == pytest.approx(found.flops, rel=0.05)
+
+
+def test_the_gate_names_topologies_that_there_are():
+    assert RECORDED["libtpu"]
+    assert all(isinstance(parse(row["topology"]), Topology) for row in RECORDED["rows"])

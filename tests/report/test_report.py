@@ -1,0 +1,250 @@
+"""The report of a run: its table, its plot, and a gallery that is one safe file."""
+
+import base64
+import html.parser
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.recipes import tiny_recipe
+
+from vadapter.data.media.images import BadMedia
+from vadapter.metrics.blind_baselines import constant_caption, majority_answer
+from vadapter.recipe.schema import read
+from vadapter.report import gallery
+from vadapter.report.gallery import Section, choose, thumbnail, write_gallery
+from vadapter.report.plots import convergence
+from vadapter.report.report import write_report
+from vadapter.report.table import as_markdown, as_text, seconds, summary
+from vadapter.stages.restore import read_run
+from vadapter.train.metric_writer import lines
+
+NASTY = '<script>alert("1")</script>\' onload="x" & ]]> \x00'
+
+
+@pytest.fixture(scope="module")
+def run(chain, tmp_path_factory):
+    """A copy of the run with its report written again."""
+    target = tmp_path_factory.mktemp("report") / "run"
+    shutil.copytree(chain / "run", target)
+    for name in ("table.md", "table.txt", "gallery.html", "plots/convergence.png"):
+        (target / name).unlink()
+    return target
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    return write_report(run, read_run(run))
+
+
+class Page(html.parser.HTMLParser):
+    """The tags with their attributes, and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def pictures(self):
+        uris = [attrs["src"] for tag, attrs in self.tags if tag == "img"]
+        parts = [re.fullmatch(r"data:image/(png|jpeg|webp);base64,([\w+/=]+)", u) for u in uris]
+        assert all(parts)
+        return [Image.open(io.BytesIO(base64.b64decode(part[2]))) for part in parts]
+
+
+def test_the_table_has_a_row_a_stage_with_what_was_measured(run, report):
+    rows = {row[0][0]: row for row in summary(run, read_run(run))}
+    assert list(rows) == ["tlm", "llm", "vision", "decoder", "vadapter", "perceiver", "blind"]
+    done = json.loads((run / "vadapter" / "done.json").read_text())
+    scores = done["scores"]
+    losses = " / ".join(
+        f"{scores[f'held/{key}']:.3f}" for key in ("loss", "loss_wrong", "loss_mean")
+    )
+    last = (run / "vadapter" / "metrics.jsonl").read_text().splitlines()
+    last = [row["loss"] for row in map(json.loads, last) if "loss" in row][-1]
+    assert rows["vadapter"] == (
+        ("vadapter",),
+        ("adapter",),
+        ("40",),
+        (f"{last:.3f}",),
+        (losses,),
+        tuple(f"{name} {100 * scores[f'{name}/cider']:.1f}" for name in ("captions", "clips")),
+        (f"{100 * scores['answers/accuracy']:.1f}",),
+        (f"{done['seconds']:.0f}",),
+    )
+    assert rows["vision"][4:7] == (("—",),) * 3
+    said = lambda name: list(lines(run / "vadapter" / "eval" / name / "predictions.jsonl"))  # noqa: E731
+    ciders = {
+        name: constant_caption([row["references"] for row in said(name)])
+        for name in ("captions", "clips")
+    }
+    majority = majority_answer([(row["question"], row["answer"]) for row in said("answers")])
+    assert rows["blind"][5:7] == (
+        tuple(f"{name} {100 * cider:.1f}" for name, cider in ciders.items()),
+        (f"{100 * majority:.1f}",),
+    )
+    assert (run / "table.txt").read_text() == report.text + "\n"
+    assert report.table.read_text() == as_markdown(list(rows.values()))
+
+
+def test_a_table_keeps_its_columns_whatever_is_in_them():
+    text = as_text([(("a",), ("1", "22")), (("b|c",), ("3",))], (("x",), ("long", "head")))
+    assert text.splitlines() == [
+        "x    long", "     head", "---  ----", "a    1", "     22", "b|c  3"
+    ]  # fmt: skip
+    page = as_markdown([(("b|c",), ("1", "22"))], (("x",), ("y",)))
+    assert page == "| x | y |\n|---|---|\n| b\\|c | 1<br>22 |\n"
+
+
+def test_the_seconds_of_interrupted_attempts_add_up(tmp_path):
+    times = [(1, 100, 2000, 3), (1, 110, 0, 0), (2, 500, 1000, 0), (2, 520, 0, 0)]
+    keys = ("attempt", "time", "step_ms", "compile_s")
+    lines = [json.dumps({"step": 1, **dict(zip(keys, row, strict=True))}) for row in times]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert seconds(tmp_path) == pytest.approx(5 + 10 + 1 + 20)
+    (tmp_path / "done.json").write_text(json.dumps({"seconds": 30.0}))
+    assert seconds(tmp_path) == pytest.approx(5 + 10 + 30)  # its own clock, with the evaluation
+
+
+def test_a_run_that_has_not_begun_has_a_table_and_nothing_else(chain, tmp_path):
+    recipe = read(tiny_recipe(chain / "shapes"))
+    report = write_report(tmp_path, recipe)
+    assert report.files() == [tmp_path / "table.md"]
+    assert report.text.count("0 of 4") == 6
+
+
+def test_the_plot_is_a_picture_and_only_of_adapters(run, report, tmp_path):
+    with Image.open(report.plot) as image:
+        assert image.size[0] > 1000
+        assert np.asarray(image.convert("L")).std() > 10  # something is drawn
+    shutil.copytree(run / "decoder", tmp_path / "decoder")
+    assert convergence(tmp_path, read_run(run), tmp_path / "plot.png") is None
+    assert not (tmp_path / "plot.png").exists()
+
+
+def test_the_gallery_is_one_file_with_pictures_clips_and_every_stage(run, report):
+    text = report.gallery.read_text()
+    page = Page(text)
+    assert len(text) < gallery.MAX_BYTES
+    links = [v for _, attrs in page.tags for k, v in attrs.items() if k in ("src", "href")]
+    assert links
+    assert all(link.startswith("data:image/") for link in links)
+    assert not re.search(r"url\(|@import|https?:", text)
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object"})
+    pictures = page.pictures()
+    assert {image.format for image in pictures} == {"PNG", "WEBP"}
+    assert all(image.n_frames == 8 for image in pictures if image.format == "WEBP")
+    assert "no picture" not in text
+
+    rows = (run / "vadapter" / "eval" / "answers" / "predictions.jsonl").read_text().splitlines()
+    questions = {row["question"] for row in map(json.loads, rows)}
+    assert all(f"{question} → " in page.text for question in questions)
+    rows = (run / "perceiver" / "eval" / "captions" / "predictions.jsonl").read_text().splitlines()
+    for row in map(json.loads, rows):
+        assert all(text in page.text for text in (*row["references"], row["prediction"]))
+    assert page.text.count("perceiver ") >= 12
+
+
+def test_texts_of_data_and_models_are_never_markup(tmp_path):
+    row = {
+        "id": NASTY, "index": 0, "prediction": NASTY, "references": [NASTY], "score": 0.5,
+        "question": NASTY, "answer": NASTY,
+    }  # fmt: skip
+    media = lambda row: np.zeros((1, 8, 8, 3), np.uint8)  # noqa: E731
+    gone = lambda row: (_ for _ in ()).throw(BadMedia(NASTY))  # noqa: E731
+    sections = [
+        Section(NASTY, task, {NASTY: [row]}, pixels)
+        for task in ("caption", "question")
+        for pixels in (media, gone)
+    ]
+    text = write_gallery(tmp_path / "g.html", NASTY, sections, NASTY).read_text()
+    assert "<script" not in text
+    assert "\x00" not in text
+    page = Page(text)
+    tags = {tag for tag, _ in page.tags}
+    assert "script" not in tags
+    assert all("onload" not in attrs for _, attrs in page.tags)
+    shown = NASTY.replace("\x00", "\N{REPLACEMENT CHARACTER}")
+    assert page.text.count(shown) >= 4 * 4
+    assert {attrs["alt"] for tag, attrs in page.tags if tag == "img"} == {shown}
+
+
+def test_pictures_that_are_gone_or_others_than_before_are_said_to_be(run, tmp_path):
+    target = tmp_path / "run"
+    shutil.copytree(run, target)
+    config = (target / "config.json").read_text()
+    folder = json.loads(config)["data"]["held"]["source"]["table"].removesuffix("/pictures.jsonl")
+    (target / "config.json").write_text(config.replace(folder, "/nowhere"))
+    page = Page(write_report(target, read_run(target)).gallery.read_text())
+    assert not page.pictures()
+    assert "no picture: /nowhere/pictures.jsonl: no such file" in page.text
+
+    for file in target.glob("*/eval/captions/predictions.jsonl"):
+        file.write_text(file.read_text()[:-30])  # torn by a kill
+    for file in target.glob("*/eval/answers/predictions.jsonl"):
+        file.write_text("")
+    (target / "config.json").write_text(config.replace('"split": "val"', '"split": "train"'))
+    page = Page(write_report(target, read_run(target)).gallery.read_text())
+    assert "no picture: the data set has changed since" in page.text
+    assert "11 held-out items" in page.text
+    assert "answers" not in [line.strip() for line in page.text.splitlines()]
+
+
+def test_large_pictures_become_smaller_until_the_file_is_small_enough(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    media = lambda row: rng.integers(0, 256, (1, 300, 400, 3)).astype(np.uint8)  # noqa: E731
+    rows = [
+        {"id": str(i), "index": i, "prediction": "x", "references": ["y"], "score": i / 9}
+        for i in range(9)
+    ]
+    section = Section("e", "caption", {"s": rows}, media)
+    sizes = []
+    for limit in (gallery.MAX_BYTES, 60_000):
+        monkeypatch.setattr(gallery, "MAX_BYTES", limit)
+        path = write_gallery(tmp_path / "g.html", "t", [section])
+        assert path.stat().st_size <= limit
+        sizes.append({image.size for image in Page(path.read_text()).pictures()})
+    assert sizes[0] == {(160, 120)}
+    assert max(max(sizes[1])) < 160
+
+
+def test_best_and_worst_are_by_score_and_the_choice_is_always_the_same():
+    rows = [{"index": i, "score": float(i % 7)} for i in range(40)]
+    groups = choose(rows, "caption", each=3)
+    assert groups == choose(list(reversed(rows))[::-1], "caption", each=3)
+    assert [row["score"] for row in groups["Best"]] == [6.0, 6.0, 6.0]
+    assert [row["score"] for row in groups["Worst"]] == [0.0, 0.0, 0.0]
+    indices = [row["index"] for group in groups.values() for row in group]
+    assert len(set(indices)) == len(indices) == 9
+    assert choose(rows[:2], "caption") == {"Best": [rows[1], rows[0]]}
+
+
+def test_answers_are_right_or_wrong_and_a_group_may_be_empty():
+    rows = [{"index": i, "score": float(i == 3)} for i in range(5)]
+    groups = choose(rows, "question", each=2)
+    assert groups["Right"] == [rows[3]]
+    assert [len(group) for group in groups.values()] == [1, 2, 2]
+    assert list(choose(rows[:2], "question")) == ["Wrong"]
+
+
+def test_thumbnails_keep_small_pictures_exact_and_shrink_large_ones():
+    frames = np.random.default_rng(0).integers(0, 256, (1, 20, 30, 3)).astype(np.uint8)
+    open_ = lambda uri: Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))  # noqa: E731
+    uri, small = thumbnail(frames, 160)
+    assert small
+    np.testing.assert_array_equal(np.asarray(open_(uri)), frames[0])
+    uri, small = thumbnail(np.zeros((1, 400, 200, 3), np.uint8), 160)
+    assert (open_(uri).size, open_(uri).format, small) == ((80, 160), "JPEG", False)
+    clip = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.full((1, 50, 40, 3), 30, np.uint8)
+    uri, _ = thumbnail(clip, 160)
+    assert open_(uri).n_frames == 8

@@ -1,0 +1,402 @@
+"""Tokens of the frozen encoder, computed once: the same training, and never half a cache."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pickle
+import re
+import resource
+import shutil
+import threading
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from support import runs, tiny
+from support.recipes import SIZE, draw, tiny_recipe
+
+from vadapter.config import digest
+from vadapter.data import features as files
+from vadapter.data.batch import check_batch
+from vadapter.data.media.images import View
+from vadapter.data.open import make_source, make_stream, texts, train_tokenizer
+from vadapter.data.pipeline import eval_batches, make_loader
+from vadapter.distributed.mesh import MeshConfig, make_mesh
+from vadapter.distributed.preemption import Stop
+from vadapter.errors import ConfigError, DataError, Preempted
+from vadapter.models.adapter_model import VAdapter
+from vadapter.models.registry import make_module
+from vadapter.recipe.schema import TokenizerConfig, read
+from vadapter.stages import feature_cache
+from vadapter.stages.feature_cache import cached
+from vadapter.stages.steps import CaptionObjective
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    with runs.cached_programs():
+        yield draw(tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture(scope="module")
+def recipe(shapes):
+    return read(tiny_recipe(shapes))
+
+
+@pytest.fixture(scope="module")
+def pictures(recipe):
+    return make_source("pictures", recipe.data["pictures"])
+
+
+@pytest.fixture(scope="module")
+def encoder(recipe):
+    module = make_module("encoder", recipe.components["encoder"])
+    return module, tiny.init(module, jnp.zeros((1, 1, SIZE, SIZE, 3)))
+
+
+@pytest.fixture
+def cache(encoder, tmp_path):
+    """`cached` with everything but the source given."""
+    module, params = encoder
+    return functools.partial(
+        cached, folder=tmp_path, encode=module, params=params, digest="d" * 64, view=View(SIZE),
+        frames=1, flip=False, mesh=make_mesh(MeshConfig(), jax.devices()[:1]), batch=16,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Eight examples a file: three of them for the 24 pictures."""
+    monkeypatch.setattr(files, "SHARD_BYTES", 1)
+    monkeypatch.setattr(files, "ROUND", 8)
+
+
+def pixels(source, index, flip=False):
+    """u8[M,1,S,S,3]."""
+    return feature_cache._pixels(source[index], view=View(SIZE), frames=1, flip=flip)["frames"]
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_each_example_has_its_own_tokens_and_those_of_its_mirror_image(
+    cache, encoder, pictures, flip, stored, small_shards
+):
+    module, params = encoder
+    made = cache(pictures, flip=flip, stored=stored)
+    assert (len(made), made.kind, made.fingerprint()) == (24, "image", pictures.fingerprint())
+    for index in (0, 7, 8, 23):  # of all three files
+        views = pixels(pictures, index, flip)
+        if flip:
+            np.testing.assert_array_equal(views[1], views[0][:, :, ::-1])
+        tokens = np.asarray(module.apply({"params": params}, views))
+        error = {"bfloat16": np.abs(tokens) * 2**-8}
+        error["int8"] = error["bfloat16"] + np.abs(tokens).max(-1, keepdims=True) / 254
+        stored_tokens = made[index].media
+        assert stored_tokens.dtype == ml_dtypes.bfloat16
+        assert stored_tokens.shape == (tokens if flip else tokens[0]).shape
+        assert (np.abs(stored_tokens.astype(np.float32) - tokens) <= error[stored] + 1e-5).all()
+        assert made[index].captions == pictures[index].captions
+    if flip:
+        assert not np.array_equal(made[0].media[0], made[0].media[1])
+
+
+def test_the_loss_on_cached_tokens_is_that_on_pictures(cache, encoder, pictures, recipe, tmp_path):
+    config = recipe.data["pictures"]
+    tokenizer = train_tokenizer(
+        TokenizerConfig(300, data=("pictures",)), {"pictures": pictures}, tmp_path / "t.json"
+    )
+    lm = dataclasses.replace(tiny.TLM, vocab_size=300, depth=1, max_len=160)
+    front = make_module("front", {"kind": "mlp", "hidden_dim": 16, "width": 16})
+    module, params = encoder
+    lm, lm_params = tiny.lm(lm)
+    model = VAdapter({"encoder": module, "front": front, "lm": lm}, "lm", ("front",), "encoder")
+    tokens = jnp.zeros((1, *cache(pictures)[0].media.shape))
+    params = {"encoder": params, "front": tiny.init(front, tokens), "lm": lm_params}
+    objective = CaptionObjective(model)
+
+    @jax.jit
+    def loss(params, batch):
+        visual = objective.prepare(params, batch)
+        return objective.loss(params, visual, batch, batch["weights"].sum(), None)[0]
+
+    losses = []
+    for source in (pictures, cache(pictures), cache(pictures, stored="int8")):
+        items, transform = make_stream("pictures", config, source, tokenizer, View(SIZE))
+        stream = {"pictures": (items, transform, 1.0)}
+        batch = next(make_loader(stream, global_batch=8, seed=3))
+        assert ("features" in batch) == (source is not pictures)
+        check_batch(batch, 300)
+        losses.append(float(loss(params, batch)))
+    print("losses", losses)
+    assert abs(losses[0] - losses[1]) < 1e-3
+    assert abs(losses[0] - losses[2]) < 1e-3
+    other = {**batch, "features": np.roll(batch["features"], 1, axis=0)}
+    assert abs(float(loss(params, other)) - losses[2]) > 1e-3  # the pictures do matter
+
+
+def test_what_is_there_is_not_computed_again(cache, pictures, monkeypatch):
+    first = cache(pictures)
+    monkeypatch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed again"))
+    assert np.array_equal(cache(pictures)[3].media, first[3].media)
+
+
+def test_several_devices_compute_the_same_tokens(cache, pictures, small_shards, tmp_path):
+    one = cache(pictures, flip=True)
+    many = cache(pictures, flip=True, folder=tmp_path / "8", mesh=make_mesh(MeshConfig()))
+    assert len(jax.devices()) == 8
+    for index in range(24):
+        np.testing.assert_allclose(
+            one[index].media.astype(np.float32), many[index].media.astype(np.float32), rtol=0.01
+        )
+
+
+def test_of_two_that_want_the_same_tokens_one_computes_them(cache, pictures, monkeypatch):
+    calls, compute = [], feature_cache._compute
+    monkeypatch.setattr(feature_cache, "_compute", lambda *args: (calls.append(1), compute(*args)))
+    made = []
+    threads = [threading.Thread(target=lambda: made.append(cache(pictures))) for _ in "12"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert np.array_equal(made[0][3].media, made[1][3].media)
+    assert len(calls) == 1
+
+
+def test_another_encoder_or_preprocessing_is_another_cache(cache, encoder, pictures, recipe):
+    module, _ = encoder
+    held = make_source("held", recipe.data["held"])
+    deeper = type(module)(dataclasses.replace(module.config, depth=2))
+    changes = [
+        {"digest": "e" * 64},
+        {"view": View(SIZE, fit="stretch")},
+        {"view": View(SIZE, interpolation="bilinear")},
+        {"view": View(SIZE, crop_pct=0.875)},
+        {"view": View(SIZE, floor=True)},
+        {"flip": True},
+        {"frames": 2},
+        {"stored": "int8"},
+        {"source": held},
+        {"encode": type(module)(module.config, dtype=jnp.bfloat16)},
+        {"encode": deeper, "params": tiny.init(deeper, jnp.zeros((1, 1, SIZE, SIZE, 3)))},
+    ]
+    folders = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_cache, "_compute", lambda *_: None)
+        patch.setattr(feature_cache, "FeatureSource", lambda source, cache: cache.folder)
+        for change in ({}, *changes, {}):
+            folders.append(cache(**{"source": pictures, **change}))
+    assert folders[0] == folders[-1]
+    assert len(set(folders)) == len(changes) + 1
+    keys = [json.loads((folder / "key.json").read_text()) for folder in folders]
+    assert [digest(key)[:16] for key in keys] == [folder.name for folder in folders]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def complete(shards):
+    return [".lock", *(f"{shard:05d}.array_record" for shard in shards), "key.json"]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_computation_that_stops_midway_goes_on_behind_the_last_complete_file(
+    cache, pictures, tmp_path, small_shards, flip, capsys
+):
+    stop, batch = Stop(), 4 * (1 + flip)
+
+    def stopping(batches):
+        for i, batch in enumerate(stop.watch(batches, "stage", "features")):
+            yield batch
+            stop.signal = 15 * (i == 3)  # of six batches of four
+
+    with pytest.raises(Preempted, match="stage, features: stopped by SIGTERM"):
+        cache(pictures, watch=stopping, batch=batch, flip=flip)
+    (folder,) = tmp_path.iterdir()
+    assert names(folder) == complete([0])
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
+    capsys.readouterr()
+
+    made = cache(pictures, batch=batch, flip=flip)
+    assert "features: 16 of 24 examples" in capsys.readouterr().out
+    assert names(folder) == complete(range(3))
+    assert before.items() <= {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}.items()
+    whole = cache(pictures, batch=batch, flip=flip, folder=tmp_path / "whole").cache
+    for shard in whole.shards:
+        assert whole.path(shard).read_bytes() == made.cache.path(shard).read_bytes()
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_a_picture_that_cannot_be_read_becomes_a_bad_row_and_the_others_stay(
+    cache, tmp_path, stored
+):
+    folder = draw(tmp_path / "shapes")
+    data = read(tiny_recipe(folder)).data["pictures"]
+    (folder / "01.png").write_bytes(b"not a picture")
+    source = make_source("pictures", data)
+    tokenizer = train_tokenizer(
+        TokenizerConfig(300, data=("p",)), {"p": source}, tmp_path / "t.json"
+    )
+    made = cache(source, stored=stored)
+    items, transform = make_stream("pictures", data, made, tokenizer, View(SIZE))
+    batch = next(iter(eval_batches(items, transform, 24)))
+    assert batch["bad"].tolist() == [i == 1 for i in range(24)]
+    assert batch["weights"].sum(1).astype(bool).tolist() == [i != 1 for i in range(24)]
+    assert np.isfinite(batch["features"]).all()
+    assert batch["features"].any((1, 2, 3)).tolist() == [i != 1 for i in range(24)]
+    assert list(texts(source))
+
+
+def test_tokens_that_are_not_finite_are_an_error(cache, encoder, pictures, tmp_path):
+    broken = jax.tree.map(lambda x: np.nan * x, encoder[1])
+    with pytest.raises(DataError, match="tokens are not finite"):
+        cache(pictures, params=broken)
+    assert not list(tmp_path.rglob("*.array_record"))
+
+
+@pytest.mark.parametrize(("stored", "size"), [("bfloat16", 24 * 16 * 32), ("int8", 24 * 16 * 20)])
+def test_the_size_is_told_before_anything_is_computed_and_must_fit(
+    cache, pictures, monkeypatch, capsys, small_shards, stored, size
+):
+    free = types.SimpleNamespace(free=size + 3 * files.SLACK_BYTES - 1)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: free)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed"))
+        with pytest.raises(ConfigError, match=f"need {size:,} bytes .* and .* are free. Free "):
+            cache(pictures, stored=stored)
+    free.free += 1
+    made = cache(pictures, stored=stored)
+    told = f"24 of 24 examples × 1 × 1 × 16 tokens × 16 {stored}: {size:,} bytes"
+    assert told in capsys.readouterr().out
+    records = sum(len(record) for i in range(24) for record in [made._records._source[i]])
+    assert records == size
+    assert size < sum(p.stat().st_size for p in made.cache.folder.iterdir()) <= free.free
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_fills_up_leaves_no_half_file(cache, pictures, small_shards):
+    with (
+        largest_file(50_000),
+        pytest.raises(ConfigError, match=r"00000.part: .*File too large.* complete shards are kep"),
+    ):
+        cache(pictures)
+    made = cache(pictures)
+    assert names(made.cache.folder) == complete(range(3))
+
+
+def flipped(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_is_found_and_named_and_the_file_alone_made_again(
+    cache, pictures, small_shards, recipe, tmp_path
+):
+    made = cache(pictures)
+    path, wanted = made.cache.path(1), made.cache.path(1).read_bytes()
+    record = made._records._source[10]
+    flipped(path, wanted.index(record) + 100)
+    again = cache(pictures)  # the ends of the files are whole
+    assert np.array_equal(again[9].media, made[9].media)
+    named = rf"{re.escape(str(path))}: record 2: .*hash mismatch.*Delete it and run"
+    with pytest.raises(DataError, match=named):
+        again[10]
+    tokenizer = train_tokenizer(
+        TokenizerConfig(300, data=("p",)), {"p": pictures}, tmp_path / "t.json"
+    )
+    config = recipe.data["pictures"]
+    stream = {"p": (*make_stream("pictures", config, again, tokenizer, View(SIZE)), 1.0)}
+    with pytest.raises(DataError, match=named):  # an epoch
+        list(make_loader(stream, global_batch=8, seed=3, num_steps=3))
+    path.unlink()
+    others = {p: p.stat().st_mtime_ns for p in made.cache.folder.glob("*.array_record")}
+    cache(pictures)
+    assert path.read_bytes() == wanted
+    assert others == {p: p.stat().st_mtime_ns for p in others}
+
+
+def test_bits_flipped_anywhere_are_found_or_change_nothing(cache, pictures, small_shards):
+    made = cache(pictures)
+    path = made.cache.path(2)
+    data, tokens = path.read_bytes(), [made[i].media for i in range(16, 24)]
+    found, rng = 0, np.random.default_rng(0)
+    seal = data.index(made.cache.key.encode())
+    for at in (*rng.integers(0, len(data), 100), *rng.integers(0, 6000, 100), seal):
+        flipped(path, at)
+        try:
+            source = files.FeatureSource(pictures, made.cache)
+            for index, wanted in enumerate(tokens, 16):
+                np.testing.assert_array_equal(source[index].media, wanted)
+        except DataError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            found += 1
+        path.write_bytes(data)
+    assert 60 < found < 201
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:70_000]), "truncated or damaged"),
+        (lambda p: p.write_bytes(b""), "truncated or damaged"),
+        (lambda p: p.write_text("<html>not found</html>"), "truncated or damaged"),
+        (lambda p: shutil.copy(p.with_name("00000.array_record"), p), "a shard of another cache"),
+        (lambda p: p.unlink(), "is missing: the cached tokens are not complete"),
+    ],
+)
+def test_a_file_that_is_not_that_of_the_cache_is_named(
+    cache, pictures, small_shards, change, named
+):
+    made = cache(pictures).cache
+    change(made.path(1))
+    with pytest.raises(DataError, match=rf"{re.escape(str(made.path(1)))}.*{named}"):
+        files.FeatureSource(pictures, made)
+
+
+def test_the_files_of_another_encoder_are_refused(cache, pictures, small_shards):
+    made, other = cache(pictures).cache, cache(pictures, digest="e" * 64).cache
+    shutil.copy(other.path(0), made.path(0))
+    with pytest.raises(DataError, match=f"a shard of another cache, .*{other.key}"):
+        cache(pictures)
+
+
+def test_files_hold_64_mib_or_more_and_are_never_many():
+    made = functools.partial(files.Cache, files.Path("x"), "k", stored="bfloat16")
+    paper = made(count=1_000_000, shape=(1, 8, 256, 1024))
+    assert 200 < len(paper.shards) <= files.MAX_SHARDS
+    small = made(count=6000, shape=(2, 1, 49, 1280))
+    assert small.rows % files.ROUND == 0
+    fewer, size = small.rows - files.ROUND, small.record_bytes
+    assert fewer * size < 64 << 20 <= small.rows * size
+    spans = [i for shard in small.shards for i in small.span(shard)]
+    assert spans == list(range(6000))
+
+
+def test_a_worker_reads_the_same_tokens(cache, pictures, recipe, tmp_path, small_shards):
+    made = cache(pictures)
+    sent = pickle.dumps(made)
+    assert len(sent) < 24 * made.cache.record_bytes  # the tokens stay on disk
+    assert np.array_equal(pickle.loads(sent)[5].media, made[5].media)
+    tokenizer = train_tokenizer(
+        TokenizerConfig(300, data=("p",)), {"p": pictures}, tmp_path / "t.json"
+    )
+    items = make_stream("pictures", recipe.data["pictures"], made, tokenizer, View(SIZE))
+    load = functools.partial(make_loader, {"p": (*items, 1.0)}, global_batch=8, seed=3, num_steps=4)
+    for here, there in zip(load(threads=4), load(workers=1, threads=2), strict=True):
+        assert here["features"].dtype == there["features"].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(here["features"], there["features"])

@@ -1,0 +1,168 @@
+"""`vadapter data cache`: what it writes is what training reads, however it was stopped."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from support import runs
+
+from vadapter.config import load, override
+from vadapter.errors import PREEMPTED, ConfigError, UserError
+from vadapter.recipe.schema import read
+from vadapter.stages import feature_cache
+from vadapter.stages.fill_caches import write_caches
+from vadapter.stages.run import Run
+from vadapter.stages.stage import Stage
+
+COMMAND = """
+import sys
+from vadapter.cli.main import main
+from vadapter.data import features
+feature_cache.SHARD_BYTES, feature_cache.ROUND = 1, 4  # six files for the 24 pictures
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The file of a recipe whose encoder another run has trained."""
+    return runs.write_recipe(runs.prepare(tmp_path_factory.mktemp("cache")))
+
+
+def start(recipe, *arguments, fault=""):
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(runs.TESTS.parent),
+        "VADAPTER_FAULT": fault,
+        "VADAPTER_COMPILE_CACHE": str(runs.cache_dir()),
+        "XLA_FLAGS": "",
+    }
+    command = [sys.executable, "-c", COMMAND, "data", "cache", recipe, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(list(map(str, command)), env=env, **pipes)
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*.array_record")}
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_goes_on_behind_the_last_complete_file(recipe, tmp_path):
+    out = tmp_path / "killed"
+    have, kept = [], {}
+    # Six files, a batch each; a batch is written once the next has begun.
+    for name, code, batch in (("KILL", -signal.SIGKILL, 3), ("TERM", PREEMPTED, 2)):
+        with start(recipe, f"--out={out}", fault=f"{name}:pictures:features:{batch}") as process:
+            text = process.communicate()[0]
+        assert process.returncode == code, text
+        assert kept.items() <= shards(out).items()
+        kept = shards(out)
+        have.append(len(kept))
+    assert "pictures, features: stopped by SIGTERM; run the same command again to go on" in text
+    assert have == [2, 3]
+    with start(recipe, f"--out={out}") as process:
+        text = process.communicate()[0]
+    assert process.returncode == 0, text
+    (folder,) = out.iterdir()
+    size = 12 * 2 * 16 * 32
+    told = f"12 of 24 examples × 2 × 1 × 16 tokens × 16 bfloat16: {size:,} bytes"
+    assert told in text
+    assert "features: 12/12" in text
+    assert f"pictures: {folder}\n  --config.data.pictures.cache=True --config.data.pictures" in text
+    with start(recipe, f"--out={tmp_path / 'whole'}") as process:
+        process.communicate()
+    assert len(shards(out)) == 6
+    assert shards(out) == shards(tmp_path / "whole")
+    assert sorted(p.suffix for p in folder.iterdir()) == ["", *[".array_record"] * 6, ".json"]
+
+
+@pytest.mark.slow
+def test_kills_at_random_times_leave_nothing_but_complete_files(recipe, tmp_path):
+    rng, killed, out = np.random.default_rng(0), 0, tmp_path / "out"
+    with start(recipe, f"--out={tmp_path / 'whole'}") as process:
+        process.communicate()
+    whole = shards(tmp_path / "whole")
+    for _ in range(12):
+        with start(recipe, f"--out={out}") as process:
+            try:
+                process.communicate(timeout=rng.uniform(3, 9))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        killed += process.returncode == -signal.SIGKILL
+        assert shards(out).items() <= whole.items()
+    assert killed
+    with start(recipe, f"--out={out}") as process:
+        process.communicate()
+    assert shards(out) == whole
+
+
+def test_training_reads_what_the_command_wrote(recipe, tmp_path, monkeypatch, capsys):
+    values = load(str(recipe))
+    override(values, [f"data.pictures.cache_dir={tmp_path / 'shared'}"])
+    ((name, config, made),) = write_caches(read(values), stored="int8")
+    assert (name, config.cache_dtype, config.flip) == ("pictures", "int8", True)
+    override(values, ["data.pictures.cache_dtype=int8", "chain=decoder"])
+    monkeypatch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed again"))
+    identities = []
+    for workdir in ("a", "b"):  # two runs, one folder
+        stage = Stage(Run(read(values), tmp_path / workdir), "decoder")
+        frozen = stage.load_params()[1]
+        items, _ = stage.stream("pictures", frozen)
+        assert items.cache.folder == made.cache.folder
+        np.testing.assert_array_equal(items[5].media, made[5].media)
+        assert not (tmp_path / workdir / "features").exists()
+        identities.append(stage.identity())
+        override(values, [f"data.pictures.cache_dir={(tmp_path / 'shared').resolve()}/."])
+    assert identities[0] == identities[1]  # where it lies does not count
+
+
+def test_a_run_directory_gets_the_caches_that_its_stages_look_for(recipe, tmp_path):
+    made = [m for _, _, m in write_caches(read(load(str(recipe))), workdir=tmp_path / "run")]
+    assert [m.cache.folder.parent for m in made] == [tmp_path / "run" / "features"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["features"]
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "told"),
+    [
+        (("pictuers",), (), "--data=pictuers: unknown; did you mean 'pictures'"),
+        ((), ("data.pictures.cache=false",), "no data set of the recipe has cache=True"),
+        (("documents",), (), "data.documents: no stage of the recipe's chain sees it, encoder fr"),
+        (("clips",), (), "data.clips: no stage of the recipe's chain sees it, encoder frozen"),
+        ((), ("stages.decoder.start.encoder=vision",), "RUN/vision is not finished"),
+        ((), ("data.pictures.cache_dir=$NOWHERE_AT_ALL",), "NOWHERE_AT_ALL is not set"),
+    ],
+)
+def test_what_cannot_be_cached_is_told(recipe, tmp_path, names, changes, told):
+    values = load(str(recipe))
+    with values.unlocked():
+        vision = {"kind": "vision", "steps": 1, "batch": 8, "data": {"pictures": 1.0}}
+        values.stages.vision = {**vision, "optim": {"warmup": 0}}
+        values.chain = ("vision", "decoder")
+    override(values, changes)
+    out = None if "cache_dir" in str(changes) else tmp_path
+    with pytest.raises(UserError, match=told):
+        list(write_caches(read(values), names, out=out))
+
+
+def test_somewhere_to_write_must_be_named(recipe):
+    with pytest.raises(ConfigError, match=r"data\.pictures: nowhere to write; give --out"):
+        list(write_caches(read(load(str(recipe)))))
+
+
+def test_a_flipped_bit_in_a_shared_folder_stops_the_second_run(recipe, tmp_path):
+    ((_, config, made),) = write_caches(read(load(str(recipe))), out=tmp_path)
+    path = made.cache.path(0)
+    data = bytearray(path.read_bytes())
+    data[data.index(made.cache.key.encode())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path}: truncated or damaged"):
+        list(write_caches(read(load(str(recipe))), out=tmp_path))
+    path.unlink()
+    ((_, again, _),) = write_caches(read(load(str(recipe))), out=tmp_path)
+    assert dataclasses.asdict(again) == dataclasses.asdict(config)
+    assert path.read_bytes() != bytes(data)

@@ -1,0 +1,268 @@
+"""Where every tensor of a stage comes from. Nothing is trained: stages are stood in for."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from support import runs, tiny
+from support.recipes import draw, tiny_recipe
+
+from vadapter.distributed.mesh import make_mesh
+from vadapter.errors import CheckpointError, ConfigError
+from vadapter.recipe.schema import make_model, read, trained
+from vadapter.stages.abstract_state import abstract_params
+from vadapter.stages.initialization import DONE, check_sources, load, merge, only, plan, report
+
+VOCAB = 300
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run directory in which tlm, llm, vision and decoder are finished, and its recipe."""
+    folder = tmp_path_factory.mktemp("handover")
+    config = tiny_recipe(draw(folder / "shapes"))
+    recipe, stages = read(config), {}
+    for seed, name in enumerate(("tlm", "llm", "vision", "decoder")):
+        shapes = abstract(recipe, name)
+        stages[name] = {n: tiny.filled(shapes[n], seed) for n in trained(recipe.stages[name])}
+        runs.hand_over(folder / "run" / name, stages[name])
+    return config, folder / "run", stages
+
+
+@pytest.fixture
+def config(world):
+    return world[0].copy_and_resolve_references()
+
+
+def abstract(recipe, stage):
+    mesh = make_mesh(recipe.mesh)
+    return abstract_params(make_model(recipe, recipe.stages[stage], VOCAB), mesh)
+
+
+def planned(config, workdir, stage="vadapter"):
+    recipe = read(config)
+    shapes = abstract(recipe, stage)
+    return plan(recipe, recipe.stages[stage], workdir, shapes), shapes, recipe
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_stage_2_takes_every_tensor_from_where_the_recipe_says(config, world):
+    _, workdir, stages = world
+    starts, shapes, _ = planned(config, workdir)
+    sources = {name: start.source for name, start in starts.items()}
+    assert sources == {
+        "encoder": "stage vision",
+        "resampler": "stage decoder",
+        "fc_in": "stage decoder",
+        "tlm": "stage decoder",
+        "fc_out": "random",
+        "llm": "stage llm",
+    }
+    assert starts["tlm"].dropped == ("embedding.embedding",)
+    same(load(starts["resampler"], shapes["resampler"], None), stages["decoder"]["resampler"])
+    without = {k: v for k, v in stages["decoder"]["tlm"].items() if k != "embedding"}
+    same(load(starts["tlm"], shapes["tlm"], None), without)
+    assert load(starts["fc_out"], shapes["fc_out"], "drawn") == "drawn"
+
+
+def test_the_table_says_of_each_component_how_large_it_is_and_where_it_starts(config, world):
+    starts, shapes, recipe = planned(config, world[1])
+    lines = report(starts, recipe.stages["vadapter"], shapes).splitlines()
+    order = ["encoder", "resampler", "fc_in", "tlm", "fc_out", "llm"]  # of the data flow
+    assert [line.split()[0] for line in lines] == order
+    digest = json.loads((world[1] / "decoder" / DONE).read_text())["components"]["tlm"]
+    tlm = next(line for line in lines if line.split()[0] == "tlm")
+    size = sum(x.size for x in jax.tree.leaves(shapes["tlm"]))
+    assert tlm.split()[1:4] == [f"{size:,}", "trained", "stage"]
+    assert tlm.endswith(f"stage decoder [{digest[:12]}] 9 tensors; dropped: embedding.embedding")
+    assert [line.split()[2] for line in lines] == ["frozen", *["trained"] * 4, "frozen"]
+
+
+@pytest.mark.parametrize(
+    ("start", "source"),
+    [("random", "random"), ("tlm", "stage tlm"), ("decoder", "stage decoder")],
+    ids=["random", "language-pretrained", "stage 1"],
+)
+def test_the_papers_three_initialisations_differ_by_one_word(config, world, start, source):
+    """Paper, Table 3."""
+    config.stages.vadapter.start.tlm = start
+    starts, shapes, _ = planned(config, world[1])
+    assert starts["tlm"].source == source
+    if start != "random":
+        loaded = load(starts["tlm"], shapes["tlm"], None)
+        same(loaded["stack"], world[2][start]["tlm"]["stack"])
+
+
+def test_a_stage_of_another_run_is_named_by_its_path(config, world, tmp_path, monkeypatch):
+    _, workdir, stages = world
+    shutil.copytree(workdir, tmp_path / "other")
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    with config.unlocked():
+        for name in ("encoder", "llm", "resampler"):
+            config.stages.vadapter.start[name] = (
+                f"$RUNS/other/{world[0].stages.vadapter.start[name]}"
+            )
+    run = shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(run / "vision")
+    shutil.rmtree(run / "components")
+    shutil.copytree(
+        workdir / "components", run / "components", ignore=shutil.ignore_patterns("enc*")
+    )
+    starts, shapes, _ = planned(config, run)
+    assert starts["encoder"].source == "stage $RUNS/other/vision"
+    same(load(starts["resampler"], shapes["resampler"], None), stages["decoder"]["resampler"])
+    shutil.rmtree(tmp_path / "other")  # what is frozen is kept by the run that needs it
+    same(load(starts["encoder"], shapes["encoder"], None), stages["vision"]["encoder"])
+    same(load(starts["llm"], shapes["llm"], None), stages["llm"]["llm"])
+
+
+def refit(world, tmp_path, change):
+    """A run directory whose stage `decoder` handed over a resampler that `change` has changed."""
+    run = shutil.copytree(world[1], tmp_path / "run")
+    shutil.rmtree(run / "decoder")
+    parts = jax.tree.map(np.copy, world[2]["decoder"])
+    runs.hand_over(run / "decoder", {**parts, "resampler": change(parts["resampler"])})
+    return run
+
+
+def without_queries(tree):
+    return {k: v for k, v in tree.items() if k != "queries"}
+
+
+def test_a_tensor_that_is_missing_stops_the_run_unless_it_may_start_fresh(config, world, tmp_path):
+    run = refit(world, tmp_path, without_queries)
+    with pytest.raises(CheckpointError, match="resampler from stage decoder does not fit") as error:
+        planned(config, run)
+    assert "queries: not there (list resampler/queries in fresh" in str(error.value)
+    with config.unlocked():
+        config.stages.vadapter.fresh = ("resampler/queries",)
+    starts, shapes, recipe = planned(config, run)
+    assert starts["resampler"].fresh == ("queries",)
+    drawn = tiny.filled(shapes["resampler"], seed=9)
+    made = load(starts["resampler"], shapes["resampler"], drawn)
+    same(made, {**world[2]["decoder"]["resampler"], "queries": drawn["queries"]})
+    assert "; fresh: queries" in report(starts, recipe.stages["vadapter"], shapes)
+
+
+def test_a_tensor_too_many_stops_the_run_unless_it_may_be_dropped(config, world, tmp_path):
+    run = refit(world, tmp_path, lambda tree: {**tree, "gate": {"bias": np.ones(3, np.float32)}})
+    with pytest.raises(CheckpointError, match=r"gate\.bias: not needed here \(list resampler/gate"):
+        planned(config, run)
+    with config.unlocked():
+        config.stages.vadapter.drop = ("resampler/gate",)
+    starts, *_ = planned(config, run)
+    assert starts["resampler"].dropped == ("gate.bias",)
+
+
+def test_a_tensor_of_another_shape_is_never_cut_or_filled(config, world, tmp_path):
+    run = refit(world, tmp_path, lambda tree: {**tree, "queries": tree["queries"][:, :2]})
+    with pytest.raises(CheckpointError, match=r"queries: \(1, 2, 16\) there, \(1, 4, 16\) here"):
+        planned(config, run)
+    with config.unlocked():
+        config.stages.vadapter.fresh = ("resampler/queries",)
+    starts, shapes, _ = planned(config, run)
+    assert starts["resampler"].fresh == starts["resampler"].dropped == ("queries",)
+    drawn = tiny.filled(shapes["resampler"], seed=9)
+    made = load(starts["resampler"], shapes["resampler"], drawn)
+    same(made["queries"], drawn["queries"])
+
+
+def test_a_prefix_names_whole_parts_and_not_the_start_of_a_word(config, world, tmp_path):
+    run = refit(world, tmp_path, lambda tree: {**tree, "gates": np.ones(3, np.float32)})
+    with config.unlocked():
+        config.stages.vadapter.drop = ("resampler/gate",)
+    with pytest.raises(CheckpointError, match="gates: not needed here"):
+        planned(config, run)
+
+
+def test_a_long_list_is_cut(config, world):
+    with config.unlocked():
+        config.stages.vadapter.rename = {"resampler": "tlm"}
+    with pytest.raises(CheckpointError, match=r"^resampler from stage decoder") as error:
+        planned(config, world[1])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 10
+    assert lines[-1].startswith("  … ")
+
+
+def test_a_component_may_have_another_name_where_it_comes_from(config, world):
+    with config.unlocked():
+        config.components.first = config.components.fc_in
+        config.stages.vadapter.chain = ("resampler", "first", "tlm", "fc_out")
+        config.stages.vadapter.start = {
+            "first": "decoder",
+            **config.stages.vadapter.start.to_dict(),
+        }
+        del config.stages.vadapter.start.fc_in
+        config.stages.vadapter.rename = {"first": "fc_in"}
+    starts, shapes, _ = planned(config, world[1])
+    same(load(starts["first"], shapes["first"], None), world[2]["decoder"]["fc_in"])
+
+
+def test_a_stage_that_is_not_finished_or_damaged_is_no_start(config, world, tmp_path):
+    run = shutil.copytree(world[1], tmp_path / "run")
+    (run / "llm" / DONE).unlink()
+    with pytest.raises(
+        CheckpointError, match=r"llm is not finished \(no .*done\.json\); run it fi"
+    ):
+        planned(config, run)
+    (run / "llm" / DONE).write_text('{"components": ')
+    with pytest.raises(CheckpointError, match=r"done\.json is damaged .*; bring back a copy"):
+        planned(config, run)
+    shutil.copy(world[1] / "llm" / DONE, run / "llm" / DONE)
+    [stored] = (run / "components").glob("llm-*")
+    shutil.rmtree(stored)
+    with pytest.raises(CheckpointError, match=r"llm-.* is missing: load the weights of llm again"):
+        planned(config, run)
+
+
+def test_what_is_frozen_starts_somewhere(config, world):
+    with config.unlocked():
+        del config.stages.vadapter.start.llm
+    with pytest.raises(
+        ConfigError, match=r"llm is frozen in this stage but starts nowhere: set st"
+    ):
+        planned(config, world[1])
+    with config.unlocked():
+        config.stages.vadapter.start.llm = "random"
+    with pytest.raises(ConfigError, match="llm is frozen in this stage: it cannot start random"):
+        planned(config, world[1])
+
+
+def test_starts_that_no_stage_will_bring_about_are_found_beforehand(config, world, tmp_path):
+    def check(**start):
+        with config.unlocked():
+            config.stages.vadapter.start.update(start)
+        check_sources(read(config), "vadapter", tmp_path)
+
+    check(encoder="vision")  # nothing is finished here, but all of it will be
+    with pytest.raises(CheckpointError, match="nowhere/vision is not finished"):
+        check(encoder=f"{tmp_path}/nowhere/vision")
+    with pytest.raises(CheckpointError, match=r"run/tlm trained tlm, not encoder; mend start\.enc"):
+        check(encoder=f"{world[1]}/tlm")
+    with pytest.raises(ConfigError, match=r"environment variable NO_SUCH is not set"):
+        check(encoder="$NO_SUCH/run/vision")
+    with pytest.raises(
+        ConfigError, match=r"start\.encoder='weights', but components\.encoder\.wei"
+    ):
+        check(encoder="weights")
+    with config.unlocked():
+        config.components.resampler.weights = "x"
+    with pytest.raises(ConfigError, match="read for mobilenet, vit, lm, not for kind 'resampler'"):
+        check(resampler="weights", encoder="vision")
+    with config.unlocked():
+        config.components.encoder = {"kind": "mobilenet", "weights": str(tmp_path / "no")}
+    with pytest.raises(CheckpointError, match=r"components\.encoder\.weights: There is no folder"):
+        check(resampler="decoder", encoder="weights")
+
+
+def test_parts_of_trees():
+    tree = {"a": {"b": 1, "c": 2}, "d": 3}
+    assert only(tree, ("a.c", "d")) == {"a": {"c": 2}, "d": 3}
+    assert only(tree, ()) is None
+    assert merge(tree, {"a": {"c": 5}}) == {"a": {"b": 1, "c": 5}, "d": 3}

@@ -1,0 +1,292 @@
+"""The checkpoints of a run: whole and verified, or not used.
+
+One directory `<step>/` a checkpoint (see `snapshot`). Three things can be wrong, and each has its
+own answer: a checkpoint does not fit this run (an error with a table of the differences), it is
+damaged (a resume takes the one before it and says so), or the disk failed while it was written
+(training goes on without it, for a while). No run ever starts from zero because of a bad file.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as ocm
+
+from vadapter.checkpoints import array_io
+from vadapter.checkpoints.array_io import DamagedError
+from vadapter.distributed import hosts
+from vadapter.errors import CheckpointError, ConfigError
+from vadapter.io import storage
+
+PyTree = Any
+
+QUARANTINE = "quarantine"
+MAX_FAILURES = 2  # saves in a row that may fail before the run stops
+
+log = logging.getLogger(__name__)
+
+
+def steps(directory: Path) -> list[int]:
+    """Committed steps, ascending: directories named by a number, as Orbax renames them at the end,
+    or marks them in a bucket.
+
+    They may still be damaged: an interrupted copy of a run directory looks committed.
+    """
+    if not storage.is_folder(directory):
+        return []
+    numbered = (p for p in directory.iterdir() if p.name.isdecimal())
+    return sorted(int(p.name) for p in numbered if storage.committed(p))
+
+
+def restore_step(
+    directory: Path,
+    abstract_state: PyTree,
+    step: int | None = None,
+    *,
+    expect: Mapping[str, Any] | None = None,
+    subset: bool = False,
+) -> tuple[PyTree, dict[str, Any]]:
+    """Loads exactly one step, the newest if None, and changes nothing on disk: for evaluation.
+
+    Raises:
+      CheckpointError: as `array_io.load`, or there is no such step.
+    """
+    found = steps(directory)
+    step = max(found, default=None) if step is None else step
+    if step is None or step not in found:
+        raise CheckpointError(f"no checkpoint of step {step} in {directory}; steps there: {found}")
+    return array_io.load(directory / str(step), abstract_state, expect=expect, subset=subset)
+
+
+class Checkpointer:
+    """Saves in the background, keeps the last few, restores the newest that verifies.
+
+    One writer a directory (see `lock.run_lock`): leftovers of interrupted saves are removed at
+    once. On several hosts all of them make the same calls, with the directory on a shared file
+    system.
+
+    Args:
+      directory: holds one directory a step; created if missing.
+      keep: number of newest checkpoints to keep, at least 1.
+      keep_every: also keep every step that is a multiple of this number, for ever.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, keep_every: int | None = None):
+        if keep < 1 or (keep_every is not None and keep_every < 1):
+            raise ConfigError(f"cannot keep {keep} checkpoints, every {keep_every} steps: use >= 1")
+        self._directory = storage.absolute(directory)
+        policies: list[Any] = [ocm.LatestN(keep)]
+        if keep_every:
+            policies.append(ocm.EveryNSteps(keep_every))
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocm.AnyPreservationPolicy(policies),
+            lightweight_initialize=True,  # do not read what may be damaged
+            # Made at once, a directory that cannot be made is an error and not a 300 s wait.
+            async_options=ocp.AsyncOptions(
+                timeout_secs=600, create_directories_asynchronously=False
+            ),
+        )
+        self._manager: ocp.CheckpointManager | None = None
+        self._in_flight: int | None = None
+        self._own: set[int] = set()  # steps this object has saved or restored
+        self._failures = 0  # in a row
+        array_io.hush_orbax()
+        self._remove_leftovers()
+
+    def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> bool:
+        """Starts to save; returns when the arrays are copied, so they may be donated after.
+
+        Args:
+          step: number of finished updates.
+          state: tree of `jax.Array`, all on the same devices.
+          meta: JSON values a resume needs and checks: stage, configuration, data position, ...
+
+        Returns:
+          False if this object has that step already, or if the save failed at once.
+
+        Raises:
+          CheckpointError: too many failed saves in a row, or a checkpoint of a later step exists;
+            on several hosts also a save that could not even begin.
+          HostError: hosts that save another step, or none.
+        """
+        hosts.exchange("", f"saving step {step}")  # all of them, or none: Orbax would wait for ever
+        self._settle()
+        if step in self._own:
+            return False
+        if step <= (newest := max(steps(self._directory), default=-1)):
+            raise CheckpointError(
+                f"{self._directory} already has step {newest}, so step {step} cannot be saved: "
+                "resume that run, or choose another run directory"
+            )
+        args = array_io.items(state, {**meta, "step": step})
+        try:
+            manager = self._manager or ocp.CheckpointManager(
+                self._directory, options=self._options, item_handlers=array_io.handlers()
+            )
+            self._manager = manager
+            manager.save(step, args=args, force=True)
+        except Exception as e:
+            if hosts.count() > 1:  # the others may be waiting within Orbax
+                raise CheckpointError(
+                    f"could not save step {step} in {self._directory} ({array_io.reason(e)})"
+                ) from e
+            self._failed(step, e)
+            return False
+        self._own.add(step)
+        self._in_flight = step
+        return True
+
+    def committed(self) -> list[int]:
+        """Steps safely on disk, ascending; a save still in flight is not among them."""
+        parts = ("state", "meta")
+        return [
+            step
+            for step in steps(self._directory)
+            if all(storage.is_folder(self._directory / str(step) / part) for part in parts)
+        ]
+
+    def wait(self) -> int | None:
+        """Waits for the save in flight and returns the newest committed step.
+
+        Raises:
+          CheckpointError: too many failed saves in a row.
+        """
+        self._settle()
+        return max(self.committed(), default=None)
+
+    def close(self) -> None:
+        """Waits and releases the threads.
+
+        Raises:
+          CheckpointError: the last save failed, so the end of the run is not on disk.
+        """
+        self._settle()
+        self._drop_manager()
+        if self._failures:
+            raise CheckpointError(
+                f"the last save failed; the newest checkpoint in {self._directory} is that of step "
+                f"{max(self.committed(), default=None)}"
+            )
+
+    def restore(
+        self,
+        abstract_state: PyTree,
+        *,
+        expect: Mapping[str, Any] | None = None,
+    ) -> tuple[PyTree, dict[str, Any]] | None:
+        """Restores the newest checkpoint that verifies, and moves later ones to `quarantine/`.
+
+        Args:
+          abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
+          expect: values that `meta` must hold.
+
+        Returns:
+          State and meta, or None if there is no checkpoint at all.
+
+        Raises:
+          CheckpointError: the newest readable one does not fit this run, or none is readable.
+        """
+        self._settle()
+        found = self._agreed_steps()
+        if not found:
+            return None
+        reasons = []
+        for step in reversed(found):
+            path = self._directory / str(step)
+            try:
+                state, meta = array_io.load(path, abstract_state, expect=expect)
+                if meta["step"] != step:
+                    raise DamagedError(f"{path}: holds step {meta['step']}")
+            except DamagedError as e:
+                log.warning("skipped a damaged checkpoint: %s", e)
+                reasons.append(str(e))
+                continue
+            self._set_aside([later for later in found if later > step])
+            self._own = {step}
+            return state, meta
+        raise CheckpointError(
+            f"none of the {len(reasons)} checkpoints in {self._directory} can be used:\n  "
+            + "\n  ".join(reasons[:3])
+            + "\nBring back a copy, or move them away to start from the beginning."
+        )
+
+    def _agreed_steps(self) -> list[int]:
+        """The steps that the first host sees: network file systems may show others less."""
+        return hosts.of_first(steps(self._directory), f"steps in {self._directory.name}")
+
+    def _settle(self) -> None:
+        """Waits for the save in flight; only then is it known to have succeeded."""
+        if self._in_flight is None or self._manager is None:
+            return
+        step, self._in_flight = self._in_flight, None
+        error = None
+        try:
+            self._manager.wait_until_finished()
+            if hosts.first() and step not in steps(self._directory):
+                raise OSError("the step did not appear")
+        except Exception as e:
+            error = e
+        told = hosts.exchange(error and array_io.reason(error), f"saved step {step}")
+        for i, reason in enumerate(told):
+            if error is None and reason is not None:
+                error = OSError(f"host {i}: {reason}")
+        if error is None:
+            self._failures = 0
+        else:
+            self._own.discard(step)
+            self._failed(step, error)
+
+    def _failed(self, step: int, e: Exception) -> None:
+        self._failures += 1
+        self._drop_manager()  # it believes that the step exists
+        self._remove_leftovers()  # or a full disk would stay full
+        message = f"could not save step {step} in {self._directory} ({array_io.reason(e)})"
+        if self._failures > MAX_FAILURES:
+            raise CheckpointError(
+                f"{message}; {self._failures} saves in a row failed, the newest checkpoint is that "
+                f"of step {max(self.committed(), default=None)}. Free space and start again."
+            ) from e
+        log.warning("%s; going on without, %d of %d", message, self._failures, MAX_FAILURES)
+
+    def _drop_manager(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            try:
+                manager.close()
+            except Exception as e:
+                log.debug("closing after a failed save: %s", array_io.reason(e))
+
+    def _remove_leftovers(self) -> None:
+        if hosts.first():
+            for path in _leftovers(self._directory):
+                storage.remove_tree(path)
+
+    def _set_aside(self, later: list[int]) -> None:
+        self._drop_manager()
+        if later and hosts.first():
+            put_aside(self._directory, later)
+            log.warning("moved the later steps %s to %s", later, self._directory / QUARANTINE)
+        if later:
+            hosts.exchange("", "checkpoints set aside")
+
+
+def put_aside(directory: Path, later: list[int]) -> None:
+    """Moves steps to `quarantine/`, beside those of the same number that are there."""
+    for step in later:
+        target = directory / QUARANTINE / str(step)
+        copy = 0
+        while target.exists():
+            target = target.with_name(f"{step}.{(copy := copy + 1)}")
+        storage.move_tree(directory / str(step), target)
+
+
+def _leftovers(directory: Path) -> list[Path]:
+    """What interrupted saves left."""
+    if not storage.remote(directory):
+        return list(directory.glob(f"*{array_io.TMP}*"))
+    if not storage.is_folder(directory):
+        return []
+    numbered = (p for p in directory.iterdir() if p.name.isdecimal())
+    return [path for path in numbered if not storage.committed(path)]

@@ -1,0 +1,78 @@
+"""Whatever an example holds, image, clip or raw frames, as frames.
+
+Legend: F frames, H height, W width, S pixels a side.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from vadapter.data.media.images import (
+    CLIP_SUFFIXES,
+    BadMedia,
+    View,
+    decode_image,
+    head,
+    read_image,
+    resize,
+    square,
+)
+from vadapter.data.media.video import decode_clip
+
+
+def load_media(media: bytes | np.ndarray | Path, *, frames: int) -> np.ndarray:
+    """The frames of whatever an example holds.
+
+    Args:
+      media: an encoded image or clip, raw frames u8[F,H,W,3] or u8[H,W,3], or a path.
+      frames: F. Of a clip they are taken uniformly in time; a still image is repeated.
+
+    Returns:
+      u8[F,H,W,3], not to be written to: the frames of a still image share its memory.
+
+    Raises:
+      BadMedia: the media cannot be used.
+    """
+    if isinstance(media, np.ndarray):
+        return _from_array(media, frames)
+    if _is_clip(media, frames):
+        return decode_clip(media, frames)
+    image = decode_image(media)
+    return np.broadcast_to(image, (frames, *image.shape))
+
+
+def load_square(
+    media: bytes | np.ndarray | Path, view: View, *, frames: int, flip: bool = False
+) -> np.ndarray:
+    """`images.resize` of `load_media`; an encoded image is not copied on the way.
+
+    Args:
+      media, frames: as in `load_media`.
+      view, flip: as in `images.resize`.
+
+    Returns:
+      u8[F,S,S,3].
+
+    Raises:
+      BadMedia: the media cannot be used.
+    """
+    if isinstance(media, np.ndarray) or _is_clip(media, frames):
+        return resize(load_media(media, frames=frames), view, flip=flip)
+    return np.stack([square(read_image(media), view, flip=flip)] * frames)
+
+
+def _from_array(media: np.ndarray, frames: int) -> np.ndarray:
+    media = media[None] if media.ndim == 3 else media
+    if media.dtype != np.uint8 or media.ndim != 4 or media.shape[-1] != 3 or not media.size:
+        raise BadMedia(f"raw frames must be u8[F,H,W,3], got {media.dtype}{list(media.shape)}")
+    middles = (2 * np.arange(frames) + 1) * len(media) // (2 * frames)
+    return media[middles]
+
+
+def _is_clip(media: bytes | Path, frames: int) -> bool:
+    """Whether to decode as a clip: by content, since names lie and bytes have none."""
+    start = head(media)
+    if start[:4] == b"GIF8" or (start[:4] == b"RIFF" and start[8:12] == b"WEBP"):
+        return frames > 1
+    video = start[:4] in (b"\x1aE\xdf\xa3", b"RIFF") or start[4:8] in (b"ftyp", b"moov", b"mdat")
+    return video or (isinstance(media, Path) and media.suffix.lower() in CLIP_SUFFIXES)

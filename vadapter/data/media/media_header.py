@@ -1,0 +1,70 @@
+"""What an encoded image or clip says of itself, without decoding a pixel.
+
+Dimension legend: F frames, H height, W width.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from PIL import Image
+
+from vadapter.data.media.images import FORMATS, MAX_PIXELS, BadMedia, open_media
+from vadapter.data.media.timeline import open_container, read_timeline, video_stream
+
+
+class Probe(NamedTuple):
+    """Facts of a header.
+
+    Attributes:
+      width, height: pixels as stored, before any rotation.
+      frames: 1 for an image.
+      seconds: 0.0 for an image, and for raw frames.
+    """
+
+    width: int
+    height: int
+    frames: int = 1
+    seconds: float = 0.0
+
+
+def probe(media: bytes | np.ndarray | Path, *, clip: bool) -> Probe:
+    """Reads the header of an image, or the packets of a clip.
+
+    Args:
+      media: encoded, raw frames u8[F,H,W,3] or u8[H,W,3], or a path.
+      clip: it stands in a source of clips.
+
+    Raises:
+      BadMedia: neither an image nor a clip, or one that is cut short or too large.
+    """
+    if isinstance(media, np.ndarray):
+        frames = media[None] if media.ndim == 3 else media
+        return Probe(frames.shape[2], frames.shape[1], len(frames))
+    if not clip:
+        return _image(media)
+    try:
+        return _clip(media)
+    except (av.FFmpegError, BadMedia):
+        return _image(media)  # a still, or an animation that FFmpeg does not read
+
+
+def _image(media: bytes | Path) -> Probe:
+    try:
+        with open_media(media) as file, Image.open(file, formats=FORMATS) as image:
+            return Probe(*image.size, frames=getattr(image, "n_frames", 1))
+    except (BadMedia, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds on damaged files
+        raise BadMedia(f"no header that can be read ({type(error).__name__}: {error})") from error
+
+
+def _clip(media: bytes | Path) -> Probe:
+    with open_media(media) as file:
+        timeline = read_timeline(file, MAX_PIXELS)
+        with open_container(file) as container:
+            context = video_stream(container, MAX_PIXELS).codec_context
+            size = context.width, context.height
+    frames = sum(packet.stamp is not None for packet in timeline.packets)
+    return Probe(*size, frames=frames, seconds=float(timeline.duration))

@@ -1,0 +1,250 @@
+"""Frames of a clip, uniform in time.
+
+The rule: of a clip that lasts D seconds, frame i of F is the frame whose presentation time is
+nearest to (i + 0.5) / F * D, the earlier one of two equally near.
+
+  first and last        the middles of F equal parts: neither the very first frame nor the very last
+                        (titles, fades), unless the clip has little else
+  fewer frames than F   they repeat, in order: each stands for the parts it is nearest to
+  variable frame rate   times are the file's own time stamps (in AVI, time slots), never a count
+  D                     from the first frame to the end of the last one, as read from the packets:
+                        headers may be wrong
+  rotation              of the metadata is applied
+  transparency          laid over white
+  AVI, MP4, MOV, WebM, Matroska, GIF, animated WebP; the content decides, not the suffix
+  cut short, damaged    BadMedia; damage that no chosen frame depends on passes unseen
+  over 25 megapixels    BadMedia, by the header; over 100,000 frames, by the packets: no pixel is
+                        decoded
+
+Only what is needed is decoded, once and in order: from the last key frame before a chosen frame to
+that frame, without frames that no other refers to. Where a file's key frames are not what it says,
+and in AVI with reordered frames, everything up to the last chosen frame is. Both ways give the same
+frames. Only the chosen ones become RGB.
+
+Dimension legend: F frames, H height, W width.
+"""
+
+import io
+import itertools
+from collections.abc import Container, Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import av
+import av.container
+import numpy as np
+from av.codec.context import Flags
+from PIL import Image
+
+from vadapter.data.media.images import MAX_PIXELS, BadMedia, open_media, to_rgb
+from vadapter.data.media.timeline import (
+    MAX_PACKETS,
+    Timeline,
+    open_container,
+    read_timeline,
+    video_stream,
+)
+
+T = TypeVar("T")
+
+
+def decode_clip(data: bytes | Path, frames: int = 8, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decodes F frames of a clip.
+
+    Args:
+      data: an encoded clip (AVI, MP4, MOV, Matroska, WebM, GIF or animated WebP), or its file.
+      frames: F.
+      max_pixels: the most pixels (height x width) a frame may have.
+
+    Returns:
+      u8[F,H,W,3]; H and W are those of the first frame, after rotation.
+
+    Raises:
+      BadMedia: not a clip, no usable picture in it, cut short, corrupt, too large or too long.
+    """
+    try:
+        with open_media(data) as file:
+            head = file.read(12)
+            if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+                return _decode_webp(file, frames, max_pixels)
+            return _decode_stream(file, frames, max_pixels)
+    except av.FFmpegError as error:  # some of its kinds are MemoryError too
+        raise BadMedia(f"cannot be decoded ({error})") from error
+    except (BadMedia, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds on damaged files
+        raise BadMedia(f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def frame_times(duration: Fraction, frames: int) -> list[Fraction]:
+    """The times to show, in seconds from the first frame: the middles of F equal parts."""
+    return [duration * (2 * i + 1) / (2 * frames) for i in range(frames)]
+
+
+def nearest(timed: Iterable[tuple[Fraction, T]], targets: list[Fraction]) -> list[T]:
+    """For each target time the item nearest to it, the earlier of two; both in rising order.
+
+    Reads no further than it has to, and holds no more than what it returns and one item.
+    """
+    chosen: list[T] = []
+    last: tuple[Fraction, T] | None = None
+    for time, item in timed:
+        while len(chosen) < len(targets) and time >= (target := targets[len(chosen)]):
+            keep = last is not None and target - last[0] <= time - target
+            chosen.append(last[1] if last is not None and keep else item)
+        if len(chosen) == len(targets):
+            return chosen
+        last = time, item
+    if last is None:
+        raise BadMedia("no frame could be decoded")
+    return chosen + [last[1]] * (len(targets) - len(chosen))
+
+
+def _decode_stream(file: BinaryIO, frames: int, max_pixels: int) -> np.ndarray:
+    timeline = read_timeline(file, max_pixels)
+    targets = frame_times(timeline.duration, frames)
+    for choose in (_sought, _shown):
+        with open_container(file) as container:
+            stream = video_stream(container, max_pixels)
+            if (chosen := choose(container, stream, timeline, targets)) is not None:
+                return _pictures(chosen)
+    raise BadMedia("no frame could be decoded")
+
+
+def _shown(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    timeline: Timeline,
+    targets: list[Fraction],
+) -> list[av.VideoFrame]:
+    """The frames nearest to the targets, of all from the first to the last of them."""
+    return nearest(_timed(container.decode(stream), timeline.slots), targets)
+
+
+def _sought(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    timeline: Timeline,
+    targets: list[Fraction],
+) -> list[av.VideoFrame] | None:
+    """The same frames, decoding only runs from a key frame to a chosen one.
+
+    Every frame tells the packet it came from. None where what comes out is not exactly what the
+    packets promise (a key frame that is none, a damaged or a missing frame): then `_shown` decides.
+    """
+    context = stream.codec_context
+    if not timeline.seekable(reordered=context.has_b_frames):
+        return None
+    wanted = nearest(timeline.shown, targets)
+    context.flags |= Flags.copy_opaque
+    packets = (packet for packet in container.demux(stream) if packet.size)
+    found: dict[int, av.VideoFrame] = {}
+    at = 0
+    try:
+        for start, stop in timeline.runs(wanted):
+            context.flush_buffers()
+            run = itertools.islice(packets, start - at, stop - at)
+            needed = range(start, stop) if timeline.avi else wanted  # AVI's frames are counted
+            for n, frame in enumerate(_decoded(context, run, start, needed)):
+                index = frame.opaque
+                starts_well = n or (index == start and frame.key_frame)
+                if not isinstance(index, int) or not starts_well:
+                    return None
+                if not timeline.agrees(index, start + n, frame.pts):
+                    return None
+                if index in wanted:
+                    if index in found or frame.is_corrupt:
+                        return None
+                    found[index] = frame
+            at = stop
+    except av.FFmpegError:
+        return None
+    return [found[i] for i in wanted] if found.keys() == set(wanted) else None
+
+
+def _decoded(
+    context: av.VideoCodecContext, packets: Iterable[av.Packet], first: int, needed: Container[int]
+) -> Iterator[av.VideoFrame]:
+    """The frames of packets, numbered from `first`, to the last that the decoder holds back.
+
+    Those that are neither needed nor referred to by other frames may be missing.
+    """
+    for index, packet in enumerate(packets, first):
+        packet.opaque = index
+        context.skip_frame = "DEFAULT" if index in needed else "NONREF"
+        yield from context.decode(packet)
+    yield from context.decode(None)
+
+
+def _pictures(chosen: list[av.VideoFrame]) -> np.ndarray:
+    """The frames as u8[F,H,W,3]; those chosen twice are converted once."""
+    size = chosen[0].width, chosen[0].height
+    pictures: dict[int, np.ndarray] = {}
+    for frame in chosen:
+        if frame.is_corrupt:
+            raise BadMedia("holds damaged frames")
+        if id(frame) not in pictures:
+            pictures[id(frame)] = _pixels(frame, size)
+    return np.stack([pictures[id(frame)] for frame in chosen])
+
+
+def _timed(
+    frames: Iterable[av.VideoFrame], slots: list[Fraction] | None
+) -> Iterable[tuple[Fraction, av.VideoFrame]]:
+    """Frames, which the decoder gives in the order they are shown, with their time in seconds."""
+    first = None
+    for index, frame in enumerate(frames):
+        if slots is not None:
+            yield slots[min(index, len(slots) - 1)], frame
+            continue
+        if frame.pts is None or frame.time_base is None:
+            raise BadMedia("a frame without a time stamp")
+        first = frame.pts if first is None else first
+        yield (frame.pts - first) * frame.time_base, frame
+
+
+def _pixels(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
+    """One frame as u8[H,W,3], upright, of the (width, height) the clip started with."""
+    alpha = any(component.is_alpha for component in frame.format.components)
+    layout = "rgba" if alpha else "rgb24"
+    pixels = frame.to_ndarray(format=layout, width=size[0], height=size[1])
+    if alpha:
+        opacity = pixels[..., 3:].astype(np.uint16)
+        over = pixels[..., :3] * opacity + 255 * (255 - opacity)
+        pixels = ((over + 127) // 255).astype(np.uint8)
+    return np.rot90(pixels, round(frame.rotation / 90))  # both count anticlockwise
+
+
+def _decode_webp(file: BinaryIO, frames: int, max_pixels: int) -> np.ndarray:
+    """Animated WebP, which FFmpeg does not read."""
+    times, end = [], Fraction(0)
+    for duration in _webp_durations(file):
+        times.append(end)
+        end += duration
+    file.seek(0)
+    with Image.open(file, formats=("WEBP",)) as image:
+        if image.width * image.height > max_pixels:
+            raise BadMedia(f"{image.width}x{image.height} pixels, more than {max_pixels}")
+        indices = nearest(zip(times, range(len(times)), strict=True), frame_times(end, frames))
+        pictures: dict[int, np.ndarray] = {}
+        for index in indices:
+            if index not in pictures:
+                image.seek(index)
+                pictures[index] = np.array(to_rgb(image))
+    return np.stack([pictures[index] for index in indices])
+
+
+def _webp_durations(file: BinaryIO) -> list[Fraction]:
+    """Seconds of every frame, from the ANMF chunks (WebP container specification)."""
+    durations = []
+    file.seek(12)
+    while len(header := file.read(8)) == 8 and len(durations) <= MAX_PACKETS:
+        size = int.from_bytes(header[4:], "little")
+        if header[:4] == b"ANMF":
+            body = file.read(16)
+            milliseconds = int.from_bytes(body[12:15], "little") or 100  # as browsers show it
+            durations.append(Fraction(milliseconds, 1000))
+            size -= len(body)
+        file.seek(size + size % 2, io.SEEK_CUR)
+    return durations or [Fraction(1)]  # a still image is one frame

@@ -1,0 +1,84 @@
+"""Parquet files read by row group.
+
+A parquet file's unit of reading is the row group: a sample costs the reading and decompression of
+its group's wanted columns, and the last few groups of a thread's neighbours are kept. Files for
+training should have small groups (`row_group_size=100`, as the hub's image data sets have).
+"""
+
+import functools
+import threading
+from pathlib import Path
+from typing import Any
+
+from vadapter.data.optional_deps import need
+from vadapter.errors import DataError
+
+MAX_GROUP_BYTES = 1 << 30
+_KEPT = 4  # row groups a process keeps
+_lock = threading.Lock()  # neither a file nor the cache is read by two threads at once
+
+
+def row_groups(path: Path) -> list[int]:
+    """The rows of each row group.
+
+    Raises:
+      ConfigError: pyarrow is not installed.
+      DataError: not a parquet file, damaged, or row groups of more than 1 GiB.
+    """
+    footer = _open(path).metadata
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    if large := [g.total_byte_size for g in groups if g.total_byte_size > MAX_GROUP_BYTES]:
+        raise DataError(
+            f"{path}: a row group of {large[0]:,} bytes, which each of its samples would read; "
+            "write the file again with row_group_size=100"
+        )
+    return [group.num_rows for group in groups]
+
+
+def column_names(path: Path) -> list[str]:
+    """The names of the columns; raises as `row_groups`."""
+    return list(_open(path).schema_arrow.names)
+
+
+def read_row(path: str, version: tuple[int, int], group: int, row: int, names: tuple[str, ...]):
+    """One row as a dict, of the columns `names`.
+
+    Args:
+      version: (size, mtime_ns) of the file, as it was when its row groups were counted.
+      group, row: the row group, and the row in it.
+
+    Raises:
+      DataError: the file is gone, has changed or is damaged.
+    """
+    with _lock:
+        table = _group(path, version, group, names)
+    return {name: table.column(name)[row].as_py() for name in names}
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _group(path: str, version: tuple[int, int], group: int, names: tuple[str, ...]) -> Any:
+    try:
+        status = Path(path).stat()
+        if (status.st_size, status.st_mtime_ns) != version:
+            raise DataError(f"{path}: changed since it was indexed; start again with it")
+        return _file(path, version).read_row_group(group, columns=list(names), use_threads=False)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise DataError(
+            f"{path}: row group {group} cannot be read ({error}); restore the file"
+        ) from error
+
+
+@functools.lru_cache(maxsize=64)
+def _file(path: str, version: tuple[int, int]) -> Any:
+    del version
+    return _open(Path(path))
+
+
+def _open(path: Path) -> Any:
+    parquet = need("pyarrow.parquet", "parquet", "parquet")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; check the path")
+    try:
+        return parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error})") from error

@@ -1,0 +1,184 @@
+"""Tar shards read in place: an index of their members, and random access to the bytes.
+
+Nothing is ever extracted, so a member's name is only a key and cannot reach the file system.
+Only regular files of allowed types and sizes enter the index; links, devices, sparse files and
+names that climb out of the archive are left out, with the reason. Of a shard in a bucket only the
+ranges of bytes that are wanted are fetched.
+
+Format: POSIX.1-1988 ustar, with pax and GNU long names, uncompressed.
+"""
+
+import dataclasses
+import functools
+import os
+import tarfile
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+
+from vadapter.errors import DataError
+from vadapter.io import storage
+
+MAX_MEMBER_BYTES = 256 << 20
+_BLOCK = 512
+_HEADER_ERRORS = (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError)
+
+
+class _Handle:
+    """An open file that closes when its last reader lets go of it."""
+
+    fd = -1
+
+    def __init__(self, path: str):
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self):
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+@functools.lru_cache(maxsize=128)
+def _handle(path: str, size: int, mtime_ns: int) -> _Handle:
+    """One open file a shard, process and version; reading by offset makes sharing it safe."""
+    del size, mtime_ns  # a file that replaces another is opened anew
+    return _Handle(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Bytes of one tar file by position. Holds no open file: pickle, fork and threads are safe.
+
+    Attributes:
+      path: of the file; size: in bytes; mtime_ns: see `storage.facts`.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The `size` bytes at `offset`.
+
+        Raises:
+          DataError: the file is gone, cannot be read, or has changed since it was indexed.
+        """
+        if storage.remote(self.path):
+            return self._fetch(offset, size)
+        try:
+            handle = _handle(self.path, self.size, self.mtime_ns)
+            data = os.pread(handle.fd, size, offset)
+            now = os.fstat(handle.fd)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error}); restore the shard") from error
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns) or len(data) != size:
+            raise DataError(f"{self.path}: changed since it was indexed; start again with it")
+        return data
+
+    def _fetch(self, offset: int, size: int) -> bytes:
+        try:
+            return storage.read_range(self.path, offset, size, self.mtime_ns)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{self.path}: gone or changed since it was indexed; start again with it"
+            ) from error
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class TarIndex:
+    """What one shard holds.
+
+    Attributes:
+      shard: the file.
+      members: name -> (offset, size) of the content in bytes, in the order of the archive.
+      skipped: name -> why this member is not in `members`.
+    """
+
+    shard: Shard
+    members: dict[str, tuple[int, int]]
+    skipped: dict[str, str]
+
+    def read(self, name: str) -> bytes:
+        """The content of the member `name`; KeyError if the index has none."""
+        return self.shard.read(*self.members[name])
+
+
+def scan(
+    path: str | Path, suffixes: Collection[str], *, max_bytes: int = MAX_MEMBER_BYTES
+) -> TarIndex:
+    """Indexes a tar file by reading its headers only.
+
+    Args:
+      path: an uncompressed tar file.
+      suffixes: the allowed endings, lower case, such as ".jpg"; names are compared in lower case.
+      max_bytes: a larger member is left out.
+
+    Raises:
+      DataError: not a plain tar file, cut short, damaged between members, or a name twice.
+    """
+    path = storage.as_path(path)
+    if not path.is_file():  # also keeps a FIFO from blocking the open
+        raise DataError(f"{path}: no such file; check the path and the name of the split")
+    facts = storage.facts(path)
+    members: dict[str, tuple[int, int]] = {}
+    skipped: dict[str, str] = {}
+    try:
+        with (
+            path.open("rb") as file,
+            tarfile.open(
+                fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
+            ) as archive,
+        ):
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # type: ignore  # tarfile keeps a kilobyte for each
+                if member.isdir():
+                    continue
+                if reason := _refusal(member, suffixes, max_bytes):
+                    skipped[member.name] = reason
+                elif member.name in members:
+                    raise DataError(f"{path}: holds {member.name!r} twice; write the shard again")
+                elif member.offset_data + member.size > facts["size"]:
+                    raise DataError(f"{path}: ends inside {member.name!r}; copy the shard again")
+                else:
+                    members[member.name] = (member.offset_data, member.size)
+            end = archive.offset
+    except (*_HEADER_ERRORS, RecursionError) as error:
+        raise DataError(
+            f"{path}: not a readable tar file ({error}); random access needs an intact, "
+            "uncompressed tar (decompress .tar.gz first)"
+        ) from error
+    # tarfile takes a damaged header for the end of the archive; only zeros are the end.
+    if not _ends_in_zeros(path, end):
+        raise DataError(
+            f"{path}: no end mark at byte {end}, so members may be missing; copy the shard again "
+            "(or write one archive where several were concatenated)"
+        )
+    return TarIndex(Shard(str(path), **facts), members, skipped)
+
+
+def _refusal(member: tarfile.TarInfo, suffixes: Collection[str], max_bytes: int) -> str:
+    """Why a member stays out of the index, or ""."""
+    name = PurePosixPath(member.name)
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
+        return "not a regular file"
+    if name.is_absolute() or ".." in name.parts:
+        return "its name climbs out of the archive"
+    if not member.name.isprintable():  # control characters, and bytes that are not UTF-8
+        return "its name is not printable text"
+    if name.suffix.lower() not in suffixes:
+        return f"files of type {name.suffix or '(none)'} are not read"
+    if member.size > max_bytes:
+        return f"{member.size} bytes, more than the {max_bytes} allowed"
+    return ""
+
+
+def _ends_in_zeros(path: Path, end: int) -> bool:
+    """Whether at least one zero block stands at `end`, and nothing but zeros behind it."""
+    with path.open("rb") as file:
+        file.seek(end)
+        length = 0
+        while chunk := file.read(1 << 20):
+            if chunk.count(0) != len(chunk):
+                return False
+            length += len(chunk)
+    return length >= _BLOCK

@@ -1,0 +1,355 @@
+"""The tokenizer of a public language model, with the interface of `vadapter.data.tokenizers.bpe`.
+
+Text is text: what looks like a special token ("</s>", "<|endoftext|>", "<image>") is encoded as the
+characters it is made of. Special tokens are therefore taken out of the vocabulary; their ids are
+added by the layout alone. Special are the added tokens that tokenizer.json marks so, those that
+the model's other files name, and all that read <|…|>. The other added tokens (runs of spaces, say)
+are ordinary vocabulary and stay.
+
+The ids of BOS, EOS and PAD come from the first of these that has them:
+
+  1. tokenizer_config.json      bos_token, eos_token, pad_token
+  2. special_tokens_map.json    the same
+  3. generation_config.json     bos_token_id, eos_token_id, pad_token_id
+  4. config.json                the same, or in its text_config
+
+Without a BOS, EOS stands in: it parted the texts such a model was trained on. Further ends of text,
+which generation_config.json may list, are in `stop_ids`. Id 0 may be a token like any other.
+
+SentencePiece puts a space in front of the whole text (its "dummy prefix"), and the pieces of a
+layout (`vadapter.data.prompts`) bring their own. So `encode(text)` adds none and is the inverse of
+`decode`; `encode(text, start=True)` does what the model's own tokenizer does with a whole text.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers.files import Spec, read_json, read_spec
+from vadapter.errors import CheckpointError, DataError
+from vadapter.io import storage
+
+_HEADER = {"format": "vadapter-pretrained-tokenizer", "version": 1}
+_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
+_IDS = ("generation_config.json", "config.json")
+_MARKUP = re.compile(r"<\|.*\|>", re.DOTALL)
+_UNREACHABLE = ""  # no text holds it as a piece
+_PREFIXING = ("normalizer", "pre_tokenizer", "decoder")
+
+
+class PretrainedTokenizer:
+    """Text to ids and back. Immutable, picklable, safe to share between threads.
+
+    Attributes:
+      bos_id, eos_id: a sequence starts with BOS and ends with EOS; the two may be one id.
+      pad_id: the model's own, or EOS; batches are padded by their masks, whatever this is.
+      stop_ids: every id that ends a text, EOS the first of them.
+      vocab_size: the number of ids, specials included; every id is below it.
+      rows: of the model's embedding; those past `vocab_size` are padding.
+    """
+
+    lowercase = False
+
+    def __init__(self, dump: bytes):
+        """`dump` is what `save` writes; `load` is the way to make one."""
+        record = json.loads(dump)
+        self._dump = dump
+        self.bos_id: int = record["bos_id"]
+        self.eos_id: int = record["eos_id"]
+        self.pad_id: int = record["pad_id"]
+        self.stop_ids: tuple[int, ...] = tuple(record["stop_ids"])
+        self.vocab_size: int = record["vocab_size"]
+        self.rows: int = record["rows"]
+        spec = record["tokenizer"]
+        bare = {**spec, **{key: _without_prefix(spec[key]) for key in _PREFIXING}}
+        alike = all(bare[key] == spec[key] for key in _PREFIXING[:2])
+        self._piece = _built(bare)
+        self._start = self._piece if alike else _built(spec)
+        self._text = frozenset(_text_ids(spec))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, rows: int = 0):
+        """Reads a model's folder, or the file that `save` wrote.
+
+        Args:
+          path: folder or file.
+          rows: of the model's embedding; 0 takes `vocab_size` of the folder's config.json, or of
+            the tokenizer where there is none.
+
+        Raises:
+          DataError: no tokenizer there, or one that is damaged, of another kind, or without EOS.
+          CheckpointError: the tokenizer has ids that the model has no rows for.
+        """
+        path = storage.as_path(path)
+        try:
+            record = _record(path, rows) if path.is_dir() else read_json(path)
+            if any(record.get(k) != v for k, v in _HEADER.items()):
+                raise DataError(f"No tokenizer of a public model at {path}: expected {_HEADER}.")
+            tokenizer = cls(_encoded(record))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"The tokenizer {path} is damaged: {error!r}. Fetch it again."
+            ) from error
+        if rows and rows < tokenizer.vocab_size:
+            raise CheckpointError(_too_few(path, tokenizer.vocab_size, rows))
+        return tokenizer
+
+    def __reduce__(self):
+        return PretrainedTokenizer, (self._dump,)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 in hex of what `save` writes."""
+        return hashlib.sha256(self._dump).hexdigest()
+
+    def encode(self, text: str, *, start: bool = False) -> list[int]:
+        """The ids of `text`, without specials; a lone surrogate is read as "?".
+
+        Args:
+          text: a piece of a layout, or a whole text.
+          start: nothing but specials stands before it: a SentencePiece tokenizer adds its prefix.
+        """
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        bpe = self._start if start else self._piece
+        return bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` up to the first of `stop_ids`; other specials and padding are skipped.
+
+        Raises:
+          DataError: an id outside the model's rows.
+        """
+        plain = []
+        for i in map(int, ids):
+            if i in self.stop_ids:
+                break
+            if not 0 <= i < self.rows:
+                raise DataError(
+                    f"Token id {i} is outside the model's {self.rows} rows: these ids come from "
+                    "another tokenizer."
+                )
+            if i in self._text:
+                plain.append(i)
+        return self._piece.decode(plain, skip_special_tokens=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one JSON file; a reader never sees half of it."""
+        storage.write_bytes(storage.as_path(path), self._dump)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | PretrainedTokenizer:
+    """Reads the file that either kind of tokenizer saved; DataError if it is neither's."""
+    ours = read_json(storage.as_path(path)).get("format") == _HEADER["format"]
+    return PretrainedTokenizer.load(path) if ours else Tokenizer.load(path)
+
+
+def _record(folder: Path, rows: int) -> dict[str, Any]:
+    """What `save` writes of a model's folder."""
+    spec = read_spec(folder)
+    configs = {name: read_json(folder / name) for name in (*_NAMES, *_IDS)}
+    configs["config.json"] = {**configs["config.json"], **_text_config(configs["config.json"])}
+    ids = _all_ids(spec) | _declared(configs["tokenizer_config.json"])
+    bos, eos, pad = (_special(kind, configs, ids, folder) for kind in ("bos", "eos", "pad"))
+    if ids.get("\n<s>\n") == 1:  # llama2.c, which fixes them
+        bos, eos = bos or [1], eos or [2]
+    if not eos:
+        raise DataError(
+            f"No end token for the tokenizer in {folder}: none of {', '.join(configs)} names "
+            "an eos_token or eos_token_id. Add one: a model that is never taught to end does "
+            "not stop."
+        )
+    stops = list(dict.fromkeys(eos + _listed(configs["generation_config.json"], "eos")))
+    bos = bos or eos
+    named = {i: token for token, i in ids.items()}
+    controls = {named[i] for i in (*bos, *stops) if i in named}
+    controls |= _controls(spec, configs)
+    vocab_size = 1 + max(*ids.values(), *bos, *stops)
+    _take_out(spec, controls, {*bos, *stops})
+    rows = int(rows or configs["config.json"].get("vocab_size") or vocab_size)
+    needed = 1 + max(*_text_ids(spec), *bos, *eos)
+    if rows < needed:
+        raise CheckpointError(_too_few(folder, needed, rows))
+    return {
+        **_HEADER,
+        "bos_id": bos[0],
+        "eos_id": eos[0],
+        "pad_id": (pad or eos)[0],
+        "stop_ids": [i for i in stops if i < rows],
+        "vocab_size": min(vocab_size, rows),  # specials that no row is there for cannot occur
+        "rows": rows,
+        "tokenizer": spec,
+    }
+
+
+def _encoded(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _too_few(path: Path, needed: int, rows: int) -> str:
+    return (
+        f"The tokenizer {path} has {needed} ids, and the model's embedding only {rows} rows (more "
+        "would do: they are often padded). They belong to different models: take both from one."
+    )
+
+
+# -- special ids -------------------------------------------------------------------------------
+
+
+def _special(kind: str, configs: dict[str, dict], ids: dict[str, int], folder: Path) -> list[int]:
+    """The ids of "bos", "eos" or "pad" in the first file that has any."""
+    for name in _NAMES:
+        token = _content(configs[name].get(f"{kind}_token"))
+        if token is not None:
+            if token not in ids:
+                raise DataError(
+                    f"{folder / name} names {token!r} as {kind}_token, but the tokenizer beside it "
+                    "has no such token: fetch both again, from one model."
+                )
+            return [ids[token]]
+    for name in _IDS:
+        if found := _listed(configs[name], kind):
+            return found
+    return []
+
+
+def _listed(config: dict[str, Any], kind: str) -> list[int]:
+    """`eos_token_id` and its like: none, one or several."""
+    value = config.get(f"{kind}_token_id")
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and i >= -1 for i in values):
+        raise ValueError(f"{kind}_token_id is {value!r}")
+    return [i for i in values if i >= 0]  # -1 is "none" in some
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    inner = config.get("text_config")
+    return {k: v for k, v in inner.items() if v is not None} if isinstance(inner, dict) else {}
+
+
+def _content(token: Any) -> str | None:
+    """A special token as it is written: by itself, or as a group with its flags."""
+    return token.get("content") if isinstance(token, dict) else token or None
+
+
+def _controls(spec: Spec, configs: dict[str, dict]) -> set[str]:
+    """The special tokens by content, as far as they are written anywhere in the model's files."""
+    added = list(spec["added_tokens"])
+    added += (configs["tokenizer_config.json"].get("added_tokens_decoder") or {}).values()
+    controls = {t["content"] for t in added if t.get("special") or _MARKUP.fullmatch(t["content"])}
+    for name in _NAMES:
+        for key in ("bos_token", "eos_token", "unk_token", "cls_token", "sep_token", "mask_token"):
+            controls.add(_content(configs[name].get(key)) or "")
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            more = configs[name].get(key) or []
+            more = more.values() if isinstance(more, dict) else more
+            controls |= {_content(token) or "" for token in more}
+    return controls - {""}
+
+
+# -- the vocabulary ----------------------------------------------------------------------------
+
+
+def _vocab(spec: Spec) -> Iterable[tuple[str, int]]:
+    """(piece, id) of the model proper."""
+    vocab = spec["model"]["vocab"]
+    if spec["model"]["type"] == "BPE":
+        return vocab.items()
+    return ((piece, i) for i, (piece, _) in enumerate(vocab))
+
+
+def _all_ids(spec: Spec) -> dict[str, int]:
+    return dict(_vocab(spec)) | {t["content"]: t["id"] for t in spec["added_tokens"]}
+
+
+def _declared(config: dict[str, Any]) -> dict[str, int]:
+    """Tokens that only tokenizer_config.json declares."""
+    declared = config.get("added_tokens_decoder") or {}
+    return {token["content"]: int(i) for i, token in declared.items()}
+
+
+def _text_ids(spec: Spec) -> Iterable[int]:
+    """The ids that stand for text, after `_take_out`."""
+    return (i for piece, i in _vocab(spec) if piece != _UNREACHABLE)
+
+
+def _take_out(spec: Spec, controls: set[str], ends: set[int]) -> None:
+    """Takes special tokens out of the vocabulary, in place; every other token keeps its id.
+
+    What a vocabulary has no bytes for stays "unknown", unless that is one of the `ends`, too.
+    """
+    model = spec["model"]
+    kept = [t for t in spec["added_tokens"] if t["content"] not in controls]
+    spec["added_tokens"] = kept
+    if model["type"] == "BPE":
+        vocab = {piece: i for piece, i in model["vocab"].items() if piece not in controls}
+        unknown = model.get("unk_token")
+        if unknown in controls:
+            at = model["vocab"].get(unknown)
+            model["unk_token"] = None if at is None or at in ends else _UNREACHABLE
+            vocab |= {} if model["unk_token"] is None else {_UNREACHABLE: at}
+        # The library numbers the added tokens that the model lacks by itself: let it lack none.
+        model["vocab"] = vocab | {t["content"]: t["id"] for t in kept}
+        skip = len(model.get("continuing_subword_prefix") or "")
+        pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        model["merges"] = [[a, b] for a, b in pairs if controls.isdisjoint((a, b, a + b[skip:]))]
+        return
+    if model.get("unk_id") in ends:
+        raise ValueError("its unknown token ends a text")
+    pieces = [[_UNREACHABLE if p in controls else p, score] for p, score in model["vocab"]]
+    size = 1 + max([len(pieces) - 1, *(t["id"] for t in kept)])
+    highest = max(score for _, score in pieces)
+    pieces += [[_UNREACHABLE, highest] for _ in range(size - len(pieces))]
+    for token in kept:
+        if token["id"] >= len(model["vocab"]):
+            pieces[token["id"]][0] = token["content"]
+    model["vocab"] = pieces
+
+
+def _built(spec: Spec) -> tokenizers.Tokenizer:
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "post_processor": None,
+        **spec,
+    }
+    try:
+        built = tokenizers.Tokenizer.from_str(json.dumps(whole))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(str(error)) from None
+    for token in spec["added_tokens"]:
+        if built.token_to_id(token["content"]) != token["id"]:
+            raise ValueError(f"the added token {token['content']!r} cannot have the id it has")
+    return built
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer, pre-tokenizer or decoder that adds no space in front, and takes none away."""
+    if isinstance(part, list):
+        return [_without_prefix(p) for p in part if not _prepends(p)]
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
+    if _prepends(part):
+        return None
+    if kind == "Metaspace":
+        return {"type": kind, "replacement": part["replacement"], "prepend_scheme": "never"} | (
+            {"split": part["split"]} if "split" in part else {}
+        )
+    if kind == "ByteLevel":
+        return {**part, "add_prefix_space": False}
+    if kind == "Strip" and part.get("content") == " ":
+        return {**part, "start": 0}
+    return {k: _without_prefix(v) for k, v in part.items()}
+
+
+def _prepends(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "Prepend"

@@ -1,0 +1,41 @@
+"""Examples in front of a question, with their pictures.
+
+Legend: k examples, F frames, S pixels a side, Q queries, E language model width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vadapter.distributed.compile import jit
+from vadapter.models.adapter_model import Params, VAdapter
+
+
+def show(
+    model: VAdapter, params: Params, frames: np.ndarray, texts: Sequence[Sequence[int]]
+) -> jax.Array:
+    """What stands between the prompt and the picture that is asked about, see `generate.prefill`.
+
+    Args:
+      model: with an encoder; params: of every component.
+      frames: u8[k,F,S,S,3], of the examples.
+      texts: ids of what follows each picture, up to the next one.
+
+    Returns:
+      [1, k·Q + ids, E]: each example's prefix and embedded text.
+    """
+
+    def run(params: Params, frames: jax.Array, texts: list[jax.Array]) -> jax.Array:
+        visual = model.encode(params, {"frames": frames})
+        assert visual is not None
+        lm, prefixes = model.modules[model.lm], model.prefix(params, visual)
+        parts = []
+        for prefix, ids in zip(prefixes, texts, strict=True):
+            words: Any = lm.apply({"params": params[model.lm]}, ids, method="embed")
+            parts += [prefix.astype(words.dtype), words]
+        return jnp.concatenate(parts)[None]
+
+    return jit(run)(params, frames, [np.array(ids, np.int32) for ids in texts])

@@ -1,0 +1,38 @@
+"""The protocol of PaLM2-VAdapter (arXiv:2402.10896), section 3 and Tables 10 and 11: zero-shot.
+
+Captions follow `Describe the following: <visual tokens> :` and are scored by CIDEr. Questions
+follow `Answer the question given the images. Given <visual tokens>. Question: … Answer:`, behind
+four examples without pictures from the training questions; those about videos end in `Answer in
+exactly one word:`. Decoding is greedy. The paper does not state the lengths, nor what is cut off an
+answer, nor every split; flickr8k and daquar are not in it.
+"""
+
+from vadapter.evaluate.protocol import Protocol
+from vadapter.models.generate import Decode
+
+
+def _captions(benchmark: str, split: str, max_new: int = 32) -> Protocol:
+    return Protocol("paper", benchmark, "cider", "caption", split, decode=Decode(max_new))
+
+
+def _questions(benchmark: str, split: str, metric: str, prompt: str = "question") -> Protocol:
+    return Protocol(
+        "paper", benchmark, metric, prompt, split, shots=4, decode=Decode(max_new=10), post="answer"
+    )
+
+
+_TABLE = (
+    _captions("coco", "test"),  # Karpathy's
+    _captions("msrvtt", "test"),
+    _captions("vatex", "test"),  # the public one
+    _questions("vqav2", "val", "vqav2"),
+    _questions("textvqa", "val", "textvqa"),
+    _questions("vizwiz", "val", "vizwiz"),
+    _questions("okvqa", "val", "okvqa"),
+    _questions("msrvtt_qa", "test", "exact", "video_question"),
+    _questions("msvd_qa", "test", "exact", "video_question"),
+    _questions("ivqa", "test", "ivqa", "video_question"),
+    _captions("flickr8k", "test"),
+    _questions("daquar", "test", "exact"),
+)
+PROTOCOL = {protocol.benchmark: protocol for protocol in _TABLE}

@@ -1,0 +1,106 @@
+"""Rows of data sets as one HTML file that needs nothing else."""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vadapter.errors import ConfigError
+from vadapter.html_page import page, text
+from vadapter.inspect.show_data import Shown, Token
+
+_EXACT = 160  # pixels a side up to which pictures are PNG, without loss
+
+
+def write_page(path: Path, title: str, rows: Iterable[Shown]) -> Path:
+    """Writes the page.
+
+    Args:
+      path: of the file.
+      title: its heading.
+      rows: in order.
+
+    Raises:
+      ConfigError: the file cannot be written.
+    """
+    body = _LEGEND + "\n".join(_card(row) for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(page(title, _STYLE, body).encode("utf-8", "replace"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; name a file that can be written") from error
+    return path
+
+
+def _card(row: Shown) -> str:
+    marks = [f"<span class=mark>{word}</span>" for word in ["mirrored"] * row.mirrored]
+    if row.frames is not None:
+        frames, size = row.frames.shape[:2]
+        marks.append(f"<span class=size>{frames} × {size} × {size}</span>")
+    head = f"<b>{text(row.data)}[{row.index}]</b> {text(row.name)} {' '.join(marks)}"
+    parts = [f"<h2>{head}</h2>"]
+    if row.bad:
+        parts.append(f"<p class=bad>left out, with weight 0: {text(row.bad)}</p>")
+    if row.frames is not None:
+        images = "".join(
+            f'<img src="{_uri(frame)}" alt="frame {n}" title="frame {n}">'
+            for n, frame in enumerate(row.frames)
+        )
+        parts.append(f"<div class=frames>{images}</div>")
+    rows = [_line("prompt", row.prompt, row.padding[0])] if row.prompt else []
+    rows += [_line(f"text {n}", tokens, 0) for n, tokens in enumerate(row.texts, 1)]
+    if row.padding[1]:
+        rows.append(_line("", (), row.padding[1]))
+    return f"<article>{''.join(parts)}<table>{''.join(rows)}</table></article>"
+
+
+def _line(head: str, tokens: Sequence[Token], padding: int) -> str:
+    pad = f"<i class=padding>{padding} × padding</i>" if padding else ""
+    spans = "".join(map(_token, tokens))
+    return f"<tr><th>{head}</th><td>{pad}{spans}</td></tr>"
+
+
+def _token(token: Token) -> str:
+    where = f"id {token.id}"
+    if token.segment:
+        where += f", segment {token.segment}, position {token.position}, {token.role}"
+    where += "" if token.read else ", not read"
+    kind = token.role if token.read else f"{token.role} unread"
+    return f'<span class="{kind}" title="{where}">{text(token.text)}</span>'
+
+
+def _uri(frame: np.ndarray) -> str:
+    out, exact = io.BytesIO(), max(frame.shape[:2]) <= _EXACT
+    kind = "png" if exact else "jpeg"
+    Image.fromarray(frame).save(out, kind.upper(), **({} if exact else {"quality": 90}))
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+_STYLE = """\
+body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 90em; padding: 0 1em; }
+h2 { font-size: 1em; font-weight: normal; margin: 0 0 .5em; overflow-wrap: anywhere; }
+article { margin: 0 0 1em; }
+.frames { display: flex; flex-wrap: wrap; gap: 2px; margin-bottom: .5em; }
+.frames img { width: 144px; height: 144px; }
+table { border-collapse: collapse; }
+th { font-weight: normal; opacity: .6; text-align: left; vertical-align: top; padding-right: 1em;
+ white-space: nowrap; }
+td { overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: isolate; }
+td span { border-radius: 3px; border-left: 1px solid #8883; padding: 1px 0; }
+.context { background: #4a90d92e; }
+.target { background: #2fa84f55; }
+.unread { border-bottom: 2px dotted #2fa84f; }
+.padding { opacity: .5; padding-right: .6em; }
+.bad { background: #d33c; color: #fff; padding: .3em .6em; border-radius: 3px; }
+.mark { background: #c80; color: #fff; border-radius: 3px; padding: 0 .4em; }
+.size { opacity: .6; }
+"""
+_LEGEND = """\
+<p><span class="context">context</span> the model reads it; <span class="target">target</span> the
+loss counts it; <span class="target unread">target, not read</span> the end of a text;
+<span class="padding">padding</span> neither. The pixels are those that the encoder gets, before it
+normalises them. Hover over a token for its id and place.</p>
+"""

@@ -1,0 +1,236 @@
+"""Caption metrics equal to the official COCO ones: CIDEr-D, BLEU and ROUGE-L.
+
+Source of the definitions: Vedantam et al. 2015 (CIDEr), Papineni et al. 2002 (BLEU), Lin 2004
+(ROUGE-L) as fixed by the reference scorer pycocoevalcap 1.2, whose numbers these reproduce per item
+(METEOR and SPICE need Java models and are left out). All scores are fractions on the official
+scale: multiply by 100 to print them (CIDEr reaches 10.0).
+
+Dimensions: I items (images or clips), R references of all of them, K n-grams of all captions.
+"""
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from vadapter.errors import DataError
+from vadapter.metrics.ngrams import ORDERS, Corpus, Grams, Tokens
+from vadapter.metrics.ptb import tokenize
+
+_SIGMA = 6.0  # width, in bigrams, of CIDEr-D's penalty on a difference in length
+_BETA = 1.2  # weight of recall in ROUGE-L
+_TINY, _SMALL = 1e-15, 1e-9  # BLEU's guards against 0/0, visible in short captions
+
+
+def cider_d(
+    candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
+) -> tuple[float, np.ndarray]:
+    """CIDEr-D with document frequencies from the given references.
+
+    Cosine of tf-idf vectors with clipped candidate counts and a Gaussian penalty on the difference
+    in length, where the official code counts bigrams, averaged over n = 1..4 and the references.
+    The idf comes from the evaluated set itself: a subset's score is not comparable with the whole.
+
+    Args:
+      candidates: tokens of one caption per item; may be empty, which scores 0.
+      references: at least one tokenised caption per item.
+
+    Returns:
+      The corpus score (mean over items) and f64[I] scores per item, both in 0..10.
+
+    Raises:
+      DataError: fewer than two items (every idf would be 0), or an item without references.
+    """
+    corpus = _one_each(candidates, references)
+    scores = _cider(corpus, list(corpus.grams()), corpus.owner)
+    return float(scores.mean()), scores
+
+
+def _one_each(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Corpus:
+    if len(candidates) != len(references):
+        counts = f"{len(candidates)} candidates but {len(references)} sets of references"
+        raise DataError(f"{counts}: give exactly one candidate per item.")
+    return Corpus.build(candidates, references)
+
+
+def cider_of_constants(
+    captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
+) -> np.ndarray:
+    """CIDEr-D of giving every item the same caption, for several captions.
+
+    As `cider_d` of each, but the n-grams of the references are counted once for all.
+
+    Returns:
+      f64[captions, I] scores, in 0..10.
+    """
+    corpus = Corpus.build(captions, references)
+    grams = list(corpus.grams())
+    return np.array(
+        [_cider(corpus, grams, np.full_like(corpus.owner, i)) for i in range(len(captions))]
+    )
+
+
+def _cider(corpus: Corpus, orders: Sequence[Grams], candidate_of: np.ndarray) -> np.ndarray:
+    """f64[I] scores; candidate_of: i64[R], the candidate that each reference is compared with."""
+    if corpus.items < 2:
+        raise DataError(
+            "CIDEr needs at least 2 items: its idf comes from the evaluated references, and with "
+            "one item every score is 0. Evaluate the whole test set."
+        )
+    C = corpus.candidates
+    bigrams = np.maximum(corpus.length - 1, 0)
+    gap = bigrams[C:] - bigrams[candidate_of]
+    similarity = np.zeros(len(gap))
+    for grams in orders:
+        idf = np.log(float(corpus.items)) - np.log(np.maximum(1.0, grams.df))
+        weight = grams.count * idf[grams.gram]
+        norm = np.sqrt(np.bincount(grams.caption, weight**2, len(corpus.length)))
+        shared, match = grams.shared(candidate_of)
+        overlap = np.minimum(weight[match], weight[shared]) * weight[shared]
+        dot = np.bincount(grams.caption[shared], overlap, len(corpus.length))[C:]
+        norms = norm[C:] * norm[candidate_of]
+        similarity += dot / np.where(norms > 0, norms, 1.0)
+    similarity *= np.exp(-(gap**2) / (2 * _SIGMA**2)) / ORDERS
+    return 10.0 * corpus.mean_over_references(similarity)
+
+
+def bleu(
+    candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """BLEU-1 to BLEU-4 with the closest reference length (the shorter one of equals).
+
+    Args: as `cider_d`; one item is enough.
+
+    Returns:
+      f64[4] of the corpus (from summed counts, not a mean) and f64[I, 4] per item, in 0..1.
+
+    Raises:
+      DataError: nothing to score, or an item without references.
+    """
+    corpus = _one_each(candidates, references)
+    return _bleu(corpus, corpus.grams())
+
+
+def _bleu(corpus: Corpus, orders: Iterable[Grams]) -> tuple[np.ndarray, np.ndarray]:
+    length = corpus.length[: corpus.candidates]
+    others = corpus.length[corpus.candidates :]
+    nearest = np.lexsort((others, np.abs(others - length[corpus.owner]), corpus.owner))
+    first = np.searchsorted(corpus.owner[nearest], np.arange(corpus.items))
+    closest = others[nearest[first]]
+    correct = np.zeros((corpus.items, ORDERS))
+    for n, grams in enumerate(orders):
+        own = grams.candidate_entries
+        allowed = np.zeros(own, np.int64)  # the most any one reference has
+        shared, match = grams.shared(corpus.owner)
+        np.maximum.at(allowed, match, grams.count[shared])
+        clipped = np.minimum(allowed, grams.count[:own])
+        correct[:, n] = np.bincount(grams.caption[:own], clipped, corpus.items)
+    guessed = np.maximum(length[:, None] - np.arange(ORDERS), 0)
+
+    def score(correct: np.ndarray, guessed: np.ndarray, length, closest) -> np.ndarray:
+        """[…, 4] counts, […] lengths -> […, 4]."""
+        precision = np.cumprod((correct + _TINY) / (guessed + _SMALL), axis=-1)
+        ratio = (length + _TINY) / (closest + _SMALL)
+        brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
+        return precision ** (1 / np.arange(1, ORDERS + 1)) * np.asarray(brevity)[..., None]
+
+    corpus_score = score(correct.sum(0), guessed.sum(0), length.sum(), closest.sum())
+    return corpus_score, score(correct, guessed, length, closest)
+
+
+def _common(candidate: Tokens, reference: Tokens, places: Mapping[str, int]) -> int:
+    """Length of the longest common subsequence; `places`: bit set of each word in the candidate.
+
+    Bit-parallel dynamic programming (Crochemore et al. 2001): a zero bit is a step of the table.
+    """
+    row = full = (1 << len(candidate)) - 1
+    for word in reference:
+        hits = row & places.get(word, 0)
+        row = (row + hits) | (row - hits)
+    return (~row & full).bit_count()
+
+
+def rouge_l(
+    candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
+) -> tuple[float, np.ndarray]:
+    """ROUGE-L, the F-measure of the best precision and the best recall over the references.
+
+    The two maxima may come from different references, and an empty caption counts as one empty
+    word, as in the official code.
+
+    Args: as `cider_d`; one item is enough.
+
+    Returns:
+      The mean over items and f64[I] scores per item, in 0..1.
+
+    Raises:
+      DataError: nothing to score, or an item without references.
+    """
+    scores = np.zeros(_one_each(candidates, references).items)
+    for i, (candidate, refs) in enumerate(zip(candidates, references, strict=True)):
+        candidate = candidate or [""]
+        places: dict[str, int] = {}
+        for at, word in enumerate(candidate):
+            places[word] = places.get(word, 0) | 1 << at
+        refs = [ref or [""] for ref in refs]
+        common = [_common(candidate, ref, places) for ref in refs]
+        precision = max(common) / len(candidate)
+        recall = max(c / len(ref) for c, ref in zip(common, refs, strict=True))
+        if precision:
+            scores[i] = (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
+    return float(scores.mean()), scores
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionScores:
+    """Scores of a captioning test set, as fractions on the official scale.
+
+    Attributes:
+      cider: CIDEr-D, 0..10. It depends on which items were evaluated: print `n` with it.
+      bleu4: corpus BLEU-4, 0..1.
+      rouge_l: 0..1.
+      n: the number of items.
+      cider_of: CIDEr-D of each item, by its id.
+    """
+
+    cider: float
+    bleu4: float
+    rouge_l: float
+    n: int
+    cider_of: Mapping[Hashable, float]
+
+
+def score_captions(
+    predictions: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]
+) -> CaptionScores:
+    """Scores raw captions: official tokenisation, then CIDEr-D, BLEU-4 and ROUGE-L.
+
+    Line breaks inside captions are blanks; empty predictions are legal and score 0.
+
+    Args:
+      predictions: one caption per item id.
+      references: the human captions of the same ids, at least one each.
+
+    Raises:
+      DataError: the ids differ, an item has no references, or there are fewer than two items.
+    """
+    if predictions.keys() != references.keys():
+        missing = [key for key in references if key not in predictions]
+        unknown = [key for key in predictions if key not in references]
+        raise DataError(
+            f"Predictions and references must have the same ids: {len(missing)} without a "
+            f"prediction (e.g. {missing[:3]}), {len(unknown)} without references "
+            f"(e.g. {unknown[:3]})."
+        )
+    candidates = [tokenize(predictions[key]) for key in references]
+    human = [[tokenize(caption) for caption in captions] for captions in references.values()]
+    corpus = _one_each(candidates, human)
+    grams = list(corpus.grams())
+    per_item = _cider(corpus, grams, corpus.owner)
+    return CaptionScores(
+        cider=float(per_item.mean()),
+        bleu4=float(_bleu(corpus, grams)[0][-1]),
+        rouge_l=rouge_l(candidates, human)[0],
+        n=len(references),
+        cider_of=dict(zip(references, per_item.tolist(), strict=True)),
+    )

@@ -1,0 +1,88 @@
+"""Named sizes, and how a component's configuration becomes a module.
+
+A component is written as `{size: NAME, …}` or `{kind: KIND, …}`; other keys override fields.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vadapter.config import build, nearest
+from vadapter.errors import ConfigError
+from vadapter.models.adapter_model import Fc, FcConfig
+from vadapter.models.adapters.resampler import (
+    MlpAdapter,
+    MlpAdapterConfig,
+    Pooler,
+    PoolerConfig,
+    Resampler,
+    ResamplerConfig,
+)
+from vadapter.models.coca import Fusion, FusionConfig
+from vadapter.models.layers import Dtype
+from vadapter.models.lm import LM, LMConfig
+from vadapter.models.mobilenet import MobileNet, MobileNetConfig
+from vadapter.models.vit import ViT, ViTConfig
+
+KINDS: dict[str, tuple[type, type[nn.Module]]] = {
+    "vit": (ViTConfig, ViT),
+    "mobilenet": (MobileNetConfig, MobileNet),
+    "resampler": (ResamplerConfig, Resampler),
+    "pooler": (PoolerConfig, Pooler),
+    "mlp": (MlpAdapterConfig, MlpAdapter),
+    "fc": (FcConfig, Fc),
+    "lm": (LMConfig, LM),
+    "fusion": (FusionConfig, Fusion),
+}
+
+_coca = {"kind": "vit", "image_size": 288, "patch": 18}
+_palm = {"kind": "lm", "vocab_size": 256_000, "kv_heads": 1}
+
+# CoCa's encoders at the paper's 288 px and patch 18: 256 tokens a frame (paper, section 4.1; widths
+# from arXiv 2205.01917, Table 1). PaLM 2's sizes are not public: these have PaLM's published block
+# and, without embeddings, 107M, 1.08B and 8.59B parameters.
+SIZES: dict[str, dict[str, Any]] = {
+    "coca_b": _coca | {"width": 768, "depth": 12, "heads": 12, "mlp_dim": 3072},
+    "coca_l": _coca | {"width": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096},
+    "coca_g": _coca | {"width": 1408, "depth": 40, "heads": 16, "mlp_dim": 6144},
+    "tlm_108m": _palm | {"width": 768, "depth": 12, "heads": 12, "head_dim": 64, "mlp_dim": 3328},
+    "llm_1b": _palm | {"width": 2048, "depth": 18, "heads": 8, "head_dim": 256, "mlp_dim": 8192},
+    "llm_8b": _palm | {"width": 4096, "depth": 32, "heads": 16, "head_dim": 256, "mlp_dim": 18944},
+    "resampler_x1": {"kind": "resampler", "layers": 1},
+    "resampler_x6": {"kind": "resampler", "layers": 6},
+}
+
+
+def expand(name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The component's spec with its named size filled in; keeps `kind`, drops `size`."""
+    spec = dict(spec)
+    size = spec.pop("size", "")
+    if size and size not in SIZES:
+        raise ConfigError(f"components.{name}.size={size!r}: unknown{nearest(size, SIZES)}")
+    spec = SIZES.get(size, {}) | spec
+    kind = spec.get("kind", "")
+    if kind not in KINDS:
+        raise ConfigError(f"components.{name}.kind={kind!r}: unknown{nearest(str(kind), KINDS)}")
+    return spec
+
+
+def make_module(
+    name: str, spec: Mapping[str, Any], *, dtype: Dtype = jnp.float32, **derived: Any
+) -> nn.Module:
+    """The module of a component.
+
+    Args:
+      name: for messages.
+      spec: `kind` or `size`, and fields of the kind's config; `weights` is left to the loader.
+      dtype: of the computation.
+      **derived: fields taken where the spec says 0 or nothing, for example `width`, `vocab_size`.
+    """
+    spec = expand(name, spec)
+    spec.pop("weights", None)
+    config_type, module_type = KINDS[spec.pop("kind")]
+    for key, value in derived.items():
+        if not spec.get(key):
+            spec[key] = value
+    return module_type(build(config_type, spec, f"components.{name}"), dtype=dtype)  # type: ignore[call-arg]

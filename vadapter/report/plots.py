@@ -1,0 +1,98 @@
+"""Convergence: how fast the adapters of a run learn, side by side."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vadapter.io import storage
+from vadapter.recipe.schema import Recipe
+from vadapter.train.metric_writer import history
+
+# Told apart by every kind of colour vision (Okabe and Ito, 2008).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def convergence(workdir: Path, recipe: Recipe, path: Path) -> Path | None:
+    """Draws loss and CIDEr against steps, a line for each stage of kind `adapter`.
+
+    Args:
+      workdir: the run directory, whose metrics.jsonl are read.
+      recipe: of the run.
+      path: of the picture to write.
+
+    Returns:
+      `path`, or None where no adapter has been trained yet.
+    """
+    names = [n for n in recipe.chain if recipe.stages[n].kind == "adapter"]
+    logs = {n: history(storage.as_path(workdir) / n / "metrics.jsonl") for n in names}
+    logs = {n: log for n, log in logs.items() if any("loss" in row for row in log)}
+    if not logs:
+        return None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    losses, scores = figure.subplots(1, 2, sharex=True)
+    measured = False
+    for i, (name, log) in enumerate(logs.items()):
+        stage, colour = recipe.stages[name], COLOURS[i % len(COLOURS)]
+        label = f"{name}: {' → '.join(stage.chain)}"
+        x, y = _series(log, "loss")
+        losses.plot(x, y, color=colour, alpha=0.3, linewidth=1)
+        held = [_series(log, f"{key}/loss") for key in stage.loss]
+        held = [series for series in held if len(series[0])]
+        x, y = held[0] if held else (x, _smooth(y))
+        style = "o-" if held else "-"
+        losses.plot(x, y, style, color=colour, markersize=4, linewidth=1.8, label=label)
+        evals = [e for e in stage.evals if len(_series(log, f"{e}/cider")[0])]
+        for key in evals[:1]:
+            measured = True
+            _scores(scores, log, key, colour, f"{name}: {key}")
+    losses.set(ylabel="nats a token", title="Loss (dots: held out, faint: training)")
+    losses.legend(frameon=False, fontsize=9)
+    scores.set(ylabel="CIDEr × 100", title="CIDEr, held out (dots: on a part, ring: on all)")
+    if measured:
+        scores.set_ylim(bottom=0, top=max(1.0, scores.get_ylim()[1]))
+        scores.legend(frameon=False, fontsize=9)
+    else:
+        scores.text(0.5, 0.5, "not measured", ha="center", transform=scores.transAxes)
+    for axes in (losses, scores):
+        axes.set_xlabel("step")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(recipe.name)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130, format="png")
+    storage.write_bytes(path, drawn.getvalue())
+    return path
+
+
+def _series(log: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    found = [(row["step"], row[key]) for row in log if key in row]
+    x, y = np.array(found, np.float64).reshape(-1, 2).T
+    return x, y
+
+
+def _smooth(y: np.ndarray) -> np.ndarray:
+    """A running mean over a twentieth of the line, shorter at its ends."""
+    half = len(y) // 40
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    at = np.arange(len(y))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(y))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _scores(axes: Any, log: list[dict[str, Any]], key: str, colour: str, label: str) -> None:
+    """Scores of different sets cannot be joined by a line: CIDEr depends on what is in them."""
+    x, y = _series(log, f"{key}/cider")
+    _, count = _series([row for row in log if f"{key}/cider" in row], f"{key}/n")
+    whole = count == count.max()
+    if whole.all():
+        axes.plot(x, 100 * y, "o-", color=colour, markersize=4, label=label)
+        return
+    axes.plot(x[~whole], 100 * y[~whole], "o-", color=colour, markersize=4, label=label)
+    axes.plot(x[whole], 100 * y[whole], "o", color=colour, markersize=9, markerfacecolor="none")

@@ -1,0 +1,306 @@
+"""The frozen encoder's tokens of a data set, computed once and kept; `data.features` has the files.
+
+Legend: n examples, M the picture and its mirror image, F frames, N visual tokens a frame, D encoder
+width, S pixels a side, B pictures at a time.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vadapter.config import digest as digest_of
+from vadapter.config import plain, resolve
+from vadapter.data.batch import Row
+from vadapter.data.example import Example
+from vadapter.data.features import FORMAT, SLACK_BYTES, Cache, FeatureSource, Stored
+from vadapter.data.media.frames import load_square
+from vadapter.data.media.images import BadMedia, View
+from vadapter.data.pipeline import eval_batches
+from vadapter.distributed import hosts
+from vadapter.distributed.compile import jit
+from vadapter.distributed.mesh import batch_sharding, on, to_mesh
+from vadapter.errors import ConfigError, DataError
+from vadapter.io import storage
+from vadapter.io.lock import waiting_lock
+from vadapter.recipe.schema import DataConfig
+from vadapter.train.metric_writer import write_json
+
+T = TypeVar("T")
+Watch = Callable[[Iterator[Any]], Iterator[Any]]
+
+_SAY_EVERY = 10.0  # seconds
+
+
+def encoded(
+    source: Any,
+    config: DataConfig,
+    workdir: Path,
+    *,
+    encoder: Any,
+    params: Any,
+    digest: str,
+    mesh: jax.sharding.Mesh,
+    watch: Watch = iter,
+) -> FeatureSource:
+    """A data set's source as a stage's frozen encoder sees it, cached as the data set says.
+
+    Args:
+      config: of the data set.
+      workdir: the run directory.
+      encoder, params, digest: the frozen encoder's module and what identifies it.
+      watch, and the errors: see `cached`.
+    """
+    folder = resolve(config.cache_dir, "cache_dir") if config.cache_dir else workdir / "features"
+    if storage.remote(root := storage.as_path(folder)):
+        raise ConfigError(
+            f"cached tokens cannot lie in a bucket ({root}): set data.NAME.cache_dir to a folder "
+            "on a disk that all hosts share, or data.NAME.cache=False"
+        )
+    return cached(
+        source,
+        root,
+        encode=encoder,
+        params=params,
+        digest=digest,
+        view=config.view(encoder.view),
+        frames=config.frames if source.kind == "clip" else 1,
+        flip=config.flip,
+        stored=config.cache_dtype,
+        mesh=mesh,
+        watch=watch,
+    )
+
+
+def cached(
+    source: Any,
+    folder: Path,
+    *,
+    encode: nn.Module,
+    params: Any,
+    digest: str,
+    view: View,
+    frames: int,
+    flip: bool,
+    mesh: jax.sharding.Mesh,
+    stored: Stored = "bfloat16",
+    batch: int = 32,
+    watch: Watch = iter,
+) -> FeatureSource:
+    """The source with its pictures encoded; what `folder` lacks of their tokens is computed first.
+
+    Several runs may share a folder: one computes, the others wait. On several hosts all make the
+    same call, with the folder on a shared file system, and each writes shards of its own.
+
+    Args:
+      folder: of any number of caches, each in a folder that is named by its key.
+      encode, params, digest: the frozen encoder and what identifies it.
+      view, frames: of the pictures, see `transforms.caption_sample`.
+      flip: also of the mirror image.
+      stored: as bfloat16, or as int8 with a scale a token.
+      batch: pictures at a time.
+      watch: passes the batches on, or raises to stop; the next call then goes on behind the last
+        complete shard.
+
+    Raises:
+      ConfigError: no space for them.
+      DataError: tokens that are not finite; a shard that is damaged, see `Cache.read`.
+    """
+    pictures = np.zeros((1, frames, view.size, view.size, 3), np.uint8)
+    tokens: Any = jax.eval_shape(encode.apply, {"params": params}, pictures)
+    key = {"source": source.fingerprint(), "encoder": digest, "model": plain(encode.config),
+           "dtype": jnp.dtype(encode.dtype).name, "view": plain(view), "frames": frames,
+           "flip": flip, "stored": stored, "format": FORMAT}  # fmt: skip
+    name, shape = digest_of(key), (1 + flip, *tokens.shape[1:])
+    cache = Cache(folder / name[:16], name, len(source), shape, stored)
+    if _missing(cache):
+        first = hosts.first()
+        with _alone(cache) if first else contextlib.nullcontext():
+            if missing := _missing(cache):
+                row = functools.partial(_pixels, view=view, frames=frames, flip=flip)
+                where = batch_sharding(mesh)
+                step = on(mesh, functools.partial(_encode, encode, stored))
+                step = jit(step, out_shardings=where)
+                step = functools.partial(_run, functools.partial(step, params), mesh)
+                _announce(cache, missing, key)
+                _compute(cache, missing, source, row, step, mesh.size, batch, watch)
+    return FeatureSource(source, cache)
+
+
+def _missing(cache: Cache) -> list[int]:
+    """Shards that are not there, as the first host sees it."""
+    missing = [int(shard) for shard in cache.missing()]
+    return hosts.exchange(missing, f"features {cache.key}", patience=hosts.WORK)[0]
+
+
+@contextlib.contextmanager
+def _alone(cache: Cache) -> Iterator[None]:
+    """An evaluation, or another run, may want the same tokens meanwhile."""
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    with waiting_lock(cache.folder / ".lock"):
+        yield
+
+
+def _announce(cache: Cache, missing: list[int], key: Any) -> None:
+    """Says what will be written, and refuses what the disk has no room for.
+
+    Raises:
+      ConfigError: it has not.
+    """
+    if not hosts.first():
+        return
+    count = sum(len(cache.span(shard)) for shard in missing)
+    size, free = count * cache.record_bytes, shutil.disk_usage(cache.folder).free
+    M, F, N, D = cache.shape
+    print(
+        f"features: {count:,} of {cache.count:,} examples × {M} × {F} × {N} tokens × {D:,} "
+        f"{cache.stored}: {size:,} bytes ({_mib(size)}) in {len(missing)} files of "
+        f"{cache.folder}, where {_mib(free)} are free",
+        flush=True,
+    )
+    if free < size + len(missing) * SLACK_BYTES:
+        raise ConfigError(
+            f"{cache.folder}: the cached tokens need {size:,} bytes ({_mib(size)}), and "
+            f"{_mib(free)} are free. Free space, choose another cache_dir or cache_dtype=int8, or "
+            "set cache=False."
+        )
+    write_json(cache.folder / "key.json", key)
+
+
+def _compute(
+    cache: Cache, missing: list[int], source: Any, row: Any, step: Any, devices: int, batch: int,
+    watch: Watch,
+) -> None:  # fmt: skip
+    """Writes this host's share of the missing shards; all hosts take the same number of steps."""
+    host, count = hosts.index(), hosts.count()
+    mine = [cache.span(shard) for shard in missing[host::count]]
+    # Each shard begins a batch, so that its bits do not depend on which others are missing.
+    batch = max(min(batch // cache.shape[0], cache.count), 1)
+    batch = (batch + -batch % devices) // count
+    padded = [np.resize(span, len(span) + -len(span) % batch) for span in mine]
+    real = [np.arange(len(rows)) < len(span) for rows, span in zip(padded, mine, strict=True)]
+    steps_of = lambda shard: -(-len(cache.span(shard)) // batch)  # noqa: E731
+    longest = batch * max(sum(map(steps_of, missing[i::count])) for i in range(count))
+    fill = np.zeros(max(longest - sum(map(len, padded)), 0), int)
+    items = _Picked(source, np.concatenate([*padded, fill]))
+    wanted = np.concatenate([*real, fill > 0])
+
+    steps = ((step(rows), rows["id"]) for rows in watch(eval_batches(items, row, batch)))
+    progress = _Progress(int(wanted.sum()), quiet=host > 0)
+    records = itertools.chain.from_iterable(
+        progress.add(_records(out, wanted[ids])) for out, ids in _ahead(steps)
+    )
+    for shard in missing[host::count]:
+        cache.write(shard, records)
+    for _ in records:  # the others have more
+        pass
+    hosts.exchange("", f"features {cache.key} written", patience=hosts.WORK)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+@dataclasses.dataclass
+class _Picked:
+    """Some of a source's examples."""
+
+    source: Any
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.indices[index])]
+
+
+def _pixels(item: Example, rng: Any = None, *, view: View, frames: int, flip: bool) -> Row:
+    """frames u8[M,F,S,S,3] of an example, and whether they could not be read."""
+    weights, mirrored = np.ones(1, np.float32), (False, True)[: 1 + flip]
+    try:
+        if item.media is None:
+            raise BadMedia("there is none")
+        pixels = load_square(item.media, view, frames=frames)
+        both = np.stack([pixels[:, :, ::-1] if mirror else pixels for mirror in mirrored])
+        return {"frames": both, "weights": weights, "bad": np.array(False)}
+    except (BadMedia, OSError):
+        both = np.zeros((1 + flip, frames, view.size, view.size, 3), np.uint8)
+        return {"frames": both, "weights": weights, "bad": np.array(True)}
+
+
+def _encode(
+    encode: nn.Module, stored: Stored, params: Any, frames: jax.Array, bad: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """What `data.features` stores of u8[B,M,F,S,S,3], part by part; and where it is finite."""
+    both: Any = encode.apply({"params": params}, frames.reshape(-1, *frames.shape[2:]))
+    tokens = both.reshape(*frames.shape[:2], *both.shape[1:]).astype(jnp.float32)
+    finite = jnp.isfinite(tokens).all((1, 2, 3, 4)) | bad
+    masked = lambda x: jnp.where(bad.reshape(-1, *[1] * (x.ndim - 1)), jnp.nan, x)  # noqa: E731
+    if stored == "bfloat16":
+        return finite, (masked(tokens).astype(jnp.bfloat16),)
+    scales = jnp.abs(tokens).max(-1) / 127
+    values = jnp.rint(tokens / jnp.where(scales > 0, scales, 1)[..., None])
+    return finite, (masked(scales), values.astype(jnp.int8))
+
+
+def _run(step: Any, mesh: jax.sharding.Mesh, batch: Row) -> Any:
+    """The step's result for the rows of this host, not waited for."""
+    arrays = to_mesh({key: batch[key] for key in ("frames", "bad")}, mesh)
+    out = step(arrays["frames"], arrays["bad"])
+    return multihost_utils.global_array_to_host_local_array(out, mesh, batch_sharding(mesh).spec)
+
+
+def _records(out: Any, wanted: np.ndarray) -> list[bytes]:
+    """The records of the rows that are wanted."""
+    finite, parts = jax.device_get(out)
+    if not finite[wanted].all():
+        raise DataError("the encoder's tokens are not finite; mend its weights, or its dtype")
+    return [b"".join(part[i].tobytes() for part in parts) for i in np.flatnonzero(wanted)]
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each when the next has been asked for: the devices never wait for the disk."""
+    before = list(itertools.islice(items, 1))
+    for item in items:
+        yield before.pop()
+        before.append(item)
+    yield from before
+
+
+class _Progress:
+    """Says how many examples are done and, once the second batch is, how long the rest takes."""
+
+    def __init__(self, total: int, quiet: bool):
+        self._total, self._quiet, self._done = total, quiet, 0
+        self._began, self._said = 0.0, -math.inf
+        self._before = 0  # done when the clock began, which is after compilation
+
+    def add(self, records: list[bytes]) -> list[bytes]:
+        """Counts records and passes them on."""
+        self._done, now = self._done + len(records), time.monotonic()
+        if not self._began:
+            self._began, self._before = now, self._done
+        elif now - self._said > _SAY_EVERY and self._done < self._total:
+            each = (now - self._began) / max(self._done - self._before, 1)
+            self._say(f", about {math.ceil(each * (self._total - self._done)):,} s left")
+            self._said = now
+        if records and self._done == self._total:
+            self._say("")
+        return records
+
+    def _say(self, left: str) -> None:
+        if not self._quiet:
+            print(f"features: {self._done:,}/{self._total:,}{left}", flush=True)

@@ -1,0 +1,89 @@
+"""The feature caches of a recipe, made before any stage trains on them."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vadapter.config import nearest
+from vadapter.data.features import FeatureSource, Stored
+from vadapter.data.open import make_source
+from vadapter.distributed.mesh import make_mesh
+from vadapter.errors import ConfigError
+from vadapter.models.registry import make_module
+from vadapter.recipe.schema import DTYPES, STAGES, DataConfig, Recipe, StageConfig, trained
+from vadapter.stages import initialization
+from vadapter.stages.abstract_state import abstract_encoder
+from vadapter.stages.feature_cache import Watch, encoded
+
+
+def write_caches(
+    recipe: Recipe,
+    names: tuple[str, ...] = (),
+    *,
+    workdir: Path | None = None,
+    out: Path | None = None,
+    stored: Stored | None = None,
+    watch: Callable[[str], Watch] = lambda name: iter,
+) -> Iterator[tuple[str, DataConfig, FeatureSource]]:
+    """Encodes data sets with the frozen encoders that will see them, unless that is done already.
+
+    Args:
+      names: of data sets; by default those with `cache`.
+      workdir: the run directory, where an encoder that the run has trained lies.
+      out, stored: instead of the recipe's `cache_dir` and `cache_dtype`.
+      watch: for a data set, see `features.cached`.
+
+    Yields:
+      The data set, its configuration, and the source that reads what was written.
+
+    Raises:
+      ConfigError: an unknown data set, one that no frozen encoder sees, nowhere to write.
+      CheckpointError, DataError: an encoder or data that are not there.
+    """
+    names = names or tuple(name for name, data in recipe.data.items() if data.cache)
+    if not names:
+        raise ConfigError("no data set of the recipe has cache=True: name some with --data=NAME,…")
+    mesh, dtype = make_mesh(recipe.mesh), DTYPES[recipe.dtype]
+    for name in names:
+        if name not in recipe.data:
+            raise ConfigError(f"--data={name}: unknown{nearest(name, recipe.data)}")
+        config = recipe.data[name]
+        folder = str(out or config.cache_dir or (workdir / "features" if workdir else ""))
+        if not folder:
+            raise ConfigError(
+                f"data.{name}: nowhere to write; give --out=DIR, --workdir=RUN or cache_dir"
+            )
+        config = dataclasses.replace(
+            config, cache=True, cache_dir=folder, cache_dtype=stored or config.cache_dtype
+        )
+        for component, stage in _encoders(recipe, name):
+            module: Any = make_module(component, recipe.components[component], dtype=dtype)
+            abstract = abstract_encoder(module, mesh)
+            root = workdir or Path("RUN")  # only looked into where a stage trains the encoder
+            start = initialization.find(recipe, stage, root, component, abstract)
+            digest = start.digest
+            if start.weights is not None:
+                digest = start.weights.digest(root / initialization.STORE, write=False)
+            yield name, config, encoded(
+                make_source(name, config), config, root, encoder=module, digest=digest, mesh=mesh,
+                params=initialization.load(start, abstract, None, dtype), watch=watch(name),
+            )  # fmt: skip
+
+
+def _encoders(recipe: Recipe, data: str) -> list[tuple[str, StageConfig]]:
+    """The frozen encoders that a data set is seen by: component, and the first stage with it.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    found: dict[tuple[str, str], tuple[str, StageConfig]] = {}
+    for name in recipe.chain:
+        stage = recipe.stages[name]
+        seen = {*stage.data, *stage.loss, *(recipe.evals[ev].data for ev in stage.evals)}
+        if STAGES[stage.kind].visual and stage.encoder not in trained(stage) and data in seen:
+            start = stage.start.get(stage.encoder, "")
+            found.setdefault((stage.encoder, start), (stage.encoder, stage))
+    if not found:
+        raise ConfigError(f"data.{data}: no stage of the recipe's chain sees it, encoder frozen")
+    return list(found.values())

@@ -1,0 +1,196 @@
+"""How an encoder wants its pictures, from the preprocessor file that lies beside its weights.
+
+Read are preprocessor_config.json, or processor_config.json of newer folders, of the image
+processors in the table below, and the preprocess_cfg of open_clip_config.json.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vadapter.config import nearest, plain
+from vadapter.data.media.images import Fit, Interpolation, View
+from vadapter.errors import CheckpointError
+
+# image processor -> whether it cuts out the centre where its file does not say
+PROCESSORS = {
+    "CLIPImageProcessor": True,
+    "BitImageProcessor": True,
+    "MobileNetV2ImageProcessor": True,
+    "SiglipImageProcessor": False,
+    "ViTImageProcessor": False,
+}
+_INTERPOLATIONS: dict[int | str, Interpolation] = {  # numbers are Pillow's
+    2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic",
+}  # fmt: skip
+# open_clip.constants, for a file that leaves them out
+_OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """What becomes of a picture, and what the device does with its pixels.
+
+    Attributes:
+      view: the square that the encoder takes, cut out or squashed.
+      mean, std: of the channels, for pixels in 0..1: (pixel / 255 - mean) / std.
+    """
+
+    view: View
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def fields(self) -> dict[str, Any]:
+        """The same as fields of an encoder's configuration."""
+        view = plain(self.view)
+        return {"image_size": view.pop("size"), **view, "mean": self.mean, "std": self.std}
+
+
+def read_preprocess(folder: Path) -> Preprocess:
+    """Reads the preprocessing of the encoder in `folder`.
+
+    Args:
+      folder: holds one of the files above; the first of them counts.
+
+    Returns:
+      The `Preprocess`.
+
+    Raises:
+      CheckpointError: no such file, a processor that is not in the table, or a step that the
+        project does not do. Names the file and the key.
+
+    Source: the image processors of `transformers`; `open_clip.transform.image_transform`.
+    """
+    for name, read in PREPROCESSORS.items():
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_bytes())
+            if not isinstance(config, dict):
+                raise ValueError("it is not a JSON object")
+            return read(config)
+        except ValueError as error:
+            raise CheckpointError(f"Cannot use {path}: {error}.") from error
+    raise CheckpointError(
+        f"No preprocessing in {folder}: expected one of {', '.join(PREPROCESSORS)} beside the "
+        "weights of an encoder. Fetch it from where they come from."
+    )
+
+
+def _processor(config: Mapping[str, Any]) -> Preprocess:
+    given = str(config.get("image_processor_type", config.get("feature_extractor_type")))
+    kind = given.removesuffix("Fast").removesuffix("Pil")
+    kind = kind.replace("FeatureExtractor", "ImageProcessor")
+    if kind not in PROCESSORS:
+        raise ValueError(f"image_processor_type {given!r} is unknown{nearest(kind, PROCESSORS)}")
+    for key, wanted in (("do_resize", True), ("do_rescale", True), ("do_pad", False)):
+        if (config.get(key, wanted) or False) is not wanted:
+            raise ValueError(f"{key}={config[key]!r} is not supported")
+    factor = config.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-5:
+        raise ValueError(f"rescale_factor={factor!r} is not 1/255")
+    cut = config.get("do_center_crop", PROCESSORS[kind])
+    size, square = _size(config, "size", square=not PROCESSORS[kind])
+    crop = _size(config, "crop_size", square=True)[0] if cut else size
+    if crop > size or (square and crop != size) or not (square or cut):
+        raise ValueError(
+            f"size={config['size']!r} with crop_size={config.get('crop_size')!r} and "
+            f"do_center_crop={cut} gives no square of fixed size, or one with a border"
+        )
+    normalize = config.get("do_normalize", True)
+    return Preprocess(
+        View(
+            crop,
+            fit="stretch" if square else "crop",
+            interpolation=_interpolation(config, "resample"),
+            crop_pct=crop / size,
+            floor=True,
+        ),
+        mean=_channels(config, "image_mean") if normalize else (0.0,) * 3,
+        std=_channels(config, "image_std", positive=True) if normalize else (1.0,) * 3,
+    )
+
+
+def _open_clip(config: Mapping[str, Any]) -> Preprocess:
+    vision = _group(_group(config, "model_cfg"), "vision_cfg")
+    given = {
+        "size": vision.get("image_size", 224),  # the model's own size counts
+        "mode": "RGB",
+        "mean": _OPENAI_MEAN,
+        "std": _OPENAI_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+        "fill_color": 0,
+    }
+    cfg = _group(config, "preprocess_cfg")
+    for key in cfg:
+        if key not in given:
+            raise ValueError(f"preprocess_cfg.{key} is unknown{nearest(key, given)}")
+    given |= {k: v for k, v in cfg.items() if k != "size" or "image_size" not in vision}
+    fits: dict[str, Fit] = {"shortest": "crop", "squash": "stretch"}
+    if given["resize_mode"] not in fits or given["mode"] != "RGB":
+        raise ValueError(
+            f"resize_mode={given['resize_mode']!r}, mode={given['mode']!r} is not supported; only "
+            "'shortest' or 'squash', and 'RGB'"
+        )
+    size, _ = _size(given, "size", square=True)
+    return Preprocess(
+        View(
+            size,
+            fit=fits[given["resize_mode"]],
+            interpolation=_interpolation(given, "interpolation"),
+        ),
+        mean=_channels(given, "mean"),
+        std=_channels(given, "std", positive=True),
+    )
+
+
+def _group(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    if not isinstance(config.get(key), dict):
+        raise ValueError(f"its {key} is {config.get(key)!r}, not a group of keys")
+    return config[key]
+
+
+def _size(config: Mapping[str, Any], key: str, *, square: bool) -> tuple[int, bool]:
+    """Pixels, and whether they are both sides of a square; a plain number is as `square` says."""
+    value = config.get(key)
+    if isinstance(value, dict):
+        value = {k: v for k, v in value.items() if v is not None}
+        square = set(value) != {"shortest_edge"}
+        sides = [value[k] for k in value if k in ("height", "width", "shortest_edge")]
+        ok = set(value) in ({"height", "width"}, {"shortest_edge"})
+    else:
+        sides = value if isinstance(value, list | tuple) else [value]
+        ok = len(sides) in (1, 2)
+    if not ok or len(set(map(str, sides))) != 1 or type(sides[0]) is not int or sides[0] < 1:
+        raise ValueError(f"{key}={config.get(key)!r} is not the side of a square in pixels")
+    return sides[0], square
+
+
+def _interpolation(config: Mapping[str, Any], key: str) -> Interpolation:
+    value = config.get(key)
+    if not isinstance(value, int | str) or value not in _INTERPOLATIONS:
+        raise ValueError(f"{key}={value!r} is not bilinear (2) or bicubic (3)")
+    return _INTERPOLATIONS[value]
+
+
+def _channels(config: Mapping[str, Any], key: str, *, positive: bool = False) -> tuple[float, ...]:
+    value = config.get(key)
+    values = [value] * 3 if isinstance(value, int | float) else value
+    good = lambda x: isinstance(x, int | float) and math.isfinite(x) and (x > 0 or not positive)  # noqa: E731
+    if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(good, values)):
+        raise ValueError(f"{key}={value!r} is not three {'positive ' * positive}numbers")
+    return tuple(map(float, values))
+
+
+# Where it is looked for, in this order, and what reads it.
+PREPROCESSORS = {
+    "preprocessor_config.json": _processor,
+    "processor_config.json": lambda c: _processor(_group(c, "image_processor")),
+    "open_clip_config.json": _open_clip,
+}
