@@ -23,9 +23,9 @@ from support import runs
 from vadapter.checkpoints.manager import steps
 from vadapter.cli import main
 from vadapter.distributed.mesh import make_mesh
+from vadapter.io.json_files import rows
 from vadapter.io.lock import run_lock
 from vadapter.stages import run, stage
-from vadapter.train.metric_writer import rows
 
 RECIPE = """
 import sys

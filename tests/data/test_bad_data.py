@@ -15,6 +15,7 @@ from PIL import Image
 from support.image_files import folder_of, pairs, picture, read, row, tars, write_rows, write_tar
 
 from vadapter.data import sources
+from vadapter.data.config import DataConfig
 from vadapter.data.media.images import View
 from vadapter.data.open import describe, make_stream
 from vadapter.data.pipeline import eval_batches
@@ -23,7 +24,6 @@ from vadapter.data.sources.table import ImageFolder
 from vadapter.data.sources.tars import CaptionTars
 from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.errors import DataError
-from vadapter.recipe.schema import DataConfig
 
 CASES: dict[str, Callable[[Path], None]] = {}
 TOKENIZER = Tokenizer.train(["number 1 2 3 grey", "Question: what? Answer: dog"], 280)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from support.recipes import draw, tiny_recipe
 
+from vadapter.data.config import DataConfig
 from vadapter.data.media.images import View
 from vadapter.data.open import describe, make_source, make_stream, resolve, texts, train_tokenizer
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.errors import ConfigError, DataError
-from vadapter.recipe.schema import DataConfig, TokenizerConfig, read
+from vadapter.recipe.schema import TokenizerConfig, read
 
 
 @pytest.fixture(scope="module")

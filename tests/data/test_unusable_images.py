@@ -12,6 +12,7 @@ from support import runs, tiny
 from support.processors import picture
 from support.recipes import SIZE, tiny_recipe
 
+from vadapter.data.config import DataConfig
 from vadapter.data.example import Example
 from vadapter.data.media.images import View, resize
 from vadapter.data.open import make_source, train_tokenizer
@@ -20,7 +21,7 @@ from vadapter.errors import ConfigError
 from vadapter.evaluate import describe
 from vadapter.evaluate.evaluator import score
 from vadapter.models.registry import make_module
-from vadapter.recipe.schema import DataConfig, EvalConfig, read
+from vadapter.recipe.schema import EvalConfig, read
 from vadapter.stages.feature_cache import encoded
 from vadapter.stages.run import Run
 from vadapter.stages.stage import Stage

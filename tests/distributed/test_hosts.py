@@ -28,13 +28,13 @@ from vadapter.distributed.mesh import MeshConfig, make_mesh, to_mesh
 from vadapter.distributed.preemption import Stop
 from vadapter.distributed.startup import answer, call
 from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR, ConfigError, HostError
+from vadapter.io.json_files import history, rows
 from vadapter.recipe.schema import read
 from vadapter.stages import run
 from vadapter.stages.stage import Stage
 from vadapter.train import loop
 from vadapter.train.host_agreement import require_own_rows
 from vadapter.train.loop import train
-from vadapter.train.metric_writer import history, rows
 
 STEPS = 10
 MESH = {"data": 2, "fsdp": 2}

@@ -9,8 +9,9 @@ from support import gcs
 from vadapter.errors import ConfigError
 from vadapter.hub.write import export
 from vadapter.io import buckets, storage
+from vadapter.io.json_files import rows
 from vadapter.io.storage import COMMIT, as_path
-from vadapter.train.metric_writer import Writer, rows
+from vadapter.train.metric_writer import Writer
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from PIL import Image
 from support.recipes import tiny_recipe
 
 from vadapter.data.media.images import BadMedia
+from vadapter.io.json_files import lines
 from vadapter.metrics.blind_baselines import constant_caption, majority_answer
 from vadapter.recipe.schema import read
 from vadapter.report import gallery
@@ -21,7 +22,6 @@ from vadapter.report.plots import convergence
 from vadapter.report.report import write_report
 from vadapter.report.table import as_markdown, as_text, seconds, summary
 from vadapter.stages.restore import read_run
-from vadapter.train.metric_writer import lines
 
 NASTY = '<script>alert("1")</script>\' onload="x" & ]]> \x00'
 

@@ -18,12 +18,12 @@ from vadapter.evaluate import partial_results as part_module
 from vadapter.evaluate.describe import describe
 from vadapter.evaluate.partial_results import Part
 from vadapter.io import buckets, gcs_lock, storage
+from vadapter.io.json_files import rows
 from vadapter.models.registry import make_module
 from vadapter.recipe.schema import read
 from vadapter.report.plots import convergence
 from vadapter.stages.restore import open_run
 from vadapter.train.loop import train
-from vadapter.train.metric_writer import rows
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from vadapter.data.pipeline import make_loader
 from vadapter.distributed.mesh import make_mesh
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted
 from vadapter.evaluate.runner import to_mesh
+from vadapter.io.json_files import rows
 from vadapter.recipe.optim import make_optimizer
 from vadapter.recipe.schema import read
 from vadapter.stages import run, stage
@@ -24,7 +25,6 @@ from vadapter.stages.run import Run
 from vadapter.stages.stage import Stage
 from vadapter.train import loop
 from vadapter.train.loop import train
-from vadapter.train.metric_writer import rows
 
 
 @pytest.fixture(scope="module")

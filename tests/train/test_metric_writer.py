@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from vadapter.io.json_files import history, rows, write_json
 from vadapter.train import metric_writer as writer_module
-from vadapter.train.metric_writer import Writer, history, number, rows, write_json
+from vadapter.train.metric_writer import Writer, number
 
 
 def write(directory, *steps, **values):

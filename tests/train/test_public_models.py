@@ -18,12 +18,12 @@ from support.public_tokenizers import llama2, neox
 from vadapter.cli import main
 from vadapter.distributed.mesh import make_mesh
 from vadapter.errors import CheckpointError
+from vadapter.io.json_files import rows
 from vadapter.recipe.schema import read
 from vadapter.stages import run
 from vadapter.stages.initialization import DONE
 from vadapter.stages.restore import open_run
 from vadapter.train.loop import train
-from vadapter.train.metric_writer import rows
 from vadapter.weights.hf_checkpoint import Checkpoint
 from vadapter.weights.safetensors import TensorFiles
 

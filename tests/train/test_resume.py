@@ -19,9 +19,9 @@ from support import runs
 from vadapter.checkpoints.manager import steps
 from vadapter.distributed.preemption import signals
 from vadapter.errors import PREEMPTED, ConfigError, Preempted
+from vadapter.io.json_files import history, rows
 from vadapter.recipe.schema import read
 from vadapter.train.loop import train
-from vadapter.train.metric_writer import history, rows
 
 KILLED = -signal.SIGKILL
 # (signal and point, exit code, step that the next process goes on from; None: from the start)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vadapter.config import nearest, resolve
+from vadapter.data.config import DataConfig
 from vadapter.data.documents import DocumentSource, Windows
 from vadapter.data.media.frames import load_media
 from vadapter.data.media.images import BadMedia, View
@@ -20,7 +21,6 @@ from vadapter.data.sources.tfds import TfdsSource
 from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.data.transforms import caption_sample, document_sample, question_sample
 from vadapter.errors import ConfigError
-from vadapter.recipe.schema import DataConfig
 
 SOURCES: dict[str, Callable[..., Any]] = {
     "scenes": ScenesSource,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from vadapter.config import plain
+from vadapter.data.config import DataConfig
 from vadapter.data.media.images import View
 from vadapter.data.pipeline import eval_batches
 from vadapter.distributed import hosts
@@ -18,11 +19,11 @@ from vadapter.evaluate.image_ablation import control_scores, make_control
 from vadapter.evaluate.partial_results import Part
 from vadapter.evaluate.runner import Decoder, evaluate
 from vadapter.io import storage
+from vadapter.io.json_files import write_json
 from vadapter.metrics.scoring import Result
 from vadapter.models.coca import CoCa
-from vadapter.recipe.schema import DataConfig, EvalConfig
+from vadapter.recipe.schema import EvalConfig
 from vadapter.stages.stage import Stage
-from vadapter.train.metric_writer import write_json
 
 
 class Evaluator:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from vadapter.config import build
+from vadapter.data.config import DataConfig
 from vadapter.data.media.images import View
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import buckets, storage
 from vadapter.recipe.optim import OptimConfig
-from vadapter.recipe.schema import DataConfig, Recipe, StageConfig, TokenizerConfig
+from vadapter.recipe.schema import Recipe, StageConfig, TokenizerConfig
 from vadapter.recipe.schema import read as read_recipe
 from vadapter.stages.restore import describing
 

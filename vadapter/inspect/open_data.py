@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from vadapter.config import nearest
+from vadapter.data.config import DataConfig
 from vadapter.data.media.images import View
 from vadapter.data.open import make_source, make_stream
 from vadapter.data.pipeline import Stream
 from vadapter.errors import ConfigError
-from vadapter.recipe.schema import DataConfig, Recipe, make_model
+from vadapter.recipe.schema import Recipe, make_model
 from vadapter.stages.abstract_state import view_of
 from vadapter.stages.run import read_tokenizer
 

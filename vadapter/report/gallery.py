@@ -17,9 +17,9 @@ from vadapter.data.media.images import BadMedia
 from vadapter.data.open import make_source
 from vadapter.errors import UserError
 from vadapter.html_page import page, text
+from vadapter.io.json_files import lines
 from vadapter.metrics.scoring import Questions
 from vadapter.recipe.schema import Recipe
-from vadapter.train.metric_writer import lines
 
 MAX_BYTES = 2_900_000
 EACH = 6  # items of each group

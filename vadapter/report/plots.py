@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from vadapter.io import storage
+from vadapter.io.json_files import history
 from vadapter.recipe.schema import Recipe
-from vadapter.train.metric_writer import history
 
 # Told apart by every kind of colour vision (Okabe and Ito, 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

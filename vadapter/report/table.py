@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from vadapter.io import storage
+from vadapter.io.json_files import history, lines, rows
 from vadapter.metrics.blind_baselines import constant_caption, majority_answer
 from vadapter.metrics.scoring import METRICS
 from vadapter.recipe.schema import Recipe, StageConfig
 from vadapter.stages.initialization import DONE
-from vadapter.train.metric_writer import history, lines, rows
 
 Cell = tuple[str, ...]  # lines
 HEADER: tuple[Cell, ...] = (

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from vadapter.config import digest as digest_of
 from vadapter.config import plain, resolve
 from vadapter.data.batch import Row
+from vadapter.data.config import DataConfig
 from vadapter.data.example import Example
 from vadapter.data.features import FORMAT, SLACK_BYTES, Cache, FeatureSource, Stored
 from vadapter.data.media.frames import load_square
@@ -34,9 +35,8 @@ from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import batch_sharding, on, to_mesh
 from vadapter.errors import ConfigError, DataError
 from vadapter.io import storage
+from vadapter.io.json_files import write_json
 from vadapter.io.lock import waiting_lock
-from vadapter.recipe.schema import DataConfig
-from vadapter.train.metric_writer import write_json
 
 T = TypeVar("T")
 Watch = Callable[[Iterator[Any]], Iterator[Any]]

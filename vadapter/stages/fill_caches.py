@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from vadapter.config import nearest
+from vadapter.data.config import DataConfig
 from vadapter.data.features import FeatureSource, Stored
 from vadapter.data.open import make_source
 from vadapter.distributed.mesh import make_mesh
 from vadapter.errors import ConfigError
 from vadapter.models.registry import make_module
-from vadapter.recipe.schema import DTYPES, STAGES, DataConfig, Recipe, StageConfig, trained
+from vadapter.recipe.schema import DTYPES, STAGES, Recipe, StageConfig, trained
 from vadapter.stages import initialization
 from vadapter.stages.abstract_state import abstract_encoder
 from vadapter.stages.feature_cache import Watch, encoded

@@ -28,7 +28,15 @@ from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import buckets, storage
 from vadapter.models.adapter_model import VAdapter
 from vadapter.models.coca import CoCa
-from vadapter.recipe.schema import DTYPES, STAGES, Recipe, StageConfig, make_model, read, trained
+from vadapter.recipe.schema import (
+    DTYPES,
+    STAGES,
+    Recipe,
+    StageConfig,
+    make_model,
+    read,
+    trained,
+)
 from vadapter.stages import initialization
 from vadapter.stages.abstract_state import abstract_params, view_of
 from vadapter.stages.initialization import STORE

@@ -18,10 +18,10 @@ from vadapter.distributed import hosts, memory
 from vadapter.distributed.mesh import make_mesh
 from vadapter.errors import CheckpointError, Problems, UserError
 from vadapter.io import storage
+from vadapter.io.json_files import write_json
 from vadapter.recipe.schema import Recipe, StageConfig
 from vadapter.stages import initialization
 from vadapter.stages.preflight import Preflight
-from vadapter.train.metric_writer import write_json
 from vadapter.weights.hf_checkpoint import locate
 
 CONFIG = "config.json"

@@ -28,6 +28,7 @@ from vadapter.distributed.preemption import fault, signals
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted, disk_errors
 from vadapter.evaluate.evaluator import Evaluator
 from vadapter.io import buckets, storage
+from vadapter.io.json_files import write_json
 from vadapter.recipe.optim import learning_rate, make_optimizer
 from vadapter.recipe.schema import Recipe, trained
 from vadapter.stages import initialization
@@ -35,7 +36,7 @@ from vadapter.stages.run import Run, diff_table, made_with
 from vadapter.stages.stage import Stage, stage_step
 from vadapter.stages.steps import TrainState, init_state
 from vadapter.train.host_agreement import require_own_rows, shared_run
-from vadapter.train.metric_writer import Writer, open_writer, write_json
+from vadapter.train.metric_writer import Writer, open_writer
 from vadapter.train.monitor import Journal
 
 

@@ -5,12 +5,11 @@ minute and at the end. A kill loses the rows since, never those of steps before 
 checkpoint. There are no TensorBoard files there.
 """
 
-import io
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vadapter.distributed import hosts
 from vadapter.io import storage
+from vadapter.io.json_files import rows
 
 _UPLOAD_EVERY = 30.0  # seconds
 
@@ -178,34 +178,6 @@ def number(value: float) -> str:
     return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:.4g}"
 
 
-def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON lines file in file order; lines torn by a kill are left out."""
-    if not path.exists():
-        return
-    with io.TextIOWrapper(path.open("rb"), encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict):
-                yield row
-
-
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl in file order."""
-    return (row for row in lines(path) if "step" in row)
-
-
-def history(path: Path) -> list[dict[str, Any]]:
-    """The rows by step: where a resumed run repeated a step, its last attempt counts."""
-    last: dict[tuple[int, bool], dict[str, Any]] = {}
-    for row in rows(path):
-        key = (row["step"], "loss" in row)
-        last[key] = last.get(key, {}) | row if key[1] is False else row
-    return [last[key] for key in sorted(last)]
-
-
 class _TensorBoard:
     def __init__(self, directory: Path):
         from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -228,8 +200,3 @@ def _tensorboard(directory: Path) -> _TensorBoard | None:
         return _TensorBoard(directory)
     except ImportError:  # the extra [tensorboard] is not installed
         return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    storage.write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from support.image_files import contents, picture
 
+from vadapter.data.config import DataConfig
 from vadapter.data.example import Question
 from vadapter.data.open import describe, make_source
 from vadapter.data.shards import index, parquet_rows, shard_set
 from vadapter.data.sources.parquet import ParquetImages
 from vadapter.errors import ConfigError, DataError
-from vadapter.recipe.schema import DataConfig
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -13,11 +13,11 @@ import pytest
 from support.image_files import contents, picture
 from support.paths import ROOT
 
+from vadapter.data.config import DataConfig
 from vadapter.data.example import Question
 from vadapter.data.open import describe, make_source
 from vadapter.data.sources.tfds import TfdsSource
 from vadapter.errors import ConfigError, DataError
-from vadapter.recipe.schema import DataConfig
 
 tfds = pytest.importorskip("tensorflow_datasets")
 module = pytest.importorskip("array_record.python.array_record_module")
