@@ -1,6 +1,6 @@
 """How many samples a second one core reads: `python -m benches.bench_input --help`.
 
-Decoding, scaling to S pixels a side and tokenising, through this project's loader and through a
+Decoding, scaling to S pixels a side and tokenizing, through this project's loader and through a
 torch `DataLoader` with PIL (and PyAV for clips) on the same files in the same order, by turns, in
 this process and on one thread. Rates are samples a second of CPU time, so that other processes
 matter little. The torch side does what a plain `Dataset` does: it decodes a clip from its first
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES, View
+from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES, ImageTransform
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources.table import ImageFolder
 from vadapter.data.tokenizers.bpe import Tokenizer
@@ -100,7 +100,7 @@ def _ours(
     (folder / "rows.jsonl").write_text("".join(row + "\n" for row in rows))
     source = ImageFolder(folder / "rows.jsonl", "/")
     transform: Any = functools.partial(
-        caption_sample, tokenizer=tokenizer, view=View(size), text_len=TEXT_LEN,
+        caption_sample, tokenizer=tokenizer, view=ImageTransform(size), text_len=TEXT_LEN,
         target_len=TEXT_LEN, prompt_len=32, frames=frames if source.kind == "clip" else 1,
     )  # fmt: skip
 
@@ -131,8 +131,8 @@ def _torch() -> tuple[Callable[..., Reader] | None, str]:
         def __getitem__(self, index: int) -> tuple[Any, Any]:
             path = self.files[index]
             clip = path.suffix.lower() in CLIP_SUFFIXES
-            pictures = _pyav(path, self.frames) if clip else [Image.open(path).convert("RGB")]
-            pixels = np.stack([_square(picture, self.size) for picture in pictures])
+            decoded = _pyav(path, self.frames) if clip else [Image.open(path).convert("RGB")]
+            pixels = np.stack([_square(image, self.size) for image in decoded])
             ids = self.tokenizer.encode(CAPTION)[:TEXT_LEN]
             return torch.from_numpy(pixels), torch.tensor(ids + [0] * (TEXT_LEN - len(ids)))
 
@@ -144,11 +144,11 @@ def _torch() -> tuple[Callable[..., Reader] | None, str]:
     return reader, ""
 
 
-def _square(picture: Image.Image, size: int) -> np.ndarray:
-    """The short side to S, then the centre."""
-    short = min(picture.size)
-    width, height = (size * side // short for side in picture.size)
-    small = picture.resize((width, height), Image.Resampling.BICUBIC)
+def _square(image: Image.Image, size: int) -> np.ndarray:
+    """The short side to S, then the center."""
+    short = min(image.size)
+    width, height = (size * side // short for side in image.size)
+    small = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.array(small.crop((left, top, left + size, top + size)))
 

@@ -1,6 +1,6 @@
 """How fast a stage trains here: `python -m benches.bench_step --help`.
 
-Random weights and pictures at the recipe's sizes; nothing is read from disk. The share of the peak
+Random weights and images at the recipe's sizes; nothing is read from disk. The share of the peak
 is that of the products that the step needs (`flops.formula`: nothing recomputed) at the measured
 step time, over a large matrix product's rate measured in the same run.
 
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGS]", help="the recipe")
     parser.add_argument("--stage", default="", metavar="S", help="the chain's last")
     parser.add_argument("--batch", default="0", metavar="N,…", help="rows a step (the stage's)")
-    parser.add_argument("--frames", default="1", metavar="F,…", help="of a row (1: pictures)")
+    parser.add_argument("--frames", default="1", metavar="F,…", help="of a row (1: images)")
     parser.add_argument("--remat", default="", metavar="R,…", help="instead of the components' own")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="steps (20)")
     parser.add_argument("--max-new", type=int, default=0, metavar="N", help="time texts too")

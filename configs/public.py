@@ -1,4 +1,4 @@
-"""Public models and your own captioned pictures: both stages, and the perceiver as baseline.
+"""Public models and your own captioned images: both stages, and the perceiver as baseline.
 
     vadapter check --config=configs/public.py:encoder=E,tlm=T,llm=L,data=FOLDER
     vadapter train --config=configs/public.py:encoder=E,tlm=T,llm=L,data=FOLDER --workdir=RUN
@@ -17,7 +17,7 @@ Stage 2, planned (`vadapter plan`): memory of a device; time of the whole stage,
 estimate to 40 % of the peak. laptop 2.8 GB; gpu (H100) 22 GB, 0.5 h; v5e-8 11.7 GB, 2.6-3.3 h;
 v5e-64 11.7 GB, 3.3-4.1 h; v5p-128 32 GB, 33-50 h. Stage 1 takes less. Not run.
 
-Unlike `configs/paper.py`: pictures alone, 64 queries for 256, a cosine for the straight line down,
+Unlike `configs/paper.py`: images alone, 64 queries for 256, a cosine for the straight line down,
 gradients clipped at 1, the warm-up a share of the samples.
 """
 

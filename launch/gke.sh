@@ -11,7 +11,7 @@
 #   --image      built from launch/Dockerfile with --build-arg EXTRA=tpu, with your recipes in it
 #   --accelerator, --topology   labels of the node pools: one pool a slice
 #   --hosts      machines of a slice; --chips  of a machine
-#   --slices     how many, joined by the data-centre network; adds --config.mesh.slices
+#   --slices     how many, joined by the data-center network; adds --config.mesh.slices
 #   --restarts   how often all of it may start again, whatever it has reached
 #   --env        a variable of every pod (no secret: it can be read there), once for each, such as
 #                VADAPTER_DATA=gs://B/data

@@ -6,7 +6,7 @@
 #
 #   --gpu    which one; none: the CPU
 #   --batch, --steps   of --stage, which they need; its learning rate is not warmed up
-#   --quick  compiles with few optimisations: sooner ready, slower steps
+#   --quick  compiles with few optimizations: sooner ready, slower steps
 #   --nans   stops at the operation that makes the first NaN, with its traceback (slow)
 #
 # Memory is taken as it is needed, so that nvidia-smi shows what a step takes. Not run on real hardware.

@@ -13,7 +13,7 @@
 #
 #   --type       of a slice; `vadapter plan` says which one a recipe needs
 #   --runtime    software of the VMs, such as v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv6e
-#   --slices     how many, joined by the data-centre network; `run` adds --config.mesh.slices
+#   --slices     how many, joined by the data-center network; `run` adds --config.mesh.slices
 #   --provision  which kind of capacity, and so what it costs
 #   --install    pinned, and the same on every host: 'vadapter[tpu,gs]==0.1', a wheel here
 #                ('dist/vadapter-0.1-py3-none-any.whl[tpu,gs]'), or a commit

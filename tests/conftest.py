@@ -1,4 +1,4 @@
-"""Strict numerics for every test, eight fake devices, and the optional real data folder."""
+"""Strict numerics forevery test, eight fake devices, and the optional real data folder."""
 
 import importlib.util
 import os
@@ -10,15 +10,15 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS",
-    # Tests compile much and compute little: without optimisation they take a quarter of the time.
+    # Tests compile much and compute little: without optimization they take a quarter of the time.
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     # Newer compilers stop at a flag that they do not know.
     + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     * version("jaxlib").startswith(("0.9.", "0.10.")),
 )
 
-# Each fake device waits in a thread for the others, once for every collective that may run now:
-# with no more threads than devices, those that wait for different ones wait for ever.
+# Each fake device waits in a thread for the others, once forevery collective that may run now:
+# with no more threads than devices, those that wait for different ones wait forever.
 os.environ.setdefault("PJRT_NPROC", "32")
 
 import jax

@@ -31,7 +31,7 @@ RECIPE = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from runs import blind
+from support.runs import blind
 
 def get_config(arg):
     config = blind(Path({folder!r}))
@@ -137,11 +137,11 @@ MISTAKES = {
     "components.tlm.vocab_size=100": r"components\.tlm\.vocab_size=100 is smaller than the token",
     "stages.decoder.optim.warmup=6": r"config\.stages\.decoder\.optim\.warmup=6 must be below ste",
     "mesh.data=3": r"mesh data=3 fsdp=1 tensor=1 does not cover 1 devices",
-    "data.pictures.source.table=nowhere.jsonl": r"nowhere\.jsonl: no such file; check the path",
-    "data.pictures.source.split=tran": r"pictures\.jsonl: no rows of split 'tran'; splits: train,",
-    "data.pictures.source.table=$NO_SUCH_VARIABLE/x": r"environment variable NO_SUCH_VARIABLE is n",
-    "stages.decoder.batch=100": r"24 usable examples in 'pictures' \(ImageFolder\), and a batch ne",
-    "data.pictures.text_len=1": r"text_len=1, target_len=36 are too small for 1 texts in a row",
+    "data.images.source.table=nowhere.jsonl": r"nowhere\.jsonl: no such file; check the path",
+    "data.images.source.split=tran": r"images\.jsonl: no rows of split 'tran'; splits: train,",
+    "data.images.source.table=$NO_SUCH_VARIABLE/x": r"environment variable NO_SUCH_VARIABLE is n",
+    "stages.decoder.batch=100": r"24 usable examples in 'images' \(ImageFolder\), and a batch ne",
+    "data.images.text_len=1": r"text_len=1, target_len=36 are too small for 1 texts in a row",
     "tokenizer.vocab_size=100": r"vocab_size=100 is too small: the specials and the bytes alone n",
     "stages.decoder.start.encoder=/nowhere/vision": r"stage /nowhere/vision is not finished",
 }
@@ -212,8 +212,8 @@ CHANGES = {
     "stages.decoder.batch=4": r"config\.batch +\| 8 +\| 4$",
     "stages.decoder.optim.lr=0.5": r"config\.optim\.lr +\| 0\.01 +\| 0\.5$",
     "stages.decoder.steps=7": r"config\.steps +\| 6 +\| 7$",
-    "data.pictures.text_len=41": r"data\.pictures\.text_len +\| 40 +\| 41$",
-    "data.pictures.source.split=val": r"fingerprints\.pictures +\| [0-9a-f]+ +\| [0-9a-f]+$",
+    "data.images.text_len=41": r"data\.images\.text_len +\| 40 +\| 41$",
+    "data.images.source.split=val": r"fingerprints\.images +\| [0-9a-f]+ +\| [0-9a-f]+$",
     "components.tlm.mlp_dim=48": r"components\.tlm\.mlp_dim +\| 32 +\| 48$",
 }
 
@@ -251,9 +251,9 @@ def test_data_that_changed_under_a_run(spoil, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("VADAPTER_FAULT", "TERM:decoder:step:3")
         assert spoil()[0] == 75
-    picture = spoil.data / "shapes" / "00.png"
-    picture.write_bytes(picture.read_bytes() + b"x")
-    assert "fingerprints.pictures" in spoil.refused(lines=6)
+    image = spoil.data / "shapes" / "00.png"
+    image.write_bytes(image.read_bytes() + b"x")
+    assert "fingerprints.images" in spoil.refused(lines=6)
 
 
 def test_checkpoints_of_another_stage(half):
@@ -289,7 +289,7 @@ def test_a_checkpoint_that_is_damaged_is_passed_over_for_the_one_before(half):
 
 
 def captions(command: Command, change: Any) -> None:
-    path = command.data / "shapes" / "pictures.jsonl"
+    path = command.data / "shapes" / "images.jsonl"
     rows_ = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [
         json.dumps({**row, "captions": change(i, row["captions"])}) for i, row in enumerate(rows_)
@@ -300,29 +300,29 @@ def captions(command: Command, change: Any) -> None:
 @pytest.mark.parametrize("caption", ["", "  \t ", None, 7])
 def test_a_caption_that_is_no_text_is_named_by_its_line(spoil, caption):
     captions(spoil, lambda i, old: [caption] if i == 4 else old)
-    assert re.search(r"pictures\.jsonl, line 5: caption: a text is expected, got", spoil.refused())
+    assert re.search(r"images\.jsonl, line 5: caption: a text is expected, got", spoil.refused())
 
 
 def test_text_that_is_not_utf8_is_named_by_its_line(spoil):
-    path = spoil.data / "shapes" / "pictures.jsonl"
+    path = spoil.data / "shapes" / "images.jsonl"
     lines = path.read_bytes().split(b"\n")
     lines[6] = lines[6].replace(b"a ", b"\xe9 ", 1)
     path.write_bytes(b"\n".join(lines))
-    assert re.search(r"pictures\.jsonl, line 7: not UTF-8 .*; convert the file", spoil.refused())
+    assert re.search(r"images\.jsonl, line 7: not UTF-8 .*; convert the file", spoil.refused())
 
 
 def test_an_empty_table_and_an_empty_folder(spoil):
-    (spoil.data / "shapes" / "pictures.jsonl").write_text("")
-    assert spoil.refused().endswith("pictures.jsonl: no rows; the file is empty")
+    (spoil.data / "shapes" / "images.jsonl").write_text("")
+    assert spoil.refused().endswith("images.jsonl: no rows; the file is empty")
     (spoil.data / "empty").mkdir()
     spoil.change(
-        f"config.data.pictures.source = dict(kind='tars', folder={str(spoil.data / 'empty')!r}, "
+        f"config.data.images.source = dict(kind='tars', folder={str(spoil.data / 'empty')!r}, "
         "split='train')"
     )
     assert spoil.refused().endswith("empty: no shards train-NNN.tar; check the path")
 
 
-def test_a_picture_that_is_listed_but_not_there(spoil):
+def test_a_image_that_is_listed_but_not_there(spoil):
     (spoil.data / "shapes" / "04.png").unlink()
     assert re.search(r"line 5: no file .*04\.png; add it or remove the row", spoil.refused())
 
@@ -338,8 +338,8 @@ def test_strange_captions_are_trained_on_like_any_other(spoil):
     assert [row["bad"] for row in spoil.metrics()] == [0] * runs.STEPS
 
 
-def spoil_pictures(command: Command, number: int) -> list[str]:
-    """Corrupts some pictures of the train split, each in another way; the table stays."""
+def spoil_images(command: Command, number: int) -> list[str]:
+    """Corrupts some images of the train split, each in another way; the table stays."""
     large = io.BytesIO()
     Image.new("1", (6000, 6000)).save(large, "PNG")
     names = [f"{i:02d}.png" for i in range(36) if i % 3 != 2][:number]
@@ -351,21 +351,21 @@ def spoil_pictures(command: Command, number: int) -> list[str]:
     return names
 
 
-def test_pictures_that_cannot_be_read_are_left_out_counted_and_named(spoil):
-    names = spoil_pictures(spoil, 4)
-    code, _ = spoil("stages.decoder.steps=3")  # one epoch: each picture once
+def test_images_that_cannot_be_read_are_left_out_counted_and_named(spoil):
+    names = spoil_images(spoil, 4)
+    code, _ = spoil("stages.decoder.steps=3")  # one epoch: each image once
     assert code == 0
     assert sum(row["bad"] for row in spoil.metrics()) == 4
     told = [line for line in spoil.out.splitlines() if "left out" in line]
-    assert sorted(re.search(r"pictures '(.*?)' \(", line)[1] for line in told) == names
+    assert sorted(re.search(r"images '(.*?)' \(", line)[1] for line in told) == names
     faults = " ".join(told)
     assert "more than the 25000000 allowed" in faults
     assert "cannot be decoded" in faults
     assert "starts with b'<html>404" in faults
 
 
-def test_too_many_pictures_that_cannot_be_read_end_the_run_by_name(spoil):
-    names = spoil_pictures(spoil, 12)
+def test_too_many_images_that_cannot_be_read_end_the_run_by_name(spoil):
+    names = spoil_images(spoil, 12)
     code, message = spoil("stages.decoder.save_every=1")
     assert code == 78
     assert re.search(
@@ -384,7 +384,7 @@ PROCESS = """
 import resource, sys
 from support import runs
 from vadapter import cli
-from vadapter.train import stage
+from vadapter.stages import stage
 stage.make_train_step = runs.fake_step
 if limit := int(sys.argv[1]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

@@ -88,9 +88,9 @@ SCALES = {
 def test_stage_2_is_as_large_as_the_papers(arg):
     recipe, (billions, millions) = paper(arg), SCALES[arg]
     sizes = counts(recipe, "vadapter")
-    learnt = trained(recipe.stages["vadapter"])
+    trainable = trained(recipe.stages["vadapter"])
     assert sum(sizes.values()) / 1e9 == pytest.approx(billions, rel=0.03)
-    assert sum(sizes[name] for name in learnt) / 1e6 == pytest.approx(millions, rel=0.1)
+    assert sum(sizes[name] for name in trainable) / 1e6 == pytest.approx(millions, rel=0.1)
 
 
 def test_the_papers_table_3_differs_in_where_the_tiny_lm_starts():

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.clips import clip, numbers, picture
+from support.clips import clip, image, numbers
 
 from benches import bench_input
 from benches.bench_input import CAPTION, NEEDS, as_text, bench, main, photos
 from vadapter.data.media.frames import load_media, load_square
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.errors import DataError
 
@@ -27,7 +27,7 @@ def images(tmp_path):
 def clips(tmp_path):
     paths = [tmp_path / f"{n}.mkv" for n in range(3)]
     for path in paths:
-        path.write_bytes(clip([picture(i) for i in range(16)]))
+        path.write_bytes(clip([image(i) for i in range(16)]))
     return paths
 
 
@@ -128,7 +128,7 @@ def test_each_side_scales_eight_frames_of_every_clip_and_counts_clips(
 
 def test_both_sides_make_the_same_pixels_of_an_image(images):
     theirs = bench_input._square(Image.open(images[0]).convert("RGB"), 16)
-    np.testing.assert_array_equal(load_square(images[0], View(16), frames=1)[0], theirs)
+    np.testing.assert_array_equal(load_square(images[0], ImageTransform(16), frames=1)[0], theirs)
 
 
 def test_the_frames_of_a_clip_are_uniform_on_both_sides(clips):
@@ -139,7 +139,7 @@ def test_the_frames_of_a_clip_are_uniform_on_both_sides(clips):
 
 
 def test_a_clip_of_fewer_frames_than_shown_repeats_them(tmp_path):
-    (tmp_path / "short.mkv").write_bytes(clip([picture(0), picture(1)]))
+    (tmp_path / "short.mkv").write_bytes(clip([image(0), image(1)]))
     shown = bench_input._pyav(tmp_path / "short.mkv", 8)
     assert numbers(np.stack([np.asarray(frame) for frame in shown])) == [0] * 4 + [1] * 4
 

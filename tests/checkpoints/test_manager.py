@@ -388,7 +388,7 @@ for step in (2, 3):
     tidy()
 limit(resource.RLIM_INFINITY)
 checkpointer.save(4, state, {})
-assert checkpointer.wait() == 4  # there is space again: the count starts anew
+assert checkpointer.wait() == 4  # there is space again: the count starts again
 limit(50_000)
 for step in (5, 6):
     checkpointer.save(step, state, {})

@@ -128,21 +128,21 @@ def test_names_may_hold_any_bytes(chain, tmp_path, call):
 
 
 def test_an_answer_is_one_line(chain, call):
-    picture, clip = chain / "shapes" / "02.png", chain / "shapes" / "02.gif"
-    for file in (picture, clip):
-        code, out, _ = call("ask", chain / "run", "--stage=vadapter", file, "what colour is it?")
+    image, clip = chain / "shapes" / "02.png", chain / "shapes" / "02.gif"
+    for file in (image, clip):
+        code, out, _ = call("ask", chain / "run", "--stage=vadapter", file, "what color is it?")
         assert code == 0
         assert len(out) == 1
         assert str(file) not in out[0]
-    code, out, err = call("ask", chain / "run", chain / "nowhere.png", "what colour is it?")
+    code, out, err = call("ask", chain / "run", chain / "nowhere.png", "what color is it?")
     assert (code, out) == (USER_ERROR, [])
     assert "nowhere.png: no such file" in err
 
 
 def test_questions_that_cannot_be_asked_are_explained(chain, call):
-    picture = chain / "shapes" / "02.png"
+    image = chain / "shapes" / "02.png"
     for question, words in ((" ", "needs words"), ("why " * 200, "shorten the question")):
-        code, _, err = call("ask", chain / "run", picture, question)
+        code, _, err = call("ask", chain / "run", image, question)
         assert code == USER_ERROR
         assert words in err
 
@@ -194,7 +194,7 @@ def test_an_evaluation_of_a_part_over_data_that_has_moved(chain, run, call, tmp_
     assert "/nowhere" in err
     whole = (run / "perceiver/eval/captions/predictions.jsonl").read_text().splitlines()
     moved = shutil.copytree(chain / "shapes", tmp_path / "moved")
-    override = f"--config.data.held.source.table={moved / 'pictures.jsonl'}"
+    override = f"--config.data.held.source.table={moved / 'images.jsonl'}"
     code, _, err = call("eval", run, "--evals=captions", "--limit=4", "--batch=8", override)
     assert code == 0, err
     part = (run / "perceiver/eval/captions-first-4/predictions.jsonl").read_text().splitlines()

@@ -49,7 +49,7 @@ def look(root, call):
 
 @pytest.fixture
 def shards(tmp_path):
-    """A folder with a shard of two pictures and their texts."""
+    """A folder with a shard of two images and their texts."""
     (tmp_path / "pairs").mkdir()
     with tarfile.open(tmp_path / "pairs" / "0.tar", "w") as tar:
         for name, body in (("a.png", b"png"), ("a.txt", b"a"), ("b.png", b"png"), ("b.txt", b"b")):
@@ -59,18 +59,18 @@ def shards(tmp_path):
 
 
 def test_show_prints_a_legend_and_so_many_rows_of_each_data_set(look):
-    code, out, err = look("show", "--data=pictures,clips", "--n=3")
+    code, out, err = look("show", "--data=images,clips", "--n=3")
     assert (code, err) == (0, "")
     assert out.startswith("context, ⟦target⟧, padding\n\n")
     assert re.findall(r"^(\w+)\[\d+\] \d\d\.\w+, (\d)", out, re.MULTILINE) == [
-        *[("pictures", "1")] * 3, *[("clips", "8")] * 3
+        *[("images", "1")] * 3, *[("clips", "8")] * 3
     ]  # fmt: skip
     assert "\x1b" not in out  # not a terminal
     assert "⟦ a " in out
 
 
 def test_show_draws_what_overrides_and_the_stage_say(look):
-    view = ("--data=pictures", "--n=1", "--stage=perceiver", "--config.data.pictures.size=16")
+    view = ("--data=images", "--n=1", "--stage=perceiver", "--config.data.images.size=16")
     code, out, _ = look("show", *view)
     assert code == 0
     assert "png, 1 × 16 × 16" in out
@@ -78,7 +78,7 @@ def test_show_draws_what_overrides_and_the_stage_say(look):
 
 def test_the_page_of_show_needs_nothing_else(look, tmp_path):
     path = tmp_path / "deep" / "page.html"
-    code, out, _ = look("show", "--data=pictures", "--n=2", f"--out={path}")
+    code, out, _ = look("show", "--data=images", "--n=2", f"--out={path}")
     assert (code, out) == (0, f"{path}\n")
     page = path.read_text()
     assert page.startswith("<!doctype html>\n")
@@ -89,19 +89,19 @@ def test_the_page_of_show_needs_nothing_else(look, tmp_path):
 
 
 def test_stats_prints_text_or_one_json_list(look):
-    code, out, err = look("stats", "--data=pictures,held")
+    code, out, err = look("stats", "--data=images,held")
     assert (code, err) == (0, "")
-    assert "pictures: 24 examples" in out
+    assert "images: 24 examples" in out
     assert "held: 12 examples" in out
-    code, out, _ = look("stats", "--data=pictures,held", "--json", "--limit=6")
+    code, out, _ = look("stats", "--data=images,held", "--json", "--limit=6")
     facts = json.loads(out)
     assert [(f["data"], f["looked_at"], f["rows"]) for f in facts] == [
-        ("pictures", 6, 6), ("held", 6, 6)
+        ("images", 6, 6), ("held", 6, 6)
     ]  # fmt: skip
 
 
 def test_stats_of_zero_looks_at_all(look):
-    (facts,) = json.loads(look("stats", "--data=pictures", "--json", "--limit=0")[1])
+    (facts,) = json.loads(look("stats", "--data=images", "--json", "--limit=0")[1])
     assert facts["looked_at"] == 24
 
 
@@ -109,8 +109,8 @@ def test_stats_of_zero_looks_at_all(look):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["--data=picture"], r"config\.data: unknown 'picture'; did you mean 'pictures'"),
-        (["--data=pictures", "--stage=decodr"], r"config\.stages: unknown 'decodr'; did you mean"),
+        (["--data=image"], r"config\.data: unknown 'image'; did you mean 'images'"),
+        (["--data=images", "--stage=decodr"], r"config\.stages: unknown 'decodr'; did you mean"),
         (["--data=questions"], r"config\.data\.questions: no stage .* name one .* --stage"),
         (["--config.data.picturs.size=3"], r"picturs"),
     ],
@@ -124,10 +124,10 @@ def test_names_that_are_not_there_are_told(look, verb, argv, told):
 
 def test_without_a_tokenizer_show_stops_and_stats_tells_the_rest(call, root):
     recipe = f"{RECIPES}:{root / 'shapes'}"
-    code, _, err = call("show", recipe, "--data=pictures")
+    code, _, err = call("show", recipe, "--data=images")
     assert code == USER_ERROR
     assert "name a run that has one with --workdir=RUN" in err
-    code, out, err = call("stats", recipe, "--data=pictures")
+    code, out, err = call("stats", recipe, "--data=images")
     assert (code, err) == (0, "")
     assert "no lengths in tokens, no rows" in out
 
@@ -135,7 +135,7 @@ def test_without_a_tokenizer_show_stops_and_stats_tells_the_rest(call, root):
 def test_a_page_that_cannot_be_written_is_told(look, tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "page.html", tmp_path):
-        code, out, err = look("show", "--data=pictures", "--n=1", f"--out={path}")
+        code, out, err = look("show", "--data=images", "--n=1", f"--out={path}")
         assert (code, out) == (USER_ERROR, "")
         assert f"vadapter: {path}: " in err
         assert err.count("\n") == 1
@@ -146,9 +146,9 @@ def test_cache_writes_and_says_how_to_use_it(call, cached, tmp_path):
     code, said, _ = call("cache", cached, f"--out={out}", "--dtype=int8")
     assert code == 0
     (folder,) = out.iterdir()
-    assert f"pictures: {folder}\n" in said
-    use = f"cache_dir={out} --config.data.pictures.cache_dtype=int8\n"
-    assert f"  --config.data.pictures.cache=True --config.data.pictures.{use}" in said
+    assert f"images: {folder}\n" in said
+    use = f"cache_dir={out} --config.data.images.cache_dtype=int8\n"
+    assert f"  --config.data.images.cache=True --config.data.images.{use}" in said
     assert "features: 24 of 24 examples" in said
     again = call("cache", cached, f"--out={out}", "--dtype=int8")
     assert again[0] == 0
@@ -158,9 +158,9 @@ def test_cache_writes_and_says_how_to_use_it(call, cached, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["--data=picturs"], "--data=picturs: unknown; did you mean 'pictures'"),
-        (["--config.data.pictures.cache=false"], "no data set of the recipe has cache=True"),
-        ([], "data.pictures: nowhere to write; give --out=DIR"),
+        (["--data=picturs"], "--data=picturs: unknown; did you mean 'images'"),
+        (["--config.data.images.cache=false"], "no data set of the recipe has cache=True"),
+        ([], "data.images: nowhere to write; give --out=DIR"),
         (["--out={file}/features"], "{file}/features/"),
         (["--out={file}"], "{file}"),
     ],

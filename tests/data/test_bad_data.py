@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.image_files import folder_of, pairs, picture, read, row, tars, write_rows, write_tar
+from support.image_files import folder_of, image, pairs, read, row, tars, write_rows, write_tar
 
 from vadapter.data import sources
 from vadapter.data.config import DataConfig
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.data.open import describe, make_stream
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.shards import index
@@ -26,7 +26,7 @@ from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.errors import DataError
 
 CASES: dict[str, Callable[[Path], None]] = {}
-TOKENIZER = Tokenizer.train(["number 1 2 3 grey", "Question: what? Answer: dog"], 280)
+TOKENIZER = Tokenizer.train(["number 1 2 3 gray", "Question: what? Answer: dog"], 280)
 
 
 def case(name: str) -> Callable:
@@ -46,7 +46,7 @@ def refused(build: Callable[[], object], *words: str) -> None:
 def batch(source, task: str = "caption") -> dict[str, np.ndarray]:
     """All rows of a source, as an evaluation reads them."""
     config = DataConfig({}, task, text_len=40, size=8)
-    items, transform = make_stream("x", config, source, TOKENIZER, View(8))
+    items, transform = make_stream("x", config, source, TOKENIZER, ImageTransform(8))
     return next(iter(eval_batches(items, transform, len(source), threads=0)))
 
 
@@ -63,14 +63,14 @@ def masked(source, which: int, clean, *words: str) -> None:
 
 
 def replaced(folder: Path, data: bytes, *words: str) -> None:
-    """A picture that becomes `data` is masked, in a folder and in a shard."""
+    """An image that becomes `data` is masked, in a folder and in a shard."""
     for build in (ImageFolder, lambda path: CaptionTars(path.parent, "train")):
         made = {}
         for name in ("clean", "spoilt"):
             where = folder / f"{build.__name__.strip('<>')}-{name}"
             where.mkdir()
             made[name] = folder_of(tars(where))
-        files = {f"{i}.png": data if i == 3 else picture(20 * i) for i in (1, 3)}
+        files = {f"{i}.png": data if i == 3 else image(20 * i) for i in (1, 3)}
         write_tar(made["spoilt"].with_name("train-001.tar"), files)
         made["spoilt"].with_name("3.png").write_bytes(data)
         masked(build(made["spoilt"]), 3, build(made["clean"]), "3.png", *words)
@@ -112,14 +112,14 @@ def _(folder):
         refused(lambda: CaptionTars(folder, "train"), "train-001.tar")
 
 
-@case("flipped bytes in a picture")
+@case("flipped bytes in an image")
 def _(folder):
     source = read(pairs(folder))
     clean = pickle.loads(pickle.dumps(source))
     index.build(folder, say=lambda text: None)
     path = folder / "00001.tar"
     raw, status = bytearray(path.read_bytes()), path.stat()
-    at = raw.index(picture(21)) + 40
+    at = raw.index(image(21)) + 40
     raw[at : at + 4] = bytes(4)
     batch(clean)  # nothing of it is remembered
     path.write_bytes(raw)
@@ -137,33 +137,33 @@ def _(folder):
     from vadapter.data.sources.parquet import ParquetImages
 
     path = folder / "a.parquet"
-    rows = [{"image": picture(i), "caption": f"number {i}"} for i in range(3)]
+    rows = [{"image": image(i), "caption": f"number {i}"} for i in range(3)]
     plain = {"write_page_checksum": True, "write_statistics": False, "compression": "none"}
     pq.write_table(pa.Table.from_pylist(rows), path, **plain)
     raw = path.read_bytes()
-    for at, word in ((raw.index(picture(1)) + 9, "row group 0"), (len(raw) - 2, "not a readable")):
+    for at, word in ((raw.index(image(1)) + 9, "row group 0"), (len(raw) - 2, "not a readable")):
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 255]) + raw[at + 1 :])
         refused(lambda: ParquetImages(folder, shards="a.parquet")[1], "a.parquet", word)
 
 
-@case("HTML or anything else, not a picture")
+@case("HTML or anything else, not an image")
 def _(folder):
     replaced(folder, b"<html>not found</html>", "starts with b'<html>")
 
 
-@case("picture cut short")
+@case("image cut short")
 def _(folder):
-    replaced(folder, picture(60)[:50], "cannot be decoded")
+    replaced(folder, image(60)[:50], "cannot be decoded")
 
 
-@case("picture of more than 25 megapixels")
+@case("image of more than 25 megapixels")
 def _(folder):
     large = io.BytesIO()
     Image.new("1", (6000, 6000)).save(large, "PNG")
     replaced(folder, large.getvalue()[:99], "6000x6000 pixels, more than the 25000000 allowed")
 
 
-@case("picture that no file or member holds")
+@case("image that no file or member holds")
 def _(folder):
     table = folder_of(folder, [row(0), row(9)])
     refused(lambda: ImageFolder(table), "table.jsonl, line 2", "9.png")
@@ -171,20 +171,20 @@ def _(folder):
     refused(lambda: CaptionTars(folder, "train"), "captions.jsonl, line 2", "no member")
 
 
-@case("pair without its picture or its text")
+@case("pair without its image or its text")
 def _(folder):
     clean = read(pairs(folder / "clean", count=1))
     for lost in ("txt", "png"):
         files = {}
         for i in range(3):
-            files |= {f"{i}.png": picture(i), f"{i}.txt": f"shard 0, picture {i}".encode()}
+            files |= {f"{i}.png": image(i), f"{i}.txt": f"shard 0, image {i}".encode()}
         del files[f"1.{lost}"]
         (folder / lost).mkdir()
         write_tar(folder / lost / "0.tar", files)
         kept = "png" if lost == "txt" else "txt"
-        why = f"'1' has only 1.{kept}" if lost == "txt" else "there is no picture"
+        why = f"'1' has only 1.{kept}" if lost == "txt" else "there is no image"
         masked(read(folder / lost), 1, clean, why)
-    write_tar(folder / "txt" / "0.tar", {"1.png": picture(1)})
+    write_tar(folder / "txt" / "0.tar", {"1.png": image(1)})
     refused(lambda: read(folder / "txt"), "0.tar: '1' has only 1.png", "captions.jsonl")
 
 
@@ -202,7 +202,7 @@ def _(folder):
         for i in range(count):
             good = f"number {i}".encode()
             good = good if suffix == "txt" else json.dumps({"caption": good.decode()}).encode()
-            files |= {f"{i:05d}.png": picture(i % 9), f"{i:05d}.{suffix}": bad.get(i, good)}
+            files |= {f"{i:05d}.png": image(i % 9), f"{i:05d}.{suffix}": bad.get(i, good)}
         (folder / name).mkdir()
         write_tar(folder / name / "0.tar", files)
         return folder / name
@@ -220,11 +220,11 @@ def _(folder):
     refused(lambda: read(shards("all", 3, dict.fromkeys(range(3), b""))), "0 usable examples of 3")
 
 
-@case("id of a picture twice")
+@case("id of an image twice")
 def _(folder):
     table = folder_of(folder, [row(0), row(0)])
     refused(lambda: ImageFolder(table), "line 2: '0.png' has captions already")
-    write_tar(tars(folder) / "train-002.tar", {"0.png": picture(9)})
+    write_tar(tars(folder) / "train-002.tar", {"0.png": image(9)})
     refused(lambda: CaptionTars(folder, "train"), "train-002.tar: '0.png' is in", "train-000.tar")
     index.build(folder, say=lambda text: None)
     refused(lambda: CaptionTars(folder, "train"), "train-002.tar: '0.png' is in", "train-000.tar")
@@ -239,7 +239,7 @@ def _(folder):
 @case("split without rows")
 def _(folder):
     tars(folder)
-    write_tar(folder / "val-000.tar", {"0.png": picture(0)})
+    write_tar(folder / "val-000.tar", {"0.png": image(0)})
     refused(lambda: CaptionTars(folder, "val"), "no rows of split 'val'; splits: train")
     refused(lambda: CaptionTars(folder, "test"), "no shards test-NNN.tar; splits there: train, val")
     refused(lambda: ImageFolder(folder_of(folder), split="val"), "no rows of split 'val'")
@@ -288,7 +288,7 @@ def _(folder):
     song = pickle.dumps(Canary(folder / "sung"))
     (folder / "in").mkdir()
     names = ("0.pkl", "0.pyd", "0.pickle", "0.pth", "0.npy", "1.png", "1.txt")
-    good = {"0.png": picture(0), "0.txt": b"number 0"}
+    good = {"0.png": image(0), "0.txt": b"number 0"}
     write_tar(folder / "in" / "0.tar", {**good, **dict.fromkeys(names, song)})
     before = sorted(folder.rglob("*"))
     source = read(folder / "in")

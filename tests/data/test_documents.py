@@ -160,7 +160,7 @@ def test_bad_arguments_are_named(files, tmp_path):
         DocumentSource(groups=files["groups"], mixture={"text": 1})
 
 
-def test_windows_hold_each_document_once_and_neighbours_apart(files):
+def test_windows_hold_each_document_once_and_neighbors_apart(files):
     source = DocumentSource(**files)
     windows = Windows(source, 5)
     ids = [example.id for r in range(len(windows)) for example in windows[r]]

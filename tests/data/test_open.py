@@ -8,7 +8,7 @@ import pytest
 from support.recipes import draw, tiny_recipe
 
 from vadapter.data.config import DataConfig
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.data.open import describe, make_source, make_stream, resolve, texts, train_tokenizer
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.tokenizers.bpe import Tokenizer
@@ -29,17 +29,17 @@ def data(shapes):
 
 @pytest.fixture(scope="module")
 def tokenizer(data):
-    lines = [t for name in ("pictures", "questions") for t in texts(make_source(name, data[name]))]
+    lines = [t for name in ("images", "questions") for t in texts(make_source(name, data[name]))]
     return Tokenizer.train(lines, 300, lowercase=True)
 
 
 def test_a_set_that_is_not_what_the_recipe_says_is_refused(data, tokenizer):
-    source, view = make_source("pictures", data["pictures"]), View(16)
-    said = lambda media: dataclasses.replace(data["pictures"], media=media)  # noqa: E731
+    source, view = make_source("images", data["images"]), ImageTransform(16)
+    said = lambda media: dataclasses.replace(data["images"], media=media)  # noqa: E731
     for media in ("", "image"):
-        make_stream("pictures", said(media), source, tokenizer, view)
-    with pytest.raises(ConfigError, match="'pictures': media='clip', but its source has images"):
-        make_stream("pictures", said("clip"), source, tokenizer, view)
+        make_stream("images", said(media), source, tokenizer, view)
+    with pytest.raises(ConfigError, match="'images': media='clip', but its source has images"):
+        make_stream("images", said("clip"), source, tokenizer, view)
 
 
 def test_variables_and_the_home_folder_are_filled_in(monkeypatch):
@@ -80,9 +80,11 @@ def test_a_source_that_cannot_be_made_is_one_clear_line(source, message):
 
 
 def test_streams_yield_rows_of_the_lengths_that_the_recipe_asks_for(data, tokenizer):
-    for name, frames in (("pictures", 1), ("clips", 8), ("questions", 1)):
+    for name, frames in (("images", 1), ("clips", 8), ("questions", 1)):
         config = data[name]
-        items, transform = make_stream(name, config, make_source(name, config), tokenizer, View(16))
+        items, transform = make_stream(
+            name, config, make_source(name, config), tokenizer, ImageTransform(16)
+        )
         batch = next(iter(eval_batches(items, transform, 4)))
         assert batch["frames"].shape == (4, frames, 16, 16, 3)
         assert batch["tokens"].shape == (4, config.text_len)
@@ -103,15 +105,15 @@ def test_documents_are_packed_and_have_no_prompt(data, tokenizer):
 
 def test_everything_a_source_says_is_learnt_from(data):
     said = set(texts(make_source("questions", data["questions"])))
-    assert ". Question: what colour is it? Answer:" in said
+    assert ". Question: what color is it? Answer:" in said
     assert {"red", "yes", "no"} <= said
-    said = set(texts(make_source("pictures", data["pictures"])))
+    said = set(texts(make_source("images", data["images"])))
     assert "a red circle on white" in said
 
 
 def test_the_tokenizer_is_trained_once_and_then_read(data, tmp_path):
-    config = TokenizerConfig(vocab_size=280, data=("pictures",))
-    sources = {"pictures": make_source("pictures", data["pictures"])}
+    config = TokenizerConfig(vocab_size=280, data=("images",))
+    sources = {"images": make_source("images", data["images"])}
     made = train_tokenizer(config, sources, tmp_path / "tokenizer.json")
     again = train_tokenizer(config, {}, tmp_path / "tokenizer.json")  # no source is needed
     assert again.digest == made.digest
@@ -124,29 +126,29 @@ def test_the_tokenizer_is_trained_once_and_then_read(data, tmp_path):
 
 
 def test_an_unusable_sample_is_called_by_its_name_and_its_fault(shapes, data, tmp_path):
-    rows = [json.loads(line) for line in (shapes / "pictures.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (shapes / "images.jsonl").read_text().splitlines()]
     folder = tmp_path / "shapes"
     draw(folder)
     (folder / rows[0]["image"]).write_bytes((folder / rows[0]["image"]).read_bytes()[:60])
     (folder / rows[1]["image"]).write_text("<html>not found</html>")
-    source = make_source("pictures", read(tiny_recipe(folder)).data["pictures"])
-    said = [describe("pictures", source, i) for i in range(3)]
-    assert said[0].startswith("pictures '00.png' (cannot be decoded")
+    source = make_source("images", read(tiny_recipe(folder)).data["images"])
+    said = [describe("images", source, i) for i in range(3)]
+    assert said[0].startswith("images '00.png' (cannot be decoded")
     assert said[1] == (
-        "pictures '01.png' (starts with b'<html>not found<': none of JPEG, PNG, WEBP, GIF, BMP)"
+        "images '01.png' (starts with b'<html>not found<': none of JPEG, PNG, WEBP, GIF, BMP)"
     )
-    assert said[2] == "pictures '03.png' (no text that fits)"
+    assert said[2] == "images '03.png' (no text that fits)"
     (folder / rows[0]["image"]).unlink()
-    assert "00.png is not a regular file" in describe("pictures", source, 0)
+    assert "00.png is not a regular file" in describe("images", source, 0)
     assert describe("documents", make_source("documents", data["documents"]), 5) == (
         "documents row 5 (no text in it)"
     )
 
 
 def test_a_text_that_cannot_fit_at_all_is_an_error_and_not_a_bad_sample(data, tokenizer):
-    small = DataConfig(data["pictures"].source, "caption", text_len=4, texts=4)
+    small = DataConfig(data["images"].source, "caption", text_len=4, texts=4)
     items, transform = make_stream(
-        "pictures", small, make_source("pictures", small), tokenizer, View(16)
+        "images", small, make_source("images", small), tokenizer, ImageTransform(16)
     )
     with pytest.raises(ConfigError, match="text_len=4, target_len=4 are too small for 2 texts"):
         next(iter(eval_batches(items, transform, 4)))

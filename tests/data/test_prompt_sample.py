@@ -5,20 +5,20 @@ import numpy as np
 import pytest
 
 from vadapter.data.example import Example, Question
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.tokenizers.bpe import EOS, Tokenizer
 from vadapter.data.transforms import caption_sample, prompt_sample, question_sample
 
 PIXELS = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(1, 4, 4, 3)
-ASKED = Question("what colour is it?", ("red",), "colour")
+ASKED = Question("what color is it?", ("red",), "color")
 EXAMPLE = Example("a", PIXELS, ("a red circle",), (ASKED,))
 MAX = 40
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts = [CAPTION.before, CAPTION.after, QUESTION.before, QUESTION.after("what colour is it?")]
+    texts = [CAPTION.before, CAPTION.after, QUESTION.before, QUESTION.after("what color is it?")]
     return Tokenizer.train([*texts, "a red circle"] * 4, 300, lowercase=True)
 
 
@@ -37,8 +37,10 @@ def lead_of(row):
 )
 def test_the_prompt_is_that_of_training(tokenizer, item, train, before):
     P = len(tokenizer.encode(before)) + 1
-    trained = train(EXAMPLE, tokenizer, view=View(4), text_len=MAX, target_len=MAX, prompt_len=P)
-    row = prompt_sample(item, tokenizer, view=View(4), text_len=MAX)
+    trained = train(
+        EXAMPLE, tokenizer, view=ImageTransform(4), text_len=MAX, target_len=MAX, prompt_len=P
+    )
+    row = prompt_sample(item, tokenizer, view=ImageTransform(4), text_len=MAX)
     n = len(lead_of(trained))
     np.testing.assert_array_equal(row["prompt"], trained["prompt"])
     np.testing.assert_array_equal(row["frames"], trained["frames"])
@@ -55,7 +57,7 @@ def test_the_prompt_is_that_of_training(tokenizer, item, train, before):
 
 def test_a_caption_is_asked_for_without_looking_at_the_captions(tokenizer):
     rows = [
-        prompt_sample(Example("a", PIXELS, captions), tokenizer, view=View(4), text_len=3)
+        prompt_sample(Example("a", PIXELS, captions), tokenizer, view=ImageTransform(4), text_len=3)
         for captions in ((), ("a red circle",))
     ]
     for key in rows[0]:
@@ -65,29 +67,32 @@ def test_a_caption_is_asked_for_without_looking_at_the_captions(tokenizer):
 
 def test_a_question_that_is_too_long_keeps_its_end(tokenizer):
     long = Question("why " * 50 + "is it red?", ("no",))
-    row = prompt_sample((EXAMPLE, long), tokenizer, view=View(4), text_len=12)
+    row = prompt_sample((EXAMPLE, long), tokenizer, view=ImageTransform(4), text_len=12)
     whole = tokenizer.encode(QUESTION.after(long.text)[: 12 * 32])
     assert row["tokens"].tolist() == whole[-12:]
     assert row["segments"].tolist() == [1] * 12
     assert row["positions"].tolist() == list(range(12))
 
 
-@pytest.mark.parametrize("media", [b"not a picture", None])
-def test_a_picture_that_cannot_be_read_makes_a_bad_row(tokenizer, media):
-    row = prompt_sample(Example("a", media), tokenizer, view=View(4), text_len=3)
+@pytest.mark.parametrize("media", [b"not an image", None])
+def test_a_image_that_cannot_be_read_makes_a_bad_row(tokenizer, media):
+    row = prompt_sample(Example("a", media), tokenizer, view=ImageTransform(4), text_len=3)
     assert row["bad"]
     assert row["frames"].shape == (1, 4, 4, 3)
     assert not row["frames"].any()
     assert not row["weights"].any()
 
 
-def test_cached_tokens_pass_and_only_the_picture_that_is_not_mirrored(tokenizer):
+def test_cached_tokens_pass_and_only_the_image_that_is_not_mirrored(tokenizer):
     tokens = np.arange(2 * 1 * 2 * 3).reshape(2, 1, 2, 3).astype(ml_dtypes.bfloat16)
-    row = prompt_sample(Example("a", tokens), tokenizer, view=View(4), text_len=3)
+    row = prompt_sample(Example("a", tokens), tokenizer, view=ImageTransform(4), text_len=3)
     np.testing.assert_array_equal(row["features"], tokens[0])
     assert "frames" not in row
     bad = prompt_sample(
-        Example("a", tokens * ml_dtypes.bfloat16("nan")), tokenizer, view=View(4), text_len=3
+        Example("a", tokens * ml_dtypes.bfloat16("nan")),
+        tokenizer,
+        view=ImageTransform(4),
+        text_len=3,
     )
     assert bad["bad"]
     assert not bad["features"].any()
@@ -95,5 +100,5 @@ def test_cached_tokens_pass_and_only_the_picture_that_is_not_mirrored(tokenizer)
 
 def test_a_clip_is_read_with_as_many_frames_as_asked(tokenizer):
     clip = Example("a", np.repeat(PIXELS, 16, axis=0))
-    row = prompt_sample(clip, tokenizer, view=View(2), frames=8, text_len=3)
+    row = prompt_sample(clip, tokenizer, view=ImageTransform(2), frames=8, text_len=3)
     assert row["frames"].shape == (8, 2, 2, 3)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vadapter.data.batch import check_batch, fake_batch
 from vadapter.data.example import Example, Question
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.data.transforms import caption_sample, document_sample, question_sample
 from vadapter.errors import ConfigError, DataError
@@ -32,10 +32,15 @@ class Words:
 
 COLON, A, DOG, RUNS, FAST, CAT = 6, 7, 8, 9, 10, 11
 EOS = 2
-PICTURE = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
+IMAGE = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
 
 caption = functools.partial(
-    caption_sample, tokenizer=Words(), view=View(8), text_len=10, target_len=8, prompt_len=6
+    caption_sample,
+    tokenizer=Words(),
+    view=ImageTransform(8),
+    text_len=10,
+    target_len=8,
+    prompt_len=6,
 )
 
 
@@ -44,7 +49,7 @@ def lists(row):
 
 
 def test_two_captions_share_one_prefix():
-    row = caption(Example("x", PICTURE, ("a dog", " a  cat runs")), captions_per_image=2)
+    row = caption(Example("x", IMAGE, ("a dog", " a  cat runs")), captions_per_image=2)
     assert lists(row) == {
         "prompt": [-1, -1, 1, 3, 4, 5],
         "tokens": [COLON, A, DOG, COLON, A, CAT, RUNS, 0, 0, 0],
@@ -60,9 +65,14 @@ def test_two_captions_share_one_prefix():
 
 def test_only_the_answer_is_a_target():
     row = question_sample(
-        Example("x", PICTURE, qa=(Question("question?", ("yes",)), Question("question?", ("no",)))),
-        Words(), view=View(8), text_len=8, target_len=4, prompt_len=9, questions_per_image=1,
-    )  # fmt: skip
+        Example("x", IMAGE, qa=(Question("question?", ("yes",)), Question("question?", ("no",)))),
+        Words(),
+        view=ImageTransform(8),
+        text_len=8,
+        target_len=4,
+        prompt_len=9,
+        questions_per_image=1,
+    )
     q, answer, yes = 13, 12, 14
     assert lists(row) == {
         "prompt": [-1, 1, 99, 4, 99, 99, 4, 99, 99],
@@ -105,8 +115,8 @@ def test_a_document_and_a_caption_end_in_the_same_tokens():
     """A frozen model meets the layout it was pretrained on: only the context differs."""
     tok = Tokenizer.train(["Describe the following: a dog runs :"] * 9, 300)
     row = caption_sample(
-        Example("x", PICTURE, ("a dog runs",)), tok,
-        view=View(8), text_len=32, target_len=32, prompt_len=32,
+        Example("x", IMAGE, ("a dog runs",)), tok,
+        view=ImageTransform(8), text_len=32, target_len=32, prompt_len=32,
     )  # fmt: skip
     pieces = ("Describe the following:", " dog grass", " :", " a dog runs")
     document = document_sample([Example("y", pieces=pieces)], tok, text_len=64)
@@ -118,7 +128,7 @@ def test_a_document_and_a_caption_end_in_the_same_tokens():
 
 def test_what_does_not_fit_is_cut_the_longest_first_and_keeps_its_eos():
     captions = ("a dog", "a dog runs fast a dog runs fast")
-    row = caption(Example("x", PICTURE, captions), captions_per_image=2)
+    row = caption(Example("x", IMAGE, captions), captions_per_image=2)
     # Ten tokens hold two colons and eight words, eight targets hold two EOS and six words.
     assert row["tokens"].tolist() == [COLON, A, DOG, COLON, A, DOG, RUNS, FAST, 0, 0]
     assert row["targets"].tolist() == [A, DOG, EOS, A, DOG, RUNS, FAST, EOS]
@@ -132,8 +142,8 @@ def test_a_caption_of_a_megabyte_is_cut_in_no_time():
     tok = Tokenizer.train(["a dog"] * 3, 262)
     start = time.monotonic()
     row = caption_sample(
-        Example("x", PICTURE, ("x" * 2**20,)), tok,
-        view=View(8), text_len=16, target_len=16, prompt_len=64,
+        Example("x", IMAGE, ("x" * 2**20,)), tok,
+        view=ImageTransform(8), text_len=16, target_len=16, prompt_len=64,
     )  # fmt: skip
     assert time.monotonic() - start < 1
     assert row["targets"].tolist()[-2:] == [EOS, 0]
@@ -141,7 +151,7 @@ def test_a_caption_of_a_megabyte_is_cut_in_no_time():
 
 def _png(broken: bool) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(PICTURE[0]).save(out, "PNG")
+    Image.fromarray(IMAGE[0]).save(out, "PNG")
     return out.getvalue()[: 45 if broken else None]
 
 
@@ -151,8 +161,8 @@ def _png(broken: bool) -> bytes:
         Example("truncated", _png(broken=True), ("a dog",)),
         Example("web page", b"<html>404</html>", ("a dog",)),
         Example("no media", None, ("a dog",)),
-        Example("no captions", PICTURE),
-        Example("blank captions", PICTURE, ("", " \t\n")),
+        Example("no captions", IMAGE),
+        Example("blank captions", IMAGE, ("", " \t\n")),
     ],
     ids=lambda example: example.id,
 )
@@ -169,23 +179,28 @@ def test_a_sample_that_cannot_be_used_keeps_its_shape_and_weighs_nothing(example
 
 
 def test_blank_captions_are_passed_over_while_others_are_left():
-    row = caption(Example("x", PICTURE, ("", "a dog", " ")), captions_per_image=2)
+    row = caption(Example("x", IMAGE, ("", "a dog", " ")), captions_per_image=2)
     assert row["segments"].max() == 1
     assert not row["bad"]
 
 
 def test_a_question_without_room_is_masked_not_cut():
     ask = functools.partial(
-        question_sample, tokenizer=Words(), view=View(8), text_len=8, target_len=4, prompt_len=9
+        question_sample,
+        tokenizer=Words(),
+        view=ImageTransform(8),
+        text_len=8,
+        target_len=4,
+        prompt_len=9,
     )
-    row = ask(Example("x", PICTURE, qa=(Question("word " * 20, ("yes",)),)))
+    row = ask(Example("x", IMAGE, qa=(Question("word " * 20, ("yes",)),)))
     assert row["bad"]
     assert not row["weights"].any()
-    assert ask(Example("x", PICTURE, qa=(Question("question?", (" ",)),)))["bad"]
+    assert ask(Example("x", IMAGE, qa=(Question("question?", (" ",)),)))["bad"]
 
 
 def test_training_draws_captions_without_repeats_and_evaluation_takes_the_first():
-    example = Example("x", PICTURE, ("a", "dog", "runs", "fast"))
+    example = Example("x", IMAGE, ("a", "dog", "runs", "fast"))
     two = functools.partial(caption, example, captions_per_image=2)
     assert two()["tokens"].tolist()[:4] == [COLON, A, COLON, DOG]
     drawn = [tuple(two(rng=np.random.default_rng(i))["tokens"][[1, 3]]) for i in range(200)]
@@ -196,17 +211,17 @@ def test_training_draws_captions_without_repeats_and_evaluation_takes_the_first(
 def test_half_of_the_images_are_mirrored_but_none_that_tells_left_from_right():
     def mirrored(text, seed, frames=2):
         rng = np.random.default_rng(seed)
-        shown = caption(Example("x", PICTURE, (text,)), rng=rng, flip=True, frames=frames)["frames"]
-        if (shown == PICTURE[:, :, ::-1]).all():
+        shown = caption(Example("x", IMAGE, (text,)), rng=rng, flip=True, frames=frames)["frames"]
+        if (shown == IMAGE[:, :, ::-1]).all():
             return True
-        np.testing.assert_array_equal(shown, PICTURE)
+        np.testing.assert_array_equal(shown, IMAGE)
         return False
 
     assert 30 < sum(mirrored("a dog", seed) for seed in range(100)) < 70
     for text in ("a dog on the left", "the RIGHT one", "leftmost dog", "a right-hand glove"):
         assert not any(mirrored(text, seed) for seed in range(20))
-    evaluated = caption(Example("x", PICTURE, ("a dog",)), flip=True, frames=2)
-    np.testing.assert_array_equal(evaluated["frames"], PICTURE)
+    evaluated = caption(Example("x", IMAGE, ("a dog",)), flip=True, frames=2)
+    np.testing.assert_array_equal(evaluated["frames"], IMAGE)
 
 
 def test_features_take_the_place_of_frames():
@@ -220,7 +235,7 @@ def test_features_take_the_place_of_frames():
 
 
 def test_lengths_that_cannot_work_are_named():
-    example = Example("x", PICTURE, ("a dog", "a cat"))
+    example = Example("x", IMAGE, ("a dog", "a cat"))
     with pytest.raises(ConfigError, match="prompt_len=3"):
         caption(example, prompt_len=3)
     with pytest.raises(ConfigError, match="text_len=3, target_len=8"):

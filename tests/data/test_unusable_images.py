@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import runs, tiny
-from support.processors import picture
+from support.processors import image
 from support.recipes import SIZE, tiny_recipe
 
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Example
-from vadapter.data.media.images import View, resize
+from vadapter.data.media.images import ImageTransform, resize
 from vadapter.data.open import make_source, train_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import ConfigError
@@ -28,15 +28,15 @@ from vadapter.stages.stage import Stage
 
 # Nothing of it is a default, and each part of it shows in the pixels.
 KEYS = {"fit": "crop", "interpolation": "bilinear", "crop_pct": 0.75, "floor": True}
-VIEW = View(SIZE, "crop", "bilinear", 0.75, True)
-PIXELS = picture(75, 99)
+VIEW = ImageTransform(SIZE, "crop", "bilinear", 0.75, True)
+PIXELS = image(75, 99)
 ONE = DataConfig({"kind": "folder"}, "caption", text_len=40)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Drawn pictures, the first of them like a photo and oblong."""
-    made = runs.prepare(tmp_path_factory.mktemp("pictures"))
+    """Drawn images, the first of them like a photo and oblong."""
+    made = runs.prepare(tmp_path_factory.mktemp("images"))
     Image.fromarray(PIXELS).save(made / "shapes" / "00.png")
     return made
 
@@ -45,7 +45,7 @@ def wanting(config, **keys):
     """The recipe with an encoder that wants `VIEW`."""
     with config.unlocked():
         config.components.encoder.update(KEYS)
-        config.data.pictures.update(cache=False, flip=False, **keys)
+        config.data.images.update(cache=False, flip=False, **keys)
     return read(config)
 
 
@@ -54,7 +54,7 @@ class Few(list):
 
 
 class Seen:
-    """A decoder that keeps the pictures and says nothing."""
+    """A decoder that keeps the images and says nothing."""
 
     def __init__(self, tokenizer, frames):
         self.tokenizer, self.frames = tokenizer, frames
@@ -73,14 +73,16 @@ def test_a_stage_trains_on_the_encoders_view(folder, tmp_path, name):
     config = tiny_recipe(folder / "shapes") if name == "vision" else runs.small(folder)
     stage = Stage(Run(wanting(config), tmp_path), name)
     assert stage.view == VIEW
-    items, transform = stage.stream("pictures", {})
+    items, transform = stage.stream("images", {})
     np.testing.assert_array_equal(transform(items[0])["frames"], resize(PIXELS[None], VIEW))
 
 
 def test_each_part_of_the_view_shows_in_the_pixels():
     shown = resize(PIXELS[None], VIEW)
     for key in KEYS:
-        assert not np.array_equal(shown, resize(PIXELS[None], View(SIZE, **without(key)))), key
+        assert not np.array_equal(
+            shown, resize(PIXELS[None], ImageTransform(SIZE, **without(key)))
+        ), key
 
 
 def without(key):
@@ -97,12 +99,12 @@ def without(key):
 )
 def test_a_data_set_may_be_seen_otherwise(folder, tmp_path, keys, view):
     stage = Stage(Run(wanting(runs.small(folder), **keys), tmp_path), "decoder")
-    items, transform = stage.stream("pictures", {})
+    items, transform = stage.stream("images", {})
     np.testing.assert_array_equal(transform(items[0])["frames"], resize(PIXELS[None], view))
 
 
-def test_without_an_encoder_a_data_set_says_how_large_pictures_are():
-    assert dataclasses.replace(ONE, size=8, fit="pad").view(None) == View(8, "pad")
+def test_without_an_encoder_a_data_set_says_how_large_images_are():
+    assert dataclasses.replace(ONE, size=8, fit="pad").view(None) == ImageTransform(8, "pad")
     with pytest.raises(ConfigError, match="image_size=0"):
         ONE.view(None)
 
@@ -125,10 +127,10 @@ def test_an_evaluation_shows_the_view_of_training(tokenizer):
 
 
 @pytest.mark.parametrize("fit", ["", "stretch"])
-def test_ones_own_pictures_are_seen_as_those_of_training(folder, tokenizer, monkeypatch, fit):
+def test_ones_own_images_are_seen_as_those_of_training(folder, tokenizer, monkeypatch, fit):
     seen = []
     monkeypatch.setattr(describe, "Decoder", lambda *_: Seen(tokenizer, seen))
-    data = {"pictures": dataclasses.replace(ONE, fit=fit)}
+    data = {"images": dataclasses.replace(ONE, fit=fit)}
     loaded = types.SimpleNamespace(
         view=VIEW, stage="s", tokenizer=tokenizer, model=tiny.stage2(), params={},
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]), config=types.SimpleNamespace(data=data),
@@ -144,14 +146,14 @@ def test_tokens_are_cached_of_the_encoders_view(folder, tmp_path):
     recipe = wanting(runs.small(folder))
     module = make_module("encoder", recipe.components["encoder"])
     params = tiny.init(module, jnp.zeros((1, 1, SIZE, SIZE, 3)))
-    source = make_source("pictures", recipe.data["pictures"])
+    source = make_source("images", recipe.data["images"])
     made = encoded(
-        source, recipe.data["pictures"], tmp_path, encoder=module, params=params, digest="d" * 64,
+        source, recipe.data["images"], tmp_path, encoder=module, params=params, digest="d" * 64,
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
     )  # fmt: skip
     wanted, plain = (
         module.apply({"params": params}, resize(PIXELS[None], view)[None])[0]
-        for view in (VIEW, View(SIZE))
+        for view in (VIEW, ImageTransform(SIZE))
     )
     np.testing.assert_allclose(made[0].media, wanted, rtol=2**-8, atol=1e-4)  # bfloat16
     assert np.abs(np.asarray(plain) - wanted).max() > 0.05

@@ -58,9 +58,9 @@ def made(mesh, *operations, where=lambda name: True):
 def kernels(name, mesh):
     """Shapes of a component's kernels, without the layers: whole, as a device holds them, and as it
     computes with them, once they are gathered over `fsdp`."""
-    learnt, frozen = program(mesh).params
+    trainable, frozen = program(mesh).params
     whole, part, used = set(), set(), set()
-    for path, leaf in tiny.paths((learnt | frozen)[name]).items():
+    for path, leaf in tiny.paths((trainable | frozen)[name]).items():
         if path.endswith("kernel"):
             at = leaf.sharding
             spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in at.spec))
@@ -75,7 +75,7 @@ def tail(shapes):
 
 
 def vocabulary(shapes):
-    """Those that hold a row for every token."""
+    """Those that hold a row forevery token."""
     return {shape for shape in shapes if V in shape}
 
 
@@ -109,7 +109,7 @@ def test_the_vocabulary_is_never_gathered(mesh):
 
 @pytest.mark.parametrize("mesh", ["fsdp", "tensor", "all"])
 def test_there_is_no_gradient_of_a_frozen_kernel(mesh):
-    learnt, frozen = (kernels(name, mesh)[:2] for name in ("tlm", "llm"))
+    trainable, frozen = (kernels(name, mesh)[:2] for name in ("tlm", "llm"))
     products = {shape for shape in made(mesh, "dot", "all-reduce") if len(shape) == WIDTH}
-    assert products & (learnt[0] | learnt[1]), "those of the trained ones are there"
+    assert products & (trainable[0] | trainable[1]), "those of the trained ones are there"
     assert not products & (frozen[0] | frozen[1])

@@ -62,8 +62,8 @@ def test_what_stays_is_what_lies_on_a_device_once_a_stage_has_begun(folder, tmp_
     looked.check(ready.run.source, {}, problems := Problems())
     problems.settle()
 
-    learnt, frozen = ready.load_params()
-    opt = init_state(learnt, make_optimizer(ready.config.optim, ready.config.steps)).opt_state
+    trainable, frozen = ready.load_params()
+    opt = init_state(trainable, make_optimizer(ready.config.optim, ready.config.steps)).opt_state
     batch = to_mesh(next(loop._loader(ready, frozen, 0)), ready.mesh)
     device = ready.mesh.devices.flat[0]
     on_it = lambda tree: sum(  # noqa: E731
@@ -72,7 +72,7 @@ def test_what_stays_is_what_lies_on_a_device_once_a_stage_has_begun(folder, tmp_
         for shard in x.addressable_shards
         if shard.device == device
     )
-    held = {**learnt, **frozen, "optimizer": opt, "batch": batch}
+    held = {**trainable, **frozen, "optimizer": opt, "batch": batch}
     stays = looked.stays()
     assert stays.keys() == held.keys()
     for what in held:  # moments of what is split may lie as the compiler likes, until they are put
@@ -132,7 +132,7 @@ def test_the_devices_that_are_here_have_the_name_that_plan_knows(
 
 # -- once it is used up -------------------------------------------------------------------------
 # Real errors of XLA:CPU, of an array alone: of a whole program it may say nothing, and who waits
-# for the result waits for ever.
+# for the result waits forever.
 
 
 def test_a_step_that_runs_out_of_memory_is_named_and_what_was_saved_is_intact(
@@ -172,13 +172,13 @@ ONE = """
 import argparse, sys, time
 import jax.numpy as jnp
 from vadapter import cli
-from vadapter.parallel import hosts, leaving
+from vadapter.distributed import hosts, shutdown
 def run(args):
     if hosts.index() == 1:
         jnp.zeros((1 << 50,), jnp.uint8)
     hosts.exchange("", "a step")
 code, reason = main._attempt(argparse.Namespace(computes=True, run=run))
-sys.exit(leaving.leave(code, reason))
+sys.exit(shutdown.end_job(code, reason))
 """
 
 

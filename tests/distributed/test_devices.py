@@ -1,4 +1,4 @@
-"""Many devices do what one does, for every kind of stage, with every part split that can be.
+"""Many devices do what one does, forevery kind of stage, with every part split that can be.
 
 All comparisons are in float32. A leaf agrees if no element is off by more than 1e-5 of the leaf's
 largest one (measured: at most 4e-6), or by more than 1e-8: biases of keys have no gradient but
@@ -18,7 +18,7 @@ from support.programs import MESHES, ROWS, program, recipe
 from vadapter.checkpoints.digest import tree_digests
 from vadapter.checkpoints.manager import Checkpointer
 from vadapter.data.batch import fake_batch
-from vadapter.distributed.mesh import on, places
+from vadapter.distributed.mesh import shardings_of, with_mesh
 from vadapter.models.generate import Decode
 from vadapter.recipe.optim import make_optimizer
 from vadapter.stages.abstract_state import abstract_state
@@ -27,7 +27,7 @@ from vadapter.stages.steps import init_state
 
 SGD = optax.sgd(0.1, momentum=0.9)  # Adam's first steps amplify rounding: no use in comparisons
 STAGES = ("tlm", "vision", "decoder", "vadapter", "perceiver", "llava")
-# The mesh with all axes for every kind of stage, every mesh for one: the others take minutes.
+# The mesh with all axes forevery kind of stage, every mesh for one: the others take minutes.
 PAIRS = [
     pytest.param(stage, mesh, marks=() if mesh == "all" or stage == "tlm" else pytest.mark.slow)
     for stage in STAGES
@@ -47,21 +47,23 @@ def batch_of(stage, seed):
 
 
 def put(tree, like):
-    return jax.device_put(tree, places(like))
+    return jax.device_put(tree, shardings_of(like))
 
 
 def begin(stage, tx=SGD):
     """State and frozen parameters, the same on every mesh, where they belong."""
-    learnt, frozen = stage.params
-    state = init_state(tiny.filled(learnt), tx)
-    return put(state, abstract_state(learnt, tx, stage.mesh)), put(tiny.filled(frozen, 1), frozen)
+    trainable, frozen = stage.params
+    state = init_state(tiny.filled(trainable), tx)
+    return put(state, abstract_state(trainable, tx, stage.mesh)), put(
+        tiny.filled(frozen, 1), frozen
+    )
 
 
 def run_steps(stage, n=2, tx=SGD):
     """The state after n steps, and the metrics of the last."""
     first, frozen = begin(stage, tx)
-    step = on(stage.mesh, stage_step(stage.recipe, stage.config, stage.model, tx))
-    step = jax.jit(step, out_shardings=(places(first), None))
+    step = with_mesh(stage.mesh, stage_step(stage.recipe, stage.config, stage.model, tx))
+    step = jax.jit(step, out_shardings=(shardings_of(first), None))
     state, metrics = first, {}
     for seed in range(n):
         batch = put(batch_of(stage, seed), stage.batch_shapes())
@@ -113,7 +115,7 @@ def test_the_recipes_own_optimizer_takes_the_step_of_one_device():
 def test_a_step_leaves_the_state_where_it_is():
     stage = program("decoder", "tensor")  # whose small leaves the compiler would like to gather
     state, frozen, batch = stage.random()
-    before = places(state)
+    before = shardings_of(state)
     after, _ = stage.train_step()(state, frozen, batch)
     for path, leaf in tiny.paths(after).items():
         assert leaf.sharding.is_equivalent_to(tiny.paths(before)[path], leaf.ndim), path

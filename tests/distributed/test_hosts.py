@@ -232,7 +232,7 @@ def test_a_signal_while_one_host_compiles_stops_all_at_one_step(done, tmp_path, 
         assert f"vadapter: llm, step {step}, saved: stopped by SIGTERM" in log
 
 
-# What a recipe begins with whose processes note the pictures that each of them opens, and the rows
+# What a recipe begins with whose processes note the images that each of them opens, and the rows
 # of each batch that it trains on.
 WATCHED = """
 import json, os, sys
@@ -254,14 +254,14 @@ loop.to_mesh = placed
 
 
 def noted(path):
-    """The pictures that a process opened, and the rows of its batches."""
+    """The images that a process opened, and the rows of its batches."""
     notes = [json.loads(line) for line in path.read_text().splitlines()]
     return {n for n in notes if isinstance(n, str)}, [n for n in notes if isinstance(n, list)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
-def test_hosts_go_on_where_one_process_stopped_and_each_reads_its_own_pictures(folder, tmp_path, n):
+def test_hosts_go_on_where_one_process_stopped_and_each_reads_its_own_images(folder, tmp_path, n):
     recipe = runs.write_recipe(folder, "blind")
     watched = tmp_path / "watched.py"
     watched.write_text(WATCHED + recipe.read_text())
@@ -285,11 +285,11 @@ def test_hosts_go_on_where_one_process_stopped_and_each_reads_its_own_pictures(f
     assert first == rows[:3]
     steps_of_all = zip(*(own for _, own in parts), strict=True)
     assert [list(itertools.chain(*shares)) for shares in steps_of_all] == rows[3:]
-    table = map(json.loads, (folder / "shapes/pictures.jsonl").read_text().splitlines())
+    table = map(json.loads, (folder / "shapes/images.jsonl").read_text().splitlines())
     names = [row["image"] for row in table if row["split"] == "train"]
-    for pictures, own in parts:
-        assert pictures == {names[i] for batch in own for i in batch}
-    assert sorted(itertools.chain(*(pictures for pictures, _ in parts))) == sorted(names)
+    for images, own in parts:
+        assert images == {names[i] for batch in own for i in batch}
+    assert sorted(itertools.chain(*(images for images, _ in parts))) == sorted(names)
 
     a, b = (history(at / "decoder/metrics.jsonl") for at in (tmp_path / "whole", job.workdir))
     losses = [[(row["step"], row["loss"]) for row in rows if "loss" in row] for rows in (a, b)]
@@ -309,7 +309,7 @@ def test_a_signal_to_the_first_host_or_to_all_is_saved_at_one_step(done, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
-def test_a_chain_with_cached_pictures_and_evaluations_is_that_of_one_process(folder, tmp_path, n):
+def test_a_chain_with_cached_images_and_evaluations_is_that_of_one_process(folder, tmp_path, n):
     recipe, overrides = runs.write_recipe(folder), ("mesh.fsdp=2", "stages.llm.accumulate=1")
     one = runs.run(recipe, tmp_path / "one", *overrides, devices=n * drive.DEVICES)
     assert one.returncode == 0, one.stdout
@@ -373,11 +373,11 @@ def test_hosts_with_different_run_directories_are_refused(folder, recipe, tmp_pa
 def test_hosts_with_different_data_under_the_same_name_are_refused(folder, tmp_path):
     for host in ("a", "b"):
         shutil.copytree(folder / "shapes", tmp_path / host)
-    table = tmp_path / "b/pictures.jsonl"
+    table = tmp_path / "b/images.jsonl"
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))  # one is missing
     recipe = runs.write_recipe(folder, "text_only")
     job = drive.Job(
-        tmp_path, recipe, *OVERRIDES, "data.documents.source.groups=('$HERE/pictures.jsonl',)"
+        tmp_path, recipe, *OVERRIDES, "data.documents.source.groups=('$HERE/images.jsonl',)"
     )
     job.start(variables={0: {"HERE": str(tmp_path / "a")}, 1: {"HERE": str(tmp_path / "b")}})
     assert job.wait() == [USER_ERROR] * 2, job.logs()
@@ -470,7 +470,7 @@ WORK = """
 import argparse, pathlib, sys, time
 from vadapter import cli
 from vadapter.errors import DataError, NonFiniteError
-from vadapter.parallel import hosts, leaving
+from vadapter.distributed import hosts, shutdown
 from vadapter.distributed.preemption import signals
 def run(args):
     with signals() as stop:
@@ -483,7 +483,7 @@ def run(args):
                 raise DataError("no file here")
             time.sleep(0.05)
 code, reason = cli._attempt(argparse.Namespace(computes=True, run=run))
-sys.exit(leaving.leave(code, reason))
+sys.exit(shutdown.end_job(code, reason))
 """
 LIMITS = {"deadline": 30, "VADAPTER_WATCHDOG": "600"}  # seconds; the second is lower for a hang
 
@@ -602,7 +602,7 @@ TALK = """
 import pathlib, sys
 import jax, jax.numpy as jnp
 from vadapter.errors import ConfigError, HostError
-from vadapter.parallel import leaving
+from vadapter.distributed import shutdown
 from vadapter.checkpoints.manager import Checkpointer
 me, folder = hosts.index(), pathlib.Path(sys.argv[1])
 def told(fn, *arguments):
@@ -632,10 +632,10 @@ hosts.exchange("", "one ends")
 if me == 0:
     hosts.report_end({"code": 1, "reason": "follows"})
 hosts.exchange("", "both end")
-told(leaving._news)
+told(shutdown._news)
 if me == 0:
     told(checkpointer.save, 9, {"w": jnp.ones(2)}, {})
-leaving._go(0, "done", quiet=True)
+shutdown._go(0, "done", quiet=True)
 """
 
 

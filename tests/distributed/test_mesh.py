@@ -19,11 +19,11 @@ from vadapter.distributed.mesh import (
     batch_sharding,
     constrain,
     make_mesh,
-    on,
     partition,
+    poorly_sharded,
     replicated,
     shardings,
-    whole,
+    with_mesh,
 )
 from vadapter.errors import ConfigError
 from vadapter.models.registry import KINDS, SIZES, make_module
@@ -96,7 +96,7 @@ def test_every_large_parameter_of_a_named_size_is_split_as_far_as_the_mesh_allow
     module = make_module(name, {"size": name})
     kind = next(k for k, (config, _) in KINDS.items() if isinstance(module.config, config))
     tree = laid_out(boxes(module, kind), mesh)
-    assert whole(tree) == []
+    assert poorly_sharded(tree) == []
     for path, leaf in tiny.paths(tree).items():
         if leaf.size >= LARGE:
             assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 == leaf.size, path
@@ -114,7 +114,7 @@ def box(shape, *names):
 @pytest.mark.parametrize(
     ("leaf", "error"),
     [
-        (box((4,), "colour"), r"parameter lm/w: unknown logical axes \['colour'\]"),
+        (box((4,), "color"), r"parameter lm/w: unknown logical axes \['color'\]"),
         (box((4, 4), "embed"), r"parameter lm/w: 1 logical axes \('embed',\) for shape \(4, 4\)"),
         (jax.ShapeDtypeStruct((4,), jnp.float32), r"parameter lm/w \(4,\) names no logical axes"),
     ],
@@ -156,19 +156,21 @@ def test_large_leaves_that_do_not_divide_are_told(mesh):
         "split": box((1024, 1024), "embed", "mlp"),
         "small": box((25, 23), "embed", "mlp"),
     }
-    half, odd = whole(laid_out(tree, mesh))
+    half, odd = poorly_sharded(laid_out(tree, mesh))
     assert odd == "odd float32[1027, 1023]: 1 parts instead of 4, 4 MiB on every device"
     assert half == "half float32[1026, 1023]: 2 parts instead of 4, 2 MiB on every device"
-    assert whole(laid_out(tree, make_mesh(MeshConfig()))) == []
+    assert poorly_sharded(laid_out(tree, make_mesh(MeshConfig()))) == []
 
 
 def test_a_constraint_holds_where_a_mesh_is_active_and_nowhere_else(mesh):
     x = jax.device_put(jnp.zeros((8, 3, 4)), replicated(mesh))
     fn = lambda x: constrain(x, "batch", None, "mlp")  # noqa: E731
-    assert jax.jit(on(mesh, fn))(x).sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
+    assert jax.jit(with_mesh(mesh, fn))(x).sharding.spec == PartitionSpec(
+        ("data", "fsdp"), None, "tensor"
+    )
     assert "sharding_constraint" not in str(jax.make_jaxpr(fn)(x))
     single = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert on(single, fn) is fn
+    assert with_mesh(single, fn) is fn
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_data_alone_crosses_slices(shape):
         assert {device.slice_index for device in row.ravel()} == {2 * i // shape[0]}
 
 
-def test_neighbours_in_the_mesh_are_neighbours_in_the_slice():
+def test_neighbors_in_the_mesh_are_neighbors_in_the_slice():
     for row in arrange(slices(1), (2, 2, 2), 1).reshape(4, 2):
         assert np.abs(np.subtract(row[0].coords, row[1].coords)).sum() == 1
 

@@ -1,4 +1,4 @@
-"""What a model reads of a benchmark: prompt, examples with or without pictures, the question.
+"""What a model reads of a benchmark: prompt, examples with or without images, the question.
 
 Its tokenizer knows small letters alone.
 """
@@ -46,7 +46,7 @@ def prompts(loaded, data):
 
 
 def reads(loaded, prompts, item):
-    """The row of an item as text, its picture as <>."""
+    """The row of an item as text, its image as <>."""
     row = prompts.row(item, rng=None)
     words = lambda ids: loaded.tokenizer.decode([int(t) for t in ids if t])  # noqa: E731
     return f"{words(row['prompt'])}<>{words(row['tokens'][row['segments'] > 0])}"
@@ -64,7 +64,7 @@ def test_captions_are_asked_for_without_examples(loaded, prompts):
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
-def test_k_text_only_examples_stand_in_front_of_the_picture(loaded, prompts, k):
+def test_k_text_only_examples_stand_in_front_of_the_image(loaded, prompts, k):
     made, items = prompts("okvqa", f"shots={k}")
     found = re.fullmatch(f"{FIRST}{k * EXAMPLE}<>{ASKED}", reads(loaded, made, items[0]))
     assert found
@@ -83,7 +83,7 @@ def test_other_examples_are_drawn_by_another_seed_only(prompts):
 
 
 @pytest.mark.parametrize("name", ["okvqa", "flickr8k"])
-def test_k_image_examples_stand_behind_their_pictures(loaded, prompts, data, name):
+def test_k_image_examples_stand_behind_their_images(loaded, prompts, data, name):
     made, items = prompts(name, "shots=2", "shot_kind=image", "decode.max_new=2")
     plain, _ = prompts(name, "shots=0")
     assert reads(loaded, made, items[0]) == reads(loaded, plain, items[0])
@@ -121,7 +121,7 @@ def test_examples_and_beams_change_what_is_said(loaded, prompts):
     assert texts(None, Decode(8, beams=3)) != plain
 
 
-def test_the_picture_of_an_example_that_cannot_be_read_is_named(prompts, data):
+def test_the_image_of_an_example_that_cannot_be_read_is_named(prompts, data):
     path = data / "okvqa/train2014/COCO_train2014_000000000009.jpg"
     kept = path.read_bytes()
     path.write_bytes(b"<html>")

@@ -1,4 +1,4 @@
-"""Evaluations: what training reported comes out again, and the signs that pictures are used."""
+"""Evaluations: what training reported comes out again, and the signs that images are used."""
 
 import dataclasses
 import json
@@ -11,10 +11,10 @@ import pytest
 from support import tiny
 
 from vadapter.data.example import Example
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.errors import ConfigError
-from vadapter.evaluate.image_ablation import control_scores, make_control
-from vadapter.evaluate.recipe_evals import choose, rescore
+from vadapter.evaluate.image_ablation import image_ablation_scores, make_image_ablation
+from vadapter.evaluate.recipe_evals import choose, evaluate_again
 from vadapter.evaluate.runner import Decoder, evaluate
 from vadapter.metrics.scoring import First, Questions
 from vadapter.models.generate import Decode
@@ -61,7 +61,7 @@ def test_an_evaluation_gives_the_scores_that_training_reported(run, loaded):
     before = run / "vadapter" / "eval" / "captions"
     rows = [json.loads(line) for line in (before / "predictions.jsonl").read_text().splitlines()]
     scores = json.loads((before / "score.json").read_text())["scores"]
-    result, directory = rescore(loaded, "captions")
+    result, directory = evaluate_again(loaded, "captions")
     assert directory == before
     assert [row["prediction"] for row in result.rows] == [row["prediction"] for row in rows]
     assert result.scores == pytest.approx(scores)
@@ -72,7 +72,7 @@ def test_an_evaluation_gives_the_scores_that_training_reported(run, loaded):
 
 def test_fewer_examples_in_batches_that_fit_badly_give_the_same_texts(run, loaded):
     whole = (run / "vadapter" / "eval" / "captions" / "predictions.jsonl").read_text()
-    result, directory = rescore(loaded, "captions", limit=5, batch=3)  # on eight devices
+    result, directory = evaluate_again(loaded, "captions", limit=5, batch=3)  # on eight devices
     assert directory.name == "captions-first-5"
     full = [json.loads(line)["prediction"] for line in whole.splitlines()]
     assert [row["prediction"] for row in result.rows] == full[:5]
@@ -82,14 +82,14 @@ def test_fewer_examples_in_batches_that_fit_badly_give_the_same_texts(run, loade
 
 def test_what_cannot_be_read_has_no_text_and_does_not_move_the_others(loaded):
     shape = (1, 32, 32, 3)
-    pictures = [np.full(shape, 40 * i, np.uint8) for i in range(4)]
+    images = [np.full(shape, 40 * i, np.uint8) for i in range(4)]
     as_source = lambda media: [Example(str(i), m, ("a bar",)) for i, m in enumerate(media)]  # noqa: E731
     decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
     texts = []
-    for media in (pictures, [*pictures[:2], b"junk", pictures[3]]):
+    for media in (images, [*images[:2], b"junk", images[3]]):
         result = evaluate(
             decoder, loaded.params, as_source(media), task="caption", how=Decode(12), batch=8,
-            view=View(32),
+            view=ImageTransform(32),
         )  # fmt: skip
         texts.append([row["prediction"] for row in result.rows])
     assert all(texts[0])
@@ -111,14 +111,20 @@ class Narrow:
 
 
 def test_no_id_is_produced_that_the_tokenizer_lacks(loaded):
-    picture = np.full((1, 32, 32, 3), 90, np.uint8)
-    source = [Example(name, picture, ("a bar",)) for name in "ab"]
+    image = np.full((1, 32, 32, 3), 90, np.uint8)
+    source = [Example(name, image, ("a bar",)) for name in "ab"]
     limit = loaded.tokenizer.vocab_size
     for _ in range(2):  # then without the highest id of the first text
         tokenizer = Narrow(loaded.tokenizer, limit)
         decoder = Decoder(loaded.model, tokenizer, loaded.mesh)
         evaluate(
-            decoder, loaded.params, source, task="caption", how=Decode(12), batch=8, view=View(32)
+            decoder,
+            loaded.params,
+            source,
+            task="caption",
+            how=Decode(12),
+            batch=8,
+            view=ImageTransform(32),
         )
         assert max(tokenizer.seen) < limit
         limit = max(tokenizer.seen)
@@ -143,7 +149,7 @@ def _without_evals(recipe):
 
 @pytest.fixture(scope="module")
 def controlled():
-    """A tiny stage-2 model: (control, params, a function from pictures to a batch)."""
+    """A tiny stage-2 model: (control, params, a function from images to a batch)."""
     model = tiny.stage2()
     params = {k: tiny.filled(v, seed=i) for i, (k, v) in enumerate(tiny.boxed(model).items())}
     tokens = np.arange(3, 3 + tiny.B * 4, dtype=np.int32).reshape(tiny.B, 4) % tiny.V
@@ -161,10 +167,10 @@ def controlled():
             "weights": jnp.asarray(same([1.0, 1.0, 0.0]).astype(np.float32)),
         }
 
-    return jax.jit(make_control(model)), params, batch
+    return jax.jit(make_image_ablation(model)), params, batch
 
 
-def test_the_control_compares_right_wrong_and_mean_pictures(controlled):
+def test_the_control_compares_right_wrong_and_mean_images(controlled):
     control, params, batch = controlled
     rng = np.random.default_rng(0)
     shape = (tiny.B, 1, tiny.IMAGE, tiny.IMAGE, 3)
@@ -174,11 +180,11 @@ def test_the_control_compares_right_wrong_and_mean_pictures(controlled):
     assert sums["right"] != pytest.approx(sums["wrong"], rel=1e-6)
     assert 0 <= sums["between"] <= sums["power"]
 
-    # The wrong picture of a row is that of the row before.
+    # The wrong image of a row is that of the row before.
     rolled = jax.device_get(control(params, batch(np.roll(frames, 1, axis=0))))
     assert rolled["right"] == pytest.approx(float(sums["wrong"]), rel=1e-5)
 
-    # Of equal pictures none is wrong, and nothing is specific to one of them.
+    # Of equal images none is wrong, and nothing is specific to one of them.
     equal = jax.device_get(control(params, batch(np.broadcast_to(frames[:1], shape))))
     assert equal["wrong"] == pytest.approx(float(equal["right"]), rel=1e-5)
     assert equal["mean"] == pytest.approx(float(equal["right"]), rel=1e-5)
@@ -189,6 +195,6 @@ def test_control_scores_are_means_over_all_targets_of_all_batches():
     first = {"targets": 3.0, "right": 6.0, "wrong": 9.0, "mean": 7.5, "between": 1.0, "power": 4.0}
     second = {"targets": 1.0, "right": 6.0, "wrong": 3.0, "mean": 0.5, "between": 2.0, "power": 2.0}
     expected = {"loss": 3.0, "loss_wrong": 3.0, "loss_mean": 2.0, "query_share": 0.5}
-    assert control_scores([first, second]) == expected
-    assert control_scores([{"targets": 4.0, "right": 2.0}]) == {"loss": 0.5}
-    assert control_scores([{"targets": 0.0, "right": 0.0}]) == {"loss": 0.0}
+    assert image_ablation_scores([first, second]) == expected
+    assert image_ablation_scores([{"targets": 4.0, "right": 2.0}]) == {"loss": 0.5}
+    assert image_ablation_scores([{"targets": 0.0, "right": 0.0}]) == {"loss": 0.0}

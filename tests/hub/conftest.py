@@ -30,7 +30,7 @@ def programs():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """shapes/ with pictures and clips, and an encoder that another run has trained."""
+    """shapes/ with images and clips, and an encoder that another run has trained."""
     return runs.prepare(tmp_path_factory.mktemp("exports"))
 
 
@@ -61,7 +61,7 @@ def public(folder) -> Path:
         config.stages = {"vadapter": config.stages.vadapter}
         config.stages.vadapter.start = {}
         config.tokenizer.data = ()
-        config.data.pictures.update(text_len=80, target_len=78, fit="pad")
+        config.data.images.update(text_len=80, target_len=78, fit="pad")
     return _trained(config, folder / "public")
 
 

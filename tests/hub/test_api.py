@@ -1,4 +1,4 @@
-"""The five lines of someone who has an export and some pictures."""
+"""The five lines of someone who has an export and some images."""
 
 import subprocess
 import sys
@@ -34,21 +34,21 @@ def test_lists_give_lists_and_one_gives_one(model, shapes):
     assert model.caption([]) == []
 
 
-def test_a_question_goes_with_every_picture_and_a_picture_with_every_question(model, shapes):
+def test_a_question_goes_with_every_image_and_a_image_with_every_question(model, shapes):
     paths = [shapes / "00.png", shapes / "05.png"]
-    asked = ["what colour is it?", "is the ground black, or is it white, or something else?"]
+    asked = ["what color is it?", "is the ground black, or is it white, or something else?"]
     one = {(p, q): model.ask(p, q) for p in paths for q in asked}
     assert all(isinstance(text, str) for text in one.values())
     assert model.ask(paths, asked[0]) == [one[paths[0], asked[0]], one[paths[1], asked[0]]]
     assert model.ask(paths[0], asked) == [one[paths[0], asked[0]], one[paths[0], asked[1]]]
     assert model.ask(paths, asked) == [one[paths[0], asked[0]], one[paths[1], asked[1]]]
-    with pytest.raises(ConfigError, match="2 pictures and 3 questions"):
+    with pytest.raises(ConfigError, match="2 images and 3 questions"):
         model.ask(paths, [*asked, "why?"])
     with pytest.raises(ConfigError, match="a question needs words"):
         model.ask(paths, ["what?", " "])
 
 
-def test_pictures_are_files_images_or_pixels(model, shapes, monkeypatch):
+def test_images_are_files_images_or_pixels(model, shapes, monkeypatch):
     seen = []
     decoder = model._describer._decoder
     texts = decoder.texts
@@ -59,19 +59,15 @@ def test_pictures_are_files_images_or_pixels(model, shapes, monkeypatch):
         return texts(params, iter(batches), max_new)
 
     monkeypatch.setattr(decoder, "texts", watch)
-    picture = shapes / "00.png"
-    same = [picture, str(picture), Image.open(picture), decode_image(picture)]
+    image = shapes / "00.png"
+    same = [image, str(image), Image.open(image), decode_image(image)]
     assert len(set(model.caption(same))) == 1
     assert all(np.array_equal(row, seen[0][0]) for row in seen[0][1:4])
     seen.clear()
     clip = shapes / "00.gif"
     assert (
         len(
-            set(
-                model.caption(
-                    [clip, decode_clip(clip, model.loaded.recipe.data["pictures"].frames)]
-                )
-            )
+            set(model.caption([clip, decode_clip(clip, model.loaded.recipe.data["images"].frames)]))
         )
         == 1
     )
@@ -102,7 +98,7 @@ def test_what_cannot_be_read_is_named(model, shapes, tmp_path):
     for media, words in (
         ([shapes / "00.png", tmp_path / "none.jpg"], r"none\.jpg: no such file"),
         (tmp_path / "broken.jpg", r"broken\.jpg: starts with"),
-        ([shapes / "00.png", np.zeros((8, 8, 3), np.float32)], "picture 1: raw frames must be u8"),
+        ([shapes / "00.png", np.zeros((8, 8, 3), np.float32)], "image 1: raw frames must be u8"),
     ):
         with pytest.raises(DataError, match=words):
             model.caption(media)

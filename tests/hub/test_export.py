@@ -43,7 +43,7 @@ def test_an_export_has_the_bits_of_the_run_and_says_the_same(pair, folder):
     said = [reply.text for reply in describe(loaded, paths)]
     assert any(said)
     assert model.caption(paths) == said
-    question = "what colour is it?"
+    question = "what color is it?"
     said = [reply.text for reply in describe(loaded, paths, question=question)]
     assert model.ask(paths, question) == said
 
@@ -85,8 +85,8 @@ def test_a_stage_computed_in_bfloat16_keeps_its_frozen_parts_in_it(own, folder, 
     export(loaded, tmp_path / "adapter")
     again = open_export(tmp_path / "adapter")
     assert digests(again) == digests(loaded)
-    picture = [folder / "shapes" / "02.png"]
-    assert next(describe(again, picture)) == next(describe(loaded, picture))
+    image = [folder / "shapes" / "02.png"]
+    assert next(describe(again, image)) == next(describe(loaded, image))
 
 
 def test_a_stage_before_the_last_can_be_exported(own, folder, tmp_path):
@@ -108,7 +108,7 @@ def test_the_card_says_parts_data_recipe_scores_and_how_to_load(own, exported):
     assert "`frozen-llm.safetensors`: trained in the run, so it is enclosed" in card.text
     assert "the last of `llm → decoder → vadapter`" in card.text
     assert "step 2 of 2, batches of 8, seed 0" in card.text
-    assert "| pictures | folder | caption | 1 |" in card.text
+    assert "| images | folder | caption | 1 |" in card.text
     scores = json.loads((own / "vadapter/eval/captions/score.json").read_text())["scores"]
     names = ["n", *sorted(scores.keys() - {"n"})]
     assert f"| evaluation | {' | '.join(names)} |" in card.text

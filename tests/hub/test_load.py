@@ -72,7 +72,7 @@ FAULTS = {
     "another view": (record(view={"size": 32, "crop_pct": 0.5}), "its view is not that of its enc"),
     "an unknown part": (record(chain=["front", "nose"]), "unknown 'nose'"),
     "a part that nobody has": (record(trained={}), "trained and frozen are not"),
-    "a text-only kind": (record(kind="lm"), "does not write about pictures"),
+    "a text-only kind": (record(kind="lm"), "does not write about images"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors is missing"),
     "weights cut short": (cut("model.safetensors"), r"model\.safetensors: it is cut short"),
     "a changed bit": (flip("model.safetensors", -1), r"model\.safetensors is damaged: \w+ is not"),
@@ -113,8 +113,8 @@ def test_a_base_model_that_has_moved_is_named_and_one_that_has_changed_refused(
         VAdapter.from_pretrained(tmp_path / "adapter")
     places = {"encoder": str(folder / "clip"), "llm": folder / "llm"}
     model = VAdapter.from_pretrained(tmp_path / "adapter", weights=places)
-    picture = folder / "shapes" / "02.png"
-    assert model.caption(picture) == VAdapter(open_run(public)).caption(picture)
+    image = folder / "shapes" / "02.png"
+    assert model.caption(image) == VAdapter(open_run(public)).caption(image)
 
     other = shutil.copytree(folder / "llm", tmp_path / "llm")
     flip("model.safetensors", -1)(other)
@@ -130,32 +130,30 @@ def test_the_verbs_take_an_export_in_the_place_of_its_run(
     own, exported, public, folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(main, "_prepare", lambda: None)
-    picture = str(folder / "shapes" / "02.png")
+    image = str(folder / "shapes" / "02.png")
 
     def say(*argv):
         code = main.main([str(item) for item in argv])
         return code, *capsys.readouterr()
 
-    for argv in (("caption", picture), ("ask", picture, "what is it?")):
+    for argv in (("caption", image), ("ask", image, "what is it?")):
         verb, *rest = argv
         assert say(verb, exported, *rest) == say(verb, own, *rest)
-    assert (
-        "an export of stage vadapter alone" in say("caption", exported, picture, "--stage=llm")[2]
-    )
+    assert "an export of stage vadapter alone" in say("caption", exported, image, "--stage=llm")[2]
     export(open_run(public), tmp_path / "adapter")
     place = "--config.components.llm.weights="
-    code, out, _ = say("caption", tmp_path / "adapter", picture, f"{place}{folder / 'llm'}")
-    assert (code, out) == say("caption", public, picture)[:2]
-    assert say("caption", tmp_path / "adapter", picture, f"{place}/nowhere")[0] == 78
-    assert "only components.NAME.weights" in say("caption", exported, picture, "--config.seed=1")[2]
+    code, out, _ = say("caption", tmp_path / "adapter", image, f"{place}{folder / 'llm'}")
+    assert (code, out) == say("caption", public, image)[:2]
+    assert say("caption", tmp_path / "adapter", image, f"{place}/nowhere")[0] == 78
+    assert "only components.NAME.weights" in say("caption", exported, image, "--config.seed=1")[2]
 
 
 def test_a_process_with_the_folder_alone_says_what_the_run_said(own, folder, tmp_path):
     run = shutil.copytree(own, tmp_path / "run")
     loaded = open_run(run)
     export(loaded, tmp_path / "adapter")
-    picture = shutil.copy(folder / "shapes" / "02.png", tmp_path / "p.png")
-    said = VAdapter(loaded).caption(picture)
+    image = shutil.copy(folder / "shapes" / "02.png", tmp_path / "p.png")
+    said = VAdapter(loaded).caption(image)
     shutil.rmtree(run)
     script = (
         "from vadapter import VAdapter as A; print(A.from_pretrained('adapter').caption('p.png'))"

@@ -38,7 +38,7 @@ def language_model(folder, tokenizer, model_type, **keys):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A CLIP, a tiny LM, an LLM and pictures."""
+    """A CLIP, a tiny LM, an LLM and images."""
     folder = tmp_path_factory.mktemp("check")
     runs.prepare(folder)
     left_out = {"logit_scale": np.zeros(()), "visual_projection.weight": np.zeros((7, 16))}
@@ -53,7 +53,7 @@ def nothing_is_read(monkeypatch):
     """No tensor, no digest, no compiled program."""
     fail = lambda *args, **kwargs: pytest.fail("a tensor is read")  # noqa: E731
     for owner, name in (
-        (TensorFiles, "read"), (TensorFiles, "digest"), (load, "read_npz"),
+        (TensorFiles, "read"), (TensorFiles, "digest"), (npz, "read_npz"),
         (mobilenet, "load_mobilenet"), (MobileNetFiles, "digest"), (jax, "device_put"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, fail)
@@ -79,7 +79,7 @@ def public(world, **encoder):
         made.chain = ("decoder", "vadapter")
         made.stages = {name: made.stages[name] for name in made.chain}
         made.tokenizer.data = ()
-        made.data.pictures.update(text_len=80, target_len=78)
+        made.data.images.update(text_len=80, target_len=78)
         made.stages.decoder.start = {}
         made.stages.vadapter.start = {"front": "decoder", "tlm": "decoder"}
     return made
@@ -147,8 +147,11 @@ def test_the_papers_scales_are_told_and_only_what_is_not_there_is_missing(
     frozen = {"b": 0.087, "l": 0.304, "g": 1.01}[encoder] + {"1b": 1.6, "8b": 9.64}[llm]
     assert stage["parameters"]["frozen"] / 1e9 == pytest.approx(frozen, rel=0.02)
     assert stage["memory"]["frozen"] == 2 * stage["parameters"]["frozen"]  # bfloat16
-    learnt = stage["parameters"]["trained"]
-    assert (stage["memory"]["trained"], stage["memory"]["moments"]) == (4 * learnt, 8 * learnt)
+    trainable = stage["parameters"]["trained"]
+    assert (stage["memory"]["trained"], stage["memory"]["moments"]) == (
+        4 * trainable,
+        8 * trainable,
+    )
     assert shapes(parts(stage)["encoder"])[0] == [8, 288, 288, 3]
     assert shapes(parts(stage)["llm"])[0]["prefix"][0] == 256
     problems = "\n".join(facts["problems"])
@@ -193,7 +196,7 @@ def test_the_text_is_aligned_narrow_and_says_the_same(world):
     assert "37 tensors" in text
     assert "2 left out" in text
     assert re.search(r"eos 2 </s>, stop 2 </s>; llm has \d+ rows, 7\s+of\s+padding", text)
-    assert re.search(r"\n  pictures +caption +train 1 +24  1 × 32 px, prompt \d+, text 80", text)
+    assert re.search(r"\n  images +caption +train 1 +24  1 × 32 px, prompt \d+, text 80", text)
 
 
 def test_int8_halves_what_the_frozen_llm_takes(world):
@@ -301,8 +304,8 @@ def small_vocabulary(made, world, tmp_path):
     made.components.tlm.vocab_size = 300
 
 
-def no_pictures(made, world, tmp_path):
-    made.data.pictures.source = made.data.documents.source
+def no_images(made, world, tmp_path):
+    made.data.images.source = made.data.documents.source
 
 
 def another_llm(made, world, tmp_path):
@@ -318,7 +321,7 @@ def elsewhere(made, world, tmp_path):
 
 
 def no_table(made, world, tmp_path):
-    made.data.pictures.source.table = str(tmp_path / "nowhere.jsonl")
+    made.data.images.source.table = str(tmp_path / "nowhere.jsonl")
 
 
 FAULTS = {
@@ -339,12 +342,12 @@ FAULTS = {
         r"56 tokens in a row .*components\.llm has max_len=50"),
     "data that is not there": (no_table, r"nowhere\.jsonl"),
     "a source of another kind": (
-        lambda m, w, t: m.data.pictures.source.update(kind="folders"), r"kind='folders': unknown"),
-    "a picture of another size than the positions": (
-        lambda m, w, t: m.data.pictures.update(size=40), r"row of data 'pictures' does not go"),
+        lambda m, w, t: m.data.images.source.update(kind="folders"), r"kind='folders': unknown"),
+    "an image of another size than the positions": (
+        lambda m, w, t: m.data.images.update(size=40), r"row of data 'images' does not go"),
     "a batch that does not divide": (
         lambda m, w, t: m.stages.decoder.update(batch=12), r"batch=12 does not divide over 8"),
-    "data without pictures": (no_pictures, r"data 'pictures' has no pictures"),
+    "data without images": (no_images, r"data 'images' has no images"),
     "a tokenizer without texts": (
         lambda m, w, t: m.tokenizer.update(data=()), r"config\.tokenizer\.data: empty"),
     "a tokenizer too small for the bytes": (
@@ -373,9 +376,9 @@ PUBLIC_FAULTS = {
         lambda m, w, t: m.components.llm.update(weights=str(t / "gone")),
         r"llm\.weights: There is no folder"),
     "a batch larger than the data": (
-        lambda m, w, t: m.stages.decoder.update(batch=32), r"24 usable examples in 'pictures'"),
+        lambda m, w, t: m.stages.decoder.update(batch=32), r"24 usable examples in 'images'"),
     "no room for a text": (
-        lambda m, w, t: m.data.pictures.update(text_len=3, target_len=1), r"are too small"),
+        lambda m, w, t: m.data.images.update(text_len=3, target_len=1), r"are too small"),
     "a pickle": (
         lambda m, w, t: (
             (t / "pt").mkdir(), (t / "pt" / "config.json").write_text(json.dumps(CLIP)),
@@ -396,7 +399,7 @@ def test_what_is_wrong_with_public_checkpoints_stops_here(kind, world, tmp_path)
 
 def test_all_problems_are_told_each_once_and_the_command_exits_with_78(world, tmp_path, capsys):
     recipe = runs.write_recipe(world)
-    spoil = ("stages.decoder.batch=12", "data.pictures.source.table=/nowhere.jsonl",
+    spoil = ("stages.decoder.batch=12", "data.images.source.table=/nowhere.jsonl",
              "components.llm.max_len=50",
              "stages.vadapter.start.encoder=/nowhere/vision")  # fmt: skip
     code = main(["check", f"--config={recipe}", ONE, *(f"--config.{item}" for item in spoil)])

@@ -26,7 +26,7 @@ def four(facts):
 
 
 def test_captions_sizes_and_bad_samples_are_counted(root):
-    data = opened(root, "pictures")
+    data = opened(root, "images")
     facts = stats(data)
     assert (facts["examples"], facts["looked_at"], facts["rows"]) == (24, 24, 24)
     assert four(facts["captions"]) == (2, 2, 2, 2)
@@ -35,7 +35,7 @@ def test_captions_sizes_and_bad_samples_are_counted(root):
     assert facts["sizes"]["common"][:1] == [{"width": 32, "height": 32, "count": 22}]
     assert facts["headers_unreadable"]["count"] == 1
     assert (facts["bad"]["count"], facts["bad"]["of"]) == (1, 24)
-    assert facts["bad"]["first"][0].startswith("pictures '00.png' (starts with b'<html>'")
+    assert facts["bad"]["first"][0].startswith("images '00.png' (starts with b'<html>'")
     lengths = sorted(len(data.tokenizer.encode(" " + c)) for e in data.source for c in e.captions)
     assert four(facts["text_tokens"])[::3] == (lengths[0], lengths[-1])
     assert facts["text_tokens"]["median"] == lengths[23]
@@ -49,13 +49,13 @@ def test_captions_sizes_and_bad_samples_are_counted(root):
 
 
 def test_texts_that_are_cut_are_counted_as_the_rows_cut_them(root):
-    data = opened(root, "pictures", text_len=13, target_len=13, texts=1)
+    data = opened(root, "images", text_len=13, target_len=13, texts=1)
     facts = stats(data)
     whole = [len(data.tokenizer.encode(" " + e.captions[0])) for e in data.source]
     lead = len(data.tokenizer.encode(" :"))
     kept = [int(data.transform(e, rng=None)["segments"].sum()) - lead for e in data.source]
     assert facts["cut"]["count"] == sum(k < w for k, w in zip(kept, whole, strict=True))
-    short = opened(root, "pictures", text_len=lead + 3, target_len=9, texts=1)
+    short = opened(root, "images", text_len=lead + 3, target_len=9, texts=1)
     assert stats(short)["cut"]["share"] == 1.0
     assert stats(short)["cut"]["of"] == 24
 
@@ -95,7 +95,7 @@ def test_documents_are_counted_with_their_beginning(root):
 
 
 def test_a_limit_spreads_over_the_whole_set(root, monkeypatch):
-    data = opened(root, "pictures")
+    data = opened(root, "images")
     seen = []
     source = type(data.source)
     words = source.__getitem__
@@ -108,7 +108,7 @@ def test_a_limit_spreads_over_the_whole_set(root, monkeypatch):
 
 
 def test_without_a_tokenizer_the_rest_is_told_and_what_to_do(root, tmp_path):
-    (data,) = open_data(recipe(root), tmp_path, "", ["pictures"])
+    (data,) = open_data(recipe(root), tmp_path, "", ["images"])
     facts = stats(data)
     assert "text_tokens" not in facts
     assert facts["captions"]["sum"] == 48
@@ -117,7 +117,7 @@ def test_without_a_tokenizer_the_rest_is_told_and_what_to_do(root, tmp_path):
 
 
 def test_the_facts_are_json_and_the_text_names_all_of_them(root):
-    for name in ("pictures", "clips", "held_questions", "documents"):
+    for name in ("images", "clips", "held_questions", "documents"):
         facts = json.loads(json.dumps(stats(opened(root, name))))
         text = as_text(facts)
         for word in ("text, tokens", "texts cut", "bad samples", "tokens a second"):

@@ -15,9 +15,9 @@ def root(tmp_path_factory):
 
 
 def test_rows_are_those_that_the_stage_trains_on(root):
-    data = opened(root, "pictures", "vadapter", flip=True)
+    data = opened(root, "images", "vadapter", flip=True)
     made = make_loader(
-        {"pictures": (data.items, data.transform, 1.0)}, global_batch=8, seed=data.seed
+        {"images": (data.items, data.transform, 1.0)}, global_batch=8, seed=data.seed
     )
     batch = next(made)
     for n in range(8):
@@ -35,19 +35,19 @@ def test_what_is_only_looked_at_comes_in_order(root):
 
 
 def test_the_stage_is_the_first_that_trains_on_it_then_the_first_that_looks_else_the_last(root):
-    assert opened(root, "pictures").stage == "vision"
+    assert opened(root, "images").stage == "vision"
     assert opened(root, "clips").stage == "vadapter"
     assert opened(root, "held").stage == "decoder"
-    assert opened(root, "pictures", "perceiver").stage == "perceiver"
+    assert opened(root, "images", "perceiver").stage == "perceiver"
     every = open_data(recipe(root), root / "run", "vadapter", [])
-    assert [(d.name, d.stage) for d in every] == [("clips", "vadapter"), ("pictures", "vadapter")]
+    assert [(d.name, d.stage) for d in every] == [("clips", "vadapter"), ("images", "vadapter")]
     assert {d.stage for d in open_data(recipe(root), root / "run", "", [])} == {"perceiver"}
 
 
 @pytest.mark.parametrize(
     ("stage", "names", "message"),
     [
-        ("", ["picture"], r"config\.data: unknown 'picture'; did you mean 'pictures'"),
+        ("", ["image"], r"config\.data: unknown 'image'; did you mean 'images'"),
         ("visio", [], r"config\.stages: unknown 'visio'; did you mean 'vision'"),
         ("", ["questions"], r"config\.data\.questions: no stage .* reads it; .*--stage"),
     ],
@@ -58,6 +58,6 @@ def test_what_is_not_there_is_named(root, stage, names, message):
 
 
 def test_a_tokenizer_is_never_trained(root, tmp_path):
-    (data,) = open_data(recipe(root), tmp_path, "", ["pictures"])
+    (data,) = open_data(recipe(root), tmp_path, "", ["images"])
     assert data.tokenizer is None
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from support.opened import opened, prepare, recipe
 from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.errors import ConfigError
 from vadapter.inspect.open_data import open_data
-from vadapter.inspect.show_data import as_text, pieces, shown, texts_of, wants_colour
+from vadapter.inspect.show_data import as_text, pieces, shown, texts_of, wants_color
 from vadapter.inspect.show_page import write_page
 
 
@@ -21,7 +21,7 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", ["pictures", "clips", "held_questions", "documents"])
+@pytest.mark.parametrize("name", ["images", "clips", "held_questions", "documents"])
 def test_every_token_of_a_row_is_shown_once_and_targets_are_those_of_the_loss(root, name):
     data = opened(root, name)
     for n, seen in enumerate(shown(data, 3)):
@@ -48,12 +48,12 @@ def test_targets_are_words_and_end_and_the_rest_is_context(root):
     words = {
         role: "".join(t.text for t in first if t.role == role) for role in ("context", "target")
     }
-    assert words["context"] == ". question: what colour is it? answer:"
+    assert words["context"] == ". question: what color is it? answer:"
     assert re.fullmatch(r" (red|green|blue)⟨eos⟩", words["target"])
 
 
 def test_a_target_that_the_loss_does_not_count_is_context(root):
-    data = opened(root, "pictures")
+    data = opened(root, "images")
     _, row = data.row(0)
     row["weights"][1] = 0
     before = next(texts_of(data.row(0)[1], data.tokenizer))
@@ -64,14 +64,14 @@ def test_a_target_that_the_loss_does_not_count_is_context(root):
 
 
 def test_mirrored_rows_are_marked_and_others_are_not(root):
-    data = opened(root, "pictures", flip=True)
+    data = opened(root, "images", flip=True)
     marks = [row.mirrored for row in shown(data, 24)]
     for n, mark in enumerate(marks):
         index, row = data.row(n)
         whole = data.transform(data.source[index], rng=None)["frames"]
         assert mark == (not np.array_equal(whole, row["frames"]))
     assert 4 < sum(marks) < 20
-    assert not any(row.mirrored for row in shown(opened(root, "pictures"), 24))
+    assert not any(row.mirrored for row in shown(opened(root, "images"), 24))
 
 
 def test_a_bad_row_tells_its_name_and_reason(root):
@@ -79,7 +79,7 @@ def test_a_bad_row_tells_its_name_and_reason(root):
     assert "held '02.png' (starts with b'<html>" in rows[0].bad
     assert not any(token.role == "target" for text in rows[0].texts for token in text)
     assert not rows[1].bad
-    text = "\n".join(as_text(rows, colour=False))
+    text = "\n".join(as_text(rows, color=False))
     assert text.count("left out, with weight 0") == 1
 
 
@@ -93,14 +93,14 @@ def test_pieces_join_to_the_text_also_inside_characters():
     assert around == ["⟨bos⟩", "", "é", "⟨eos⟩"]
 
 
-def test_plain_text_marks_targets_and_colours_only_where_asked(root, monkeypatch):
+def test_plain_text_marks_targets_and_colors_only_where_asked(root, monkeypatch):
     rows = list(shown(opened(root, "clips"), 1))
-    plain, coloured = ("\n".join(as_text(rows, colour=c)) for c in (False, True))
+    plain, colored = ("\n".join(as_text(rows, color=c)) for c in (False, True))
     assert "\x1b" not in plain
     assert plain.count("⟦") == plain.count("⟧") == 2
     assert "8 × 32 × 32" in plain
-    assert coloured.count("▀") == 8 * 25 * 12  # eight frames side by side
-    assert "\x1b[1;32m" in coloured
+    assert colored.count("▀") == 8 * 25 * 12  # eight frames side by side
+    assert "\x1b[1;32m" in colored
 
     class Terminal:
         def isatty(self):
@@ -108,15 +108,15 @@ def test_plain_text_marks_targets_and_colours_only_where_asked(root, monkeypatch
 
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert wants_colour(Terminal())
+    assert wants_color(Terminal())
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not wants_colour(Terminal())
+    assert not wants_color(Terminal())
 
 
 def test_a_terminal_obeys_nothing_that_data_says(root):
-    (row,) = shown(opened(root, "pictures"), 1)
+    (row,) = shown(opened(root, "images"), 1)
     hostile = type(row)(**{**row.__dict__, "name": "\x1b[2Jx\r", "bad": "\x07y"})
-    assert not set("\x1b\r\x07") & set("\n".join(as_text([hostile], colour=False)))
+    assert not set("\x1b\r\x07") & set("\n".join(as_text([hostile], color=False)))
 
 
 class Page(html.parser.HTMLParser):
@@ -162,7 +162,7 @@ def test_the_page_holds_everything_itself_and_data_is_never_markup(root, tmp_pat
 
 
 def test_without_a_tokenizer_it_says_what_to_do(root, tmp_path):
-    (data,) = open_data(recipe(root), tmp_path, "", ["pictures"])
+    (data,) = open_data(recipe(root), tmp_path, "", ["images"])
     with pytest.raises(ConfigError, match=r"none is there yet: name a run .*--workdir=RUN"):
         next(shown(data, 1))
     assert not list(tmp_path.iterdir())

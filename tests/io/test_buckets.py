@@ -5,7 +5,7 @@ import re
 
 import pytest
 from support import gcs
-from support.image_files import contents, folder_of, picture, row, tars, write_tar
+from support.image_files import contents, folder_of, image, row, tars, write_tar
 
 from vadapter.data.shards import index
 from vadapter.data.sources.parquet import ParquetImages
@@ -36,7 +36,7 @@ def pairs(folder):
     for shard in range(2):
         files = {}
         for i in range(shard, 6, 2):
-            files |= {f"{i}.png": picture(i * 20), f"{i}.txt": b"number %d" % i}
+            files |= {f"{i}.png": image(i * 20), f"{i}.txt": b"number %d" % i}
         write_tar(folder / f"train-00{shard}.tar", files)
     return folder
 
@@ -89,7 +89,7 @@ def test_an_index_of_a_bucket_reads_only_what_is_new(bucket, tmp_path):
     assert index.verify(storage.as_path(FOLDER), say=lambda _: None).endswith("2 shards unchanged")
 
 
-def test_pictures_of_a_table_in_a_bucket_are_those_of_a_local_one(bucket, tmp_path):
+def test_images_of_a_table_in_a_bucket_are_those_of_a_local_one(bucket, tmp_path):
     table = folder_of(tmp_path)
     bucket.upload(tmp_path, "pairs")
     here, there = ImageFolder(table), ImageFolder(f"{FOLDER}/table.jsonl")
@@ -99,7 +99,7 @@ def test_pictures_of_a_table_in_a_bucket_are_those_of_a_local_one(bucket, tmp_pa
     assert contents(ImageFolder(table, FOLDER)) == contents(here)  # the table alone is local
 
 
-def test_a_picture_that_a_bucket_lacks_is_named_by_its_row(bucket, tmp_path):
+def test_a_image_that_a_bucket_lacks_is_named_by_its_row(bucket, tmp_path):
     folder_of(tmp_path, [row(0), row(9)])
     bucket.upload(tmp_path, "pairs")
     with pytest.raises(DataError, match=rf"line 2: no file {FOLDER}/9.png"):

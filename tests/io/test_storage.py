@@ -11,7 +11,7 @@ from vadapter.hub.write import export
 from vadapter.io import buckets, storage
 from vadapter.io.json_files import rows
 from vadapter.io.storage import COMMIT, as_path
-from vadapter.train.metric_writer import Writer
+from vadapter.train.metric_writer import MetricWriter
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_copy_that_is_killed_does_not_look_complete(bucket, tmp_path, monkeypa
 
 def test_rows_that_a_bucket_does_not_take_are_written_later(bucket, capsys):
     directory = as_path("gs://bucket/llm")
-    with Writer(directory, "llm", 3) as writer:
+    with MetricWriter(directory, "llm", 3) as writer:
         writer.write(1, {"loss": 1.0}, loud=True)
         bucket.forbidden = r"POST"
         writer.write(2, {"loss": 2.0}, loud=True)
@@ -118,7 +118,7 @@ def test_rows_that_a_bucket_does_not_take_are_written_later(bucket, capsys):
         assert [row["step"] for row in rows(directory / "metrics.jsonl")] == [1, 2]
         writer.write(3, {"loss": 3.0})
     assert [row["step"] for row in rows(directory / "metrics.jsonl")] == [1, 2, 3]
-    with Writer(directory, "llm", 3) as writer:
+    with MetricWriter(directory, "llm", 3) as writer:
         writer.write(4, {"loss": 4.0})
     found = list(rows(directory / "metrics.jsonl"))
     assert [(row["step"], row["attempt"]) for row in found][-2:] == [(3, 1), (4, 2)]

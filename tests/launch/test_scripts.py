@@ -85,7 +85,7 @@ def test_a_dry_run_prints_exactly_what_would_run(case):
     said, golden = done.stdout.replace(str(LAUNCH), "LAUNCH"), GOLDENS / f"{case}.txt"
     if os.environ.get("UPDATE_GOLDENS"):
         golden.write_text(said)
-    assert said == golden.read_text(), "UPDATE_GOLDENS=1 writes the goldens anew"
+    assert said == golden.read_text(), "UPDATE_GOLDENS=1 writes the goldens again"
 
 
 def test_what_the_command_says_of_slices_stays():

@@ -5,7 +5,7 @@ from vadapter.errors import DataError
 from vadapter.metrics.blind_baselines import constant_caption, majority_answer
 from vadapter.metrics.captioning import score_captions
 
-PICTURES = [
+IMAGES = [
     ["a dog runs on the beach", "a brown dog running"],
     ["two men cook in a kitchen", "men cooking"],
     ["a dog runs on the grass", "the dog plays"],
@@ -16,9 +16,9 @@ PICTURES = [
 
 
 def test_the_constant_caption_is_chosen_on_one_half_and_scored_on_the_other():
-    references = dict(enumerate(PICTURES))
+    references = dict(enumerate(IMAGES))
     table = []
-    for refs in PICTURES:
+    for refs in IMAGES:
         scores = score_captions(dict.fromkeys(references, refs[0]), references).cider_of
         table.append([scores[i] for i in range(6)])
     table = np.array(table)
@@ -26,21 +26,21 @@ def test_the_constant_caption_is_chosen_on_one_half_and_scored_on_the_other():
     for half in (0, 1):
         chosen = table[:, half::2].mean(1).argmax()
         expected[1 - half :: 2] = table[chosen, 1 - half :: 2]
-    assert constant_caption(PICTURES) == pytest.approx(expected.mean(), abs=1e-12)
+    assert constant_caption(IMAGES) == pytest.approx(expected.mean(), abs=1e-12)
     best = table.mean(1).max()
-    assert constant_caption(PICTURES) < best, "dogs are even and men are odd here"
+    assert constant_caption(IMAGES) < best, "dogs are even and men are odd here"
 
 
-def test_only_so_many_captions_are_tried_and_one_picture_is_too_few():
-    references = dict(enumerate(PICTURES))
-    first = score_captions(dict.fromkeys(references, PICTURES[0][0]), references).cider
-    assert constant_caption(PICTURES, candidates=1) == pytest.approx(first, abs=1e-12)
+def test_only_so_many_captions_are_tried_and_one_image_is_too_few():
+    references = dict(enumerate(IMAGES))
+    first = score_captions(dict.fromkeys(references, IMAGES[0][0]), references).cider
+    assert constant_caption(IMAGES, candidates=1) == pytest.approx(first, abs=1e-12)
     with pytest.raises(DataError, match="at least 2 items"):
-        constant_caption(PICTURES[:1])
+        constant_caption(IMAGES[:1])
 
 
 def test_a_question_is_answered_by_the_others_who_were_asked_it():
-    asked = [("what colour?", "red"), ("What colour? ", "Red"), ("what colour?", "blue"),
+    asked = [("what color?", "red"), ("What color? ", "Red"), ("what color?", "blue"),
              ("how many?", "red")]  # fmt: skip
     # red and Red see one red and one blue, the first of which wins; blue sees two reds; the last
     # was asked alone and takes the commonest answer of all.

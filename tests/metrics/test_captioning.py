@@ -99,7 +99,7 @@ def test_unscorable_input_is_refused(score, candidates, references):
         score(candidates, references)
 
 
-def test_raw_captions_are_tokenised_and_matched_by_id():
+def test_raw_captions_are_tokenized_and_matched_by_id():
     shuffled = {i: f"{CANDIDATES[i].capitalize()}." for i in (2, 0, 1)}
     scores = score_captions(shuffled, REFERENCES)
     assert scores.n == 3

@@ -1,4 +1,4 @@
-"""The tokeniser agrees with the official one: word by word, on real captions, and against Java."""
+"""The tokenizer agrees with the official one: word by word, on real captions, and against Java."""
 
 import gzip
 import json
@@ -40,7 +40,7 @@ OFFICIAL_PUNCTUATION = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;"
         (" .,;: ? ! - ' ", ""),
     ],
 )
-def test_quirks_of_the_official_tokeniser_are_kept(caption: str, tokens: str):
+def test_quirks_of_the_official_tokenizer_are_kept(caption: str, tokens: str):
     assert tokenize(caption) == tokens.split()
 
 

@@ -67,15 +67,15 @@ def test_probes_of_the_divergence_between_implementations(answers, prediction, o
     ],
 )
 def test_normal_forms(raw: str, vqa_form: str, evalai_form: str):
-    assert vqa.normalise_vqa(raw) == vqa_form
-    assert vqa.normalise_evalai(raw) == evalai_form
+    assert vqa.normalize_vqa(raw) == vqa_form
+    assert vqa.normalize_evalai(raw) == evalai_form
 
 
-def test_vizwiz_normalises_predictions_but_never_annotators():
+def test_vizwiz_normalizes_predictions_but_never_annotators():
     assert accuracy("Unanswerable.", ["unanswerable"] * 10, VIZWIZ) == 1
     assert accuracy("the cat", ["the cat"] * 10, VIZWIZ) == 0
     assert accuracy("cat", ["Cat"] * 5 + ["cat "] * 5, VIZWIZ) == 0
-    assert vqa.normalise_vizwiz("dont cant") == "don’t can't"
+    assert vqa.normalize_vizwiz("dont cant") == "don’t can't"
     assert accuracy("dont know", ["don't know"] * 10, VIZWIZ) == 0
 
 
@@ -123,8 +123,8 @@ def test_golden_normal_forms(data_root: Path):
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     assert len(rows) == 35425
-    assert [row[0] for row in rows if vqa.normalise_vqa(row[0]) != row[1]] == []
-    assert [row[0] for row in rows if vqa.normalise_evalai(row[0]) != row[2]] == []
+    assert [row[0] for row in rows if vqa.normalize_vqa(row[0]) != row[1]] == []
+    assert [row[0] for row in rows if vqa.normalize_evalai(row[0]) != row[2]] == []
 
 
 @pytest.mark.data

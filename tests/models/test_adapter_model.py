@@ -10,7 +10,7 @@ import pytest
 from support import tiny
 
 from vadapter.data.batch import EOS, fake_batch
-from vadapter.models.adapter_model import Fc, FcConfig, VAdapter
+from vadapter.models.adapter_model import AdapterModel, Projection, ProjectionConfig
 from vadapter.models.adapters.resampler import (
     MlpAdapter,
     MlpAdapterConfig,
@@ -29,9 +29,9 @@ MODULES = {
     "resampler": Resampler(tiny.RESAMPLER),
     "pooler": Pooler(PoolerConfig(queries=3, width=16, heads=2)),
     "mlp": MlpAdapter(MlpAdapterConfig(hidden_dim=20, width=E)),
-    "fc_in": Fc(FcConfig(tiny.TLM.width)),
+    "fc_in": Projection(ProjectionConfig(tiny.TLM.width)),
     "tlm": LM(tiny.TLM),
-    "fc_out": Fc(FcConfig(E)),
+    "fc_out": Projection(ProjectionConfig(E)),
     "llm": LM(tiny.LLM),
 }
 CHAINS = {  # name: chain, number of queries it gives
@@ -45,7 +45,7 @@ CHAINS = {  # name: chain, number of queries it gives
 def make(chain, lm="llm", encoder="encoder", **kwargs):
     names = (*chain, lm, *((encoder,) if encoder else ()))
     modules = {n: MODULES[n] for n in names}
-    return VAdapter(modules=modules, lm=lm, chain=chain, encoder=encoder, **kwargs)
+    return AdapterModel(modules=modules, lm=lm, chain=chain, encoder=encoder, **kwargs)
 
 
 def batch_of(frames=1, **kwargs):
@@ -99,14 +99,14 @@ def test_a_frozen_language_model_computes_the_same_with_less():
     plain = make(chain)
     frozen = dataclasses.replace(plain, frozen_lm=True)
     params, batch = tiny.filled(tiny.boxed(plain)), batch_of(segments=2)
-    learnt = {name: params[name] for name in chain}
+    trainable = {name: params[name] for name in chain}
     step = lambda model: jax.value_and_grad(  # noqa: E731
-        lambda learnt: loss_of(model, params | learnt, batch)
+        lambda trainable: loss_of(model, params | trainable, batch)
     )
-    (loss, slopes), (same, equal) = (jax.jit(step(model))(learnt) for model in (plain, frozen))
+    (loss, slopes), (same, equal) = (jax.jit(step(model))(trainable) for model in (plain, frozen))
     np.testing.assert_allclose(loss, same, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), slopes, equal)
-    assert flops.count(step(frozen), learnt) < flops.count(step(plain), learnt)
+    assert flops.count(step(frozen), trainable) < flops.count(step(plain), trainable)
 
 
 def test_a_language_model_inside_the_chain_has_neither_embedding_nor_head():
@@ -119,11 +119,15 @@ def test_a_language_model_inside_the_chain_has_neither_embedding_nor_head():
 
 
 def test_a_components_start_depends_on_the_seed_and_its_name_alone():
-    modules = {"fc_a": Fc(FcConfig(16)), "fc_b": Fc(FcConfig(16)), "lm": nn.Embed(8, 16)}
+    modules = {
+        "fc_a": Projection(ProjectionConfig(16)),
+        "fc_b": Projection(ProjectionConfig(16)),
+        "lm": nn.Embed(8, 16),
+    }
     flat = jax.ShapeDtypeStruct((1, 4, 16), jnp.float32)
 
     def start(chain, seed):
-        model = VAdapter(modules, lm="lm", chain=chain)
+        model = AdapterModel(modules, lm="lm", chain=chain)
         return nn.unbox(jax.jit(lambda k: model.init(k, flat))(tiny.key(seed)))
 
     alone, both, other = start(("fc_b",), 0), start(("fc_a", "fc_b"), 0), start(("fc_b",), 1)
@@ -135,7 +139,7 @@ def test_a_components_start_depends_on_the_seed_and_its_name_alone():
 
 
 def test_the_prefix_layer_starts_with_the_stated_output_spread():
-    module = Fc(FcConfig(64, scale=0.05))
+    module = Projection(ProjectionConfig(64, scale=0.05))
     params = jax.jit(module.init)(tiny.key(0), jnp.zeros((1, 256)))
     x = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
     assert float(module.apply(params, x).std()) == pytest.approx(0.05, rel=0.1)

@@ -9,7 +9,7 @@ import pytest
 from support import tiny
 
 from vadapter.data.batch import PAD
-from vadapter.models.adapter_model import VAdapter
+from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.beam import beam, decode
 from vadapter.models.generate import Decode, greedy
 from vadapter.models.lm import LM
@@ -22,7 +22,7 @@ B, T = len(LENGTHS), max(LENGTHS) + 1
 def language():
     """A text-only model whose rows end at different times."""
     config = dataclasses.replace(tiny.LLM, vocab_size=VOCAB, tied=False, depth=1)
-    model = VAdapter({"llm": LM(config)}, lm="llm")
+    model = AdapterModel({"llm": LM(config)}, lm="llm")
     abstract = jax.eval_shape(lambda k: model.init(k, None), jax.random.key(0))
     params = tiny.filled(abstract, seed=7)
     rng = np.random.default_rng(0)
@@ -146,7 +146,7 @@ def test_a_row_does_not_depend_on_the_others(language):
     np.testing.assert_array_equal(other["tokens"], together["tokens"][::-1])
 
 
-def test_what_is_shown_stands_between_prompt_and_picture():
+def test_what_is_shown_stands_between_prompt_and_image():
     model = tiny.stage2()
     params = {k: tiny.filled(v, seed=i) for i, (k, v) in enumerate(tiny.boxed(model).items())}
     rng = np.random.default_rng(0)

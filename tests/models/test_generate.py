@@ -1,4 +1,4 @@
-"""Cached greedy decoding against recomputing everything for every token."""
+"""Cached greedy decoding against recomputing everything forevery token."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 from support import tiny
 
 from vadapter.data.batch import BOS, EOS, PAD
-from vadapter.models.adapter_model import Fc, FcConfig, VAdapter
+from vadapter.models.adapter_model import AdapterModel, Projection, ProjectionConfig
 from vadapter.models.adapters.resampler import Resampler
 from vadapter.models.generate import greedy
 from vadapter.models.lm import LM
@@ -24,13 +24,13 @@ def make(visual, **lm):
     modules = {
         "encoder": ViT(tiny.VIT),
         "resampler": Resampler(tiny.RESAMPLER),
-        "fc_out": Fc(FcConfig(tiny.LLM.width)),
+        "fc_out": Projection(ProjectionConfig(tiny.LLM.width)),
         "llm": LM(config),
     }
     if visual:
-        model = VAdapter(modules, lm="llm", chain=("resampler", "fc_out"), encoder="encoder")
+        model = AdapterModel(modules, lm="llm", chain=("resampler", "fc_out"), encoder="encoder")
         return model, tiny.filled(tiny.boxed(model), seed=3)
-    model = VAdapter({"llm": modules["llm"]}, lm="llm")
+    model = AdapterModel({"llm": modules["llm"]}, lm="llm")
     abstract = jax.eval_shape(lambda k: model.init(k, None), jax.random.key(0))
     return model, tiny.filled(abstract, seed=3)
 
@@ -139,7 +139,7 @@ def test_behind_the_end_there_is_only_padding(decoder):
 
 @pytest.mark.parametrize(("word", "turns"), [(EOS, 0), (5, 3)])
 def test_decoding_stops_once_every_row_has_ended(monkeypatch, word, turns):
-    """A model that says one word for ever; the loop also counts its turns."""
+    """A model that says one word forever; the loop also counts its turns."""
     model, params = make(False, norm="layer", depth=1)
     norm = {"scale": np.zeros(24, np.float32), "bias": np.ones(24, np.float32)}
     kernel = np.zeros((24, VOCAB), np.float32)

@@ -44,8 +44,8 @@ def test_norm_equals_its_formula(kind, normal):
     x = 3 * normal(2, 5, 8) + 1
     module = Norm(kind, eps=1e-3)
     params = tiny.init(module, x)
-    centred = x - x.mean(-1, keepdims=True) if kind == "layer" else x
-    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-3) * params["scale"]
+    centered = x - x.mean(-1, keepdims=True) if kind == "layer" else x
+    expected = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-3) * params["scale"]
     expected = expected + (params["bias"] if kind == "layer" else 0)
     assert ("bias" in params) == (kind == "layer")
     np.testing.assert_allclose(module.apply({"params": params}, x), expected, atol=1e-5)

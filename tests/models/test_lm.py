@@ -1,4 +1,4 @@
-"""The stack and the decoder language model: who sees whom, scan, rematerialisation, switches."""
+"""The stack and the decoder language model: who sees whom, scan, rematerialization, switches."""
 
 import dataclasses
 import functools
@@ -180,7 +180,7 @@ def remat_runs():
 
 
 @pytest.mark.parametrize("policy", sorted(set(REMAT) - {"none"}))
-def test_rematerialisation_changes_memory_and_nothing_else(remat_runs, policy):
+def test_rematerialization_changes_memory_and_nothing_else(remat_runs, policy):
     loss, grads, temp = remat_runs[policy]
     plain_loss, plain_grads, plain_temp = remat_runs["none"]
     np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)

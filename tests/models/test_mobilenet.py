@@ -40,7 +40,7 @@ def _small_params() -> dict:
 
 @functools.cache
 def _jitted(config: MobileNetConfig):
-    # Code for tiny frames runs in no time; what takes long is optimising it.
+    # Code for tiny frames runs in no time; what takes long is optimizing it.
     return jax.jit(
         MobileNet(config).apply,
         compiler_options={"xla_backend_optimization_level": 0},
@@ -168,7 +168,7 @@ def test_shapes_and_parameters_of_the_published_network():
     assert tuple(spec.stride for spec in block_specs(model.config)) == _STRIDES
 
 
-def test_head_parameters_exist_whichever_method_initialises():
+def test_head_parameters_exist_whichever_method_initializes():
     model = MobileNet(dataclasses.replace(_SMALL, classes=7))
     frames = _frames(1, 1, 32, 32)
     trees = [

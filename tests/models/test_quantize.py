@@ -12,7 +12,7 @@ import pytest
 from flax import traverse_util
 from support import tiny
 
-from vadapter.distributed.mesh import MeshConfig, make_mesh, on, shardings
+from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings, with_mesh
 from vadapter.errors import ConfigError
 from vadapter.models.lm import LM, LMConfig, empty_cache
 from vadapter.models.quantize import Int8Linear, full_precision, library, quantize
@@ -176,7 +176,7 @@ def test_on_a_mesh_scales_lie_as_their_outputs_and_everything_is_computed_the_sa
     assert spec(block["mlp"]["down"]) == [(None, "tensor", "fsdp"), (None, None, None)]
     assert spec(made["head"]) == [(None, ("tensor", "fsdp"))] * 2
     run = lambda p, t: small.apply({"params": p}, t)  # noqa: E731
-    many = jax.jit(on(mesh, run))(made, tokens)
+    many = jax.jit(with_mesh(mesh, run))(made, tokens)
     np.testing.assert_allclose(many, jax.jit(run)(alone, tokens), atol=1e-5)
 
 

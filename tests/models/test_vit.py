@@ -35,7 +35,7 @@ def test_tokens_have_the_announced_shape_and_the_class_token_comes_first(frames,
         assert change[0] > 2 * change[1:].max()
 
 
-def test_pixels_are_scaled_to_one_then_normalised_by_mean_and_spread(frames):
+def test_pixels_are_scaled_to_one_then_normalized_by_mean_and_spread(frames):
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     module = ViT(dataclasses.replace(tiny.VIT, mean=mean, std=std))
     plain = ViT(dataclasses.replace(tiny.VIT, mean=(0.0,) * 3, std=(1.0,) * 3))

@@ -60,7 +60,7 @@ def test_of_a_conditional_the_larger_branch_counts():
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, "VALID"), (2, "SAME"), (4, "VALID")])
-def test_a_convolution_counts_where_its_kernel_meets_the_picture(stride, padding):
+def test_a_convolution_counts_where_its_kernel_meets_the_image(stride, padding):
     def fn(x, kernel):
         return jax.lax.conv_general_dilated(
             x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")

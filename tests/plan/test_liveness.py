@@ -57,7 +57,7 @@ def test_what_a_cheap_operation_reads_is_held_until_its_result_is_read():
     assert held(fn, shape(B, D), shape(D, D)) == 3 * ARRAY
 
 
-def test_rematerialisation_keeps_an_array_a_layer():
+def test_rematerialization_keeps_an_array_a_layer():
     full = held(jax.grad(loss("full"), argnums=1), *STACK)
     none = held(jax.grad(loss("none"), argnums=1), *STACK)
     assert L * ARRAY <= full < none

@@ -11,6 +11,7 @@ import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from support import planned as planned_table
+from support.paths import RECIPES
 from support.recipes import tiny_recipe
 
 from vadapter.cli.main import main
@@ -25,7 +26,8 @@ from vadapter.plan.plan import Setting, guess, plan
 from vadapter.recipe.schema import read
 
 HERE = Path(__file__).parent
-TINY = f"{HERE.parent / 'recipes.py'}:nowhere"
+
+TINY = f"{RECIPES}:nowhere"
 OOM = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.30G) exceeds available HBM (15.75G)."  # noqa: E501 - libtpu 0.0.42
 
 
@@ -77,10 +79,10 @@ def test_split_weights_need_a_share_of_their_bytes_on_each_device():
 
 def test_trained_parts_are_float32_with_two_moments():
     made, _ = both()
-    learnt = {name: part for name, part in made.parts.items() if part.trained}
-    assert set(learnt) == {"resampler", "fc_in", "tlm", "fc_out"}
-    count = sum(part.parameters for part in learnt.values())
-    assert sum(part.bytes for part in learnt.values()) == 4 * count
+    trainable = {name: part for name, part in made.parts.items() if part.trained}
+    assert set(trainable) == {"resampler", "fc_in", "tlm", "fc_out"}
+    count = sum(part.parameters for part in trainable.values())
+    assert sum(part.bytes for part in trainable.values()) == 4 * count
     assert made.optimizer == pytest.approx(8 * count, abs=64)
 
 
@@ -104,7 +106,7 @@ def test_time_follows_from_flops_peak_and_utilisation_and_every_host_reads_its_s
     assert made.rows_s == pytest.approx(16 / seconds / 2)
 
 
-def test_more_rows_need_more_and_rematerialisation_less():
+def test_more_rows_need_more_and_rematerialization_less():
     one, four, full = planned(), planned(batch=64), planned(batch=64, remat="full")
     assert four.train.temporaries > 3 * one.train.temporaries
     assert full.train.temporaries < four.train.temporaries
@@ -112,42 +114,40 @@ def test_more_rows_need_more_and_rematerialisation_less():
 
 
 def mixed(**setting) -> Any:
-    """A plan of a stage of which three steps of four are on pictures and one on clips."""
-    made = recipe(data={"pictures": 3.0, "clips": 1.0})
+    """A plan of a stage of which three steps of four are on images and one on clips."""
+    made = recipe(data={"images": 3.0, "clips": 1.0})
     data = made.data | {
-        "clips": dataclasses.replace(made.data["pictures"], media="clip", frames=4)
+        "clips": dataclasses.replace(made.data["images"], media="clip", frames=4)
     }  # fmt: skip
     made = dataclasses.replace(made, data=data)
     return plan(made, "vadapter", Setting(parse("cpu:1"), **setting))
 
 
-def test_a_stage_of_pictures_and_clips_must_fit_with_both_and_takes_the_mean_of_their_time():
+def test_a_stage_of_images_and_clips_must_fit_with_both_and_takes_the_mean_of_their_time():
     made, alone = mixed(), planned()
-    clips, pictures = made.rows
+    clips, images = made.rows
     assert (clips.data, clips.frames, clips.share) == (("clips",), 4, 0.25)
-    assert (pictures.data, pictures.frames, pictures.share) == (("pictures",), 1, 0.75)
-    assert pictures.train == dataclasses.replace(alone.train, compile_s=pictures.train.compile_s)
+    assert (images.data, images.frames, images.share) == (("images",), 1, 0.75)
+    assert images.train == dataclasses.replace(alone.train, compile_s=images.train.compile_s)
     assert made.train == clips.train
-    assert clips.train.peak > 1.02 * pictures.train.peak
-    assert clips.flops > 1.1 * pictures.flops
-    assert made.flops == 0.25 * clips.flops + 0.75 * pictures.flops
+    assert clips.train.peak > 1.02 * images.train.peak
+    assert clips.flops > 1.1 * images.flops
+    assert made.flops == 0.25 * clips.flops + 0.75 * images.flops
     assert made.step_ms == pytest.approx(1000 * made.flops / CHIPS["cpu"].peak)
     text = " ".join(plan_text.as_text(made).split())
     assert "train on clips (25%, 4 frames): fits" in text
-    assert "train on pictures (75%): fits" in text
+    assert "train on images (75%): fits" in text
     one = mixed(frames=2).rows
-    assert [(rows.data, rows.frames, rows.share) for rows in one] == [
-        (("pictures", "clips"), 2, 1.0)
-    ]
+    assert [(rows.data, rows.frames, rows.share) for rows in one] == [(("images", "clips"), 2, 1.0)]
 
 
-def test_where_clips_do_not_fit_pictures_are_not_tried(monkeypatch):
+def test_where_clips_do_not_fit_images_are_not_tried(monkeypatch):
     peak = mixed().rows[0].train.peak
     monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], hbm=peak - 1))
     made = mixed()
     assert not made.fits
     assert [rows.train is None for rows in made.rows] == [False, True]
-    assert "train on pictures (75%): not made" in " ".join(plan_text.as_text(made).split())
+    assert "train on images (75%): not made" in " ".join(plan_text.as_text(made).split())
 
 
 def test_texts_are_planned_on_request():
@@ -303,7 +303,7 @@ def test_less_is_tried_in_the_order_of_what_it_costs(monkeypatch):
     assert found is None
 
 
-def test_rematerialisation_is_not_tried_where_weights_alone_are_too_large(monkeypatch):
+def test_rematerialization_is_not_tried_where_weights_alone_are_too_large(monkeypatch):
     order, _ = tried(monkeypatch, over=True)
     assert not any("remat" in line for line in order)
     assert order
@@ -557,7 +557,7 @@ GATE = [
 @pytest.mark.libtpu
 @pytest.mark.parametrize("row", GATE)
 def test_the_compilers_estimate_has_not_grown(row):
-    """Another libtpu may count otherwise: then measure all rows anew, and say so."""
+    """Another libtpu may count otherwise: then measure all rows again, and say so."""
     with jax.default_matmul_precision(None):  # as in training, not as in these tests
         found = planned_table.gated(row)
     now = planned_table.measured(found)

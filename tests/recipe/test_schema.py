@@ -9,7 +9,7 @@ from support.recipes import tiny_recipe
 
 from vadapter.config import load, override
 from vadapter.errors import ConfigError
-from vadapter.models.adapter_model import VAdapter
+from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.coca import CoCa
 from vadapter.recipe.schema import STAGES, components, make_model, read, trained
 
@@ -78,9 +78,9 @@ MISTAKES = {
     "int8 that would be trained": (
         "components.llm.int8", True, "components.llm.int8: llm is trained in stage llm, which int8"
     ),
-    "pictures wanted, text given": (
+    "images wanted, text given": (
         "stages.decoder.data", {"documents": 1.0},
-        "config.stages.decoder: data 'documents' has no pictures, which decoder needs",
+        "config.stages.decoder: data 'documents' has no images, which decoder needs",
     ),
     "a batch that does not divide": (
         "stages.llm.accumulate", 3,
@@ -102,9 +102,9 @@ MISTAKES = {
         "stages.llm.optim.schedule", "cosin",
         "config.stages.decoder.optim.schedule='cosin': one of linear, cosine, constant",
     ),
-    "scores of a stage without pictures": (
+    "scores of a stage without images": (
         "stages.llm.evals", ("captions",),
-        "config.stages.llm.evals: a stage of kind lm does not write about pictures",
+        "config.stages.llm.evals: a stage of kind lm does not write about images",
     ),
     "an unknown stage to start from": (
         "stages.vadapter.start.tlm", "decode",
@@ -185,8 +185,8 @@ def test_a_layer_without_a_width_takes_that_of_the_model_behind_it(config):
 
 def test_the_table_says_what_each_kind_of_stage_trains(config):
     recipe = read(config)
-    learnt = {name: trained(stage) for name, stage in recipe.stages.items()}
-    assert learnt == {
+    trainable = {name: trained(stage) for name, stage in recipe.stages.items()}
+    assert trainable == {
         "tlm": ("tlm",),
         "llm": ("llm",),
         "vision": ("encoder", "pooler", "text", "fusion"),
@@ -195,7 +195,7 @@ def test_the_table_says_what_each_kind_of_stage_trains(config):
         "perceiver": ("perceiver", "fc_out"),
     }
     for name, stage in recipe.stages.items():
-        frozen = set(components(stage)) - set(learnt[name])
+        frozen = set(components(stage)) - set(trainable[name])
         assert frozen == {"decoder": {"encoder"}, "vadapter": {"encoder", "llm"},
                           "perceiver": {"encoder", "llm"}}.get(name, set())  # fmt: skip
 
@@ -214,7 +214,7 @@ def test_every_kind_of_stage_has_a_model(config):
     assert {stage.kind for stage in recipe.stages.values()} == set(STAGES)
     for stage in recipe.stages.values():
         model = make_model(recipe, stage, 300)
-        assert isinstance(model, CoCa if stage.kind == "vision" else VAdapter)
+        assert isinstance(model, CoCa if stage.kind == "vision" else AdapterModel)
         assert model.names() == components(stage)
-        if isinstance(model, VAdapter):
+        if isinstance(model, AdapterModel):
             assert model.frozen_lm == (stage.lm not in trained(stage))

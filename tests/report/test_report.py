@@ -55,7 +55,7 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         self.text += data
 
-    def pictures(self):
+    def images(self):
         uris = [attrs["src"] for tag, attrs in self.tags if tag == "img"]
         parts = [re.fullmatch(r"data:image/(png|jpeg|webp);base64,([\w+/=]+)", u) for u in uris]
         assert all(parts)
@@ -123,7 +123,7 @@ def test_a_run_that_has_not_begun_has_a_table_and_nothing_else(chain, tmp_path):
     assert report.text.count("0 of 4") == 6
 
 
-def test_the_plot_is_a_picture_and_only_of_adapters(run, report, tmp_path):
+def test_the_plot_is_a_image_and_only_of_adapters(run, report, tmp_path):
     with Image.open(report.plot) as image:
         assert image.size[0] > 1000
         assert np.asarray(image.convert("L")).std() > 10  # something is drawn
@@ -132,7 +132,7 @@ def test_the_plot_is_a_picture_and_only_of_adapters(run, report, tmp_path):
     assert not (tmp_path / "plot.png").exists()
 
 
-def test_the_gallery_is_one_file_with_pictures_clips_and_every_stage(run, report):
+def test_the_gallery_is_one_file_with_images_clips_and_every_stage(run, report):
     text = report.gallery.read_text()
     page = Page(text)
     assert len(text) < gallery.MAX_BYTES
@@ -141,10 +141,10 @@ def test_the_gallery_is_one_file_with_pictures_clips_and_every_stage(run, report
     assert all(link.startswith("data:image/") for link in links)
     assert not re.search(r"url\(|@import|https?:", text)
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object"})
-    pictures = page.pictures()
-    assert {image.format for image in pictures} == {"PNG", "WEBP"}
-    assert all(image.n_frames == 8 for image in pictures if image.format == "WEBP")
-    assert "no picture" not in text
+    shown = page.images()
+    assert {image.format for image in shown} == {"PNG", "WEBP"}
+    assert all(image.n_frames == 8 for image in shown if image.format == "WEBP")
+    assert "no image" not in text
 
     rows = (run / "vadapter" / "eval" / "answers" / "predictions.jsonl").read_text().splitlines()
     questions = {row["question"] for row in map(json.loads, rows)}
@@ -179,15 +179,15 @@ def test_texts_of_data_and_models_are_never_markup(tmp_path):
     assert {attrs["alt"] for tag, attrs in page.tags if tag == "img"} == {shown}
 
 
-def test_pictures_that_are_gone_or_others_than_before_are_said_to_be(run, tmp_path):
+def test_images_that_are_gone_or_others_than_before_are_said_to_be(run, tmp_path):
     target = tmp_path / "run"
     shutil.copytree(run, target)
     config = (target / "config.json").read_text()
-    folder = json.loads(config)["data"]["held"]["source"]["table"].removesuffix("/pictures.jsonl")
+    folder = json.loads(config)["data"]["held"]["source"]["table"].removesuffix("/images.jsonl")
     (target / "config.json").write_text(config.replace(folder, "/nowhere"))
     page = Page(write_report(target, read_run(target)).gallery.read_text())
-    assert not page.pictures()
-    assert "no picture: /nowhere/pictures.jsonl: no such file" in page.text
+    assert not page.images()
+    assert "no image: /nowhere/images.jsonl: no such file" in page.text
 
     for file in target.glob("*/eval/captions/predictions.jsonl"):
         file.write_text(file.read_text()[:-30])  # torn by a kill
@@ -195,12 +195,12 @@ def test_pictures_that_are_gone_or_others_than_before_are_said_to_be(run, tmp_pa
         file.write_text("")
     (target / "config.json").write_text(config.replace('"split": "val"', '"split": "train"'))
     page = Page(write_report(target, read_run(target)).gallery.read_text())
-    assert "no picture: the data set has changed since" in page.text
+    assert "no image: the data set has changed since" in page.text
     assert "11 held-out items" in page.text
     assert "answers" not in [line.strip() for line in page.text.splitlines()]
 
 
-def test_large_pictures_become_smaller_until_the_file_is_small_enough(tmp_path, monkeypatch):
+def test_large_images_become_smaller_until_the_file_is_small_enough(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     media = lambda row: rng.integers(0, 256, (1, 300, 400, 3)).astype(np.uint8)  # noqa: E731
     rows = [
@@ -213,7 +213,7 @@ def test_large_pictures_become_smaller_until_the_file_is_small_enough(tmp_path, 
         monkeypatch.setattr(gallery, "MAX_BYTES", limit)
         path = write_gallery(tmp_path / "g.html", "t", [section])
         assert path.stat().st_size <= limit
-        sizes.append({image.size for image in Page(path.read_text()).pictures()})
+        sizes.append({image.size for image in Page(path.read_text()).images()})
     assert sizes[0] == {(160, 120)}
     assert max(max(sizes[1])) < 160
 
@@ -237,7 +237,7 @@ def test_answers_are_right_or_wrong_and_a_group_may_be_empty():
     assert list(choose(rows[:2], "question")) == ["Wrong"]
 
 
-def test_thumbnails_keep_small_pictures_exact_and_shrink_large_ones():
+def test_thumbnails_keep_small_images_exact_and_shrink_large_ones():
     frames = np.random.default_rng(0).integers(0, 256, (1, 20, 30, 3)).astype(np.uint8)
     open_ = lambda uri: Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))  # noqa: E731
     uri, small = thumbnail(frames, 160)

@@ -22,13 +22,13 @@ from support.recipes import SIZE, draw, tiny_recipe
 from vadapter.config import digest
 from vadapter.data import features as files
 from vadapter.data.batch import check_batch
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.data.open import make_source, make_stream, texts, train_tokenizer
 from vadapter.data.pipeline import eval_batches, make_loader
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.distributed.preemption import Stop
 from vadapter.errors import ConfigError, DataError, Preempted
-from vadapter.models.adapter_model import VAdapter
+from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.registry import make_module
 from vadapter.recipe.schema import TokenizerConfig, read
 from vadapter.stages import feature_cache
@@ -48,8 +48,8 @@ def recipe(shapes):
 
 
 @pytest.fixture(scope="module")
-def pictures(recipe):
-    return make_source("pictures", recipe.data["pictures"])
+def images(recipe):
+    return make_source("images", recipe.data["images"])
 
 
 @pytest.fixture(scope="module")
@@ -63,33 +63,43 @@ def cache(encoder, tmp_path):
     """`cached` with everything but the source given."""
     module, params = encoder
     return functools.partial(
-        cached, folder=tmp_path, encode=module, params=params, digest="d" * 64, view=View(SIZE),
-        frames=1, flip=False, mesh=make_mesh(MeshConfig(), jax.devices()[:1]), batch=16,
-    )  # fmt: skip
+        cached,
+        folder=tmp_path,
+        encode=module,
+        params=params,
+        digest="d" * 64,
+        view=ImageTransform(SIZE),
+        frames=1,
+        flip=False,
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+        batch=16,
+    )
 
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Eight examples a file: three of them for the 24 pictures."""
+    """Eight examples a file: three of them for the 24 images."""
     monkeypatch.setattr(files, "SHARD_BYTES", 1)
     monkeypatch.setattr(files, "ROUND", 8)
 
 
 def pixels(source, index, flip=False):
     """u8[M,1,S,S,3]."""
-    return feature_cache._pixels(source[index], view=View(SIZE), frames=1, flip=flip)["frames"]
+    return feature_cache._pixels(source[index], view=ImageTransform(SIZE), frames=1, flip=flip)[
+        "frames"
+    ]
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
 @pytest.mark.parametrize("flip", [False, True])
 def test_each_example_has_its_own_tokens_and_those_of_its_mirror_image(
-    cache, encoder, pictures, flip, stored, small_shards
+    cache, encoder, images, flip, stored, small_shards
 ):
     module, params = encoder
-    made = cache(pictures, flip=flip, stored=stored)
-    assert (len(made), made.kind, made.fingerprint()) == (24, "image", pictures.fingerprint())
+    made = cache(images, flip=flip, stored=stored)
+    assert (len(made), made.kind, made.fingerprint()) == (24, "image", images.fingerprint())
     for index in (0, 7, 8, 23):  # of all three files
-        views = pixels(pictures, index, flip)
+        views = pixels(images, index, flip)
         if flip:
             np.testing.assert_array_equal(views[1], views[0][:, :, ::-1])
         tokens = np.asarray(module.apply({"params": params}, views))
@@ -99,22 +109,22 @@ def test_each_example_has_its_own_tokens_and_those_of_its_mirror_image(
         assert stored_tokens.dtype == ml_dtypes.bfloat16
         assert stored_tokens.shape == (tokens if flip else tokens[0]).shape
         assert (np.abs(stored_tokens.astype(np.float32) - tokens) <= error[stored] + 1e-5).all()
-        assert made[index].captions == pictures[index].captions
+        assert made[index].captions == images[index].captions
     if flip:
         assert not np.array_equal(made[0].media[0], made[0].media[1])
 
 
-def test_the_loss_on_cached_tokens_is_that_on_pictures(cache, encoder, pictures, recipe, tmp_path):
-    config = recipe.data["pictures"]
+def test_the_loss_on_cached_tokens_is_that_on_images(cache, encoder, images, recipe, tmp_path):
+    config = recipe.data["images"]
     tokenizer = train_tokenizer(
-        TokenizerConfig(300, data=("pictures",)), {"pictures": pictures}, tmp_path / "t.json"
+        TokenizerConfig(300, data=("images",)), {"images": images}, tmp_path / "t.json"
     )
     lm = dataclasses.replace(tiny.TLM, vocab_size=300, depth=1, max_len=160)
     front = make_module("front", {"kind": "mlp", "hidden_dim": 16, "width": 16})
     module, params = encoder
     lm, lm_params = tiny.lm(lm)
-    model = VAdapter({"encoder": module, "front": front, "lm": lm}, "lm", ("front",), "encoder")
-    tokens = jnp.zeros((1, *cache(pictures)[0].media.shape))
+    model = AdapterModel({"encoder": module, "front": front, "lm": lm}, "lm", ("front",), "encoder")
+    tokens = jnp.zeros((1, *cache(images)[0].media.shape))
     params = {"encoder": params, "front": tiny.init(front, tokens), "lm": lm_params}
     objective = CaptionObjective(model)
 
@@ -124,29 +134,29 @@ def test_the_loss_on_cached_tokens_is_that_on_pictures(cache, encoder, pictures,
         return objective.loss(params, visual, batch, batch["weights"].sum(), None)[0]
 
     losses = []
-    for source in (pictures, cache(pictures), cache(pictures, stored="int8")):
-        items, transform = make_stream("pictures", config, source, tokenizer, View(SIZE))
-        stream = {"pictures": (items, transform, 1.0)}
+    for source in (images, cache(images), cache(images, stored="int8")):
+        items, transform = make_stream("images", config, source, tokenizer, ImageTransform(SIZE))
+        stream = {"images": (items, transform, 1.0)}
         batch = next(make_loader(stream, global_batch=8, seed=3))
-        assert ("features" in batch) == (source is not pictures)
+        assert ("features" in batch) == (source is not images)
         check_batch(batch, 300)
         losses.append(float(loss(params, batch)))
     print("losses", losses)
     assert abs(losses[0] - losses[1]) < 1e-3
     assert abs(losses[0] - losses[2]) < 1e-3
     other = {**batch, "features": np.roll(batch["features"], 1, axis=0)}
-    assert abs(float(loss(params, other)) - losses[2]) > 1e-3  # the pictures do matter
+    assert abs(float(loss(params, other)) - losses[2]) > 1e-3  # the images do matter
 
 
-def test_what_is_there_is_not_computed_again(cache, pictures, monkeypatch):
-    first = cache(pictures)
+def test_what_is_there_is_not_computed_again(cache, images, monkeypatch):
+    first = cache(images)
     monkeypatch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed again"))
-    assert np.array_equal(cache(pictures)[3].media, first[3].media)
+    assert np.array_equal(cache(images)[3].media, first[3].media)
 
 
-def test_several_devices_compute_the_same_tokens(cache, pictures, small_shards, tmp_path):
-    one = cache(pictures, flip=True)
-    many = cache(pictures, flip=True, folder=tmp_path / "8", mesh=make_mesh(MeshConfig()))
+def test_several_devices_compute_the_same_tokens(cache, images, small_shards, tmp_path):
+    one = cache(images, flip=True)
+    many = cache(images, flip=True, folder=tmp_path / "8", mesh=make_mesh(MeshConfig()))
     assert len(jax.devices()) == 8
     for index in range(24):
         np.testing.assert_allclose(
@@ -154,11 +164,11 @@ def test_several_devices_compute_the_same_tokens(cache, pictures, small_shards, 
         )
 
 
-def test_of_two_that_want_the_same_tokens_one_computes_them(cache, pictures, monkeypatch):
+def test_of_two_that_want_the_same_tokens_one_computes_them(cache, images, monkeypatch):
     calls, compute = [], feature_cache._compute
     monkeypatch.setattr(feature_cache, "_compute", lambda *args: (calls.append(1), compute(*args)))
     made = []
-    threads = [threading.Thread(target=lambda: made.append(cache(pictures))) for _ in "12"]
+    threads = [threading.Thread(target=lambda: made.append(cache(images))) for _ in "12"]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -167,16 +177,16 @@ def test_of_two_that_want_the_same_tokens_one_computes_them(cache, pictures, mon
     assert len(calls) == 1
 
 
-def test_another_encoder_or_preprocessing_is_another_cache(cache, encoder, pictures, recipe):
+def test_another_encoder_or_preprocessing_is_another_cache(cache, encoder, images, recipe):
     module, _ = encoder
     held = make_source("held", recipe.data["held"])
     deeper = type(module)(dataclasses.replace(module.config, depth=2))
     changes = [
         {"digest": "e" * 64},
-        {"view": View(SIZE, fit="stretch")},
-        {"view": View(SIZE, interpolation="bilinear")},
-        {"view": View(SIZE, crop_pct=0.875)},
-        {"view": View(SIZE, floor=True)},
+        {"view": ImageTransform(SIZE, fit="stretch")},
+        {"view": ImageTransform(SIZE, interpolation="bilinear")},
+        {"view": ImageTransform(SIZE, crop_pct=0.875)},
+        {"view": ImageTransform(SIZE, floor=True)},
         {"flip": True},
         {"frames": 2},
         {"stored": "int8"},
@@ -189,7 +199,7 @@ def test_another_encoder_or_preprocessing_is_another_cache(cache, encoder, pictu
         patch.setattr(feature_cache, "_compute", lambda *_: None)
         patch.setattr(feature_cache, "FeatureSource", lambda source, cache: cache.folder)
         for change in ({}, *changes, {}):
-            folders.append(cache(**{"source": pictures, **change}))
+            folders.append(cache(**{"source": images, **change}))
     assert folders[0] == folders[-1]
     assert len(set(folders)) == len(changes) + 1
     keys = [json.loads((folder / "key.json").read_text()) for folder in folders]
@@ -206,7 +216,7 @@ def complete(shards):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_computation_that_stops_midway_goes_on_behind_the_last_complete_file(
-    cache, pictures, tmp_path, small_shards, flip, capsys
+    cache, images, tmp_path, small_shards, flip, capsys
 ):
     stop, batch = Stop(), 4 * (1 + flip)
 
@@ -216,34 +226,32 @@ def test_a_computation_that_stops_midway_goes_on_behind_the_last_complete_file(
             stop.signal = 15 * (i == 3)  # of six batches of four
 
     with pytest.raises(Preempted, match="stage, features: stopped by SIGTERM"):
-        cache(pictures, watch=stopping, batch=batch, flip=flip)
+        cache(images, watch=stopping, batch=batch, flip=flip)
     (folder,) = tmp_path.iterdir()
     assert names(folder) == complete([0])
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
     capsys.readouterr()
 
-    made = cache(pictures, batch=batch, flip=flip)
+    made = cache(images, batch=batch, flip=flip)
     assert "features: 16 of 24 examples" in capsys.readouterr().out
     assert names(folder) == complete(range(3))
     assert before.items() <= {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}.items()
-    whole = cache(pictures, batch=batch, flip=flip, folder=tmp_path / "whole").cache
+    whole = cache(images, batch=batch, flip=flip, folder=tmp_path / "whole").cache
     for shard in whole.shards:
         assert whole.path(shard).read_bytes() == made.cache.path(shard).read_bytes()
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
-def test_a_picture_that_cannot_be_read_becomes_a_bad_row_and_the_others_stay(
-    cache, tmp_path, stored
-):
+def test_a_image_that_cannot_be_read_becomes_a_bad_row_and_the_others_stay(cache, tmp_path, stored):
     folder = draw(tmp_path / "shapes")
-    data = read(tiny_recipe(folder)).data["pictures"]
-    (folder / "01.png").write_bytes(b"not a picture")
-    source = make_source("pictures", data)
+    data = read(tiny_recipe(folder)).data["images"]
+    (folder / "01.png").write_bytes(b"not an image")
+    source = make_source("images", data)
     tokenizer = train_tokenizer(
         TokenizerConfig(300, data=("p",)), {"p": source}, tmp_path / "t.json"
     )
     made = cache(source, stored=stored)
-    items, transform = make_stream("pictures", data, made, tokenizer, View(SIZE))
+    items, transform = make_stream("images", data, made, tokenizer, ImageTransform(SIZE))
     batch = next(iter(eval_batches(items, transform, 24)))
     assert batch["bad"].tolist() == [i == 1 for i in range(24)]
     assert batch["weights"].sum(1).astype(bool).tolist() == [i != 1 for i in range(24)]
@@ -252,25 +260,25 @@ def test_a_picture_that_cannot_be_read_becomes_a_bad_row_and_the_others_stay(
     assert list(texts(source))
 
 
-def test_tokens_that_are_not_finite_are_an_error(cache, encoder, pictures, tmp_path):
+def test_tokens_that_are_not_finite_are_an_error(cache, encoder, images, tmp_path):
     broken = jax.tree.map(lambda x: np.nan * x, encoder[1])
     with pytest.raises(DataError, match="tokens are not finite"):
-        cache(pictures, params=broken)
+        cache(images, params=broken)
     assert not list(tmp_path.rglob("*.array_record"))
 
 
 @pytest.mark.parametrize(("stored", "size"), [("bfloat16", 24 * 16 * 32), ("int8", 24 * 16 * 20)])
 def test_the_size_is_told_before_anything_is_computed_and_must_fit(
-    cache, pictures, monkeypatch, capsys, small_shards, stored, size
+    cache, images, monkeypatch, capsys, small_shards, stored, size
 ):
     free = types.SimpleNamespace(free=size + 3 * files.SLACK_BYTES - 1)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: free)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed"))
         with pytest.raises(ConfigError, match=f"need {size:,} bytes .* and .* are free. Free "):
-            cache(pictures, stored=stored)
+            cache(images, stored=stored)
     free.free += 1
-    made = cache(pictures, stored=stored)
+    made = cache(images, stored=stored)
     told = f"24 of 24 examples × 1 × 1 × 16 tokens × 16 {stored}: {size:,} bytes"
     assert told in capsys.readouterr().out
     records = sum(len(record) for i in range(24) for record in [made._records._source[i]])
@@ -288,13 +296,13 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_disk_that_fills_up_leaves_no_half_file(cache, pictures, small_shards):
+def test_a_disk_that_fills_up_leaves_no_half_file(cache, images, small_shards):
     with (
         largest_file(50_000),
         pytest.raises(ConfigError, match=r"00000.part: .*File too large.* complete shards are kep"),
     ):
-        cache(pictures)
-    made = cache(pictures)
+        cache(images)
+    made = cache(images)
     assert names(made.cache.folder) == complete(range(3))
 
 
@@ -305,33 +313,33 @@ def flipped(path, at):
 
 
 def test_a_flipped_bit_is_found_and_named_and_the_file_alone_made_again(
-    cache, pictures, small_shards, recipe, tmp_path
+    cache, images, small_shards, recipe, tmp_path
 ):
-    made = cache(pictures)
+    made = cache(images)
     path, wanted = made.cache.path(1), made.cache.path(1).read_bytes()
     record = made._records._source[10]
     flipped(path, wanted.index(record) + 100)
-    again = cache(pictures)  # the ends of the files are whole
+    again = cache(images)  # the ends of the files are whole
     assert np.array_equal(again[9].media, made[9].media)
     named = rf"{re.escape(str(path))}: record 2: .*hash mismatch.*Delete it and run"
     with pytest.raises(DataError, match=named):
         again[10]
     tokenizer = train_tokenizer(
-        TokenizerConfig(300, data=("p",)), {"p": pictures}, tmp_path / "t.json"
+        TokenizerConfig(300, data=("p",)), {"p": images}, tmp_path / "t.json"
     )
-    config = recipe.data["pictures"]
-    stream = {"p": (*make_stream("pictures", config, again, tokenizer, View(SIZE)), 1.0)}
+    config = recipe.data["images"]
+    stream = {"p": (*make_stream("images", config, again, tokenizer, ImageTransform(SIZE)), 1.0)}
     with pytest.raises(DataError, match=named):  # an epoch
         list(make_loader(stream, global_batch=8, seed=3, num_steps=3))
     path.unlink()
     others = {p: p.stat().st_mtime_ns for p in made.cache.folder.glob("*.array_record")}
-    cache(pictures)
+    cache(images)
     assert path.read_bytes() == wanted
     assert others == {p: p.stat().st_mtime_ns for p in others}
 
 
-def test_bits_flipped_anywhere_are_found_or_change_nothing(cache, pictures, small_shards):
-    made = cache(pictures)
+def test_bits_flipped_anywhere_are_found_or_change_nothing(cache, images, small_shards):
+    made = cache(images)
     path = made.cache.path(2)
     data, tokens = path.read_bytes(), [made[i].media for i in range(16, 24)]
     found, rng = 0, np.random.default_rng(0)
@@ -339,7 +347,7 @@ def test_bits_flipped_anywhere_are_found_or_change_nothing(cache, pictures, smal
     for at in (*rng.integers(0, len(data), 100), *rng.integers(0, 6000, 100), seal):
         flipped(path, at)
         try:
-            source = files.FeatureSource(pictures, made.cache)
+            source = files.FeatureSource(images, made.cache)
             for index, wanted in enumerate(tokens, 16):
                 np.testing.assert_array_equal(source[index].media, wanted)
         except DataError as error:
@@ -359,20 +367,18 @@ def test_bits_flipped_anywhere_are_found_or_change_nothing(cache, pictures, smal
         (lambda p: p.unlink(), "is missing: the cached tokens are not complete"),
     ],
 )
-def test_a_file_that_is_not_that_of_the_cache_is_named(
-    cache, pictures, small_shards, change, named
-):
-    made = cache(pictures).cache
+def test_a_file_that_is_not_that_of_the_cache_is_named(cache, images, small_shards, change, named):
+    made = cache(images).cache
     change(made.path(1))
     with pytest.raises(DataError, match=rf"{re.escape(str(made.path(1)))}.*{named}"):
-        files.FeatureSource(pictures, made)
+        files.FeatureSource(images, made)
 
 
-def test_the_files_of_another_encoder_are_refused(cache, pictures, small_shards):
-    made, other = cache(pictures).cache, cache(pictures, digest="e" * 64).cache
+def test_the_files_of_another_encoder_are_refused(cache, images, small_shards):
+    made, other = cache(images).cache, cache(images, digest="e" * 64).cache
     shutil.copy(other.path(0), made.path(0))
     with pytest.raises(DataError, match=f"a shard of another cache, .*{other.key}"):
-        cache(pictures)
+        cache(images)
 
 
 def test_files_hold_64_mib_or_more_and_are_never_many():
@@ -387,15 +393,15 @@ def test_files_hold_64_mib_or_more_and_are_never_many():
     assert spans == list(range(6000))
 
 
-def test_a_worker_reads_the_same_tokens(cache, pictures, recipe, tmp_path, small_shards):
-    made = cache(pictures)
+def test_a_worker_reads_the_same_tokens(cache, images, recipe, tmp_path, small_shards):
+    made = cache(images)
     sent = pickle.dumps(made)
     assert len(sent) < 24 * made.cache.record_bytes  # the tokens stay on disk
     assert np.array_equal(pickle.loads(sent)[5].media, made[5].media)
     tokenizer = train_tokenizer(
-        TokenizerConfig(300, data=("p",)), {"p": pictures}, tmp_path / "t.json"
+        TokenizerConfig(300, data=("p",)), {"p": images}, tmp_path / "t.json"
     )
-    items = make_stream("pictures", recipe.data["pictures"], made, tokenizer, View(SIZE))
+    items = make_stream("images", recipe.data["images"], made, tokenizer, ImageTransform(SIZE))
     load = functools.partial(make_loader, {"p": (*items, 1.0)}, global_batch=8, seed=3, num_steps=4)
     for here, there in zip(load(threads=4), load(workers=1, threads=2), strict=True):
         assert here["features"].dtype == there["features"].dtype == ml_dtypes.bfloat16

@@ -22,7 +22,7 @@ COMMAND = """
 import sys
 from vadapter.cli.main import main
 from vadapter.data import features
-feature_cache.SHARD_BYTES, feature_cache.ROUND = 1, 4  # six files for the 24 pictures
+feature_cache.SHARD_BYTES, feature_cache.ROUND = 1, 4  # six files for the 24 images
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -56,13 +56,13 @@ def test_a_command_that_is_killed_goes_on_behind_the_last_complete_file(recipe, 
     have, kept = [], {}
     # Six files, a batch each; a batch is written once the next has begun.
     for name, code, batch in (("KILL", -signal.SIGKILL, 3), ("TERM", PREEMPTED, 2)):
-        with start(recipe, f"--out={out}", fault=f"{name}:pictures:features:{batch}") as process:
+        with start(recipe, f"--out={out}", fault=f"{name}:images:features:{batch}") as process:
             text = process.communicate()[0]
         assert process.returncode == code, text
         assert kept.items() <= shards(out).items()
         kept = shards(out)
         have.append(len(kept))
-    assert "pictures, features: stopped by SIGTERM; run the same command again to go on" in text
+    assert "images, features: stopped by SIGTERM; run the same command again to go on" in text
     assert have == [2, 3]
     with start(recipe, f"--out={out}") as process:
         text = process.communicate()[0]
@@ -72,7 +72,7 @@ def test_a_command_that_is_killed_goes_on_behind_the_last_complete_file(recipe, 
     told = f"12 of 24 examples × 2 × 1 × 16 tokens × 16 bfloat16: {size:,} bytes"
     assert told in text
     assert "features: 12/12" in text
-    assert f"pictures: {folder}\n  --config.data.pictures.cache=True --config.data.pictures" in text
+    assert f"images: {folder}\n  --config.data.images.cache=True --config.data.images" in text
     with start(recipe, f"--out={tmp_path / 'whole'}") as process:
         process.communicate()
     assert len(shards(out)) == 6
@@ -102,21 +102,21 @@ def test_kills_at_random_times_leave_nothing_but_complete_files(recipe, tmp_path
 
 def test_training_reads_what_the_command_wrote(recipe, tmp_path, monkeypatch, capsys):
     values = load(str(recipe))
-    override(values, [f"data.pictures.cache_dir={tmp_path / 'shared'}"])
+    override(values, [f"data.images.cache_dir={tmp_path / 'shared'}"])
     ((name, config, made),) = write_caches(read(values), stored="int8")
-    assert (name, config.cache_dtype, config.flip) == ("pictures", "int8", True)
-    override(values, ["data.pictures.cache_dtype=int8", "chain=decoder"])
+    assert (name, config.cache_dtype, config.flip) == ("images", "int8", True)
+    override(values, ["data.images.cache_dtype=int8", "chain=decoder"])
     monkeypatch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed again"))
     identities = []
     for workdir in ("a", "b"):  # two runs, one folder
         stage = Stage(Run(read(values), tmp_path / workdir), "decoder")
         frozen = stage.load_params()[1]
-        items, _ = stage.stream("pictures", frozen)
+        items, _ = stage.stream("images", frozen)
         assert items.cache.folder == made.cache.folder
         np.testing.assert_array_equal(items[5].media, made[5].media)
         assert not (tmp_path / workdir / "features").exists()
         identities.append(stage.identity())
-        override(values, [f"data.pictures.cache_dir={(tmp_path / 'shared').resolve()}/."])
+        override(values, [f"data.images.cache_dir={(tmp_path / 'shared').resolve()}/."])
     assert identities[0] == identities[1]  # where it lies does not count
 
 
@@ -129,18 +129,18 @@ def test_a_run_directory_gets_the_caches_that_its_stages_look_for(recipe, tmp_pa
 @pytest.mark.parametrize(
     ("names", "changes", "told"),
     [
-        (("pictuers",), (), "--data=pictuers: unknown; did you mean 'pictures'"),
-        ((), ("data.pictures.cache=false",), "no data set of the recipe has cache=True"),
+        (("pictuers",), (), "--data=pictuers: unknown; did you mean 'images'"),
+        ((), ("data.images.cache=false",), "no data set of the recipe has cache=True"),
         (("documents",), (), "data.documents: no stage of the recipe's chain sees it, encoder fr"),
         (("clips",), (), "data.clips: no stage of the recipe's chain sees it, encoder frozen"),
         ((), ("stages.decoder.start.encoder=vision",), "RUN/vision is not finished"),
-        ((), ("data.pictures.cache_dir=$NOWHERE_AT_ALL",), "NOWHERE_AT_ALL is not set"),
+        ((), ("data.images.cache_dir=$NOWHERE_AT_ALL",), "NOWHERE_AT_ALL is not set"),
     ],
 )
 def test_what_cannot_be_cached_is_told(recipe, tmp_path, names, changes, told):
     values = load(str(recipe))
     with values.unlocked():
-        vision = {"kind": "vision", "steps": 1, "batch": 8, "data": {"pictures": 1.0}}
+        vision = {"kind": "vision", "steps": 1, "batch": 8, "data": {"images": 1.0}}
         values.stages.vision = {**vision, "optim": {"warmup": 0}}
         values.chain = ("vision", "decoder")
     override(values, changes)
@@ -150,7 +150,7 @@ def test_what_cannot_be_cached_is_told(recipe, tmp_path, names, changes, told):
 
 
 def test_somewhere_to_write_must_be_named(recipe):
-    with pytest.raises(ConfigError, match=r"data\.pictures: nowhere to write; give --out"):
+    with pytest.raises(ConfigError, match=r"data\.images: nowhere to write; give --out"):
         list(write_caches(read(load(str(recipe)))))
 
 

@@ -88,7 +88,7 @@ def test_the_table_says_of_each_component_how_large_it_is_and_where_it_starts(co
     [("random", "random"), ("tlm", "stage tlm"), ("decoder", "stage decoder")],
     ids=["random", "language-pretrained", "stage 1"],
 )
-def test_the_papers_three_initialisations_differ_by_one_word(config, world, start, source):
+def test_the_papers_three_initializations_differ_by_one_word(config, world, start, source):
     """Paper, Table 3."""
     config.stages.vadapter.start.tlm = start
     starts, shapes, _ = planned(config, world[1])

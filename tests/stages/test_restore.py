@@ -9,7 +9,7 @@ import pytest
 from support.recipes import tiny_recipe
 
 from vadapter.checkpoints.digest import combined, tree_digests
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.recipe.schema import make_model, read
@@ -36,7 +36,7 @@ def digest(tree):
 
 def test_a_moved_run_opens_without_data_and_weights_as_it_was_trained(run):
     loaded = open_run(run)
-    assert (loaded.stage, loaded.step, loaded.view) == ("perceiver", 40, View(32))
+    assert (loaded.stage, loaded.step, loaded.view) == ("perceiver", 40, ImageTransform(32))
     record = lambda stage: json.loads((run / stage / "done.json").read_text())  # noqa: E731
     done = {stage: record(stage)["components"] for stage in loaded.recipe.chain}
     expected = {
@@ -52,7 +52,7 @@ def test_a_moved_run_opens_without_data_and_weights_as_it_was_trained(run):
     assert loaded.tokenizer.digest == record("perceiver")["identity"]["tokenizer"]
 
 
-def test_a_stage_is_opened_by_its_name_and_text_stages_have_no_pictures(run):
+def test_a_stage_is_opened_by_its_name_and_text_stages_have_no_images(run):
     loaded = open_run(run, "vadapter", step=40)
     assert set(loaded.params) == {"encoder", "resampler", "fc_in", "tlm", "fc_out", "llm"}
     assert "embedding" not in loaded.params["tlm"]  # left behind at the hand-over

@@ -12,7 +12,7 @@ from support import tiny
 
 from vadapter.data.batch import fake_batch
 from vadapter.distributed.mesh import MeshConfig, batch_sharding, make_mesh, shardings
-from vadapter.models.adapter_model import VAdapter
+from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.lm import LM
 from vadapter.stages.steps import CaptionObjective, init_state, make_train_step, split
 
@@ -21,11 +21,11 @@ TRAINED = ("resampler", "fc_in", "tlm", "fc_out")
 FROZEN = ("encoder", "llm")
 OBJECTIVE = CaptionObjective(MODEL)
 # Compile faster, where any model will do.
-STAGE1 = VAdapter(
+STAGE1 = AdapterModel(
     {name: MODEL.modules[name] for name in ("encoder", "resampler", "tlm")},
     lm="tlm", chain=("resampler",), encoder="encoder",
 )  # fmt: skip
-TEXT = VAdapter({"tlm": LM(tiny.TLM)}, lm="tlm")
+TEXT = AdapterModel({"tlm": LM(tiny.TLM)}, lm="tlm")
 SGD = optax.sgd(0.1, momentum=0.9)  # Adam's first steps amplify rounding: no use in comparisons
 
 
@@ -141,7 +141,7 @@ def test_the_split_step_takes_less_memory_than_one_that_masks_the_whole_tree(two
 
 def test_logits_are_computed_at_targets_alone():
     """With a vocabulary that outweighs the layers, cost follows the number of targets."""
-    model = VAdapter({"tlm": LM(dataclasses.replace(tiny.TLM, vocab_size=4096))}, lm="tlm")
+    model = AdapterModel({"tlm": LM(dataclasses.replace(tiny.TLM, vocab_size=4096))}, lm="tlm")
     shapes = nn.unbox(jax.eval_shape(lambda k: model.init(k, None), jax.random.key(0)))
 
     def flops(targets):
@@ -236,7 +236,7 @@ def test_the_state_is_donated_whole(text_params, adam):
 
 
 def test_dropout_depends_on_seed_and_step_alone(text_params):
-    model = VAdapter({"tlm": LM(dataclasses.replace(tiny.TLM, dropout=0.5))}, lm="tlm")
+    model = AdapterModel({"tlm": LM(dataclasses.replace(tiny.TLM, dropout=0.5))}, lm="tlm")
     step = jax.jit(make_train_step(CaptionObjective(model), SGD, seed=0, dropout=True))
     state = init_state(text_params, SGD)
 

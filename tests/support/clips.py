@@ -1,4 +1,4 @@
-"""Clips of plain pictures, each of which tells its number, in any container."""
+"""Clips of plain images, each of which tells its number, in any container."""
 
 import dataclasses
 import io
@@ -11,8 +11,8 @@ import pytest
 SIZE = (48, 64)  # H, W
 
 
-def picture(index: int) -> np.ndarray:
-    """A plain picture that tells its number by its grey level, ten apart."""
+def image(index: int) -> np.ndarray:
+    """A plain image that tells its number by its gray level, ten apart."""
     return np.full((*SIZE, 3), 10 * index, np.uint8)
 
 
@@ -42,14 +42,14 @@ CODINGS = [
 needs = {name for name in ("libx264", "libvpx-vp9") if name not in av.codecs_available}
 
 
-def clip(pictures, coding=LOSSLESS, *, stamps=None, rate=10, rotation=0) -> bytes:
-    """Encodes pictures, shown at `stamps` (in units of 1/rate seconds), or one after another."""
+def clip(images, coding=LOSSLESS, *, stamps=None, rate=10, rotation=0) -> bytes:
+    """Encodes images, shown at `stamps` (in units of 1/rate seconds), or one after another."""
     if coding.codec in needs:
         pytest.skip(f"this build of PyAV cannot write {coding.codec}")
     buffer = io.BytesIO()
     with av.open(buffer, "w", coding.container) as container:
         stream = container.add_stream(coding.codec, rate=rate, options=dict(coding.options))
-        stream.height, stream.width = pictures[0].shape[:2]
+        stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = coding.pixels
         stream.bit_rate = 4_000_000
         stream.codec_context.thread_count = 1
@@ -58,7 +58,7 @@ def clip(pictures, coding=LOSSLESS, *, stamps=None, rate=10, rotation=0) -> byte
             if not hasattr(stream, "set_display_rotation"):
                 pytest.skip("this version of PyAV cannot write a rotation")
             stream.set_display_rotation(rotation)
-        for index, pixels in enumerate(pictures):
+        for index, pixels in enumerate(images):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts = index if stamps is None else stamps[index]
             frame.time_base = Fraction(1, rate)

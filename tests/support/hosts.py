@@ -22,7 +22,7 @@ from support import runs
 DEVICES = 2
 DEADLINE = 60  # seconds; heartbeats are lost after a third of it
 MARGIN = 20  # seconds, for a busy machine, on top of whatever ends a host
-# Without optimisation these programs compile in half the time.
+# Without optimization these programs compile in half the time.
 FLAGS = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
 LIMIT = 240  # seconds until a job is taken to hang: far more than any deadline in the tests
 
@@ -178,7 +178,7 @@ class Job:
 def run_python(script: str, *arguments: str, n: int = 2, deadline: float = DEADLINE) -> list[str]:
     """Runs a script on several hosts, after `hosts.start()`; what they print, once all are done."""
     port = free_port()
-    begin = "from vadapter.parallel import hosts\nhosts.start()\n"
+    begin = "from vadapter.distributed import hosts\nhosts.start()\n"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", begin + script, *arguments],

@@ -21,7 +21,7 @@ def write_tar(path: Path, files: dict[str, bytes], *, format: int = tarfile.USTA
     return path
 
 
-def picture(level: int, size: int = 8) -> bytes:
+def image(level: int, size: int = 8) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (size, size), (level,) * 3).save(buffer, "PNG")
     return buffer.getvalue()
@@ -36,15 +36,15 @@ def write_rows(path: Path, rows: list) -> Path:
 def row(index: int, **more) -> dict:
     return {
         "image": f"{index}.png",
-        "captions": [f"number {index}", "grey"],
+        "captions": [f"number {index}", "gray"],
         "split": "train",
     } | more
 
 
 def tars(folder: Path, rows: list | None = None, count: int = 5) -> Path:
-    """Two shards of `count` pictures and captions.jsonl."""
+    """Two shards of `count` images and captions.jsonl."""
     for shard in range(2):
-        files = {f"{i}.png": picture(i * 20) for i in range(count) if i % 2 == shard}
+        files = {f"{i}.png": image(i * 20) for i in range(count) if i % 2 == shard}
         write_tar(folder / f"train-00{shard}.tar", files)
     rows = [row(i) for i in range(count)] if rows is None else rows
     write_rows(folder / "captions.jsonl", rows)
@@ -53,7 +53,7 @@ def tars(folder: Path, rows: list | None = None, count: int = 5) -> Path:
 
 def folder_of(path: Path, rows: list | None = None, count: int = 5) -> Path:
     for i in range(count):
-        (path / f"{i}.png").write_bytes(picture(i * 20))
+        (path / f"{i}.png").write_bytes(image(i * 20))
     return write_rows(
         path / "table.jsonl", [row(i) for i in range(count)] if rows is None else rows
     )
@@ -66,11 +66,11 @@ def contents(source: Source) -> list:
     ]
 
 
-EXPECTED = [(f"{i}.png", i * 20, (f"number {i}", "grey"), ()) for i in range(5)]
+EXPECTED = [(f"{i}.png", i * 20, (f"number {i}", "gray"), ()) for i in range(5)]
 
 
 def pairs(folder: Path, count: int = 4, each: int = 3) -> Path:
-    """Shards 00000.tar … of pictures and captions, as img2dataset writes them."""
+    """Shards 00000.tar … of images and captions, as img2dataset writes them."""
     folder.mkdir(exist_ok=True)
     for shard in range(count):
         files = {}
@@ -83,8 +83,8 @@ def pairs(folder: Path, count: int = 4, each: int = 3) -> Path:
                 "status": "success",
             }
             files |= {
-                f"{key}.png": picture(shard * 20 + i),
-                f"{key}.txt": f"shard {shard}, picture {i}".encode(),
+                f"{key}.png": image(shard * 20 + i),
+                f"{key}.txt": f"shard {shard}, image {i}".encode(),
                 f"{key}.json": json.dumps(note).encode(),
             }
         write_tar(folder / f"{shard:05d}.tar", files)

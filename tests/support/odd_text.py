@@ -1,4 +1,4 @@
-"""Texts on which tokenizers differ, for every test that compares or round-trips one."""
+"""Texts on which tokenizers differ, forevery test that compares or round-trips one."""
 
 SPECIALS = (
     "</s>",
@@ -58,7 +58,7 @@ ODD = (
     "<0x41> <0x0A> is text",
     "soft\u00adhyphen \u2028 \u2029 \x85",
     "Describe the following: :",
-    ". Question: What colour is the dog? Answer:",
+    ". Question: What color is the dog? Answer:",
     "x" * 300,
     " " * 40 + "." * 40,
     "ab" * 100 + "\n" * 20,

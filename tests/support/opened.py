@@ -11,9 +11,9 @@ from vadapter.recipe.schema import Recipe, read
 
 
 def recipe(root: Path, **changes: Any) -> Recipe:
-    """The recipe over root/shapes; `changes` are keys of its data set `pictures`."""
+    """The recipe over root/shapes; `changes` are keys of its data set `images`."""
     config = tiny_recipe(root / "shapes")
-    config.data.pictures.update(changes)
+    config.data.images.update(changes)
     return read(config)
 
 

@@ -2,7 +2,7 @@
 
 python tests/study/planned.py v5e v6e    # plans what planned.json lacks: minutes a cell
 python tests/study/planned.py            # writes the README's table from planned.json
-python tests/study/planned.py gate       # plans the rows of estimated_cycles.json anew
+python tests/study/planned.py gate       # plans the rows of estimated_cycles.json again
 
 The table: every scale of the paper on the smallest slice it fits.
 """
@@ -78,7 +78,7 @@ def measured(found: Figures) -> dict[str, Any]:
 
 
 def record_gate() -> None:
-    """Measures its rows anew, for another compiler or a program that is better."""
+    """Measures its rows again, for another compiler or a program that is better."""
     jax.config.update("jax_platforms", "cpu")
     gate = json.loads(GATE.read_text())
     made = [row | measured(gated(row)) for row in gate["rows"]]

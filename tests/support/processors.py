@@ -1,4 +1,4 @@
-"""Preprocessor files of published encoders, and pictures like photos."""
+"""Preprocessor files of published encoders, and images like photos."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def write_processor(folder: Path, config: object) -> Path:
     return folder
 
 
-def picture(height: int, width: int) -> np.ndarray:
+def image(height: int, width: int) -> np.ndarray:
     """Like a photo: structure of all sizes, hard edges, saturated areas and noise."""
     rng = np.random.default_rng(0)
     pixels = np.zeros((height, width, 3))

@@ -1,5 +1,5 @@
 # ruff: noqa: C408
-"""A whole chain of stages in seconds: drawn pictures of 32 pixels, models of width 16 and 24.
+"""A whole chain of stages in seconds: drawn images of 32 pixels, models of width 16 and 24.
 
     shapes = draw(tmp_path / "shapes")
     train(read(tiny_recipe(shapes)), tmp_path / "run")
@@ -16,37 +16,37 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 SIZE = 32
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220)}
+COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220)}
 SHAPES = ("circle", "square", "bar")
 GROUNDS = {"white": (245, 245, 245), "black": (15, 15, 15)}
 FRAMES = 8
 
 
 def draw(folder: Path) -> Path:
-    """Draws 36 pictures and 24 clips with captions and questions; a third of them is held out.
+    """Draws 36 images and 24 clips with captions and questions; a third of them is held out.
 
-    Files: pictures.jsonl (captions), questions.jsonl (of the same pictures) and clips.jsonl.
+    Files: images.jsonl (captions), questions.jsonl (of the same images) and clips.jsonl.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tables: dict[str, list[dict[str, Any]]] = {"pictures": [], "questions": [], "clips": []}
-    kinds = list(itertools.product(COLOURS, SHAPES, GROUNDS))
-    for i, (colour, shape, ground) in enumerate(kinds * 2):
+    tables: dict[str, list[dict[str, Any]]] = {"images": [], "questions": [], "clips": []}
+    kinds = list(itertools.product(COLORS, SHAPES, GROUNDS))
+    for i, (color, shape, ground) in enumerate(kinds * 2):
         name, split = f"{i:02d}.png", "val" if i % 3 == 2 else "train"
-        _picture(colour, shape, ground, offset=i // len(kinds)).save(folder / name)
-        captions = [f"a {colour} {shape} on {ground}", f"{colour} {shape} , {ground} ground"]
-        tables["pictures"].append({"image": name, "captions": captions, "split": split})
+        _image(color, shape, ground, offset=i // len(kinds)).save(folder / name)
+        captions = [f"a {color} {shape} on {ground}", f"{color} {shape} , {ground} ground"]
+        tables["images"].append({"image": name, "captions": captions, "split": split})
         for question, answer, kind in (
-            ("what colour is it?", colour, "colour"),
+            ("what color is it?", color, "color"),
             ("is the ground black?", "yes" if ground == "black" else "no", "yes/no"),
         ):
             row = {"image": name, "question": question, "answer": answer, "kind": kind}
             tables["questions"].append({**row, "split": split})
-    for i, (colour, way, _) in enumerate(itertools.product(COLOURS, ("left", "right"), range(4))):
+    for i, (color, way, _) in enumerate(itertools.product(COLORS, ("left", "right"), range(4))):
         name, split = f"{i:02d}.gif", "val" if i % 3 == 2 else "train"
         steps = [n if way == "right" else FRAMES - 1 - n for n in range(FRAMES)]
-        frames = [_picture(colour, "bar", "white", offset=2 * n - 7) for n in steps]
+        frames = [_image(color, "bar", "white", offset=2 * n - 7) for n in steps]
         frames[0].save(folder / name, save_all=True, append_images=frames[1:], duration=100)
-        captions = [f"a {colour} bar moves {way}", f"the {colour} bar goes to the {way}"]
+        captions = [f"a {color} bar moves {way}", f"the {color} bar goes to the {way}"]
         tables["clips"].append({"clip": name, "captions": captions, "split": split})
     for name, rows in tables.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -54,14 +54,14 @@ def draw(folder: Path) -> Path:
     return folder
 
 
-def _picture(colour: str, shape: str, ground: str, offset: int = 0) -> Image.Image:
+def _image(color: str, shape: str, ground: str, offset: int = 0) -> Image.Image:
     image = Image.new("RGB", (SIZE, SIZE), GROUNDS[ground])
     pen, x = ImageDraw.Draw(image), SIZE // 2 + offset
     if shape == "circle":
-        pen.ellipse((x - 8, 8, x + 8, 24), fill=COLOURS[colour])
+        pen.ellipse((x - 8, 8, x + 8, 24), fill=COLORS[color])
     else:
         half = 8 if shape == "square" else 3
-        pen.rectangle((x - half, 8, x + half, 24), fill=COLOURS[colour])
+        pen.rectangle((x - half, 8, x + half, 24), fill=COLORS[color])
     return image
 
 
@@ -83,7 +83,7 @@ def tiny_recipe(shapes: Path, *, steps: int = 4, batch: int = 8) -> ConfigDict:
     )
     caption = dict(task="caption", text_len=40, target_len=36, texts=2)
     question = dict(task="question", text_len=60, target_len=20, texts=2)
-    documents = dict(kind="documents", groups=[str(shapes / "pictures.jsonl")], variants=2)
+    documents = dict(kind="documents", groups=[str(shapes / "images.jsonl")], variants=2)
     lm = dict(kind="lm", vocab_size=0, depth=1, heads=2, max_len=160)
     vit = dict(kind="vit", image_size=SIZE, patch=8, width=16, depth=1, heads=2, mlp_dim=32)
     queries = dict(kind="resampler", queries=4, query_dim=16, hidden_dim=16, heads=2, frames=FRAMES)
@@ -91,7 +91,7 @@ def tiny_recipe(shapes: Path, *, steps: int = 4, batch: int = 8) -> ConfigDict:
         steps=steps, batch=batch, save_every=steps, log_every=2,
         optim=dict(lr=1e-2, warmup=1, clip=1.0),
     )  # fmt: skip
-    still = dict(data=dict(pictures=1.0), loss=("held",), loss_batches=1)
+    still = dict(data=dict(images=1.0), loss=("held",), loss_batches=1)
     looks = dict(eval_every=steps // 2, eval_limit=8)
     start = dict(resampler="decoder", fc_in="decoder", tlm="decoder", llm="llm", encoder="vision")
     return ConfigDict(
@@ -116,10 +116,10 @@ def tiny_recipe(shapes: Path, *, steps: int = 4, batch: int = 8) -> ConfigDict:
             ),
             data=dict(
                 documents=dict(task="document", text_len=48, source=documents),
-                pictures=dict(**caption, source=source("pictures", "train")),
+                images=dict(**caption, source=source("images", "train")),
                 questions=dict(**question, source=source("questions", "train")),
                 clips=dict(**caption, source=source("clips", "train")),
-                held=dict(**caption, source=source("pictures", "val")),
+                held=dict(**caption, source=source("images", "val")),
                 held_questions=dict(**question, source=source("questions", "val")),
                 held_clips=dict(**caption, source=source("clips", "val")),
             ),
@@ -135,14 +135,14 @@ def tiny_recipe(shapes: Path, *, steps: int = 4, batch: int = 8) -> ConfigDict:
                     kind="lm", lm="llm", data=dict(documents=1.0), loss=("documents",),
                     loss_batches=1, **every,
                 ),
-                vision=dict(kind="vision", data=dict(pictures=1.0), **every),
+                vision=dict(kind="vision", data=dict(images=1.0), **every),
                 decoder=dict(
                     kind="decoder", lm="tlm", chain=("resampler", "fc_in"),
                     start=dict(tlm="tlm", encoder="vision"), **still, **every,
                 ),
                 vadapter=dict(
                     kind="adapter", lm="llm", chain=("resampler", "fc_in", "tlm", "fc_out"),
-                    start=start, **{**still, "data": dict(pictures=1.0, clips=1.0)}, **looks,
+                    start=start, **{**still, "data": dict(images=1.0, clips=1.0)}, **looks,
                     evals=("captions", "answers", "clips"), **every,
                 ),
                 perceiver=dict(

@@ -68,7 +68,7 @@ if os.environ.get("INTERRUPTED"):
 
 
 def prepare(folder: Path) -> Path:
-    """Draws the pictures, and makes an encoder that another run might have trained."""
+    """Draws the images, and makes an encoder that another run might have trained."""
     spec = tiny_recipe(draw(folder / "shapes")).components.encoder.to_dict()
     size = spec["image_size"]
     params = tiny.init(make_module("encoder", spec), jnp.zeros((1, 1, size, size, 3)))
@@ -87,7 +87,7 @@ def hand_over(stage: Path, components: dict[str, Any]) -> None:
 def small(folder: Path) -> ConfigDict:
     """llm (text; dropout, two micro-batches) → decoder → vadapter, both on cached tokens.
 
-    Six steps of eight each, saved at every second; an epoch of the 24 pictures is three steps. The
+    Six steps of eight each, saved at every second; an epoch of the 24 images is three steps. The
     encoder was trained by another run, and the parts of the chain are the simplest there are.
 
     Args:
@@ -98,7 +98,7 @@ def small(folder: Path) -> ConfigDict:
     inner = {"front": "decoder", "tlm": "decoder", "llm": "llm"}
     every = {"steps": STEPS, "batch": 8, "save_every": 2, "log_every": 1}
     every["optim"] = {"lr": 1e-2, "warmup": 1}
-    see = {**every, "data": {"pictures": 1.0}}
+    see = {**every, "data": {"images": 1.0}}
     llm = {"kind": "lm", "lm": "llm", "data": {"documents": 1.0}, "accumulate": 2, "dropout": True}
     decoder = {"kind": "decoder", "lm": "tlm", "chain": ("front",), "start": encoder}
     vadapter = {"kind": "adapter", "lm": "llm", "chain": ("front", "tlm", "fc_out")}
@@ -107,7 +107,7 @@ def small(folder: Path) -> ConfigDict:
         config.chain = CHAIN
         config.components.front = {"kind": "mlp", "hidden_dim": 16, "width": 16}
         config.components.llm.dropout = 0.1
-        config.data.pictures.update(cache=True, flip=True, texts=1)
+        config.data.images.update(cache=True, flip=True, texts=1)
         config.evals = {"captions": config.evals.captions}
         config.stages = {"llm": llm | every, "decoder": decoder | see, "vadapter": vadapter | see}
     return config
@@ -124,8 +124,8 @@ def text_only(folder: Path, **stage: Any) -> ConfigDict:
     return config
 
 
-def blind(folder: Path, table: str = "pictures", **stage: Any) -> ConfigDict:
-    """The stage `decoder` alone, on pictures as they are: for `fake_step`, which sees none."""
+def blind(folder: Path, table: str = "images", **stage: Any) -> ConfigDict:
+    """The stage `decoder` alone, on images as they are: for `fake_step`, which sees none."""
     config = small(folder)
     with config.unlocked():
         config.chain = ("decoder",)

@@ -1,9 +1,9 @@
-"""Small benchmarks in their official formats, with the pictures that `recipes.draw` has drawn.
+"""Small benchmarks in their official formats, with the images that `recipes.draw` has drawn.
 
-flickr8k  15 test pictures with five captions each, and 3 of train
-okvqa     3 questions about 2 pictures, and 2 of train about one
-vqav2     the same without pictures of train, and 2 of test-dev, whose answers are not public
-daquar    30 questions about 5 pictures, and 2 of train about one
+flickr8k  15 test images with five captions each, and 3 of train
+okvqa     3 questions about 2 images, and 2 of train about one
+vqav2     the same without images of train, and 2 of test-dev, whose answers are not public
+daquar    30 questions about 5 images, and 2 of train about one
 """
 
 import json
@@ -28,16 +28,16 @@ def write_benchmarks(root: Path, shapes: Path) -> Path:
     write_media(root / "okvqa" / "train2014", ["COCO_train2014_000000000009.jpg"])
     _test_dev(root / "vqav2")
     _daquar(root / "daquar")
-    pictures = sorted(shapes.glob("*.png"))
+    files = sorted(shapes.glob("*.png"))
     for n, path in enumerate(sorted(p for p in root.rglob("*") if p.suffix in (".jpg", ".png"))):
-        shutil.copy(pictures[n], path)
+        shutil.copy(files[n], path)
     _flickr8k(root / "flickr8k", shapes)
     return root
 
 
 def _flickr8k(folder: Path, shapes: Path) -> None:
     (folder / "Flicker8k_Dataset").mkdir(parents=True)
-    drawn = [json.loads(line) for line in (shapes / "pictures.jsonl").read_text().splitlines()]
+    drawn = [json.loads(line) for line in (shapes / "images.jsonl").read_text().splitlines()]
     images = []
     for n, row in enumerate(drawn[: PHOTOS + 3]):
         name = f"{1000 + n}_{n:010x}.jpg"

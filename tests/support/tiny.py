@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vadapter.models.adapter_model import Fc, FcConfig, VAdapter
+from vadapter.models.adapter_model import AdapterModel, Projection, ProjectionConfig
 from vadapter.models.adapters.resampler import Resampler, ResamplerConfig
 from vadapter.models.lm import LM, LMConfig
 from vadapter.models.vit import ViT, ViTConfig
@@ -61,7 +61,7 @@ def paths(tree: Any) -> dict[str, Any]:
     return {"/".join(map(part, path)): leaf for path, leaf in flat}
 
 
-def boxed(model: VAdapter, frames: int = 1) -> dict[str, Any]:
+def boxed(model: AdapterModel, frames: int = 1) -> dict[str, Any]:
     """Shapes of every component's parameters, the encoder's included, in logical-axis boxes."""
     rng = jax.random.key(0)
     encoder = model.modules[model.encoder]
@@ -71,15 +71,15 @@ def boxed(model: VAdapter, frames: int = 1) -> dict[str, Any]:
     return {model.encoder: variables["params"]} | rest
 
 
-def stage2(**overrides: Any) -> VAdapter:
+def stage2(**overrides: Any) -> AdapterModel:
     """encoder → resampler → fc_in → tlm → fc_out → llm."""
     modules = {
         "encoder": ViT(VIT),
         "resampler": Resampler(RESAMPLER),
-        "fc_in": Fc(FcConfig(TLM.width)),
+        "fc_in": Projection(ProjectionConfig(TLM.width)),
         "tlm": LM(TLM),
-        "fc_out": Fc(FcConfig(LLM.width)),
+        "fc_out": Projection(ProjectionConfig(LLM.width)),
         "llm": LM(LLM),
     }
     chain = ("resampler", "fc_in", "tlm", "fc_out")
-    return VAdapter(modules=modules, encoder="encoder", chain=chain, lm="llm", **overrides)
+    return AdapterModel(modules=modules, encoder="encoder", chain=chain, lm="llm", **overrides)

@@ -16,7 +16,7 @@ from vadapter.cli.main import main
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.evaluate import partial_results as part_module
 from vadapter.evaluate.describe import describe
-from vadapter.evaluate.partial_results import Part
+from vadapter.evaluate.partial_results import PartialResults
 from vadapter.io import buckets, gcs_lock, storage
 from vadapter.io.json_files import rows
 from vadapter.models.registry import make_module
@@ -174,26 +174,26 @@ def get_config(arg):
         config.stages = {{"decoder": config.stages.decoder}}
         config.stages.decoder.evals = ("captions",)
     config.stages.decoder.start.encoder = "gs://bucket/outside/vision"
-    config.data.pictures.cache = False
-    config.data.documents.source.groups = ("gs://bucket/shapes/pictures.jsonl",)
-    for name in ("pictures", "held"):
-        config.data[name].source.table = "gs://bucket/shapes/pictures.jsonl"
+    config.data.images.cache = False
+    config.data.documents.source.groups = ("gs://bucket/shapes/images.jsonl",)
+    for name in ("images", "held"):
+        config.data[name].source.table = "gs://bucket/shapes/images.jsonl"
     return config
 """
 
 
 @pytest.fixture(scope="module")
-def pictures(bucket, folder):
-    """A run that sees pictures, all of it in the bucket: table, pictures, encoder and directory."""
+def images(bucket, folder):
+    """A run that sees images, all of it in the bucket: table, images, encoder and directory."""
     size = runs.small(folder).components.encoder.to_dict()
     module = make_module("encoder", size)
     image = jnp.zeros((1, 1, size["image_size"], size["image_size"], 3))
     outside = storage.as_path("gs://bucket/outside/vision")
     runs.hand_over(outside, {"encoder": tiny.init(module, image)})
     bucket.upload(folder / "shapes", "shapes")
-    recipe = folder / "pictures.py"
+    recipe = folder / "images.py"
     recipe.write_text(RECIPE.format(tests=str(runs.TESTS), folder=str(folder)))
-    ended = runs.run(recipe, "gs://bucket/pictures")
+    ended = runs.run(recipe, "gs://bucket/images")
     assert ended.returncode == 0, ended.stdout
     return recipe
 
@@ -206,8 +206,8 @@ def vadapter(*arguments):
 
 
 @pytest.mark.slow
-def test_a_run_with_pictures_lies_in_a_bucket_with_its_report(bucket, pictures):
-    names = {name.removeprefix("pictures/") for name in bucket.objects}
+def test_a_run_with_images_lies_in_a_bucket_with_its_report(bucket, images):
+    names = {name.removeprefix("images/") for name in bucket.objects}
     results = {f"decoder/eval/captions/{name}" for name in ("predictions.jsonl", "score.json")}
     assert {"config.json", "decoder/done.json", "table.md", "gallery.html"} | results <= names
     frozen = [name for name in names if re.match(r"components/encoder-\w+/commit", name)]
@@ -223,25 +223,25 @@ def test_the_convergence_of_a_run_in_a_bucket_is_drawn_there(bucket, folder):
 
 
 @pytest.mark.slow
-def test_evaluation_writes_to_the_bucket_what_training_did(bucket, pictures):
-    name = "pictures/decoder/eval/captions/predictions.jsonl"
+def test_evaluation_writes_to_the_bucket_what_training_did(bucket, images):
+    name = "images/decoder/eval/captions/predictions.jsonl"
     trained = bucket.objects.pop(name)
-    code, out = vadapter("eval", "gs://bucket/pictures")
+    code, out = vadapter("eval", "gs://bucket/images")
     assert code == 0, out
     assert bucket.objects[name] == trained
-    assert "pictures/decoder/eval/captions/gallery.html" in bucket.objects
+    assert "images/decoder/eval/captions/gallery.html" in bucket.objects
     assert f"{name}.part" not in bucket.objects
 
 
 @pytest.mark.slow
-def test_a_picture_is_captioned_from_the_bucket_as_from_a_copy_of_it(
-    bucket, pictures, folder, tmp_path
+def test_a_image_is_captioned_from_the_bucket_as_from_a_copy_of_it(
+    bucket, images, folder, tmp_path
 ):
-    copied = bucket.download("pictures", tmp_path / "laptop")
+    copied = bucket.download("images", tmp_path / "laptop")
     photo = folder / "shapes" / "00.png"
     said = [
         [reply.text for reply in describe(open_run(run), [photo], question=None, max_new=8)]
-        for run in ("gs://bucket/pictures", copied)
+        for run in ("gs://bucket/images", copied)
     ]
     assert said[0] == said[1]
     assert said[0][0]
@@ -250,15 +250,15 @@ def test_a_picture_is_captioned_from_the_bucket_as_from_a_copy_of_it(
 def test_texts_of_an_evaluation_in_a_bucket_go_on_behind_the_last_batch(bucket, monkeypatch):
     monkeypatch.setattr(part_module, "_UPLOAD_EVERY", -1.0)
     path = storage.as_path("gs://bucket/part/predictions.jsonl.part")
-    part = Part(path, "key")
+    part = PartialResults(path, "key")
     assert part.read(2) == []
     part.append([(0, "a", True), (1, "b", True)])
     part.append([(2, "c", True)])  # of a batch that was torn
-    assert Part(path, "other").read(2) == []
-    again = Part(path, "key")
+    assert PartialResults(path, "other").read(2) == []
+    again = PartialResults(path, "key")
     assert again.read(2) == [(0, "a", True), (1, "b", True)]
     again.append([(2, "c", False), (3, "d", True)])
-    assert len(Part(path, "key").read(2)) == 4
+    assert len(PartialResults(path, "key").read(2)) == 4
     again.remove()
     assert not path.exists()
 

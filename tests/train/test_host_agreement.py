@@ -28,8 +28,8 @@ def get_config(arg):
     config = runs.small(Path({folder!r}))
     with config.unlocked():
         config.components.tlm = {{"weights": "$HERE/tlm"}}
-        for name in ("pictures", "held"):
-            config.data[name].source.table = "$HERE/shapes/pictures.jsonl"
+        for name in ("images", "held"):
+            config.data[name].source.table = "$HERE/shapes/images.jsonl"
             config.data[name].update(text_len=80, target_len=78)
     return config
 """
@@ -70,7 +70,7 @@ def refused(folder, tmp_path, command=(), **of_second):
 
 
 def test_data_of_later_stages_of_evaluations_and_tokenizers_are_compared(folder, tmp_path):
-    table = folder / "b/shapes/pictures.jsonl"
+    table = folder / "b/shapes/images.jsonl"
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     rows[0]["captions"][0] += " !"  # of stage 2 and 3
     assert [row["split"] for row in (rows[0], rows[-1])] == ["train", "val"]
@@ -83,7 +83,7 @@ def test_data_of_later_stages_of_evaluations_and_tokenizers_are_compared(folder,
         assert "vadapter: the hosts differ in data or tokenizers:\n" in log
         assert [line.split(" = ")[0] for line in log.splitlines() if " = " in line] == [
             "  host 1: fingerprints.held",
-            "  host 1: fingerprints.pictures",
+            "  host 1: fingerprints.images",
             "  host 1: tokenizers.decoder",
         ]
 

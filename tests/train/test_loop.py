@@ -123,7 +123,7 @@ def test_two_stages_on_the_same_data_see_the_same_batches(folder, tmp_path, fake
     config = runs.blind(folder, steps=5)
     with config.unlocked():
         config.data.clips = tiny_recipe(folder / "shapes").data.clips
-        config.stages.decoder.data = {"pictures": 1.0, "clips": 1.0}
+        config.stages.decoder.data = {"images": 1.0, "clips": 1.0}
         config.stages.other = {**config.stages.decoder.to_dict(), "chain": ("resampler", "fc_in")}
         config.chain = ("decoder", "other")
     train(read(config), tmp_path)
@@ -135,7 +135,7 @@ def test_images_and_clips_share_a_run_and_each_shape_is_compiled_once(folder, tm
     config = runs.blind(folder, steps=6)
     with config.unlocked():
         config.data.clips = tiny_recipe(folder / "shapes").data.clips
-        config.stages.decoder.data = {"pictures": 1.0, "clips": 1.0}
+        config.stages.decoder.data = {"images": 1.0, "clips": 1.0}
         config.components.front = {"kind": "pooler", "queries": 2, "width": 16, "heads": 2}
     train(read(config), tmp_path)
     told = metrics(tmp_path, "decoder")
@@ -232,7 +232,7 @@ def test_data_may_move_to_another_folder_but_not_change(folder, tmp_path, fake, 
     with pytest.raises(Preempted):
         train(read(runs.blind(first)), tmp_path / "run")
     train(read(runs.blind(second)), tmp_path / "run")
-    table = second / "shapes/pictures.jsonl"
+    table = second / "shapes/images.jsonl"
     table.write_text(table.read_text().replace("red", "rot", 1))
     with pytest.raises(
         CheckpointError, match=r"another configuration:\n.*\n.*fingerprints\.pictur"
@@ -245,8 +245,8 @@ def test_in_bfloat16_frozen_parts_are_half_and_what_is_trained_stays_float32(fol
     config.dtype = "bfloat16"
     stage = Stage(Run(read(config), tmp_path / "mixed"), "decoder")
     dtypes = lambda tree: {str(x.dtype) for x in jax.tree.leaves(tree)}  # noqa: E731
-    learnt, frozen = stage.load_params()
-    assert (dtypes(learnt), dtypes(frozen)) == ({"float32"}, {"bfloat16"})
+    trainable, frozen = stage.load_params()
+    assert (dtypes(trainable), dtypes(frozen)) == ({"float32"}, {"bfloat16"})
     config = runs.text_only(folder, steps=2)
     config.dtype = "bfloat16"
     recipe = read(config)

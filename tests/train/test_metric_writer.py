@@ -10,11 +10,11 @@ import pytest
 
 from vadapter.io.json_files import history, rows, write_json
 from vadapter.train import metric_writer as writer_module
-from vadapter.train.metric_writer import Writer, number
+from vadapter.train.metric_writer import MetricWriter, number
 
 
 def write(directory, *steps, **values):
-    with Writer(directory, "stage", 10) as writer:
+    with MetricWriter(directory, "stage", 10) as writer:
         for step in steps:
             writer.write(step, values or {"loss": 1 / step})
 
@@ -37,7 +37,7 @@ def test_each_writer_is_an_attempt_and_the_last_one_counts(tmp_path):
 
 
 def test_scores_and_losses_of_one_step_do_not_push_each_other_out(tmp_path):
-    with Writer(tmp_path, "stage", 10) as writer:
+    with MetricWriter(tmp_path, "stage", 10) as writer:
         writer.write(5, {"loss": 1.0})
         writer.write(5, {"val/loss": 2.0})
         writer.write(5, {"val/cider": 0.5})
@@ -65,7 +65,7 @@ def test_no_file_is_no_rows(tmp_path):
 def test_it_is_known_which_steps_were_evaluated_before(tmp_path):
     write(tmp_path, 3, loss=1.0)
     write(tmp_path, 4, **{"val/cider": 1.0})
-    with Writer(tmp_path, "stage", 10) as writer:
+    with MetricWriter(tmp_path, "stage", 10) as writer:
         assert [writer.evaluated(step) for step in (3, 4, 5)] == [False, True, False]
 
 
@@ -86,7 +86,7 @@ class Full:
 
 
 def test_what_a_full_disk_does_not_take_is_written_when_there_is_space_again(tmp_path, capsys):
-    with Writer(tmp_path, "stage", 10) as writer:
+    with MetricWriter(tmp_path, "stage", 10) as writer:
         writer.write(1, {"loss": 1.0})
         writer._file = Full(writer._file, 30)  # half a line
         for step in (2, 3, 4):
@@ -124,7 +124,7 @@ def test_without_tensorboard_nothing_is_missing_but_its_files(tmp_path, monkeypa
 def test_lines_are_few_and_begin_with_the_stage(tmp_path, capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(writer_module.time, "monotonic", lambda: now[0])
-    with Writer(tmp_path, "stage", 10) as writer:
+    with MetricWriter(tmp_path, "stage", 10) as writer:
         for step in range(1, 11):
             now[0] += 3
             writer.write(step, {"loss": 1.0}, loud=step == 2)

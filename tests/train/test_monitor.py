@@ -6,7 +6,7 @@ import pytest
 from vadapter.errors import DataError, NonFiniteError
 from vadapter.recipe.schema import StageConfig
 from vadapter.train import monitor as journal_module
-from vadapter.train.monitor import FEW_BAD, Journal
+from vadapter.train.monitor import FEW_BAD, Monitor
 
 
 class Lines:
@@ -34,7 +34,7 @@ def clock(monkeypatch):
 
 def make(lines, *, steps=100, log_every=4, batch=8, **more):
     config = StageConfig("lm", steps, batch, {"text": 1.0}, log_every=log_every, **more)
-    return Journal(lines, "stage", config, lambda step: 0.5 / (step + 1), lambda s, i: f"no {i}")
+    return Monitor(lines, "stage", config, lambda step: 0.5 / (step + 1), lambda s, i: f"no {i}")
 
 
 def metrics(skipped=0, bad=0, loss=1.0):
@@ -75,7 +75,7 @@ def test_a_line_asks_nothing_of_the_device_that_is_busy_with_the_next_step(clock
         asked.append(step)
         return 0.5 / (step + 1)
 
-    journal = Journal(lines, "stage", config, rate, str)
+    journal = Monitor(lines, "stage", config, rate, str)
     before = len(asked)
     for step in range(1, 9):
         journal.add(step, metrics(), [])

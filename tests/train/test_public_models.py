@@ -81,7 +81,7 @@ def recipe(world, **encoder):
         config.chain = ("decoder", "vadapter")
         config.stages = {name: config.stages[name] for name in config.chain}
         config.tokenizer.data = ()
-        config.data.pictures.update(text_len=80, target_len=78)
+        config.data.images.update(text_len=80, target_len=78)
         config.stages.decoder.start = {}
         config.stages.vadapter.start = {"front": "decoder", "tlm": "decoder"}
     return config
@@ -133,10 +133,10 @@ def test_frozen_parts_are_the_checkpoints_and_trained_ones_have_moved(world, tra
 
 
 def test_a_run_captions_and_answers(world, trained, capsys):
-    picture = str(world / "shapes" / "00.png")
-    assert main.main(["caption", str(trained), picture, "--max-new=5"]) == 0
-    assert capsys.readouterr().out.startswith(f"{picture}: ")
-    assert main.main(["ask", str(trained), picture, "what is it?", "--stage=decoder"]) == 0
+    image = str(world / "shapes" / "00.png")
+    assert main.main(["caption", str(trained), image, "--max-new=5"]) == 0
+    assert capsys.readouterr().out.startswith(f"{image}: ")
+    assert main.main(["ask", str(trained), image, "what is it?", "--stage=decoder"]) == 0
 
 
 def test_frozen_weights_are_neither_copied_nor_hashed_twice(world, trained, monkeypatch):
@@ -173,7 +173,7 @@ def test_weights_may_move_but_must_be_what_the_run_was_made_with(world, trained,
     assert main.main([*command, *(f"--config.{place}" for place in places)]) == 0
 
 
-def test_a_finished_run_is_recognised_and_a_changed_checkpoint_is_not(world, tmp_path, capsys):
+def test_a_finished_run_is_recognized_and_a_changed_checkpoint_is_not(world, tmp_path, capsys):
     copy = shutil.copytree(world, tmp_path / "copy")
     config = recipe(copy)
     with config.unlocked():
@@ -233,10 +233,10 @@ def test_a_real_file_of_llama2c_is_an_llm(world, data_root, tmp_path, capsys):
     np.testing.assert_array_equal(kernel[4], theirs.T)
     binary = (folder / "stories260K.bin").read_bytes()
     assert loaded.digests["llm"] == f"sha256:{hashlib.sha256(binary).hexdigest()}"
-    picture = str(world / "shapes" / "00.png")
+    image = str(world / "shapes" / "00.png")
     capsys.readouterr()
-    assert main.main(["caption", str(tmp_path / "run"), picture, "--max-new=5"]) == 0
-    assert capsys.readouterr().out.startswith(f"{picture}: ")
+    assert main.main(["caption", str(tmp_path / "run"), image, "--max-new=5"]) == 0
+    assert capsys.readouterr().out.startswith(f"{image}: ")
 
 
 def test_an_int8_llm_trains_resumes_and_reads_like_the_one_it_was_made_of(world, trained, tmp_path):
@@ -259,11 +259,11 @@ def test_an_int8_llm_trains_resumes_and_reads_like_the_one_it_was_made_of(world,
     assert loaded.digests["llm"] == open_run(trained, "vadapter").digests["llm"]
 
 
-def tar(path, pictures):
+def tar(path, images):
     """Shards as img2dataset writes them: key.png and key.txt."""
     with tarfile.open(path, "w") as shard:
-        for i, picture in enumerate(pictures):
-            for end, data in (("png", picture.read_bytes()), ("txt", b"a shape on a ground")):
+        for i, image in enumerate(images):
+            for end, data in (("png", image.read_bytes()), ("txt", b"a shape on a ground")):
                 member = tarfile.TarInfo(f"{i:05d}.{end}")
                 member.size = len(data)
                 shard.addfile(member, io.BytesIO(data))
@@ -271,9 +271,9 @@ def tar(path, pictures):
 
 @pytest.mark.slow
 def test_readmes_commands_check_and_train_generated_models(world, tmp_path, monkeypatch, capsys):
-    pictures = sorted((world / "shapes").glob("*.png"))[:12]
+    images = sorted((world / "shapes").glob("*.png"))[:12]
     (tmp_path / "pairs").mkdir()
-    for split, part in (("train", pictures[:8]), ("val", pictures[8:])):
+    for split, part in (("train", images[:8]), ("val", images[8:])):
         tar(tmp_path / "pairs" / f"{split}-000.tar", part)
     readme = README.read_text()
     section = readme.split("\n## Use your own models\n")[1].split("\n## ")[0]

@@ -124,7 +124,7 @@ def test_a_refused_connection_gives_the_command_and_the_reason(env):
 
 @pytest.mark.parametrize("repo", ["owner/gated-info", "owner/gated-files"])
 @pytest.mark.parametrize("token", [None, "stranger"])
-def test_a_gated_repository_names_its_licence_page_and_the_variable(hub, env, repo, token):
+def test_a_gated_repository_names_its_license_page_and_the_variable(hub, env, repo, token):
     env = at(env, hub, **({"HF_TOKEN": token} if token else {}))
     message = ask(env, repo)
     assert f"{repo} is gated" in message

@@ -23,10 +23,10 @@ from pathlib import Path
 from absl import flags
 flags.FLAGS.mark_as_parsed()
 import jax
-from runs import text_only
+from support.runs import text_only
 from vadapter.errors import CheckpointError
 from vadapter.distributed.mesh import make_mesh
-from vadapter.train import run
+from vadapter.stages import run
 from vadapter.recipe.schema import read
 from vadapter.stages.restore import read_run
 

@@ -15,7 +15,7 @@ from support.public_models import write_model
 
 from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings
 from vadapter.errors import CheckpointError
-from vadapter.models.adapter_model import VAdapter
+from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.beam import beam
 from vadapter.models.generate import Decode, greedy
 from vadapter.models.registry import make_module
@@ -139,7 +139,7 @@ def test_cached_greedy_decoding_equals_the_originals(case, pair, originals):
         "segments": np.ones((2, 6), np.int32),
         "positions": np.tile(np.arange(6, dtype=np.int32), (2, 1)),
     }
-    lm = VAdapter({"llm": module}, lm="llm")
+    lm = AdapterModel({"llm": module}, lm="llm")
     ours = jax.jit(lambda p, b: greedy(lm, p, b, 20)["tokens"])({"llm": params}, batch)
     np.testing.assert_array_equal(ours, theirs)
 
@@ -165,7 +165,7 @@ def test_beam_search_equals_the_originals(penalty, pair, originals):
             "segments": np.ones((8, 6), np.int32),
             "positions": np.tile(np.arange(6, dtype=np.int32), (8, 1)),
         }
-        lm, how = VAdapter({"llm": module}, lm="llm"), Decode(G, min_new, beams, penalty)
+        lm, how = AdapterModel({"llm": module}, lm="llm"), Decode(G, min_new, beams, penalty)
         ours = jax.jit(lambda p, b: beam(lm, p, b, how, stop=(2, 90)))({"llm": params}, batch)  # noqa: B023
         for row, other in zip(np.asarray(ours["tokens"]), theirs, strict=True):
             end = next((i + 1 for i, token in enumerate(row) if token in (2, 90)), G)

@@ -16,7 +16,7 @@ from support.public_models import write_model
 from vadapter.data.tokenizers.pretrained import PretrainedTokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings
 from vadapter.errors import CheckpointError
-from vadapter.models.adapter_model import VAdapter
+from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.generate import greedy
 from vadapter.models.registry import make_module
 from vadapter.weights import llama2c
@@ -103,7 +103,7 @@ def continued(module, params, ids, count):
     ids = np.asarray(ids, np.int32)[None]
     batch = {"prompt": np.zeros((1, 0), np.int32), "tokens": ids, "segments": np.ones_like(ids),
              "positions": np.arange(ids.size, dtype=np.int32)[None]}  # fmt: skip
-    lm = VAdapter({"llm": module}, lm="llm")
+    lm = AdapterModel({"llm": module}, lm="llm")
     return jax.jit(lambda p, b: greedy(lm, p, b, count)["tokens"])({"llm": params}, batch)[0]
 
 

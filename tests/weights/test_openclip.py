@@ -75,7 +75,7 @@ def ours(folder, **keys):
     return module, params, report
 
 
-def pictures(size, count=3):
+def images(size, count=3):
     return np.random.default_rng(1).integers(0, 256, (count, 2, size, size, 3), np.uint8)
 
 
@@ -102,7 +102,7 @@ def theirs(model, frames, until):
 def test_tokens_equal_the_originals_at_every_tap(case, tap, original):
     model, folder = original(case)
     module, params, _ = ours(folder, tap=tap)
-    frames = pictures(32)
+    frames = images(32)
     found = np.asarray(module.apply({"params": params}, frames))
     expected = theirs(model, frames, tap)
     assert found.shape == (3, 2, module.tokens_per_frame(), module.width)
@@ -130,7 +130,7 @@ def test_another_resolution_resamples_the_positions_as_open_clip_does(size, orig
         open_clip.model.resize_pos_embed(state, model)
         model.load_state_dict(state)
     module, params, _ = ours(folder, image_size=size, tap="queries")
-    frames = pictures(size)
+    frames = images(size)
     found = np.asarray(module.apply({"params": params}, frames))
     np.testing.assert_allclose(found, theirs(model, frames, "queries"), atol=1e-4)
 
@@ -159,7 +159,7 @@ def test_without_the_queries_the_pooler_is_left_out_and_with_them_all_of_it_is_u
     assert not [name for name in left_out if name.startswith("visual.") and name != "visual.proj"]
 
 
-def test_pixels_are_normalised_as_the_folder_says(original):
+def test_pixels_are_normalized_as_the_folder_says(original):
     spec = describe(original("coca")[1])[1]
     assert (list(spec["mean"]), list(spec["std"])) == (MEAN, STD)
     assert spec["fit"] == "crop"

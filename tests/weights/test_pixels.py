@@ -1,4 +1,4 @@
-"""A public encoder sees what its own processor makes of a picture: recipe, row and tokens."""
+"""A public encoder sees what its own processor makes of an image: recipe, row and tokens."""
 
 import flax.linen as nn
 import jax
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.original import their_warnings
-from support.processors import CLIP, DINOV2, SIGLIP, SIGLIP2, picture, write_processor
+from support.processors import CLIP, DINOV2, SIGLIP, SIGLIP2, image, write_processor
 from support.recipes import draw, tiny_recipe
 
 from vadapter.data.example import Example
@@ -26,7 +26,7 @@ CASES = {
     "DINOv2": ("Dinov2", BASE | {"image_size": 518, "patch_size": 14, "mlp_ratio": 2}, DINOV2),
 }
 SHAPES = [(375, 501), (500, 333), (331, 257), (101, 150), (225, 224), (97, 641)]
-EQUAL = 1e-3 / 255  # the same level of 255, but for the rounding of normalised pixels
+EQUAL = 1e-3 / 255  # the same level of 255, but for the rounding of normalized pixels
 TOLERANCE = 2e-5  # of the largest token, as for equal pixels
 
 
@@ -64,11 +64,11 @@ def ours(pair, shapes, tmp_path):
             config.components.encoder = {"weights": str(pair(case)[1]), **encoder}
         recipe = read(config)
         module = make_module("encoder", recipe.components["encoder"])
-        file = tmp_path / "picture.png"
-        Image.fromarray(picture(*shape)).save(file)
-        source = Few([Example("picture", file, ("a bar",))])
-        data = recipe.data["pictures"]
-        items, transform = make_stream("pictures", data, source, Words(), module.view)  # type: ignore[attr-defined]
+        file = tmp_path / "image.png"
+        Image.fromarray(image(*shape)).save(file)
+        source = Few([Example("image", file, ("a bar",))])
+        data = recipe.data["images"]
+        items, transform = make_stream("images", data, source, Words(), module.view)  # type: ignore[attr-defined]
         row = transform(items[0])
         assert not row["bad"]
         return module, Image.fromarray(load_media(file, frames=1)[0]), row["frames"]
@@ -88,7 +88,7 @@ class Words:
 
 
 def theirs(originals, folder, image, **options):
-    """Their processor's pixels, f32[1,3,S,S], normalised."""
+    """Their processor's pixels, f32[1,3,S,S], normalized."""
     _, transformers = originals
     with their_warnings():
         processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")

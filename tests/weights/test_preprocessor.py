@@ -18,23 +18,29 @@ from support.processors import (
     SIGLIP,
     SIGLIP2,
     SQUASHED,
-    picture,
+    image,
     write_processor,
 )
 
-from vadapter.data.media.images import View, resize
+from vadapter.data.media.images import ImageTransform, resize
 from vadapter.errors import CheckpointError
 from vadapter.weights.preprocessor import Preprocess, read_preprocess
 
 READ = {
-    "CLIP of 2021": (CLIP_2021, Preprocess(View(224, floor=True), *OPENAI)),
-    "CLIP": (CLIP, Preprocess(View(224, floor=True), *OPENAI)),
-    "SigLIP": (SIGLIP, Preprocess(View(224, "stretch", floor=True), *HALF)),
-    "SigLIP 2": (SIGLIP2, Preprocess(View(384, "stretch", "bilinear", floor=True), *HALF)),
-    "DINOv2": (DINOV2, Preprocess(View(224, crop_pct=0.875, floor=True), *IMAGENET)),
-    "MobileNetV2": (MOBILENET, Preprocess(View(224, "crop", "bilinear", 0.875, True), *HALF)),
-    "CoCa": (COCA, Preprocess(View(224), *OPENAI)),
-    "squashed": (SQUASHED, Preprocess(View(256, "stretch", "bilinear"), *HALF)),
+    "CLIP of 2021": (CLIP_2021, Preprocess(ImageTransform(224, floor=True), *OPENAI)),
+    "CLIP": (CLIP, Preprocess(ImageTransform(224, floor=True), *OPENAI)),
+    "SigLIP": (SIGLIP, Preprocess(ImageTransform(224, "stretch", floor=True), *HALF)),
+    "SigLIP 2": (
+        SIGLIP2,
+        Preprocess(ImageTransform(384, "stretch", "bilinear", floor=True), *HALF),
+    ),
+    "DINOv2": (DINOV2, Preprocess(ImageTransform(224, crop_pct=0.875, floor=True), *IMAGENET)),
+    "MobileNetV2": (
+        MOBILENET,
+        Preprocess(ImageTransform(224, "crop", "bilinear", 0.875, True), *HALF),
+    ),
+    "CoCa": (COCA, Preprocess(ImageTransform(224), *OPENAI)),
+    "squashed": (SQUASHED, Preprocess(ImageTransform(256, "stretch", "bilinear"), *HALF)),
 }
 
 
@@ -51,7 +57,7 @@ def test_the_file_of_newer_folders_holds_the_processor_in_a_group(tmp_path):
     assert read_preprocess(write_processor(tmp_path, CLIP)) == READ["CLIP"][1]  # it comes first
 
 
-def test_without_normalisation_pixels_are_only_scaled(tmp_path):
+def test_without_normalization_pixels_are_only_scaled(tmp_path):
     got = read_preprocess(write_processor(tmp_path, {**CLIP, "do_normalize": False}))
     assert (got.mean, got.std) == ((0, 0, 0), (1, 1, 1))
 
@@ -122,15 +128,17 @@ SHAPES = [(375, 500), (500, 333), (240, 320), (100, 150), (64, 97), (224, 224), 
 @pytest.mark.parametrize("size", [224, 336])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_stretching_is_pillows_own(shape, size, mode):
-    pixels = picture(*shape)
+    pixels = image(*shape)
     want = np.asarray(Image.fromarray(pixels).resize((size, size), RESAMPLE[mode]))
-    np.testing.assert_array_equal(resize(pixels[None], View(size, "stretch", mode))[0], want)
+    np.testing.assert_array_equal(
+        resize(pixels[None], ImageTransform(size, "stretch", mode))[0], want
+    )
 
 
 @pytest.mark.parametrize("name", ["CLIP", "DINOv2", "MobileNetV2", "CoCa"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cropping_is_pillows_resize_and_the_centre_of_it(shape, name):
-    pixels, how = picture(*shape), READ[name][1].view
+def test_cropping_is_pillows_resize_and_the_center_of_it(shape, name):
+    pixels, how = image(*shape), READ[name][1].view
     got = resize(pixels[None], how)
     height, width = (how.short * side // min(shape) for side in shape)
     whole = np.asarray(Image.fromarray(pixels).resize((width, height), RESAMPLE[how.interpolation]))

@@ -22,7 +22,7 @@ import safetensors.numpy
 from support.paths import TESTS
 
 from vadapter.errors import CheckpointError
-from vadapter.weights import safetensors
+from vadapter.weights import safetensors as our_safetensors
 from vadapter.weights.safetensors import TensorFiles
 
 MB = 2**20
@@ -92,7 +92,7 @@ def test_lists_and_reads_what_safetensors_wrote(checkpoint):
 
 @pytest.mark.parametrize("block", [1, 16, 100, MB], ids="block{}".format)
 def test_a_slice_is_what_numpy_would_slice(checkpoint, block, monkeypatch):
-    monkeypatch.setattr(safetensors, "_BLOCK", block)
+    monkeypatch.setattr(our_safetensors, "_BLOCK", block)
     dice = np.random.default_rng(0)
     for name, array in _ARRAYS.items():
         for _ in range(20):
@@ -380,7 +380,7 @@ def test_a_file_that_changes_after_it_was_opened_is_refused(checkpoint):
         with pytest.raises(CheckpointError, match=r"model\.safetensors: it has changed"):
             use()
     with path.open("rb") as f:  # cut in the moment between the check and the reading
-        cut = dataclasses.replace(checkpoint, files={path: safetensors._stamp(f)})
+        cut = dataclasses.replace(checkpoint, files={path: our_safetensors._stamp(f)})
     last = max(cut.tensors, key=lambda name: cut.tensors[name].start)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: it ends within a tensor"):
         cut.read(last)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 PyTree = Any
 Digests = dict[str, list]  # path -> [shape, dtype name, digest], ready for JSON
 
-_GOLDEN = 2654435761  # 2**32 / golden ratio: spreads neighbouring indices
+_GOLDEN = 2654435761  # 2**32 / golden ratio: spreads neighboring indices
 
 
 def leaf_digest(x: jax.Array) -> jax.Array:

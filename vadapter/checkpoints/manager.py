@@ -70,7 +70,7 @@ class Checkpointer:
     Args:
       directory: holds one directory a step; created if missing.
       keep: number of newest checkpoints to keep, at least 1.
-      keep_every: also keep every step that is a multiple of this number, for ever.
+      keep_every: also keep every step that is a multiple of this number, forever.
     """
 
     def __init__(self, directory: Path, *, keep: int, keep_every: int | None = None):
@@ -111,7 +111,7 @@ class Checkpointer:
             on several hosts also a save that could not even begin.
           HostError: hosts that save another step, or none.
         """
-        hosts.exchange("", f"saving step {step}")  # all of them, or none: Orbax would wait for ever
+        hosts.exchange("", f"saving step {step}")  # all of them, or none: Orbax would wait forever
         self._settle()
         if step in self._own:
             return False

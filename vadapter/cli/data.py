@@ -188,9 +188,9 @@ def _show(args: argparse.Namespace) -> None:
 
         print(write_page(args.out, str(args.config), rows), flush=True)
         return
-    colour = show_data.wants_colour()
-    print(show_data.legend(colour=colour) + "\n", flush=True)
-    for line in show_data.as_text(rows, colour=colour):
+    color = show_data.wants_color()
+    print(show_data.legend(color=color) + "\n", flush=True)
+    for line in show_data.as_text(rows, color=color):
         print(line, flush=True)
 
 
@@ -218,7 +218,7 @@ def _stats(args: argparse.Namespace) -> None:
 SUBVERBS: dict[str, Subverb] = {
     "cache": Subverb(
         "Writes the tokens of a recipe's frozen encoder, which training then reads instead of\n"
-        "pictures. Says first how large they are, then how long it takes. Stopped or killed, the\n"
+        "images. Says first how large they are, then how long it takes. Stopped or killed, the\n"
         "same command goes on behind the last complete file.",
         "configs/flickr8k.py --data=photos --out=/data/features --dtype=int8",
         _cache_arguments,
@@ -250,8 +250,8 @@ SUBVERBS: dict[str, Subverb] = {
         _index,
     ),
     "show": Subverb(
-        "Draws rows as the model reads them: its pictures, cut and scaled for the encoder, and\n"
-        "every token, coloured by whether the loss counts it. Trains nothing.",
+        "Draws rows as the model reads them: its images, cut and scaled for the encoder, and\n"
+        "every token, colored by whether the loss counts it. Trains nothing.",
         "configs/flickr8k.py --data=train --workdir=runs/flickr8k --out=rows.html",
         _show_arguments,
         _show,
@@ -259,7 +259,7 @@ SUBVERBS: dict[str, Subverb] = {
     ),
     "stats": Subverb(
         "Counts what is in data sets: texts, lengths in tokens, what is cut or left out, samples\n"
-        "that cannot be used, sizes of pictures, lengths of clips, speed. Trains nothing.",
+        "that cannot be used, sizes of images, lengths of clips, speed. Trains nothing.",
         "configs/flickr8k.py --data=train --workdir=runs/flickr8k",
         _stats_arguments,
         _stats,

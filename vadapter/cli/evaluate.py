@@ -74,7 +74,7 @@ def _evals(args: argparse.Namespace, overrides: list[str], opened: Any) -> None:
     import jax
 
     from vadapter.errors import ConfigError
-    from vadapter.evaluate.recipe_evals import as_table, choose, rescore
+    from vadapter.evaluate.recipe_evals import as_table, choose, evaluate_again
     from vadapter.report.gallery import read_section, write_gallery
 
     of_benchmarks = {"--protocol": args.protocol, "--data": args.data}
@@ -85,7 +85,7 @@ def _evals(args: argparse.Namespace, overrides: list[str], opened: Any) -> None:
     show = print if jax.process_index() == 0 else lambda *_, **__: None
     show(f"{loaded.stage}, step {loaded.step}", flush=True)
     for name in choose(loaded, args.evals):
-        results[name], folder = rescore(loaded, name, limit=args.limit, batch=args.batch)
+        results[name], folder = evaluate_again(loaded, name, limit=args.limit, batch=args.batch)
         if jax.process_index() == 0:
             paths = {loaded.stage: folder / "predictions.jsonl"}
             section = read_section(loaded.recipe, name, paths)

@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     code, reason = _attempt(args)
     if not args.computes:
         return code
-    from vadapter.distributed.shutdown import leave
+    from vadapter.distributed.shutdown import end_job
 
-    return leave(code, reason)
+    return end_job(code, reason)
 
 
 def _attempt(args: argparse.Namespace) -> tuple[int, str]:
@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(
         "ask", _ask,
         "Answers a question about an image or a clip: prints the answer.",
-        'runs/quickstart photo.jpg "What colour is the circle?"', overrides=MOVED,
+        'runs/quickstart photo.jpg "What color is the circle?"', overrides=MOVED,
     )  # fmt: skip
     sub.add_argument("workdir", **TRAINED)
     sub.add_argument("file", type=Path, metavar="FILE", help="an image or a clip")
@@ -322,7 +322,7 @@ def _prepare() -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
-        return  # no home to write to: compile anew
+        return  # no home to write to: compile again
     info = cache.stat()
     if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigError(

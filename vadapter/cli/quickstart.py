@@ -11,7 +11,7 @@ from vadapter.train.loop import train
 
 SENTENCES = {
     "lm": "{lm} learns to write, from text alone",
-    "vision": "{encoder} learns to see, from pictures with captions",
+    "vision": "{encoder} learns to see, from images with captions",
     "decoder": "{chain} and {lm} learn to caption what the frozen {encoder} sees (stage 1)",
     "adapter": "{chain} learn to tell the frozen {lm} what the frozen {encoder} sees ({role})",
 }
@@ -50,7 +50,7 @@ def quickstart(recipe: Recipe, workdir: Path) -> Report | None:
     report = write_report(workdir, recipe)
     show(report)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    print(f"\nTook {minutes} min {seconds} s. Now try: vadapter caption {workdir} PICTURE")
+    print(f"\nTook {minutes} min {seconds} s. Now try: vadapter caption {workdir} IMAGE")
     return report
 
 

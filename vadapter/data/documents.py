@@ -1,7 +1,7 @@
-"""Documents for language modelling, in the layout that the multimodal stages will have.
+"""Documents for language modeling, in the layout that the multimodal stages will have.
 
 A frozen language model must be steerable by what stands in front of it, and one that has only read
-single captions is not: a sibling caption as text made its loss worse. So text about the picture
+single captions is not: a sibling caption as text made its loss worse. So text about the image
 stands here where the visual tokens will stand later, between the same `before` and `after`:
 
     siblings  "Describe the following:" " <1-3 sibling captions>" " :" " <caption>"
@@ -9,7 +9,7 @@ stands here where the visual tokens will stand later, between the same `before` 
     plain     "Describe the following:" " :" " <caption>"
     text      a chunk of general text
 
-The pieces are tokenised separately and concatenated, as prompt, visual tokens and text will be;
+The pieces are tokenized separately and concatenated, as prompt, visual tokens and text will be;
 each carries its own leading space (see prompts.py).
 """
 
@@ -73,7 +73,7 @@ class DocumentSource:
           texts: general text: .jsonl(.gz) of {"text": ...} or of plain strings, a text a line; or
             .txt(.gz), the file being one text. Long texts are cut between words.
           split: of the groups, keep the lines with this "split"; None keeps all.
-          mixture: weight of each sort of document, normalised over those the files allow.
+          mixture: weight of each sort of document, normalized over those the files allow.
           seed: another seed, other documents.
           variants: documents for each caption (or chunk, where there are no captions).
           chunk_chars: longest chunk of general text, in characters.
@@ -156,7 +156,7 @@ class Windows:
     """Groups the documents of a source for packing: item r is a tuple of `size` of them.
 
     Of R windows, window r holds the documents r, r + R, r + 2 R, … so that it is a function of r
-    alone, every document but the few of an incomplete window is in exactly one, and neighbours in
+    alone, every document but the few of an incomplete window is in exactly one, and neighbors in
     the files, which describe the same photo, are far apart. How many of them enter the row is
     decided by `transforms.document_sample`.
     """
@@ -172,7 +172,7 @@ class Windows:
     def to_fill(cls, source: Source, tokenizer: Tokenizer, text_len: int, *, sample: int = 256):
         """Windows of one document more than hold 1.4 x `text_len` tokens on average.
 
-        Fewer leave gaps in the rows, more are tokenised in vain. With captions, rows of 128 tokens
+        Fewer leave gaps in the rows, more are tokenized in vain. With captions, rows of 128 tokens
         come out 88 % full, of 256 92 %, of 512 97 %. The mean length is measured on `sample`
         documents at even distances, so it depends on the arguments alone.
         """

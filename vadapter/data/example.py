@@ -42,7 +42,7 @@ class Example:
         image, or None where there is only text.
       captions: independent descriptions of the media.
       qa: questions about the media.
-      pieces: one language-modelling document, as the pieces that are tokenised separately and
+      pieces: one language-modeling document, as the pieces that are tokenized separately and
         concatenated.
     """
 

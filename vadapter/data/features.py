@@ -7,9 +7,9 @@ has another name; each record has a hash, which is checked whenever it is read. 
   int8       the scale of every token, f32[M,F,N], behind it i8[M,F,N,D]: token = scale · i8
   bfloat16   bf16[M,F,N,D]
 
-and NaN for a picture that could not be read.
+and NaN for an image that could not be read.
 
-Legend: M the picture, and its mirror image where there is one; F frames, N visual tokens a frame,
+Legend: M the image, and its mirror image where there is one; F frames, N visual tokens a frame,
 D encoder width.
 """
 
@@ -142,7 +142,7 @@ class Cache:
         """The error that names a shard and says what to do."""
         return DataError(
             f"{self.path(shard)}: {why}. Delete it and run the same command again: it alone is "
-            "computed anew."
+            "computed again."
         )
 
     def _seal(self, shard: int) -> bytes:
@@ -204,7 +204,7 @@ class Records:
 class FeatureSource:
     """A source whose media are tokens, bf16[F,N,D], or [2,F,N,D] with those of the mirror image.
 
-    The tokens of a picture that could not be read are NaN: it becomes a bad row.
+    The tokens of an image that could not be read are NaN: it becomes a bad row.
     """
 
     def __init__(self, source: Any, cache: Cache):

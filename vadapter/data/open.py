@@ -11,7 +11,7 @@ from vadapter.config import nearest, resolve
 from vadapter.data.config import DataConfig
 from vadapter.data.documents import DocumentSource, Windows
 from vadapter.data.media.frames import load_media
-from vadapter.data.media.images import BadMedia, View
+from vadapter.data.media.images import BadMedia, ImageTransform
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.scenes import ScenesSource
 from vadapter.data.sources.parquet import ParquetImages
@@ -61,7 +61,7 @@ def make_source(name: str, config: DataConfig) -> Any:
 
 
 def make_stream(
-    name: str, config: DataConfig, source: Any, tokenizer: Tokenizer, view: View | None
+    name: str, config: DataConfig, source: Any, tokenizer: Tokenizer, view: ImageTransform | None
 ) -> tuple[Any, Callable[..., Any]]:
     """(items, transform) of a data set, ready for `pipeline.make_loader` and `eval_batches`.
 
@@ -105,7 +105,7 @@ def describe(name: str, source: Any, index: int) -> str:
     why = fault or "no text that fits"
     try:
         if example.media is None:
-            raise BadMedia("there is no picture")
+            raise BadMedia("there is no image")
         load_media(example.media, frames=1)
     except BadMedia as error:
         why = error.reason

@@ -1,7 +1,7 @@
-"""The words around the visual tokens, in training, in language modelling and in evaluation.
+"""The words around the visual tokens, in training, in language modeling and in evaluation.
 
 Everything the language model reads is a run of pieces, `before`, visual tokens, `after`, text,
-each tokenised by itself and concatenated. A piece carries its own leading space and never a
+each tokenized by itself and concatenated. A piece carries its own leading space and never a
 trailing one: `after` is " :", and a caption or an answer enters as " " + text.
 
 Source: PaLM2-VAdapter (arXiv:2402.10896), section 3 and Tables 10 and 11. The paper prints the
@@ -45,7 +45,7 @@ class QuestionPrompt:
         return Prompt(self.before + shown, self.after(question))
 
     def shown(self, question: str, answer: str) -> str:
-        """What stands behind the picture of an example, up to the next picture."""
+        """What stands behind the image of an example, up to the next image."""
         return f"{self.after(question)} {answer} Given"
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from vadapter.data.batch import PROMPT_PAD, Row
 from vadapter.data.example import Example
 from vadapter.data.media.frames import load_square
-from vadapter.data.media.images import BadMedia, View
+from vadapter.data.media.images import BadMedia, ImageTransform
 from vadapter.data.prompts import CAPTION, QUESTION, QuestionPrompt, text_piece
 from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.errors import ConfigError
@@ -47,7 +47,7 @@ def caption_sample(
     tokenizer: Tokenizer,
     rng: np.random.Generator | None = None,
     *,
-    view: View,
+    view: ImageTransform,
     frames: int = 1,
     captions_per_image: int = 1,
     text_len: int,
@@ -61,7 +61,7 @@ def caption_sample(
       example: its `media`, and the `captions` that are not blank, are used.
       tokenizer: for prompt and captions.
       rng: draws the captions (without repeats) and the mirroring.
-      view: how pictures become frames of S pixels a side.
+      view: how images become frames of S pixels a side.
       frames: F.
       captions_per_image: segments in the row; fewer where there are fewer captions.
       text_len: T.
@@ -93,7 +93,7 @@ def question_sample(
     tokenizer: Tokenizer,
     rng: np.random.Generator | None = None,
     *,
-    view: View,
+    view: ImageTransform,
     frames: int = 1,
     questions_per_image: int = 1,
     text_len: int,
@@ -135,7 +135,7 @@ def document_sample(
     row is still empty (with `last_only` it is left out: its targets may lie past the cut).
 
     Args:
-      examples: a window of documents; their `pieces` are tokenised separately.
+      examples: a window of documents; their `pieces` are tokenized separately.
       tokenizer: for the pieces.
       rng: not used; nothing is drawn.
       text_len: T.
@@ -169,7 +169,7 @@ def prompt_sample(
     tokenizer: Tokenizer,
     rng: np.random.Generator | None = None,
     *,
-    view: View,
+    view: ImageTransform,
     frames: int = 1,
     text_len: int,
     asked: QuestionPrompt = QUESTION,
@@ -178,8 +178,8 @@ def prompt_sample(
     """A row to be continued: an example (its caption) or (example, `Question`).
 
     The text is the lead alone, at most text_len tokens of it; the only target is EOS, so M is 1.
-    Questions are put into the prompt `asked`, behind `shots`, (question, answer) pairs without a
-    picture. Other arguments and the result as in `caption_sample`.
+    Questions are put into the prompt `asked`, behind `shots`, (question, answer) pairs without an
+    image. Other arguments and the result as in `caption_sample`.
     """
     example, question = item if isinstance(item, tuple) else (item, None)
     around = CAPTION if question is None else asked.fill(question.text, shots)
@@ -244,8 +244,8 @@ def _row(visual: Row, prompt: np.ndarray, text: Row, readable: bool) -> Row:
     return {**visual, "prompt": prompt, **text, "bad": np.array(bad)}
 
 
-def _visual(example: Example, view: View, frames: int, mirror: bool) -> tuple[Row, bool]:
-    """What stands for the picture in the row, and whether it could be read."""
+def _visual(example: Example, view: ImageTransform, frames: int, mirror: bool) -> tuple[Row, bool]:
+    """What stands for the image in the row, and whether it could be read."""
     media = example.media
     if isinstance(media, np.ndarray) and media.dtype == ml_dtypes.bfloat16:
         tokens = media[int(mirror)] if media.ndim == 4 else media

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-# XLA:CPU spends most of a short run optimising code: these halve its compile time, and leave the
+# XLA:CPU spends most of a short run optimizing code: these halve its compile time, and leave the
 # matrix products, which are library calls, as fast as they were (BUILD_NOTES, "Compile time").
 _CPU = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
 # Where weights are split over all chips, XLA:TPU cuts each product that gathers them into as many

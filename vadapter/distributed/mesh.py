@@ -71,7 +71,7 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
 def arrange(devices: np.ndarray, shape: Sequence[int], slices: int) -> np.ndarray:
     """Devices [n] in the order of a mesh of this shape, slices along its first axis.
 
-    Within a slice, TPUs that are neighbours in the mesh are neighbours in the network.
+    Within a slice, TPUs that are neighbors in the mesh are neighbors in the network.
 
     Raises:
       ConfigError: the devices are in another number of slices, or `data` is no multiple of it.
@@ -111,7 +111,7 @@ def to_mesh(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.
     }
 
 
-def places(tree: Any) -> Any:
+def shardings_of(tree: Any) -> Any:
     """The sharding of every leaf, of arrays or of shapes.
 
     A step whose state comes out where it went in is compiled once: left to itself, the compiler may
@@ -178,7 +178,7 @@ def _boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
-def whole(tree: Any, at_least: int = LARGE) -> list[str]:
+def poorly_sharded(tree: Any, at_least: int = LARGE) -> list[str]:
     """Large leaves that are not split over `fsdp` and `tensor` entirely, one line each.
 
     What is split less than it could be costs every device that much more memory: a vocabulary that
@@ -218,7 +218,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(names, x.shape, mesh))
 
 
-def on(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
+def with_mesh(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` with this mesh active while it is traced; `fn` itself for a single device."""
     if mesh.size == 1:
         return fn

@@ -51,7 +51,7 @@ def _news() -> tuple[int, str] | None:
     return record["code"], f"host {i} of {hosts.count()} stopped: {record['reason']}"
 
 
-def leave(code: int, reason: str = "") -> int:
+def end_job(code: int, reason: str = "") -> int:
     """Ends a job of several processes; in a single one, and in success, it returns the code.
 
     Args:

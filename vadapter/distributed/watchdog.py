@@ -1,6 +1,6 @@
 """What does not come on is ended: with the stacks of all threads, and exit code 1.
 
-A host that hangs keeps its heartbeat, so the others would wait for it for ever. Whatever works in
+A host that hangs keeps its heartbeat, so the others would wait for it forever. Whatever works in
 steps says so at every step (`beat`); if that stops for VADAPTER_WATCHDOG seconds (600; 0: never
 mind), the process prints where each thread is and ends. A step that compiles, and the time
 between loops of a job of several hosts, may take `SLOW` times as long. In a single process at a

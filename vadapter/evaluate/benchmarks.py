@@ -18,7 +18,7 @@ from vadapter.data.media.frames import load_media
 from vadapter.errors import ConfigError, DataError
 from vadapter.evaluate.evaluator import save_result
 from vadapter.evaluate.few_shot import Prompts, prompting
-from vadapter.evaluate.partial_results import Part
+from vadapter.evaluate.partial_results import PartialResults
 from vadapter.evaluate.protocol import POSTS, Protocol, resolve
 from vadapter.evaluate.protocols import PROTOCOLS, find_protocol
 from vadapter.evaluate.recipe_evals import PART, text_key
@@ -67,7 +67,7 @@ def run(loaded: Loaded, protocol: Protocol, data: Path, *, limit: int = 0, batch
       The directory of its files, which the first host writes.
 
     Raises:
-      ConfigError: a stage that sees no pictures, a prompt longer than the language model's room.
+      ConfigError: a stage that sees no images, a prompt longer than the language model's room.
       DataError: files that are missing or cannot be used.
     """
     if loaded.view is None:
@@ -93,7 +93,7 @@ def run(loaded: Loaded, protocol: Protocol, data: Path, *, limit: int = 0, batch
         "stage": loaded.stage, "step": loaded.step, "limit": limit, "versions": _versions(),
         "protocol": protocol, "protocol_digest": digest(protocol), "texts": key, **prompts.facts(),
     })  # fmt: skip
-    part = Part(directory / PART, key)
+    part = PartialResults(directory / PART, key)
     if everywhere(_is_complete(directory, record)):
         _tell(f"{protocol.benchmark}: done before; to do it again, delete {directory}")
         part.remove()

@@ -1,4 +1,4 @@
-"""Captions and answers for pictures and clips of one's own.
+"""Captions and answers for images and clips of one's own.
 
 Legend: F frames, H height, W width.
 """
@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from vadapter.data.example import Example, Question
 from vadapter.data.media.frames import load_media
-from vadapter.data.media.images import CLIP_SUFFIXES, BadMedia, View, pixels_of, resize
+from vadapter.data.media.images import CLIP_SUFFIXES, BadMedia, ImageTransform, pixels_of, resize
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.transforms import prompt_sample
@@ -23,14 +23,14 @@ from vadapter.evaluate.runner import Decoder
 from vadapter.models.lm import LM
 from vadapter.stages.restore import Loaded, describing
 
-# A file, a picture, or pixels u8[H,W,3] or, of a clip, u8[F,H,W,3].
+# A file, an image, or pixels u8[H,W,3] or, of a clip, u8[F,H,W,3].
 Media = Path | Image | np.ndarray
 _STEP = 16  # a question's room in tokens is a multiple: not every length compiles a program
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the model says about a picture: a line of text, or why there is none in `error`."""
+    """What the model says about an image: a line of text, or why there is none in `error`."""
 
     media: Media
     text: str = ""
@@ -38,19 +38,19 @@ class Reply:
 
 
 class Describer:
-    """Writes about pictures with a trained stage; programs are compiled once for every shape.
+    """Writes about images with a trained stage; programs are compiled once forevery shape.
 
     Args:
-      loaded: a stage that sees pictures.
+      loaded: a stage that sees images.
 
     Raises:
-      ConfigError: a stage without pictures.
+      ConfigError: a stage without images.
     """
 
     def __init__(self, loaded: Loaded):
         if loaded.view is None:
             raise ConfigError(
-                f"stage {loaded.stage} reads text alone; choose one that sees pictures: "
+                f"stage {loaded.stage} reads text alone; choose one that sees images: "
                 f"{', '.join(describing(loaded.recipe))}"
             )
         self.loaded = loaded
@@ -65,16 +65,16 @@ class Describer:
         max_new: int = 32,
         batch: int = 8,
     ) -> Iterator[Reply]:
-        """Captions pictures, or answers a question about each; greedy, so always the same.
+        """Captions images, or answers a question about each; greedy, so always the same.
 
         Files named like clips (.mp4, .gif, …) and arrays of several frames are clips, all others
         are images. What cannot be read becomes a reply with `error`; the others are not affected.
 
         Args:
-          media: pictures and clips.
+          media: images and clips.
           questions: one for each; None for captions.
           max_new: longest text in tokens.
-          batch: pictures at a time.
+          batch: images at a time.
 
         Yields:
           One reply for each, in their order.
@@ -83,7 +83,9 @@ class Describer:
           ConfigError: an empty or endless question.
         """
         room = self._room(questions, max_new)
-        small = View(self.view.size)  # of pixels that are so already: a share is cut off once
+        small = ImageTransform(
+            self.view.size
+        )  # of pixels that are so already: a share is cut off once
         row = functools.partial(
             prompt_sample, tokenizer=self.loaded.tokenizer, view=small, text_len=room
         )
@@ -93,7 +95,7 @@ class Describer:
         for start in range(0, len(media), batch):
             chunk = media[start : start + batch]
             replies: dict[int, Reply] = {}
-            readable: dict[int, list[tuple[int, Example]]] = {}  # frames -> pictures
+            readable: dict[int, list[tuple[int, Example]]] = {}  # frames -> images
             for i, item in enumerate(chunk):
                 frames = self.clip_frames if _is_clip(item) else 1
                 try:
@@ -118,7 +120,7 @@ class Describer:
             yield from (replies[i] for i in range(len(chunk)))
 
     def _room(self, questions: Sequence[str] | None, max_new: int) -> int:
-        """Tokens for what stands between the picture and the new text."""
+        """Tokens for what stands between the image and the new text."""
         asked = questions or ()
         if max_new < 1 or not all(question.strip() for question in asked):
             raise ConfigError("a question needs words, and an answer at least one token")
@@ -135,8 +137,8 @@ class Describer:
         return -(-longest // _STEP) * _STEP if asked else longest
 
 
-def seen(loaded: Loaded) -> tuple[View, int]:
-    """How a stage that sees pictures was shown them: its view, and the frames of a clip."""
+def seen(loaded: Loaded) -> tuple[ImageTransform, int]:
+    """How a stage that sees images was shown them: its view, and the frames of a clip."""
     data = [loaded.recipe.data[name] for name in loaded.config.data]
     return data[0].view(loaded.view), min(config.frames for config in data)
 

@@ -10,13 +10,13 @@ import jax
 
 from vadapter.config import plain
 from vadapter.data.config import DataConfig
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.data.pipeline import eval_batches
 from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
-from vadapter.distributed.mesh import on, to_mesh
-from vadapter.evaluate.image_ablation import control_scores, make_control
-from vadapter.evaluate.partial_results import Part
+from vadapter.distributed.mesh import to_mesh, with_mesh
+from vadapter.evaluate.image_ablation import image_ablation_scores, make_image_ablation
+from vadapter.evaluate.partial_results import PartialResults
 from vadapter.evaluate.runner import Decoder, evaluate
 from vadapter.io import storage
 from vadapter.io.json_files import write_json
@@ -33,17 +33,19 @@ class Evaluator:
         self.stage, self.frozen = stage, frozen
         if not isinstance(stage.model, CoCa):
             self.decoder = _Watched(stage.model, stage.tokenizer, stage.mesh, self._watch)
-            self.control = jit(on(stage.mesh, make_control(stage.model)))
+            self.control = jit(with_mesh(stage.mesh, make_image_ablation(stage.model)))
 
     def _watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         return self.stage.stop.watch(batches, self.stage.name, "evaluate")
 
-    def __call__(self, learnt: Any, limit: int, directory: Path | None = None) -> dict[str, float]:
+    def __call__(
+        self, trainable: Any, limit: int, directory: Path | None = None
+    ) -> dict[str, float]:
         """Scores by name, `<data set>/<metric>`; predictions go to `directory` if given."""
         stage, c = self.stage, self.stage.config
         if isinstance(stage.model, CoCa):
             return {}
-        params = {**self.frozen, **learnt}
+        params = {**self.frozen, **trainable}
         scores: dict[str, float] = {}
         for name in c.loss:
             items, transform = stage.stream(name, self.frozen)
@@ -56,7 +58,7 @@ class Evaluator:
                 jax.device_get(self.control(params, to_mesh(b, stage.mesh)))
                 for b, _ in zip(batches, range(c.loss_batches), strict=False)
             ]
-            scores |= {f"{name}/{k}": v for k, v in control_scores(sums).items()}
+            scores |= {f"{name}/{k}": v for k, v in image_ablation_scores(sums).items()}
         for name in c.evals:
             spec = stage.recipe.evals[name]
             spec = dataclasses.replace(spec, limit=_least(limit, spec.limit))
@@ -89,8 +91,8 @@ def score(
     source: Any,
     data: DataConfig,
     spec: EvalConfig,
-    view: View | None,
-    part: Part | None = None,
+    view: ImageTransform | None,
+    part: PartialResults | None = None,
     title: str = "",
 ) -> Result:
     """Runs one evaluation over a source, `spec.limit` examples of it.

@@ -1,4 +1,4 @@
-"""What a protocol puts in front of a benchmark's pictures and questions, and whether it fits.
+"""What a protocol puts in front of a benchmark's images and questions, and whether it fits.
 
 Legend: k examples in the prompt, F frames, Q queries, S pixels a side.
 """
@@ -34,9 +34,9 @@ class Prompts:
 
     Attributes:
       row: makes a row of an item.
-      frames: F of its pictures.
+      frames: F of its images.
       examples: texts of those in the prompt.
-      shown: the examples that have pictures, see `generate.prefill`; None: there are none.
+      shown: the examples that have images, see `generate.prefill`; None: there are none.
     """
 
     row: Callable[..., Any]
@@ -51,7 +51,7 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class _Shot:
-    """An example with its picture: `text` stands behind it, up to the next picture."""
+    """An example with its image: `text` stands behind it, up to the next image."""
 
     example: Example
     text: str
@@ -62,13 +62,13 @@ def prompting(loaded: Loaded, protocol: Protocol, folder: Path, kind: str, items
 
     Args:
       folder: with the benchmark's official files; of the training split, where examples come
-        from, the annotations, and for examples with pictures those, too.
+        from, the annotations, and for examples with images those, too.
       kind: image | clip.
       items: from `scoring.items_of`.
 
     Raises:
       ConfigError: the longest row does not fit into the language model; tells how much would.
-      DataError: training files that are missing or cannot be used, or the picture of an example.
+      DataError: training files that are missing or cannot be used, or the image of an example.
     """
     view, clip_frames = seen(loaded)
     frames = clip_frames if kind == "clip" else 1
@@ -78,7 +78,7 @@ def prompting(loaded: Loaded, protocol: Protocol, folder: Path, kind: str, items
     if protocol.shots and protocol.shot_kind == "text":
         pairs = draw_questions(training_questions(protocol.benchmark, folder), protocol)
     elif protocol.shots:
-        shots = _with_pictures(protocol, folder)
+        shots = _with_images(protocol, folder)
 
     after, before = {CAPTION.after}, [CAPTION.before]
     if isinstance(items, Questions):
@@ -103,7 +103,7 @@ def prompting(loaded: Loaded, protocol: Protocol, folder: Path, kind: str, items
     return Prompts(row, frames, tuple(shot.text for shot in shots), shown)
 
 
-def _with_pictures(protocol: Protocol, folder: Path) -> list[_Shot]:
+def _with_images(protocol: Protocol, folder: Path) -> list[_Shot]:
     benchmark = BENCHMARKS[protocol.benchmark]
     split = benchmark.training or "train"
     if split not in benchmark.splits:
@@ -134,7 +134,7 @@ def _frames(example: Example, count: int) -> np.ndarray:
 
 
 def _queries(loaded: Loaded, size: int, frames: int) -> int:
-    """Q, the length of a picture's prefix; nothing is computed."""
+    """Q, the length of an image's prefix; nothing is computed."""
     shape = jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.uint8)
 
     def prefix(params: Any, pixels: jax.Array) -> jax.Array:
@@ -149,7 +149,7 @@ def _check_room(loaded: Loaded, protocol: Protocol, front: Sequence[int], rest: 
     """ConfigError if the row is longer than the language model's room.
 
     Args:
-      front: tokens of the prompt with 0, 1, … k examples; rest: of picture, question and answer.
+      front: tokens of the prompt with 0, 1, … k examples; rest: of image, question and answer.
     """
     lm = loaded.model.modules[loaded.model.lm]
     assert isinstance(lm, LM)
@@ -164,6 +164,6 @@ def _check_room(loaded: Loaded, protocol: Protocol, front: Sequence[int], rest: 
     )
     raise ConfigError(
         f"{protocol.benchmark}: {front[-1]} tokens of prompt with {protocol.shots} examples and "
-        f"{rest} of picture, longest question and answer, but {loaded.model.lm} has room for "
+        f"{rest} of image, longest question and answer, but {loaded.model.lm} has room for "
         f"{room}; {advice}"
     )

@@ -1,4 +1,4 @@
-"""Honest signs that the picture is used: losses with the right, a wrong and the mean picture.
+"""Honest signs that the image is used: losses with the right, a wrong and the mean image.
 
 Legend: B batch, Q queries, E language model width.
 """
@@ -9,16 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vadapter.models.adapter_model import Batch, Params, VAdapter
+from vadapter.models.adapter_model import AdapterModel, Batch, Params
 from vadapter.models.losses import token_xent
 
 
-def make_control(model: VAdapter) -> Callable[[Params, Batch], dict[str, jax.Array]]:
-    """Sums that tell whether the picture is used: compile once, add over batches.
+def make_image_ablation(model: AdapterModel) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """Sums that tell whether the image is used: compile once, add over batches.
 
     Returns:
-      A function (params, batch) -> sums: `targets`, and nats with the right picture's prefix
-      (`right`), with another picture's (`wrong`: the row before), with the batch's mean prefix
+      A function (params, batch) -> sums: `targets`, and nats with the right image's prefix
+      (`right`), with another image's (`wrong`: the row before), with the batch's mean prefix
       (`mean`); and `between`/`power`, the image-specific power of the prefix that differs between
       queries, and all of it. For text-only models just `right` and `targets`.
     """
@@ -46,7 +46,7 @@ def make_control(model: VAdapter) -> Callable[[Params, Batch], dict[str, jax.Arr
     return control
 
 
-def control_scores(sums: list[Mapping[str, Any]]) -> dict[str, float]:
+def image_ablation_scores(sums: list[Mapping[str, Any]]) -> dict[str, float]:
     """Means over batches: loss (nats a target), loss_wrong, loss_mean, query_share."""
     total = {k: float(sum(float(s[k]) for s in sums)) for k in sums[0]}
     count = max(total["targets"], 1.0)

@@ -1,4 +1,4 @@
-"""Examples in front of a question, with their pictures.
+"""Examples in front of a question, with their images.
 
 Legend: k examples, F frames, S pixels a side, Q queries, E language model width.
 """
@@ -11,18 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from vadapter.distributed.compile import jit
-from vadapter.models.adapter_model import Params, VAdapter
+from vadapter.models.adapter_model import AdapterModel, Params
 
 
 def show(
-    model: VAdapter, params: Params, frames: np.ndarray, texts: Sequence[Sequence[int]]
+    model: AdapterModel, params: Params, frames: np.ndarray, texts: Sequence[Sequence[int]]
 ) -> jax.Array:
-    """What stands between the prompt and the picture that is asked about, see `generate.prefill`.
+    """What stands between the prompt and the image that is asked about, see `generate.prefill`.
 
     Args:
       model: with an encoder; params: of every component.
       frames: u8[k,F,S,S,3], of the examples.
-      texts: ids of what follows each picture, up to the next one.
+      texts: ids of what follows each image, up to the next one.
 
     Returns:
       [1, k·Q + ids, E]: each example's prefix and embedded text.

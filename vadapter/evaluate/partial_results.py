@@ -17,7 +17,7 @@ _EVERY = 10.0  # seconds between two lines where there is no terminal
 _UPLOAD_EVERY = 30.0  # seconds between two uploads
 
 
-class Part:
+class PartialResults:
     """Texts that are done, a JSON line each and in order, behind a line that says of what.
 
     Only the first host reads and writes. In a bucket the file is uploaded whole, every half minute:
@@ -25,7 +25,7 @@ class Part:
 
     Args:
       path: of the file, predictions.jsonl.part.
-      key: what the texts depend on, as a digest; a file of another key is begun anew.
+      key: what the texts depend on, as a digest; a file of another key is begun again.
     """
 
     def __init__(self, path: Path, key: str):

@@ -32,8 +32,8 @@ class Protocol:
       metric: a row of `scoring.METRICS`.
       prompt: of `PROMPTS`.
       split: of the benchmark.
-      shots: examples in the prompt, from the training questions, the same for every question.
-      shot_kind: text: without a picture, as the paper has them; image: each behind its own.
+      shots: examples in the prompt, from the training questions, the same forevery question.
+      shot_kind: text: without an image, as the paper has them; image: each behind its own.
       shot_seed: another seed draws other examples.
       decode: how a text is written.
       post: of `POSTS`, what is done to a text before it is scored.
@@ -145,6 +145,6 @@ def draw(items: Sequence[Any], protocol: Protocol) -> list[Any]:
 
 
 def draw_questions(training: Sequence[Question], protocol: Protocol) -> list[tuple[str, str]]:
-    """(question, answer) pairs for a prompt without their pictures."""
+    """(question, answer) pairs for a prompt without their images."""
     asked = [q for q in training if q.text.strip() and q.answer.strip()]
     return [(q.text, q.answer) for q in draw(asked, protocol)]

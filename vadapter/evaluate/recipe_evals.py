@@ -12,7 +12,7 @@ from vadapter.config import digest, nearest, plain
 from vadapter.data.open import make_source
 from vadapter.errors import ConfigError
 from vadapter.evaluate.evaluator import save_result, score
-from vadapter.evaluate.partial_results import Part
+from vadapter.evaluate.partial_results import PartialResults
 from vadapter.evaluate.runner import Decoder
 from vadapter.metrics.scoring import Result
 from vadapter.report.table import as_text
@@ -26,7 +26,7 @@ def choose(loaded: Loaded, names: str = "") -> list[str]:
     """Names of evaluations: a list with commas, "all", or by default those of the stage.
 
     Raises:
-      ConfigError: an unknown name, none at all, or a stage that cannot describe pictures.
+      ConfigError: an unknown name, none at all, or a stage that cannot describe images.
     """
     evals = loaded.recipe.evals
     if loaded.view is None:
@@ -45,7 +45,9 @@ def choose(loaded: Loaded, names: str = "") -> list[str]:
     return chosen or list(loaded.config.evals)
 
 
-def rescore(loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0) -> tuple[Result, Path]:
+def evaluate_again(
+    loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0
+) -> tuple[Result, Path]:
     """Runs one evaluation as training does at its end, and writes its files.
 
     Killed and called again, it goes on behind the last batch that was done.
@@ -85,7 +87,7 @@ def rescore(loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0) -> tup
     folder = f"{name}-first-{limit}" if partial else name
     directory = loaded.workdir / loaded.stage / "eval" / folder
     asked = dataclasses.replace(spec, batch=1)  # which does not change a text
-    part = Part(directory / PART, text_key(loaded, source, asked, config))
+    part = PartialResults(directory / PART, text_key(loaded, source, asked, config))
     result = score(decoder, loaded.params, source, config, spec, loaded.view, part, name)
     if jax.process_index() == 0:
         save_result(directory, result, eval=plain(spec))

@@ -8,16 +8,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.data.pipeline import Transform, eval_batches, require_usable
 from vadapter.data.prompts import CAPTION
 from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.data.transforms import prompt_sample
 from vadapter.distributed.compile import jit
-from vadapter.distributed.mesh import filled, on, to_mesh
-from vadapter.evaluate.partial_results import Part, Progress
+from vadapter.distributed.mesh import filled, to_mesh, with_mesh
+from vadapter.evaluate.partial_results import PartialResults, Progress
 from vadapter.metrics.scoring import METRICS, Result, Text, items_of, score_texts
-from vadapter.models.adapter_model import Batch, Params, VAdapter
+from vadapter.models.adapter_model import AdapterModel, Batch, Params
 from vadapter.models.beam import decode
 from vadapter.models.generate import Decode
 
@@ -40,10 +40,10 @@ class Rest:
 class Decoder:
     """Compiled decoding of one model; one program a batch shape."""
 
-    def __init__(self, model: VAdapter, tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
+    def __init__(self, model: AdapterModel, tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
         run = functools.partial(decode, model, stop=tokenizer.stop_ids, vocab=tokenizer.vocab_size)
-        self._decode = jit(on(mesh, run), static_argnames="how")
+        self._decode = jit(with_mesh(mesh, run), static_argnames="how")
 
     def batches(
         self, params: Params, batches: Iterator[Batch], how: Decode, shown: jax.Array | None = None
@@ -95,7 +95,7 @@ def predict(
     batch: int,
     how: Decode,
     shown: jax.Array | None = None,
-    part: Part | None = None,
+    part: PartialResults | None = None,
     title: str = "",
 ) -> list[Text]:
     """A text of every item, in order; what `part` has of them is not predicted again.
@@ -159,11 +159,11 @@ def evaluate(
     *,
     task: str,
     batch: int,
-    view: View,
+    view: ImageTransform,
     how: Decode,
     frames: int = 1,
     limit: int = 0,
-    part: Part | None = None,
+    part: PartialResults | None = None,
     title: str = "",
 ) -> Result:
     """Captions or answers for a source, and their scores.

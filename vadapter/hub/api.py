@@ -23,13 +23,13 @@ Given = str | os.PathLike[str] | Media
 
 
 class VAdapter:
-    """A vision adapter with its encoder and its language model, ready to write about pictures.
+    """A vision adapter with its encoder and its language model, ready to write about images.
 
         model = VAdapter.from_pretrained("runs/quickstart-adapter")
         model.caption(["photo.jpg", "clip.mp4"])  # -> two captions
-        model.ask("photo.jpg", "What colour is the circle?")  # -> one answer
+        model.ask("photo.jpg", "What color is the circle?")  # -> one answer
 
-    A picture is a file, a PIL image or pixels u8[H,W,3]; a clip a file or pixels u8[F,H,W,3].
+    An image is a file, a PIL image or pixels u8[H,W,3]; a clip a file or pixels u8[F,H,W,3].
 
     Attributes:
       folder: the export.
@@ -71,12 +71,12 @@ class VAdapter:
         self, media: Sequence[Given], *, max_new: int = 32, batch: int = 8
     ) -> list[str]: ...
     def caption(self, media: Any, *, max_new: int = 32, batch: int = 8) -> Any:
-        """Describes a picture or a clip, or each of a list; greedy, so always the same.
+        """Describes an image or a clip, or each of a list; greedy, so always the same.
 
         Args:
           media: one, or a list.
           max_new: longest text in tokens.
-          batch: pictures at a time.
+          batch: images at a time.
 
         Returns:
           A line of text; of a list, a list.
@@ -92,7 +92,7 @@ class VAdapter:
     @overload
     def ask(self, media: Any, questions: Any, *, max_new: int = 32, batch: int = 8) -> Any: ...
     def ask(self, media: Any, questions: Any, *, max_new: int = 32, batch: int = 8) -> Any:
-        """Answers a question about a picture or a clip.
+        """Answers a question about an image or a clip.
 
         Args:
           media, questions: one each, or lists of the same length; where one of them is a list, the
@@ -103,17 +103,17 @@ class VAdapter:
           A line of text; a list where either is one.
 
         Raises:
-          DataError: a picture that cannot be read.
+          DataError: an image that cannot be read.
           ConfigError: lists of different lengths, an empty question.
         """
-        pictures, asked = _listed(media), _listed(questions)
+        images, asked = _listed(media), _listed(questions)
         if not _several(media):
-            pictures *= len(asked)
+            images *= len(asked)
         if not _several(questions):
-            asked *= len(pictures)
-        if len(pictures) != len(asked):
-            raise ConfigError(f"{len(pictures)} pictures and {len(asked)} questions: as many each")
-        texts = self._texts(pictures, asked, max_new, batch)
+            asked *= len(images)
+        if len(images) != len(asked):
+            raise ConfigError(f"{len(images)} images and {len(asked)} questions: as many each")
+        texts = self._texts(images, asked, max_new, batch)
         return texts if _several(media) or _several(questions) else texts[0]
 
     def _texts(
@@ -124,7 +124,7 @@ class VAdapter:
         replies = self._describer.replies(known, questions, max_new=max_new, batch=batch)
         for i, reply in enumerate(replies):
             if reply.error:
-                name = reply.media if isinstance(reply.media, Path) else f"picture {i}"
+                name = reply.media if isinstance(reply.media, Path) else f"image {i}"
                 raise DataError(f"{name}: {reply.error}")
             texts.append(reply.text)
         return texts

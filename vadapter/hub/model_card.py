@@ -19,9 +19,9 @@ from vadapter import VAdapter
 
 model = VAdapter.from_pretrained("OWNER/NAME")  # or the folder
 print(model.caption(["photo.jpg", "clip.mp4"]))
-print(model.ask("photo.jpg", "What colour is the circle?"))
+print(model.ask("photo.jpg", "What color is the circle?"))
 ```"""
-_LICENCE = """The licence of what was trained is its author's to choose. The base models
+_LICENCE = """The license of what was trained is its author's to choose. The base models
 keep theirs, which hold for whoever loads them."""
 
 
@@ -37,7 +37,7 @@ def card(loaded: Loaded, exported: Exported) -> str:
         f"# {_line(loaded.recipe.name)}: {exported.stage}",
         f"Lets the frozen language model `{exported.lm}` see: `{' → '.join(loaded.model.names())}`."
         if exported.lm in exported.frozen
-        else f"Writes about pictures: `{' → '.join(loaded.model.names())}`.",
+        else f"Writes about images: `{' → '.join(loaded.model.names())}`.",
         "Trained with vadapter, an implementation of PaLM2-VAdapter "
         "([arXiv 2402.10896](https://arxiv.org/abs/2402.10896)).",
         "## Use",
@@ -49,7 +49,7 @@ def card(loaded: Loaded, exported: Exported) -> str:
         _training(loaded),
         "## Scores",
         _scores(loaded.workdir / exported.stage / "eval"),
-        "## Licence",
+        "## License",
         _LICENCE,
     ]
     return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"

@@ -17,7 +17,7 @@ from typing import Any
 
 from vadapter.config import build
 from vadapter.data.config import DataConfig
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import buckets, storage
@@ -30,7 +30,7 @@ CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenize
 FORMAT, VERSION = "vadapter-export", 1
 PROMPTS = {"caption": dataclasses.asdict(CAPTION), "question": dataclasses.asdict(QUESTION)}
 
-_PICTURES = "pictures"  # the one data set of a stage that is only used
+_IMAGES = "images"  # the one data set of a stage that is only used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Exported:
       dtype: of the computation and of frozen parameters.
       components: name -> kind and fields, without weights.
       trained: name -> digest of what `model.safetensors` holds of it; frozen: the others.
-      view: what becomes of a picture on the host; clip_frames: of a clip.
-      prompts: the words around the picture; tokenizer: its digest.
+      view: what becomes of an image on the host; clip_frames: of a clip.
+      prompts: the words around the image; tokenizer: its digest.
     """
 
     format: str
@@ -82,7 +82,7 @@ class Exported:
     components: dict[str, dict[str, Any]]
     trained: dict[str, str]
     frozen: dict[str, Frozen]
-    view: View
+    view: ImageTransform
     clip_frames: int
     prompts: dict[str, dict[str, str]]
     tokenizer: str
@@ -91,14 +91,14 @@ class Exported:
         """A recipe of this stage alone, with places for its public weights and none for data.
 
         Raises:
-          ConfigError: parts that do not fit together, or a stage that does not describe pictures.
+          ConfigError: parts that do not fit together, or a stage that does not describe images.
         """
         data = DataConfig(
             source={}, task="caption", text_len=1, size=self.view.size, fit=self.view.fit,
             frames=self.clip_frames,
         )  # fmt: skip
         stage = StageConfig(
-            kind=self.kind, steps=max(self.step, 1), batch=1, data={_PICTURES: 1.0}, lm=self.lm,
+            kind=self.kind, steps=max(self.step, 1), batch=1, data={_IMAGES: 1.0}, lm=self.lm,
             chain=self.chain, encoder=self.encoder, bidirectional=self.bidirectional,
             optim=OptimConfig(warmup=0),
         )  # fmt: skip
@@ -107,7 +107,7 @@ class Exported:
             {
                 "name": self.stage,
                 "components": {n: spec | places.get(n, {}) for n, spec in self.components.items()},
-                "data": {_PICTURES: data},
+                "data": {_IMAGES: data},
                 "stages": {self.stage: stage},
                 "chain": (self.stage,),
                 "tokenizer": TokenizerConfig(),
@@ -115,7 +115,7 @@ class Exported:
             }
         )
         if not describing(recipe):
-            raise ConfigError(f"kind {self.kind!r} does not write about pictures")
+            raise ConfigError(f"kind {self.kind!r} does not write about images")
         return recipe
 
 

@@ -46,20 +46,20 @@ def export(loaded: Loaded, folder: Path) -> dict[str, int]:
     The same checkpoint always gives the same bytes.
 
     Args:
-      loaded: a stage that writes about pictures.
+      loaded: a stage that writes about images.
       folder: not there yet, or an earlier export, which is replaced.
 
     Returns:
       The files, each with its size in bytes.
 
     Raises:
-      ConfigError: a stage without pictures, a folder that holds anything else.
+      ConfigError: a stage without images, a folder that holds anything else.
       CheckpointError: public weights that are not where the recipe says.
     """
     target = storage.local(folder, "folder").resolve()
     if loaded.view is None:
         raise ConfigError(
-            f"stage {loaded.stage} reads text alone; choose one that sees pictures: "
+            f"stage {loaded.stage} reads text alone; choose one that sees images: "
             f"{', '.join(describing(loaded.recipe))}"
         )
     part, old = (target.with_name(f".{target.name}.{word}") for word in ("part", "old"))
@@ -146,9 +146,9 @@ def _check_target(target: Path) -> None:
 
 
 def _write(folder: Path, loaded: Loaded, exported: Exported) -> None:
-    learnt = {name: loaded.params[name] for name in exported.trained}
+    trainable = {name: loaded.params[name] for name in exported.trained}
     own = [name for name, part in exported.frozen.items() if not part.weights]
-    _save(folder / WEIGHTS, learnt)
+    _save(folder / WEIGHTS, trainable)
     for name in own:
         _save(folder / frozen_file(name), {name: loaded.params[name]})
     loaded.tokenizer.save(folder / TOKENIZER)

@@ -174,9 +174,9 @@ def _start(recipe: Recipe, stage: Preflight, name: str) -> Facts:
 
 def _parameters(stage: Preflight) -> Facts:
     counts = {name: _count(tree) for name, tree in stage.abstract.items()}
-    learnt = sum(counts[name] for name in trained(stage.config) if name in counts)
+    trainable = sum(counts[name] for name in trained(stage.config) if name in counts)
     whole = sum(counts.values())
-    return {"total": whole, "trained": learnt, "frozen": whole - learnt}
+    return {"total": whole, "trained": trainable, "frozen": whole - trainable}
 
 
 def _memory(stage: Preflight) -> Facts:
@@ -185,14 +185,16 @@ def _memory(stage: Preflight) -> Facts:
     kept = [
         x for n, tree in stage.abstract.items() if n not in learns for x in jax.tree.leaves(tree)
     ]
-    learnt = [x for n in learns if n in stage.abstract for x in jax.tree.leaves(stage.abstract[n])]
+    trainable = [
+        x for n in learns if n in stage.abstract for x in jax.tree.leaves(stage.abstract[n])
+    ]
     width = lambda x: jnp.dtype(x.dtype if x.dtype == jnp.int8 else dtype).itemsize  # noqa: E731
 
     def bytes_of(size: Callable[[Any], int]) -> Facts:
         return {
             "frozen": sum(size(x) * width(x) for x in kept),
-            "trained": 4 * sum(map(size, learnt)),
-            "moments": 8 * sum(map(size, learnt)),
+            "trained": 4 * sum(map(size, trainable)),
+            "moments": 8 * sum(map(size, trainable)),
         }
 
     on_one = lambda x: math.prod(x.sharding.shard_shape(x.shape))  # noqa: E731

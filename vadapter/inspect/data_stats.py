@@ -1,6 +1,6 @@
 """What a data set holds and what a stage's rows make of it: lengths, cuts, faults, sizes, speed.
 
-Nothing is trained, and no picture stays in memory.
+Nothing is trained, and no image stays in memory.
 """
 
 import collections
@@ -59,7 +59,7 @@ def _spread(count: int, limit: int) -> list[int]:
     return [i * count // n for i in range(n)]
 
 
-# -- pictures, by their headers ----------------------------------------------------------------
+# -- images, by their headers ----------------------------------------------------------------
 
 
 def _media(data: OpenData, indices: Sequence[int]) -> Facts:
@@ -95,7 +95,7 @@ def _media(data: OpenData, indices: Sequence[int]) -> Facts:
 
 
 def _tokens(data: OpenData, words: Sequence[Example]) -> Facts:
-    """Tokens of every text, of what stands between picture and text, and of the prompt."""
+    """Tokens of every text, of what stands between image and text, and of the prompt."""
     encode, task = data.tokenizer.encode, data.config.task
     if task == "document":
         lengths = [1 + sum(len(encode(p)) for p in example.pieces) for example in words]

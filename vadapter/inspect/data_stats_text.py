@@ -9,8 +9,8 @@ from vadapter.report import table
 Facts = Mapping[str, Any]
 _HEADER = (("",), ("min",), ("median",), ("95 %",), ("max",))
 _LENGTHS = {  # key -> what it counts
-    "captions": "captions a picture",
-    "questions": "questions a picture",
+    "captions": "captions an image",
+    "questions": "questions an image",
     "pieces": "pieces a document",
     "prompt_tokens": "prompt, tokens",
     "question_tokens": "question, tokens",

@@ -7,7 +7,7 @@ from typing import Any
 
 from vadapter.config import nearest
 from vadapter.data.config import DataConfig
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.data.open import make_source, make_stream
 from vadapter.data.pipeline import Stream
 from vadapter.errors import ConfigError
@@ -37,7 +37,7 @@ class OpenData:
     stage: str
     trains: bool
     tokenizer: Any
-    view: View | None
+    view: ImageTransform | None
     items: Any
     transform: Any
     seed: int

@@ -49,7 +49,7 @@ class Shown:
 
     Attributes:
       data, index, name: of the data set, its item and what people call it.
-      frames: u8[F,S,S,3], or None for text; the encoder normalises them on the device.
+      frames: u8[F,S,S,3], or None for text; the encoder normalizes them on the device.
       mirrored: left and right are exchanged.
       bad: why the row does not count; "" where it does.
       prompt: in front of the visual tokens.
@@ -158,16 +158,16 @@ def _mirrored(data: OpenData, media: Any, row: Mapping[str, np.ndarray]) -> bool
 # -- in a terminal -----------------------------------------------------------------------------
 
 
-def as_text(rows: Iterable[Shown], *, colour: bool) -> Iterator[str]:
-    """Rows for a terminal: coloured, or with targets in ⟦ ⟧."""
-    paint = (lambda text, kind: f"\x1b[{_CODES[kind]}m{text}\x1b[0m") if colour else _plain
+def as_text(rows: Iterable[Shown], *, color: bool) -> Iterator[str]:
+    """Rows for a terminal: colored, or with targets in ⟦ ⟧."""
+    paint = (lambda text, kind: f"\x1b[{_CODES[kind]}m{text}\x1b[0m") if color else _plain
     for row in rows:
         marks = ", mirrored" * row.mirrored
         size = "" if row.frames is None else f", {' × '.join(map(str, row.frames.shape[:3]))}"
         yield f"{row.data}[{row.index}] {printable(row.name)}{size}{marks}"
         if row.bad:
             yield paint(f"  left out, with weight 0: {printable(row.bad)}", "bad")
-        if colour and row.frames is not None:
+        if color and row.frames is not None:
             yield from _drawn(row.frames)
         if row.prompt:
             yield f"  prompt   {_line(row.prompt, row.padding[0], paint, left=True)}"
@@ -180,13 +180,13 @@ def as_text(rows: Iterable[Shown], *, colour: bool) -> Iterator[str]:
         yield ""
 
 
-def legend(*, colour: bool) -> str:
-    """What the colours say."""
-    paint = (lambda text, kind: f"\x1b[{_CODES[kind]}m{text}\x1b[0m") if colour else _plain
+def legend(*, color: bool) -> str:
+    """What the colors say."""
+    paint = (lambda text, kind: f"\x1b[{_CODES[kind]}m{text}\x1b[0m") if color else _plain
     return ", ".join(paint(word, word) for word in ("context", "target", "padding"))
 
 
-def wants_colour(stream: Any = None) -> bool:
+def wants_color(stream: Any = None) -> bool:
     """A terminal that has not been asked for plain text (https://no-color.org)."""
     stream = stream or sys.stdout
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

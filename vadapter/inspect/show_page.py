@@ -12,7 +12,7 @@ from vadapter.errors import ConfigError
 from vadapter.html_page import page, text
 from vadapter.inspect.show_data import Shown, Token
 
-_EXACT = 160  # pixels a side up to which pictures are PNG, without loss
+_EXACT = 160  # pixels a side up to which images are PNG, without loss
 
 
 def write_page(path: Path, title: str, rows: Iterable[Shown]) -> Path:
@@ -102,5 +102,5 @@ _LEGEND = """\
 <p><span class="context">context</span> the model reads it; <span class="target">target</span> the
 loss counts it; <span class="target unread">target, not read</span> the end of a text;
 <span class="padding">padding</span> neither. The pixels are those that the encoder gets, before it
-normalises them. Hover over a token for its id and place.</p>
+normalizes them. Hover over a token for its id and place.</p>
 """

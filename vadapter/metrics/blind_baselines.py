@@ -1,4 +1,4 @@
-"""What scores without looking at a picture: the yardsticks that every adapter has to beat.
+"""What scores without looking at an image: the yardsticks that every adapter has to beat.
 
 Both are taken from the evaluated set itself, but never from the item that they are scored on: what
 a model has beyond them, it has seen.
@@ -16,17 +16,17 @@ CANDIDATES = 20
 
 
 def constant_caption(references: Sequence[Sequence[str]], candidates: int = CANDIDATES) -> float:
-    """CIDEr-D of giving every picture the same caption, as a fraction on the official scale.
+    """CIDEr-D of giving every image the same caption, as a fraction on the official scale.
 
-    The caption for the even pictures is the one that does best on the odd ones, and the other way
+    The caption for the even images is the one that does best on the odd ones, and the other way
     round.
 
     Args:
-      references: the human captions of each picture.
-      candidates: how many of them are tried, one each of as many pictures, evenly spread.
+      references: the human captions of each image.
+      candidates: how many of them are tried, one each of as many images, evenly spread.
 
     Raises:
-      DataError: fewer than two pictures.
+      DataError: fewer than two images.
     """
     human = [[tokenize(caption) for caption in captions] for captions in references]
     n = len(human)

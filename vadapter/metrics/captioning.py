@@ -33,7 +33,7 @@ def cider_d(
 
     Args:
       candidates: tokens of one caption per item; may be empty, which scores 0.
-      references: at least one tokenised caption per item.
+      references: at least one tokenized caption per item.
 
     Returns:
       The corpus score (mean over items) and f64[I] scores per item, both in 0..10.
@@ -203,7 +203,7 @@ class CaptionScores:
 def score_captions(
     predictions: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]
 ) -> CaptionScores:
-    """Scores raw captions: official tokenisation, then CIDEr-D, BLEU-4 and ROUGE-L.
+    """Scores raw captions: official tokenization, then CIDEr-D, BLEU-4 and ROUGE-L.
 
     Line breaks inside captions are blanks; empty predictions are legal and score 0.
 

@@ -1,4 +1,4 @@
-"""The caption tokeniser of the official COCO metrics, without Java.
+"""The caption tokenizer of the official COCO metrics, without Java.
 
 `tokenize` gives the tokens of Stanford's PTBTokenizer 3.4.1 with `-preserveLines -lowerCase`, after
 pycocoevalcap's list of punctuation has been dropped. The rules were found by probing that

@@ -2,7 +2,7 @@
 
 Scores are fractions on the official scale (multiply by 100 to print them) and, as counts or shares:
 `n`, the items scored; `ended`, texts that ended by themselves; `distinct`, different texts;
-`unreadable`, items whose picture cannot be read, where there are any: their text is empty.
+`unreadable`, items whose image cannot be read, where there are any: their text is empty.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from vadapter.metrics import vqa
 from vadapter.metrics.captioning import score_captions
 from vadapter.metrics.vqa import Rules, score_answers
 
-# Index of the item, the text (None: its picture cannot be read), whether it ended by itself.
+# Index of the item, the text (None: its image cannot be read), whether it ended by itself.
 Text = tuple[int, str | None, bool]
 _Said = tuple[int, str, bool]
 

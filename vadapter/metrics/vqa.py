@@ -93,20 +93,20 @@ def _plain_words(text: str, contractions: Mapping[str, str]) -> str:
 
 
 @functools.lru_cache(maxsize=1 << 16)  # answers repeat
-def normalise_vqa(answer: str) -> str:
+def normalize_vqa(answer: str) -> str:
     """The normal form of the VQAv2 script; idempotent on most, not all, answers."""
     return _plain_words(_without_signs(answer), _CONTRACTIONS)
 
 
 @functools.lru_cache(maxsize=1 << 16)  # answers repeat
-def normalise_evalai(answer: str) -> str:
+def normalize_evalai(answer: str) -> str:
     """The normal form of TextVQA's evaluation server: commas go first, `'s` is a word."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    return normalise_vqa(_blank(text.strip()))
+    return normalize_vqa(_blank(text.strip()))
 
 
 @functools.lru_cache(maxsize=1 << 16)  # answers repeat
-def normalise_vizwiz(answer: str) -> str:
+def normalize_vizwiz(answer: str) -> str:
     """VQAv2's normal form with VizWiz's own table of contractions."""
     return _plain_words(_without_signs(answer), _VIZWIZ_CONTRACTIONS)
 
@@ -120,9 +120,9 @@ class Rules:
 
     Attributes:
       name: the benchmark, for tables.
-      normalise: the normal form of an answer.
-      normalise_truth: that of the annotators', where it is another.
-      truth: when the annotators' answers are normalised; with never even their blanks count.
+      normalize: the normal form of an answer.
+      normalize_truth: that of the annotators', where it is another.
+      truth: when the annotators' answers are normalized; with never even their blanks count.
       prediction: when the prediction is.
       enough: how many agreeing annotators earn the full point.
       leave_one_out: average over the sets of all annotators but one, as VQA does to make human
@@ -131,30 +131,30 @@ class Rules:
     """
 
     name: str
-    normalise: Callable[[str], str]
+    normalize: Callable[[str], str]
     truth: When
     prediction: When
     enough: int
     leave_one_out: bool
     annotators: int = 0
-    normalise_truth: Callable[[str], str] | None = None
+    normalize_truth: Callable[[str], str] | None = None
 
 
 # Quirk of VQAv2: answers on which all agree are compared raw, `Black.` never equals ten `black`.
-VQAV2 = Rules("vqav2", normalise_vqa, "unless unanimous", "unless unanimous", 3, True)
-TEXTVQA = Rules("textvqa", normalise_evalai, "always", "always", 3, True, annotators=10)
-VIZWIZ = Rules("vizwiz", normalise_vizwiz, "never", "always", 3, True)
+VQAV2 = Rules("vqav2", normalize_vqa, "unless unanimous", "unless unanimous", 3, True)
+TEXTVQA = Rules("textvqa", normalize_evalai, "always", "always", 3, True, annotators=10)
+VIZWIZ = Rules("vizwiz", normalize_vizwiz, "never", "always", 3, True)
 IVQA = Rules("ivqa", str.lower, "always", "always", 2, False)
 EXACT = Rules("exact", str.lower, "always", "always", 1, False)
 
 # Not official; none of them may stand for the official score.
-OPENFLAMINGO = Rules("openflamingo", normalise_vqa, "always", "always", 3, True)
+OPENFLAMINGO = Rules("openflamingo", normalize_vqa, "always", "always", 3, True)
 # LAVIS clears the annotators' answers of punctuation alone: `none` is never right, it became `0`.
 LAVIS = Rules(
-    "lavis", normalise_vqa, "unless unanimous", "always", 3, True, normalise_truth=_without_signs
+    "lavis", normalize_vqa, "unless unanimous", "always", 3, True, normalize_truth=_without_signs
 )
 BIG_VISION = Rules("big_vision", str, "never", "never", 3, False)  # of OK-VQA
-EXACT_EVALAI = Rules("evalai", normalise_evalai, "always", "always", 1, False)
+EXACT_EVALAI = Rules("evalai", normalize_evalai, "always", "always", 1, False)
 
 
 def accuracy(prediction: str, answers: Sequence[str], rules: Rules) -> float:
@@ -184,9 +184,9 @@ def accuracy(prediction: str, answers: Sequence[str], rules: Rules) -> float:
         return when == "always" or (when == "unless unanimous" and not unanimous)
 
     if applies(rules.prediction):
-        guess = rules.normalise(guess)
+        guess = rules.normalize(guess)
     if applies(rules.truth):
-        truth = [(rules.normalise_truth or rules.normalise)(answer) for answer in truth]
+        truth = [(rules.normalize_truth or rules.normalize)(answer) for answer in truth]
     agree, total = truth.count(guess), len(truth)
     if not rules.leave_one_out:
         return min(1.0, agree / rules.enough)

@@ -34,22 +34,22 @@ Batch = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class FcConfig:
+class ProjectionConfig:
     """One fully connected layer that matches dimensions (paper, section 3).
 
     Attributes:
       width: output width; 0 takes the width of the language model that follows in the chain.
-      scale: standard deviation of the output at initialisation, for unit-variance input.
+      scale: standard deviation of the output at initialization, for unit-variance input.
     """
 
     width: int = 0
     scale: float = 1.0
 
 
-class Fc(nn.Module):
+class Projection(nn.Module):
     """[..., in] -> [..., width]."""
 
-    config: FcConfig
+    config: ProjectionConfig
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -59,11 +59,11 @@ class Fc(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class VAdapter:
+class AdapterModel:
     """The model of one stage: modules by component name, and how they are joined.
 
     Attributes:
-      modules: component name -> Flax module, for every component in `encoder`, `chain`, `lm`.
+      modules: component name -> Flax module, forevery component in `encoder`, `chain`, `lm`.
       lm: the component that predicts the text.
       chain: components between encoder and `lm`, in order.
       encoder: the vision encoder's component; "" for text only.

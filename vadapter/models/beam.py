@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from vadapter.data.batch import EOS, PAD
-from vadapter.models.adapter_model import Batch, Params, VAdapter
+from vadapter.models.adapter_model import AdapterModel, Batch, Params
 from vadapter.models.generate import Context, Decode, ends, extend, greedy, permitted, prefill
 
 _NOTHING = -1e9  # the score of a text that is none
 
 
 def decode(
-    model: VAdapter,
+    model: AdapterModel,
     params: Params,
     batch: Batch,
     how: Decode,
@@ -32,7 +32,7 @@ def decode(
 
 
 def beam(
-    model: VAdapter,
+    model: AdapterModel,
     params: Params,
     batch: Batch,
     how: Decode,
@@ -43,7 +43,7 @@ def beam(
     """The best of the texts that K beams find.
 
     A finished text is worth its log probability divided by its length in tokens, the end token
-    among them, to the power of the length penalty: 0 sums, 1 averages, more favours longer texts.
+    among them, to the power of the length penalty: 0 sums, 1 averages, more favors longer texts.
     Every step the K (1 + stops) best continuations are looked at; those among the first K that end
     are kept if they belong to the K best finished ones, and the K best that do not end go on. The
     search is over when no text that goes on could still beat the worst of K finished ones: with a

@@ -1,20 +1,20 @@
-"""What every vision encoder says about the pictures that it takes."""
+"""What every vision encoder says about the images that it takes."""
 
 import dataclasses
 
-from vadapter.data.media.images import Fit, Interpolation, View
+from vadapter.data.media.images import Fit, ImageTransform, Interpolation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """How a picture becomes frames; a public encoder's preprocessor file says it.
+    """How an image becomes frames; a public encoder's preprocessor file says it.
 
     Attributes:
-      image_size: S, pixels a side; at another S the same share of a picture is cut off.
-      fit, interpolation, crop_pct, floor: see `images.View`.
+      image_size: S, pixels a side; at another S the same share of an image is cut off.
+      fit, interpolation, crop_pct, floor: see `ImageTransform`.
 
     Raises:
-      ConfigError: what is no `images.View`.
+      ConfigError: what is no `ImageTransform`.
     """
 
     image_size: int
@@ -27,6 +27,8 @@ class EncoderConfig:
         _ = self.view
 
     @property
-    def view(self) -> View:
-        """What becomes of a picture on the host."""
-        return View(self.image_size, self.fit, self.interpolation, self.crop_pct, self.floor)
+    def view(self) -> ImageTransform:
+        """What becomes of an image on the host."""
+        return ImageTransform(
+            self.image_size, self.fit, self.interpolation, self.crop_pct, self.floor
+        )

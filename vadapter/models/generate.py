@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vadapter.data.batch import EOS, PAD
-from vadapter.models.adapter_model import Batch, Params, VAdapter
+from vadapter.models.adapter_model import AdapterModel, Batch, Params
 from vadapter.models.lm import LM, empty_cache
 from vadapter.models.transformer import text_mask
 
@@ -54,21 +54,21 @@ class Context(NamedTuple):
     slot: jax.Array
 
 
-def _lm(model: VAdapter) -> LM:
+def _lm(model: AdapterModel) -> LM:
     lm = model.modules[model.lm]
     assert isinstance(lm, LM)
     return lm
 
 
 def prefill(
-    model: VAdapter, params: Params, batch: Batch, room: int, shown: jax.Array | None = None
+    model: AdapterModel, params: Params, batch: Batch, room: int, shown: jax.Array | None = None
 ) -> tuple[jax.Array, Context]:
-    """Reads prompt, picture and text of every row.
+    """Reads prompt, image and text of every row.
 
     Args:
       batch: see `greedy`.
       room: slots for new tokens.
-      shown: [1, S, E] embeddings between every prompt and its picture, such as other pictures with
+      shown: [1, S, E] embeddings between every prompt and its image, such as other images with
         their texts; None: nothing.
 
     Returns:
@@ -98,7 +98,7 @@ def prefill(
 
 
 def extend(
-    model: VAdapter, params: Params, context: Context, token: jax.Array
+    model: AdapterModel, params: Params, context: Context, token: jax.Array
 ) -> tuple[jax.Array, Context]:
     """Reads one more token of every row, i32[B]; returns as `prefill`."""
     lm, slot = _lm(model), context.slot
@@ -115,7 +115,7 @@ def extend(
     return logp, Context(cache, places, visible, position, slot + 1)
 
 
-def _log_probs(model: VAdapter, params: Params, states: jax.Array) -> jax.Array:
+def _log_probs(model: AdapterModel, params: Params, states: jax.Array) -> jax.Array:
     """[B, E] -> f32[B, V]."""
     return jax.nn.log_softmax(model.logits(params, states).astype(jnp.float32))
 
@@ -138,7 +138,7 @@ def permitted(
 
 
 def greedy(
-    model: VAdapter,
+    model: AdapterModel,
     params: Params,
     batch: Batch,
     max_new: int,

@@ -26,7 +26,7 @@ default_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal
 
 
 def partitioned(init: Callable, *axes: str | None) -> Callable:
-    """Marks the initialiser's parameter with its logical axes, one name per dimension."""
+    """Marks the initializer's parameter with its logical axes, one name per dimension."""
     return nn.with_logical_partitioning(init, axes)
 
 
@@ -97,7 +97,7 @@ GATED: dict[str, Callable] = {"swiglu": nn.silu, "geglu": ACTIVATIONS["gelu"]}
 class Mlp(nn.Module):
     """Feed-forward block, down(act(up(x))), or down(act(gate(x)) · up(x)) for a `kind` in `GATED`.
 
-    The pre-activations carry the name `u` for rematerialisation policies. `linear` makes the
+    The pre-activations carry the name `u` for rematerialization policies. `linear` makes the
     projections, called as the function of that name.
     """
 
@@ -129,7 +129,7 @@ def write_gradients(*x: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays as they are; the backward pass writes their gradients before it reads them.
 
     An activation's derivative is cheap, so compilers put it inside the products that read it; the
-    TPU's then computes it again for every tile of each of them, at up to 3/4 of a product's time.
+    TPU's then computes it again forevery tile of each of them, at up to 3/4 of a product's time.
     """
     return x
 
@@ -144,7 +144,7 @@ write_gradients.defvjp(lambda *x: (x, None), _backward)
 class Attention(nn.Module):
     """The only attention: self (`kv is None`) or cross, multi-, grouped- or single-key-head.
 
-    Scores and softmax are float32. q, k, v carry checkpoint names for rematerialisation policies.
+    Scores and softmax are float32. q, k, v carry checkpoint names for rematerialization policies.
 
     Attributes:
       heads, kv_heads, head_dim: H query heads share kv_heads key heads of width K.
@@ -185,7 +185,7 @@ class Attention(nn.Module):
         Args:
           x: queries' inputs, [B, T, E].
           kv: inputs of keys and values, [B, S, any width]; None for self-attention.
-          mask: bool[B, T, S], True where a query may look; None for everywhere.
+          mask: bool[B, T, S], True where a query may look; None foreverywhere.
           positions: i32[B, S] of the keys, whose last T are the queries', and freq: f32[R/2] of
             rotary positions; None for none.
           cache: keys and values [B, S, kv_heads, K] of a sequence being decoded; the new ones are

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
 from vadapter.models.encoder import EncoderConfig
@@ -218,7 +218,7 @@ class MobileNet(nn.Module):
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
 
     @property
-    def view(self) -> View:
+    def view(self) -> ImageTransform:
         return self.config.view
 
     @property

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vadapter.config import build, nearest
 from vadapter.errors import ConfigError
-from vadapter.models.adapter_model import Fc, FcConfig
+from vadapter.models.adapter_model import Projection, ProjectionConfig
 from vadapter.models.adapters.resampler import (
     MlpAdapter,
     MlpAdapterConfig,
@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[type, type[nn.Module]]] = {
     "resampler": (ResamplerConfig, Resampler),
     "pooler": (PoolerConfig, Pooler),
     "mlp": (MlpAdapterConfig, MlpAdapter),
-    "fc": (FcConfig, Fc),
+    "fc": (ProjectionConfig, Projection),
     "lm": (LMConfig, LM),
     "fusion": (FusionConfig, Fusion),
 }

@@ -1,4 +1,4 @@
-"""One transformer block and one stack for every model: ViT, tiny LM, LLM, resampler, CoCa text.
+"""One transformer block and one stack forevery model: ViT, tiny LM, LLM, resampler, CoCa text.
 
 Legend: B batch, T tokens, S keys, E width, L layers.
 """

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
 from vadapter.models.adapters.resampler import Pooler, PoolerConfig
@@ -36,7 +36,7 @@ class ViTConfig(EncoderConfig):
       patch_bias, pre_norm, final_norm: a bias of the patch projection, a norm in front of the first
         layer (CLIP), a norm on what is returned; the penultimate layer has no norm.
       mlp, layer_scale: see `transformer.BlockConfig`.
-      mean, std: pixel normalisation of values in 0..1.
+      mean, std: pixel normalization of values in 0..1.
     """
 
     patch: int
@@ -78,7 +78,7 @@ class ViT(nn.Module):
     dtype: Dtype = jnp.float32
 
     @property
-    def view(self) -> View:
+    def view(self) -> ImageTransform:
         return self.config.view
 
     @property
@@ -127,7 +127,7 @@ class ViT(nn.Module):
         return rearrange(x, "(b f) n d -> b f n d", b=B, f=F)
 
     def _tokens(self, name: str, count: int, init: Callable, like: jax.Array) -> jax.Array:
-        """`count` learned vectors for every row of `like`: [n, count, D]."""
+        """`count` learned vectors forevery row of `like`: [n, count, D]."""
         D = like.shape[-1]
         tokens = self.param(name, partitioned(init, None, None, "embed"), (1, count, D))
         tokens = constrain(tokens)

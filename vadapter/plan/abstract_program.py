@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from vadapter.data.batch import EOS, fake_batch
-from vadapter.distributed.mesh import batch_sharding, on, places
+from vadapter.distributed.mesh import batch_sharding, shardings_of, with_mesh
 from vadapter.models.coca import CoCa
 from vadapter.models.generate import Decode
 from vadapter.recipe.optim import make_optimizer
@@ -67,7 +67,7 @@ class Program:
         if view is not None:
             clip = rows.frames if rows.media == "clip" else 1
             self.sizes |= {"F": frames or clip, "S": rows.view(view).size}
-        self.step = on(mesh, stage_step(recipe, config, self.model, self.tx))
+        self.step = with_mesh(mesh, stage_step(recipe, config, self.model, self.tx))
 
     def again(self, mesh: jax.sharding.Mesh, *, batch: int, remat: str = "") -> "Program":
         """The same program on another mesh, for another number of rows, or with other `remat`."""
@@ -87,13 +87,13 @@ class Program:
     @functools.cached_property
     def params(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(trained, frozen) shapes with shardings, frozen ones in the dtype of the computation."""
-        learnt, frozen = split(abstract_params(self.model, self.mesh), self.learns)
-        return learnt, at_rest(frozen, DTYPES[self.recipe.dtype])
+        trainable, frozen = split(abstract_params(self.model, self.mesh), self.learns)
+        return trainable, at_rest(frozen, DTYPES[self.recipe.dtype])
 
     def arguments(self) -> tuple[Any, Any, Any]:
         """(state, frozen, batch) of the train step, as shapes with shardings."""
-        learnt, frozen = self.params
-        return abstract_state(learnt, self.tx, self.mesh), frozen, self.batch_shapes()
+        trainable, frozen = self.params
+        return abstract_state(trainable, self.tx, self.mesh), frozen, self.batch_shapes()
 
     def batch_shapes(self, rows: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of the step, or of so many rows."""
@@ -105,20 +105,20 @@ class Program:
     def train_step(self) -> Any:
         """The jitted train step as `train.loop` has it, but for its compiler options."""
         state, _, _ = self.arguments()
-        return jax.jit(self.step, donate_argnums=0, out_shardings=(places(state), None))
+        return jax.jit(self.step, donate_argnums=0, out_shardings=(shardings_of(state), None))
 
     def decode(self, how: Decode) -> Any:
         """Writing the texts of a batch: (params of every component, batch) -> texts."""
         from vadapter.models.beam import decode
 
         assert not isinstance(self.model, CoCa), "see `captions`"
-        return on(self.mesh, functools.partial(decode, self.model, how=how, stop=(EOS,)))
+        return with_mesh(self.mesh, functools.partial(decode, self.model, how=how, stop=(EOS,)))
 
     # -- arrays --------------------------------------------------------------------------------
 
     def random(self) -> tuple[Any, Any, Any]:
         """The arguments with random content, on the devices."""
-        learnt, frozen = self.params
+        trainable, frozen = self.params
         state, _, batch = self.arguments()
 
         def make(names: tuple[str, ...], like: Any) -> Any:
@@ -126,9 +126,9 @@ class Program:
             return jax.tree.map(lambda x, s: x.astype(s.dtype), {n: both[n] for n in names}, like)
 
         put = lambda like: jax.jit(  # noqa: E731
-            functools.partial(make, tuple(like), like), out_shardings=places(like)
+            functools.partial(make, tuple(like), like), out_shardings=shardings_of(like)
         )()
-        begin = jax.jit(lambda p: init_state(p, self.tx), out_shardings=places(state))
+        begin = jax.jit(lambda p: init_state(p, self.tx), out_shardings=shardings_of(state))
         sizes = self.sizes
         made = fake_batch(
             self.config.batch, frames=sizes.get("F", 0), size=sizes.get("S", 0),
@@ -136,12 +136,12 @@ class Program:
             vocab_size=self.recipe.tokenizer.vocab_size,
         )  # fmt: skip
         made |= {key: made[key][:, : sizes["M"]] for key in ("target_at", "targets", "weights")}
-        return begin(put(learnt)), put(frozen), jax.device_put(made, places(batch))
+        return begin(put(trainable)), put(frozen), jax.device_put(made, shardings_of(batch))
 
     def _init(self) -> dict[str, Any]:
         return init_params(self.model, jax.random.key(0))
 
     @property
     def captions(self) -> bool:
-        """The stage writes texts about pictures."""
+        """The stage writes texts about images."""
         return "S" in self.sizes and not isinstance(self.model, CoCa)

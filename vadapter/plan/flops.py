@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from vadapter.models.adapter_model import Fc, VAdapter
+from vadapter.models.adapter_model import AdapterModel, Projection
 from vadapter.models.adapters.resampler import MlpAdapter, Pooler, Resampler
 from vadapter.models.coca import CoCa
 from vadapter.models.layers import GATED
@@ -97,7 +97,7 @@ class Work(NamedTuple):
 
 
 def formula(
-    model: VAdapter | CoCa, learns: Collection[str], sizes: Mapping[str, int]
+    model: AdapterModel | CoCa, learns: Collection[str], sizes: Mapping[str, int]
 ) -> dict[str, int] | None:
     """FLOPs of a training step for each row and component, without recomputation.
 
@@ -119,9 +119,9 @@ def formula(
     return flops
 
 
-def forward_work(model: VAdapter | CoCa, sizes: Mapping[str, int]) -> dict[str, Work] | None:
+def forward_work(model: AdapterModel | CoCa, sizes: Mapping[str, int]) -> dict[str, Work] | None:
     """The work of each component for one row, in the order of the data flow."""
-    if not isinstance(model, VAdapter):
+    if not isinstance(model, AdapterModel):
         return None
     frames, tokens, width = sizes.get("F", 0), 0, 0
     work: dict[str, Work] = {}
@@ -149,7 +149,7 @@ def forward_work(model: VAdapter | CoCa, sizes: Mapping[str, int]) -> dict[str, 
             )
             work[name] = Work(first + second, first)
             width = c.width
-        elif isinstance(module, Fc):
+        elif isinstance(module, Projection):
             product = _linear(tokens, width, c.width)
             work[name] = Work(product, product)
             width = c.width

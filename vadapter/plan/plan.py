@@ -58,7 +58,7 @@ class Rows:
 
     Attributes:
       data: the data sets whose batches they are; share: of the stage's steps.
-      frames: F; 0: no pictures.
+      frames: F; 0: no images.
       batch_bytes: on each device.
       flops: of a step on all devices, by formula (nothing recomputed); None: there is none.
       counted: the same in the traced program; what the backward pass repeats is in `train.flops`.
@@ -202,7 +202,7 @@ def _by_shape(
 
 
 def applied(recipe: Recipe, name: str, setting: Setting) -> Recipe:
-    """The recipe with the setting's mesh, rematerialisation and int8."""
+    """The recipe with the setting's mesh, rematerialization and int8."""
     stage, specs = recipe.stages[name], dict(recipe.components)
     for part in with_field(recipe, name, "remat") if setting.remat else ():
         specs[part] = {**specs[part], "remat": setting.remat}
@@ -296,8 +296,8 @@ def _function(stage: Program, how: Decode | None) -> tuple[Any, Any]:
     """The function and the shapes of its arguments."""
     if how is None:
         return stage.step, stage.arguments()
-    learnt, frozen = stage.params
-    return stage.decode(how), (learnt | frozen, stage.batch_shapes())
+    trainable, frozen = stage.params
+    return stage.decode(how), (trainable | frozen, stage.batch_shapes())
 
 
 def _rows(stage: Program, data: tuple[str, ...], train: Figures | None) -> Rows:
@@ -356,10 +356,10 @@ def _mean(rows: tuple[Rows, ...], figure: Callable[[Rows], float | None]) -> flo
 
 
 def _parts(stage: Program) -> dict[str, Part]:
-    learnt, frozen = stage.params
-    both = learnt | frozen
+    trainable, frozen = stage.params
+    both = trainable | frozen
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
     return {
-        part: Part(count(both[part]), part in learnt, on_one(both[part]))
+        part: Part(count(both[part]), part in trainable, on_one(both[part]))
         for part in components(stage.config)
     }

@@ -19,7 +19,7 @@ def search(
     recipe: Recipe, name: str, setting: Setting, planned: Plan, attempt: Try,
     say: Callable[[str], object] = lambda line: None,
 ) -> tuple[Setting, Plan] | None:  # fmt: skip
-    """The first setting that fits: rematerialisation, weights that are split, more chips, int8 with
+    """The first setting that fits: rematerialization, weights that are split, more chips, int8 with
     all these chips or those asked for, and last a smaller batch.
 
     Args:

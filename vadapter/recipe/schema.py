@@ -14,7 +14,7 @@ from vadapter.config import build, nearest
 from vadapter.data.config import DataConfig
 from vadapter.distributed.mesh import MeshConfig
 from vadapter.errors import ConfigError, Problems
-from vadapter.models.adapter_model import VAdapter
+from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.coca import CoCa
 from vadapter.models.generate import Decode
 from vadapter.models.lm import LM
@@ -32,7 +32,7 @@ class Kind:
     """A row of the stage table.
 
     Attributes:
-      visual: the stage sees pictures.
+      visual: the stage sees images.
       trains: which of encoder, chain and lm it trains; "all" for CoCa's four components.
       chain_drops: leaves of a language model that it does not need inside the chain, where it is
         used through its hidden states.
@@ -159,7 +159,7 @@ class Recipe:
         kind and fields are those that the checkpoint's own config.json says.
       chain: stages in order; a stage that is done is not run again.
       tokenizer: of language models that are not public.
-      seed: of initialisation, order, augmentation and dropout.
+      seed: of initialization, order, augmentation and dropout.
       dtype: of the computation and of frozen parameters; trained ones are float32.
       workers: processes that read data; 0: threads of this process.
     """
@@ -248,7 +248,7 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
     _check_starts(recipe, name, stage)
     if stage.evals and (stage.kind == "vision" or not STAGES[stage.kind].visual):
         raise ConfigError(
-            f"{where}.evals: a stage of kind {stage.kind} does not write about pictures"
+            f"{where}.evals: a stage of kind {stage.kind} does not write about images"
         )
     if stage.kind == "vision" and (stage.loss or stage.lm or stage.chain):
         raise ConfigError(f"{where}: kind vision takes no loss, lm or chain")
@@ -258,7 +258,7 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
     _at_least_one(where, stage, numbers)
     for item in (*stage.data, *stage.loss):
         if STAGES[stage.kind].visual and recipe.data[item].task == "document":
-            raise ConfigError(f"{where}: data {item!r} has no pictures, which {stage.kind} needs")
+            raise ConfigError(f"{where}: data {item!r} has no images, which {stage.kind} needs")
     try:
         learning_rate(stage.optim, stage.steps)
     except ConfigError as error:
@@ -328,7 +328,7 @@ def trained(stage: StageConfig) -> tuple[str, ...]:
     return tuple(name for part in STAGES[stage.kind].trains for name in parts[part])
 
 
-def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> VAdapter | CoCa:
+def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> AdapterModel | CoCa:
     """The stage's model; widths that the recipe leaves open follow from what comes next.
 
     Raises:
@@ -354,7 +354,7 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> VAdapter 
     _check_widths(stage, modules)
     encoder = stage.encoder if STAGES[stage.kind].visual else ""
     frozen = stage.lm not in trained(stage)
-    return VAdapter(modules, stage.lm, stage.chain, encoder, stage.bidirectional, frozen)
+    return AdapterModel(modules, stage.lm, stage.chain, encoder, stage.bidirectional, frozen)
 
 
 def _derived(recipe: Recipe, name: str, vocab_size: int, width: int) -> dict[str, int]:

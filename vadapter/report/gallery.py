@@ -1,4 +1,4 @@
-"""Held-out pictures and clips with what the stages say about them, in a single HTML file."""
+"""Held-out images and clips with what the stages say about them, in a single HTML file."""
 
 import base64
 import dataclasses
@@ -23,7 +23,7 @@ from vadapter.recipe.schema import Recipe
 
 MAX_BYTES = 2_900_000
 EACH = 6  # items of each group
-SIZES = (160, 112, 80, 56)  # longest side of a picture, the first that fits into the file
+SIZES = (160, 112, 80, 56)  # longest side of an image, the first that fits into the file
 _FRAME_MS = 200
 _MAX_TEXT = 400  # characters
 
@@ -51,7 +51,7 @@ def read_section(recipe: Recipe, name: str, predictions: Mapping[str, Path]) -> 
     """The section of an evaluation.
 
     Args:
-      recipe: of the run; the data set's source is made again for the pictures.
+      recipe: of the run; the data set's source is made again for the images.
       name: of the evaluation.
       predictions: stage -> its predictions.jsonl.
     """
@@ -59,7 +59,7 @@ def read_section(recipe: Recipe, name: str, predictions: Mapping[str, Path]) -> 
     rows = {stage: list(lines(path)) for stage, path in predictions.items()}
     rows = {stage: found for stage, found in rows.items() if found}
     config = recipe.data[spec.data]
-    items: list[Any] = []  # made at the first picture, and only once
+    items: list[Any] = []  # made at the first image, and only once
 
     def media(row: Row) -> np.ndarray:
         if not items:
@@ -76,7 +76,7 @@ def read_section(recipe: Recipe, name: str, predictions: Mapping[str, Path]) -> 
 
 
 def write_gallery(path: Path, title: str, sections: Sequence[Section], table: str = "") -> Path:
-    """Writes the page, with pictures as large as the size of the file allows.
+    """Writes the page, with images as large as the size of the file allows.
 
     Args:
       path: of the file.
@@ -154,7 +154,7 @@ def _card(section: Section, row: Row, size: int) -> str:
     for reference in row.get("references", ())[:5]:
         lines.append(f"<p class=reference>{_text(reference)}</p>")
     text = "\n".join(lines)
-    return f"<article>{_picture(section, row, size)}\n{text}</article>"
+    return f"<article>{_image(section, row, size)}\n{text}</article>"
 
 
 def _mark(task: str, score: float | None) -> str:
@@ -163,27 +163,27 @@ def _mark(task: str, score: float | None) -> str:
     return f"{100 * score:.0f}" if task == "caption" else "✓" if score else "✗"
 
 
-def _picture(section: Section, row: Row, size: int) -> str:
+def _image(section: Section, row: Row, size: int) -> str:
     try:
         frames = section.media(row)
     except BadMedia as error:
-        return f"<p class=gone>no picture: {_text(error.reason)}</p>"
+        return f"<p class=gone>no image: {_text(error.reason)}</p>"
     except (UserError, OSError) as error:
-        return f"<p class=gone>no picture: {_text(str(error))}</p>"
+        return f"<p class=gone>no image: {_text(str(error))}</p>"
     uri, small = thumbnail(frames, size)
     pixelated = " class=small" if small else ""
     return f'<img src="{uri}" alt="{_text(row["id"])}" title="{_text(row["id"])}"{pixelated}>'
 
 
 def thumbnail(frames: np.ndarray, size: int) -> tuple[str, bool]:
-    """A data URI: PNG where the picture is small by itself, else JPEG; an animated WebP of a clip.
+    """A data URI: PNG where the image is small by itself, else JPEG; an animated WebP of a clip.
 
     Args:
       frames: u8[F,H,W,3].
       size: longest side in pixels.
 
     Returns:
-      The URI, and whether the picture was that small.
+      The URI, and whether the image was that small.
     """
     images = [Image.fromarray(frame) for frame in frames]
     small = max(images[0].size) <= min(size, 96)

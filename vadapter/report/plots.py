@@ -10,8 +10,8 @@ from vadapter.io import storage
 from vadapter.io.json_files import history
 from vadapter.recipe.schema import Recipe
 
-# Told apart by every kind of colour vision (Okabe and Ito, 2008).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Told apart by every kind of color vision (Okabe and Ito, 2008).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def convergence(workdir: Path, recipe: Recipe, path: Path) -> Path | None:
@@ -37,19 +37,19 @@ def convergence(workdir: Path, recipe: Recipe, path: Path) -> Path | None:
     losses, scores = figure.subplots(1, 2, sharex=True)
     measured = False
     for i, (name, log) in enumerate(logs.items()):
-        stage, colour = recipe.stages[name], COLOURS[i % len(COLOURS)]
+        stage, color = recipe.stages[name], COLORS[i % len(COLORS)]
         label = f"{name}: {' → '.join(stage.chain)}"
         x, y = _series(log, "loss")
-        losses.plot(x, y, color=colour, alpha=0.3, linewidth=1)
+        losses.plot(x, y, color=color, alpha=0.3, linewidth=1)
         held = [_series(log, f"{key}/loss") for key in stage.loss]
         held = [series for series in held if len(series[0])]
         x, y = held[0] if held else (x, _smooth(y))
         style = "o-" if held else "-"
-        losses.plot(x, y, style, color=colour, markersize=4, linewidth=1.8, label=label)
+        losses.plot(x, y, style, color=color, markersize=4, linewidth=1.8, label=label)
         evals = [e for e in stage.evals if len(_series(log, f"{e}/cider")[0])]
         for key in evals[:1]:
             measured = True
-            _scores(scores, log, key, colour, f"{name}: {key}")
+            _scores(scores, log, key, color, f"{name}: {key}")
     losses.set(ylabel="nats a token", title="Loss (dots: held out, faint: training)")
     losses.legend(frameon=False, fontsize=9)
     scores.set(ylabel="CIDEr × 100", title="CIDEr, held out (dots: on a part, ring: on all)")
@@ -86,13 +86,13 @@ def _smooth(y: np.ndarray) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def _scores(axes: Any, log: list[dict[str, Any]], key: str, colour: str, label: str) -> None:
+def _scores(axes: Any, log: list[dict[str, Any]], key: str, color: str, label: str) -> None:
     """Scores of different sets cannot be joined by a line: CIDEr depends on what is in them."""
     x, y = _series(log, f"{key}/cider")
     _, count = _series([row for row in log if f"{key}/cider" in row], f"{key}/n")
     whole = count == count.max()
     if whole.all():
-        axes.plot(x, 100 * y, "o-", color=colour, markersize=4, label=label)
+        axes.plot(x, 100 * y, "o-", color=color, markersize=4, label=label)
         return
-    axes.plot(x[~whole], 100 * y[~whole], "o-", color=colour, markersize=4, label=label)
-    axes.plot(x[whole], 100 * y[whole], "o", color=colour, markersize=9, markerfacecolor="none")
+    axes.plot(x[~whole], 100 * y[~whole], "o-", color=color, markersize=4, label=label)
+    axes.plot(x[whole], 100 * y[whole], "o", color=color, markersize=9, markerfacecolor="none")

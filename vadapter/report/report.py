@@ -1,4 +1,4 @@
-"""What a run has come to: a table, a plot of the convergence, a gallery of held-out pictures."""
+"""What a run has come to: a table, a plot of the convergence, a gallery of held-out images."""
 
 import dataclasses
 from pathlib import Path
@@ -33,7 +33,7 @@ class Report:
 def write_report(workdir: Path, recipe: Recipe) -> Report:
     """Writes the report of a run into its directory, from what is finished so far.
 
-    Pictures that are no longer there are left out of the gallery, with the reason in their place.
+    Images that are no longer there are left out of the gallery, with the reason in their place.
     """
     workdir = storage.as_path(workdir)
     rows = summary(workdir, recipe)

@@ -18,7 +18,7 @@ HEADER: tuple[Cell, ...] = (
     ("kind",),
     ("steps",),
     ("training", "loss"),
-    ("held-out loss", "right / wrong / mean picture"),
+    ("held-out loss", "right / wrong / mean image"),
     ("CIDEr",),
     ("answers", "right, %"),
     ("seconds",),
@@ -29,9 +29,9 @@ KINDS = (("cider", "caption"), ("accuracy", "question"))  # metric of each task
 def summary(workdir: Path, recipe: Recipe) -> list[tuple[Cell, ...]]:
     """One row of cells a stage of the chain, in the columns of `HEADER`; — is not measured.
 
-    Losses are nats a token. The held-out loss is that with the right picture, with another one, and
-    with the mean of several: only where the first is the lowest does the picture help. A last row
-    says what scores without any picture, see `evals.blind`.
+    Losses are nats a token. The held-out loss is that with the right image, with another one, and
+    with the mean of several: only where the first is the lowest does the image help. A last row
+    says what scores without any image, see `evals.blind`.
     """
     stages = [_row(storage.as_path(workdir) / name, name, recipe) for name in recipe.chain]
     return stages + _blind(storage.as_path(workdir), recipe)

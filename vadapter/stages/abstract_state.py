@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import optax
 
 from vadapter.data.batch import SPEC
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.distributed.mesh import replicated, shardings
-from vadapter.models.adapter_model import VAdapter, component_seed
+from vadapter.models.adapter_model import AdapterModel, component_seed
 from vadapter.models.coca import CoCa
 from vadapter.stages.steps import init_state
 
-Model = VAdapter | CoCa
+Model = AdapterModel | CoCa
 
 
-def view_of(model: Model) -> View | None:
-    """How the model's encoder wants its pictures; None for text only."""
+def view_of(model: Model) -> ImageTransform | None:
+    """How the model's encoder wants its images; None for text only."""
     return model.modules[model.encoder].view if model.encoder else None  # type: ignore[attr-defined]
 
 
@@ -52,25 +52,25 @@ def abstract_encoder(encoder: nn.Module, mesh: jax.sharding.Mesh) -> Any:
 
 
 def abstract_state(
-    learnt: dict[str, Any], tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    trainable: dict[str, Any], tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> Any:
     """Shapes and shardings of the train state; optimizer moments lie as their parameters.
 
     Args:
       learnt: of the trained components, from `abstract_params`.
     """
-    state = jax.eval_shape(lambda p: init_state(p, tx), learnt)
+    state = jax.eval_shape(lambda p: init_state(p, tx), trainable)
     whole = replicated(mesh)
     put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
     opt = optax.tree_utils.tree_map_params(
         tx,
         lambda x, p: put(x, p.sharding),
         state.opt_state,
-        learnt,
+        trainable,
         transform_non_params=lambda x: put(x, whole),
     )
     return state.replace(
-        params=learnt,
+        params=trainable,
         opt_state=opt,
         step=put(state.step, whole),
         skipped=put(state.skipped, whole),
@@ -99,7 +99,7 @@ def row_shapes(
     """Shapes of a batch.
 
     Args:
-      sizes: F, S, P, T and M, see `data.batch`; F and S only of pictures.
+      sizes: F, S, P, T and M, see `data.batch`; F and S only of images.
       visual: the batch has frames.
       rows: B.
     """

@@ -1,7 +1,7 @@
 """The frozen encoder's tokens of a data set, computed once and kept; `data.features` has the files.
 
-Legend: n examples, M the picture and its mirror image, F frames, N visual tokens a frame, D encoder
-width, S pixels a side, B pictures at a time.
+Legend: n examples, M the image and its mirror image, F frames, N visual tokens a frame, D encoder
+width, S pixels a side, B images at a time.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from vadapter.data.config import DataConfig
 from vadapter.data.example import Example
 from vadapter.data.features import FORMAT, SLACK_BYTES, Cache, FeatureSource, Stored
 from vadapter.data.media.frames import load_square
-from vadapter.data.media.images import BadMedia, View
+from vadapter.data.media.images import BadMedia, ImageTransform
 from vadapter.data.pipeline import eval_batches
 from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
-from vadapter.distributed.mesh import batch_sharding, on, to_mesh
+from vadapter.distributed.mesh import batch_sharding, to_mesh, with_mesh
 from vadapter.errors import ConfigError, DataError
 from vadapter.io import storage
 from vadapter.io.json_files import write_json
@@ -91,7 +91,7 @@ def cached(
     encode: nn.Module,
     params: Any,
     digest: str,
-    view: View,
+    view: ImageTransform,
     frames: int,
     flip: bool,
     mesh: jax.sharding.Mesh,
@@ -99,7 +99,7 @@ def cached(
     batch: int = 32,
     watch: Watch = iter,
 ) -> FeatureSource:
-    """The source with its pictures encoded; what `folder` lacks of their tokens is computed first.
+    """The source with its images encoded; what `folder` lacks of their tokens is computed first.
 
     Several runs may share a folder: one computes, the others wait. On several hosts all make the
     same call, with the folder on a shared file system, and each writes shards of its own.
@@ -110,7 +110,7 @@ def cached(
       view, frames: of the pictures, see `transforms.caption_sample`.
       flip: also of the mirror image.
       stored: as bfloat16, or as int8 with a scale a token.
-      batch: pictures at a time.
+      batch: images at a time.
       watch: passes the batches on, or raises to stop; the next call then goes on behind the last
         complete shard.
 
@@ -118,8 +118,8 @@ def cached(
       ConfigError: no space for them.
       DataError: tokens that are not finite; a shard that is damaged, see `Cache.read`.
     """
-    pictures = np.zeros((1, frames, view.size, view.size, 3), np.uint8)
-    tokens: Any = jax.eval_shape(encode.apply, {"params": params}, pictures)
+    frames_of_one = np.zeros((1, frames, view.size, view.size, 3), np.uint8)
+    tokens: Any = jax.eval_shape(encode.apply, {"params": params}, frames_of_one)
     key = {"source": source.fingerprint(), "encoder": digest, "model": plain(encode.config),
            "dtype": jnp.dtype(encode.dtype).name, "view": plain(view), "frames": frames,
            "flip": flip, "stored": stored, "format": FORMAT}  # fmt: skip
@@ -131,7 +131,7 @@ def cached(
             if missing := _missing(cache):
                 row = functools.partial(_pixels, view=view, frames=frames, flip=flip)
                 where = batch_sharding(mesh)
-                step = on(mesh, functools.partial(_encode, encode, stored))
+                step = with_mesh(mesh, functools.partial(_encode, encode, stored))
                 step = jit(step, out_shardings=where)
                 step = functools.partial(_run, functools.partial(step, params), mesh)
                 _announce(cache, missing, key)
@@ -227,7 +227,9 @@ class _Picked:
         return self.source[int(self.indices[index])]
 
 
-def _pixels(item: Example, rng: Any = None, *, view: View, frames: int, flip: bool) -> Row:
+def _pixels(
+    item: Example, rng: Any = None, *, view: ImageTransform, frames: int, flip: bool
+) -> Row:
     """frames u8[M,F,S,S,3] of an example, and whether they could not be read."""
     weights, mirrored = np.ones(1, np.float32), (False, True)[: 1 + flip]
     try:

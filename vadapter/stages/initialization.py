@@ -20,7 +20,7 @@ from vadapter.checkpoints.component_store import ComponentStore
 from vadapter.checkpoints.digest import leaf_paths
 from vadapter.config import resolve
 from vadapter.distributed import hosts
-from vadapter.distributed.mesh import whole
+from vadapter.distributed.mesh import poorly_sharded
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import storage
 from vadapter.models.quantize import full_precision, quantize
@@ -62,7 +62,7 @@ class Start:
 def plan(
     recipe: Recipe, stage: StageConfig, workdir: Path, abstract: Mapping[str, Any]
 ) -> dict[str, Start]:
-    """Decides for every component of the stage where each of its leaves comes from.
+    """Decides forevery component of the stage where each of its leaves comes from.
 
     Args:
       abstract: component -> tree of shapes that the stage's model needs.
@@ -230,7 +230,7 @@ def _match(
     have: Mapping[str, tuple[int, ...]],
     at_most: int,
 ) -> Start:
-    """Accounts for every leaf of both sides; shapes must agree."""
+    """Accounts forevery leaf of both sides; shapes must agree."""
     want = {k: tuple(v.shape) for k, v in leaf_paths(abstract).items()}
     in_chain = component in stage.chain
     drops = tuple(f"{component}/{d}" for d in STAGES[stage.kind].chain_drops) if in_chain else ()
@@ -326,5 +326,5 @@ def report(starts: Mapping[str, Start], stage: StageConfig, abstract: Mapping[st
             if paths:
                 more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
                 line += f"; {word}: {', '.join(paths[:_SHOWN])}{more}"
-        lines += [line, *(f"    {name}/{leaf}" for leaf in whole(abstract[name]))]
+        lines += [line, *(f"    {name}/{leaf}" for leaf in poorly_sharded(abstract[name]))]
     return "\n".join(lines)

@@ -134,12 +134,12 @@ class Preflight:
     def stays(self) -> dict[str, int]:
         """Bytes on each device that stay there while it trains: what -> bytes.
 
-        Of a batch, the largest that is known; without pictures where their tokens may be cached.
+        Of a batch, the largest that is known; without images where their tokens may be cached.
         """
         config, mesh = self.config, self.mesh
-        learnt, frozen = split(self.abstract, trained(config))
-        parts = learnt | at_rest(frozen, DTYPES[self.recipe.dtype])
-        state = abstract_state(learnt, make_optimizer(config.optim, config.steps), mesh)
+        trainable, frozen = split(self.abstract, trained(config))
+        parts = trainable | at_rest(frozen, DTYPES[self.recipe.dtype])
+        state = abstract_state(trainable, make_optimizer(config.optim, config.steps), mesh)
         rows = config.batch // (mesh.shape["data"] * mesh.shape["fsdp"])
         size = {"optimizer": on_one(state.opt_state), "batch": 0}
         for name in (name for name in config.data if name in self.rows):
@@ -163,7 +163,7 @@ class Preflight:
         kind = source.kind if source else "clip"
         if view is not None:
             if kind == "text":
-                raise ConfigError(f"data {name!r} has no pictures, which {self.name} needs")
+                raise ConfigError(f"data {name!r} has no images, which {self.name} needs")
             sizes |= {"F": data.frames if kind == "clip" else 1, "S": data.view(view).size}
         if self.exact and source is not None:
             items, transform = make_stream(name, data, source, self.tokenizer, view)

@@ -21,12 +21,12 @@ from vadapter.checkpoints.component_store import ComponentStore
 from vadapter.checkpoints.digest import leaf_paths
 from vadapter.checkpoints.manager import steps
 from vadapter.config import build, nearest, override, plain
-from vadapter.data.media.images import View
+from vadapter.data.media.images import ImageTransform
 from vadapter.data.tokenizers.pretrained import load_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import buckets, storage
-from vadapter.models.adapter_model import VAdapter
+from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.coca import CoCa
 from vadapter.recipe.schema import (
     DTYPES,
@@ -57,7 +57,7 @@ class Loaded:
       workdir, stage, step: where it comes from.
       recipe: of the run, with this stage and its components as they were trained.
       model: the stage's model; params: of every component, on the mesh.
-      view: how the encoder wants its pictures; None for text only.
+      view: how the encoder wants its images; None for text only.
       digests: of the frozen components, as in the component store.
     """
 
@@ -65,11 +65,11 @@ class Loaded:
     stage: str
     step: int
     recipe: Recipe
-    model: VAdapter
+    model: AdapterModel
     params: dict[str, Any]
     tokenizer: Any
     mesh: jax.sharding.Mesh
-    view: View | None
+    view: ImageTransform | None
     digests: dict[str, str]
 
     @property
@@ -131,7 +131,7 @@ def open_run(
 
     Args:
       workdir: the run directory; it may have been moved.
-      stage: its name; by default the last of the chain that sees pictures and has a checkpoint.
+      stage: its name; by default the last of the chain that sees images and has a checkpoint.
       step: of the checkpoint; by default the newest that verifies.
       overrides: see `read_run`.
 
@@ -141,7 +141,7 @@ def open_run(
 
     Raises:
       CheckpointError: no run, no checkpoint (yet), damaged or missing files.
-      ConfigError: an unknown stage, or one that has no model which writes text about pictures.
+      ConfigError: an unknown stage, or one that has no model which writes text about images.
     """
     workdir = storage.absolute(workdir)
     recipe = read_run(workdir, overrides)
@@ -162,7 +162,7 @@ def open_run(
 
 
 def describing(recipe: Recipe) -> list[str]:
-    """The stages of the chain whose model writes text about pictures."""
+    """The stages of the chain whose model writes text about images."""
     kinds = {n: recipe.stages[n].kind for n in recipe.chain}
     return [n for n, kind in kinds.items() if STAGES[kind].visual and kind != "vision"]
 
@@ -173,7 +173,7 @@ def _choose(recipe: Recipe, workdir: Path, stage: str | None) -> str:
         ready = [n for n in names if steps(workdir / n / "checkpoints")]
         if not ready:
             raise CheckpointError(
-                f"no checkpoint yet in {workdir}, of any stage that writes about pictures "
+                f"no checkpoint yet in {workdir}, of any stage that writes about images "
                 f"({', '.join(names) or 'the chain has none'}): train first"
             )
         return ready[-1]
@@ -218,9 +218,9 @@ def _load(
     model = make_model(recipe, config, tokenizer.vocab_size)
     assert not isinstance(model, CoCa)
     abstract = abstract_params(model, mesh)
-    learnt = {name: abstract[name] for name in trained(config)}
-    state, _ = array_io.load(path, {"params": learnt}, subset=True)
-    digests = {name: meta["start"][name] for name in abstract if name not in learnt}
+    trainable = {name: abstract[name] for name in trained(config)}
+    state, _ = array_io.load(path, {"params": trainable}, subset=True)
+    digests = {name: meta["start"][name] for name in abstract if name not in trainable}
     frozen = {
         name: initialization.load(
             _frozen(workdir, recipe, config, name, digest, abstract[name]), abstract[name], None,

@@ -10,7 +10,7 @@ import optax
 from vadapter.config import plain
 from vadapter.data.open import make_stream
 from vadapter.distributed.compile import jit
-from vadapter.distributed.mesh import places
+from vadapter.distributed.mesh import shardings_of
 from vadapter.distributed.preemption import Stop
 from vadapter.models.adapter_model import component_seed
 from vadapter.models.coca import CoCa
@@ -78,7 +78,7 @@ class Stage:
         names = [n for n, s in starts.items() if s.fresh or s.source == "random"]
         rng = jax.random.fold_in(jax.random.key(self.recipe.seed), component_seed(self.name))
         make = lambda key: {n: nn.meta.unbox(init_params(self.model, key))[n] for n in names}  # noqa: E731
-        where = {n: places(self.abstract[n]) for n in names}
+        where = {n: shardings_of(self.abstract[n]) for n in names}
         initial = jit(make, out_shardings=where)(rng)
         learns = trained(self.config)
         params = {
@@ -92,8 +92,8 @@ class Stage:
 
     def abstract_state(self, tx: optax.GradientTransformation) -> Any:
         """Shapes and shardings of the train state; optimizer moments lie as their parameters."""
-        learnt = {n: self.abstract[n] for n in trained(self.config)}
-        return abstract_state(learnt, tx, self.mesh)
+        trainable = {n: self.abstract[n] for n in trained(self.config)}
+        return abstract_state(trainable, tx, self.mesh)
 
     # -- identity ------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class Stage:
         return make_stream(name, config, source, self.tokenizer, self.view)
 
     def features(self, name: str, frozen: dict[str, Any]) -> Any:
-        """The data set's source with the frozen encoder's tokens in place of its pictures."""
+        """The data set's source with the frozen encoder's tokens in place of its images."""
         encoder = self.model.encoder
         return encoded(
             self.run.source(name),

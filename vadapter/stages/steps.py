@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vadapter.models.adapter_model import Batch, Params, VAdapter
+from vadapter.models.adapter_model import AdapterModel, Batch, Params
 from vadapter.models.coca import CoCa
 from vadapter.models.losses import chunked_xent, contrastive, token_xent
 
@@ -61,7 +61,7 @@ class CaptionObjective:
       chunk_rows: at most so many rows of logits at a time; 0: all at once.
     """
 
-    model: VAdapter
+    model: AdapterModel
     chunk_rows: int = 0
 
     def prepare(self, frozen: Params, batch: Batch) -> jax.Array | None:

@@ -23,7 +23,7 @@ from vadapter.data.pipeline import Schedule, make_loader
 from vadapter.distributed import hosts, watchdog
 from vadapter.distributed.compile import jit
 from vadapter.distributed.memory import memory_errors
-from vadapter.distributed.mesh import on, places, to_mesh
+from vadapter.distributed.mesh import shardings_of, to_mesh, with_mesh
 from vadapter.distributed.preemption import fault, signals
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted, disk_errors
 from vadapter.evaluate.evaluator import Evaluator
@@ -36,8 +36,8 @@ from vadapter.stages.run import Run, diff_table, made_with
 from vadapter.stages.stage import Stage, stage_step
 from vadapter.stages.steps import TrainState, init_state
 from vadapter.train.host_agreement import require_own_rows, shared_run
-from vadapter.train.metric_writer import Writer, open_writer
-from vadapter.train.monitor import Journal
+from vadapter.train.metric_writer import MetricWriter, open_writer
+from vadapter.train.monitor import Monitor
 
 
 def train(
@@ -141,16 +141,16 @@ def _begin(
     tx: optax.GradientTransformation,
     checkpointer: Checkpointer,
     identity: dict[str, Any],
-    writer: Writer,
+    writer: MetricWriter,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state of the newest checkpoint, or a fresh one; and the frozen components."""
     abstract = stage.abstract_state(tx)
     restored = checkpointer.restore(abstract, expect=identity)
     stage.run.record()
-    learnt, frozen = stage.load_params(resumed=restored is not None)
+    trainable, frozen = stage.load_params(resumed=restored is not None)
     if restored is None:
-        begin = jit(lambda p: init_state(p, tx), out_shardings=places(abstract))
-        return begin(learnt), frozen
+        begin = jit(lambda p: init_state(p, tx), out_shardings=shardings_of(abstract))
+        return begin(trainable), frozen
     state, meta = restored
     writer.say(f"resumed at step {int(state.step)}")
     now = plain(made_with(stage.mesh))
@@ -170,13 +170,13 @@ def _steps(
     frozen: dict[str, Any],
     evaluator: Evaluator,
     save: Callable[[int, TrainState], Any],
-    writer: Writer,
+    writer: MetricWriter,
 ) -> TrainState:
     """Steps to the end, or to where a signal asks to stop; the state returned is saved."""
     c, stop, start = stage.config, stage.stop, int(state.step)
     step_fn, loader = _step_fn(stage, tx, state), _loader(stage, frozen, start)
     drawn = lambda step: Schedule(c.data)(step - 1)[0]  # noqa: E731
-    journal = Journal(
+    journal = Monitor(
         writer, stage.name, c, learning_rate(c.optim, c.steps),
         lambda step, i: describe(drawn(step), stage.run.source(drawn(step)), i),
     )  # fmt: skip
@@ -239,7 +239,9 @@ def _step_fn(
         state, metrics = train_step(state, frozen, rows)
         return state, metrics | {"stop": batch["stop"].max()} if "stop" in batch else metrics
 
-    return jit(on(stage.mesh, step), donate_argnums=0, out_shardings=(places(state), None))
+    return jit(
+        with_mesh(stage.mesh, step), donate_argnums=0, out_shardings=(shardings_of(state), None)
+    )
 
 
 def _loader(stage: Stage, frozen: dict[str, Any], start: int) -> Iterator[Batch]:

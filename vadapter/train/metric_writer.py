@@ -22,7 +22,7 @@ from vadapter.io.json_files import rows
 _UPLOAD_EVERY = 30.0  # seconds
 
 
-class Writer:
+class MetricWriter:
     """Writes one stage's metrics; a progress bar on a terminal, plain lines elsewhere.
 
     Args:
@@ -51,7 +51,7 @@ class Writer:
         self._bar: Progress | None = None
         self._last = 0.0
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "MetricWriter":
         if sys.stdout.isatty():
             count, note = "{task.completed}/{task.total}", "{task.fields[note]}"
             columns = (
@@ -138,13 +138,13 @@ class Writer:
         sys.stdout.flush()
 
 
-class Silent(Writer):
+class SilentWriter(MetricWriter):
     """What the other hosts of several have for a writer: the first one speaks for all."""
 
     def __init__(self, title: str):
         self._title, self._bar = title, None
 
-    def __enter__(self) -> "Silent":
+    def __enter__(self) -> "SilentWriter":
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -168,9 +168,9 @@ class Silent(Writer):
         print(f"{self._title}, host {hosts.index()}: {text}", flush=True)
 
 
-def open_writer(directory: Path, title: str, total: int) -> Writer:
+def open_writer(directory: Path, title: str, total: int) -> MetricWriter:
     """The stage's writer, see `Writer`; on other hosts than the first one that writes nothing."""
-    return Writer(directory, title, total) if hosts.first() else Silent(title)
+    return MetricWriter(directory, title, total) if hosts.first() else SilentWriter(title)
 
 
 def number(value: float) -> str:

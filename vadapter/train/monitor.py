@@ -11,13 +11,13 @@ import optax
 
 from vadapter.errors import DataError, NonFiniteError
 from vadapter.recipe.schema import StageConfig
-from vadapter.train.metric_writer import Writer
+from vadapter.train.metric_writer import MetricWriter
 
 MAX_SKIPPED = 3  # updates in a row that may be dropped
 FEW_BAD = 10  # unusable samples that never stop a run, and that are reported one by one
 
 
-class Journal:
+class Monitor:
     """Follows the metrics of one attempt at a stage.
 
     The metrics of a step are read when the next one is under way, so the devices never wait for the
@@ -36,7 +36,7 @@ class Journal:
 
     def __init__(
         self,
-        writer: Writer,
+        writer: MetricWriter,
         name: str,
         config: StageConfig,
         rate: optax.Schedule,

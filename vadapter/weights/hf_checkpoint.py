@@ -85,7 +85,7 @@ class Checkpoint:
         return cls(path, model_type, spec, family.tables, family.files(path))
 
     def match(self, abstract: Any) -> Report:
-        """Accounts for every tensor of both sides, none of which is read.
+        """Accounts forevery tensor of both sides, none of which is read.
 
         Args:
           abstract: tree of `jax.ShapeDtypeStruct` that the component needs.

@@ -177,7 +177,7 @@ def _explain(error: Exception, repo_id: str, revision: str) -> str:
     )
     if isinstance(answer, errors.GatedRepoError):
         return (
-            f"{repo_id} is gated, and {refused}. Accept its licence at {page}, then set the "
+            f"{repo_id} is gated, and {refused}. Accept its license at {page}, then set the "
             f"environment variable HF_TOKEN to a token of that account ({tokens})."
         )
     if isinstance(answer, errors.RevisionNotFoundError):

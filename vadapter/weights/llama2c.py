@@ -17,7 +17,7 @@ import numpy as np
 
 from vadapter.errors import CheckpointError
 from vadapter.weights.name_mapping import Pairs, Table
-from vadapter.weights.safetensors import TensorFiles, TensorInfo, blaming, recognise
+from vadapter.weights.safetensors import TensorFiles, TensorInfo, blaming, recognize
 
 TABLE = Table(
     layers="layers.{}.",
@@ -78,7 +78,7 @@ def read_config(file: Path) -> dict[str, Any]:
         size = file.stat().st_size
         with file.open("rb") as f:
             head = f.read(64)
-        recognise(head)
+        recognize(head)
         if head.startswith(_VERSIONED):
             raise ValueError(
                 "of llama2.c's formats only the first is read (python export.py FILE --version 0)"

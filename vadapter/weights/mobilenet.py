@@ -56,7 +56,7 @@ class MobileNetFiles:
         return whole.hexdigest()
 
     def match(self, abstract: Any) -> Report:
-        """Accounts for every tensor of both sides, by the graph and the headers of the arrays.
+        """Accounts forevery tensor of both sides, by the graph and the headers of the arrays.
 
         Raises:
           CheckpointError: files that are damaged or describe another network.

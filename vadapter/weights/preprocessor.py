@@ -1,4 +1,4 @@
-"""How an encoder wants its pictures, from the preprocessor file that lies beside its weights.
+"""How an encoder wants its images, from the preprocessor file that lies beside its weights.
 
 Read are preprocessor_config.json, or processor_config.json of newer folders, of the image
 processors in the table below, and the preprocess_cfg of open_clip_config.json.
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from vadapter.config import nearest, plain
-from vadapter.data.media.images import Fit, Interpolation, View
+from vadapter.data.media.images import Fit, ImageTransform, Interpolation
 from vadapter.errors import CheckpointError
 
-# image processor -> whether it cuts out the centre where its file does not say
+# image processor -> whether it cuts out the center where its file does not say
 PROCESSORS = {
     "CLIPImageProcessor": True,
     "BitImageProcessor": True,
@@ -33,14 +33,14 @@ _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """What becomes of a picture, and what the device does with its pixels.
+    """What becomes of an image, and what the device does with its pixels.
 
     Attributes:
       view: the square that the encoder takes, cut out or squashed.
       mean, std: of the channels, for pixels in 0..1: (pixel / 255 - mean) / std.
     """
 
-    view: View
+    view: ImageTransform
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -104,7 +104,7 @@ def _processor(config: Mapping[str, Any]) -> Preprocess:
         )
     normalize = config.get("do_normalize", True)
     return Preprocess(
-        View(
+        ImageTransform(
             crop,
             fit="stretch" if square else "crop",
             interpolation=_interpolation(config, "resample"),
@@ -140,7 +140,7 @@ def _open_clip(config: Mapping[str, Any]) -> Preprocess:
         )
     size, _ = _size(given, "size", square=True)
     return Preprocess(
-        View(
+        ImageTransform(
             size,
             fit=fits[given["resize_mode"]],
             interpolation=_interpolation(given, "interpolation"),

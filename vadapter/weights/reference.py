@@ -33,7 +33,7 @@ class Weights(Protocol):
         ...
 
     def match(self, abstract: Any) -> Report:
-        """Accounts for every tensor of both sides by the headers alone."""
+        """Accounts forevery tensor of both sides by the headers alone."""
         ...
 
     def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:

@@ -45,7 +45,7 @@ _DTYPES = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 _LOOKALIKES = {  # first bytes of what is often found under the name of a weights file
-    b"<": "it is a web page, a login or licence page perhaps",
+    b"<": "it is a web page, a login or license page perhaps",
     b"version https://git-lfs": "it is a Git LFS pointer (`git lfs pull` fetches the weights)",
     b"PK": "it is a zip archive, as torch and numpy write them",
     b"\x80": "it is a pickle, which is never opened",
@@ -236,7 +236,7 @@ def _read_index(path: Path) -> dict[Path, set[str] | None]:
         if _stamp(f)[0] > _MAX_INDEX:
             raise ValueError(f"it has {_stamp(f)[0]} bytes, more than {_MAX_INDEX}")
         data = f.read()
-    recognise(data[:64])
+    recognize(data[:64])
     weight_map = _parse(data).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError("it has no weight_map from tensors to files")
@@ -266,7 +266,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], tuple[int, int]]:
             raise ValueError(f"it has {len(head)} bytes, too few for a safetensors file")
         # Before the library: it takes seconds for what it still accepts, 100 MB.
         if length > min(stamp[0] - 8, _MAX_HEADER):
-            recognise(head)
+            recognize(head)
             raise ValueError(
                 f"it announces a header of {length} bytes; the file has {stamp[0]}, and headers "
                 f"of more than {_MAX_HEADER} are not read"
@@ -294,7 +294,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], tuple[int, int]]:
     return tensors, stamp
 
 
-def recognise(head: bytes) -> None:
+def recognize(head: bytes) -> None:
     """ValueError if the first bytes of a file are those of a well-known other kind."""
     for start, what in _LOOKALIKES.items():
         if head.lstrip().startswith(start):

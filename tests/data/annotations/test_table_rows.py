@@ -11,7 +11,7 @@ from vadapter.data.example import Question
 from vadapter.data.sources.table import ImageFolder
 from vadapter.errors import ConfigError, DataError
 
-CAPTIONS = {f"{i}.png": [f"number {i}", "grey"] for i in range(5)}
+CAPTIONS = {f"{i}.png": [f"number {i}", "gray"] for i in range(5)}
 
 
 def coco(**change) -> dict:
@@ -75,7 +75,7 @@ def test_splits_of_karpathy_are_his_and_may_be_joined(tmp_path):
         names("dev")
 
 
-def test_karpathys_pictures_lie_in_their_folders(tmp_path):
+def test_karpathys_images_lie_in_their_folders(tmp_path):
     (tmp_path / "val2014").mkdir()
     folder_of(tmp_path / "val2014")
     images = [image | {"filepath": "val2014"} for image in karpathy()["images"]]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from vadapter.data.media.frames import load_media, load_square
-from vadapter.data.media.images import BadMedia, View, decode_image, resize
+from vadapter.data.media.images import BadMedia, ImageTransform, decode_image, resize
 from vadapter.errors import ConfigError, DataError
 
 
@@ -62,13 +62,13 @@ def test_a_path_and_its_bytes_give_the_same(tmp_path):
     np.testing.assert_array_equal(decode_image(path), decode_image(path.read_bytes()))
 
 
-def grey(mode: str) -> Image.Image:
+def gray(mode: str) -> Image.Image:
     return Image.new(mode, (4, 3), 1 if mode == "1" else 200)
 
 
-def test_grey_and_one_bit_repeat_in_every_channel():
-    assert (decode_image(encode(grey("L"))) == 200).all()
-    assert (decode_image(encode(grey("1"))) == 255).all()
+def test_gray_and_one_bit_repeat_in_every_channel():
+    assert (decode_image(encode(gray("L"))) == 200).all()
+    assert (decode_image(encode(gray("1"))) == 255).all()
 
 
 def test_sixteen_bits_keep_the_upper_eight():
@@ -79,13 +79,13 @@ def test_sixteen_bits_keep_the_upper_eight():
 
 
 def test_transparency_is_laid_over_white():
-    for mode, colour in (("RGBA", (10, 20, 30, 0)), ("LA", (10, 0))):
-        assert (decode_image(encode(Image.new(mode, (3, 3), colour))) == 255).all()
+    for mode, color in (("RGBA", (10, 20, 30, 0)), ("LA", (10, 0))):
+        assert (decode_image(encode(Image.new(mode, (3, 3), color))) == 255).all()
     half = decode_image(encode(Image.new("RGBA", (3, 3), (0, 100, 200, 128))))
     np.testing.assert_allclose(half[0, 0], [127, 177, 227], atol=1)
 
 
-def test_palettes_with_and_without_a_transparent_colour():
+def test_palettes_with_and_without_a_transparent_color():
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putpixel((1, 0), 1)
@@ -94,7 +94,7 @@ def test_palettes_with_and_without_a_transparent_colour():
     np.testing.assert_array_equal(decode_image(keyed), [[[255] * 3, [200, 100, 50]]])
 
 
-def test_a_transparent_colour_of_rgb_is_laid_over_white():
+def test_a_transparent_color_of_rgb_is_laid_over_white():
     data = encode(Image.new("RGB", (2, 2), (9, 8, 7)), transparency=(9, 8, 7))
     assert (decode_image(data) == 255).all()
 
@@ -104,7 +104,7 @@ def test_cmyk_jpeg_becomes_rgb():
     np.testing.assert_allclose(red[8, 8], [255, 0, 0], atol=8)
 
 
-def test_a_colour_profile_changes_nothing():
+def test_a_color_profile_changes_nothing():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     plain, profiled = (
         encode(Image.fromarray(photo())),
@@ -119,7 +119,7 @@ def exif(orientation: int) -> bytes:
     return table.tobytes()
 
 
-# The pixels a camera stores for an upright picture, by orientation (EXIF 2.3, tag 0x0112).
+# The pixels a camera stores for an upright image, by orientation (EXIF 2.3, tag 0x0112).
 STORED = {
     1: lambda p: p,
     2: lambda p: p[:, ::-1],
@@ -266,10 +266,10 @@ def pillow_resize_then_crop(
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("shape", [(40, 60), (61, 40), (32, 32), (33, 90), (7, 5), (200, 333)])
-def test_crop_is_the_short_side_resized_and_the_centre_cut_out(mode, shape):
+def test_crop_is_the_short_side_resized_and_the_center_cut_out(mode, shape):
     noise = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     pixels = np.asarray(Image.fromarray(noise).resize(shape[::-1], Image.Resampling.BICUBIC))
-    got = resize(pixels[None], View(32, interpolation=mode))[0]
+    got = resize(pixels[None], ImageTransform(32, interpolation=mode))[0]
     want = pillow_resize_then_crop(pixels, 32, mode)
     np.testing.assert_array_equal(got, want)
     shifted = pillow_resize_then_crop(np.roll(pixels, 1, (0, 1)), 32, mode)
@@ -280,14 +280,14 @@ def test_crop_is_the_short_side_resized_and_the_centre_cut_out(mode, shape):
 def test_the_short_side_may_be_longer_than_the_cut_and_its_margin_rounded_down(shape):
     pixels = photo(*shape)
     for short in (32, 37):
-        got = resize(pixels[None], View(32, crop_pct=32 / short, floor=True))[0]
+        got = resize(pixels[None], ImageTransform(32, crop_pct=32 / short, floor=True))[0]
         want = pillow_resize_then_crop(pixels, 32, "bicubic", short, math.floor)
         np.testing.assert_array_equal(got, want)
 
 
 def test_of_a_very_long_image_only_the_middle_is_computed_and_is_nearly_the_same():
     pixels = photo(20, 700)
-    got = resize(pixels[None], View(32))[0]
+    got = resize(pixels[None], ImageTransform(32))[0]
     want = pillow_resize_then_crop(pixels, 32, "bicubic")
     assert np.abs(got.astype(int) - want).max() <= 16
 
@@ -295,19 +295,19 @@ def test_of_a_very_long_image_only_the_middle_is_computed_and_is_nearly_the_same
 def test_an_image_of_the_right_size_passes_unchanged():
     frames = np.stack([photo(32, 32), photo(32, 32)[::-1]])
     for fit in ("crop", "stretch", "pad"):
-        np.testing.assert_array_equal(resize(frames, View(32, fit)), frames)
+        np.testing.assert_array_equal(resize(frames, ImageTransform(32, fit)), frames)
 
 
 def test_shrinking_is_antialiased():
     checks = np.kron([[0, 255] * 32, [255, 0] * 32] * 32, np.ones((1, 1))).astype(np.uint8)
-    out = resize(np.repeat(checks[None, ..., None], 3, -1), View(8))
+    out = resize(np.repeat(checks[None, ..., None], 3, -1), ImageTransform(8))
     assert (np.abs(out.astype(int) - 127) < 10).all()
 
 
 def test_stretch_shows_all_and_pad_keeps_the_proportions():
     wide = np.zeros((1, 10, 40, 3), np.uint8)
     wide[:, :, :10], wide[:, :, 30:] = 255, 255
-    stretched, padded = (resize(wide, View(20, fit))[0] for fit in ("stretch", "pad"))
+    stretched, padded = (resize(wide, ImageTransform(20, fit))[0] for fit in ("stretch", "pad"))
     assert (stretched[10, [0, -1]] > 250).all()
     assert (padded[[0, 6, 13, -1]] == 127).all()
     assert (padded[10, [0, -1]] > 250).all()
@@ -316,7 +316,8 @@ def test_stretch_shows_all_and_pad_keeps_the_proportions():
 
 def test_flip_mirrors_left_and_right():
     np.testing.assert_array_equal(
-        resize(photo()[None], View(16), flip=True), resize(photo()[None], View(16))[:, :, ::-1]
+        resize(photo()[None], ImageTransform(16), flip=True),
+        resize(photo()[None], ImageTransform(16))[:, :, ::-1],
     )
 
 
@@ -324,7 +325,7 @@ def test_flip_mirrors_left_and_right():
 @pytest.mark.parametrize("shape", [(1, 65500), (65500, 1)])
 def test_a_line_of_pixels_costs_no_more_than_another_image(fit, shape):
     line = decode_image(encode(Image.new("L", shape[::-1], 77)))
-    out = resize(line[None], View(64, fit))
+    out = resize(line[None], ImageTransform(64, fit))
     assert out.shape == (1, 64, 64, 3)
     assert (out[0, 31, 31] == 77).all()
 
@@ -341,14 +342,14 @@ def test_a_line_of_pixels_costs_no_more_than_another_image(fit, shape):
 )
 def test_an_unknown_way_to_resize_is_a_configuration_error(wrong, message):
     with pytest.raises(ConfigError, match=message):
-        View(**({"size": 8} | wrong))
+        ImageTransform(**({"size": 8} | wrong))
 
 
 def test_the_short_side_follows_from_the_share_that_stays_exactly():
     for size in (224, 336, 518):
         for short in range(size, 2 * size):
-            assert View(size, crop_pct=size / short).short == short
-    assert View(288, crop_pct=224 / 256).short == 329  # timm rounds 329.14 down, too
+            assert ImageTransform(size, crop_pct=size / short).short == short
+    assert ImageTransform(288, crop_pct=224 / 256).short == 329  # timm rounds 329.14 down, too
 
 
 def test_a_still_image_repeats():
@@ -367,7 +368,7 @@ def test_the_short_way_to_a_square_gives_what_decoding_and_resizing_give(fit, fr
         encode(gif[0], "GIF", save_all=True, append_images=gif[1:]),
         np.stack([photo(), photo()[::-1]]),
     ]
-    view = View(24, fit=fit)
+    view = ImageTransform(24, fit=fit)
     for each in media:
         made = load_square(each, view, frames=frames, flip=flip)
         assert (made.shape, made.dtype) == ((frames, 24, 24, 3), np.uint8)

@@ -6,14 +6,14 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from support.clips import CODINGS, SIZE, Coding, clip, picture
+from support.clips import CODINGS, SIZE, Coding, clip, image
 
 from vadapter.data.media.images import BadMedia
 from vadapter.data.media.media_header import probe
 
 
 def encoded(format: str, count: int = 1) -> bytes:
-    first, *rest = (Image.fromarray(picture(i)) for i in range(count))
+    first, *rest = (Image.fromarray(image(i)) for i in range(count))
     buffer = io.BytesIO()
     more = {"save_all": True, "append_images": rest, "duration": 250} if rest else {}
     first.save(buffer, format, **more)
@@ -29,7 +29,7 @@ def test_an_image_tells_its_size_and_nothing_is_decoded(format, monkeypatch):
 
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda c: f"{c.container}-{c.codec}-{c.options}")
 def test_a_clip_tells_its_frames_and_seconds_and_nothing_is_decoded(coding, monkeypatch):
-    data = clip([picture(i) for i in range(12)], coding)
+    data = clip([image(i) for i in range(12)], coding)
     monkeypatch.setattr(av.container.InputContainer, "decode", None, raising=False)
     found = probe(data, clip=True)
     assert found[:3] == (SIZE[1], SIZE[0], 12)
@@ -45,7 +45,7 @@ def test_animations_stills_and_raw_frames_among_clips_are_told_too():
 
 
 def test_what_has_no_header_is_bad_media(tmp_path):
-    torn = clip([picture(i) for i in range(20)], Coding("mp4", "mpeg4"))
+    torn = clip([image(i) for i in range(20)], Coding("mp4", "mpeg4"))
     for media in (b"", b"<html>", torn[:1000], tmp_path / "missing.mp4"):
         for is_clip in (False, True):
             with pytest.raises(BadMedia):

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from support.clips import CODINGS, Coding, clip, numbers, picture
+from support.clips import CODINGS, Coding, clip, image, numbers
 
 from vadapter.data.media import timeline, video
 from vadapter.data.media.images import BadMedia
@@ -97,7 +97,7 @@ def test_damage_that_no_chosen_frame_depends_on_passes_and_other_damage_never_ra
 
 def test_a_lost_tail_is_bad_media_where_the_header_promises_more_or_a_frame_is_torn():
     for coding in (CODINGS[1], CODINGS[3]):
-        data = clip([picture(i) for i in range(20)], coding)
+        data = clip([image(i) for i in range(20)], coding)
         with pytest.raises(BadMedia):
             decode_clip(data[: len(data) * 2 // 3])
 
@@ -134,9 +134,9 @@ def test_runs_start_at_the_last_key_frame_shown_no_later_and_meet_where_they_tou
 
 def test_more_packets_than_a_clip_may_have_are_refused(monkeypatch):
     monkeypatch.setattr(timeline, "MAX_PACKETS", 4)
-    assert numbers(decode_clip(clip([picture(i) for i in range(4)]), 4)) == [0, 1, 2, 3]
+    assert numbers(decode_clip(clip([image(i) for i in range(4)]), 4)) == [0, 1, 2, 3]
     with pytest.raises(BadMedia, match="more than 4 frames"):
-        decode_clip(clip([picture(i) for i in range(5)]))
+        decode_clip(clip([image(i) for i in range(5)]))
 
 
 @pytest.mark.data

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from support.clips import CODINGS, LOSSLESS, SIZE, Coding, clip, numbers, picture
+from support.clips import CODINGS, LOSSLESS, SIZE, Coding, clip, image, numbers
 
 from vadapter.data.media import timeline, video
 from vadapter.data.media.frames import load_media
@@ -21,7 +21,7 @@ from vadapter.data.media.video import decode_clip, frame_times, nearest
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda c: f"{c.container}-{c.codec}-{c.options}")
 def test_frames_are_the_middles_of_equal_parts_in_every_format(coding):
     # 16 frames in 1.6 s: the middle of part i is 0.1 + 0.2 i, exactly where frame 2 i + 1 begins.
-    frames = decode_clip(clip([picture(i) for i in range(16)], coding), 8)
+    frames = decode_clip(clip([image(i) for i in range(16)], coding), 8)
     assert frames.shape == (8, *SIZE, 3)
     assert frames.dtype == np.uint8
     assert numbers(frames) == [1, 3, 5, 7, 9, 11, 13, 15]
@@ -30,7 +30,7 @@ def test_frames_are_the_middles_of_equal_parts_in_every_format(coding):
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 20])
 @pytest.mark.parametrize("frames", [1, 2, 8])
 def test_the_choice_follows_the_stated_rule_for_any_length(count, frames):
-    got = numbers(decode_clip(clip([picture(i) for i in range(count)]), frames))
+    got = numbers(decode_clip(clip([image(i) for i in range(count)]), frames))
     times = np.arange(count)
     targets = (np.arange(frames) + 0.5) / frames * count
     assert got == [int(np.abs(times - t).argmin()) for t in targets]
@@ -38,14 +38,14 @@ def test_the_choice_follows_the_stated_rule_for_any_length(count, frames):
 
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda c: f"{c.container}-{c.codec}-{c.options}")
 def test_clips_of_one_and_of_five_frames_repeat_them_in_every_format(coding):
-    assert numbers(decode_clip(clip([picture(5)], coding), 8)) == [5] * 8
-    five = decode_clip(clip([picture(i) for i in range(5)], coding), 8)
+    assert numbers(decode_clip(clip([image(5)], coding), 8)) == [5] * 8
+    five = decode_clip(clip([image(i) for i in range(5)], coding), 8)
     assert numbers(five) == [0, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_a_short_clip_repeats_its_frames_in_order():
-    assert numbers(decode_clip(clip([picture(5)]), 8)) == [5] * 8
-    assert numbers(decode_clip(clip([picture(0), picture(1)]), 8)) == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert numbers(decode_clip(clip([image(5)]), 8)) == [5] * 8
+    assert numbers(decode_clip(clip([image(0), image(1)]), 8)) == [0, 0, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_short_clip_repeats_its_frames_in_order():
 def test_a_variable_frame_rate_counts_time_not_frames(coding):
     # Ten frames in the first second, then one each second to the fifth.
     stamps = [*range(10), 10, 20, 30, 40]
-    data = clip([picture(i) for i in range(14)], coding, stamps=stamps)
+    data = clip([image(i) for i in range(14)], coding, stamps=stamps)
     with av.open(io.BytesIO(data)) as container:  # how long the last one lasts, the file says
         packets = [p for p in container.demux(video=0) if p.size]
         end = float(max(p.pts + p.duration for p in packets) * packets[0].time_base) * 10
@@ -67,20 +67,18 @@ def test_a_variable_frame_rate_counts_time_not_frames(coding):
 
 def test_a_clip_that_does_not_start_at_zero_is_counted_from_its_first_frame():
     stamps = [i + 30 for i in range(8)]
-    assert numbers(decode_clip(clip([picture(i) for i in range(8)], stamps=stamps), 8)) == [
-        *range(8)
-    ]
+    assert numbers(decode_clip(clip([image(i) for i in range(8)], stamps=stamps), 8)) == [*range(8)]
 
 
 def test_a_path_and_its_bytes_give_the_same(tmp_path):
-    data = clip([picture(i) for i in range(12)])
+    data = clip([image(i) for i in range(12)])
     (tmp_path / "a.mkv").write_bytes(data)
     np.testing.assert_array_equal(decode_clip(tmp_path / "a.mkv"), decode_clip(data))
     np.testing.assert_array_equal(load_media(tmp_path / "a.mkv", frames=8), decode_clip(data))
     np.testing.assert_array_equal(load_media(data, frames=1), decode_clip(data, 1))
 
 
-def test_colours_and_orientation_survive():
+def test_colors_and_orientation_survive():
     corner = np.zeros((*SIZE, 3), np.uint8)
     corner[:24, :32] = 255, 0, 0
     corner[24:, :32] = 0, 0, 255
@@ -120,10 +118,10 @@ def test_an_upright_phone_video_is_upright():
 @pytest.mark.parametrize("format", ["GIF", "WEBP"])
 def test_animations_are_clips_with_their_own_times(format):
     durations = [100] * 7 + [900]  # 1.6 s: most of the targets lie in the last frame
-    pictures = [Image.fromarray(picture(i)) for i in range(8)]
+    images = [Image.fromarray(image(i)) for i in range(8)]
     buffer = io.BytesIO()
-    options = {"lossless": True, "save_all": True, "append_images": pictures[1:]}
-    pictures[0].save(buffer, format, duration=durations, **options)
+    options = {"lossless": True, "save_all": True, "append_images": images[1:]}
+    images[0].save(buffer, format, duration=durations, **options)
     assert numbers(load_media(buffer.getvalue(), frames=8)) == [1, 3, 5, 7, 7, 7, 7, 7]
     assert numbers(load_media(buffer.getvalue(), frames=1)) == [0]  # as an image: the first
 
@@ -140,7 +138,7 @@ def test_transparency_in_an_animation_is_laid_over_white(format):
 def test_a_still_image_in_the_place_of_a_clip_repeats():
     for format in ("PNG", "JPEG", "WEBP", "GIF"):
         buffer = io.BytesIO()
-        Image.fromarray(picture(7)).save(buffer, format)
+        Image.fromarray(image(7)).save(buffer, format)
         assert numbers(load_media(buffer.getvalue(), frames=3)) == [7, 7, 7]
 
 
@@ -160,11 +158,11 @@ def test_only_what_chosen_frames_depend_on_is_decoded_and_only_they_are_converte
     monkeypatch.setattr(video, "_decoded", counted)
     monkeypatch.setattr(video, "_pixels", converted)
     # Key frames 0, 12, 24, 36; chosen 5, 15, 25, 35: 6 + 4 + 12 frames are needed.
-    got = decode_clip(clip([picture(i % 20) for i in range(40)]), 4)
+    got = decode_clip(clip([image(i % 20) for i in range(40)]), 4)
     assert numbers(got) == [5, 15, 5, 15]
     assert seen == {"decoded": 22, "converted": 4}
     seen.clear()
-    decode_clip(clip([picture(0), picture(1)]), 8)
+    decode_clip(clip([image(0), image(1)]), 8)
     assert seen == {"decoded": 2, "converted": 2}
 
 
@@ -176,10 +174,10 @@ def test_nearest_takes_the_earlier_of_two_and_reads_no_further():
 
 
 def broken() -> dict[str, bytes]:
-    avi = clip([picture(i) for i in range(20)], Coding("avi", "mjpeg", "yuvj420p"))
-    mp4 = clip([picture(i) for i in range(20)], Coding("mp4", "mpeg4"))
+    avi = clip([image(i) for i in range(20)], Coding("avi", "mjpeg", "yuvj420p"))
+    mp4 = clip([image(i) for i in range(20)], Coding("mp4", "mpeg4"))
     gif = io.BytesIO()
-    first, *rest = (Image.fromarray(picture(i)) for i in range(6))
+    first, *rest = (Image.fromarray(image(i)) for i in range(6))
     first.save(gif, "GIF", save_all=True, append_images=rest)
     webp = io.BytesIO()
     first.save(webp, "WEBP", save_all=True, append_images=rest)
@@ -190,7 +188,7 @@ def broken() -> dict[str, bytes]:
         "avi header": avi[:300],
         "half an avi": avi[: len(avi) // 2],
         "half an mp4": mp4[: len(mp4) // 2],
-        "half a matroska": clip([picture(i) for i in range(20)])[:1500],
+        "half a matroska": clip([image(i) for i in range(20)])[:1500],
         "half a gif": gif.getvalue()[: len(gif.getvalue()) // 2],
         "half a webp": webp.getvalue()[: len(webp.getvalue()) // 2],
         "play list": b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n",
@@ -240,7 +238,7 @@ def test_flipped_bits_never_raise_anything_else():
 
 
 def test_frames_beyond_the_limit_are_refused(monkeypatch):
-    data = clip([picture(i) for i in range(5)])
+    data = clip([image(i) for i in range(5)])
     assert decode_clip(data, max_pixels=48 * 64).shape == (8, 48, 64, 3)
     with pytest.raises(BadMedia, match="64x48 pixels"):
         decode_clip(data, max_pixels=48 * 64 - 1)

@@ -12,7 +12,7 @@ import pytest
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.scenes import ScenesSource, blind_baselines
 from vadapter.data.scenes.captions import (
-    COLOUR_WORDS,
+    COLOR_WORDS,
     GROUND_WORDS,
     MOTION_WORDS,
     PLACE_WORDS,
@@ -31,7 +31,7 @@ from vadapter.data.scenes.paint import OUTLINES, render
 from vadapter.data.scenes.questions import KINDS, MOTION_ANSWERS
 from vadapter.data.scenes.source import DOCUMENTS, document, example_digest
 from vadapter.data.scenes.world import (
-    COLOURS,
+    COLORS,
     HELD_OUT,
     OPPOSITE,
     PAIRS,
@@ -62,7 +62,7 @@ def flat(words: dict[str, tuple]) -> dict[str, str]:
 
 
 MOTION, PLACE, RELATION = flat(MOTION_WORDS), flat(PLACE_WORDS), flat(RELATION_WORDS)
-SIZE, COLOUR, SHAPE, GROUND = map(flat, (SIZE_WORDS, COLOUR_WORDS, SHAPE_WORDS, GROUND_WORDS))
+SIZE, COLOR, SHAPE, GROUND = map(flat, (SIZE_WORDS, COLOR_WORDS, SHAPE_WORDS, GROUND_WORDS))
 
 
 def any_of(phrases) -> str:
@@ -72,14 +72,14 @@ def any_of(phrases) -> str:
 PATTERNS = {
     "motion": re.compile(rf"\b{any_of(MOTION)}\b"),
     "ground": re.compile(rf"\bon an? {any_of(GROUND)} background"),
-    "thing": re.compile(rf"\b(?:{any_of(SIZE)} )?{any_of(COLOUR)} {any_of(SHAPE)}\b"),
+    "thing": re.compile(rf"\b(?:{any_of(SIZE)} )?{any_of(COLOR)} {any_of(SHAPE)}\b"),
     "place": re.compile(rf"\b{any_of(PLACE)}\b"),
     "relation": re.compile(rf"\b{any_of(RELATION)}\b"),
     "count": re.compile(
-        rf"\b{any_of(COUNTS)} (?:{any_of(COLOUR)} )?"
+        rf"\b{any_of(COUNTS)} (?:{any_of(COLOR)} )?"
         rf"{any_of(['shapes', 'shape', *map(plural, SHAPE)])}"
     ),
-    "colour": re.compile(rf"\b{any_of(COLOUR)}\b"),
+    "color": re.compile(rf"\b{any_of(COLOR)}\b"),
     "shape": re.compile(rf"\b{any_of(SHAPE)}\b"),
 }
 
@@ -103,22 +103,22 @@ GLUE = frozenset(
 )
 
 
-def the(scene: Scene, colour: str = "", shape: str = "", size: str = "") -> Thing:
+def the(scene: Scene, color: str = "", shape: str = "", size: str = "") -> Thing:
     """The one thing of a scene that is so; there must be one."""
     found = [
         t
         for t in scene.things
-        if COLOUR.get(colour, t.colour) == t.colour
+        if COLOR.get(color, t.color) == t.color
         and SHAPE.get(shape, t.shape) == t.shape
         and SIZE.get(size, t.size) == t.size
     ]
-    assert len(found) == 1, f"{size} {colour} {shape}: {len(found)} such things"
+    assert len(found) == 1, f"{size} {color} {shape}: {len(found)} such things"
     return found[0]
 
 
 def subjects(scene: Scene, claims: list) -> list[Thing | None]:
     """The thing every claim names, or None."""
-    named = {"thing": ("size", "colour", "shape"), "colour": ("colour",), "shape": ("shape",)}
+    named = {"thing": ("size", "color", "shape"), "color": ("color",), "shape": ("shape",)}
     return [
         the(scene, **dict(zip(named[what], groups, strict=True))) if what in named else None
         for what, groups in claims
@@ -145,11 +145,11 @@ def check_true(scene: Scene, text: str) -> None:
         elif what == "ground":
             assert GROUND[groups[0]] in (scene.tone, scene.texture), text
         elif what == "count":
-            number, colour, noun = groups
+            number, color, noun = groups
             assert COUNTS.index(number) == len(scene.things), text
             singular = {plural(s): meaning for s, meaning in SHAPE.items()}
             assert all(t.shape == singular.get(noun, t.shape) for t in scene.things), text
-            assert all(t.colour == COLOUR.get(colour, t.colour) for t in scene.things), text
+            assert all(t.color == COLOR.get(color, t.color) for t in scene.things), text
 
 
 @pytest.mark.parametrize("media", VISUAL)
@@ -167,11 +167,11 @@ def test_captions_say_only_what_is_true(media, split):
 def test_the_caption_check_notices_a_lie():
     scene = ScenesSource("image").scene(0)
     thing = scene.things[0]
-    check_true(scene, f"a {thing.colour} {thing.shape}")
+    check_true(scene, f"a {thing.color} {thing.shape}")
     for lie in (
-        f"a {next(c for c in COLOURS if c != thing.colour)} {thing.shape}",
-        f"a {thing.colour} {thing.shape} {PLACE_WORDS[PLACES[8 - thing.cell or 1]][0]}",
-        f"a {thing.colour} {thing.shape} with whiskers",
+        f"a {next(c for c in COLORS if c != thing.color)} {thing.shape}",
+        f"a {thing.color} {thing.shape} {PLACE_WORDS[PLACES[8 - thing.cell or 1]][0]}",
+        f"a {thing.color} {thing.shape} with whiskers",
         "three shapes",
     ):
         with pytest.raises(AssertionError):
@@ -185,14 +185,14 @@ def answer(scene: Scene, question: str, kind: str) -> str:
     for what, groups in claims:
         said[what].append(groups)
     pairs = [(c, s) for _, c, s in said["thing"]]
-    if kind in ("colour", "shape"):
+    if kind in ("color", "shape"):
         found = [
             t
             for t in scene.things
             if all(PLACES[t.cell] == PLACE[g[0]] for g in said["place"])
             and all(t.motion == MOTION[g[0]] for g in said["motion"])
             and all(t.shape == SHAPE[g[0]] for g in said["shape"])
-            and all(t.colour == COLOUR[g[0]] for g in said["colour"])
+            and all(t.color == COLOR[g[0]] for g in said["color"])
         ]
         assert len(found) == 1, question
         return getattr(found[0], kind)
@@ -203,7 +203,7 @@ def answer(scene: Scene, question: str, kind: str) -> str:
     if kind == "count":
         what = re.fullmatch(r"How many (.*) are there\?", question)[1]
         return str(
-            sum(what in ("shapes", plural(t.shape), f"{t.colour} shapes") for t in scene.things)
+            sum(what in ("shapes", plural(t.shape), f"{t.color} shapes") for t in scene.things)
         )
     if kind == "motion":
         (thing,) = things
@@ -263,11 +263,11 @@ def test_frames_have_the_promised_shape_and_show_the_things():
             assert pixels.dtype == np.uint8
             assert pixels.flags.c_contiguous
             for t in scene.things if media == "image" else scene.things[-1:]:
-                # The ring's centre is ground; its right side is paint.
+                # The ring's center is ground; its right side is paint.
                 x = t.x + (0.75 * t.radius if t.shape == "ring" else 0)
                 seen = pixels[frames // 2, int(t.y * size), int(x * size)].astype(float)
-                nearest = min(COLOURS, key=lambda c: np.abs(seen - COLOURS[c]).sum())
-                assert nearest == t.colour, (media, i, t)
+                nearest = min(COLORS, key=lambda c: np.abs(seen - COLORS[c]).sum())
+                assert nearest == t.color, (media, i, t)
 
 
 def test_every_shape_looks_different_from_every_other():
@@ -401,9 +401,9 @@ def test_held_out_pairs_are_seen_and_asked_about_only_in_unseen(media):
         for i in range(200):
             shown |= {t.pair for t in source.scene(i).things}
             asked = [g for q, _, _ in source.qa(i) for w, g in parse(q)[0] if w == "thing"]
-            assert not held & {(colour, shape) for _, colour, shape in asked}
+            assert not held & {(color, shape) for _, color, shape in asked}
         assert not held & shown
-        assert {c for c, _ in shown} == set(COLOURS)
+        assert {c for c, _ in shown} == set(COLORS)
         assert {s for _, s in shown} == set(SHAPES)
     unseen = ScenesSource(media, "unseen")
     firsts = [held & {t.pair for t in unseen.scene(i).things} for i in range(100)]
@@ -446,7 +446,7 @@ def test_the_context_of_a_question_determines_its_answer(media):
         check_true(scene, whole(scene, Dice(3, 0, i, 1)))
         detail = "place" if media == "image" else "motion"
         assert [w for w, _ in claims] == ["thing", detail] * len(scene.things)
-        assert {(SIZE.get(g[0], ""), COLOUR[g[1]], SHAPE[g[2]]) for w, g in claims[::2]} == {
+        assert {(SIZE.get(g[0], ""), COLOR[g[1]], SHAPE[g[2]]) for w, g in claims[::2]} == {
             (t.size, *t.pair) for t in scene.things
         }
 
@@ -468,7 +468,7 @@ def test_keywords_name_every_thing():
         words = keywords(scene, Dice(5, 0, i, 1))
         for t in scene.things:
             assert any(word in words for word in SHAPE_WORDS[t.shape])
-            assert any(word in words for word in COLOUR_WORDS[t.colour])
+            assert any(word in words for word in COLOR_WORDS[t.color])
 
 
 def test_the_vocabulary_is_small_but_varied():

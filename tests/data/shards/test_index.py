@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.image_files import contents, pairs, picture, read, tars, write_tar
+from support.image_files import contents, image, pairs, read, tars, write_tar
 from support.paths import ROOT
 
 from vadapter.cli.main import main
@@ -39,7 +39,7 @@ def test_an_index_serves_each_split_of_its_folder(tmp_path):
     shards_ = {"train-0": "0", "val-8": "b", "val-9": "", "val-10": "a"}
     for name, key in shards_.items():
         level = int(name.split("-")[1])
-        files = {f"{key}.png": picture(level), f"{key}.txt": name.encode()}
+        files = {f"{key}.png": image(level), f"{key}.txt": name.encode()}
         write_tar(tmp_path / f"{name}.tar", files if key else {})
     index.build(tmp_path, **silent)
     val = CaptionTars(tmp_path, shards="val-{8..10}.tar")  # not in the order of their names
@@ -49,9 +49,9 @@ def test_an_index_serves_each_split_of_its_folder(tmp_path):
 
 def test_a_worker_is_sent_no_texts(tmp_path):
     folder = pairs(tmp_path, each=60)
-    assert b"shard 1, picture 7" in pickle.dumps(read(folder))
+    assert b"shard 1, image 7" in pickle.dumps(read(folder))
     index.build(folder, **silent)
-    assert b"shard 1, picture 7" not in pickle.dumps(read(folder))
+    assert b"shard 1, image 7" not in pickle.dumps(read(folder))
 
 
 def touch(path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_torn_journal_loses_no_more_than_its_last_line(tmp_path, monkeypatch, 
     index.build(folder, **silent)
     complete = torn.count(b"\n") + (torn[-1:] == b"}" and raw[len(torn) : len(torn) + 1] == b"\n")
     assert len(names) == 4 - complete
-    assert contents(read(folder))[5] == ("000010002", 22, ("shard 1, picture 2",), ())
+    assert contents(read(folder))[5] == ("000010002", 22, ("shard 1, image 2",), ())
 
 
 def test_only_what_changed_is_read_again(tmp_path, monkeypatch):
@@ -180,9 +180,9 @@ def test_only_what_changed_is_read_again(tmp_path, monkeypatch):
     names = scanned(monkeypatch)
     assert "(0 read now)" in index.build(folder, **silent)
     assert (folder / shard_set.INDEX).read_bytes() == before
-    write_tar(folder / "00002.tar", {"n.png": picture(7), "n.txt": b"new"})
+    write_tar(folder / "00002.tar", {"n.png": image(7), "n.txt": b"new"})
     (folder / "00003.tar").unlink()
-    write_tar(folder / "00004.tar", {"m.png": picture(8), "m.txt": b"newer"})
+    write_tar(folder / "00004.tar", {"m.png": image(8), "m.txt": b"newer"})
     index.build(folder, **silent)
     assert names == ["00002.tar", "00004.tar"]
     assert contents(read(folder))[-2:] == [("n", 7, ("new",), ()), ("m", 8, ("newer",), ())]
@@ -246,7 +246,7 @@ def test_two_processes_do_not_index_one_folder(tmp_path):
 
 def test_what_is_left_out_and_what_will_be_masked_is_counted(tmp_path):
     folder = pairs(tmp_path)
-    files = {"z.png": picture(1), "z.txt": b"\xff", "z.pkl": b"x", "z.cls": b"3"}
+    files = {"z.png": image(1), "z.txt": b"\xff", "z.pkl": b"x", "z.cls": b"3"}
     write_tar(folder / "00004.tar", files)
     text = index.build(folder, **silent)
     assert "2 members left out, for example z.pkl: files of type .pkl are not read" in text
@@ -263,7 +263,7 @@ def test_a_folder_without_shards_is_an_error(tmp_path):
 
 def test_nothing_but_the_index_is_written(tmp_path):
     folder = pairs(tmp_path)
-    write_tar(folder / "00004.tar", {"e.png": picture(1), "e.txt": b"x", "canary.pkl": b"cos\nx"})
+    write_tar(folder / "00004.tar", {"e.png": image(1), "e.txt": b"x", "canary.pkl": b"cos\nx"})
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     index.build(folder, **silent)
     contents(read(folder))

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.image_files import contents, picture
+from support.image_files import contents, image
 
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Question
@@ -27,7 +27,7 @@ def write(path: Path, rows: list[dict], group: int = 3, **options) -> Path:
 
 
 def row(number: int, **more) -> dict:
-    media = {"bytes": picture(number), "path": f"{number}.png"}
+    media = {"bytes": image(number), "path": f"{number}.png"}
     return {"image": media, "caption": f"number {number}"} | more
 
 
@@ -54,7 +54,7 @@ def test_rows_come_in_order_from_files_and_groups(tmp_path):
             source[i]
 
 
-def test_one_sample_reads_one_group_and_texts_no_picture(tmp_path, monkeypatch):
+def test_one_sample_reads_one_group_and_texts_no_image(tmp_path, monkeypatch):
     source = ParquetImages(files(tmp_path), "train")
     reads = []
     cached = parquet_rows._group.__wrapped__
@@ -78,9 +78,9 @@ def test_an_index_gives_the_same_source(tmp_path, monkeypatch):
         ParquetImages(tmp_path, "train")
 
 
-def test_columns_name_pictures_texts_and_questions(tmp_path):
+def test_columns_name_images_texts_and_questions(tmp_path):
     rows = [
-        {"img": picture(i), "key": f"k{i}", "qs": [{"q": "who?", "a": ["x", "y"]}], "title": "t"}
+        {"img": image(i), "key": f"k{i}", "qs": [{"q": "who?", "a": ["x", "y"]}], "title": "t"}
         for i in range(2)
     ]
     write(tmp_path / "a.parquet", rows)
@@ -107,7 +107,7 @@ def test_a_row_that_cannot_be_used_is_masked_and_named(tmp_path):
     assert source[3].media is None
     assert "a.parquet, row 1: no captions and no question" in describe("x", source, 1)
     assert "a.parquet, row 2: caption: a text is expected" in describe("x", source, 2)
-    assert "there is no picture" in describe("x", source, 3)
+    assert "there is no image" in describe("x", source, 3)
     assert "starts with b'<html>404" in describe("x", source, 4)
 
 
@@ -116,7 +116,7 @@ def test_damage_is_refused_by_name(tmp_path):
     path = write(tmp_path / "a.parquet", [row(i) for i in range(9)], **plain)
     raw = bytearray(path.read_bytes())
     source = ParquetImages(tmp_path, shards="*.parquet")
-    at = raw.index(picture(4))
+    at = raw.index(image(4))
     raw[at + 5] ^= 1
     path.write_bytes(raw)
     with pytest.raises(DataError, match=r"a\.parquet: changed since it was indexed"):

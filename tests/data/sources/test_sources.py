@@ -9,7 +9,7 @@ from support.image_files import (
     EXPECTED,
     contents,
     folder_of,
-    picture,
+    image,
     row,
     tars,
     write_rows,
@@ -44,8 +44,8 @@ def test_a_folder_of_media_may_lie_elsewhere_than_its_table(tmp_path):
 
 def test_only_the_rows_and_shards_of_the_split_count(tmp_path):
     rows = [row(0), row(1, split="val"), {"image": "2.png", "caption": "in all"}]
-    write_tar(tmp_path / "val-000.tar", {"1.png": picture(9), "2.png": picture(9)})
-    write_tar(tmp_path / "train-extra-000.tar", {"0.png": picture(9)})  # the split train-extra
+    write_tar(tmp_path / "val-000.tar", {"1.png": image(9), "2.png": image(9)})
+    write_tar(tmp_path / "train-extra-000.tar", {"0.png": image(9)})  # the split train-extra
     source = CaptionTars(tars(tmp_path, rows), "train")
     assert [name for name, *_ in contents(source)] == ["0.png", "2.png"]
     assert contents(CaptionTars(tmp_path, "val"))[0][:2] == ("1.png", 9)
@@ -69,16 +69,16 @@ def test_questions_about_one_image_gather_in_one_example(tmp_path):
     ]
     (tmp_path / "c").rename(tmp_path / "captions.jsonl")
     both = CaptionTars(tmp_path, "train")
-    assert (len(both), both[0].captions, both[0].qa) == (5, ("number 0", "grey"), source[0].qa)
+    assert (len(both), both[0].captions, both[0].qa) == (5, ("number 0", "gray"), source[0].qa)
 
 
 def test_webdataset_pairs_need_no_table(tmp_path):
     files = {
-        "a/0.png": picture(0),
+        "a/0.png": image(0),
         "a/0.txt": "größe\n".encode(),
         "a/0.json": b'{"caption": "less than the txt"}',
         "b/0.json": b'{"captions": ["one", "two"], "question": "q", "answer": "a"}',
-        "b/0.seg.png": picture(40),
+        "b/0.seg.png": image(40),
     }
     write_tar(tmp_path / "train-000.tar", files)
     source = CaptionTars(tmp_path, "train")
@@ -112,7 +112,7 @@ BAD_ROWS = [
     (b"{'image': 1}", "not JSON"),
     (b"[" * 100_000, "not JSON"),
     (b'["1.png"]', "object is expected"),
-    ({"picture": "1.png", "caption": "x"}, "none of the keys image, clip, video"),
+    ({"image": "1.png", "caption": "x"}, "none of the keys image, clip, video"),
     ({"image": 1, "caption": "x"}, "image: a text is expected, got 1"),
     ({"image": "1.png"}, "no captions and no question"),
     ({"image": "1.png", "captions": []}, "no captions and no question"),
@@ -163,7 +163,7 @@ def test_a_row_that_names_another_shard_is_an_error(tmp_path):
 
 
 def test_one_name_in_two_shards_is_an_error(tmp_path):
-    write_tar(tars(tmp_path) / "train-002.tar", {"0.png": picture(9)})
+    write_tar(tars(tmp_path) / "train-002.tar", {"0.png": image(9)})
     with pytest.raises(DataError, match=r"train-002\.tar: '0\.png' is in .*train-000\.tar too"):
         CaptionTars(tmp_path, "train")
 
@@ -171,7 +171,7 @@ def test_one_name_in_two_shards_is_an_error(tmp_path):
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../x.png", "a\0.png"])
 def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
     (tmp_path / "in").mkdir()
-    (tmp_path / "secret.png").write_bytes(picture(1))
+    (tmp_path / "secret.png").write_bytes(image(1))
     table = write_rows(tmp_path / "in" / "t.jsonl", [{"image": name, "caption": "x"}])
     with pytest.raises(DataError, match=r"line 1: .* leaves the folder"):
         ImageFolder(table)
@@ -249,7 +249,7 @@ def test_the_fingerprint_follows_the_data_not_the_place(tmp_path, build):
 def test_the_fingerprint_notices_another_image_size(tmp_path):
     table = folder_of(tmp_path)
     before = ImageFolder(table).fingerprint()
-    (tmp_path / "3.png").write_bytes(picture(60, 99))
+    (tmp_path / "3.png").write_bytes(image(60, 99))
     assert ImageFolder(table).fingerprint() != before
 
 

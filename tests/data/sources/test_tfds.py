@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.image_files import contents, picture
+from support.image_files import contents, image
 from support.paths import ROOT
 
 from vadapter.data.config import DataConfig
@@ -26,7 +26,7 @@ COUNT = 7
 
 
 class Tiny(tfds.core.GeneratorBasedBuilder):
-    """Pictures with an id, captions, and a question; record 5 has a blank caption."""
+    """Images with an id, captions, and a question; record 5 has a blank caption."""
 
     VERSION = tfds.core.Version("1.2.0")
 
@@ -47,7 +47,7 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
         for i in range(COUNT):
             said = [" "] if i == 5 else [f"number {i}", "größe"]
             asked = [{"q": "what?", "a": f"{i}"}, {"q": "why?", "a": "so"}]
-            yield i, {"photo": io.BytesIO(picture(i)), "key": i, "said": said, "qa": asked}
+            yield i, {"photo": io.BytesIO(image(i)), "key": i, "said": said, "qa": asked}
 
 
 COLUMNS = {"image": "photo", "id": "key", "captions": "said", "question": "qa.q", "answer": "qa.a"}
@@ -73,9 +73,9 @@ def test_records_come_by_index_under_our_keys(prepared):
             source[i]
 
 
-def test_pictures_come_encoded(prepared):
+def test_images_come_encoded(prepared):
     source = TfdsSource("tiny", "train", data_dir=prepared, columns=COLUMNS)
-    assert {source[i].media for i in range(COUNT)} == {picture(i) for i in range(COUNT)}
+    assert {source[i].media for i in range(COUNT)} == {image(i) for i in range(COUNT)}
 
 
 def test_splits_may_be_cut(prepared):
@@ -108,7 +108,7 @@ def test_a_source_is_picklable(prepared):
         ("mnist", "train", {"image": "image"}, DataError, "mnist, split 'train': not readable"),
         ("tiny", "train", {}, DataError, "none of the columns image.* There are key, photo, qa"),
         ("tiny", "train", {"image": "x"}, ConfigError, "no column 'x'; there are key, photo"),
-        ("tiny", "train", {"picture": "photo"}, ConfigError, "unknown key 'picture'"),
+        ("tiny", "train", {"image": "photo"}, ConfigError, "unknown key 'image'"),
         ("tiny", "train[:0]", COLUMNS, DataError, "0 usable examples"),
     ],
 )
@@ -147,7 +147,7 @@ def nested(folder: Path) -> None:
     features.save_config(root)
     example = proto.Example()
     put = example.features.feature
-    put["clip"].bytes_list.value.append(picture(9))
+    put["clip"].bytes_list.value.append(image(9))
     put["qa/question"].bytes_list.value.extend([b"who?", b"why?"])
     put["qa/answers/ragged_flat_values"].bytes_list.value.extend([b"me", b"I", b"so"])
     put["qa/answers/ragged_row_lengths_0"].int64_list.value.extend([2, 1])
@@ -169,7 +169,7 @@ def test_questions_with_many_answers_and_clips_as_bytes_are_read(tmp_path):
     columns = {"question": "qa.question", "answers": "qa.answers"}
     source = TfdsSource("nested", "train", data_dir=tmp_path, columns=columns)
     assert source.kind == "clip"
-    assert source[0].media == picture(9)
+    assert source[0].media == image(9)
     assert source[0].qa == (Question("who?", ("me", "I")), Question("why?", ("so",)))
 
 

@@ -156,7 +156,7 @@ def test_fewer_frames_are_held_in_order_and_other_counts_are_an_error():
 
 
 @pytest.mark.parametrize("policy", sorted(set(REMAT) - {"none"}))
-def test_rematerialisation_keeps_no_attention_weights_and_changes_nothing_else(policy):
+def test_rematerialization_keeps_no_attention_weights_and_changes_nothing_else(policy):
     tokens, layers = np.tile(visual(), (1, 1, 8, 1)), 6
 
     def step(remat):
@@ -195,7 +195,7 @@ def test_queries_start_with_the_stated_spread():
     assert float(params["queries"].value.std()) == pytest.approx(0.3, rel=0.1)
 
 
-def test_pooler_normalises_its_output_and_ignores_the_order_of_tokens():
+def test_pooler_normalizes_its_output_and_ignores_the_order_of_tokens():
     module = Pooler(PoolerConfig(queries=3, width=16, heads=2))
     x = visual()
     params = tiny.init(module, x)

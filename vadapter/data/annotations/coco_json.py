@@ -5,7 +5,7 @@ COCO       {"images": [{"id": 139, "file_name": "a.jpg"}, …],
             https://cocodataset.org/#format-data
 Karpathy   {"images": [{"filepath": "val2014", "filename": "a.jpg", "split": "test",
             "sentences": [{"raw": "a room"}, …]}, …]}, as dataset_coco.json and
-            dataset_flickr8k.json; the picture is FILEPATH/FILENAME
+            dataset_flickr8k.json; the image is FILEPATH/FILENAME
 a list     of rows as in `vadapter.data.annotations.annotation_tables`
 """
 
@@ -17,14 +17,14 @@ from vadapter.errors import DataError
 
 
 def rows(path: Path, document: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of each picture, for `tables.read_rows`.
+    """(where, row) of each image, for `tables.read_rows`.
 
     Args:
       path: to be named in errors.
       document: what the file says.
 
     Raises:
-      DataError: another form, a picture without captions, an id twice, captions of no picture.
+      DataError: another form, an image without captions, an id twice, captions of no image.
     """
     if isinstance(document, list):
         for number, row in enumerate(document, 1):

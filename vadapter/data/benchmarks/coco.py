@@ -1,7 +1,7 @@
 """COCO captions, Karpathy's split: 5,000 test images with five captions each, a few with more.
 
 Page: https://cs.stanford.edu/people/karpathy/deepimagesent/ (split, captions) and
-https://cocodataset.org/#download (images). Licence: annotations CC BY 4.0; images belong to their
+https://cocodataset.org/#download (images). License: annotations CC BY 4.0; images belong to their
 Flickr owners.
 
 Files: dataset_coco.json or caption_datasets.zip with it; val2014/ or val2014.zip, and train2014

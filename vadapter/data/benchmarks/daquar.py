@@ -1,7 +1,7 @@
 """DAQUAR, full: 5,673 test questions about 653 indoor photos of NYU Depth v2.
 
 Page: https://www.mpi-inf.mpg.de/departments/computer-vision-and-machine-learning/research/
-vision-and-language/visual-turing-challenge. Licence: for research.
+vision-and-language/visual-turing-challenge. License: for research.
 
 Files: qa.894.raw.{train,test}.txt with nyu_depth_images/ (or nyu_depth_images.tar), or qa.jsonl
 with tar shards <split>-NNN.tar, as `CaptionTars` reads them. Splits (photos with questions,

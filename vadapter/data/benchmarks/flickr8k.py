@@ -1,7 +1,7 @@
 """Flickr8k: 1,000 test photos with five captions each.
 
-Page: https://hockenmaier.cs.illinois.edu/8k-pictures.html; Karpathy's file has the same splits:
-https://cs.stanford.edu/people/karpathy/deepimagesent/. Licence: captions for non-commercial
+Page: https://hockenmaier.cs.illinois.edu/8k-images.html; Karpathy's file has the same splits:
+https://cs.stanford.edu/people/karpathy/deepimagesent/. License: captions for non-commercial
 research and education; photos belong to their Flickr owners.
 
 Files: dataset_flickr8k.json (or caption_datasets.zip with it) with Flicker8k_Dataset/ (or
@@ -17,7 +17,7 @@ from vadapter.data.benchmarks.benchmark import Benchmark, Counts, File, Place, R
 from vadapter.data.benchmarks.coco import SPLIT_PAGE
 from vadapter.data.benchmarks.files import locate
 
-PAGE = "https://hockenmaier.cs.illinois.edu/8k-pictures.html"
+PAGE = "https://hockenmaier.cs.illinois.edu/8k-images.html"
 _SPLITS = same("train", "val", "test")
 
 FILE = File(

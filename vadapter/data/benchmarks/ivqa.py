@@ -1,6 +1,6 @@
 """iVQA: 2,000 test clips of instruction videos, one question and five answers each.
 
-Page: https://antoyang.github.io/just-ask.html#ivqa. Licence: for research; the clips belong to
+Page: https://antoyang.github.io/just-ask.html#ivqa. License: for research; the clips belong to
 their YouTube owners and are not distributed, so that a copy is seldom complete.
 
 Files: {train,val,test}.csv with the columns video_id, start, end, question, answer1 … answer5;

@@ -2,7 +2,7 @@
 
 Page: https://www.microsoft.com/en-us/research/publication/
 msr-vtt-a-large-video-description-dataset-for-bridging-video-and-language/ (its download links come
-and go). Licence: for research; the clips belong to their YouTube owners.
+and go). License: for research; the clips belong to their YouTube owners.
 
 Files: train_val_videodatainfo.json and test_videodatainfo.json, or the zips with them;
 TrainValVideo/ and TestVideo/, or train_val_videos.zip and test_videos.zip; all clips may also lie

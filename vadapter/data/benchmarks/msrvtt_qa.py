@@ -1,7 +1,7 @@
 """MSRVTT-QA: 72,821 test questions about MSR-VTT's 2,990 test clips, one answer of a word each.
 
 Page: https://github.com/xudejing/video-question-answering (questions); the clips are those of
-`msrvtt`. Licence: for research; the clips belong to their YouTube owners.
+`msrvtt`. License: for research; the clips belong to their YouTube owners.
 
 Files: {train,val,test}_qa.json; the clips as for `msrvtt`. Splits (clips, questions): train 6,513,
 158,581; val 497, 12,278; test 2,990, 72,821.

@@ -1,7 +1,7 @@
 """MSVD-QA: 13,157 test questions about 504 clips of MSVD, one answer of a word each.
 
 Pages: https://github.com/xudejing/video-question-answering (questions) and
-https://www.cs.utexas.edu/~ml/clamp/videoDescription/ (clips). Licence: for research; the clips
+https://www.cs.utexas.edu/~ml/clamp/videoDescription/ (clips). License: for research; the clips
 belong to their YouTube owners.
 
 Files: {train,val,test}_qa.json; youtube_mapping.txt, whose lines "<name> vid<number>" say which

@@ -1,6 +1,6 @@
 """OK-VQA: 5,046 questions about 5,033 COCO val2014 images that need knowledge, ten answers each.
 
-Page: https://okvqa.allenai.org/download.html. Licence: annotations CC BY 4.0; images belong to
+Page: https://okvqa.allenai.org/download.html. License: annotations CC BY 4.0; images belong to
 their Flickr owners. The answers are those of five annotators, stemmed, each twice, as the official
 files have them ("answer"; "raw_answer" is not read).
 

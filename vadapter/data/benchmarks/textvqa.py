@@ -1,6 +1,6 @@
 """TextVQA v0.5.1: 5,000 validation questions about 3,166 images with text, ten answers each.
 
-Page: https://textvqa.org/dataset/. Licence: questions and answers CC BY 4.0; images are those of
+Page: https://textvqa.org/dataset/. License: questions and answers CC BY 4.0; images are those of
 Open Images (CC BY 2.0). Some images are stored rotated; they are read as they are stored, and no
 OCR tokens are. Answers of the test split are not public.
 

@@ -1,6 +1,6 @@
 """VATEX, English captions: 6,000 public test clips with ten captions each.
 
-Page: https://eric-xw.github.io/vatex-website/download.html. Licence: captions CC BY 4.0; the clips
+Page: https://eric-xw.github.io/vatex-website/download.html. License: captions CC BY 4.0; the clips
 belong to their YouTube owners and are not distributed, so that a copy is seldom complete.
 
 Files: vatex_training_v1.0.json, vatex_validation_v1.0.json, vatex_public_test_english_v1.1.json;

@@ -1,6 +1,6 @@
 """VizWiz-VQA: 4,319 validation photos of blind people, one question and ten answers each.
 
-Page: https://vizwiz.org/tasks-and-datasets/vqa/. Licence: CC BY 4.0. Answers of the test split are
+Page: https://vizwiz.org/tasks-and-datasets/vqa/. License: CC BY 4.0. Answers of the test split are
 not public. "unanswerable" is an answer like any other.
 
 Files: {train,val,test}.json, also in Annotations/ or Annotations.zip; train, val, test as folders

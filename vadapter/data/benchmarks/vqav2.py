@@ -1,6 +1,6 @@
 """VQA v2.0: 214,354 validation questions about 40,504 COCO images, ten answers each.
 
-Page: https://visualqa.org/download.html. Licence: questions and answers CC BY 4.0; images belong to
+Page: https://visualqa.org/download.html. License: questions and answers CC BY 4.0; images belong to
 their Flickr owners. Answers of test-dev and test are not public: their score comes from the
 challenge's server, for the submission file.
 

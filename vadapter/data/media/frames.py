@@ -10,7 +10,7 @@ import numpy as np
 from vadapter.data.media.images import (
     CLIP_SUFFIXES,
     BadMedia,
-    View,
+    ImageTransform,
     decode_image,
     head,
     read_image,
@@ -42,7 +42,7 @@ def load_media(media: bytes | np.ndarray | Path, *, frames: int) -> np.ndarray:
 
 
 def load_square(
-    media: bytes | np.ndarray | Path, view: View, *, frames: int, flip: bool = False
+    media: bytes | np.ndarray | Path, view: ImageTransform, *, frames: int, flip: bool = False
 ) -> np.ndarray:
     """`images.resize` of `load_media`; an encoded image is not copied on the way.
 

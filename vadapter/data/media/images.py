@@ -3,9 +3,9 @@
 Whatever a file claims to be, only JPEG, PNG, WEBP, GIF and BMP decoders are tried. Of these,
 
   EXIF orientation        applied; EXIF that cannot be read is ignored
-  grey, 1 bit, palette    the colours they stand for, as RGB
+  gray, 1 bit, palette    the colors they stand for, as RGB
   any transparency        laid over white
-  CMYK (JPEG)             converted without a colour profile; embedded profiles are ignored
+  CMYK (JPEG)             converted without a color profile; embedded profiles are ignored
   16 bits a channel       the upper 8
   animated                the first frame; `vadapter.data.media.video` reads all of it
   over 25 megapixels      BadMedia, by the header alone: no pixel is decoded
@@ -34,7 +34,7 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _WHOLE = 16  # times its short side: a longer image is resized in part
-_PAD_LEVEL = 127  # about zero once an encoder has normalised it
+_PAD_LEVEL = 127  # about zero once an encoder has normalized it
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -141,13 +141,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
-    """What becomes of a picture on the host: a square of pixels.
+class ImageTransform:
+    """What becomes of an image on the host: a square of pixels.
 
     Attributes:
       size: S, pixels a side.
-      fit: "crop" (short side, then centre), "stretch" (all of it, proportions lost) or "pad" (all
-        of it, centred on grey).
+      fit: "crop" (short side, then center), "stretch" (all of it, proportions lost) or "pad" (all
+        of it, centered on gray).
       interpolation: "bicubic" or "bilinear".
       crop_pct: share of the short side that "crop" leaves, in 0..1, as in timm.
       floor: where the margin is odd, "crop" rounds half of it down, as `transformers` does, and not
@@ -179,7 +179,7 @@ class View:
         return int(self.size / self.crop_pct + 1e-6)
 
 
-def resize(frames: np.ndarray, view: View, *, flip: bool = False) -> np.ndarray:
+def resize(frames: np.ndarray, view: ImageTransform, *, flip: bool = False) -> np.ndarray:
     """Brings every frame to a square, see `square`.
 
     Frames that are one and the same in memory, as of a still image, are resized once.
@@ -197,11 +197,11 @@ def resize(frames: np.ndarray, view: View, *, flip: bool = False) -> np.ndarray:
     return out if len(different) == len(frames) else np.repeat(out, len(frames), axis=0)
 
 
-def square(image: Image.Image, view: View, *, flip: bool = False) -> np.ndarray:
+def square(image: Image.Image, view: ImageTransform, *, flip: bool = False) -> np.ndarray:
     """Brings an RGB image to a square, antialiased.
 
     The resampling is Pillow's, as the public encoders were trained with, and "crop" is "resize the
-    short side, then cut out the centre". Of an image with a side of more than 16 times the other,
+    short side, then cut out the center". Of an image with a side of more than 16 times the other,
     only what stays is computed, so that one of a pixel by thousands costs no more than another;
     there Pillow may sum in another order, which shows by some levels in 255.
 

@@ -160,7 +160,7 @@ def _tail(file: BinaryIO) -> bytes:
 
 
 def _declared(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction:
-    """The length in seconds the header promises for the pictures, 0 where it says nothing."""
+    """The length in seconds the header promises for the images, 0 where it says nothing."""
     if stream.duration is not None and stream.time_base is not None:
         return stream.duration * stream.time_base
     if container.duration is not None and len(container.streams) == 1:

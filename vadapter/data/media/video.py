@@ -61,7 +61,7 @@ def decode_clip(data: bytes | Path, frames: int = 8, *, max_pixels: int = MAX_PI
       u8[F,H,W,3]; H and W are those of the first frame, after rotation.
 
     Raises:
-      BadMedia: not a clip, no usable picture in it, cut short, corrupt, too large or too long.
+      BadMedia: not a clip, no usable image in it, cut short, corrupt, too large or too long.
     """
     try:
         with open_media(data) as file:
@@ -108,7 +108,7 @@ def _decode_stream(file: BinaryIO, frames: int, max_pixels: int) -> np.ndarray:
         with open_container(file) as container:
             stream = video_stream(container, max_pixels)
             if (chosen := choose(container, stream, timeline, targets)) is not None:
-                return _pictures(chosen)
+                return _images(chosen)
     raise BadMedia("no frame could be decoded")
 
 
@@ -177,16 +177,16 @@ def _decoded(
     yield from context.decode(None)
 
 
-def _pictures(chosen: list[av.VideoFrame]) -> np.ndarray:
+def _images(chosen: list[av.VideoFrame]) -> np.ndarray:
     """The frames as u8[F,H,W,3]; those chosen twice are converted once."""
     size = chosen[0].width, chosen[0].height
-    pictures: dict[int, np.ndarray] = {}
+    decoded: dict[int, np.ndarray] = {}
     for frame in chosen:
         if frame.is_corrupt:
             raise BadMedia("holds damaged frames")
-        if id(frame) not in pictures:
-            pictures[id(frame)] = _pixels(frame, size)
-    return np.stack([pictures[id(frame)] for frame in chosen])
+        if id(frame) not in decoded:
+            decoded[id(frame)] = _pixels(frame, size)
+    return np.stack([decoded[id(frame)] for frame in chosen])
 
 
 def _timed(
@@ -227,12 +227,12 @@ def _decode_webp(file: BinaryIO, frames: int, max_pixels: int) -> np.ndarray:
         if image.width * image.height > max_pixels:
             raise BadMedia(f"{image.width}x{image.height} pixels, more than {max_pixels}")
         indices = nearest(zip(times, range(len(times)), strict=True), frame_times(end, frames))
-        pictures: dict[int, np.ndarray] = {}
+        decoded: dict[int, np.ndarray] = {}
         for index in indices:
-            if index not in pictures:
+            if index not in decoded:
                 image.seek(index)
-                pictures[index] = np.array(to_rgb(image))
-    return np.stack([pictures[index] for index in indices])
+                decoded[index] = np.array(to_rgb(image))
+    return np.stack([decoded[index] for index in indices])
 
 
 def _webp_durations(file: BinaryIO) -> list[Fraction]:

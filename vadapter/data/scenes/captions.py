@@ -8,11 +8,11 @@ import itertools
 import string
 
 from vadapter.data.scenes.dice import Dice
-from vadapter.data.scenes.world import COLOURS, Scene, Thing
+from vadapter.data.scenes.world import COLORS, Scene, Thing
 
 CAPTIONS = 5
 
-COLOUR_WORDS = {c: (c,) for c in COLOURS} | {"purple": ("purple", "purple", "violet")}
+COLOR_WORDS = {c: (c,) for c in COLORS} | {"purple": ("purple", "purple", "violet")}
 SHAPE_WORDS = {
     "circle": ("circle", "circle", "disc"),
     "square": ("square", "square", "box"),
@@ -64,7 +64,7 @@ GROUND_WORDS = {
 }
 
 # {a}, {b}, {c} stand for the things in an order drawn per caption, as noun phrases; {a_full} always
-# tells the size. {shapes} and {tint} exist where all things share the shape or the colour.
+# tells the size. {shapes} and {tint} exist where all things share the shape or the color.
 TEMPLATES: dict[tuple[str, int], tuple[str, ...]] = {
     ("image", 1): (
         "{a} {a_place}",
@@ -75,7 +75,7 @@ TEMPLATES: dict[tuple[str, int], tuple[str, ...]] = {
         "an image of {a} {ground}",
         "{a_place} there is {a}",
         "{a} sits {a_place} of the picture",
-        "a single {a_colour} {a_shape} can be seen {a_place}",
+        "a single {a_color} {a_shape} can be seen {a_place}",
         "only one shape, {a}, {a_place}",
     ),
     ("image", 2): (
@@ -88,7 +88,7 @@ TEMPLATES: dict[tuple[str, int], tuple[str, ...]] = {
         "the picture shows {a} and {b}",
         "{a} sits {a_place}, with {b} {b_place}",
         "{a} can be seen {a_to_b} {b} {ground}",
-        "two {shapes}, one {a_colour} and one {b_colour}",
+        "two {shapes}, one {a_color} and one {b_color}",
         "two {tint} shapes, a {a_shape} and a {b_shape}",
     ),
     ("image", 3): (
@@ -100,7 +100,7 @@ TEMPLATES: dict[tuple[str, int], tuple[str, ...]] = {
         "the picture shows {a}, {b} and {c} {ground}",
         "{a} sits {a_place} while {b} is {b_to_c} {c}",
         "{a} together with {b} and {c} {ground}",
-        "three {shapes}, {a_colour}, {b_colour} and {c_colour}",
+        "three {shapes}, {a_color}, {b_color} and {c_color}",
         "three {tint} shapes, a {a_shape}, a {b_shape} and a {c_shape}",
     ),
     ("clip", 1): (
@@ -121,7 +121,7 @@ TEMPLATES: dict[tuple[str, int], tuple[str, ...]] = {
         "two shapes: {a} {a_moves}, {b} {b_moves}",
         "{a} {a_moving} and {b} {b_moving} {ground}",
         "the clip shows {a} that {a_moves}, with {b} {b_moving}",
-        "two {shapes}, the {a_colour} one {a_moves} and the {b_colour} one {b_moves}",
+        "two {shapes}, the {a_color} one {a_moves} and the {b_color} one {b_moves}",
         "two {tint} shapes, the {a_shape} {a_moves} and the {b_shape} {b_moves}",
     ),
     ("clip", 3): (
@@ -131,8 +131,8 @@ TEMPLATES: dict[tuple[str, int], tuple[str, ...]] = {
         "three shapes: {a} {a_moves}, {b} {b_moves}, {c} {c_moves}",
         "{a} is {a_moving}, {b} is {b_moving} and {c} is {c_moving} {ground}",
         "the clip shows {a} that {a_moves}, with {b} {b_moving} and {c} {c_moving}",
-        "three {shapes}, the {a_colour} one {a_moves}, the {b_colour} one {b_moves} "
-        "and the {c_colour} one {c_moves}",
+        "three {shapes}, the {a_color} one {a_moves}, the {b_color} one {b_moves} "
+        "and the {c_color} one {c_moves}",
     ),
 }
 # From these alone every question about a scene can be answered.
@@ -164,7 +164,7 @@ def captions(scene: Scene, dice: Dice) -> tuple[str, ...]:
     given = set()
     if len({t.shape for t in scene.things}) == 1:
         given.add("shapes")
-    if len({t.colour for t in scene.things}) == 1:
+    if len({t.color for t in scene.things}) == 1:
         given.add("tint")
     usable = [t for t in TEMPLATES[scene.kind, len(scene.things)] if _CONDITIONAL[t] <= given]
     found: dict[str, None] = {}
@@ -176,7 +176,7 @@ def captions(scene: Scene, dice: Dice) -> tuple[str, ...]:
 
 
 def whole(scene: Scene, dice: Dice) -> str:
-    """A description that tells colour, shape, size, and place or motion of everything."""
+    """A description that tells color, shape, size, and place or motion of everything."""
     template = dice.pick(_WHOLE[scene.kind, len(scene.things)])
     return template.format_map(_Slots(scene, dice))
 
@@ -185,7 +185,7 @@ def keywords(scene: Scene, dice: Dice) -> str:
     """Content words in random order: thing by thing half of the time, else one by one."""
     groups = []
     for thing in scene.things:
-        words = [dice.pick(SHAPE_WORDS[thing.shape]), dice.pick(COLOUR_WORDS[thing.colour])]
+        words = [dice.pick(SHAPE_WORDS[thing.shape]), dice.pick(COLOR_WORDS[thing.color])]
         if thing.size and dice.chance(0.7):
             words.append(dice.pick(SIZE_WORDS[thing.size]))
         if scene.kind == "clip":
@@ -233,14 +233,14 @@ class _Slots(dict):
         if slot == "shapes":
             return plural(pick(SHAPE_WORDS[things["a"].shape]))
         if slot == "tint":
-            return pick(COLOUR_WORDS[things["a"].colour])
+            return pick(COLOR_WORDS[things["a"].color])
         letter, _, what = slot.partition("_")
         thing = things[letter]
         if what.startswith("to_"):
             return pick(RELATION_WORDS[pick(relations(thing, things[what[3:]]))])
         match what:
-            case "colour":
-                return pick(COLOUR_WORDS[thing.colour])
+            case "color":
+                return pick(COLOR_WORDS[thing.color])
             case "shape":
                 return pick(SHAPE_WORDS[thing.shape])
             case "place":
@@ -250,5 +250,5 @@ class _Slots(dict):
             case "moving":
                 return pick(MOTION_WORDS[thing.motion])[1]
         size = pick(SIZE_WORDS[thing.size]) if what == "full" or self._dice.chance(0.5) else ""
-        words = (size, pick(COLOUR_WORDS[thing.colour]), pick(SHAPE_WORDS[thing.shape]))
+        words = (size, pick(COLOR_WORDS[thing.color]), pick(SHAPE_WORDS[thing.shape]))
         return article(" ".join(word for word in words if word))

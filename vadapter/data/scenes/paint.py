@@ -61,7 +61,7 @@ def render(scene: Scene, size: int, dice: Dice) -> np.ndarray:
     for thing in scene.things:
         path = size * np.array([thing.at(phase) for phase in times], np.float32)
         _paint(planes, thing, path + np.array([margin, margin, 0], np.float32))
-    # Colours, jitter and grain are chosen to stay inside 0..255: rounding is all that is left.
+    # Colors, jitter and grain are chosen to stay inside 0..255: rounding is all that is left.
     return np.ascontiguousarray((shown + 0.5).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
@@ -85,7 +85,7 @@ def _paint(planes: np.ndarray, thing: Thing, path: np.ndarray) -> None:
     Args:
       planes: the frames, with room for the whole shape.
       thing: what to paint.
-      path: f32[F,3], (x, y, radius) in pixels for every frame.
+      path: f32[F,3], (x, y, radius) in pixels forevery frame.
     """
     x, y, radius = path.T[..., None, None]
     reach = int(1.25 * path[:, 2].max()) + 2

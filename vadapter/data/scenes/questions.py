@@ -17,7 +17,7 @@ from vadapter.data.scenes.captions import (
     relations,
 )
 from vadapter.data.scenes.dice import Dice
-from vadapter.data.scenes.world import COLOURS, HELD_OUT, MOVING, PAIRS, SHAPES, Scene, Thing
+from vadapter.data.scenes.world import COLORS, HELD_OUT, MOVING, PAIRS, SHAPES, Scene, Thing
 
 Asked = tuple[str, str] | None  # (question, answer), None where a scene does not allow the kind
 
@@ -46,7 +46,7 @@ def questions(scene: Scene, dice: Dice) -> tuple[tuple[str, str, str], ...]:
 
 
 def _name(thing: Thing) -> str:
-    return f"the {thing.colour} {thing.shape}"
+    return f"the {thing.color} {thing.shape}"
 
 
 def _hints(scene: Scene, thing: Thing, dice: Dice) -> list[str]:
@@ -58,19 +58,19 @@ def _hints(scene: Scene, thing: Thing, dice: Dice) -> list[str]:
     return ["that " + dice.pick(MOTION_WORDS[thing.motion])[0]]
 
 
-def _colour(scene: Scene, dice: Dice) -> Asked:
+def _color(scene: Scene, dice: Dice) -> Asked:
     thing = dice.pick(scene.things)
     ways = [f"the shape {hint}" for hint in _hints(scene, thing, dice)]
     if [t.shape for t in scene.things].count(thing.shape) == 1:
         ways.append(f"the {thing.shape}")
-    return (f"What color is {dice.pick(ways)}?", thing.colour) if ways else None
+    return (f"What color is {dice.pick(ways)}?", thing.color) if ways else None
 
 
 def _shape(scene: Scene, dice: Dice) -> Asked:
     thing = dice.pick(scene.things)
     ways = [f"What is the shape {hint}?" for hint in _hints(scene, thing, dice)]
-    if [t.colour for t in scene.things].count(thing.colour) == 1:
-        ways.append(f"What shape is the {thing.colour} one?")
+    if [t.color for t in scene.things].count(thing.color) == 1:
+        ways.append(f"What shape is the {thing.color} one?")
     return (dice.pick(ways), thing.shape) if ways else None
 
 
@@ -88,7 +88,7 @@ def _count(scene: Scene, dice: Dice) -> Asked:
     if dice.chance(0.5):
         values, ask = [t.shape for t in scene.things], {s: plural(s) for s in SHAPES}
     else:
-        values, ask = [t.colour for t in scene.things], {c: f"{c} shapes" for c in COLOURS}
+        values, ask = [t.color for t in scene.things], {c: f"{c} shapes" for c in COLORS}
     # Rare counts are asked for when they occur.
     shown = {values.count(v) for v in ask}
     count = int(dice.weighted({str(n): (1.0, 1.0, 3.0, 5.0)[n] for n in sorted(shown)}))
@@ -119,8 +119,8 @@ def _yes_no(scene: Scene, dice: Dice) -> Asked:
         a = dice.pick(movers)
         motion = a.motion if true else dice.pick([m for m in MOVING if m != a.motion])
         return f"Is {_name(a)} {dice.pick(MOTION_WORDS[motion])[1]}?", answer
-    colour, shape = a.pair if true else _absent(scene, a, dice)
-    return f"Is there {article(f'{colour} {shape}')}?", answer
+    color, shape = a.pair if true else _absent(scene, a, dice)
+    return f"Is there {article(f'{color} {shape}')}?", answer
 
 
 def _absent(scene: Scene, thing: Thing, dice: Dice) -> tuple[str, str]:
@@ -128,7 +128,7 @@ def _absent(scene: Scene, thing: Thing, dice: Dice) -> tuple[str, str]:
     present = {t.pair for t in scene.things}
     held_out = thing.pair in HELD_OUT
     pairs = [p for p in PAIRS if p not in present and (p in HELD_OUT) == held_out]
-    near = [(c, s) for c, s in pairs if c == thing.colour or s == thing.shape]
+    near = [(c, s) for c, s in pairs if c == thing.color or s == thing.shape]
     return dice.pick(near or pairs)
 
 
@@ -146,7 +146,7 @@ def _motion(scene: Scene, dice: Dice) -> Asked:
 
 
 KINDS: dict[str, Callable[[Scene, Dice], Asked]] = {
-    "colour": _colour,
+    "color": _color,
     "shape": _shape,
     "size": _size,
     "count": _count,

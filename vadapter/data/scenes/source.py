@@ -1,8 +1,8 @@
-"""The "scenes" data set: procedural images and clips of coloured shapes, and texts about them.
+"""The "scenes" data set: procedural images and clips of colored shapes, and texts about them.
 
 It needs no download, costs less than a millisecond an image, and has what a real benchmark has:
-several references a picture, questions with a known answer, held-out splits, and a split of
-colour and shape combinations never painted in training.
+several references an image, questions with a known answer, held-out splits, and a split of
+color and shape combinations never painted in training.
 """
 
 import collections
@@ -34,8 +34,8 @@ class ScenesSource:
 
     Args:
       media: "image", u8[1,S,S,3] with captions and questions; "clip", u8[8,S,S,3] likewise; or
-        "text", language-modelling documents about images and clips that are not rendered.
-      split: "train", "val", "test", or "unseen": every scene holds a colour and shape combination
+        "text", language-modeling documents about images and clips that are not rendered.
+      split: "train", "val", "test", or "unseen": every scene holds a color and shape combination
         that no image or clip of the other splits holds. The splits share no combination of
         attributes (see `world.split_of`). Text documents do speak of the held-out combinations:
         the language model knows the words, the vision side has never seen what they mean.

@@ -1,6 +1,6 @@
-"""The world of the "scenes" data set: coloured shapes at random places, some of them moving.
+"""The world of the "scenes" data set: colored shapes at random places, some of them moving.
 
-A scene is one to three shapes on a background, each shape with a colour of its own kind, a size,
+A scene is one to three shapes on a background, each shape with a color of its own kind, a size,
 a place and, in a clip, a motion.
 """
 
@@ -16,7 +16,7 @@ from vadapter.data.scenes.dice import Dice
 FRAMES = 8
 SPLITS = ("train", "val", "test", "unseen")
 
-COLOURS = {
+COLORS = {
     "red": (222, 38, 38),
     "green": (30, 168, 62),
     "blue": (45, 85, 235),
@@ -26,7 +26,7 @@ COLOURS = {
     "white": (248, 248, 248),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-# Never painted in train, val and test: each shape once, with a colour of its own.
+# Never painted in train, val and test: each shape once, with a color of its own.
 HELD_OUT = (
     ("green", "circle"),
     ("purple", "square"),
@@ -35,7 +35,7 @@ HELD_OUT = (
     ("yellow", "cross"),
     ("white", "ring"),
 )
-PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 # Motion -> direction in (x, y, log radius); y points down. Every motion has its time reversal.
@@ -62,17 +62,17 @@ class Thing:
     """One shape. Lengths are in image sides, the origin is the top left corner, y points down.
 
     Attributes:
-      colour, shape: a pair that occurs once in its scene.
+      color, shape: a pair that occurs once in its scene.
       size: "small", "large", or "" where it changes.
       cell: row * 3 + column of a 3x3 grid, or -1 in clips.
       motion: a key of MOTIONS; "still" in images.
       x, y, radius: in the middle of the clip.
       travel: the length of the path of a moving shape.
       angle: radians.
-      rgb: the colour as painted, 0..255.
+      rgb: the color as painted, 0..255.
     """
 
-    colour: str
+    color: str
     shape: str
     size: str
     cell: int = -1
@@ -84,7 +84,7 @@ class Thing:
     angle: float = 0.0
     rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
-    pair = property(lambda self: (self.colour, self.shape))
+    pair = property(lambda self: (self.color, self.shape))
     row = property(lambda self: self.cell // 3)
     column = property(lambda self: self.cell % 3)
 
@@ -97,14 +97,14 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture or a clip shows; the words and the pixels are both made from this.
+    """What an image or a clip shows; the words and the pixels are both made from this.
 
     Attributes:
       kind: "image" or "clip".
       things: one to three; later ones are painted over earlier ones.
       tone: "dark" or "light".
       texture: "plain", "shaded" or "grainy".
-      ground: two background colours, 0..255; only "shaded" uses the second.
+      ground: two background colors, 0..255; only "shaded" uses the second.
       slope: direction of the shading in radians.
     """
 
@@ -128,7 +128,7 @@ def split_of(things: Sequence[Thing]) -> str:
     Two scenes that differ in pixels alone (jitter, background) share a split, so a test scene is
     a combination that training has not painted, not only other noise.
     """
-    what = sorted((t.colour, t.shape, t.size, t.cell, t.motion) for t in things)
+    what = sorted((t.color, t.shape, t.size, t.cell, t.motion) for t in things)
     bucket = zlib.crc32(repr(what).encode()) % 10
     return {0: "val", 1: "test"}.get(bucket, "train")
 
@@ -141,7 +141,7 @@ def draw(dice: Dice, kind: str, split: str, pairs: Sequence[tuple[str, str]] = S
       kind: "image" or "clip".
       split: one of SPLITS. "unseen" scenes hold a pair of HELD_OUT, beside any others, and
         combinations that "test" owns, so that no training document describes them.
-      pairs: the (colour, shape) pairs to choose from, except in "unseen", which uses all.
+      pairs: the (color, shape) pairs to choose from, except in "unseen", which uses all.
     """
     unseen = split == "unseen"
     pairs, owner = (PAIRS, "test") if unseen else (pairs, split)
@@ -150,7 +150,7 @@ def draw(dice: Dice, kind: str, split: str, pairs: Sequence[tuple[str, str]] = S
         things = _attributes(dice, kind, pairs, HELD_OUT if unseen else pairs)
     place = _place_image if kind == "image" else _place_clip
     # White would not show on a light ground.
-    pale = all(t.colour != "white" for t in things) and dice.chance(0.4)
+    pale = all(t.color != "white" for t in things) and dice.chance(0.4)
     tone = "light" if pale else "dark"
     low, high = (165, 215) if tone == "light" else (40, 90)
     ground = tuple(_tint(dice, dice.between(low, high)) for _ in range(2))
@@ -173,10 +173,10 @@ def _attributes(
     count = dice.pick((1, 2, 3))
     chosen = [dice.pick(first)]
     while len(chosen) < count:
-        # Shared colours and shapes, more often than chance, make counting worth asking.
-        colour, shape = dice.pick(pairs)
+        # Shared colors and shapes, more often than chance, make counting worth asking.
+        color, shape = dice.pick(pairs)
         like = dice.random()
-        pair = (chosen[0][0] if like < 0.25 else colour, chosen[0][1] if like > 0.75 else shape)
+        pair = (chosen[0][0] if like < 0.25 else color, chosen[0][1] if like > 0.75 else shape)
         if pair in pairs and pair not in chosen:
             chosen.append(pair)
     chosen = dice.shuffled(chosen)
@@ -203,7 +203,7 @@ def _place_image(dice: Dice, things: Sequence[Thing]) -> list[Thing]:
 
 
 def _place_clip(dice: Dice, things: Sequence[Thing]) -> list[Thing]:
-    """Centres paths at random, so that a moving shape may stand nearly anywhere at any time."""
+    """Centers paths at random, so that a moving shape may stand nearly anywhere at any time."""
 
     def place(t: Thing) -> Thing:
         look, travel = _look(dice, t), dice.between(0.18, 0.26)
@@ -233,9 +233,7 @@ def _look(dice: Dice, thing: Thing) -> dict[str, Any]:
     return {
         "radius": RADII[thing.size] * dice.between(0.94, 1.06),
         "angle": dice.between(-0.2, 0.2),
-        "rgb": tuple(
-            min(max(c + dice.between(-12, 12), 0.0), 255.0) for c in COLOURS[thing.colour]
-        ),
+        "rgb": tuple(min(max(c + dice.between(-12, 12), 0.0), 255.0) for c in COLORS[thing.color]),
     }
 
 

@@ -1,6 +1,6 @@
 """Millions of small records as a few arrays, in memory or mapped from one file.
 
-A Python object takes some hundred bytes and must be pickled for every worker; a column takes the
+A Python object takes some hundred bytes and must be pickled forevery worker; a column takes the
 bytes of its values, and workers share a mapped file.
 
 File: the safetensors layout (u64 length, JSON header, data), so any safetensors reader opens it;

@@ -1,7 +1,7 @@
 """Parquet files read by row group.
 
 A parquet file's unit of reading is the row group: a sample costs the reading and decompression of
-its group's wanted columns, and the last few groups of a thread's neighbours are kept. Files for
+its group's wanted columns, and the last few groups of a thread's neighbors are kept. Files for
 training should have small groups (`row_group_size=100`, as the hub's image data sets have).
 """
 

@@ -39,7 +39,7 @@ class _Handle:
 @functools.lru_cache(maxsize=128)
 def _handle(path: str, size: int, mtime_ns: int) -> _Handle:
     """One open file a shard, process and version; reading by offset makes sharing it safe."""
-    del size, mtime_ns  # a file that replaces another is opened anew
+    del size, mtime_ns  # a file that replaces another is opened again
     return _Handle(path)
 
 

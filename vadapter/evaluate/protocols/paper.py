@@ -2,7 +2,7 @@
 
 Captions follow `Describe the following: <visual tokens> :` and are scored by CIDEr. Questions
 follow `Answer the question given the images. Given <visual tokens>. Question: … Answer:`, behind
-four examples without pictures from the training questions; those about videos end in `Answer in
+four examples without images from the training questions; those about videos end in `Answer in
 exactly one word:`. Decoding is greedy. The paper does not state the lengths, nor what is cut off an
 answer, nor every split; flickr8k and daquar are not in it.
 """

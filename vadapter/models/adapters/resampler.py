@@ -34,7 +34,7 @@ class ResamplerConfig:
       frames: how many frames there are time embeddings for.
       concat_queries: keys and values also from the queries (Flamingo, arXiv 2204.14198).
       space_embed: a learned embedding per visual token, for encoders without positions (CNNs).
-      query_std: spread of the queries at initialisation.
+      query_std: spread of the queries at initialization.
       remat: what the backward pass computes again, see `BlockConfig`. A layer's attention weights,
         of every query on the tokens of all frames, are by far the largest arrays of a resampler.
     """

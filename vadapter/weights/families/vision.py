@@ -115,7 +115,7 @@ def _siglip(c: Config) -> Spec:
 
 def _naflex(c: Config) -> Spec:
     raise CheckpointError(
-        "config.json: a SigLIP 2 of pictures of any shape (NaFlex), which are not read; take a "
+        "config.json: a SigLIP 2 of images of any shape (NaFlex), which are not read; take a "
         "variant of fixed resolution, as google/siglip2-base-patch16-224 or -384: their model_type "
         "is 'siglip'"
     )
