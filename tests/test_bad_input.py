@@ -383,7 +383,7 @@ def test_too_many_images_that_cannot_be_read_end_the_run_by_name(spoil):
 PROCESS = """
 import resource, sys
 from support import runs
-from vadapter import cli
+from vadapter.cli import main
 from vadapter.stages import stage
 stage.make_train_step = runs.fake_step
 if limit := int(sys.argv[1]):

@@ -130,11 +130,11 @@ def test_names_may_hold_any_bytes(chain, tmp_path, call):
 def test_an_answer_is_one_line(chain, call):
     image, clip = chain / "shapes" / "02.png", chain / "shapes" / "02.gif"
     for file in (image, clip):
-        code, out, _ = call("ask", chain / "run", "--stage=vadapter", file, "what color is it?")
+        code, out, _ = call("ask", chain / "run", "--stage=vadapter", file, "what colour is it?")
         assert code == 0
         assert len(out) == 1
         assert str(file) not in out[0]
-    code, out, err = call("ask", chain / "run", chain / "nowhere.png", "what color is it?")
+    code, out, err = call("ask", chain / "run", chain / "nowhere.png", "what colour is it?")
     assert (code, out) == (USER_ERROR, [])
     assert "nowhere.png: no such file" in err
 

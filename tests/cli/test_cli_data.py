@@ -112,7 +112,7 @@ def test_stats_of_zero_looks_at_all(look):
         (["--data=image"], r"config\.data: unknown 'image'; did you mean 'images'"),
         (["--data=images", "--stage=decodr"], r"config\.stages: unknown 'decodr'; did you mean"),
         (["--data=questions"], r"config\.data\.questions: no stage .* name one .* --stage"),
-        (["--config.data.picturs.size=3"], r"picturs"),
+        (["--config.data.imags.size=3"], r"imags"),
     ],
 )
 def test_names_that_are_not_there_are_told(look, verb, argv, told):
@@ -158,7 +158,7 @@ def test_cache_writes_and_says_how_to_use_it(call, cached, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["--data=picturs"], "--data=picturs: unknown; did you mean 'images'"),
+        (["--data=imags"], "--data=imags: unknown; did you mean 'images'"),
         (["--config.data.images.cache=false"], "no data set of the recipe has cache=True"),
         ([], "data.images: nowhere to write; give --out=DIR"),
         (["--out={file}/features"], "{file}/features/"),

@@ -105,7 +105,7 @@ def test_documents_are_packed_and_have_no_prompt(data, tokenizer):
 
 def test_everything_a_source_says_is_learnt_from(data):
     said = set(texts(make_source("questions", data["questions"])))
-    assert ". Question: what color is it? Answer:" in said
+    assert ". Question: what colour is it? Answer:" in said
     assert {"red", "yes", "no"} <= said
     said = set(texts(make_source("images", data["images"])))
     assert "a red circle on white" in said

@@ -11,14 +11,14 @@ from vadapter.data.tokenizers.bpe import EOS, Tokenizer
 from vadapter.data.transforms import caption_sample, prompt_sample, question_sample
 
 PIXELS = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(1, 4, 4, 3)
-ASKED = Question("what color is it?", ("red",), "color")
+ASKED = Question("what colour is it?", ("red",), "colour")
 EXAMPLE = Example("a", PIXELS, ("a red circle",), (ASKED,))
 MAX = 40
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts = [CAPTION.before, CAPTION.after, QUESTION.before, QUESTION.after("what color is it?")]
+    texts = [CAPTION.before, CAPTION.after, QUESTION.before, QUESTION.after("what colour is it?")]
     return Tokenizer.train([*texts, "a red circle"] * 4, 300, lowercase=True)
 
 

@@ -171,7 +171,7 @@ def test_every_verb_that_computes_says_so(monkeypatch, capsys, tmp_path):
 ONE = """
 import argparse, sys, time
 import jax.numpy as jnp
-from vadapter import cli
+from vadapter.cli import main
 from vadapter.distributed import hosts, shutdown
 def run(args):
     if hosts.index() == 1:

@@ -227,9 +227,9 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(run, evaluate, monk
 KILLED = """
 import os, signal, sys
 from vadapter.cli.main import main
-from vadapter.evaluate.partial_results import Part
+from vadapter.evaluate.partial_results import PartialResults
 
-append = Part.append
+append = PartialResults.append
 
 def torn(self, texts):
     append(self, texts)
@@ -237,7 +237,7 @@ def torn(self, texts):
         os.truncate(self._path, self._path.stat().st_size - 3)
         os.kill(os.getpid(), signal.SIGKILL)
 
-Part.append = torn
+PartialResults.append = torn
 main(sys.argv[1:])
 """
 

@@ -36,7 +36,7 @@ def test_lists_give_lists_and_one_gives_one(model, shapes):
 
 def test_a_question_goes_with_every_image_and_a_image_with_every_question(model, shapes):
     paths = [shapes / "00.png", shapes / "05.png"]
-    asked = ["what color is it?", "is the ground black, or is it white, or something else?"]
+    asked = ["what colour is it?", "is the ground black, or is it white, or something else?"]
     one = {(p, q): model.ask(p, q) for p in paths for q in asked}
     assert all(isinstance(text, str) for text in one.values())
     assert model.ask(paths, asked[0]) == [one[paths[0], asked[0]], one[paths[1], asked[0]]]

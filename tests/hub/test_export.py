@@ -43,7 +43,7 @@ def test_an_export_has_the_bits_of_the_run_and_says_the_same(pair, folder):
     said = [reply.text for reply in describe(loaded, paths)]
     assert any(said)
     assert model.caption(paths) == said
-    question = "what color is it?"
+    question = "what colour is it?"
     said = [reply.text for reply in describe(loaded, paths, question=question)]
     assert model.ask(paths, question) == said
 

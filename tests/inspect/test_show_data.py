@@ -48,7 +48,7 @@ def test_targets_are_words_and_end_and_the_rest_is_context(root):
     words = {
         role: "".join(t.text for t in first if t.role == role) for role in ("context", "target")
     }
-    assert words["context"] == ". question: what color is it? answer:"
+    assert words["context"] == ". question: what colour is it? answer:"
     assert re.fullmatch(r" (red|green|blue)⟨eos⟩", words["target"])
 
 

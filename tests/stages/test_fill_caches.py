@@ -129,7 +129,7 @@ def test_a_run_directory_gets_the_caches_that_its_stages_look_for(recipe, tmp_pa
 @pytest.mark.parametrize(
     ("names", "changes", "told"),
     [
-        (("pictuers",), (), "--data=pictuers: unknown; did you mean 'images'"),
+        (("imegas",), (), "--data=imegas: unknown; did you mean 'images'"),
         ((), ("data.images.cache=false",), "no data set of the recipe has cache=True"),
         (("documents",), (), "data.documents: no stage of the recipe's chain sees it, encoder fr"),
         (("clips",), (), "data.clips: no stage of the recipe's chain sees it, encoder frozen"),

@@ -36,7 +36,7 @@ def draw(folder: Path) -> Path:
         captions = [f"a {color} {shape} on {ground}", f"{color} {shape} , {ground} ground"]
         tables["images"].append({"image": name, "captions": captions, "split": split})
         for question, answer, kind in (
-            ("what color is it?", color, "color"),
+            ("what colour is it?", color, "colour"),
             ("is the ground black?", "yes" if ground == "black" else "no", "yes/no"),
         ):
             row = {"image": name, "question": question, "answer": answer, "kind": kind}

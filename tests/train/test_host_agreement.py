@@ -39,8 +39,8 @@ LM = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
 VADAPTER = """
 import os, sys, vadapter
 vadapter.__version__ = os.environ.get("VERSION", vadapter.__version__)
-from vadapter import cli
-sys.exit(cli.main(sys.argv[1:]))
+from vadapter.cli import main
+sys.exit(main.main(sys.argv[1:]))
 """
 
 

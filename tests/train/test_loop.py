@@ -235,7 +235,7 @@ def test_data_may_move_to_another_folder_but_not_change(folder, tmp_path, fake, 
     table = second / "shapes/images.jsonl"
     table.write_text(table.read_text().replace("red", "rot", 1))
     with pytest.raises(
-        CheckpointError, match=r"another configuration:\n.*\n.*fingerprints\.pictur"
+        CheckpointError, match=r"another configuration:\n.*\n.*fingerprints\.images"
     ):
         train(read(runs.blind(second)), tmp_path / "run")
 

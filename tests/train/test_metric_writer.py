@@ -136,8 +136,8 @@ def test_a_terminal_shows_a_bar_and_keeps_what_is_said(tmp_path):
     script = """
 import sys
 from pathlib import Path
-from vadapter.train.metric_writer import Writer
-with Writer(Path(sys.argv[1]), "stage", 2) as writer:
+from vadapter.train.metric_writer import MetricWriter
+with MetricWriter(Path(sys.argv[1]), "stage", 2) as writer:
     writer.write(1, {"loss": 0.5})
     writer.say("look [abc1] at [/b].png")
 """

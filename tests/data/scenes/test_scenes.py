@@ -185,7 +185,7 @@ def answer(scene: Scene, question: str, kind: str) -> str:
     for what, groups in claims:
         said[what].append(groups)
     pairs = [(c, s) for _, c, s in said["thing"]]
-    if kind in ("color", "shape"):
+    if kind in ("colour", "shape"):
         found = [
             t
             for t in scene.things
@@ -195,7 +195,7 @@ def answer(scene: Scene, question: str, kind: str) -> str:
             and all(t.color == COLOR[g[0]] for g in said["color"])
         ]
         assert len(found) == 1, question
-        return getattr(found[0], kind)
+        return found[0].color if kind == "colour" else found[0].shape
     if kind in ("size", "motion", "position"):
         things = [the(scene, *pair) for pair in pairs]
     if kind == "size":

@@ -112,7 +112,7 @@ BAD_ROWS = [
     (b"{'image': 1}", "not JSON"),
     (b"[" * 100_000, "not JSON"),
     (b'["1.png"]', "object is expected"),
-    ({"image": "1.png", "caption": "x"}, "none of the keys image, clip, video"),
+    ({"photo": "1.png", "caption": "x"}, "none of the keys image, clip, video"),
     ({"image": 1, "caption": "x"}, "image: a text is expected, got 1"),
     ({"image": "1.png"}, "no captions and no question"),
     ({"image": "1.png", "captions": []}, "no captions and no question"),
@@ -238,7 +238,7 @@ def test_the_fingerprint_follows_the_data_not_the_place(tmp_path, build):
     assert len(base) == 64
     assert fingerprint("b") == base
     changed = {
-        "caption": {"rows": [row(0, captions=["number 0", "gray"]), *rows[1:]]},
+        "caption": {"rows": [row(0, captions=["number 0", "dark"]), *rows[1:]]},
         "order": {"rows": rows[::-1]},
         "fewer": {"rows": rows[:-1]},
     }

@@ -108,7 +108,7 @@ def test_a_source_is_picklable(prepared):
         ("mnist", "train", {"image": "image"}, DataError, "mnist, split 'train': not readable"),
         ("tiny", "train", {}, DataError, "none of the columns image.* There are key, photo, qa"),
         ("tiny", "train", {"image": "x"}, ConfigError, "no column 'x'; there are key, photo"),
-        ("tiny", "train", {"image": "photo"}, ConfigError, "unknown key 'image'"),
+        ("tiny", "train", {"picture": "photo"}, ConfigError, "unknown key 'picture'"),
         ("tiny", "train[:0]", COLUMNS, DataError, "0 usable examples"),
     ],
 )

@@ -146,7 +146,7 @@ def _motion(scene: Scene, dice: Dice) -> Asked:
 
 
 KINDS: dict[str, Callable[[Scene, Dice], Asked]] = {
-    "color": _color,
+    "colour": _color,  # the kind is data: it names a score of runs that exist
     "shape": _shape,
     "size": _size,
     "count": _count,

@@ -10,19 +10,19 @@ file, line or member, and what to do. Masked: the example keeps its place in the
   shard torn                             refused when it is scanned or indexed
   shard other than its index says        refused, with the command that indexes it again
   flipped bytes in a tar header          refused when it is scanned or indexed
-  flipped bytes in an image             masked where it cannot be decoded; `data index --verify`
+  flipped bytes in an image              masked where it cannot be decoded; `data index --verify`
                                          finds all of them
   flipped bytes in a parquet file        refused where a page fails its checksum or the footer is
                                          unreadable; `data index --verify` finds all of them
-  HTML or anything else, not an image   masked
-  image cut short                      masked
-  image of more than 25 megapixels     masked, by its header
-  image that no file or member holds   refused, by the line of the table
-  pair without its image or its text   masked; a shard of images alone is refused, where no
+  HTML or anything else, not an image    masked
+  image cut short                        masked
+  image of more than 25 megapixels       masked, by its header
+  image that no file or member holds     refused, by the line of the table
+  pair without its image or its text     masked; a shard of images alone is refused, where no
                                          table is beside it
   caption in a table that is not text    refused
   caption in a shard that is not text    masked; more than ten and than `max_bad` are refused
-  id of an image twice                  refused
+  id of an image twice                   refused
   id of a question twice                 refused
   split without rows                     refused, with the splits that there are
   question without answers               masked in training; answered but not scored in evaluation
