@@ -1,6 +1,7 @@
 """Sizes, durations, counts, tables and progress have one format each."""
 
 import io
+import math
 
 import pytest
 
@@ -24,6 +25,14 @@ def test_sizes_have_three_digits_and_a_decimal_unit(count, text):
 )  # fmt: skip
 def test_durations_have_two_units(seconds, text):
     assert console.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(3.0, "3"), (0.123456, "0.1235"), (1e-9, "1e-09"), (math.nan, "nan"), (-math.inf, "-inf")],
+)
+def test_numbers_have_four_digits(value, shown):
+    assert console.number(value) == shown
 
 
 def test_a_count_agrees_with_its_noun():
@@ -113,7 +122,10 @@ def test_the_first_update_which_compiles_does_not_count_as_time(clock):
     for seconds in (1000, 1):
         clock[0] += seconds
         progress.advance(1_000_000, "1 shard")
-    assert said == ["features: 2 MB/5 MB  1 MB/s  3 s left  1 shard"]
+    assert said == [
+        "features: 1 MB/5 MB  1 shard",
+        "features: 2 MB/5 MB  1 MB/s  3 s left  1 shard",
+    ]
 
 
 def test_without_a_title_nothing_is_printed(capsys):

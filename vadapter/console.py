@@ -200,7 +200,7 @@ class Progress:
           note: text after it.
         """
         self.done, now = done, time.monotonic()
-        if first := not self._began:
+        if not self._began:
             self._began, self._before = now, done
         parts = [f"{self._amount(done)}/{self._amount(self._total)}"]
         if done > self._before and now > self._began:
@@ -211,7 +211,7 @@ class Progress:
         text = "  ".join([*parts, *([note] if note else [])])
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=text)
-        elif done >= self._total or (not first and now - self._last >= self._every):
+        elif done >= self._total or now - self._last >= self._every:
             self._last = now
             self.say(text)
 

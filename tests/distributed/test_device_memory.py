@@ -11,6 +11,7 @@ from support import runs
 
 from vadapter.checkpoints.manager import steps
 from vadapter.cli import main
+from vadapter.console import size
 from vadapter.distributed import memory, topology
 from vadapter.distributed.mesh import MeshConfig, make_mesh, to_mesh
 from vadapter.errors import USER_ERROR, ConfigError, Problems
@@ -100,11 +101,12 @@ def test_more_than_a_device_has_is_refused_before_anything_is_compiled(
     with pytest.raises(ConfigError) as met:
         train(recipe, tmp_path)
     assert not begun
-    for part in ("stages.decoder: 0.00 GiB stay on each device", *looked.stays(), PLAN):
+    total = size(sum(looked.stays().values()))
+    for part in (f"stages.decoder: {total} stay on each device", *looked.stays(), PLAN):
         assert part in str(met.value)
     monkeypatch.setattr(memory, "limit", lambda mesh: 1)
     _, problems = check(lambda: recipe, tmp_path)
-    assert ["GiB stay on each device" in line for line in problems.lines()] == [True]
+    assert ["B stay on each device" in line for line in problems.lines()] == [True]
 
 
 def test_the_limit_is_that_of_the_device_with_least_and_of_a_cpu_there_is_none():

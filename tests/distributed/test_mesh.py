@@ -157,8 +157,8 @@ def test_large_leaves_that_do_not_divide_are_told(mesh):
         "small": box((25, 23), "embed", "mlp"),
     }
     half, odd = poorly_sharded(laid_out(tree, mesh))
-    assert odd == "odd float32[1027, 1023]: 1 parts instead of 4, 4 MiB on every device"
-    assert half == "half float32[1026, 1023]: 2 parts instead of 4, 2 MiB on every device"
+    assert odd == "odd float32[1027, 1023]: 1 parts instead of 4, 4.2 MB on every device"
+    assert half == "half float32[1026, 1023]: 2 parts instead of 4, 2.1 MB on every device"
     assert poorly_sharded(laid_out(tree, make_mesh(MeshConfig()))) == []
 
 

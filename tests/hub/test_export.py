@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from vadapter import VAdapter
+from vadapter import VAdapter, console
 from vadapter.checkpoints.digest import combined, tree_digests
 from vadapter.cli import main
 from vadapter.errors import CheckpointError, ConfigError
@@ -193,7 +193,7 @@ def test_the_verb_prints_what_it_wrote_and_where_the_rest_lies(
     out = capsys.readouterr().out
     size = (target / "model.safetensors").stat().st_size
     assert out.startswith(f"vadapter, step 2\n{target}\n")
-    assert re.search(rf"model\.safetensors +{size / 1000:.1f} kB\n", out)
+    assert re.search(rf"model\.safetensors +{console.size(size)}\n", out)
     assert f"llm: not enclosed, it is {public.parent / 'llm'}\n" in out
     assert "--config.components.llm.weights=OWNER/NAME" in out
     assert main.main(["export", str(public), str(public)]) == 78

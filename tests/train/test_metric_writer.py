@@ -1,6 +1,5 @@
 import builtins
 import json
-import math
 import os
 import pty
 import subprocess
@@ -10,7 +9,7 @@ import pytest
 
 from vadapter.io.json_files import history, rows, write_json
 from vadapter.train import metric_writer as writer_module
-from vadapter.train.metric_writer import MetricWriter, number
+from vadapter.train.metric_writer import MetricWriter
 
 
 def write(directory, *steps, **values):
@@ -152,14 +151,6 @@ with MetricWriter(Path(sys.argv[1]), "stage", 2) as writer:
     os.close(leader)
     assert "stage: look [abc1] at [/b].png" in shown
     assert "1/2" in shown
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [(3.0, "3"), (0.123456, "0.1235"), (1e-9, "1e-09"), (math.nan, "nan"), (-math.inf, "-inf")],
-)
-def test_numbers_are_short(value, shown):
-    assert number(value) == shown
 
 
 def test_json_is_whole_or_not_there(tmp_path):

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from vadapter.checkpoints.digest import is_key, leaf_paths, tree_digests
+from vadapter.console import difference_table
 from vadapter.distributed import hosts
 from vadapter.errors import CheckpointError
 from vadapter.io import buckets, storage
@@ -31,7 +32,6 @@ T = TypeVar("T")
 SCHEMA = 1  # raise it when the layout of `meta` changes
 TMP = ".orbax-checkpoint-tmp"  # in the name of a directory that is still being written
 _RESERVED = ("schema", "digests", "sha256")
-_MAX_ROWS = 12
 _READERS = 16  # arrays read at the same time
 
 
@@ -188,23 +188,15 @@ def _check_fit(
     for name, x in targets.items():
         ours[name] = f"{x.dtype}{list(x.shape)}"
     rows = [
-        (name, str(theirs.get(name, "-")), str(ours.get(name, "-")))
+        (name, theirs.get(name, "—"), ours.get(name, "—"))
         for name in {**ours, **theirs}
         if name not in ours or name not in theirs or theirs[name] != ours[name]
     ]
     if not rows:
         return
-    table = [("leaf or field", "checkpoint", "this run"), *rows[:_MAX_ROWS]]
-    widths = [max(len(row[i]) for row in table) for i in range(3)]
-    lines = [
-        "  " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
-    if len(rows) > _MAX_ROWS:
-        lines.append(f"  ... and {len(rows) - _MAX_ROWS} more")
     raise CheckpointError(
         f"{path} does not fit this run, {len(rows)} differences:\n"
-        + "\n".join(lines)
+        + difference_table(rows, ("leaf or field", "checkpoint", "this run"))
         + "\nUse the configuration it was made with, or another run directory."
     )
 

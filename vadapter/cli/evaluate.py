@@ -49,9 +49,11 @@ def run(args: argparse.Namespace) -> None:
 def _benchmarks(args: argparse.Namespace, overrides: list[str], opened: Any) -> None:
     import jax
 
+    from vadapter.console import table
     from vadapter.errors import DataError, Problems
     from vadapter.evaluate import benchmarks
-    from vadapter.report import table
+    from vadapter.report.table import BENCHMARKS
+    from vadapter.report.table import benchmarks as table_rows
 
     fields = [item.removeprefix("protocol.") for item in overrides]
     chosen = benchmarks.choose(args.benchmarks, args.protocol or "paper", fields)
@@ -66,7 +68,7 @@ def _benchmarks(args: argparse.Namespace, overrides: list[str], opened: Any) -> 
             done.append(benchmarks.run(loaded, protocol, data, limit=args.limit, batch=args.batch))
             show(done[-1] / "score.json", flush=True)
     if done and jax.process_index() == 0:
-        show(f"\n{table.as_text(table.benchmarks(done), table.BENCHMARKS)}", flush=True)
+        show(f"\n{table(table_rows(done), BENCHMARKS)}", flush=True)
     problems.settle()
 
 

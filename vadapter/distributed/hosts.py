@@ -25,6 +25,7 @@ import jax
 from jax._src import distributed
 
 from vadapter.config import differences
+from vadapter.console import truncate
 from vadapter.distributed.startup import answer, call
 from vadapter.errors import ConfigError, HostError, UserError
 
@@ -32,7 +33,6 @@ T = TypeVar("T")
 
 _COORDINATOR = ("VADAPTER_COORDINATOR", "VADAPTER_PROCESSES", "VADAPTER_PROCESS")
 WORK = 12  # times the deadline: how long the others wait while one host works
-_SHOWN = 12  # differences in a message
 _numbers = itertools.count()
 
 
@@ -295,15 +295,14 @@ def require_same(facts: Mapping[str, Any], what: str) -> None:
     """
     told = exchange(dict(facts), what)
     rows = [
-        f"  host {i}: {key} = {here}, host 0: {there}"
+        f"host {i}: {key} = {here}, host 0: {there}"
         for i, other in enumerate(told)
         for key, there, here in differences(told[0], other)
     ]
     if rows:
-        more = [f"  … {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else []
         raise ConfigError(
-            f"the hosts differ in {what}:\n"
-            + "\n".join(rows[:_SHOWN] + more)
+            f"the hosts differ in {what}:\n  "
+            + "\n  ".join(truncate(rows))
             + "\nStart all of them with the same command, program and data."
         )
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from vadapter.distributed.topology import GIB, here
+from vadapter.console import size
+from vadapter.distributed.topology import here
 from vadapter.errors import ConfigError
 
 
@@ -28,10 +29,10 @@ def require_room(where: str, sizes: dict[str, int], limit: int | None) -> None:
     """
     if limit is None or (total := sum(sizes.values())) <= limit:
         return
-    parts = ", ".join(f"{what} {size / GIB:.2f}" for what, size in sizes.items())
+    parts = ", ".join(f"{what} {size(used)}" for what, used in sizes.items())
     raise ConfigError(
-        f"{where}: {total / GIB:.2f} GiB stay on each device, activations not counted ({parts}), "
-        f"but {_device()} has {limit / GIB:.2f} GiB for programs. {advice()}"
+        f"{where}: {size(total)} stay on each device, activations not counted ({parts}), "
+        f"but {_device()} has {size(limit)} for programs. {advice()}"
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vadapter.console import size
 from vadapter.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
@@ -197,10 +198,9 @@ def poorly_sharded(tree: Any, at_least: int = LARGE) -> list[str]:
             where = "/".join(
                 str(getattr(part, "key", getattr(part, "name", part))) for part in path
             )
-            size = mine * leaf.dtype.itemsize / 2**20
             lines.append(
                 f"{where} {leaf.dtype}{[*leaf.shape]}: {leaf.size // mine} parts instead of "
-                f"{parts}, {size:.0f} MiB on every device"
+                f"{parts}, {size(mine * leaf.dtype.itemsize)} on every device"
             )
     return lines
 

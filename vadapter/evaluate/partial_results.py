@@ -2,18 +2,15 @@
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
 
 import jax
 
 from vadapter.io import storage
 from vadapter.metrics.scoring import Text
 
-_EVERY = 10.0  # seconds between two lines where there is no terminal
 _UPLOAD_EVERY = 30.0  # seconds between two uploads
 
 
@@ -88,50 +85,3 @@ def _parse(line: bytes, index: int) -> Text | None:
     except (ValueError, TypeError):
         return None
     return (i, text, ended) if line.endswith(b"\n") and i == index else None
-
-
-class Progress:
-    """One line on stderr: how much is done, how fast, how long it will still take.
-
-    Args:
-      title: in front; "": nothing is said.
-      total: items; done: those of an earlier attempt.
-    """
-
-    def __init__(self, title: str, total: int, done: int = 0, out: TextIO | None = None):
-        self._title, self._total, self._done, self._before = title, total, done, done
-        self._out = out or sys.stderr
-        self._began = self._last = time.monotonic()
-        self._open = False
-        if done:
-            self._say(f"{done} of {total} done before", end="\n")
-
-    def __call__(self, count: int) -> None:
-        """That many more are done."""
-        self._done += count
-        now = time.monotonic()
-        if not self._out.isatty() and now - self._last < _EVERY and self._done < self._total:
-            return
-        self._last = now
-        rate = (self._done - self._before) / max(now - self._began, 1e-9)
-        left = (self._total - self._done) / rate if rate else 0.0
-        text = f"{self._done}/{self._total}  {rate:.3g}/s  {_duration(left)} left"
-        self._say(text, end="" if self._out.isatty() else "\n")
-
-    def close(self) -> None:
-        """Ends the line."""
-        if self._open:
-            print(file=self._out, flush=True)
-
-    def _say(self, text: str, end: str) -> None:
-        if not self._title or jax.process_index():
-            return
-        self._open = not end
-        start = "\r\x1b[K" if self._out.isatty() else ""
-        print(f"{start}{self._title}: {text}", end=end, file=self._out, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from vadapter import console
 from vadapter.checkpoints.array_io import read_meta
 from vadapter.config import digest, nearest, plain
 from vadapter.data.open import make_source
@@ -15,7 +16,6 @@ from vadapter.evaluate.evaluator import save_result, score
 from vadapter.evaluate.partial_results import PartialResults
 from vadapter.evaluate.runner import Decoder
 from vadapter.metrics.scoring import Result
-from vadapter.report.table import as_text
 from vadapter.stages.feature_cache import encoded
 from vadapter.stages.restore import Loaded, describing
 
@@ -108,7 +108,7 @@ def as_table(results: Mapping[str, Result]) -> str:
     columns.sort(key=lambda key: key != "n")
     form = lambda key, value: str(int(value)) if key == "n" else f"{100 * value:.1f}"  # noqa: E731
     rows = [
-        ((name,), *((form(k, r.scores[k]) if k in r.scores else "—",) for k in columns))
+        (name, *(form(k, r.scores[k]) if k in r.scores else "—" for k in columns))
         for name, r in results.items()
     ]
-    return as_text(rows, (("evaluation",), *((key,) for key in columns)))
+    return console.table(rows, ("evaluation", *columns))

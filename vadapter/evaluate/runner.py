@@ -1,6 +1,7 @@
 """Evaluation: a text of every item of a source, on all devices and hosts, and its score."""
 
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vadapter.console import Progress
 from vadapter.data.media.images import ImageTransform
 from vadapter.data.pipeline import Transform, eval_batches, require_usable
 from vadapter.data.prompts import CAPTION
@@ -15,7 +17,7 @@ from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.data.transforms import prompt_sample
 from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import filled, to_mesh, with_mesh
-from vadapter.evaluate.partial_results import PartialResults, Progress
+from vadapter.evaluate.partial_results import PartialResults
 from vadapter.metrics.scoring import METRICS, Result, Text, items_of, score_texts
 from vadapter.models.adapter_model import AdapterModel, Batch, Params
 from vadapter.models.beam import decode
@@ -123,7 +125,7 @@ def predict(
     texts = part.read(batch) if part is not None else []
     start = everywhere(min(len(texts), len(items)))
     texts = texts[:start]
-    progress = Progress(title, len(items), start)
+    progress = Progress("" if jax.process_index() else title, len(items), start, file=sys.stderr)
     if start < len(items):
         batches = eval_batches(
             Rest(items, start), row, batch,
@@ -134,7 +136,7 @@ def predict(
             if part is not None:
                 part.append(found)
             texts += found
-            progress(len(found))
+            progress.advance(len(found))
     progress.close()
     first = 0 if jax.process_index() == 0 else start
     if [i for i, _, _ in texts] != list(range(first, len(items))):

@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from vadapter.checkpoints.digest import combined, leaf_paths, tree_digests
 from vadapter.config import nearest
+from vadapter.console import truncate
 from vadapter.data.tokenizers.pretrained import load_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
@@ -144,10 +145,9 @@ def _stored(path: Path, abstract: Mapping[str, Any], digests: Mapping[str, str])
         if name in found.tensors and found.tensors[name].shape != leaf.shape
     ]
     if faults:
-        more = [f"… {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
         raise CheckpointError(
             f"{path} does not fit {form.CONFIG} beside it; fetch both again:\n  "
-            + "\n  ".join([*sorted(faults)[:_SHOWN], *more])
+            + "\n  ".join(truncate(sorted(faults), _SHOWN))
         )
     leaves = {
         name: jax.device_put(found.read(name), leaf.sharding) for name, leaf in wanted.items()

@@ -1,16 +1,16 @@
 """The model card of an exported stage: a page for the hub, from the run's own records."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from vadapter.console import markdown_table
 from vadapter.errors import CheckpointError
 from vadapter.hub.record import WEIGHTS, Exported, frozen_file
 from vadapter.recipe.schema import Recipe
-from vadapter.report.table import Cell, as_markdown
 from vadapter.stages.restore import Loaded
 from vadapter.weights.hub import repository
 
@@ -98,7 +98,7 @@ def _where_else(exported: Exported) -> str:
 
 
 def _parts(loaded: Loaded, exported: Exported, bases: dict[str, tuple[str, str]]) -> str:
-    rows: list[tuple[Cell, ...]] = []
+    rows = []
     for name in exported.components:
         base, revision = bases[name]
         public = f"{base} at `{revision}`" if revision else base
@@ -111,8 +111,8 @@ def _parts(loaded: Loaded, exported: Exported, bases: dict[str, tuple[str, str]]
             state, where = "frozen", f"`{frozen_file(name)}`: trained in the run, so it is enclosed"
         count = sum(x.size for x in jax.tree.leaves(loaded.params[name]))
         kind = exported.components[name]["kind"]
-        rows.append(((f"`{name}`",), (kind,), (f"{count:,}",), (state,), (where,)))
-    return as_markdown(rows, (("part",), ("kind",), ("parameters",), ("",), ("where",)))
+        rows.append((f"`{name}`", kind, f"{count:,}", state, where))
+    return markdown_table(rows, ("part", "kind", "parameters", "", "where"))
 
 
 def _training(loaded: Loaded) -> str:
@@ -129,11 +129,10 @@ def _training(loaded: Loaded) -> str:
         f"weight decay {optim.weight_decay:g}, gradients clipped at {optim.clip:g}",
     ]
     rows = [
-        ((name,), (str(recipe.data[name].source.get("kind", "")),), (recipe.data[name].task,),
-         (f"{weight:g}",))
+        (name, recipe.data[name].source.get("kind", ""), recipe.data[name].task, f"{weight:g}")
         for name, weight in config.data.items()
-    ]  # fmt: skip
-    table = as_markdown(rows, (("data",), ("source",), ("task",), ("weight",)))
+    ]
+    table = markdown_table(rows, ("data", "source", "task", "weight"))
     return "\n".join(f"- {fact}" for fact in facts) + "\n\n" + table
 
 
@@ -145,11 +144,11 @@ def _scores(folder: Path) -> str:
     columns = {key for scores in found.values() for key in scores}
     names = sorted(columns, key=lambda key: (key != "n", key))
     form = lambda key, value: f"{value:.0f}" if key == "n" else f"{100 * value:.1f}"  # noqa: E731
-    rows: Sequence[tuple[Cell, ...]] = [
-        ((name,), *((form(key, scores[key]) if key in scores else "—",) for key in names))
+    rows = [
+        (name, *(form(key, scores[key]) if key in scores else "—" for key in names))
         for name, scores in found.items()
     ]
-    return as_markdown(rows, (("evaluation",), *((key,) for key in names)))
+    return markdown_table(rows, ("evaluation", *names))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from vadapter import __version__
 from vadapter.checkpoints.digest import combined, tree_digests
 from vadapter.config import plain
+from vadapter.console import size
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.evaluate.describe import seen
 from vadapter.hub.model_card import card
@@ -163,7 +164,7 @@ def _save(path: Path, trees: Mapping[str, Any]) -> None:
 
 def report(folder: Path, sizes: Mapping[str, int]) -> str:
     """An export's files with their sizes, and what is not among them."""
-    lines = [str(folder), *(f"  {name:<32} {_size(size):>10}" for name, size in sizes.items())]
+    lines = [str(folder), *(f"  {name:<32} {size(count):>10}" for name, count in sizes.items())]
     for name, part in read(folder).frozen.items():
         if part.weights:
             lines.append(f"  {name}: not enclosed, it is {part.place}")
@@ -173,8 +174,3 @@ def report(folder: Path, sizes: Mapping[str, int]) -> str:
                 f"    --config.components.{name}.weights=OWNER/NAME"
             )
     return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    power = min((len(str(count)) - 1) // 3, 3)
-    return f"{count / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -4,16 +4,12 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vadapter.report import table
+from vadapter.console import quantity, size, table, wrap
 
 Facts = Mapping[str, Any]
-WIDTH = 98
 _DTYPES = {"uint8": "u8", "int32": "i32", "float32": "f32"}
-_PARTS = (
-    ("component",), ("kind",), ("enters → leaves",), ("   parameters",), ("state",),
-    ("starts from",),
-)  # fmt: skip
-_DATA = (("data",), ("task",), ("use",), ("examples",), ("row",))
+_PARTS = ("component", "kind", "enters → leaves", "parameters", "state", "starts from")
+_DATA = ("data", "task", "use", "examples", "row")
 _SHARE = 30  # columns of the last one
 
 
@@ -31,24 +27,23 @@ def _stage(facts: Facts, stage: Facts) -> str:
     return "\n".join(
         [
             f"{head}, {facts['dtype']}, mesh {mesh}{done}",
-            textwrap.indent(table.as_text(parts, _PARTS), "  "),
-            *(textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
-              for line in _totals(facts, stage)),
-            textwrap.indent(table.as_text(data, _DATA), "  "),
+            textwrap.indent(table(parts, _PARTS, right=(3,)), "  "),
+            *(part for line in _totals(facts, stage) for part in wrap(line, "  ", "    ")),
+            textwrap.indent(table(data, _DATA, right=(3,)), "  "),
         ]
-    )  # fmt: skip
+    )
 
 
-def _part(stage: Facts, part: Facts) -> tuple[table.Cell, ...]:
+def _part(stage: Facts, part: Facts) -> tuple[str, ...]:
     count = part["parameters"]
     state = "trained" if part["trained"] else "frozen"
     return (
-        (part["name"],),
-        (part["kind"], *([part["size"]] if part["size"] else [])),
-        tuple(_shapes(stage, part)),
-        ("—".rjust(13) if count is None else f"{count:>13,}",),
-        (state, *(["int8"] if part["int8"] else [])),
-        tuple(_start(part["start"])),
+        part["name"],
+        "\n".join(filter(None, (part["kind"], part["size"]))),
+        "\n".join(_shapes(stage, part)),
+        "—" if count is None else f"{count:,}",
+        f"{state}\nint8" if part["int8"] else state,
+        "\n".join(_start(part["start"])),
     )
 
 
@@ -85,8 +80,8 @@ def _start(start: Facts) -> Iterator[str]:
             yield f"{start['tensors']} tensors"
     else:
         yield _short(_pinned(start["weights"]))
-        files = f"{start['files']} file{'s' * (start['files'] > 1)}"
-        yield f"{files}, {_bytes(start['bytes'])}"
+        files = quantity(start["files"], "file")
+        yield f"{files}, {size(start['bytes'])}"
         yield f"{start['tensors']} tensors"
     for word in ("left_out", "fresh"):
         if start[word]:
@@ -113,8 +108,8 @@ def _totals(facts: Facts, stage: Facts) -> Iterator[str]:
     int8 = any(part["int8"] for part in stage["components"])
     form = f"{facts['dtype']}{' and int8' * int8}"
     kept = lambda m: (  # noqa: E731
-        f"{_bytes(m['frozen'])} frozen ({form}), {_bytes(m['trained'])} trained and "
-        f"{_bytes(m['moments'])} moments (float32)"
+        f"{size(m['frozen'])} frozen ({form}), {size(m['trained'])} trained and "
+        f"{size(m['moments'])} moments (float32)"
     )
     yield f"memory {kept(memory)}, beside activations and gradients"
     if "per_device" in memory:
@@ -139,7 +134,7 @@ def _ids(named: list[Facts]) -> str:
     return " ".join(f"{one['id']}{' ' * bool(one['token'])}{one['token']}" for one in named)
 
 
-def _data(stage: Facts, data: Facts) -> tuple[table.Cell, ...]:
+def _data(stage: Facts, data: Facts) -> tuple[str, ...]:
     most = "" if stage["tokenizer"]["exact"] else "≤"
     examples = "—" if data["examples"] is None else f"{data['examples']:,}"
     parts = []
@@ -150,17 +145,9 @@ def _data(stage: Facts, data: Facts) -> tuple[table.Cell, ...]:
         parts.append(f"prompt {most}{data['prompt']}")
     parts.append(f"text {data['text']}, {data['targets']} targets")
     return (
-        (data["name"],),
-        (data["task"],),
-        tuple(data["use"]),
-        (examples.rjust(8),),
-        (", ".join(parts),),
+        data["name"],
+        data["task"],
+        "\n".join(data["use"]),
+        examples,
+        ", ".join(parts),
     )
-
-
-def _bytes(count: int) -> str:
-    """As people write it: 999 kB, 1.71 GB."""
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if count >= 10**power:
-            return f"{count / 10**power:.3g} {unit}"
-    return f"{count} B"

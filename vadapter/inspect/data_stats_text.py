@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vadapter.console import table
 from vadapter.inspect.show_data import printable
-from vadapter.report import table
 
 Facts = Mapping[str, Any]
-_HEADER = (("",), ("min",), ("median",), ("95 %",), ("max",))
+_HEADER = ("", "min", "median", "95 %", "max")
 _LENGTHS = {  # key -> what it counts
     "captions": "captions an image",
     "questions": "questions an image",
@@ -35,7 +35,7 @@ def as_text(facts: Facts) -> str:
     groups = ((facts, _LENGTHS), (facts.get("sizes", {}), _SIZES), (facts.get("clips", {}), _CLIPS))
     rows = [_row(text, group[key]) for group, keys in groups for key, text in keys.items()
             if key in group]  # fmt: skip
-    lines += [f"  {line}" for line in table.as_text(rows, _HEADER).splitlines()]
+    lines += [f"  {line}" for line in table(rows, _HEADER).splitlines()]
     if "sizes" in facts:
         common = facts["sizes"]["common"]
         sizes = ", ".join(f"{s['width']}×{s['height']} ({s['count']:,})" for s in common)
@@ -64,5 +64,5 @@ def _share(share: Facts) -> str:
     return f"{share['count']:,} of {share['of']:,} ({share['share']:.2%})"
 
 
-def _row(text: str, lengths: Facts) -> tuple[table.Cell, ...]:
-    return ((text,), *((f"{lengths[key]:,}",) for key in ("min", "median", "p95", "max")))
+def _row(text: str, lengths: Facts) -> tuple[str, ...]:
+    return (text, *(f"{lengths[key]:,}" for key in ("min", "median", "p95", "max")))

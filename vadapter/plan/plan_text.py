@@ -1,16 +1,14 @@
 """A plan for a terminal: a block for each of memory, time and traffic."""
 
-import textwrap
 from collections.abc import Iterator
 
+from vadapter.console import quantity, size, table, wrap
 from vadapter.distributed.topology import CHIPS, parse
 from vadapter.plan.compiled_stats import Figures
 from vadapter.plan.plan import Plan, Rows
-from vadapter.report import table
 
-WIDTH = 98
-_PARTS = (("component",), ("   parameters",), ("state",), ("on a chip",))
-_SENT = (("collective",), ("a step",), ("on each chip",))
+_PARTS = ("component", "parameters", "state", "per chip")
+_SENT = ("collective", "per step", "on each chip")
 
 
 def as_text(plan: Plan) -> str:
@@ -24,40 +22,38 @@ def _blocks(plan: Plan) -> Iterator[list[str]]:
     int8 = f"; int8 {', '.join(plan.int8)}" if plan.int8 else ""
     yield [
         f"{plan.stage}: {plan.kind}, {plan.steps:,} steps of {plan.batch:,} rows",
-        f"on {plan.topology}: {_many(plan.chips, 'chip')}, {_many(plan.hosts, 'host')}",
+        f"on {plan.topology}: {quantity(plan.chips, 'chip')}, {quantity(plan.hosts, 'host')}",
         f"mesh {mesh}; remat {remat}{int8}",
-        *textwrap.wrap(plan.train.how, WIDTH),
+        *wrap(plan.train.how, subsequent=""),
     ]
-    fill = lambda line: textwrap.wrap(line, WIDTH, subsequent_indent="  ")  # noqa: E731
     fits = [_fit(f"train{_what(one, plan)}", one.train) for one in plan.rows]
-    yield [*_parts(plan), *(part for line in fits for part in fill(line))]
+    yield [*_parts(plan), *(part for line in fits for part in wrap(line))]
     if plan.decode is not None:
         texts = plan.decode
         search = f" with {texts.beams} beams" if texts.beams > 1 else ""
         what = f"writing {texts.rows} texts of {texts.max_new} tokens{search}"
-        yield [*fill(_fit(what, texts.made)), *fill("; ".join(_program(texts.made, "a batch")))]
+        yield [*wrap(_fit(what, texts.made)), *wrap("; ".join(_program(texts.made, "a batch")))]
     gpu, used = parse(plan.topology).row.kind == "gpu", plan.train.peak / plan.train.limit
     if gpu and 0.75 < used <= 1:
         yield ["set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: by default jax takes 0.75 of the memory"]
-    yield [part for line in _time(plan) for part in fill(line)]
+    yield [part for line in _time(plan) for part in wrap(line)]
     if plan.train.collectives:
         rows = [
-            ((kind,), (f"{sent.count:>6,}",), (f"{size(sent.bytes):>12}",))
+            (kind, f"{sent.count:,}", size(sent.bytes))
             for kind, sent in plan.train.collectives.items()
         ]
-        yield [table.as_text(rows, _SENT)]
+        yield [table(rows, _SENT, right=(1, 2))]
 
 
 def _parts(plan: Plan) -> Iterator[str]:
-    rows: list[tuple[table.Cell, ...]] = [
-        ((name,), (f"{part.parameters:>13,}",), ("trained" if part.trained else "frozen",),
-         (f"{size(part.bytes):>9}",))
+    rows = [
+        (name, f"{part.parameters:,}", "trained" if part.trained else "frozen", size(part.bytes))
         for name, part in plan.parts.items()
-    ]  # fmt: skip
-    rows.append((("optimizer",), ("",), ("",), (f"{size(plan.optimizer):>9}",)))
+    ]
+    rows.append(("optimizer", "", "", size(plan.optimizer)))
     batch = max(one.batch_bytes for one in plan.rows)
-    rows.append((("batch",), ("",), ("",), (f"{size(batch):>9}",)))
-    yield table.as_text(rows, _PARTS)
+    rows.append(("batch", "", "", size(batch)))
+    yield table(rows, _PARTS, right=(1, 3))
     count = plan.parameters
     yield (
         f"total {count['total']:,} parameters: {count['trained']:,} trained, "
@@ -121,15 +117,3 @@ def _program(made: Figures, what: str) -> Iterator[str]:
 
 def _tera(count: float) -> str:
     return f"{count / 1e12:,.1f}" if count >= 1e12 else f"{count / 1e12:.4g}"
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
-
-
-def size(count: float) -> str:
-    """Bytes as people write them, decimal: 999 kB, 1.71 GB."""
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if count >= 10**power:
-            return f"{count / 10**power:.3g} {unit}"
-    return f"{count:.0f} B"

@@ -3,11 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+from vadapter.console import markdown_table
+from vadapter.console import table as text_table
 from vadapter.io import storage
 from vadapter.recipe.schema import Recipe
 from vadapter.report.gallery import read_section, write_gallery
 from vadapter.report.plots import convergence
-from vadapter.report.table import BENCHMARKS, as_markdown, as_text, benchmarks, summary
+from vadapter.report.table import BENCHMARKS, HEADER, benchmarks, summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,11 @@ def write_report(workdir: Path, recipe: Recipe) -> Report:
     """
     workdir = storage.as_path(workdir)
     rows = summary(workdir, recipe)
-    text, page = as_text(rows), as_markdown(rows)
+    text, page = text_table(rows, HEADER), markdown_table(rows, HEADER)
     directories = [path for name in recipe.chain for path in sorted(workdir.glob(f"{name}/eval/*"))]
     if scored := benchmarks(directories):
-        text += f"\n\n{as_text(scored, BENCHMARKS)}"
-        page += f"\n{as_markdown(scored, BENCHMARKS)}"
+        text += f"\n\n{text_table(scored, BENCHMARKS)}"
+        page += f"\n{markdown_table(scored, BENCHMARKS)}"
     storage.write_bytes(workdir / "table.md", page.encode())
     storage.write_bytes(workdir / "table.txt", f"{text}\n".encode())
     plot = convergence(workdir, recipe, workdir / "plots" / "convergence.png")

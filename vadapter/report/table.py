@@ -1,7 +1,7 @@
 """A run as a table, a row a stage: steps, losses, scores, seconds."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,20 @@ from vadapter.metrics.scoring import METRICS
 from vadapter.recipe.schema import Recipe, StageConfig
 from vadapter.stages.initialization import DONE
 
-Cell = tuple[str, ...]  # lines
-HEADER: tuple[Cell, ...] = (
-    ("stage",),
-    ("kind",),
-    ("steps",),
-    ("training", "loss"),
-    ("held-out loss", "right / wrong / mean image"),
-    ("CIDEr",),
-    ("answers", "right, %"),
-    ("seconds",),
+HEADER = (
+    "stage",
+    "kind",
+    "steps",
+    "training\nloss",
+    "held-out loss\nright / wrong / mean image",
+    "CIDEr",
+    "answers\nright, %",
+    "seconds",
 )
 KINDS = (("cider", "caption"), ("accuracy", "question"))  # metric of each task
 
 
-def summary(workdir: Path, recipe: Recipe) -> list[tuple[Cell, ...]]:
+def summary(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
     """One row of cells a stage of the chain, in the columns of `HEADER`; — is not measured.
 
     Losses are nats a token. The held-out loss is that with the right image, with another one, and
@@ -37,7 +36,7 @@ def summary(workdir: Path, recipe: Recipe) -> list[tuple[Cell, ...]]:
     return stages + _blind(storage.as_path(workdir), recipe)
 
 
-def _blind(workdir: Path, recipe: Recipe) -> list[tuple[Cell, ...]]:
+def _blind(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
     """The row of the blind yardsticks, over what the stages were evaluated on; none without."""
     scores: dict[str, float] = {}
     for name in recipe.evals:
@@ -54,10 +53,10 @@ def _blind(workdir: Path, recipe: Recipe) -> list[tuple[Cell, ...]]:
     if not scores:
         return []
     cells = [_scores(recipe, tuple(recipe.evals), scores, *kind) for kind in KINDS]
-    return [(("blind",), ("—",), ("—",), ("—",), ("—",), *cells, ("—",))]
+    return [("blind", "—", "—", "—", "—", *cells, "—")]
 
 
-def _row(directory: Path, name: str, recipe: Recipe) -> tuple[Cell, ...]:
+def _row(directory: Path, name: str, recipe: Recipe) -> tuple[str, ...]:
     stage = recipe.stages[name]
     log = history(directory / "metrics.jsonl")
     done = finished(directory)
@@ -66,13 +65,13 @@ def _row(directory: Path, name: str, recipe: Recipe) -> tuple[Cell, ...]:
     steps = str(stage.steps) if done else f"{reached} of {stage.steps}"
     scores = done.get("scores", {}) or {k: v for row in log for k, v in row.items() if "/" in k}
     return (
-        (name,),
-        (stage.kind,),
-        (steps,),
-        (f"{losses[-1]:.3f}" if losses else "—",),
+        name,
+        stage.kind,
+        steps,
+        f"{losses[-1]:.3f}" if losses else "—",
         _losses(stage, scores),
         *(_scores(recipe, stage.evals, scores, *kind) for kind in KINDS),
-        (f"{seconds(directory):.0f}" if log else "—",),
+        f"{seconds(directory):.0f}" if log else "—",
     )
 
 
@@ -98,7 +97,7 @@ def _before(row: dict[str, Any]) -> float:
     return row.get("step_ms", 0.0) / 1000 + row.get("compile_s", 0.0)
 
 
-def _losses(stage: StageConfig, scores: dict[str, float]) -> Cell:
+def _losses(stage: StageConfig, scores: dict[str, float]) -> str:
     named = []
     for name in stage.loss:
         keys = (f"{name}/loss", f"{name}/loss_wrong", f"{name}/loss_mean")
@@ -110,29 +109,21 @@ def _losses(stage: StageConfig, scores: dict[str, float]) -> Cell:
 
 def _scores(
     recipe: Recipe, evals: tuple[str, ...], scores: dict[str, float], metric: str, task: str
-) -> Cell:
+) -> str:
     same = [n for n, spec in recipe.evals.items() if recipe.data[spec.data].task == task]
     keys = {name: f"{name}/{metric}" for name in evals}
     named = [(n, f"{100 * scores[key]:.1f}") for n, key in keys.items() if key in scores]
     return _named(named, len(same) > 1)
 
 
-def _named(named: list[tuple[str, str]], several: bool) -> Cell:
-    return tuple(f"{n} {text}" if several else text for n, text in named) or ("—",)
+def _named(named: list[tuple[str, str]], several: bool) -> str:
+    return "\n".join(f"{n} {text}" if several else text for n, text in named) or "—"
 
 
-BENCHMARKS: tuple[Cell, ...] = (
-    ("benchmark",),
-    ("stage",),
-    ("metric",),
-    ("score",),
-    ("n",),
-    ("protocol",),
-    ("set",),
-)
+BENCHMARKS = ("benchmark", "stage", "metric", "score", "n", "protocol", "set")
 
 
-def benchmarks(directories: Iterable[Path]) -> list[tuple[Cell, ...]]:
+def benchmarks(directories: Iterable[Path]) -> list[tuple[str, ...]]:
     """Results of benchmarks in the columns of `BENCHMARKS`; other evaluations are left out.
 
     Args:
@@ -154,29 +145,5 @@ def benchmarks(directories: Iterable[Path]) -> list[tuple[Cell, ...]]:
             f"{protocol['name']} {record['protocol_digest'][:8]}",
             "official" if record["official"] else f"NOT OFFICIAL: {record['note']}",
         )
-        table.append(tuple((cell,) for cell in cells))
+        table.append(cells)
     return table
-
-
-def as_text(table: Sequence[tuple[Cell, ...]], header: tuple[Cell, ...] = HEADER) -> str:
-    """Aligned columns for a terminal."""
-    everything = [header, *table]
-    widths = [max(len(line) for row in everything for line in row[i]) for i in range(len(header))]
-    rule = "  ".join("-" * n for n in widths)
-    blocks = []
-    for row in everything:
-        height = max(len(cell) for cell in row)
-        padded = [(*cell, *[""] * (height - len(cell))) for cell in row]
-        for line in zip(*padded, strict=True):
-            cells = (text.ljust(n) for text, n in zip(line, widths, strict=True))
-            blocks.append("  ".join(cells).rstrip())
-        if row is header:
-            blocks.append(rule)
-    return "\n".join(blocks)
-
-
-def as_markdown(table: Sequence[tuple[Cell, ...]], header: tuple[Cell, ...] = HEADER) -> str:
-    """The same for a page."""
-    line = lambda row, sep: "| " + " | ".join(sep.join(c).replace("|", "\\|") for c in row) + " |"  # noqa: E731
-    rule = "|" + "---|" * len(header)
-    return "\n".join([line(header, " "), rule, *(line(row, "<br>") for row in table)]) + "\n"

@@ -8,9 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vadapter import console
 from vadapter.config import digest as digest_of
 from vadapter.config import plain, resolve
+from vadapter.console import Progress
 from vadapter.data.batch import Row
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Example
@@ -41,7 +41,7 @@ from vadapter.io.lock import waiting_lock
 T = TypeVar("T")
 Watch = Callable[[Iterator[Any]], Iterator[Any]]
 
-_SAY_EVERY = 10.0  # seconds
+_PROGRESS_EVERY = 10.0  # seconds
 
 
 def encoded(
@@ -166,15 +166,15 @@ def _announce(cache: Cache, missing: list[int], key: Any) -> None:
     M, F, N, D = cache.shape
     print(
         f"features: {count:,} of {cache.count:,} examples × {M} × {F} × {N} tokens × {D:,} "
-        f"{cache.stored}: {size:,} bytes ({_mib(size)}) in {len(missing)} files of "
-        f"{cache.folder}, where {_mib(free)} are free",
+        f"{cache.stored}: {size:,} bytes ({console.size(size)}) in {len(missing)} files of "
+        f"{cache.folder}, where {console.size(free)} are free",
         flush=True,
     )
     if free < size + len(missing) * SLACK_BYTES:
         raise ConfigError(
-            f"{cache.folder}: the cached tokens need {size:,} bytes ({_mib(size)}), and "
-            f"{_mib(free)} are free. Free space, choose another cache_dir or cache_dtype=int8, or "
-            "set cache=False."
+            f"{cache.folder}: the cached tokens need {size:,} bytes ({console.size(size)}), and "
+            f"{console.size(free)} are free. Free space, choose another cache_dir or "
+            "cache_dtype=int8, or set cache=False."
         )
     write_json(cache.folder / "key.json", key)
 
@@ -198,19 +198,20 @@ def _compute(
     wanted = np.concatenate([*real, fill > 0])
 
     steps = ((step(rows), rows["id"]) for rows in watch(eval_batches(items, row, batch)))
-    progress = _Progress(int(wanted.sum()), quiet=host > 0)
-    records = itertools.chain.from_iterable(
-        progress.add(_records(out, wanted[ids])) for out, ids in _ahead(steps)
-    )
-    for shard in missing[host::count]:
-        cache.write(shard, records)
-    for _ in records:  # the others have more
-        pass
+    with Progress("" if host else "features", int(wanted.sum()), every=_PROGRESS_EVERY) as progress:
+
+        def records_of(steps: Iterator[Any]) -> Iterator[bytes]:
+            for out, ids in _ahead(steps):
+                if batch_records := _records(out, wanted[ids]):
+                    progress.advance(len(batch_records))
+                    yield from batch_records
+
+        records = records_of(steps)
+        for shard in missing[host::count]:
+            cache.write(shard, records)
+        for _ in records:  # the others have more
+            pass
     hosts.exchange("", f"features {cache.key} written", patience=hosts.WORK)
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 @dataclasses.dataclass
@@ -280,29 +281,3 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
         yield before.pop()
         before.append(item)
     yield from before
-
-
-class _Progress:
-    """Says how many examples are done and, once the second batch is, how long the rest takes."""
-
-    def __init__(self, total: int, quiet: bool):
-        self._total, self._quiet, self._done = total, quiet, 0
-        self._began, self._said = 0.0, -math.inf
-        self._before = 0  # done when the clock began, which is after compilation
-
-    def add(self, records: list[bytes]) -> list[bytes]:
-        """Counts records and passes them on."""
-        self._done, now = self._done + len(records), time.monotonic()
-        if not self._began:
-            self._began, self._before = now, self._done
-        elif now - self._said > _SAY_EVERY and self._done < self._total:
-            each = (now - self._began) / max(self._done - self._before, 1)
-            self._say(f", about {math.ceil(each * (self._total - self._done)):,} s left")
-            self._said = now
-        if records and self._done == self._total:
-            self._say("")
-        return records
-
-    def _say(self, left: str) -> None:
-        if not self._quiet:
-            print(f"features: {self._done:,}/{self._total:,}{left}", flush=True)

@@ -19,6 +19,7 @@ from vadapter.checkpoints import array_io
 from vadapter.checkpoints.component_store import ComponentStore
 from vadapter.checkpoints.digest import leaf_paths
 from vadapter.config import resolve
+from vadapter.console import listing, truncate
 from vadapter.distributed import hosts
 from vadapter.distributed.mesh import poorly_sharded
 from vadapter.errors import CheckpointError, ConfigError
@@ -253,9 +254,8 @@ def _match(
         if not listed(k, (*drops, *stage.drop))
     ]
     if wrong:
-        more = f"\n  … {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise CheckpointError(
-            f"{component} from {start.source} does not fit:\n  " + "\n  ".join(wrong[:8]) + more
+            f"{component} from {start.source} does not fit:\n  " + "\n  ".join(truncate(wrong, 8))
         )
     loaded = tuple(k for k in want if k in have and k not in replaced)
     dropped, fresh = (*extra, *replaced), (*missing, *replaced)
@@ -324,7 +324,6 @@ def report(starts: Mapping[str, Start], stage: StageConfig, abstract: Mapping[st
             line += f" [{digest[:12]}] {len(start.loaded)} tensors"
         for word, paths in (("dropped", start.dropped), ("fresh", start.fresh)):
             if paths:
-                more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-                line += f"; {word}: {', '.join(paths[:_SHOWN])}{more}"
+                line += f"; {word}: {listing(paths, _SHOWN)}"
         lines += [line, *(f"    {name}/{leaf}" for leaf in poorly_sharded(abstract[name]))]
     return "\n".join(lines)

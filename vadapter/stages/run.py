@@ -11,6 +11,7 @@ import numpy as np
 
 from vadapter import __version__
 from vadapter.config import differences, plain
+from vadapter.console import difference_table
 from vadapter.data.open import make_source, train_tokenizer
 from vadapter.data.tokenizers.bpe import Tokenizer
 from vadapter.data.tokenizers.pretrained import PretrainedTokenizer, load_tokenizer
@@ -141,7 +142,7 @@ def read_tokenizer(
     if diff := differences(json.loads(how.read_text()) if how.is_file() else now, now, "tokenizer"):
         raise CheckpointError(
             f"{path} was made with another configuration:\n"
-            + diff_table(diff)
+            + difference_table(diff)
             + "\nUse another --workdir, or the configuration of before."
         )
     return Tokenizer.load(path)
@@ -156,13 +157,6 @@ def tokenizer_path(recipe: Recipe, stage: StageConfig, workdir: Path) -> Path:
     """Where the tokenizer of the stage's language model lies in the run directory."""
     public = recipe.components.get(stage.lm, {}).get("weights")
     return workdir / "tokenizers" / f"{stage.lm}.json" if public else workdir / TOKENIZER
-
-
-def diff_table(rows: list[tuple[str, Any, Any]], limit: int = 12) -> str:
-    """Differences as lines `key | there | here`."""
-    lines = [f"  {'key':<40} | there | here"]
-    lines += [f"  {key:<40} | {there} | {here}" for key, there, here in rows[:limit]]
-    return "\n".join(lines + ([f"  … {len(rows) - limit} more"] if len(rows) > limit else []))
 
 
 def made_with(mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vadapter.checkpoints.component_store import ComponentStore
 from vadapter.checkpoints.digest import combined, tree_digests
 from vadapter.checkpoints.manager import Checkpointer
 from vadapter.config import differences, plain
+from vadapter.console import difference_table
 from vadapter.data.batch import Batch, check_batch
 from vadapter.data.open import describe
 from vadapter.data.pipeline import Schedule, make_loader
@@ -32,7 +33,7 @@ from vadapter.io.json_files import write_json
 from vadapter.recipe.optim import learning_rate, make_optimizer
 from vadapter.recipe.schema import Recipe, trained
 from vadapter.stages import initialization
-from vadapter.stages.run import Run, diff_table, made_with
+from vadapter.stages.run import Run, made_with
 from vadapter.stages.stage import Stage, stage_step
 from vadapter.stages.steps import TrainState, init_state
 from vadapter.train.host_agreement import require_own_rows, shared_run
@@ -131,7 +132,7 @@ def _check_done(stage: Stage, identity: dict[str, Any]) -> None:
     if diff := differences(before, plain(identity)):
         raise CheckpointError(
             f"{stage.directory} was finished with another configuration:\n"
-            + diff_table(diff)
+            + difference_table(diff)
             + "\nUse another --workdir, or remove that directory to train it again."
         )
 

@@ -6,15 +6,12 @@ checkpoint. There are no TensorBoard files there.
 """
 
 import json
-import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
+from vadapter.console import Progress, number
 from vadapter.distributed import hosts
 from vadapter.io import storage
 from vadapter.io.json_files import rows
@@ -52,22 +49,12 @@ class MetricWriter:
         self._last = 0.0
 
     def __enter__(self) -> "MetricWriter":
-        if sys.stdout.isatty():
-            count, note = "{task.completed}/{task.total}", "{task.fields[note]}"
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(30),
-                TextColumn(count),
-            )
-            columns = (*columns, TimeRemainingColumn(), TextColumn(note, markup=False))
-            self._bar = bar = Progress(*columns, transient=True)
-            bar.start()
-            self._task = bar.add_task(self._title, total=self._total, note="")
+        self._bar = Progress(self._title, self._total)
         return self
 
     def __exit__(self, *exc: Any) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.close()
         self._append(b"")
         self.flush()
         if not storage.remote(self._file.name):
@@ -81,8 +68,8 @@ class MetricWriter:
         self._append(json.dumps(row).encode() + b"\n")
         self._view(lambda tensorboard: tensorboard.add(step, values))
         note = "  ".join(f"{k} {number(v)}" for k, v in values.items())
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, note=note[:80])
+        if self._bar is not None and self._bar.live:
+            self._bar.update(step, note[:80])
         elif not loud and (time.monotonic() - self._last > 10 or step == self._total):
             self._last = time.monotonic()
             self.say(f"step {step}/{self._total}  {note}")
@@ -130,12 +117,10 @@ class MetricWriter:
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
-        text = f"{self._title}: {text}"
         if self._bar is None:
-            print(text)
-        else:  # as it is: a digest in brackets is no markup
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        sys.stdout.flush()
+            print(f"{self._title}: {text}", flush=True)
+        else:
+            self._bar.say(text)
 
 
 class SilentWriter(MetricWriter):
@@ -171,11 +156,6 @@ class SilentWriter(MetricWriter):
 def open_writer(directory: Path, title: str, total: int) -> MetricWriter:
     """The stage's writer, see `Writer`; on other hosts than the first one that writes nothing."""
     return MetricWriter(directory, title, total) if hosts.first() else SilentWriter(title)
-
-
-def number(value: float) -> str:
-    """Four significant digits; integers as such."""
-    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:.4g}"
 
 
 class _TensorBoard:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from vadapter.config import nearest, resolve
+from vadapter.console import listing, truncate
 from vadapter.errors import CheckpointError
 from vadapter.weights import hub, llama2c, npz
 from vadapter.weights.families import language, openclip, vision
@@ -49,9 +50,7 @@ class Report:
 
     def __str__(self) -> str:
         text = f"{self.tensors} tensors, {self.parameters:,} parameters"
-        more = len(self.left_out) - _SHOWN
-        rest = ", ".join(self.left_out[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-        return text + (f"; left out: {rest}" if rest else "")
+        return text + (f"; left out: {listing(self.left_out, _SHOWN)}" if self.left_out else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +147,7 @@ class Checkpoint:
         if faults:
             raise CheckpointError(
                 f"{self.path} does not fit {self.model_type}'s table, {len(faults)} faults:\n  "
-                + "\n  ".join(faults[:_SHOWN])
-                + (f"\n  … {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else "")
+                + "\n  ".join(truncate(faults, _SHOWN))
             )
         count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
         left_out = tuple(sorted(self.files.tensors.keys() - used))

@@ -227,8 +227,8 @@ def test_progress_tells_shards_bytes_and_time_left(tmp_path, monkeypatch):
     folder, said = pairs(tmp_path), []
     monkeypatch.setattr(index, "_EVERY", 0.0)
     index.build(folder, say=said.append)
-    assert [line.split()[0] for line in said] == [f"{i}/4" for i in range(1, 5)]
-    assert said[-1].endswith("MB, 0 s left")
+    assert [line.split()[-2:] for line in said] == [[f"{i}/4", "shards"] for i in range(1, 5)]
+    assert said[2].endswith("/s  0 s left  3/4 shards")
     touch(folder / "00000.tar")
     said.clear()
     index.build(folder, say=said.append)

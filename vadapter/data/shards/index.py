@@ -12,14 +12,14 @@ import fcntl
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from vadapter.console import Progress, quantity, size
 from vadapter.data.shards import mmap_table
 from vadapter.data.shards.shard_scan import SCANNERS, Scan, scan
-from vadapter.data.shards.shard_set import INDEX, VERSION, assemble, counted, differs
+from vadapter.data.shards.shard_set import INDEX, VERSION, assemble, differs
 from vadapter.errors import ConfigError, DataError, Problems
 from vadapter.io import storage
 
@@ -68,17 +68,17 @@ def build(folder: Path, out: Path | None = None, *, say: Say = print) -> str:
         sum(fact[key] for fact in facts) for key in ("members", "pairs", "bad", "skips")
     )
     text = (
-        f"{out}: {counted(len(names), 'shard')} ({len(todo)} read now), "
-        f"{counted(members, 'member')}, {counted(pairs, 'pair')} with texts in them"
+        f"{out}: {quantity(len(names), 'shard')} ({len(todo)} read now), "
+        f"{quantity(members, 'member')}, {quantity(pairs, 'pair')} with texts in them"
     )
     if skips:
         reasons = (reason for fact in facts for reason in fact["skipped"].items())
         text += "\n{} left out, for example {}: {}".format(
-            counted(skips, "member"), *next(reasons, ("", ""))
+            quantity(skips, "member"), *next(reasons, ("", ""))
         )
     if bad:
         first = next(fact["first_bad"] for fact in facts if fact["bad"])
-        text += f"\n{counted(bad, 'pair')} without usable text, to be masked, the first: {first}"
+        text += f"\n{quantity(bad, 'pair')} without usable text, to be masked, the first: {first}"
     return text
 
 
@@ -97,7 +97,7 @@ def verify(folder: Path, out: Path | None = None, *, say: Say = print) -> str:
             if _sha256(folder / name) != digests[name]:
                 raise DataError(f"{folder / name}: not the bytes that were indexed; restore it")
     problems.settle()
-    return f"{out}: {counted(len(digests), 'shard')} unchanged"
+    return f"{out}: {quantity(len(digests), 'shard')} unchanged"
 
 
 def _shards(folder: Path) -> list[str]:
@@ -213,21 +213,13 @@ def _copy(out: Path, file: BinaryIO) -> None:
 
 
 def _watched(folder: Path, names: list[str], total: int, say: Say) -> Iterator[str]:
-    """The names, one by one, while telling how far it has come and how long it may take."""
+    """Yield the names one by one, and report the progress."""
     paths = {name: folder / name for name in names}
     sizes = {n: storage.facts(path)["size"] for n, path in paths.items() if path.is_file()}
-    whole, read = sum(sizes.values()), 0
-    start = last = time.monotonic()
-    if len(names) < total:
-        say(f"{counted(total - len(names), 'shard')} of {total:,} done before")
-    for number, name in enumerate(names):
+    before = total - len(names)
+    if before:
+        say(f"{quantity(before, 'shard')} of {total:,} done before")
+    progress = Progress(str(folder), sum(sizes.values()), every=_EVERY, say=say, amount=size)
+    for number, name in enumerate(names, before + 1):
         yield name
-        read += sizes.get(name, 0)
-        now = time.monotonic()
-        if now - last >= _EVERY or number + 1 == len(names):
-            last = now
-            left = (now - start) / max(read, 1) * (whole - read)
-            say(
-                f"{total - len(names) + number + 1:,}/{total:,} shards, "
-                f"{read / 1e6:,.0f} of {whole / 1e6:,.0f} MB, {left:,.0f} s left"
-            )
+        progress.advance(sizes.get(name, 0), f"{number:,}/{total:,} shards")

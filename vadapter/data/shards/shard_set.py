@@ -284,11 +284,6 @@ def differs(path: Path, fact: dict[str, Any]) -> str | None:
     return None
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 shard`, `1,000 shards`."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def _firsts(facts: list[dict[str, Any]]) -> list[tuple[int, int]]:
     members = itertools.accumulate((f["members"] for f in facts), initial=0)
     pairs = itertools.accumulate((f["pairs"] for f in facts), initial=0)
