@@ -203,10 +203,10 @@ def test_another_tree_shape_dtype_or_config_is_a_table_and_not_an_older_step(run
         ("leaf or field", "checkpoint", "this run"),
         ("stage", "vision", "adapter"),
         ("config.model.depth", "2", "4"),
-        ("new", "-", "[1, 2]"),
+        ("new", "—", "[1, 2]"),
         ("bytes", "uint8[5]", "uint8[7]"),
-        ("params.adapter.kernel", "float32[16, 4]", "-"),
-        ("params.adapter.weight", "-", "float32[16, 4]"),
+        ("params.adapter.kernel", "float32[16, 4]", "—"),
+        ("params.adapter.weight", "—", "float32[16, 4]"),
         ("params.table", "bfloat16[8, 4]", "float32[8, 4]"),
     }
     assert f"{run / '10'} does not fit this run, 7 differences" in lines[0]
