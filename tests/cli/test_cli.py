@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.paths import README, RECIPES, ROOT
+from support import guides
+from support.paths import RECIPES, ROOT
 
 from vadapter.cli.main import EXIT_CODES, main
 from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR
@@ -202,9 +203,8 @@ def test_an_evaluation_of_a_part_over_data_that_has_moved(chain, run, call, tmp_
     assert text(part) == text(whole[:4])
 
 
-def test_help_and_the_readme_tell_the_same_exit_codes():
-    readme = README.read_text()
-    table = readme.split("| exit code |")[1].split("\n\n")[0]
+def test_help_and_the_guide_tell_the_same_exit_codes():
+    table = guides.section("launch/README.md", "Exit codes").split("| exit code |")[1]
     codes = re.findall(r"^\| (\d+) \|", table, re.MULTILINE)
     assert re.findall(r"\b\d+\b", EXIT_CODES) == codes
     assert {LOST, PREEMPTED, NON_FINITE, USER_ERROR} <= set(map(int, codes))

@@ -7,14 +7,13 @@ import base64
 import http.server
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import threading
 
 import pytest
-from support import hub_server
+from support import guides, hub_server
 from support.hub_server import NEW, Hub
 from support.paths import ROOT
 
@@ -87,8 +86,7 @@ def env(hub, tmp_path):
 
 def blocks(language):
     """The code of README's section in a language."""
-    section = (ROOT / "README.md").read_text().split("\n## Share an adapter\n")[1].split("\n## ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    return guides.blocks(guides.section("vadapter/hub/README.md", "Share an adapter"), language)
 
 
 def python(code, env, cwd):

@@ -1,4 +1,4 @@
-"""The README's lines for a TPU pod are complete: what they train is a recipe that goes together."""
+"""The guide's lines for a TPU pod are complete: what they train is a recipe that goes together."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import shlex
 import subprocess
 
 import pytest
+from support import guides
 from support.launchers import ROOT, put
 
 from vadapter.cli.main import main
@@ -14,8 +15,7 @@ from vadapter.cli.main import main
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What the lines print, with --dry-run and a `vadapter` that prints its arguments."""
-    section = (ROOT / "README.md").read_text().split("\n## Run on a TPU pod\n")[1]
-    lines = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1]
+    lines = guides.blocks(guides.section("launch/README.md", "Run on a TPU pod"), "bash")[0]
     lines = re.sub(r"launch/tpu_vm.sh +(\w+)", r"launch/tpu_vm.sh \1 --dry-run", lines)
     path = put(tmp_path_factory.mktemp("bin"), vadapter='printf "vadapter %s\\n" "${*@Q}"')
     return subprocess.run(

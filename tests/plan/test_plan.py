@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from support import guides
 from support import planned as planned_table
 from support.paths import RECIPES
 from support.recipes import tiny_recipe
@@ -532,7 +533,7 @@ def test_products_with_split_weights_are_not_cut_into_one_for_each_chip():
 
 
 def test_the_readme_has_the_recorded_plans_each_of_which_fits():
-    assert planned_table.table() in (planned_table.ROOT / "README.md").read_text(encoding="utf-8")
+    assert planned_table.table() in guides.read("vadapter/plan/README.md")
     there = set()
     for row in planned_table.rows():
         there.add((row["arg"], parse(row["topology"]).chip))

@@ -134,7 +134,7 @@ def _cell(r: dict[str, Any] | None) -> str:
 
 def write() -> None:
     """Puts the table into the README."""
-    path = ROOT / "README.md"
+    path = ROOT / "vadapter" / "plan" / "README.md"
     before, rest = path.read_text().split(MARKS[0])
     _, after = rest.split(MARKS[1])
     path.write_text(before + MARKS[0] + table() + MARKS[1] + after)

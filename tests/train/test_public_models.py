@@ -10,8 +10,8 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from support import runs
-from support.paths import README, ROOT
+from support import guides, runs
+from support.paths import ROOT
 from support.public_models import write_model
 from support.public_tokenizers import llama2, neox
 
@@ -275,9 +275,10 @@ def test_readmes_commands_check_and_train_generated_models(world, tmp_path, monk
     (tmp_path / "pairs").mkdir()
     for split, part in (("train", images[:8]), ("val", images[8:])):
         tar(tmp_path / "pairs" / f"{split}-000.tar", part)
-    readme = README.read_text()
-    section = readme.split("\n## Use your own models\n")[1].split("\n## ")[0]
-    names, *commands = section.split("```bash\n")[1].split("```")[0].splitlines()
+    block = guides.blocks(
+        guides.section("vadapter/weights/README.md", "Use your own models"), "bash"
+    )[0]
+    names, *commands = block.splitlines()
     models = names.removeprefix("MODELS=")
     for there, here in (
         ("openai/clip-vit-large-patch14", world / "clip"),
@@ -307,9 +308,8 @@ def test_readmes_commands_check_and_train_generated_models(world, tmp_path, monk
 
 
 def test_readmes_components_are_a_recipes(world):
-    readme = README.read_text()
-    section = readme.split("\n## Use your own models\n")[1].split("\n## ")[0]
-    code = section.split("```python\n")[1].split("```")[0].replace("    ...\n", "")
+    section = guides.section("vadapter/weights/README.md", "Use your own models")
+    code = guides.blocks(section, "python")[0].replace("    ...\n", "")
     found = {}
     exec(code, found)
     config = recipe(world)

@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
+from support import guides
 from support.official_files import MAKERS, vqav2
-from support.paths import README
 
 from vadapter.cli.main import main
 from vadapter.data.benchmarks.registry import BENCHMARKS
@@ -86,7 +86,7 @@ def test_an_unknown_name_tells_the_nearest(capsys):
 
 
 def test_the_readme_tells_the_counts_and_pages_of_all():
-    readme = README.read_text()
+    readme = guides.read("vadapter/evaluate/README.md")
     for name, row in BENCHMARKS.items():
         (line,) = (line for line in readme.splitlines() if line.startswith(f"| {name} | "))
         media, texts, _ = row.splits[row.split]
