@@ -112,7 +112,7 @@ plt.show()
 # captioned images. Check first, then train:
 #
 # ```bash
-# MODELS=encoder=openai/clip-vit-large-patch14,tlm=HuggingFaceTB/SmolLM2-135M,llm=HuggingFaceTB/SmolLM2-360M
+# MODELS=encoder=openai/clip-vit-base-patch32,llm=HuggingFaceTB/SmolLM2-360M
 # vadapter check --config=configs/public.py:$MODELS,data=/data/pairs
 # vadapter train --config=configs/public.py:$MODELS,data=/data/pairs --workdir=runs/mine
 # ```
