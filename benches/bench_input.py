@@ -27,7 +27,7 @@ from PIL import Image
 from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES, ImageTransform
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources.table import ImageFolder
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.transforms import caption_sample
 from vadapter.errors import DataError
 from vadapter.report import table
@@ -57,7 +57,7 @@ def bench(
       What JSON has: of each kind `files`, `kilobytes` (mean), `ours` and `torch` (median samples a
       CPU second), `ratio` (median over rounds) and `cores` for `NEEDS`; why there is no `torch`.
     """
-    tokenizer = Tokenizer.train([CAPTION], 300)
+    tokenizer = BPETokenizer.train([CAPTION], 300)
     torch_files, why = _torch()
     results: dict[str, Any] = {"size": size, "rounds": rounds, "kinds": {}, "without_torch": why}
     for name, files in kinds.items():

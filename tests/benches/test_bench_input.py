@@ -14,7 +14,7 @@ from benches import bench_input
 from benches.bench_input import CAPTION, NEEDS, as_text, bench, main, photos
 from vadapter.data.media.frames import load_media, load_square
 from vadapter.data.media.images import ImageTransform
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.errors import DataError
 
 
@@ -36,7 +36,7 @@ def reader(tmp_path):
     """What reads files in batches, by the side."""
 
     def make(side, files, batch, size=16):
-        tokenizer = Tokenizer.train([CAPTION], 300)
+        tokenizer = BPETokenizer.train([CAPTION], 300)
         if side == "ours":
             return bench_input._ours(tmp_path, files, tokenizer, size, 8, batch)
         pytest.importorskip("torch")

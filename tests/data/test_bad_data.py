@@ -22,11 +22,11 @@ from vadapter.data.pipeline import eval_batches
 from vadapter.data.shards import index
 from vadapter.data.sources.table import ImageFolder
 from vadapter.data.sources.tars import CaptionTars
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.errors import DataError
 
 CASES: dict[str, Callable[[Path], None]] = {}
-TOKENIZER = Tokenizer.train(["number 1 2 3 gray", "Question: what? Answer: dog"], 280)
+TOKENIZER = BPETokenizer.train(["number 1 2 3 gray", "Question: what? Answer: dog"], 280)
 
 
 def case(name: str) -> Callable:

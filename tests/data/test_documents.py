@@ -9,7 +9,7 @@ import pytest
 
 from vadapter.data.documents import DocumentSource, Windows, content_words
 from vadapter.data.prompts import CAPTION, QUESTION
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.transforms import document_sample
 from vadapter.errors import ConfigError, DataError
 
@@ -177,7 +177,7 @@ def test_real_rows_are_packed_at_least_85_percent_full(data_root):
         groups=[text / "caption_groups.jsonl.gz"], texts=[text / "wikitext_1000.jsonl.gz"]
     )
     sample = [piece for i in range(0, len(source), 1601) for piece in source[i].pieces]
-    tok = Tokenizer.train(sample, 2048)
+    tok = BPETokenizer.train(sample, 2048)
     windows = Windows.to_fill(source, tok, 256)
     rows = [document_sample(windows[r], tok, text_len=256) for r in range(0, len(windows), 1999)]
     assert len(rows) > 50

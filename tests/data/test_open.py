@@ -9,9 +9,9 @@ from support.recipes import draw, tiny_recipe
 
 from vadapter.data.config import DataConfig
 from vadapter.data.media.images import ImageTransform
-from vadapter.data.open import describe, make_source, make_stream, resolve, texts, train_tokenizer
+from vadapter.data.open import describe, make_source, make_stream, resolve, train_tokenizer
 from vadapter.data.pipeline import eval_batches
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.errors import ConfigError, DataError
 from vadapter.recipe.schema import TokenizerConfig, read
 
@@ -29,8 +29,8 @@ def data(shapes):
 
 @pytest.fixture(scope="module")
 def tokenizer(data):
-    lines = [t for name in ("images", "questions") for t in texts(make_source(name, data[name]))]
-    return Tokenizer.train(lines, 300, lowercase=True)
+    lines = [t for name in ("images", "questions") for t in make_source(name, data[name]).texts()]
+    return BPETokenizer.train(lines, 300, lowercase=True)
 
 
 def test_a_set_that_is_not_what_the_recipe_says_is_refused(data, tokenizer):
@@ -104,10 +104,10 @@ def test_documents_are_packed_and_have_no_prompt(data, tokenizer):
 
 
 def test_everything_a_source_says_is_learnt_from(data):
-    said = set(texts(make_source("questions", data["questions"])))
+    said = set(make_source("questions", data["questions"]).texts())
     assert ". Question: what colour is it? Answer:" in said
     assert {"red", "yes", "no"} <= said
-    said = set(texts(make_source("images", data["images"])))
+    said = set(make_source("images", data["images"]).texts())
     assert "a red circle on white" in said
 
 

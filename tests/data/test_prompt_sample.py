@@ -4,10 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vadapter.data.example import Example, Question
+from vadapter.data.example import Example, Features, Question
 from vadapter.data.media.images import ImageTransform
 from vadapter.data.prompts import CAPTION, QUESTION
-from vadapter.data.tokenizers.bpe import EOS, Tokenizer
+from vadapter.data.tokenizers.bpe import EOS, BPETokenizer
 from vadapter.data.transforms import caption_sample, prompt_sample, question_sample
 
 PIXELS = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(1, 4, 4, 3)
@@ -19,7 +19,7 @@ MAX = 40
 @pytest.fixture(scope="module")
 def tokenizer():
     texts = [CAPTION.before, CAPTION.after, QUESTION.before, QUESTION.after("what colour is it?")]
-    return Tokenizer.train([*texts, "a red circle"] * 4, 300, lowercase=True)
+    return BPETokenizer.train([*texts, "a red circle"] * 4, 300, lowercase=True)
 
 
 def lead_of(row):
@@ -85,11 +85,13 @@ def test_a_image_that_cannot_be_read_makes_a_bad_row(tokenizer, media):
 
 def test_cached_tokens_pass_and_only_the_image_that_is_not_mirrored(tokenizer):
     tokens = np.arange(2 * 1 * 2 * 3).reshape(2, 1, 2, 3).astype(ml_dtypes.bfloat16)
-    row = prompt_sample(Example("a", tokens), tokenizer, view=ImageTransform(4), text_len=3)
+    row = prompt_sample(
+        Example("a", Features(tokens)), tokenizer, view=ImageTransform(4), text_len=3
+    )
     np.testing.assert_array_equal(row["features"], tokens[0])
     assert "frames" not in row
     bad = prompt_sample(
-        Example("a", tokens * ml_dtypes.bfloat16("nan")),
+        Example("a", Features(tokens, readable=False)),
         tokenizer,
         view=ImageTransform(4),
         text_len=3,

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from vadapter.data.batch import check_batch, fake_batch
-from vadapter.data.example import Example, Question
+from vadapter.data.example import Example, Features, Question
 from vadapter.data.media.images import ImageTransform
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.transforms import caption_sample, document_sample, question_sample
 from vadapter.errors import ConfigError, DataError
 
@@ -113,7 +113,7 @@ def test_documents_are_packed_as_segments_that_start_with_bos():
 
 def test_a_document_and_a_caption_end_in_the_same_tokens():
     """A frozen model meets the layout it was pretrained on: only the context differs."""
-    tok = Tokenizer.train(["Describe the following: a dog runs :"] * 9, 300)
+    tok = BPETokenizer.train(["Describe the following: a dog runs :"] * 9, 300)
     row = caption_sample(
         Example("x", IMAGE, ("a dog runs",)), tok,
         view=ImageTransform(8), text_len=32, target_len=32, prompt_len=32,
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_cut_the_longest_first_and_keeps_its_eos():
 
 
 def test_a_caption_of_a_megabyte_is_cut_in_no_time():
-    tok = Tokenizer.train(["a dog"] * 3, 262)
+    tok = BPETokenizer.train(["a dog"] * 3, 262)
     start = time.monotonic()
     row = caption_sample(
         Example("x", IMAGE, ("x" * 2**20,)), tok,
@@ -225,11 +225,11 @@ def test_half_of_the_images_are_mirrored_but_none_that_tells_left_from_right():
 
 
 def test_features_take_the_place_of_frames():
-    features = np.ones((1, 4, 6), ml_dtypes.bfloat16)
-    row = caption(Example("x", features, ("a dog",)))
-    np.testing.assert_array_equal(row["features"], features)
+    features = np.ones((1, 1, 4, 6), ml_dtypes.bfloat16)
+    row = caption(Example("x", Features(features), ("a dog",)))
+    np.testing.assert_array_equal(row["features"], features[0])
     assert "frames" not in row
-    bad = caption(Example("x", features))
+    bad = caption(Example("x", Features(features)))
     assert bad["bad"]
     assert not bad["features"].any()
 
@@ -261,18 +261,18 @@ def test_check_batch_names_what_is_wrong():
         return {**fake_batch(3, size=4), **changes}
 
     cases = [
-        (spoil("tokens", 64), r"'tokens'\] holds 64 in row 1"),
-        (spoil("targets", -1), r"'targets'\] holds -1"),
+        (spoil("tokens", 64), r"'tokens'\] has 64 in row 1"),
+        (spoil("targets", -1), r"'targets'\] has -1"),
         (spoil("prompt", 1000), r"'prompt'\]"),
-        (spoil("prompt", -2), r"'prompt'\] holds -2 .*outside -1\.\.63"),
+        (spoil("prompt", -2), r"'prompt'\] has -2 .*outside -1\.\.63"),
         (spoil("target_at", 24), r"'target_at'\]"),
-        (spoil("weights", np.nan), "weights are finite"),
+        (spoil("weights", np.nan), "weights must be finite"),
         (spoil("bad", True, 1), "in bad rows"),
         (spoil("id", -1, 1), "in bad rows"),
         (spoil("segments", 0, 1), "0 at padding"),
         (replaced(tokens=np.zeros((3, 24), np.int64)), r"'tokens'\] is int64"),
         (replaced(targets=np.zeros((3, 25), np.int32)), r"'targets'\] is int32\[3, 25\]"),
-        (replaced(extra=np.zeros(3)), r"unknown \['extra'\]"),
+        (replaced(extra=np.zeros(3)), r"unknown keys \['extra'\]"),
         (replaced(features=np.zeros((3, 1, 4, 6), ml_dtypes.bfloat16)), "at most one"),
     ]
     for batch, message in cases:
@@ -280,5 +280,5 @@ def test_check_batch_names_what_is_wrong():
             check_batch(batch, vocab_size=64)
     missing = fake_batch(3, size=4)
     del missing["bad"]
-    with pytest.raises(DataError, match=r"missing \['bad'\]"):
+    with pytest.raises(DataError, match=r"missing keys \['bad'\]"):
         check_batch(missing, vocab_size=64)

@@ -11,6 +11,7 @@ from PIL import Image
 from support import runs, tiny
 from support.processors import image
 from support.recipes import SIZE, tiny_recipe
+from support.sources import ListSource
 
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Example
@@ -47,10 +48,6 @@ def wanting(config, **keys):
         config.components.encoder.update(KEYS)
         config.data.images.update(cache=False, flip=False, **keys)
     return read(config)
-
-
-class Few(list):
-    kind = "image"
 
 
 class Seen:
@@ -118,7 +115,7 @@ def tokenizer(folder, tmp_path_factory):
 
 def test_an_evaluation_shows_the_view_of_training(tokenizer):
     seen = []
-    source = Few([Example(name, PIXELS[None], ("a bar",)) for name in "ab"])
+    source = ListSource([Example(name, PIXELS[None], ("a bar",)) for name in "ab"])
     for data in (ONE, dataclasses.replace(ONE, fit="stretch")):
         score(Seen(tokenizer, seen), {}, source, data, EvalConfig("x"), VIEW)
     np.testing.assert_array_equal(seen[0][0], resize(PIXELS[None], VIEW))
@@ -155,5 +152,5 @@ def test_tokens_are_cached_of_the_encoders_view(folder, tmp_path):
         module.apply({"params": params}, resize(PIXELS[None], view)[None])[0]
         for view in (VIEW, ImageTransform(SIZE))
     )
-    np.testing.assert_allclose(made[0].media, wanted, rtol=2**-8, atol=1e-4)  # bfloat16
+    np.testing.assert_allclose(made[0].media.tokens[0], wanted, rtol=2**-8, atol=1e-4)  # bfloat16
     assert np.abs(np.asarray(plain) - wanted).max() > 0.05

@@ -382,10 +382,10 @@ def test_the_real_sets_are_official_until_they_are_limited(run, data_root, tmp_p
     assert main(["eval", str(run), "--stage=vadapter", *arguments]) == 0
     captions = open_benchmark("flickr8k", tmp_path / "flickr8k", "test")
     assert (len(captions), captions.official) == (1000, True)
-    assert sum(len(captions.words(i).captions) for i in range(1000)) == 5000
+    assert sum(len(captions.text_only(i).captions) for i in range(1000)) == 5000
     photos = open_benchmark("daquar", tmp_path / "daquar", "test")
     assert (len(photos), photos.official) == (653, True)
-    assert sum(len(photos.words(i).qa) for i in range(653)) == 5673
+    assert sum(len(photos.text_only(i).qa) for i in range(653)) == 5673
     for folder in (run / "vadapter/eval").iterdir():
         score = json.loads((folder / "score.json").read_text())
         assert score["note"] == "only the first 3"

@@ -89,9 +89,9 @@ def test_k_image_examples_stand_behind_their_images(loaded, prompts, data, name)
     assert reads(loaded, made, items[0]) == reads(loaded, plain, items[0])
     training = open_benchmark(name, data / name, "train")
     if name == "okvqa":
-        behind = {f". Question: {q.text} Answer: net Given": 0 for q in training.words(0).qa}
+        behind = {f". Question: {q.text} Answer: net Given": 0 for q in training.text_only(0).qa}
     else:
-        captions = [training.words(i).captions[0] for i in range(len(training))]
+        captions = [training.text_only(i).captions[0] for i in range(len(training))]
         behind = {f" : {text} Describe the following:": i for i, text in enumerate(captions)}
     assert len(set(made.examples)) == 2
 

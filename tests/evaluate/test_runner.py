@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
+from support.sources import ListSource
 
-from vadapter.data.example import Example
+from vadapter.data.example import Example, Source
 from vadapter.data.media.images import ImageTransform
 from vadapter.errors import ConfigError
 from vadapter.evaluate.image_ablation import image_ablation_scores, make_image_ablation
@@ -32,7 +33,7 @@ def loaded(run):
     return open_run(run, "vadapter")
 
 
-class Pairs:
+class Pairs(Source):
     """Examples of two, one and no questions."""
 
     kind = "image"
@@ -52,7 +53,7 @@ def test_questions_are_items_of_their_own_up_to_the_limit():
         ("0", "b?"),
         ("1", "c?"),
     ]
-    assert items.words(2)[1] == ("c?", "3", "x")
+    assert items.text_only(2)[1] == ("c?", "3", "x")
     assert [len(Questions(Pairs(), limit)) for limit in (0, 1, 2, 9)] == [3, 1, 2, 3]
     assert [len(First(Pairs(), limit)) for limit in (1, 9)] == [1, 3]
 
@@ -83,7 +84,10 @@ def test_fewer_examples_in_batches_that_fit_badly_give_the_same_texts(run, loade
 def test_what_cannot_be_read_has_no_text_and_does_not_move_the_others(loaded):
     shape = (1, 32, 32, 3)
     images = [np.full(shape, 40 * i, np.uint8) for i in range(4)]
-    as_source = lambda media: [Example(str(i), m, ("a bar",)) for i, m in enumerate(media)]  # noqa: E731
+
+    def as_source(media):
+        return ListSource(Example(str(i), m, ("a bar",)) for i, m in enumerate(media))
+
     decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
     texts = []
     for media in (images, [*images[:2], b"junk", images[3]]):
@@ -112,7 +116,7 @@ class Narrow:
 
 def test_no_id_is_produced_that_the_tokenizer_lacks(loaded):
     image = np.full((1, 32, 32, 3), 90, np.uint8)
-    source = [Example(name, image, ("a bar",)) for name in "ab"]
+    source = ListSource(Example(name, image, ("a bar",)) for name in "ab")
     limit = loaded.tokenizer.vocab_size
     for _ in range(2):  # then without the highest id of the first text
         tokenizer = Narrow(loaded.tokenizer, limit)

@@ -12,7 +12,7 @@ from support.public_tokenizers import llama2, neox
 
 from vadapter import config
 from vadapter.cli.main import main
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.errors import ConfigError, Problems
 from vadapter.inspect.check import check
 from vadapter.inspect.check_text import as_text
@@ -227,7 +227,7 @@ def test_memory_is_also_that_of_one_device_of_the_mesh(world):
 
 
 def test_a_tokenizer_that_is_yet_to_be_trained_is_told_as_a_bound(world, monkeypatch, tmp_path):
-    monkeypatch.setattr(Tokenizer, "save", lambda *args: pytest.fail("it is trained"))
+    monkeypatch.setattr(BPETokenizer, "save", lambda *args: pytest.fail("it is trained"))
     facts = looked(small(world), tmp_path)
     assert facts["problems"] == []
     tokenizer = stages(facts)["vadapter"]["tokenizer"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.opened import opened, prepare, recipe
 
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.errors import ConfigError
 from vadapter.inspect.open_data import open_data
 from vadapter.inspect.show_data import as_text, pieces, shown, texts_of, wants_color
@@ -84,7 +84,7 @@ def test_a_bad_row_tells_its_name_and_reason(root):
 
 
 def test_pieces_join_to_the_text_also_inside_characters():
-    tokenizer = Tokenizer.train(["aa ab"], 259)
+    tokenizer = BPETokenizer.train(["aa ab"], 259)
     text = "é 日本 a\N{PILE OF POO}"
     ids = tokenizer.encode(text)
     assert len(pieces(ids, tokenizer)) == len(ids) > len(text)

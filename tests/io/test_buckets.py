@@ -95,7 +95,7 @@ def test_images_of_a_table_in_a_bucket_are_those_of_a_local_one(bucket, tmp_path
     here, there = ImageFolder(table), ImageFolder(f"{FOLDER}/table.jsonl")
     assert contents(there) == contents(here)
     assert there.fingerprint() == here.fingerprint()
-    assert there.words(1).media is None
+    assert there.text_only(1).media is None
     assert contents(ImageFolder(table, FOLDER)) == contents(here)  # the table alone is local
 
 

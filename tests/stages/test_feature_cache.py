@@ -23,7 +23,7 @@ from vadapter.config import digest
 from vadapter.data import features as files
 from vadapter.data.batch import check_batch
 from vadapter.data.media.images import ImageTransform
-from vadapter.data.open import make_source, make_stream, texts, train_tokenizer
+from vadapter.data.open import make_source, make_stream, train_tokenizer
 from vadapter.data.pipeline import eval_batches, make_loader
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.distributed.preemption import Stop
@@ -105,13 +105,13 @@ def test_each_example_has_its_own_tokens_and_those_of_its_mirror_image(
         tokens = np.asarray(module.apply({"params": params}, views))
         error = {"bfloat16": np.abs(tokens) * 2**-8}
         error["int8"] = error["bfloat16"] + np.abs(tokens).max(-1, keepdims=True) / 254
-        stored_tokens = made[index].media
+        stored_tokens = made[index].media.tokens
         assert stored_tokens.dtype == ml_dtypes.bfloat16
-        assert stored_tokens.shape == (tokens if flip else tokens[0]).shape
+        assert stored_tokens.shape == tokens.shape
         assert (np.abs(stored_tokens.astype(np.float32) - tokens) <= error[stored] + 1e-5).all()
         assert made[index].captions == images[index].captions
     if flip:
-        assert not np.array_equal(made[0].media[0], made[0].media[1])
+        assert not np.array_equal(made[0].media.tokens[0], made[0].media.tokens[1])
 
 
 def test_the_loss_on_cached_tokens_is_that_on_images(cache, encoder, images, recipe, tmp_path):
@@ -124,7 +124,7 @@ def test_the_loss_on_cached_tokens_is_that_on_images(cache, encoder, images, rec
     module, params = encoder
     lm, lm_params = tiny.lm(lm)
     model = AdapterModel({"encoder": module, "front": front, "lm": lm}, "lm", ("front",), "encoder")
-    tokens = jnp.zeros((1, *cache(images)[0].media.shape))
+    tokens = jnp.zeros(cache(images)[0].media.tokens.shape)
     params = {"encoder": params, "front": tiny.init(front, tokens), "lm": lm_params}
     objective = CaptionObjective(model)
 
@@ -151,7 +151,7 @@ def test_the_loss_on_cached_tokens_is_that_on_images(cache, encoder, images, rec
 def test_what_is_there_is_not_computed_again(cache, images, monkeypatch):
     first = cache(images)
     monkeypatch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed again"))
-    assert np.array_equal(cache(images)[3].media, first[3].media)
+    assert np.array_equal(cache(images)[3].media.tokens, first[3].media.tokens)
 
 
 def test_several_devices_compute_the_same_tokens(cache, images, small_shards, tmp_path):
@@ -160,7 +160,9 @@ def test_several_devices_compute_the_same_tokens(cache, images, small_shards, tm
     assert len(jax.devices()) == 8
     for index in range(24):
         np.testing.assert_allclose(
-            one[index].media.astype(np.float32), many[index].media.astype(np.float32), rtol=0.01
+            one[index].media.tokens.astype(np.float32),
+            many[index].media.tokens.astype(np.float32),
+            rtol=0.01,
         )
 
 
@@ -173,7 +175,7 @@ def test_of_two_that_want_the_same_tokens_one_computes_them(cache, images, monke
         thread.start()
     for thread in threads:
         thread.join()
-    assert np.array_equal(made[0][3].media, made[1][3].media)
+    assert np.array_equal(made[0][3].media.tokens, made[1][3].media.tokens)
     assert len(calls) == 1
 
 
@@ -257,7 +259,7 @@ def test_a_image_that_cannot_be_read_becomes_a_bad_row_and_the_others_stay(cache
     assert batch["weights"].sum(1).astype(bool).tolist() == [i != 1 for i in range(24)]
     assert np.isfinite(batch["features"]).all()
     assert batch["features"].any((1, 2, 3)).tolist() == [i != 1 for i in range(24)]
-    assert list(texts(source))
+    assert list(source.texts())
 
 
 def test_tokens_that_are_not_finite_are_an_error(cache, encoder, images, tmp_path):
@@ -320,7 +322,7 @@ def test_a_flipped_bit_is_found_and_named_and_the_file_alone_made_again(
     record = made._records._source[10]
     flipped(path, wanted.index(record) + 100)
     again = cache(images)  # the ends of the files are whole
-    assert np.array_equal(again[9].media, made[9].media)
+    assert np.array_equal(again[9].media.tokens, made[9].media.tokens)
     named = rf"{re.escape(str(path))}: record 2: .*hash mismatch.*Delete it and run"
     with pytest.raises(DataError, match=named):
         again[10]
@@ -341,7 +343,7 @@ def test_a_flipped_bit_is_found_and_named_and_the_file_alone_made_again(
 def test_bits_flipped_anywhere_are_found_or_change_nothing(cache, images, small_shards):
     made = cache(images)
     path = made.cache.path(2)
-    data, tokens = path.read_bytes(), [made[i].media for i in range(16, 24)]
+    data, tokens = path.read_bytes(), [made[i].media.tokens for i in range(16, 24)]
     found, rng = 0, np.random.default_rng(0)
     seal = data.index(made.cache.key.encode())
     for at in (*rng.integers(0, len(data), 100), *rng.integers(0, 6000, 100), seal):
@@ -349,7 +351,7 @@ def test_bits_flipped_anywhere_are_found_or_change_nothing(cache, images, small_
         try:
             source = files.FeatureSource(images, made.cache)
             for index, wanted in enumerate(tokens, 16):
-                np.testing.assert_array_equal(source[index].media, wanted)
+                np.testing.assert_array_equal(source[index].media.tokens, wanted)
         except DataError as error:
             assert str(path) in str(error)  # noqa: PT017
             found += 1
@@ -397,7 +399,7 @@ def test_a_worker_reads_the_same_tokens(cache, images, recipe, tmp_path, small_s
     made = cache(images)
     sent = pickle.dumps(made)
     assert len(sent) < 24 * made.cache.record_bytes  # the tokens stay on disk
-    assert np.array_equal(pickle.loads(sent)[5].media, made[5].media)
+    assert np.array_equal(pickle.loads(sent)[5].media.tokens, made[5].media.tokens)
     tokenizer = train_tokenizer(
         TokenizerConfig(300, data=("p",)), {"p": images}, tmp_path / "t.json"
     )

@@ -8,6 +8,7 @@ from PIL import Image
 from support.original import their_warnings
 from support.processors import CLIP, DINOV2, SIGLIP, SIGLIP2, image, write_processor
 from support.recipes import draw, tiny_recipe
+from support.sources import ListSource
 
 from vadapter.data.example import Example
 from vadapter.data.media.frames import load_media
@@ -66,7 +67,7 @@ def ours(pair, shapes, tmp_path):
         module = make_module("encoder", recipe.components["encoder"])
         file = tmp_path / "image.png"
         Image.fromarray(image(*shape)).save(file)
-        source = Few([Example("image", file, ("a bar",))])
+        source = ListSource([Example("image", file, ("a bar",))])
         data = recipe.data["images"]
         items, transform = make_stream("images", data, source, Words(), module.view)  # type: ignore[attr-defined]
         row = transform(items[0])
@@ -74,10 +75,6 @@ def ours(pair, shapes, tmp_path):
         return module, Image.fromarray(load_media(file, frames=1)[0]), row["frames"]
 
     return make
-
-
-class Few(list):
-    kind = "image"
 
 
 class Words:

@@ -26,7 +26,7 @@ import numpy as np
 
 from vadapter.data.example import Example, Source
 from vadapter.data.prompts import CAPTION, text_piece
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers import Tokenizer
 from vadapter.errors import ConfigError, DataError
 from vadapter.io import storage
 
@@ -43,7 +43,7 @@ there here who which what while then than very up down out over under near next 
 _STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
-class DocumentSource:
+class DocumentSource(Source):
     """Documents made from captions and general text; each is a function of (seed, index) alone.
 
     Index i has caption i modulo their number as its target, so that `variants` documents, each

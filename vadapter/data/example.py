@@ -1,14 +1,18 @@
-"""What every data set yields, and what the input pipeline asks of one.
+"""The record that every data set yields, and the interface of a data set.
 
-Dimension legend: F frames, H height, W width.
+Legend: M 1, or 2 with the mirror image; F frames, H height, W width, N visual tokens a frame,
+D encoder width.
 """
 
 import collections
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from vadapter.data.prompts import QUESTION
 
 
 class Question(NamedTuple):
@@ -16,9 +20,9 @@ class Question(NamedTuple):
 
     Attributes:
       text: the question.
-      answers: of the annotators, one each; none where they are not public.
-      kind: for the breakdown of scores, may be "".
-      id: of the benchmark, may be "".
+      answers: one of each annotator; empty where they are not public.
+      kind: the category by which scores are broken down, may be "".
+      id: the benchmark's identifier, may be "".
     """
 
     text: str
@@ -28,8 +32,24 @@ class Question(NamedTuple):
 
     @property
     def answer(self) -> str:
-        """What most annotators say, the first of them where several say as often; "" if none."""
+        """The most frequent answer, the first of equally frequent ones; "" if there is none."""
         return collections.Counter(self.answers).most_common(1)[0][0] if self.answers else ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Features:
+    """Visual tokens that a frozen encoder computed before training, instead of an image.
+
+    Attributes:
+      tokens: bf16[M,F,N,D]; [0] are those of the image, [1], if present, of its mirror image.
+      readable: False if the image could not be decoded; the tokens then mean nothing.
+    """
+
+    tokens: np.ndarray
+    readable: bool = True
+
+
+Media = bytes | np.ndarray | Path | Features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +58,16 @@ class Example:
 
     Attributes:
       id: unique in its source, for example the file name.
-      media: an encoded image or clip as bytes, raw frames u8[F,H,W,3], the path of a clip or an
-        image, or None where there is only text.
+      media: an encoded image or clip as bytes or the path of its file, raw frames u8[F,H,W,3],
+        features, or None where there is only text.
       captions: independent descriptions of the media.
       qa: questions about the media.
-      pieces: one language-modeling document, as the pieces that are tokenized separately and
+      pieces: one language-modeling document, as pieces that are tokenized separately and
         concatenated.
     """
 
     id: str
-    media: bytes | np.ndarray | Path | None = None
+    media: Media | None = None
     captions: tuple[str, ...] = ()
     qa: tuple[Question, ...] = ()
     pieces: tuple[str, ...] = ()
@@ -56,6 +76,8 @@ class Example:
 class Source(Protocol):
     """A data set with random access: picklable, and cheap to construct again in a worker.
 
+    Implementations inherit from this class for the methods with a default.
+
     Attributes:
       kind: "image" (one frame), "clip" (several frames) or "text".
     """
@@ -63,18 +85,32 @@ class Source(Protocol):
     kind: str
 
     def __len__(self) -> int:
-        """The number of examples, at least one."""
+        """Return the number of examples, at least one."""
         ...
 
     def __getitem__(self, index: int) -> Example:
-        """The example at `index`, in 0..len-1; its media is not decoded yet."""
+        """Return the example at `index`, in 0..len-1; its media is not decoded yet."""
         ...
 
     def fingerprint(self) -> str:
-        """A sha256 in hex of what the source yields, so that a resumed run can compare."""
+        """Return a SHA-256 (hex) of the source's content; a resumed run must find the same."""
         ...
 
+    def text_only(self, index: int) -> Example:
+        """Return the example without its media, which many sources need not read for it."""
+        return self[index]
 
-def words_of(source: Any, index: int) -> Example:
-    """The example, without its media where the source can leave them out: its `words` method."""
-    return source.words(index) if hasattr(source, "words") else source[index]
+    def fault(self, index: int) -> str:
+        """Return why the texts of an example cannot be used; "" if they can."""
+        del index
+        return ""
+
+    def texts(self) -> Iterator[str]:
+        """Yield all texts of the source, to train a tokenizer on."""
+        for i in range(len(self)):
+            example = self.text_only(i)
+            yield from example.captions
+            yield from example.pieces
+            for question in example.qa:
+                yield QUESTION.after(question.text)
+                yield from question.answers

@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from vadapter.data.example import Example, words_of
+from vadapter.data.example import Example, Features, Source
 from vadapter.errors import ConfigError, DataError
 
 Stored = Literal["bfloat16", "int8"]
@@ -201,13 +201,10 @@ class Records:
             raise self._cache.damaged(shard, f"record {row}: {_short(error)}") from error
 
 
-class FeatureSource:
-    """A source whose media are tokens, bf16[F,N,D], or [2,F,N,D] with those of the mirror image.
+class FeatureSource(Source):
+    """A source whose media are `Features` instead of images."""
 
-    The tokens of an image that could not be read are NaN: it becomes a bad row.
-    """
-
-    def __init__(self, source: Any, cache: Cache):
+    def __init__(self, source: Source, cache: Cache):
         """Args:
         source: of the pictures.
         cache: of their tokens.
@@ -222,13 +219,21 @@ class FeatureSource:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        media = self._records[index]
-        media = media if len(media) > 1 else media[0]
-        return dataclasses.replace(words_of(self.source, index), media=media)
+        tokens = self._records[index]
+        features = Features(tokens, readable=not np.isnan(tokens.flat[0]))
+        return dataclasses.replace(self.source.text_only(index), media=features)
 
-    def words(self, index: int) -> Example:
+    def text_only(self, index: int) -> Example:
         """The example without its tokens."""
-        return words_of(self.source, index)
+        return self.source.text_only(index)
+
+    def fault(self, index: int) -> str:
+        """Return why the texts of an example cannot be used; "" if they can."""
+        return self.source.fault(index)
+
+    def texts(self) -> Iterator[str]:
+        """Yield all texts of the source."""
+        return self.source.texts()
 
     def fingerprint(self) -> str:
         """That of the pictures: the tokens follow from them and the encoder."""

@@ -3,13 +3,14 @@
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vadapter.config import nearest, resolve
 from vadapter.data.config import DataConfig
 from vadapter.data.documents import DocumentSource, Windows
+from vadapter.data.example import Source
 from vadapter.data.media.frames import load_media
 from vadapter.data.media.images import BadMedia, ImageTransform
 from vadapter.data.prompts import CAPTION, QUESTION
@@ -18,7 +19,8 @@ from vadapter.data.sources.parquet import ParquetImages
 from vadapter.data.sources.table import ImageFolder
 from vadapter.data.sources.tars import CaptionTars
 from vadapter.data.sources.tfds import TfdsSource
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.transforms import caption_sample, document_sample, question_sample
 from vadapter.errors import ConfigError
 
@@ -35,7 +37,7 @@ TASKS = {"caption": caption_sample, "question": question_sample, "document": doc
 _BEFORE = {"caption": CAPTION.before, "question": QUESTION.before}
 
 
-def make_source(name: str, config: DataConfig) -> Any:
+def make_source(name: str, config: DataConfig) -> Source:
     """The data set's source.
 
     Raises:
@@ -61,7 +63,7 @@ def make_source(name: str, config: DataConfig) -> Any:
 
 
 def make_stream(
-    name: str, config: DataConfig, source: Any, tokenizer: Tokenizer, view: ImageTransform | None
+    name: str, config: DataConfig, source: Source, tokenizer: Tokenizer, view: ImageTransform | None
 ) -> tuple[Any, Callable[..., Any]]:
     """(items, transform) of a data set, ready for `pipeline.make_loader` and `eval_batches`.
 
@@ -96,16 +98,13 @@ def prompt_len(task: str, tokenizer: Tokenizer) -> int:
     return 1 + len(tokenizer.encode(_BEFORE[task], start=True))
 
 
-def describe(name: str, source: Any, index: int) -> str:
+def describe(name: str, source: Source, index: int) -> str:
     """An example of a data set as people know it, and what is wrong with it if it is unusable."""
     example = source[index] if source.kind != "text" else None
     if example is None:
         return f"{name} row {index} (no text in it)"
-    fault = getattr(source, "fault", lambda index: "")(index)
-    why = fault or "no text that fits"
+    why = source.fault(index) or "no text that fits"
     try:
-        if example.media is None:
-            raise BadMedia("there is no image")
         load_media(example.media, frames=1)
     except BadMedia as error:
         why = error.reason
@@ -114,34 +113,20 @@ def describe(name: str, source: Any, index: int) -> str:
     return f"{name} {example.id!r} ({why})"
 
 
-def texts(source: Any) -> Iterator[str]:
-    """Everything a source says: what a tokenizer is trained on."""
-    if hasattr(source, "texts"):
-        yield from source.texts()
-        return
-    for i in range(len(source)):
-        example = source[i]
-        yield from example.captions
-        yield from example.pieces
-        for question in example.qa:
-            yield QUESTION.after(question.text)
-            yield from question.answers
-
-
 def require_texts(config: Any) -> None:
     """ConfigError if the tokenizer has no texts to be trained on."""
     if not config.data:
         raise ConfigError("config.tokenizer.data: empty; name the data sets whose texts it learns")
 
 
-def train_tokenizer(config: Any, sources: dict[str, Any], path: Path) -> Tokenizer:
+def train_tokenizer(config: Any, sources: Mapping[str, Source], path: Path) -> Tokenizer:
     """The run's tokenizer: read from `path`, or trained on the recipe's texts and written there."""
     if path.exists():
-        return Tokenizer.load(path)
+        return BPETokenizer.load(path)
     require_texts(config)
     prompts = [CAPTION.before, CAPTION.after, QUESTION.before, QUESTION.after("")]
-    stream = itertools.chain.from_iterable(texts(sources[name]) for name in config.data)
+    stream = itertools.chain.from_iterable(sources[name].texts() for name in config.data)
     lines = itertools.chain(prompts, itertools.islice(stream, config.texts))
-    tokenizer = Tokenizer.train(lines, config.vocab_size, lowercase=config.lowercase)
+    tokenizer = BPETokenizer.train(lines, config.vocab_size, lowercase=config.lowercase)
     tokenizer.save(path)
     return tokenizer

@@ -23,15 +23,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from vadapter.data.batch import PROMPT_PAD, Row
-from vadapter.data.example import Example
+from vadapter.data.example import Example, Features
 from vadapter.data.media.frames import load_square
 from vadapter.data.media.images import BadMedia, ImageTransform
 from vadapter.data.prompts import CAPTION, QUESTION, QuestionPrompt, text_piece
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers import Tokenizer
 from vadapter.errors import ConfigError
 
 Segment = tuple[list[int], list[int]]  # lead, words
@@ -247,12 +246,9 @@ def _row(visual: Row, prompt: np.ndarray, text: Row, readable: bool) -> Row:
 def _visual(example: Example, view: ImageTransform, frames: int, mirror: bool) -> tuple[Row, bool]:
     """What stands for the image in the row, and whether it could be read."""
     media = example.media
-    if isinstance(media, np.ndarray) and media.dtype == ml_dtypes.bfloat16:
-        tokens = media[int(mirror)] if media.ndim == 4 else media
-        return {"features": tokens}, not np.isnan(tokens.flat[0])  # NaN: could not be encoded
+    if isinstance(media, Features):
+        return {"features": media.tokens[int(mirror)]}, media.readable
     try:
-        if media is None:
-            raise BadMedia("there is none")
         return {"frames": load_square(media, view, frames=frames, flip=mirror)}, True
     except (BadMedia, OSError):
         return {"frames": np.zeros((frames, view.size, view.size, 3), np.uint8)}, False

@@ -68,7 +68,7 @@ class Stop:
                 watchdog.beat(slow=True)
             yield item
 
-    def sign(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def sign(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch, with `stop` i32[B] on several hosts: the signal that this one got."""
         if hosts.count() == 1:
             return dict(batch)

@@ -10,8 +10,10 @@ import jax
 
 from vadapter.config import plain
 from vadapter.data.config import DataConfig
+from vadapter.data.example import Source
 from vadapter.data.media.images import ImageTransform
 from vadapter.data.pipeline import eval_batches
+from vadapter.data.tokenizers import Tokenizer
 from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import to_mesh, with_mesh
@@ -76,7 +78,7 @@ class Evaluator:
 class _Watched(Decoder):
     """A decoder that a signal stops between two batches."""
 
-    def __init__(self, model: Any, tokenizer: Any, mesh: Any, watch: Callable[[Any], Any]):
+    def __init__(self, model: Any, tokenizer: Tokenizer, mesh: Any, watch: Callable[[Any], Any]):
         super().__init__(model, tokenizer, mesh)
         self._watch = watch
 
@@ -88,7 +90,7 @@ class _Watched(Decoder):
 def score(
     decoder: Decoder,
     params: Any,
-    source: Any,
+    source: Source,
     data: DataConfig,
     spec: EvalConfig,
     view: ImageTransform | None,

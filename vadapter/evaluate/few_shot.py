@@ -82,7 +82,7 @@ def prompting(loaded: Loaded, protocol: Protocol, folder: Path, kind: str, items
 
     after, before = {CAPTION.after}, [CAPTION.before]
     if isinstance(items, Questions):
-        after = {asked.after(items.words(i)[1].text) for i in range(len(items))}
+        after = {asked.after(items.text_only(i)[1].text) for i in range(len(items))}
         before = [asked.fill("", pairs[:n]).before for n in range(len(pairs) + 1)]
     longest = max(len(encode(text)) for text in after)
     queries = _queries(loaded, view.size, frames)
@@ -116,7 +116,7 @@ def _with_images(protocol: Protocol, folder: Path) -> list[_Shot]:
         behind = f"{CAPTION.after} {{}} {CAPTION.before}"
         return [_Shot(e, behind.format(e.captions[0])) for e in found]
     questions = Questions(source)
-    answered = [i for i in range(len(questions)) if questions.words(i)[1].answer.strip()]
+    answered = [i for i in range(len(questions)) if questions.text_only(i)[1].answer.strip()]
     asked = [questions[i] for i in draw(answered, protocol)]
     return [_Shot(e, protocol.asked.shown(q.text, q.answer)) for e, q in asked]
 

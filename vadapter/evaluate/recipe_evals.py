@@ -10,6 +10,7 @@ import jax
 from vadapter import console
 from vadapter.checkpoints.array_io import read_meta
 from vadapter.config import digest, nearest, plain
+from vadapter.data.example import Source
 from vadapter.data.open import make_source
 from vadapter.errors import ConfigError
 from vadapter.evaluate.evaluator import save_result, score
@@ -95,7 +96,7 @@ def evaluate_again(
     return result, directory
 
 
-def text_key(loaded: Loaded, source: Any, *settings: Any) -> str:
+def text_key(loaded: Loaded, source: Source, *settings: Any) -> str:
     """A digest of all that a stage's texts about a source depend on."""
     checkpoint = loaded.workdir / loaded.stage / "checkpoints" / str(loaded.step)
     facts = (read_meta(checkpoint), source.fingerprint(), *settings)

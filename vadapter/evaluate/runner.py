@@ -10,10 +10,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vadapter.console import Progress
+from vadapter.data.example import Source
 from vadapter.data.media.images import ImageTransform
 from vadapter.data.pipeline import Transform, eval_batches, require_usable
 from vadapter.data.prompts import CAPTION
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.transforms import prompt_sample
 from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import filled, to_mesh, with_mesh
@@ -157,7 +158,7 @@ def everywhere(count: int) -> int:
 def evaluate(
     decoder: Decoder,
     params: Params,
-    source: Any,
+    source: Source,
     *,
     task: str,
     batch: int,

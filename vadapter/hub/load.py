@@ -13,6 +13,7 @@ from flax import traverse_util
 from vadapter.checkpoints.digest import combined, leaf_paths, tree_digests
 from vadapter.config import nearest
 from vadapter.console import truncate
+from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.tokenizers.pretrained import load_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
@@ -120,7 +121,7 @@ def _moved(exported: Exported, weights: Mapping[str, str]) -> Exported:
     return dataclasses.replace(exported, frozen=exported.frozen | moved)
 
 
-def _tokenizer(folder: Path, exported: Exported) -> Any:
+def _tokenizer(folder: Path, exported: Exported) -> Tokenizer:
     path = folder / form.TOKENIZER
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the export is not complete; fetch it again")

@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vadapter.data.example import Source
 from vadapter.data.open import make_source, require_texts
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.tokenizers.files import read_spec
 from vadapter.data.tokenizers.pretrained import PretrainedTokenizer
 from vadapter.distributed import memory
@@ -88,7 +90,7 @@ def _stage(
     name: str,
     workdir: Path,
     mesh: jax.sharding.Mesh,
-    source: Callable[[str], Any],
+    source: Callable[[str], Source],
     coming: Coming,
     problems: Problems,
     limit: int | None,
@@ -99,7 +101,7 @@ def _stage(
         tokenizer = read_tokenizer(recipe, config, workdir)
         if tokenizer is None:
             require_texts(recipe.tokenizer)
-            Tokenizer.train(["a"], recipe.tokenizer.vocab_size)  # that it is large enough
+            BPETokenizer.train(["a"], recipe.tokenizer.vocab_size)  # that it is large enough
     own = recipe.components.get(config.lm, {}).get("weights", "")
     if tokenizer is None and not own:
         for data in dict.fromkeys(recipe.tokenizer.data):
@@ -126,7 +128,7 @@ def _stage(
 
 def _bytes() -> Tokenizer:
     """A tokenizer for which every text is as long as it can be: in bytes."""
-    return Tokenizer.train(["a"], 259)
+    return BPETokenizer.train(["a"], 259)
 
 
 def _component(stage: Preflight, name: str) -> Facts:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vadapter.data.example import Example, words_of
+from vadapter.data.example import Example
 from vadapter.data.media.images import BadMedia
 from vadapter.data.media.media_header import Probe, probe
 from vadapter.data.open import describe, prompt_len
@@ -40,7 +40,7 @@ def stats(data: OpenData, limit: int = 0) -> Facts:
         "data": data.name, "task": data.config.task, "kind": data.source.kind,
         "stage": data.stage, "examples": len(data.source), "looked_at": len(indices),
     }  # fmt: skip
-    words = [words_of(data.source, i) for i in indices]
+    words = [data.source.text_only(i) for i in indices]
     facts |= {
         key: _lengths([len(getattr(example, field)) for example in words])
         for key, field in (("captions", "captions"), ("questions", "qa"), ("pieces", "pieces"))
@@ -96,6 +96,7 @@ def _media(data: OpenData, indices: Sequence[int]) -> Facts:
 
 def _tokens(data: OpenData, words: Sequence[Example]) -> Facts:
     """Tokens of every text, of what stands between image and text, and of the prompt."""
+    assert data.tokenizer is not None
     encode, task = data.tokenizer.encode, data.config.task
     if task == "document":
         lengths = [1 + sum(len(encode(p)) for p in example.pieces) for example in words]
@@ -133,7 +134,7 @@ def _rows(data: OpenData, indices: Sequence[int]) -> Facts:
             if len(first) < FIRST:
                 first.append(describe(data.name, data.source, index))
         if data.config.task != "document":
-            chosen = _chosen(data, words_of(data.source, index))
+            chosen = _chosen(data, data.source.text_only(index))
             whole = [length for length in chosen if length]
             texts, wanted = texts + len(whole), wanted + len(chosen)
             cut += sum(a < b for a, b in zip(lengths, whole, strict=True))
@@ -151,6 +152,7 @@ def _rows(data: OpenData, indices: Sequence[int]) -> Facts:
 
 def _chosen(data: OpenData, example: Example) -> list[int]:
     """Tokens of every segment that a row should have, uncut; 0 where it is left out."""
+    assert data.tokenizer is not None
     config, encode = data.config, data.tokenizer.encode
     if config.task == "caption":
         lead = len(encode(CAPTION.after))

@@ -7,9 +7,11 @@ from typing import Any
 
 from vadapter.config import nearest
 from vadapter.data.config import DataConfig
+from vadapter.data.example import Source
 from vadapter.data.media.images import ImageTransform
 from vadapter.data.open import make_source, make_stream
 from vadapter.data.pipeline import Stream
+from vadapter.data.tokenizers import Tokenizer
 from vadapter.errors import ConfigError
 from vadapter.recipe.schema import Recipe, make_model
 from vadapter.stages.abstract_state import view_of
@@ -33,10 +35,10 @@ class OpenData:
 
     name: str
     config: DataConfig
-    source: Any
+    source: Source
     stage: str
     trains: bool
-    tokenizer: Any
+    tokenizer: Tokenizer | None
     view: ImageTransform | None
     items: Any
     transform: Any
@@ -105,7 +107,7 @@ def _reader(recipe: Recipe, name: str) -> str:
 
 def _of_stage(recipe: Recipe, workdir: Path | None, stage: str, name: str) -> list[OpenData]:
     config = recipe.stages[stage]
-    tokenizer: Any = read_tokenizer(recipe, config, workdir or NOWHERE)
+    tokenizer = read_tokenizer(recipe, config, workdir or NOWHERE)
     view = None
     if tokenizer is not None:
         view = view_of(make_model(recipe, config, tokenizer.vocab_size))

@@ -15,6 +15,7 @@ from PIL import Image
 from vadapter.data.media.frames import load_square
 from vadapter.data.media.images import BadMedia
 from vadapter.data.open import describe
+from vadapter.data.tokenizers import Tokenizer
 from vadapter.errors import ConfigError
 from vadapter.inspect.open_data import OpenData, without_tokenizer
 
@@ -92,7 +93,7 @@ def shown(data: OpenData, count: int) -> Iterator[Shown]:
         )
 
 
-def texts_of(row: Mapping[str, np.ndarray], tokenizer: Any) -> Iterator[list[Token]]:
+def texts_of(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> Iterator[list[Token]]:
     """The segments of a row: its tokens, each a target where a weighted target says the same.
 
     Args:
@@ -119,7 +120,7 @@ def texts_of(row: Mapping[str, np.ndarray], tokenizer: Any) -> Iterator[list[Tok
         yield tokens
 
 
-def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """What each of the ids adds to the text; specials by their names."""
     names = dict.fromkeys(tokenizer.stop_ids, "⟨end⟩")
     names |= {tokenizer.eos_id: "⟨eos⟩", tokenizer.bos_id: "⟨bos⟩"}
@@ -139,7 +140,7 @@ def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
     return texts
 
 
-def _prompt(row: Mapping[str, np.ndarray], tokenizer: Any) -> list[Token]:
+def _prompt(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> list[Token]:
     ids = [int(i) for i in row["prompt"] if i >= 0]
     return [Token(t, i, "context") for i, t in zip(ids, pieces(ids, tokenizer), strict=True)]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vadapter.data.example import Question, words_of
+from vadapter.data.example import Question, Source
 from vadapter.metrics import vqa
 from vadapter.metrics.captioning import score_captions
 from vadapter.metrics.vqa import Rules, score_answers
@@ -70,13 +70,13 @@ METRICS: dict[str, Metric] = {
 class Questions:
     """A source's (example, question) pairs, one item each."""
 
-    def __init__(self, source: Any, limit: int = 0):
+    def __init__(self, source: Source, limit: int = 0):
         self._source = source
         self._pairs = []
         for i in range(len(source)):
             if limit and len(self._pairs) >= limit:
                 break
-            self._pairs += [(i, j) for j in range(len(words_of(source, i).qa))]
+            self._pairs += [(i, j) for j in range(len(source.text_only(i).qa))]
         self._pairs = self._pairs[: limit or None]
 
     def __len__(self) -> int:
@@ -87,17 +87,17 @@ class Questions:
         example = self._source[i]
         return example, example.qa[j]
 
-    def words(self, index: int) -> tuple[Any, Question]:
+    def text_only(self, index: int) -> tuple[Any, Question]:
         """The pair without the example's media."""
         i, j = self._pairs[index]
-        example = words_of(self._source, i)
+        example = self._source.text_only(i)
         return example, example.qa[j]
 
 
 class First:
     """The first `limit` items of a source."""
 
-    def __init__(self, source: Any, limit: int):
+    def __init__(self, source: Source, limit: int):
         self._source, self._limit = source, min(limit, len(source))
 
     def __len__(self) -> int:
@@ -106,12 +106,12 @@ class First:
     def __getitem__(self, index: int) -> Any:
         return self._source[index]
 
-    def words(self, index: int) -> Any:
+    def text_only(self, index: int) -> Any:
         """The item without its media."""
-        return words_of(self._source, index)
+        return self._source.text_only(index)
 
 
-def items_of(source: Any, task: str, limit: int = 0) -> Any:
+def items_of(source: Source, task: str, limit: int = 0) -> Any:
     """What is predicted one by one: examples, or questions; the first `limit` of them, 0: all."""
     if task == "question":
         return Questions(source, limit)
@@ -137,7 +137,7 @@ def score_texts(items: Any, texts: Sequence[Text], metric: Metric) -> Result:
 
 
 def _captions(items: Any, texts: Sequence[_Said], metric: Metric) -> tuple[dict, list]:
-    examples = {i: words_of(items, i) for i, _, _ in texts}
+    examples = {i: items.text_only(i) for i, _, _ in texts}
     scores = score_captions(
         {i: text for i, text, _ in texts}, {i: e.captions for i, e in examples.items()}
     )
@@ -156,7 +156,7 @@ def _captions(items: Any, texts: Sequence[_Said], metric: Metric) -> tuple[dict,
 
 
 def _answers(items: Any, texts: Sequence[_Said], metric: Metric) -> tuple[dict, list]:
-    asked = {i: items.words(i) for i, _, _ in texts}
+    asked = {i: items.text_only(i) for i, _, _ in texts}
     rows = [
         {
             "id": asked[i][0].id,

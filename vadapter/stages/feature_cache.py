@@ -25,7 +25,7 @@ from vadapter.config import plain, resolve
 from vadapter.console import Progress
 from vadapter.data.batch import Row
 from vadapter.data.config import DataConfig
-from vadapter.data.example import Example
+from vadapter.data.example import Example, Source
 from vadapter.data.features import FORMAT, SLACK_BYTES, Cache, FeatureSource, Stored
 from vadapter.data.media.frames import load_square
 from vadapter.data.media.images import BadMedia, ImageTransform
@@ -45,7 +45,7 @@ _PROGRESS_EVERY = 10.0  # seconds
 
 
 def encoded(
-    source: Any,
+    source: Source,
     config: DataConfig,
     workdir: Path,
     *,
@@ -85,7 +85,7 @@ def encoded(
 
 
 def cached(
-    source: Any,
+    source: Source,
     folder: Path,
     *,
     encode: nn.Module,
@@ -180,7 +180,7 @@ def _announce(cache: Cache, missing: list[int], key: Any) -> None:
 
 
 def _compute(
-    cache: Cache, missing: list[int], source: Any, row: Any, step: Any, devices: int, batch: int,
+    cache: Cache, missing: list[int], source: Source, row: Any, step: Any, devices: int, batch: int,
     watch: Watch,
 ) -> None:  # fmt: skip
     """Writes this host's share of the missing shards; all hosts take the same number of steps."""
@@ -218,7 +218,7 @@ def _compute(
 class _Picked:
     """Some of a source's examples."""
 
-    source: Any
+    source: Source
     indices: np.ndarray
 
     def __len__(self) -> int:
@@ -234,8 +234,6 @@ def _pixels(
     """frames u8[M,F,S,S,3] of an example, and whether they could not be read."""
     weights, mirrored = np.ones(1, np.float32), (False, True)[: 1 + flip]
     try:
-        if item.media is None:
-            raise BadMedia("there is none")
         pixels = load_square(item.media, view, frames=frames)
         both = np.stack([pixels[:, :, ::-1] if mirror else pixels for mirror in mirrored])
         return {"frames": both, "weights": weights, "bad": np.array(False)}

@@ -16,9 +16,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from vadapter.data.example import Example, Question
+from vadapter.data.example import Example, Features, Question, Source
 from vadapter.data.open import make_stream, prompt_len
 from vadapter.data.pipeline import require_usable
+from vadapter.data.tokenizers import Tokenizer
 from vadapter.distributed import memory
 from vadapter.errors import ConfigError, Problems, UserError
 from vadapter.models.coca import CoCa
@@ -66,7 +67,7 @@ class Preflight:
         recipe: Recipe,
         name: str,
         workdir: Path,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
         *,
         exact: bool = True,
@@ -90,7 +91,7 @@ class Preflight:
 
     def check(
         self,
-        source: Callable[[str], Any],
+        source: Callable[[str], Source],
         coming: Coming,
         problems: Problems,
         limit: int | None = None,
@@ -252,7 +253,7 @@ def _check_length(name: str, module: Any, length: int) -> None:
 def _example(texts: int) -> Example:
     """Words that are as short as any, with cached visual tokens."""
     asked = (Question("a", ("a",)),) * texts
-    return Example("", np.zeros((1, 1, 1), ml_dtypes.bfloat16), ("a",) * texts, asked)
+    return Example("", Features(np.zeros((1, 1, 1, 1), ml_dtypes.bfloat16)), ("a",) * texts, asked)
 
 
 def _check_room(name: str, row: Mapping[str, np.ndarray]) -> None:

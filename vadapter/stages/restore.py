@@ -22,6 +22,7 @@ from vadapter.checkpoints.digest import leaf_paths
 from vadapter.checkpoints.manager import steps
 from vadapter.config import build, nearest, override, plain
 from vadapter.data.media.images import ImageTransform
+from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.tokenizers.pretrained import load_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
@@ -67,7 +68,7 @@ class Loaded:
     recipe: Recipe
     model: AdapterModel
     params: dict[str, Any]
-    tokenizer: Any
+    tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
     view: ImageTransform | None
     digests: dict[str, str]
@@ -201,7 +202,7 @@ def _load(
     recipe: Recipe,
     stage: str,
     step: int,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
 ) -> Loaded:
     path = workdir / stage / "checkpoints" / str(step)

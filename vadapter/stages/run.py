@@ -12,8 +12,10 @@ import numpy as np
 from vadapter import __version__
 from vadapter.config import differences, plain
 from vadapter.console import difference_table
+from vadapter.data.example import Source
 from vadapter.data.open import make_source, train_tokenizer
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.tokenizers.pretrained import PretrainedTokenizer, load_tokenizer
 from vadapter.distributed import hosts, memory
 from vadapter.distributed.mesh import make_mesh
@@ -40,7 +42,7 @@ class Run:
         self._sources: dict[str, Any] = {}
         self._tokenizers: dict[Path, Any] = {}  # or what is wrong with one
 
-    def tokenizer(self, stage: StageConfig) -> Any:
+    def tokenizer(self, stage: StageConfig) -> Tokenizer:
         """The tokenizer of the stage's language model: its own if that is public, else the run's.
 
         The run's is trained once, by the first host, and from then on read from the run directory.
@@ -56,7 +58,7 @@ class Run:
             raise found
         return found
 
-    def _tokenizer(self, stage: StageConfig, path: Path) -> Any:
+    def _tokenizer(self, stage: StageConfig, path: Path) -> Tokenizer:
         tokenizer = read_tokenizer(self.recipe, stage, self.workdir)
         return self._trained(path) if tokenizer is None else tokenizer
 
@@ -110,16 +112,14 @@ class Run:
         write_json(self.workdir / CONFIG, plain(self.recipe))
         write_json(self.workdir / "env.json", environment())
 
-    def source(self, name: str) -> Any:
+    def source(self, name: str) -> Source:
         """The data set's source, made once."""
         if name not in self._sources:
             self._sources[name] = make_source(name, self.recipe.data[name])
         return self._sources[name]
 
 
-def read_tokenizer(
-    recipe: Recipe, stage: StageConfig, workdir: Path
-) -> Tokenizer | PretrainedTokenizer | None:
+def read_tokenizer(recipe: Recipe, stage: StageConfig, workdir: Path) -> Tokenizer | None:
     """The tokenizer of the stage's language model; None: it is yet to be trained on texts.
 
     Raises:
@@ -145,7 +145,7 @@ def read_tokenizer(
             + difference_table(diff)
             + "\nUse another --workdir, or the configuration of before."
         )
-    return Tokenizer.load(path)
+    return BPETokenizer.load(path)
 
 
 def made_how(path: Path) -> Path:

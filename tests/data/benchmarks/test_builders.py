@@ -54,7 +54,7 @@ def test_a_prepared_set_can_be_trained_on(tmp_path):
         MAKERS[name](tmp_path / name)
         prepare(name, tmp_path / name, tmp_path / "out")
         source = open_benchmark(name, tmp_path / name)
-        direct |= {source[n].id: source.words(n) for n in range(len(source))}
+        direct |= {source[n].id: source.text_only(n) for n in range(len(source))}
     asked = TfdsSource("vadapter_vqav2", "val", data_dir=tmp_path / "out", columns=builders.COLUMNS)
     said = TfdsSource("vadapter_msrvtt", "test", data_dir=tmp_path / "out")
     assert (asked.kind, said.kind) == ("image", "clip")

@@ -43,7 +43,7 @@ def test_the_official_form_is_read_as_it_is(name, tmp_path):
         assert (example.id, example.captions, example.qa) == (record.id, *record[2:])
         assert isinstance(example.media, Path)
         assert example.media.stem == record.media
-        assert source.words(n) == dataclasses.replace(example, media=None)  # type: ignore
+        assert source.text_only(n) == dataclasses.replace(example, media=None)  # type: ignore
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -207,7 +207,7 @@ def test_training_images_of_coco_lie_in_two_folders(tmp_path):
 def test_real_sets_are_complete(name, split, media, texts, data_root):
     source = open_benchmark(name, data_root / name, split)
     assert source.official, source.note
-    words = [source.words(n) for n in range(len(source))]
+    words = [source.text_only(n) for n in range(len(source))]
     assert len(words) == media
     assert sum(len(example.captions) + len(example.qa) for example in words) == texts
     assert len({example.id for example in words}) == media

@@ -277,7 +277,7 @@ def test_real_caption_and_question_sets_have_their_official_sizes(data_root):
     assert len(photos) == 1000
     assert all(len(photos[i].captions) == 5 for i in range(0, 1000, 100))
     rooms = CaptionTars(data_root / "daquar", "test")
-    assert sum(len(rooms.words(i).qa) for i in range(len(rooms))) == 5673
+    assert sum(len(rooms.text_only(i).qa) for i in range(len(rooms))) == 5673
     assert rooms[0].qa[0].answer == "garbage_bin"
     media = [source[len(source) - 1].media for source in (photos, rooms)]
     assert all(isinstance(load_media(m, frames=1), np.ndarray) for m in media)

@@ -1,11 +1,11 @@
-"""Tokenizer: exact round trips, specials no text can produce, one file, one digest."""
+"""BPETokenizer: exact round trips, specials no text can produce, one file, one digest."""
 
 import json
 import pickle
 
 import pytest
 
-from vadapter.data.tokenizers.bpe import BOS, EOS, MIN_VOCAB_SIZE, NUM_SPECIALS, PAD, Tokenizer
+from vadapter.data.tokenizers.bpe import BOS, EOS, MIN_VOCAB_SIZE, NUM_SPECIALS, PAD, BPETokenizer
 from vadapter.errors import ConfigError, DataError
 
 TEXTS = ["A dog runs on the grass .", "The dog runs .", "A man and a dog play on the beach ."] * 5
@@ -29,8 +29,8 @@ ODD = [
 
 
 @pytest.fixture(scope="module")
-def tok() -> Tokenizer:
-    return Tokenizer.train(TEXTS, 280)
+def tok() -> BPETokenizer:
+    return BPETokenizer.train(TEXTS, 280)
 
 
 @pytest.mark.parametrize("text", ODD)
@@ -45,7 +45,7 @@ def test_a_lone_surrogate_does_not_raise(tok):
 
 
 def test_lower_casing_is_part_of_the_tokenizer():
-    tok = Tokenizer.train(TEXTS, 280, lowercase=True)
+    tok = BPETokenizer.train(TEXTS, 280, lowercase=True)
     assert tok.encode("A DOG") == tok.encode("a dog")
     assert tok.decode(tok.encode("A DOG")) == "a dog"
 
@@ -62,28 +62,28 @@ def test_decode_refuses_ids_of_another_vocabulary(tok):
 
 
 def test_training_depends_on_the_texts_alone_not_on_their_order(tok):
-    assert Tokenizer.train(reversed(TEXTS), 280).digest == tok.digest
-    assert Tokenizer.train(TEXTS, 279).digest != tok.digest
-    assert Tokenizer.train(TEXTS, 280, lowercase=True).digest != tok.digest
+    assert BPETokenizer.train(reversed(TEXTS), 280).digest == tok.digest
+    assert BPETokenizer.train(TEXTS, 279).digest != tok.digest
+    assert BPETokenizer.train(TEXTS, 280, lowercase=True).digest != tok.digest
 
 
 def test_merges_shorten_the_text_and_the_vocabulary_has_its_limit(tok):
     assert len(tok.encode(" dog runs")) < 4
     assert tok.vocab_size == 280
-    assert Tokenizer.train(["ab ab"], 5000).vocab_size < MIN_VOCAB_SIZE + 5
+    assert BPETokenizer.train(["ab ab"], 5000).vocab_size < MIN_VOCAB_SIZE + 5
     with pytest.raises(ConfigError, match="259"):
-        Tokenizer.train(TEXTS, MIN_VOCAB_SIZE - 1)
+        BPETokenizer.train(TEXTS, MIN_VOCAB_SIZE - 1)
 
 
 def test_no_text_is_an_error():
     with pytest.raises(DataError, match="every text given is empty"):
-        Tokenizer.train(["", ""], 300)
+        BPETokenizer.train(["", ""], 300)
 
 
 def test_save_and_load_and_pickle_keep_everything(tok, tmp_path):
     path = tmp_path / "deep" / "tokenizer.json"
     tok.save(path)
-    for again in (Tokenizer.load(path), pickle.loads(pickle.dumps(tok))):
+    for again in (BPETokenizer.load(path), pickle.loads(pickle.dumps(tok))):
         assert again.digest == tok.digest
         assert again.lowercase == tok.lowercase
         assert again.encode("A dog 👍") == tok.encode("A dog 👍")
@@ -111,6 +111,6 @@ def test_a_foreign_or_damaged_file_is_refused_by_name(tok, tmp_path):
     for text in damaged.values():
         path.write_text(text)
         with pytest.raises(DataError, match=r"tokenizer\.json"):
-            Tokenizer.load(path)
+            BPETokenizer.load(path)
     with pytest.raises(DataError, match="No tokenizer at"):
-        Tokenizer.load(tmp_path / "none.json")
+        BPETokenizer.load(tmp_path / "none.json")

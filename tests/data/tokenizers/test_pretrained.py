@@ -24,7 +24,7 @@ from support.public_tokenizers import (
 )
 from tokenizers import models, pre_tokenizers
 
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.tokenizers.pretrained import PretrainedTokenizer, load_tokenizer
 from vadapter.errors import CheckpointError, DataError
 
@@ -151,7 +151,7 @@ def test_save_and_load_and_pickle_keep_everything(tok, tmp_path):
 
 
 def test_either_kind_of_tokenizer_is_read_from_the_file_it_saved(tok, tmp_path):
-    trained = Tokenizer.train(TEXTS, 280)
+    trained = BPETokenizer.train(TEXTS, 280)
     for tokenizer in (tok, trained):
         tokenizer.save(tmp_path / "tokenizer.json")
         again = load_tokenizer(tmp_path / "tokenizer.json")

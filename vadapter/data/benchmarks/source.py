@@ -8,7 +8,7 @@ from pathlib import Path
 from vadapter.config import nearest
 from vadapter.data.benchmarks.benchmark import Benchmark, Record
 from vadapter.data.benchmarks.files import Stored, find_media
-from vadapter.data.example import Example
+from vadapter.data.example import Example, Source
 from vadapter.errors import ConfigError, DataError
 
 _NOUNS = {"image": "images", "clip": "clips", "caption": "captions", "question": "questions"}
@@ -18,7 +18,7 @@ class NothingHere(DataError):  # noqa: N818 - a property of a copy
     """The files are as they should be, but no image or clip of this split is among them."""
 
 
-class BenchmarkSource:
+class BenchmarkSource(Source):
     """One split; an example is an image or clip with its captions or all questions about it.
 
     Whatever has no image or clip here (videos disappear) is left out, and the split is then
@@ -69,7 +69,7 @@ class BenchmarkSource:
         record = self._records[index]
         return Example(record.id, media, record.captions, record.qa)
 
-    def words(self, index: int) -> Example:
+    def text_only(self, index: int) -> Example:
         """The example without its image or clip."""
         record = self._records[index]
         return Example(record.id, None, record.captions, record.qa)

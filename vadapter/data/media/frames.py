@@ -1,4 +1,4 @@
-"""Whatever an example holds, image, clip or raw frames, as frames.
+"""Frames from any media that an example may have: an image, a clip or raw frames.
 
 Legend: F frames, H height, W width, S pixels a side.
 """
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vadapter.data.example import Features, Media
 from vadapter.data.media.images import (
     CLIP_SUFFIXES,
     BadMedia,
@@ -20,12 +21,12 @@ from vadapter.data.media.images import (
 from vadapter.data.media.video import decode_clip
 
 
-def load_media(media: bytes | np.ndarray | Path, *, frames: int) -> np.ndarray:
-    """The frames of whatever an example holds.
+def load_media(media: Media | None, *, frames: int) -> np.ndarray:
+    """Return the frames of an example's media.
 
     Args:
       media: an encoded image or clip, raw frames u8[F,H,W,3] or u8[H,W,3], or a path.
-      frames: F. Of a clip they are taken uniformly in time; a still image is repeated.
+      frames: F. Those of a clip are uniform in time; a still image is repeated.
 
     Returns:
       u8[F,H,W,3], not to be written to: the frames of a still image share its memory.
@@ -33,6 +34,7 @@ def load_media(media: bytes | np.ndarray | Path, *, frames: int) -> np.ndarray:
     Raises:
       BadMedia: the media cannot be used.
     """
+    media = _with_pixels(media)
     if isinstance(media, np.ndarray):
         return _from_array(media, frames)
     if _is_clip(media, frames):
@@ -42,9 +44,9 @@ def load_media(media: bytes | np.ndarray | Path, *, frames: int) -> np.ndarray:
 
 
 def load_square(
-    media: bytes | np.ndarray | Path, view: ImageTransform, *, frames: int, flip: bool = False
+    media: Media | None, view: ImageTransform, *, frames: int, flip: bool = False
 ) -> np.ndarray:
-    """`images.resize` of `load_media`; an encoded image is not copied on the way.
+    """Return `images.resize` of `load_media`, without a copy of an encoded image in between.
 
     Args:
       media, frames: as in `load_media`.
@@ -56,9 +58,22 @@ def load_square(
     Raises:
       BadMedia: the media cannot be used.
     """
+    media = _with_pixels(media)
     if isinstance(media, np.ndarray) or _is_clip(media, frames):
         return resize(load_media(media, frames=frames), view, flip=flip)
     return np.stack([square(read_image(media), view, flip=flip)] * frames)
+
+
+def _with_pixels(media: Media | None) -> bytes | np.ndarray | Path:
+    if media is None:
+        raise BadMedia("there is no image")
+    if isinstance(media, Features):
+        raise BadMedia(
+            "cached features, which have no pixels"
+            if media.readable
+            else "could not be decoded when its features were computed"
+        )
+    return media
 
 
 def _from_array(media: np.ndarray, frames: int) -> np.ndarray:
@@ -70,7 +85,7 @@ def _from_array(media: np.ndarray, frames: int) -> np.ndarray:
 
 
 def _is_clip(media: bytes | Path, frames: int) -> bool:
-    """Whether to decode as a clip: by content, since names lie and bytes have none."""
+    """Return whether to decode as a clip: by content, since names mislead and bytes have none."""
     start = head(media)
     if start[:4] == b"GIF8" or (start[:4] == b"RIFF" and start[8:12] == b"WEBP"):
         return frames > 1

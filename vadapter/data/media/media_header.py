@@ -10,6 +10,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from vadapter.data.example import Features, Media
 from vadapter.data.media.images import FORMATS, MAX_PIXELS, BadMedia, open_media
 from vadapter.data.media.timeline import open_container, read_timeline, video_stream
 
@@ -29,7 +30,7 @@ class Probe(NamedTuple):
     seconds: float = 0.0
 
 
-def probe(media: bytes | np.ndarray | Path, *, clip: bool) -> Probe:
+def probe(media: Media, *, clip: bool) -> Probe:
     """Reads the header of an image, or the packets of a clip.
 
     Args:
@@ -39,6 +40,8 @@ def probe(media: bytes | np.ndarray | Path, *, clip: bool) -> Probe:
     Raises:
       BadMedia: neither an image nor a clip, or one that is cut short or too large.
     """
+    if isinstance(media, Features):
+        raise BadMedia("cached features have no header")
     if isinstance(media, np.ndarray):
         frames = media[None] if media.ndim == 3 else media
         return Probe(frames.shape[2], frames.shape[1], len(frames))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from vadapter.data.example import Example, Question
+from vadapter.data.example import Example, Question, Source
 from vadapter.data.prompts import CAPTION, QUESTION, text_piece
 from vadapter.data.scenes.captions import captions, keywords, whole
 from vadapter.data.scenes.dice import Dice
@@ -29,7 +29,7 @@ MEDIA = ("image", "clip", "text")
 
 
 @dataclasses.dataclass(frozen=True)
-class ScenesSource:
+class ScenesSource(Source):
     """Random access to the scenes of one medium and split.
 
     Args:
@@ -77,13 +77,13 @@ class ScenesSource:
         return self.count
 
     def __getitem__(self, index: int) -> Example:
-        example = self.words(index)
+        example = self.text_only(index)
         if self.kind == "text":
             return example
         dice = self._dice(index, _PIXELS)
         return dataclasses.replace(example, media=render(self._draw(dice), self.size, dice))
 
-    def words(self, index: int) -> Example:
+    def text_only(self, index: int) -> Example:
         """The example at `index` without its pixels: nothing is rendered, and it is remembered."""
         return _words(self, self._check(index))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vadapter.data.annotations import annotation_tables
-from vadapter.data.example import Example
+from vadapter.data.example import Example, Source
 from vadapter.data.shards import parquet_rows
 from vadapter.data.shards.shard_set import find, open_shards
 from vadapter.data.sources.common import kind_and_key, texts_or_fault
@@ -15,7 +15,7 @@ from vadapter.errors import DataError
 from vadapter.io import storage
 
 
-class ParquetImages:
+class ParquetImages(Source):
     """Images or clips that are embedded in parquet files, with their texts in other columns.
 
     Media are structs {bytes, path}, of which the bytes are used, or plain bytes. A row whose texts
@@ -71,7 +71,7 @@ class ParquetImages:
         usable = media if isinstance(media, bytes) else None
         return Example(str(data.get("id", f"{name}#{row}")), usable, captions, qa)
 
-    def words(self, index: int) -> Example:
+    def text_only(self, index: int) -> Example:
         """The example without its media, whose column is not read."""
         name, row, data = self._read(index, self._texts())
         (captions, qa), _ = texts_or_fault(name, data)

@@ -6,13 +6,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vadapter.data.annotations import annotation_tables
-from vadapter.data.example import Example
+from vadapter.data.example import Example, Source
 from vadapter.data.sources.common import digest_of, kind_of
 from vadapter.errors import DataError
 from vadapter.io import storage
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """Images or clips as single files, with captions or questions in one table.
 
     Args:
@@ -60,7 +60,7 @@ class ImageFolder:
         data = _fetch(str(example.media), self._generations[index])
         return dataclasses.replace(example, media=data)
 
-    def words(self, index: int) -> Example:
+    def text_only(self, index: int) -> Example:
         """The example without its media where that has to be fetched."""
         example = self._examples[index]
         return dataclasses.replace(example, media=None) if self._generations else example

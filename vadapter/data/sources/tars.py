@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vadapter.data.annotations import annotation_tables
-from vadapter.data.example import Example, Question
+from vadapter.data.example import Example, Question, Source
 from vadapter.data.shards.shard_set import ShardSet, find, open_shards
 from vadapter.data.sources.common import MAX_BAD, digest_of, kind_of, settle_bad
 from vadapter.errors import DataError
@@ -19,7 +19,7 @@ from vadapter.io import storage
 _TABLES = ("captions.jsonl", "qa.jsonl")
 
 
-class CaptionTars:
+class CaptionTars(Source):
     """Images or clips in tar shards, with captions, questions or both.
 
     The texts come from captions.jsonl and qa.jsonl beside the shards. Where there is neither, they
@@ -73,7 +73,7 @@ class CaptionTars:
         media = self._shards.read(member) if member >= 0 else None
         return dataclasses.replace(example, media=media)
 
-    def words(self, index: int) -> Example:
+    def text_only(self, index: int) -> Example:
         """The example without its media."""
         return self._rows[index][0]
 

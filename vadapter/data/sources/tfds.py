@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vadapter.data.annotations import annotation_tables
-from vadapter.data.example import Example
+from vadapter.data.example import Example, Source
 from vadapter.data.optional_deps import need
 from vadapter.data.sources.common import kind_and_key, texts_or_fault
 from vadapter.errors import DataError
@@ -27,7 +27,7 @@ _TFDS_ERRORS = (ImportError, OSError, ValueError, LookupError, AssertionError, A
                 NotImplementedError)  # fmt: skip
 
 
-class TfdsSource:
+class TfdsSource(Source):
     """A split of a prepared TFDS data set; nothing is downloaded or prepared.
 
     Images are decoded here, not by TFDS. A record whose texts are unusable is masked when it is

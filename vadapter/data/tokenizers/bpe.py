@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import tokenizers
 
+from vadapter.data.tokenizers import Tokenizer
 from vadapter.errors import ConfigError, DataError
 from vadapter.io import storage
 
@@ -28,7 +29,7 @@ _LONG = re.compile(r"\S{100}(?=\S)")
 _HEADER = {"format": "vadapter-tokenizer", "version": 1, "specials": NUM_SPECIALS}
 
 
-class Tokenizer:
+class BPETokenizer(Tokenizer):
     """Text to ids and back. Immutable, picklable, safe to share between threads.
 
     Attributes:
@@ -45,7 +46,9 @@ class Tokenizer:
         self.lowercase = lowercase
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, *, lowercase: bool = False):
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, *, lowercase: bool = False
+    ) -> "BPETokenizer":
         """Learns the merges; the same texts in any order give the same tokenizer.
 
         Args:
@@ -55,7 +58,7 @@ class Tokenizer:
           lowercase: encode lower-cased text.
 
         Returns:
-          The trained `Tokenizer`.
+          The trained tokenizer.
 
         Raises:
           ConfigError: `vocab_size` cannot hold the specials and the 256 bytes.
@@ -124,7 +127,7 @@ class Tokenizer:
         storage.write_bytes(storage.as_path(path), self._dump())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]):
+    def load(cls, path: str | os.PathLike[str]) -> "BPETokenizer":
         """Reads what `save` wrote.
 
         Raises:
@@ -140,7 +143,7 @@ class Tokenizer:
         if not isinstance(record, dict) or any(record.get(k) != v for k, v in _HEADER.items()):
             raise DataError(
                 f"{path} is not a vadapter tokenizer: its header should say {_HEADER}. Train one "
-                "with Tokenizer.train and save it."
+                "with BPETokenizer.train and save it."
             )
         try:
             bpe = tokenizers.Tokenizer.from_str(json.dumps(record["bpe"]))

@@ -32,7 +32,8 @@ from typing import Any
 
 import tokenizers
 
-from vadapter.data.tokenizers.bpe import Tokenizer
+from vadapter.data.tokenizers import Tokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.tokenizers.files import Spec, read_json, read_spec
 from vadapter.errors import CheckpointError, DataError
 from vadapter.io import storage
@@ -45,7 +46,7 @@ _UNREACHABLE = ""  # no text holds it as a piece
 _PREFIXING = ("normalizer", "pre_tokenizer", "decoder")
 
 
-class PretrainedTokenizer:
+class PretrainedTokenizer(Tokenizer):
     """Text to ids and back. Immutable, picklable, safe to share between threads.
 
     Attributes:
@@ -145,10 +146,10 @@ class PretrainedTokenizer:
         storage.write_bytes(storage.as_path(path), self._dump)
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | PretrainedTokenizer:
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Reads the file that either kind of tokenizer saved; DataError if it is neither's."""
     ours = read_json(storage.as_path(path)).get("format") == _HEADER["format"]
-    return PretrainedTokenizer.load(path) if ours else Tokenizer.load(path)
+    return PretrainedTokenizer.load(path) if ours else BPETokenizer.load(path)
 
 
 def _record(folder: Path, rows: int) -> dict[str, Any]:
