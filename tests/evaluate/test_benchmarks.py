@@ -14,7 +14,8 @@ from support.small_benchmarks import PHOTOS, QUESTIONS, write_benchmarks
 
 from vadapter.cli.main import main
 from vadapter.config import digest
-from vadapter.data.benchmarks.registry import BENCHMARKS, open_benchmark
+from vadapter.data.benchmarks.source import open_benchmark
+from vadapter.data.benchmarks.table import BENCHMARKS
 from vadapter.errors import USER_ERROR
 from vadapter.evaluate import runner
 from vadapter.evaluate.protocols import PROTOCOLS

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.small_benchmarks import write_benchmarks
 
-from vadapter.data.benchmarks.registry import open_benchmark
+from vadapter.data.benchmarks.source import open_benchmark
 from vadapter.data.media.frames import load_media
 from vadapter.data.media.images import resize
 from vadapter.errors import ConfigError, DataError

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from vadapter.config import digest
-from vadapter.data.benchmarks.registry import BENCHMARKS
+from vadapter.data.benchmarks.table import BENCHMARKS
 from vadapter.data.example import Question
 from vadapter.data.prompts import QUESTION
 from vadapter.errors import ConfigError
@@ -21,7 +21,7 @@ def test_the_paper_protocol_has_every_benchmark_with_its_task_and_default_split(
     assert PAPER.keys() == BENCHMARKS.keys()
     for name, protocol in PAPER.items():
         assert protocol.task == BENCHMARKS[name].task
-        assert protocol.split == BENCHMARKS[name].split
+        assert protocol.split == BENCHMARKS[name].default_split
         assert (protocol.name, protocol.benchmark) == ("paper", name)
         assert protocol.decode.beams == 1
         assert protocol.shots == (4 if protocol.task == "question" else 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from support.plain_files import write_json, write_media
 
 from vadapter.data.benchmarks.benchmark import Benchmark, Counts, Record
-from vadapter.data.benchmarks.registry import BENCHMARKS
+from vadapter.data.benchmarks.table import BENCHMARKS
 from vadapter.data.example import Question
 
 TEN = ("net", "net", "net", "netting", "net", "mesh", "net", "pitch", "net", "net")
@@ -287,6 +287,6 @@ def shrunk(name: str, records: list[Record]) -> Benchmark:
     """The benchmark, as if the official split were `records`."""
     row = BENCHMARKS[name]
     texts = sum(len(record.captions) + len(record.qa) for record in records)
-    each = None if name == "coco" else row.splits[row.split].each
+    each = None if name == "coco" else row.splits[row.default_split].per_item
     counts = Counts(len(records), texts, each)
-    return dataclasses.replace(row, splits={**row.splits, row.split: counts})
+    return dataclasses.replace(row, splits={**row.splits, row.default_split: counts})

@@ -13,7 +13,7 @@ import numpy as np
 
 from vadapter import __version__
 from vadapter.config import digest, plain
-from vadapter.data.benchmarks.registry import open_benchmark
+from vadapter.data.benchmarks.source import open_benchmark
 from vadapter.data.media.frames import load_media
 from vadapter.errors import ConfigError, DataError
 from vadapter.evaluate.evaluator import save_result

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vadapter.data.benchmarks.registry import BENCHMARKS, open_benchmark, training_questions
+from vadapter.data.benchmarks.source import open_benchmark, training_questions
+from vadapter.data.benchmarks.table import BENCHMARKS
 from vadapter.data.example import Example
 from vadapter.data.media.frames import load_media
 from vadapter.data.media.images import BadMedia, resize

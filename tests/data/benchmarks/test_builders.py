@@ -9,7 +9,8 @@ from support.plain_files import write_json
 
 from vadapter.cli.main import main
 from vadapter.data.benchmarks.prepare import prepare
-from vadapter.data.benchmarks.registry import BENCHMARKS, open_benchmark
+from vadapter.data.benchmarks.source import open_benchmark
+from vadapter.data.benchmarks.table import BENCHMARKS
 from vadapter.data.sources.tfds import TfdsSource
 from vadapter.errors import ConfigError, DataError
 
@@ -26,7 +27,7 @@ def test_there_is_one_for_each_benchmark():
     assert set(builders.BUILDERS) == set(BENCHMARKS)
     assert len({builder.name for builder in builders.BUILDERS.values()}) == len(BENCHMARKS)
     for name, builder in builders.BUILDERS.items():
-        for item in (*BENCHMARKS[name].files, *BENCHMARKS[name].places):
+        for item in (*BENCHMARKS[name].files, *BENCHMARKS[name].media_sets):
             assert item.page in str(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)
 
 
@@ -34,7 +35,7 @@ def test_there_is_one_for_each_benchmark():
 def test_what_is_prepared_is_what_the_official_files_say(name, tmp_path):
     MAKERS[name](tmp_path / "official")
     path = prepare(name, tmp_path / "official", tmp_path / "out")
-    split = BENCHMARKS[name].split
+    split = BENCHMARKS[name].default_split
     prepared = [builders.to_example(row) for row in read_back(path, split)]
     source = open_benchmark(name, tmp_path / "official")
     direct = [source[n] for n in range(len(source))]

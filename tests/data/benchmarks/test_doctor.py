@@ -7,7 +7,7 @@ from support import guides
 from support.official_files import MAKERS, vqav2
 
 from vadapter.cli.main import main
-from vadapter.data.benchmarks.registry import BENCHMARKS
+from vadapter.data.benchmarks.table import BENCHMARKS
 
 
 def run(capsys, *arguments: str) -> tuple[int, str]:
@@ -21,7 +21,7 @@ def test_without_a_name_it_lists_all(capsys):
     assert code == 0
     for name, row in BENCHMARKS.items():
         (line,) = (line for line in text.splitlines() if line.split()[0] == name)
-        media, texts, _ = row.splits[row.split]
+        media, texts, _ = row.splits[row.default_split]
         assert f"{media:,}" in line
         assert f"{texts:,}" in line
         assert row.homepage in line
@@ -31,7 +31,7 @@ def test_without_a_name_it_lists_all(capsys):
 def test_an_empty_folder_misses_every_file_with_its_page(name, tmp_path, capsys):
     code, text = run(capsys, name, f"--dir={tmp_path}")
     assert code == 78
-    for item in (*BENCHMARKS[name].files, *BENCHMARKS[name].places):
+    for item in (*BENCHMARKS[name].files, *BENCHMARKS[name].media_sets):
         assert item.page in text
     assert text.count("MISSING") >= 2
 
@@ -89,8 +89,8 @@ def test_the_readme_tells_the_counts_and_pages_of_all():
     readme = guides.read("vadapter/evaluate/README.md")
     for name, row in BENCHMARKS.items():
         (line,) = (line for line in readme.splitlines() if line.startswith(f"| {name} | "))
-        media, texts, _ = row.splits[row.split]
-        assert f"| {row.split} | {media:,} {row.media}s, {texts:,} {row.task}s |" in line
+        media, texts, _ = row.splits[row.default_split]
+        assert f"| {row.default_split} | {media:,} {row.media}s, {texts:,} {row.task}s |" in line
         assert f"({row.homepage})" in line
 
 

@@ -6,8 +6,8 @@ import pytest
 from support.official_files import MAKERS, flickr8k, msrvtt, shrunk, vqav2
 from support.plain_files import edit, move_into_zip
 
-from vadapter.data.benchmarks.registry import BENCHMARKS, open_benchmark
-from vadapter.data.benchmarks.source import BenchmarkSource
+from vadapter.data.benchmarks.source import BenchmarkSource, open_benchmark
+from vadapter.data.benchmarks.table import BENCHMARKS
 from vadapter.errors import ConfigError, DataError
 
 ALL = sorted(BENCHMARKS)
@@ -21,7 +21,7 @@ def test_a_missing_file_is_named_with_its_official_page(name, tmp_path):
         paths = [
             path
             for inner in ("", *file.folders)
-            for wanted in file.names(row.split)
+            for wanted in file.names(row.default_split)
             if (path := tmp_path / inner / wanted).is_file()
         ]
         text = paths[0].read_bytes()
@@ -52,7 +52,7 @@ def test_a_missing_file_is_named_with_its_official_page(name, tmp_path):
 def test_what_is_not_the_official_format_is_refused_by_name(name, text, tmp_path):
     MAKERS[name](tmp_path)
     row = BENCHMARKS[name]
-    wanted = row.files[0].names(row.split)
+    wanted = row.files[0].names(row.default_split)
     (path,) = (path for path in tmp_path.rglob("*") if path.name in wanted)
     path.write_bytes(text)
     with pytest.raises(DataError) as error:
@@ -131,7 +131,7 @@ def test_a_caption_that_is_not_text_and_an_image_without_any_are_refused(tmp_pat
 def test_ids_that_stand_there_twice_are_refused(tmp_path):
     flickr8k(tmp_path / "a")
     edit(tmp_path / "a/dataset_flickr8k.json", lambda d: d["images"].append(d["images"][0]))
-    with pytest.raises(DataError, match=r"2258277193_586949ec62\.jpg stands there twice"):
+    with pytest.raises(DataError, match=r"2258277193_586949ec62\.jpg is listed twice"):
         open_benchmark("flickr8k", tmp_path / "a")
     for part, file in (
         ("questions", "v2_OpenEnded_mscoco_val2014_questions.json"),
@@ -148,7 +148,7 @@ def test_a_question_id_that_stands_there_twice_is_refused(tmp_path):
     MAKERS["textvqa"](tmp_path)
     path = tmp_path / "TextVQA_0.5.1_val.json"
     edit(path, lambda data: data["data"][2].update(question_id=34602))
-    with pytest.raises(DataError, match="question 34602 stands there twice"):
+    with pytest.raises(DataError, match="question 34602 is listed twice"):
         open_benchmark("textvqa", tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark is, as data: its task, official splits and files, and how the files are read."""
+"""Types that describe a benchmark: its task, its official splits and files, and their reader."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -9,12 +9,13 @@ from vadapter.data.example import Question
 
 
 class Record(NamedTuple):
-    """One image or clip of a split, and all that the annotation files say about it.
+    """An image or clip of a split with its annotations.
 
     Attributes:
-      id: unique in its split, as the official files and submissions name the image or clip.
-      media: the name of its file, without folder and suffix (one's own clips have many suffixes).
-      captions: of the annotators.
+      id: unique in its split, as in the official files and submissions.
+      media: file name of the image or clip without folder and suffix, since users cut and store
+        clips in formats of their own.
+      captions: one per annotator.
       qa: all questions about it in the split.
     """
 
@@ -28,27 +29,27 @@ class Counts(NamedTuple):
     """The official size of a split.
 
     Attributes:
-      media: images or clips.
-      texts: captions or questions.
-      each: captions of an image, or answers to a question; 0 where answers are not public, None
-        where their number differs.
+      media: number of images or clips.
+      texts: number of captions or questions.
+      per_item: captions of an image, or answers to a question; 0 where answers are not public,
+        None where the number varies.
     """
 
     media: int
     texts: int
-    each: int | None = None
+    per_item: int | None = None
 
 
 class File(NamedTuple):
     """An official annotation file.
 
     Attributes:
-      name: its official name; `{split}` stands for what `splits` says of the split.
-      page: the official page that it comes from.
-      splits: the splits that need it -> what replaces `{split}`.
-      archives: the official zips that may hold it, as glob patterns; they are read in place.
-      folders: of the official download; it may lie in them or beside them.
-      also: other names that it has.
+      name: its official name; `{split}` stands for the split's value in `splits`.
+      page: the official page that offers it.
+      splits: split that needs the file -> replacement of `{split}`.
+      archives: official zips that may contain it, as glob patterns; they are read in place.
+      folders: folders of the official download that may contain it.
+      aliases: other names of it.
     """
 
     name: str
@@ -56,20 +57,20 @@ class File(NamedTuple):
     splits: Mapping[str, str]
     archives: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
     def names(self, split: str) -> tuple[str, ...]:
-        """Its names for a split."""
-        return tuple(name.format(split=self.splits[split]) for name in (self.name, *self.also))
+        """Return the file's names for a split, the official one first."""
+        return tuple(name.format(split=self.splits[split]) for name in (self.name, *self.aliases))
 
 
-class Place(NamedTuple):
+class MediaSet(NamedTuple):
     """An official set of images or clips: in folders, or in archives that are read in place.
 
     Attributes:
-      folders: where they may lie, any of them; `{split}` as in `File`.
-      page: the official page that they come from.
-      splits: the splits that need the set -> what replaces `{split}`.
+      folders: folders that may hold them; `{split}` as in `File`.
+      page: the official page that offers them.
+      splits: split that needs the set -> replacement of `{split}`.
       archives: zips or tars that may hold them, as glob patterns with `{split}`.
     """
 
@@ -81,34 +82,36 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """One benchmark.
+    """A benchmark, as a row of `table.BENCHMARKS`.
 
     Attributes:
       name: on the command line and in result files.
       task: "caption" or "question".
       media: "image" or "clip".
       splits: name -> official counts.
-      split: the one that is scored by default.
+      default_split: the split that is scored by default.
       homepage: the official page.
       files: the annotation files.
-      places: the sets of images or clips; a split needs all that name it.
-      read: (folder, split) -> the records in the order of the official files. Raises DataError
-        for a file that is missing or not in the official format.
-      training: the split whose questions stand in prompts as examples; "" if it has none.
+      media_sets: the sets of images or clips; a split needs every set that names it.
+      reader: a function of `formats`: (folder, split, *files) -> records.
+      training: the split whose questions serve as examples in few-shot prompts; "" if none.
     """
 
     name: str
     task: Literal["caption", "question"]
     media: Literal["image", "clip"]
     splits: Mapping[str, Counts]
-    split: str
+    default_split: str
     homepage: str
     files: tuple[File, ...]
-    places: tuple[Place, ...]
-    read: Callable[[Path, str], Iterator[Record]]
+    media_sets: tuple[MediaSet, ...]
+    reader: Callable[..., Iterator[Record]]
     training: str = ""
 
+    def read(self, folder: Path, split: str) -> Iterator[Record]:
+        """Yield the records of a split in the order of the official files.
 
-def same(*splits: str) -> dict[str, str]:
-    """Splits whose files carry the name of the split."""
-    return {split: split for split in splits}
+        Raises:
+          DataError: a file is missing or not in the official format.
+        """
+        return self.reader(folder, split, *self.files)

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets builders of the benchmarks (extra `tfds`; TensorFlow is not needed).
+"""TensorFlow Datasets builders of the benchmarks, which work without TensorFlow.
 
 Each prepares the splits whose official files are in `manual_dir` as array_record files, which
 `tfds.data_source` reads with random access:
@@ -10,17 +10,16 @@ Each prepares the splits whose official files are in `manual_dir` as array_recor
 An example is an image or clip with its captions or questions:
 
   id           its name in the official files
-  image, clip  one of them: bytes, encoded as it was
+  image, clip  one of them: encoded bytes, unchanged
   captions     [text]
-  qa           [{"text", "answer", "kind", "id", "answers"}]: what most annotators say, and how many
-               answers there are
-  all_answers  [text], those to the first question, then those to the second, …
+  qa           [{"text", "answer", "kind", "id", "answers"}]: the most frequent answer, and the
+               number of answers
+  all_answers  [text], those to the first question, then those to the second, …: lists of lists
+               would need TensorFlow
 
-Lists of lists would need TensorFlow. `to_example` gives back a `vadapter.data.example.Example`.
-`builder.info.metadata[split]` says how the split differs from the official one, "" if it does not.
-To train on one, with `TfdsSource`: `COLUMNS` for questions, nothing for captions.
-
-Nothing official is downloaded: most of the sets ask for a form or have no stable address.
+`to_example` converts one to a `vadapter.data.example.Example`. `builder.info.metadata[split]` says
+how the split differs from the official one, "" if it does not. To train on one with `TfdsSource`,
+pass `COLUMNS` for questions, nothing for captions.
 """
 
 import contextlib
@@ -33,17 +32,17 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from vadapter.data.benchmarks.benchmark import Benchmark
-from vadapter.data.benchmarks.files import is_there
-from vadapter.data.benchmarks.registry import BENCHMARKS, find_benchmark
-from vadapter.data.benchmarks.source import BenchmarkSource, NothingHere
+from vadapter.data.benchmarks.files import is_present
+from vadapter.data.benchmarks.source import BenchmarkSource, NoMediaError
+from vadapter.data.benchmarks.table import BENCHMARKS, find_benchmark
 from vadapter.data.example import Example, Question
 
-# Of `TfdsSource`, to train on questions.
+# The argument `columns` of `TfdsSource`, to train on questions.
 COLUMNS = {"question": "qa.text", "answer": "qa.answer", "question_id": "qa.id", "kind": "qa.kind"}
 
 
 class BenchmarkBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What the builders share; a builder is this class and the benchmark it reads."""
+    """Base class of the builders; each adds the benchmark that it reads."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Official files as they were published."}  # noqa: RUF012
@@ -75,19 +74,17 @@ class BenchmarkBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        folder = Path(dl_manager.manual_dir)
-        there = [
-            split for split in self.BENCHMARK.splits if is_there(self.BENCHMARK, folder, split)
-        ]
+        folder, benchmark = Path(dl_manager.manual_dir), self.BENCHMARK
         sources = {}
-        for split in there:
-            with contextlib.suppress(NothingHere):  # only its texts, for prompts
-                sources[split] = BenchmarkSource(self.BENCHMARK, folder, split)
-        if not sources:  # tells why
-            sources[self.BENCHMARK.split] = BenchmarkSource(self.BENCHMARK, folder)
+        for split in benchmark.splits:
+            if is_present(benchmark, folder, split):
+                with contextlib.suppress(NoMediaError):  # annotations alone, for prompts
+                    sources[split] = BenchmarkSource(benchmark, folder, split)
+        if not sources:  # raises the error that names what is missing
+            sources[benchmark.default_split] = BenchmarkSource(benchmark, folder)
         for split, source in sources.items():
-            self.info.metadata[split] = source.note  # type: ignore  # `_info` makes it
-        # tfds knows no hyphens in the names of splits
+            self.info.metadata[split] = source.note  # type: ignore  # `_info` sets it
+        # TFDS allows no hyphens in the names of splits.
         return {
             split.replace("-", "_"): self._generate_examples(source)
             for split, source in sources.items()
@@ -100,7 +97,7 @@ class BenchmarkBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def to_row(example: Example, kind: str) -> dict[str, Any]:
-    """What is stored of an example; `kind` is image or clip."""
+    """Return an example as it is stored; `kind` is image or clip."""
     media, qa = example.media, example.qa
     return {
         "id": example.id,
@@ -112,7 +109,7 @@ def to_row(example: Example, kind: str) -> dict[str, Any]:
 
 
 def to_example(row: dict[str, Any]) -> Example:
-    """The example that a row of a prepared data set stands for."""
+    """Return a row of a prepared data set as an example."""
     qa, answers = row["qa"], iter(_texts(row["all_answers"]))
     columns = (_texts(qa["text"]), _texts(qa["kind"]), _texts(qa["id"]), qa["answers"])
     questions = tuple(
@@ -129,12 +126,12 @@ def _texts(values: Iterable[bytes]) -> list[str]:
 
 def _instructions(benchmark: Benchmark) -> str:
     lines = [f"{file.name} from {file.page}" for file in benchmark.files]
-    lines += [f"{' or '.join(place.folders)} from {place.page}" for place in benchmark.places]
+    lines += [f"{' or '.join(each.folders)} from {each.page}" for each in benchmark.media_sets]
     return "manual_dir holds the official files under their official names: " + "; ".join(lines)
 
 
 def _class(benchmark: Benchmark) -> type[BenchmarkBuilder]:
-    # A name of our own: tfds has a `coco` and others, with other splits.
+    # Prefixed: TFDS has a `coco` and others of its own, with other splits.
     name = "Vadapter" + "".join(part.capitalize() for part in benchmark.name.split("_"))
     members = {
         "__module__": __name__,
@@ -151,7 +148,7 @@ BUILDERS: dict[str, type[BenchmarkBuilder]] = {
 
 
 def make_builder(name: str, data_dir: str | Path) -> BenchmarkBuilder:
-    """The builder of a benchmark that writes array_record files under `data_dir`.
+    """Return the builder of a benchmark that writes array_record files under `data_dir`.
 
     Raises:
       ConfigError: no benchmark of that name.

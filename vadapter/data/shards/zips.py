@@ -1,57 +1,107 @@
-"""Zip archives read in place, as `shards.tar` reads tars: an index, and random access.
+"""Zip archives read in place, as `shards.tar` reads tars: an index, and random access by name.
 
 Nothing is ever extracted. Members that are neither stored nor deflated, encrypted ones and names
-that climb out of the archive are left out, with the reason.
-
-Format: PKWARE APPNOTE 6.3.10, with zip64; one volume.
+that climb out of the archive are left out of the index, with the reason.
 """
 
 import dataclasses
-import struct
+import functools
+import os
+import threading
 import zipfile
 import zlib
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
-from vadapter.data.shards.tar import MAX_MEMBER_BYTES, Shard
+from vadapter.data.shards.tar import MAX_MEMBER_BYTES
 from vadapter.errors import DataError
 
-_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# What zipfile raises for members that it cannot read.
+_CORRUPT = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, KeyError)
 
 
-class Member(NamedTuple):
-    """Where the content of a member lies, in bytes, and how to check it."""
+@functools.lru_cache(maxsize=32)
+def _archive(
+    path: str, size: int, mtime_ns: int, process: int
+) -> tuple[zipfile.ZipFile, threading.Lock]:
+    """Return an archive, opened once per version and process, and the lock that guards it.
 
-    header: int
-    packed: int
+    A forked process shares its parent's file offset, and ZipFile's count of readers is not
+    thread-safe: hence an archive per process, and one reader at a time.
+    """
+    del size, mtime_ns, process
+    return zipfile.ZipFile(path), threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class ZipShard:
+    """Members of one zip archive by name. Holds no open file: pickle, fork and threads are safe.
+
+    Attributes:
+      path: path of the archive.
+      size: its size in bytes when it was indexed.
+      mtime_ns: its modification time then.
+    """
+
+    path: str
     size: int
-    deflated: bool
-    crc: int
+    mtime_ns: int
+
+    def read(self, name: str) -> bytes:
+        """Return the content of the member `name`.
+
+        Raises:
+          DataError: the archive cannot be read or has changed since it was indexed, or the member
+            is corrupt.
+        """
+        try:
+            status = os.stat(self.path)
+            if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+                raise DataError(f"{self.path}: changed since it was indexed; restart to index it")
+            archive, lock = _archive(self.path, self.size, self.mtime_ns, os.getpid())
+            with lock, archive.open(name) as member:
+                size = archive.getinfo(name).file_size
+                data = member.read(size + 1)  # bounded: a stream may unpack to more than it claims
+            if len(data) != size:
+                raise zipfile.BadZipFile(f"{len(data)} bytes instead of {size}")
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error}); restore it") from error
+        except _CORRUPT as error:
+            raise DataError(
+                f"{self.path}: member {name!r} is corrupt ({error}); download the archive again"
+            ) from error
+        return data
 
 
 @dataclasses.dataclass(frozen=True)
 class ZipIndex:
-    """What one archive holds: its members by name, and why others are not among them."""
+    """The members of an archive.
 
-    shard: Shard
-    members: dict[str, Member]
+    Attributes:
+      shard: the archive.
+      members: name -> (offset of its header, compressed size, size, deflated, CRC-32), which
+        identify the content.
+      skipped: name -> why the member is not in `members`.
+    """
+
+    shard: ZipShard
+    members: dict[str, tuple[int, int, int, bool, int]]
     skipped: dict[str, str]
 
 
 def scan(
     path: str | Path, suffixes: Collection[str], *, max_bytes: int = MAX_MEMBER_BYTES
 ) -> ZipIndex:
-    """Indexes a zip archive by reading its directory only.
+    """Index a zip archive by reading its directory only.
 
     Args:
       path: the archive.
-      suffixes: the allowed endings, lower case, such as ".jpg"; names are compared in lower case.
-      max_bytes: a larger member is left out.
+      suffixes: allowed suffixes in lower case, such as ".jpg"; case is ignored in names.
+      max_bytes: size above which a member is left out.
 
     Raises:
-      DataError: not a zip archive, or cut short.
+      DataError: not a zip archive, or truncated.
     """
     path = Path(path)
     try:
@@ -59,7 +109,9 @@ def scan(
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise DataError(f"{path}: not a readable zip archive ({error}); get it again") from error
+        raise DataError(
+            f"{path}: not a readable zip archive ({error}); download it again"
+        ) from error
     members, skipped = {}, {}
     for info in infos:
         if info.is_dir():
@@ -68,41 +120,13 @@ def scan(
             skipped[info.filename] = reason
         else:
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
-            members[info.filename] = Member(
-                info.header_offset, info.compress_size, info.file_size, deflated, info.CRC
-            )
-    return ZipIndex(Shard(str(path), status.st_size, status.st_mtime_ns), members, skipped)
-
-
-def read(shard: Shard, member: Member) -> bytes:
-    """The content of a member.
-
-    Raises:
-      DataError: the archive has changed since it was indexed, or the member is damaged.
-    """
-    signature, name, extra = _HEADER.unpack(shard.read(member.header, _HEADER.size))
-    if signature != b"PK\x03\x04":
-        raise DataError(f"{shard.path}: no member at byte {member.header}; get the archive again")
-    data = shard.read(member.header + _HEADER.size + name + extra, member.packed)
-    try:
-        if member.deflated:
-            # Never more than the directory says, whatever the stream would grow to.
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size + 1)
-    except zlib.error as error:
-        raise DataError(
-            f"{shard.path}: the member at byte {member.header} is damaged ({error}); "
-            "get the archive again"
-        ) from error
-    if len(data) != member.size or zlib.crc32(data) != member.crc:
-        raise DataError(
-            f"{shard.path}: the member at byte {member.header} is damaged (its checksum differs); "
-            "get the archive again"
-        )
-    return data
+            position = info.header_offset, info.compress_size, info.file_size, deflated, info.CRC
+            members[info.filename] = position
+    return ZipIndex(ZipShard(str(path), status.st_size, status.st_mtime_ns), members, skipped)
 
 
 def _refusal(info: zipfile.ZipInfo, suffixes: Collection[str], max_bytes: int) -> str:
-    """Why a member stays out of the index, or ""."""
+    """Return why a member is left out of the index, or ""."""
     name = PurePosixPath(info.filename)
     if name.is_absolute() or ".." in name.parts:
         return "its name climbs out of the archive"

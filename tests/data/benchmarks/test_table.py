@@ -9,8 +9,8 @@ import pytest
 from support.official_files import MAKERS, TEN, shrunk, vqav2
 from support.plain_files import content, edit, move_into_zip, write_json, write_tar
 
-from vadapter.data.benchmarks.registry import BENCHMARKS, open_benchmark, training_questions
-from vadapter.data.benchmarks.source import BenchmarkSource
+from vadapter.data.benchmarks.source import BenchmarkSource, open_benchmark, training_questions
+from vadapter.data.benchmarks.table import BENCHMARKS
 from vadapter.data.example import Source
 from vadapter.data.media.frames import load_media
 from vadapter.errors import ConfigError
@@ -24,12 +24,13 @@ def test_the_papers_ten_and_two_more():
     assert len(BENCHMARKS) == 12
     for name, row in BENCHMARKS.items():
         assert row.name == name
-        assert row.split in row.splits
+        assert row.default_split in row.splits
         assert (row.training in row.splits) == (row.task == "question"), name
-        assert row.splits[row.split].each != 0, name  # what is scored has public answers
+        # What is scored has public answers.
+        assert row.splits[row.default_split].per_item != 0, name
         for split in row.splits:
             assert any(split in file.splits for file in row.files), (name, split)
-            assert any(split in place.splits for place in row.places), (name, split)
+            assert any(split in media_set.splits for media_set in row.media_sets), (name, split)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -52,7 +53,7 @@ def test_only_the_complete_official_split_is_official(name, tmp_path):
     row = BENCHMARKS[name]
     small = open_benchmark(name, tmp_path)
     assert not small.official
-    counts = row.splits[row.split]
+    counts = row.splits[row.default_split]
     assert f"of {counts.media:,} {row.media}s" in small.note
     assert f"of {counts.texts:,} {row.task}s" in small.note
 
@@ -61,9 +62,9 @@ def test_only_the_complete_official_split_is_official(name, tmp_path):
     assert whole.note == ""
 
     row = shrunk(name, records)
-    counts = row.splits[row.split]
+    counts = row.splits[row.default_split]
     for other in (counts._replace(media=3), counts._replace(texts=counts.texts + 1)):
-        longer = dataclasses.replace(row, splits={**row.splits, row.split: other})
+        longer = dataclasses.replace(row, splits={**row.splits, row.default_split: other})
         assert not BenchmarkSource(longer, tmp_path).official
 
     next(Path(whole[1].media).parent.glob(f"{records[1].media}.*")).unlink()
@@ -219,4 +220,4 @@ def test_a_real_set_whose_answer_is_a_set_is_matched_as_a_whole(data_root):
     questions = {q.id: q for q in training_questions("daquar", data_root / "daquar")}
     assert len(questions) == 6795
     assert questions["12"].answers == ("book, scissor, papers, tape_dispenser",)
-    assert BENCHMARKS["daquar"].splits["train"].each == 1
+    assert BENCHMARKS["daquar"].splits["train"].per_item == 1

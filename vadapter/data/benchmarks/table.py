@@ -1,0 +1,354 @@
+"""The twelve benchmarks: ten of the paper, and Flickr8k and DAQUAR, which are small and open.
+
+A row says what is official: counts, file names and pages. Nothing is downloaded, since most of the
+sets ask for a form or have no stable address; `vadapter data doctor NAME` lists what is missing.
+Licenses: annotations are CC BY 4.0 where nothing else is said. Images belong to their Flickr owners
+and clips to their YouTube owners, who remove some of them, so that a copy of clips is seldom
+complete.
+"""
+
+from functools import partial
+
+from vadapter.config import nearest
+from vadapter.data.benchmarks import formats
+from vadapter.data.benchmarks.benchmark import Benchmark, Counts, File, MediaSet
+from vadapter.errors import ConfigError
+
+KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
+COCO = "https://cocodataset.org/#download"
+FLICKR8K = "https://hockenmaier.cs.illinois.edu/8k-images.html"
+MSRVTT = (
+    "https://www.microsoft.com/en-us/research/publication/"
+    "msr-vtt-a-large-video-description-dataset-for-bridging-video-and-language/"
+)
+VATEX = "https://eric-xw.github.io/vatex-website/download.html"
+VQA = "https://visualqa.org/download.html"
+OKVQA = "https://okvqa.allenai.org/download.html"
+TEXTVQA = "https://textvqa.org/dataset/"
+VIZWIZ = "https://vizwiz.org/tasks-and-datasets/vqa/"
+VIDEO_QA = "https://github.com/xudejing/video-question-answering"
+MSVD = "https://www.cs.utexas.edu/~ml/clamp/videoDescription/"
+IVQA = "https://antoyang.github.io/just-ask.html#ivqa"
+DAQUAR = (
+    "https://www.mpi-inf.mpg.de/departments/computer-vision-and-machine-learning/research/"
+    "vision-and-language/visual-turing-challenge"
+)
+
+
+def _same(*splits: str) -> dict[str, str]:
+    """Return the splits of a file that carries the name of the split."""
+    return {split: split for split in splits}
+
+
+TRAIN_VAL = {"train": "train2014", "val": "val2014"}  # parts of COCO
+VQA_IMAGES = {**TRAIN_VAL, "test-dev": "test2015", "test": "test2015"}
+THREE = _same("train", "val", "test")
+
+# MSRVTT-QA asks about the same clips.
+MSRVTT_CLIPS = (
+    MediaSet(
+        ("TrainValVideo", "videos/all"), MSRVTT, _same("train", "val"), ("train_val_videos.zip",)
+    ),
+    MediaSet(("TestVideo", "videos/all"), MSRVTT, _same("test"), ("test_videos.zip",)),
+)
+
+_ROWS = (
+    # Karpathy's split, with the "restval" images in train; a few images have more than five
+    # captions.
+    Benchmark(
+        name="coco",
+        task="caption",
+        media="image",
+        splits={
+            "train": Counts(113_287, 566_747),
+            "val": Counts(5_000, 25_010),
+            "test": Counts(5_000, 25_010),
+        },
+        default_split="test",
+        homepage=KARPATHY,
+        files=(File("dataset_coco.json", KARPATHY, THREE, ("caption_datasets.zip",)),),
+        media_sets=(
+            MediaSet(("val2014",), COCO, THREE, ("val2014.zip",)),
+            MediaSet(("train2014",), COCO, _same("train"), ("train2014.zip",)),
+        ),
+        reader=partial(formats.karpathy, values={"train": ("train", "restval")}),
+    ),
+    # License: for research. The page's download links come and go.
+    Benchmark(
+        name="msrvtt",
+        task="caption",
+        media="clip",
+        splits={
+            "train": Counts(6_513, 130_260, 20),
+            "val": Counts(497, 9_940, 20),
+            "test": Counts(2_990, 59_800, 20),
+        },
+        default_split="test",
+        homepage=MSRVTT,
+        files=(
+            File(
+                "{split}_videodatainfo.json",
+                MSRVTT,
+                {"train": "train_val", "val": "train_val", "test": "test"},
+                ("train_val_annotation.zip", "test_videodatainfo*.zip"),
+            ),
+        ),
+        media_sets=MSRVTT_CLIPS,
+        reader=formats.msrvtt,
+    ),
+    # English captions. Clips are the user's own, named by "videoID": <YouTube id>_<start>_<end>,
+    # six digits each.
+    Benchmark(
+        name="vatex",
+        task="caption",
+        media="clip",
+        splits={
+            "train": Counts(25_991, 259_910, 10),
+            "val": Counts(3_000, 30_000, 10),
+            "test": Counts(6_000, 60_000, 10),
+        },
+        default_split="test",
+        homepage=VATEX,
+        files=(
+            File(
+                "vatex_{split}.json",
+                VATEX,
+                {
+                    "train": "training_v1.0",
+                    "val": "validation_v1.0",
+                    "test": "public_test_english_v1.1",
+                },
+            ),
+        ),
+        media_sets=(MediaSet(("videos",), VATEX, THREE),),
+        reader=formats.vatex,
+    ),
+    # Answers of test-dev and test are not public: the challenge's server scores the submission
+    # file. Scores are broken down by "answer_type".
+    Benchmark(
+        name="vqav2",
+        task="question",
+        media="image",
+        splits={
+            "train": Counts(82_783, 443_757, 10),
+            "val": Counts(40_504, 214_354, 10),
+            "test-dev": Counts(36_807, 107_394, 0),
+            "test": Counts(81_434, 447_793, 0),
+        },
+        default_split="val",
+        homepage=VQA,
+        files=(
+            File(
+                "v2_OpenEnded_mscoco_{split}_questions.json",
+                VQA,
+                {**TRAIN_VAL, "test-dev": "test-dev2015", "test": "test2015"},
+                ("v2_Questions_*_mscoco.zip",),
+            ),
+            File(
+                "v2_mscoco_{split}_annotations.json",
+                VQA,
+                TRAIN_VAL,
+                ("v2_Annotations_*_mscoco.zip",),
+            ),
+        ),
+        media_sets=(MediaSet(("{split}",), VQA, VQA_IMAGES, ("{split}.zip",)),),
+        reader=partial(formats.vqa, images=VQA_IMAGES, kind="answer_type"),
+        training="train",
+    ),
+    # Version 0.5.1. Some images (of Open Images, CC BY 2.0) are stored rotated and are read as
+    # stored; OCR tokens are not read. Answers of test are not public.
+    Benchmark(
+        name="textvqa",
+        task="question",
+        media="image",
+        splits={
+            "train": Counts(21_953, 34_602, 10),
+            "val": Counts(3_166, 5_000, 10),
+            "test": Counts(3_289, 5_734, 0),
+        },
+        default_split="val",
+        homepage=TEXTVQA,
+        files=(File("TextVQA_0.5.1_{split}.json", TEXTVQA, THREE),),
+        media_sets=(
+            MediaSet(("train_images",), TEXTVQA, _same("train", "val"), ("train_val_images.zip",)),
+            MediaSet(("test_images",), TEXTVQA, _same("test"), ("test_images.zip",)),
+        ),
+        reader=formats.textvqa,
+        training="train",
+    ),
+    # Photos of blind people, one question each. "unanswerable" is an answer like any other, and a
+    # few answers are blank. Answers of test are not public.
+    Benchmark(
+        name="vizwiz",
+        task="question",
+        media="image",
+        splits={
+            "train": Counts(20_523, 20_523, 10),
+            "val": Counts(4_319, 4_319, 10),
+            "test": Counts(8_000, 8_000, 0),
+        },
+        default_split="val",
+        homepage=VIZWIZ,
+        files=(
+            File(
+                "{split}.json",
+                VIZWIZ,
+                THREE,
+                ("Annotations.zip",),
+                ("Annotations", "annotations"),
+            ),
+        ),
+        media_sets=(MediaSet(("{split}",), VIZWIZ, THREE, ("{split}.zip",)),),
+        reader=formats.vizwiz,
+        training="train",
+    ),
+    # The ten answers are those of five annotators, stemmed, each twice, as in the official files
+    # ("raw_answer" is not read). Scores are broken down by "question_type".
+    Benchmark(
+        name="okvqa",
+        task="question",
+        media="image",
+        splits={"train": Counts(8_998, 9_009, 10), "val": Counts(5_033, 5_046, 10)},
+        default_split="val",
+        homepage=OKVQA,
+        files=(
+            File(
+                "OpenEnded_mscoco_{split}_questions.json",
+                OKVQA,
+                TRAIN_VAL,
+                ("OpenEnded_mscoco_*.json.zip",),
+            ),
+            File(
+                "mscoco_{split}_annotations.json",
+                OKVQA,
+                TRAIN_VAL,
+                ("mscoco_*_annotations.json.zip",),
+            ),
+        ),
+        media_sets=(MediaSet(("{split}",), OKVQA, TRAIN_VAL, ("{split}.zip",)),),
+        reader=partial(formats.vqa, images=TRAIN_VAL, kind="question_type"),
+        training="train",
+    ),
+    # License: for research. One answer of one word.
+    Benchmark(
+        name="msrvtt_qa",
+        task="question",
+        media="clip",
+        splits={
+            "train": Counts(6_513, 158_581, 1),
+            "val": Counts(497, 12_278, 1),
+            "test": Counts(2_990, 72_821, 1),
+        },
+        default_split="test",
+        homepage=VIDEO_QA,
+        files=(File("{split}_qa.json", VIDEO_QA, THREE),),
+        media_sets=MSRVTT_CLIPS,
+        reader=formats.video_qa,
+        training="train",
+    ),
+    # License: for research. One answer of one word. The counts are of clips that have questions.
+    Benchmark(
+        name="msvd_qa",
+        task="question",
+        media="clip",
+        splits={
+            "train": Counts(1_161, 30_933, 1),
+            "val": Counts(245, 6_415, 1),
+            "test": Counts(504, 13_157, 1),
+        },
+        default_split="test",
+        homepage=VIDEO_QA,
+        files=(
+            File("{split}_qa.json", VIDEO_QA, THREE),
+            File("youtube_mapping.txt", VIDEO_QA, THREE),
+        ),
+        media_sets=(MediaSet(("YouTubeClips",), MSVD, THREE, ("YouTubeClips.tar",)),),
+        reader=formats.video_qa,
+        training="train",
+    ),
+    # License: for research. Clips are the user's own, cut and named <video_id>_<start>_<end>.
+    Benchmark(
+        name="ivqa",
+        task="question",
+        media="clip",
+        splits={
+            "train": Counts(5_994, 5_994),
+            "val": Counts(2_000, 2_000),
+            "test": Counts(2_000, 2_000),
+        },
+        default_split="test",
+        homepage=IVQA,
+        files=(File("{split}.csv", IVQA, THREE),),
+        media_sets=(MediaSet(("video",), IVQA, THREE),),
+        reader=formats.ivqa,
+        training="train",
+    ),
+    # License: captions for non-commercial research and education. Karpathy's file has the splits
+    # of the authors.
+    Benchmark(
+        name="flickr8k",
+        task="caption",
+        media="image",
+        splits={
+            "train": Counts(6_000, 30_000, 5),
+            "val": Counts(1_000, 5_000, 5),
+            "test": Counts(1_000, 5_000, 5),
+        },
+        default_split="test",
+        homepage=FLICKR8K,
+        files=(
+            File(
+                "captions.jsonl",
+                KARPATHY,
+                THREE,
+                ("caption_datasets.zip",),
+                aliases=("dataset_flickr8k.json",),
+            ),
+        ),
+        media_sets=(
+            MediaSet(
+                ("Flicker8k_Dataset",), FLICKR8K, THREE, ("{split}-*.tar", "Flickr8k_Dataset.zip")
+            ),
+        ),
+        reader=formats.karpathy,
+    ),
+    # The full set, about indoor photos of NYU Depth v2. License: for research. The counts are those
+    # of the files; the paper counts 6,794 and 5,674 questions.
+    Benchmark(
+        name="daquar",
+        task="question",
+        media="image",
+        splits={"train": Counts(794, 6_795, 1), "test": Counts(653, 5_673, 1)},
+        default_split="test",
+        homepage=DAQUAR,
+        files=(
+            File("qa.jsonl", DAQUAR, _same("train", "test"), aliases=("qa.894.raw.{split}.txt",)),
+        ),
+        media_sets=(
+            MediaSet(
+                ("nyu_depth_images",),
+                DAQUAR,
+                _same("train", "test"),
+                ("{split}-*.tar", "nyu_depth_images.tar"),
+            ),
+        ),
+        reader=formats.daquar,
+        training="train",
+    ),
+)
+
+BENCHMARKS: dict[str, Benchmark] = {row.name: row for row in _ROWS}
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """Return the benchmark of that name.
+
+    Raises:
+      ConfigError: there is none; names the nearest.
+    """
+    if name not in BENCHMARKS:
+        raise ConfigError(
+            f"benchmark {name!r}: unknown{nearest(name, BENCHMARKS)}; "
+            f"choose from {', '.join(BENCHMARKS)}"
+        )
+    return BENCHMARKS[name]
