@@ -216,7 +216,7 @@ def test_another_tree_shape_dtype_or_config_is_a_table_and_not_an_older_step(run
 
 def test_a_long_table_is_cut(run):
     expect = {f"field_{i}": i for i in range(40)}
-    with pytest.raises(CheckpointError, match=r"40 differences(.|\n)*and 28 more"):
+    with pytest.raises(CheckpointError, match=r"40 differences(.|\n)*… 28 more"):
         Checkpointer(run, keep=2).restore(_abstract(_state()), expect=expect)
 
 
