@@ -109,7 +109,7 @@ def test_lines_are_rare_and_earlier_work_does_not_count_as_speed(clock):
             clock[0] += 2
             progress.advance(10)
     assert out.getvalue().splitlines() == [
-        "coco: 300 of 400 done before",
+        "coco: resuming: 300 of 400 already done",
         "coco: 350/400  5/s  10 s left",
         "coco: 400/400  5/s",
     ]

@@ -175,7 +175,7 @@ class Progress:
             self._bar.start()
             self._task = self._bar.add_task(title, total=total, completed=done, text="")
         if done:
-            self.say(f"{amount(done)} of {amount(total)} done before")
+            self.say(f"resuming: {amount(done)} of {amount(total)} already done")
 
     def __enter__(self) -> "Progress":
         return self

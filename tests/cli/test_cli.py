@@ -46,7 +46,7 @@ def test_the_quickstart_says_what_it_does_and_where_the_results_are(chain):
     log = (chain / "log.txt").read_text()
     said = [line for line in log.splitlines() if line.startswith("[")]
     assert len(said) == 6
-    assert said[0] == "[1/6] tlm: tlm learns to write, from text alone; 40 steps."
+    assert said[0] == "[1/6] tlm: train tlm as a language model, on text alone; 40 steps."
     assert "(stage 1)" in said[3]
     assert "(stage 2)" in said[4]
     assert "baseline" in said[5]
@@ -55,7 +55,7 @@ def test_the_quickstart_says_what_it_does_and_where_the_results_are(chain):
     for name in ("table.md", "plots/convergence.png", "gallery.html"):
         assert f"\n{chain / 'run' / name}\n" in log
         assert (chain / "run" / name).is_file()
-    assert re.search(r"\nTook \d+ min \d+ s\. Now try: vadapter caption ", log)
+    assert re.search(r"\nTook (\d+ min )?\d+ s\. Now try: vadapter caption ", log)
 
 
 def test_the_quickstart_again_reuses_what_is_done(chain, run, call):
@@ -203,6 +203,32 @@ def test_an_evaluation_of_a_part_over_data_that_has_moved(chain, run, call, tmp_
     assert text(part) == text(whole[:4])
 
 
+def test_help_loads_neither_jax_nor_numpy():
+    code = """
+import sys
+from vadapter.cli.main import main
+try:
+    main(["--help"])
+finally:
+    print(len(sys.modules), *sys.modules, sep="\\n", file=sys.stderr)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    count, *names = done.stderr.splitlines()
+    assert "usage: vadapter" in done.stdout
+    assert not {"jax", "numpy", "flax", "orbax", "rich", "ml_collections"} & set(names)
+    assert int(count) < 250
+    assert sum(name.startswith("vadapter") for name in names) < 20
+
+
+def test_a_renamed_option_works_with_a_warning(capsys):
+    argv = ["plan", "--config=nowhere.py", "--topology=cpu:1", "--utilisation=0.5"]
+    assert main(argv) == USER_ERROR
+    error = capsys.readouterr().err
+    assert "vadapter: --utilisation is now --utilization; the old name will be removed" in error
+    assert "nowhere.py: no such file" in error
+
+
 def test_help_and_the_guide_tell_the_same_exit_codes():
     table = guides.section("launch/README.md", "Exit codes").split("| exit code |")[1]
     codes = re.findall(r"^\| (\d+) \|", table, re.MULTILINE)
@@ -269,4 +295,4 @@ def test_a_compilation_cache_that_others_can_write_to_is_refused(tmp_path, monke
     monkeypatch.setenv("VADAPTER_COMPILE_CACHE", str(tmp_path / "cache"))
     code, _, errors = call("eval", tmp_path / "nowhere")
     assert code == USER_ERROR
-    assert "others can write to the compilation cache, and so run code as you" in errors
+    assert "other users can write to the compilation cache, and so run code as you" in errors

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -219,7 +220,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(run, evaluate, monk
     texts.clear()
     code, _, err = evaluate(*DAQUAR)
     assert code == 0
-    assert f"daquar: 8 of {QUESTIONS} done before" in err
+    assert f"daquar: resuming: 8 of {QUESTIONS} already done" in err
     assert len(texts) == QUESTIONS - 8
     assert contents(folder) == whole
 
@@ -255,7 +256,7 @@ def test_a_killed_process_goes_on_and_ends_the_same(run, data, evaluate, monkeyp
     assert [path.name for path in folder.iterdir()] == ["predictions.jsonl.part"]
     texts = count_texts(monkeypatch)
     _, _, err = evaluate(*DAQUAR)
-    assert f"daquar: 16 of {QUESTIONS} done before" in err
+    assert f"daquar: resuming: 16 of {QUESTIONS} already done" in err
     assert len(texts) == QUESTIONS - 16
     assert contents(folder) == whole
 
@@ -320,9 +321,9 @@ def test_texts_that_are_not_one_of_each_item_are_an_error(evaluate, spoil, monke
         (["--benchmarks=okvqa", "--config.protocol.shots=40"], "shots=40: the training split of"),
         (["--benchmarks=flickr8k", "--config.protocol.decode.max_new=400"], "tokens"),
         (["--benchmarks=flickr8k", "--limit=1"], "CIDEr needs at least 2 items"),
-        (["--protocol=paper"], "--protocol=paper: is of benchmarks"),
-        (["--evals=captions", "--protocol=paper"], "--protocol=paper: is of benchmarks"),
-        (["--evals=captions", "--config.protocol.shots=1"], "is of benchmarks"),
+        (["--protocol=paper"], "--protocol=paper: applies only to benchmarks"),
+        (["--evals=captions", "--protocol=paper"], "--protocol=paper: applies only to benchmarks"),
+        (["--evals=captions", "--config.protocol.shots=1"], "applies only to benchmarks"),
         (["--benchmarks=flickr8k", "--stage=tlm"], "reads text alone"),
     ],
 )
@@ -334,7 +335,11 @@ def test_mistakes_are_told_in_a_line(run, data, capsys, arguments, words):
 
 def the_error(err):
     """The only line that is neither a remark on what is scored nor progress."""
-    (line,) = (x for x in err.splitlines() if "not official" not in x and " left" not in x)
+    (line,) = (
+        line
+        for line in err.splitlines()
+        if "not official" not in line and not re.match(r"\w+: \d+/\d+", line)
+    )
     assert line.startswith("vadapter: ")
     return line
 
@@ -362,7 +367,10 @@ def test_official_files_that_are_missing_are_named_with_what_lists_them(
 
 def test_a_folder_that_is_not_there_is_told(run, tmp_path, capsys):
     assert main(["eval", str(run), "--benchmarks=all", f"--data={tmp_path / 'x'}"]) == USER_ERROR
-    assert "no such folder; in it each benchmark has one of its name" in capsys.readouterr().err
+    assert (
+        "no such folder; it must hold one folder of official files for each"
+        in capsys.readouterr().err
+    )
 
 
 def test_evaluations_and_benchmarks_are_one_or_the_other(run, capsys):

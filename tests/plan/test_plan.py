@@ -95,12 +95,12 @@ def test_split_weights_are_gathered_and_whole_ones_are_not():
     assert planned().train.collectives == {}
 
 
-def test_time_follows_from_flops_peak_and_utilisation_and_every_host_reads_its_share():
+def test_time_follows_from_flops_peak_and_utilization_and_every_host_reads_its_share():
     made, _ = both()
     assert made.flops == made.counted == made.train.flops == made.train.compiled_flops > 0
     seconds = made.flops / (8 * CHIPS["cpu"].peak * 0.4)
-    assert made.utilised_ms == pytest.approx(1000 * seconds)
-    assert made.step_ms == pytest.approx(0.4 * made.utilised_ms)
+    assert made.utilized_ms == pytest.approx(1000 * seconds)
+    assert made.step_ms == pytest.approx(0.4 * made.utilized_ms)
     assert made.days == pytest.approx(made.steps * seconds / 86400)
     assert made.chip_hours == pytest.approx(8 * 24 * made.days)
     assert made.hosts == 2
@@ -409,7 +409,7 @@ def call(capfd):
 
 def test_the_command_prints_and_saves_the_same_figures(call, tmp_path):
     code, out, err = call(
-        "--topology=cpu:1", "--stage=vadapter", "--batch=64", "--utilisation=0.5", "--decode=3",
+        "--topology=cpu:1", "--stage=vadapter", "--batch=64", "--utilization=0.5", "--decode=3",
         "--config.components.llm.remat=full", f"--json={tmp_path / 'plan.json'}",
     )  # fmt: skip
     assert (code, err) == (0, "")
@@ -417,7 +417,7 @@ def test_the_command_prints_and_saves_the_same_figures(call, tmp_path):
     assert saved["fits"]
     assert saved["batch"] == 64
     assert saved["remat"]["llm"] == "full"
-    assert saved["utilisation"] == 0.5
+    assert saved["utilization"] == 0.5
     assert saved["decode"]["max_new"] == 3
     assert saved["nearest"] is None
     (rows,) = saved["rows"]

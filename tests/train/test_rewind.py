@@ -33,7 +33,9 @@ def test_training_goes_on_from_the_step_gone_back_to_and_ends_in_the_same_bits(
     recipe, stopped, tmp_path, capsys
 ):
     assert main(["rewind", str(stopped), "--step=3"]) == 0
-    assert capsys.readouterr().out.endswith("llm: goes on from step 2; put aside: 4\n")
+    assert capsys.readouterr().out.endswith(
+        "llm: will resume from step 2; moved to quarantine/: 4\n"
+    )
     saved = stopped / "llm/checkpoints"
     assert (steps(saved), steps(saved / "quarantine")) == ([2], [4])
     train(recipe, stopped)

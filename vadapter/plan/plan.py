@@ -99,10 +99,10 @@ class Plan:
       optimizer: of the arguments, per device; the others are `parts` and the rows' batch.
       decode: None: not made.
       flops, counted: the mean of a step, as of `Rows`.
-      step_ms: of `flops` at the chips' peak; utilised_ms: at that share of it, `utilisation`.
+      step_ms: of `flops` at the chips' peak; utilized_ms: at that share of it, `utilization`.
       estimated_ms: the mean of a step by the compiler's cycles; share: of the peak, if so.
-      days, chip_hours: of all steps at `utilised_ms`, nothing but steps.
-      rows_s: rows a second that each host reads, at `utilised_ms`.
+      days, chip_hours: of all steps at `utilized_ms`, nothing but steps.
+      rows_s: rows a second that each host reads, at `utilized_ms`.
     """
 
     stage: str
@@ -123,8 +123,8 @@ class Plan:
     counted: float
     estimated_ms: float | None
     step_ms: float
-    utilisation: float
-    utilised_ms: float
+    utilization: float
+    utilized_ms: float
     share: float | None
     days: float
     chip_hours: float
@@ -151,7 +151,7 @@ class Plan:
 
 def plan(
     recipe: Recipe, name: str, setting: Setting, *, decode: int | None = None,
-    utilisation: float = 0.4,
+    utilization: float = 0.4,
 ) -> Plan:  # fmt: skip
     """Compiles or analyses the train step of a stage, and writing texts.
 
@@ -172,7 +172,7 @@ def plan(
         rows.append(_rows(each, data, train))
     wanted = fit and stage.captions if decode is None else bool(decode)
     texts = _texts(stage, setting, decode or 0) if wanted else None
-    return _described(stage, setting, tuple(rows), texts, utilisation)
+    return _described(stage, setting, tuple(rows), texts, utilization)
 
 
 def programs(recipe: Recipe, name: str, setting: Setting) -> dict[tuple[str, ...], Program]:
@@ -319,7 +319,7 @@ def _rows(stage: Program, data: tuple[str, ...], train: Figures | None) -> Rows:
 
 def _described(
     stage: Program, setting: Setting, rows: tuple[Rows, ...], texts: Texts | None,
-    utilisation: float,
+    utilization: float,
 ) -> Plan:  # fmt: skip
     topology, config, recipe = setting.topology, stage.config, stage.recipe
     state, _, _ = stage.arguments()
@@ -328,7 +328,7 @@ def _described(
     counted = _mean(rows, lambda one: one.counted)
     estimated = _mean(rows, lambda one: one.train and one.train.estimated_ms)
     least = (needed or counted or 0) / (topology.row.peak * topology.chips)
-    seconds = least / utilisation
+    seconds = least / utilization
     able = with_field(recipe, stage.name, "remat")
     return Plan(
         stage=stage.name, kind=config.kind, topology=str(topology), chips=topology.chips,
@@ -339,7 +339,7 @@ def _described(
         parts=_parts(stage), optimizer=on_one(state.opt_state),
         decode=texts,
         flops=needed, counted=counted or 0, estimated_ms=estimated,
-        step_ms=1000 * least, utilisation=utilisation, utilised_ms=1000 * seconds,
+        step_ms=1000 * least, utilization=utilization, utilized_ms=1000 * seconds,
         share=1000 * least / estimated if estimated else None,
         days=seconds * config.steps / DAY,
         chip_hours=seconds * config.steps / 3600 * topology.chips,

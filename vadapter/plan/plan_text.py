@@ -93,7 +93,7 @@ def _time(plan: Plan) -> Iterator[str]:
             yield from _program(one.train, f"a step{_what(one, plan)}")
     yield (
         f"a {mean}step: {plan.step_ms:,.1f} ms at the peak ({row.peak / 1e12:g} TFLOP/s a chip), "
-        f"{plan.utilised_ms:,.1f} ms at {plan.utilisation:.0%} of it"
+        f"{plan.utilized_ms:,.1f} ms at {plan.utilization:.0%} of it"
     )
     if plan.estimated_ms is not None:
         yield (
@@ -101,7 +101,7 @@ def _time(plan: Plan) -> Iterator[str]:
             f"{plan.share or 0:.0%} of the peak"
         )
     yield (
-        f"the run at {plan.utilisation:.0%}: {plan.days:,.2f} days, {plan.chip_hours:,.0f} "
+        f"the run at {plan.utilization:.0%}: {plan.days:,.2f} days, {plan.chip_hours:,.0f} "
         f"chip-hours; every host reads {plan.rows_s:,.0f} rows/s"
     )
 

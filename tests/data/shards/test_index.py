@@ -232,7 +232,7 @@ def test_progress_tells_shards_bytes_and_time_left(tmp_path, monkeypatch):
     touch(folder / "00000.tar")
     said.clear()
     index.build(folder, say=said.append)
-    assert said[0] == "3 shards of 4 done before"
+    assert said[0] == "resuming: 3 of 4 shards already done"
 
 
 def test_two_processes_do_not_index_one_folder(tmp_path):

@@ -218,7 +218,7 @@ def _watched(folder: Path, names: list[str], total: int, say: Say) -> Iterator[s
     sizes = {n: storage.facts(path)["size"] for n, path in paths.items() if path.is_file()}
     before = total - len(names)
     if before:
-        say(f"{quantity(before, 'shard')} of {total:,} done before")
+        say(f"resuming: {before:,} of {quantity(total, 'shard')} already done")
     progress = Progress(str(folder), sum(sizes.values()), every=_EVERY, say=say, amount=size)
     for number, name in enumerate(names, before + 1):
         yield name

@@ -1,0 +1,164 @@
+"""Verbs that train: `quickstart`, `train`, `rewind`, `check`."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vadapter.cli.common import RECIPE, RUN, Verb, at_least, recipe, say
+from vadapter.console import duration
+from vadapter.io.storage import as_path
+
+if TYPE_CHECKING:
+    from vadapter.recipe.schema import Recipe
+
+# What a stage of each kind does, for people who see it for the first time.
+STAGES = {
+    "lm": "train {lm} as a language model, on text alone",
+    "vision": "train the vision encoder {encoder} on images with captions",
+    "decoder": "train {chain} and {lm} to caption what the frozen {encoder} sees (stage 1)",
+    "adapter": "train {chain} to connect the frozen {encoder} to the frozen {lm} ({role})",
+}
+
+
+def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workdir", type=as_path, default=Path("runs/quickstart"), metavar="DIR",
+        help="run directory (default: runs/quickstart)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", default="configs/quickstart.py", metavar=RECIPE["metavar"],
+        help="another recipe",
+    )  # fmt: skip
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from vadapter.train.loop import train
+
+    began, config = time.monotonic(), recipe(args)
+    chain = config.chain
+    say(f"{config.name}: {len(chain)} stages in {args.workdir}.")
+    say("Finished stages are skipped. Stop with Ctrl-C; rerun the same command to resume.")
+
+    def announce(name: str) -> None:
+        say(f"\n[{chain.index(name) + 1}/{len(chain)}] {name}: {_sentence(config, name)}.")
+
+    train(config, args.workdir, before=announce)
+    _report(args.workdir, config)
+    took = duration(time.monotonic() - began)
+    say(f"\nTook {took}. Now try: vadapter caption {args.workdir} IMAGE")
+
+
+def _sentence(config: "Recipe", name: str) -> str:
+    from vadapter.models.registry import expand
+
+    stage = config.stages[name]
+    kinds = {expand(part, config.components[part])["kind"] for part in stage.chain}
+    role = "stage 2" if "lm" in kinds else "a baseline, with no language model in between"
+    words = STAGES[stage.kind].format(
+        lm=stage.lm, encoder=stage.encoder, chain=", ".join(stage.chain), role=role
+    )
+    return f"{words}; {stage.steps} steps"
+
+
+def _report(workdir: Path, config: "Recipe") -> None:
+    """Write the report on the first host, and print its table and its files."""
+    from vadapter.distributed import hosts
+    from vadapter.report.report import write_report
+
+    if hosts.first():
+        report = write_report(workdir, config)
+        print(f"\n{report.text}\n", *report.files(), sep="\n")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, **RECIPE)
+    parser.add_argument("--workdir", required=True, type=as_path, metavar="RUN",
+                        help="run directory, created if it does not exist")  # fmt: skip
+
+
+def _train(args: argparse.Namespace) -> None:
+    from vadapter.train.loop import train
+
+    config = recipe(args)
+    train(config, args.workdir)
+    if any(config.stages[name].evals for name in config.chain):
+        _report(args.workdir, config)
+
+
+def _rewind_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workdir", **RUN)
+    parser.add_argument(
+        "--step", type=at_least(0), required=True, metavar="N", help="keep checkpoints up to step N"
+    )
+    parser.add_argument(
+        "--stage", metavar="S", help="stage of the run (default: the first unfinished stage)"
+    )
+
+
+def _rewind(args: argparse.Namespace) -> None:
+    from vadapter.train.rewind import rewind
+
+    stage, step, later = rewind(args.workdir, args.step, args.stage)
+    moved = ", ".join(map(str, later)) or "none"
+    print(f"{stage}: will resume from step {step}; moved to quarantine/: {moved}")
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, **RECIPE)
+    parser.add_argument(
+        "--workdir", type=as_path, metavar="RUN", help="run directory, for its finished stages"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _check(args: argparse.Namespace) -> None:
+    from vadapter.inspect.check import check
+    from vadapter.inspect.check_text import as_text
+
+    facts, problems = check(lambda: recipe(args), args.workdir)
+    print(json.dumps(facts, indent=1) if args.json else as_text(facts))
+    problems.settle()
+
+
+VERBS = (
+    Verb(
+        "quickstart",
+        "Train the whole method on generated scenes, with nothing to download.\n"
+        "Trains one stage after the other, then prints a table of results and writes a plot and a\n"
+        "gallery. Rerun the same command to resume; finished stages are skipped.",
+        "--workdir=runs/quickstart",
+        _quickstart_arguments,
+        _quickstart,
+    ),
+    Verb(
+        "train",
+        "Train the stages of a recipe.\n"
+        "Finished stages are skipped and an interrupted stage resumes from its last checkpoint.\n"
+        "If the recipe has evaluations, writes table.md, plots/ and gallery.html in RUN.",
+        "--config=configs/flickr8k.py --workdir=runs/flickr8k --config.seed=1",
+        _train_arguments,
+        _train,
+    ),
+    Verb(
+        "rewind",
+        "Return a stopped run to an earlier checkpoint.\n"
+        "Later checkpoints are moved to `quarantine/`; the next `vadapter train` resumes from the\n"
+        "checkpoint that is kept.",
+        "runs/flickr8k --step=4000",
+        _rewind_arguments,
+        _rewind,
+        computes=False,
+        overrides="",
+    ),
+    Verb(
+        "check",
+        "Validate a recipe: shapes, parameters, weights, tokenizers, data, memory.\n"
+        "Lists every problem at once. Reads no tensors and writes nothing.",
+        "--config=configs/flickr8k.py --workdir=runs/flickr8k",
+        _check_arguments,
+        _check,
+        computes=False,
+    ),
+)
