@@ -49,7 +49,7 @@ def lists(row):
 
 
 def test_two_captions_share_one_prefix():
-    row = caption(Example("x", IMAGE, ("a dog", " a  cat runs")), captions_per_image=2)
+    row = caption(Example("x", IMAGE, ("a dog", " a  cat runs")), texts_per_image=2)
     assert lists(row) == {
         "prompt": [-1, -1, 1, 3, 4, 5],
         "tokens": [COLON, A, DOG, COLON, A, CAT, RUNS, 0, 0, 0],
@@ -71,7 +71,7 @@ def test_only_the_answer_is_a_target():
         text_len=8,
         target_len=4,
         prompt_len=9,
-        questions_per_image=1,
+        texts_per_image=1,
     )
     q, answer, yes = 13, 12, 14
     assert lists(row) == {
@@ -128,7 +128,7 @@ def test_a_document_and_a_caption_end_in_the_same_tokens():
 
 def test_what_does_not_fit_is_cut_the_longest_first_and_keeps_its_eos():
     captions = ("a dog", "a dog runs fast a dog runs fast")
-    row = caption(Example("x", IMAGE, captions), captions_per_image=2)
+    row = caption(Example("x", IMAGE, captions), texts_per_image=2)
     # Ten tokens hold two colons and eight words, eight targets hold two EOS and six words.
     assert row["tokens"].tolist() == [COLON, A, DOG, COLON, A, DOG, RUNS, FAST, 0, 0]
     assert row["targets"].tolist() == [A, DOG, EOS, A, DOG, RUNS, FAST, EOS]
@@ -179,7 +179,7 @@ def test_a_sample_that_cannot_be_used_keeps_its_shape_and_weighs_nothing(example
 
 
 def test_blank_captions_are_passed_over_while_others_are_left():
-    row = caption(Example("x", IMAGE, ("", "a dog", " ")), captions_per_image=2)
+    row = caption(Example("x", IMAGE, ("", "a dog", " ")), texts_per_image=2)
     assert row["segments"].max() == 1
     assert not row["bad"]
 
@@ -201,7 +201,7 @@ def test_a_question_without_room_is_masked_not_cut():
 
 def test_training_draws_captions_without_repeats_and_evaluation_takes_the_first():
     example = Example("x", IMAGE, ("a", "dog", "runs", "fast"))
-    two = functools.partial(caption, example, captions_per_image=2)
+    two = functools.partial(caption, example, texts_per_image=2)
     assert two()["tokens"].tolist()[:4] == [COLON, A, COLON, DOG]
     drawn = [tuple(two(rng=np.random.default_rng(i))["tokens"][[1, 3]]) for i in range(200)]
     assert len(set(drawn)) == 12
@@ -239,7 +239,7 @@ def test_lengths_that_cannot_work_are_named():
     with pytest.raises(ConfigError, match="prompt_len=3"):
         caption(example, prompt_len=3)
     with pytest.raises(ConfigError, match="text_len=3, target_len=8"):
-        caption(example, captions_per_image=2, text_len=3)
+        caption(example, texts_per_image=2, text_len=3)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"frames": 8}, {"frames": 0}, {"features": (4, 6)}])

@@ -26,7 +26,6 @@ import numpy as np
 
 from vadapter.data.example import Example, Source
 from vadapter.data.prompts import CAPTION, text_piece
-from vadapter.data.tokenizers import Tokenizer
 from vadapter.errors import ConfigError, DataError
 from vadapter.io import storage
 
@@ -150,51 +149,6 @@ def content_words(caption: str) -> list[str]:
     """The words that say what is seen, lower-cased, in their order, repeats included."""
     words = re.findall(r"[^\W_]+(?:['-][^\W_]+)*", caption.lower())
     return [word for word in words if word not in _STOP_WORDS]
-
-
-class Windows:
-    """Groups the documents of a source for packing: item r is a tuple of `size` of them.
-
-    Of R windows, window r holds the documents r, r + R, r + 2 R, … so that it is a function of r
-    alone, every document but the few of an incomplete window is in exactly one, and neighbors in
-    the files, which describe the same photo, are far apart. How many of them enter the row is
-    decided by `transforms.document_sample`.
-    """
-
-    kind = "text"
-
-    def __init__(self, source: Source, size: int):
-        if size < 1:
-            raise ConfigError(f"A window needs at least one document; size={size}.")
-        self.source, self.size = source, size
-
-    @classmethod
-    def to_fill(cls, source: Source, tokenizer: Tokenizer, text_len: int, *, sample: int = 256):
-        """Windows of one document more than hold 1.4 x `text_len` tokens on average.
-
-        Fewer leave gaps in the rows, more are tokenized in vain. With captions, rows of 128 tokens
-        come out 88 % full, of 256 92 %, of 512 97 %. The mean length is measured on `sample`
-        documents at even distances, so it depends on the arguments alone.
-        """
-        if not len(source):
-            raise DataError("0 usable examples: the source of documents is empty.")
-        indices = np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int)
-        lengths = [
-            1 + sum(len(tokenizer.encode(piece)) for piece in source[int(i)].pieces)
-            for i in indices
-        ]
-        size = 1 + round(1.4 * text_len / np.mean(np.minimum(lengths, text_len)))
-        return cls(source, min(size, len(source)))
-
-    def __len__(self) -> int:
-        return len(self.source) // self.size
-
-    def __getitem__(self, index: int) -> tuple[Example, ...]:
-        return tuple(self.source[index + i * len(self)] for i in range(self.size))
-
-    def fingerprint(self) -> str:
-        """sha256 in hex of the documents' fingerprint and the size of a window."""
-        return hashlib.sha256(f"{self.source.fingerprint()} {self.size}".encode()).hexdigest()
 
 
 def _draw(siblings: list[str], rng: np.random.Generator) -> list[str]:

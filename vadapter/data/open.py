@@ -1,74 +1,85 @@
-"""From the recipe's data section to streams of rows."""
+"""From the recipe's `data` section to sources, and on to streams of rows."""
 
 import functools
+import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vadapter.config import nearest, resolve
 from vadapter.data.config import DataConfig
-from vadapter.data.documents import DocumentSource, Windows
-from vadapter.data.example import Source
+from vadapter.data.example import Features, Source
 from vadapter.data.media.frames import load_media
 from vadapter.data.media.images import BadMedia, ImageTransform
+from vadapter.data.packing import Windows
+from vadapter.data.pipeline import Items, Transform
 from vadapter.data.prompts import CAPTION, QUESTION
-from vadapter.data.scenes import ScenesSource
-from vadapter.data.sources.parquet import ParquetImages
-from vadapter.data.sources.table import ImageFolder
-from vadapter.data.sources.tars import CaptionTars
-from vadapter.data.sources.tfds import TfdsSource
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.transforms import caption_sample, document_sample, question_sample
 from vadapter.errors import ConfigError
 
-SOURCES: dict[str, Callable[..., Any]] = {
-    "scenes": ScenesSource,
-    "tars": CaptionTars,
-    "folder": ImageFolder,
-    "table": ImageFolder,
-    "parquet": ParquetImages,
-    "tfds": TfdsSource,
-    "documents": DocumentSource,
+# Imported when a recipe first names them: a run on photos needs neither scenes nor parquet.
+SOURCES = {
+    "scenes": "vadapter.data.scenes.source:ScenesSource",
+    "tars": "vadapter.data.sources.tars:CaptionTars",
+    "folder": "vadapter.data.sources.table:ImageFolder",
+    "table": "vadapter.data.sources.table:ImageFolder",
+    "parquet": "vadapter.data.sources.parquet:ParquetImages",
+    "tfds": "vadapter.data.sources.tfds:TfdsSource",
+    "documents": "vadapter.data.documents:DocumentSource",
 }
-TASKS = {"caption": caption_sample, "question": question_sample, "document": document_sample}
-_BEFORE = {"caption": CAPTION.before, "question": QUESTION.before}
+TASKS = ("caption", "question", "document")
 
 
 def make_source(name: str, config: DataConfig) -> Source:
-    """The data set's source.
+    """Return the source of a data set.
+
+    Args:
+      name: the data set's name in the recipe, for errors.
+      config: its configuration; `config.source` names the kind and the constructor's arguments.
 
     Raises:
-      ConfigError: unknown kind or argument, or a variable that is not set.
-      DataError: what the source finds wrong with its files.
+      ConfigError: an unknown kind or argument, or an environment variable that is not set.
+      DataError: the source's files are missing or invalid.
     """
-    where = f"data.{name}.source"
-    spec = dict(config.source)
-    kind = spec.pop("kind", "")
+    key = f"data.{name}.source"
+    arguments = dict(config.source)
+    kind = arguments.pop("kind", "")
     if kind not in SOURCES:
-        raise ConfigError(f"config.{where}.kind={kind!r}: unknown{nearest(str(kind), SOURCES)}")
-    known = inspect.signature(SOURCES[kind]).parameters
-    for key in spec:
-        if key not in known:
-            raise ConfigError(f"config.{where}.{key}: unknown key{nearest(key, known)}")
+        raise ConfigError(f"config.{key}.kind={kind!r}: unknown{nearest(str(kind), SOURCES)}")
+    module, _, attribute = SOURCES[kind].partition(":")
+    source = getattr(importlib.import_module(module), attribute)
+    parameters = inspect.signature(source).parameters
+    for argument in arguments:
+        if argument not in parameters:
+            suggestion = nearest(argument, parameters)
+            raise ConfigError(f"config.{key}.{argument}: unknown key{suggestion}")
     if config.task not in TASKS:
         raise ConfigError(f"config.data.{name}.task={config.task!r}: one of {', '.join(TASKS)}")
-    arguments = {k: resolve(v, f"{where}.{k}") for k, v in spec.items()}
+    arguments = {k: resolve(v, f"{key}.{k}") for k, v in arguments.items()}
     try:
-        return SOURCES[kind](**arguments)
-    except TypeError as error:
-        raise ConfigError(f"config.{where}: {error}") from None
+        return source(**arguments)
+    except TypeError as error:  # a required argument is missing
+        raise ConfigError(f"config.{key}: {error}") from None
 
 
 def make_stream(
     name: str, config: DataConfig, source: Source, tokenizer: Tokenizer, view: ImageTransform | None
-) -> tuple[Any, Callable[..., Any]]:
-    """(items, transform) of a data set, ready for `pipeline.make_loader` and `eval_batches`.
+) -> tuple[Items, Transform]:
+    """Return (items, transform) for `pipeline.make_loader` and `pipeline.eval_batches`.
 
     Args:
-      view: the encoder's; None for text only.
+      name: the data set's name in the recipe, for errors.
+      config: how its examples become rows.
+      source: the examples.
+      tokenizer: of the language model.
+      view: the encoder's image transform; None for text only.
+
+    Raises:
+      ConfigError: the source has clips and the recipe says images, or the reverse.
     """
     lengths = {"text_len": config.text_len, "target_len": config.target_len or config.text_len}
     if config.task == "document":
@@ -80,32 +91,34 @@ def make_stream(
         raise ConfigError(
             f"data {name!r}: media={config.media!r}, but its source has {source.kind}s"
         )
-    many = {"caption": "captions_per_image", "question": "questions_per_image"}[config.task]
     return source, functools.partial(
-        TASKS[config.task],
+        caption_sample if config.task == "caption" else question_sample,
         tokenizer=tokenizer,
         view=config.view(view),
         frames=config.frames if source.kind == "clip" else 1,
         prompt_len=prompt_len(config.task, tokenizer),
         flip=config.flip,
-        **{many: config.texts},
+        texts_per_image=config.texts,
         **lengths,
     )
 
 
 def prompt_len(task: str, tokenizer: Tokenizer) -> int:
-    """P, tokens in front of the visual tokens, BOS among them."""
-    return 1 + len(tokenizer.encode(_BEFORE[task], start=True))
+    """Return P, the number of tokens before the visual tokens, BOS included."""
+    before = {"caption": CAPTION.before, "question": QUESTION.before}[task]
+    return 1 + len(tokenizer.encode(before, start=True))
 
 
 def describe(name: str, source: Source, index: int) -> str:
-    """An example of a data set as people know it, and what is wrong with it if it is unusable."""
-    example = source[index] if source.kind != "text" else None
-    if example is None:
+    """Return a data set's example by name, and why it cannot be used, for logs."""
+    if source.kind == "text":
         return f"{name} row {index} (no text in it)"
+    example = source[index]
     why = source.fault(index) or "no text that fits"
+    usable_features = isinstance(example.media, Features) and example.media.readable
     try:
-        load_media(example.media, frames=1)
+        if not usable_features:
+            load_media(example.media, frames=1)
     except BadMedia as error:
         why = error.reason
     except OSError as error:
@@ -114,19 +127,25 @@ def describe(name: str, source: Source, index: int) -> str:
 
 
 def require_texts(config: Any) -> None:
-    """ConfigError if the tokenizer has no texts to be trained on."""
+    """Raise ConfigError if the recipe's tokenizer has no texts to be trained on."""
     if not config.data:
-        raise ConfigError("config.tokenizer.data: empty; name the data sets whose texts it learns")
+        raise ConfigError("config.tokenizer.data: empty; name the data sets to train it on")
 
 
 def train_tokenizer(config: Any, sources: Mapping[str, Source], path: Path) -> Tokenizer:
-    """The run's tokenizer: read from `path`, or trained on the recipe's texts and written there."""
+    """Return the run's tokenizer, read from `path` or else trained and saved there.
+
+    Args:
+      config: the recipe's `tokenizer` section.
+      sources: at least those that `config.data` names; their first `config.texts` texts are used.
+      path: of the tokenizer's file.
+    """
     if path.exists():
         return BPETokenizer.load(path)
     require_texts(config)
     prompts = [CAPTION.before, CAPTION.after, QUESTION.before, QUESTION.after("")]
-    stream = itertools.chain.from_iterable(sources[name].texts() for name in config.data)
-    lines = itertools.chain(prompts, itertools.islice(stream, config.texts))
-    tokenizer = BPETokenizer.train(lines, config.vocab_size, lowercase=config.lowercase)
+    texts = itertools.chain.from_iterable(sources[name].texts() for name in config.data)
+    texts = itertools.chain(prompts, itertools.islice(texts, config.texts))
+    tokenizer = BPETokenizer.train(texts, config.vocab_size, lowercase=config.lowercase)
     tokenizer.save(path)
     return tokenizer

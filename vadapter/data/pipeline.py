@@ -35,7 +35,7 @@ _SLOTS = 1000  # resolution of the mixture
 class Transform(Protocol):
     """What makes a row of an item, usually a `functools.partial` of one in transforms.py."""
 
-    def __call__(self, item: Any, *, rng: np.random.Generator | None) -> Row: ...
+    def __call__(self, item: Any, *, rng: np.random.Generator | None = None) -> Row: ...
 
 
 class Items(Protocol):

@@ -48,13 +48,13 @@ def caption_sample(
     *,
     view: ImageTransform,
     frames: int = 1,
-    captions_per_image: int = 1,
+    texts_per_image: int = 1,
     text_len: int,
     target_len: int,
     prompt_len: int,
     flip: bool = False,
 ) -> Row:
-    """One image or clip with up to `captions_per_image` of its captions behind one prefix.
+    """One image or clip with up to `texts_per_image` of its captions behind one prefix.
 
     Args:
       example: its `media`, and the `captions` that are not blank, are used.
@@ -62,7 +62,7 @@ def caption_sample(
       rng: draws the captions (without repeats) and the mirroring.
       view: how images become frames of S pixels a side.
       frames: F.
-      captions_per_image: segments in the row; fewer where there are fewer captions.
+      texts_per_image: segments in the row; fewer where there are fewer captions.
       text_len: T.
       target_len: M.
       prompt_len: P.
@@ -78,7 +78,7 @@ def caption_sample(
       ConfigError: `prompt_len`, `text_len` or `target_len` is too small.
     """
     captions = [caption for caption in example.captions if caption.strip()]
-    chosen = _choose(captions, captions_per_image, rng)
+    chosen = _choose(captions, texts_per_image, rng)
     lead = tokenizer.encode(CAPTION.after)
     segments = [(lead, _encode(tokenizer, text_piece(text), text_len)) for text in chosen]
     text = _lay_out(segments, tokenizer.eos_id, text_len, target_len)
@@ -94,23 +94,23 @@ def question_sample(
     *,
     view: ImageTransform,
     frames: int = 1,
-    questions_per_image: int = 1,
+    texts_per_image: int = 1,
     text_len: int,
     target_len: int,
     prompt_len: int,
     flip: bool = False,
 ) -> Row:
-    """One image or clip with up to `questions_per_image` questions; only answers are targets.
+    """One image or clip with up to `texts_per_image` questions; only answers are targets.
 
-    A question (with an answer of one token) must fit in text_len // questions_per_image tokens;
+    A question (with an answer of one token) must fit in text_len // texts_per_image tokens;
     one that does not is left out. Arguments, result and errors as in `caption_sample`.
     """
     asked = [(q.text, q.answer) for q in example.qa if q.text.strip() and q.answer.strip()]
-    chosen = _choose(asked, questions_per_image, rng)
+    chosen = _choose(asked, texts_per_image, rng)
     segments = []
     for question, answer in chosen:
         lead = _encode(tokenizer, QUESTION.after(question), text_len)
-        if len(lead) < text_len // questions_per_image:
+        if len(lead) < text_len // texts_per_image:
             segments.append((lead, _encode(tokenizer, text_piece(answer), text_len)))
     text = _lay_out(segments, tokenizer.eos_id, text_len, target_len)
     mirror = flip and _mirrored([f"{q} {a}" for q, a in chosen], rng)
@@ -130,7 +130,7 @@ def document_sample(
     """A row of packed documents, each a segment that starts with BOS.
 
     In their order, each document enters that still fits into the row as a whole; the others of the
-    window are left out (see `documents.Windows`). One longer than the row enters, cut, where the
+    window are left out (see `packing.Windows`). One longer than the row enters, cut, where the
     row is still empty (with `last_only` it is left out: its targets may lie past the cut).
 
     Args:
