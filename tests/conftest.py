@@ -1,5 +1,6 @@
-"""Strict numerics forevery test, eight fake devices, and the optional real data folder."""
+"""Strict numerics for every test, eight fake devices, the order of the files, and shared runs."""
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -17,14 +18,21 @@ os.environ.setdefault(
     * version("jaxlib").startswith(("0.9.", "0.10.")),
 )
 
-# Each fake device waits in a thread for the others, once forevery collective that may run now:
+# Each fake device waits in a thread for the others, once for every collective that may run now:
 # with no more threads than devices, those that wait for different ones wait forever.
 os.environ.setdefault("PJRT_NPROC", "32")
+
+from support import paths
+
+# Programs are compiled once, whichever test or process needs them first. JAX reads the last two
+# when it is imported; the command line reads the first.
+os.environ["VADAPTER_COMPILE_CACHE"] = str(paths.cache_dir())
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(paths.cache_dir())
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
 from absl import flags
-from support import paths
 from support.recipes import draw
 
 from vadapter.io.lock import waiting_lock
@@ -35,9 +43,43 @@ jax.config.update("jax_default_matmul_precision", "highest")
 if not flags.FLAGS.is_parsed():  # grain reads absl flags
     flags.FLAGS.mark_as_parsed()
 
+# Tracing makes millions of objects that live as long as the program: with the default thresholds
+# the collector walks over them again and again.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
+
+# Files of ten seconds or more, longest first: with a file for each process in turn, two processes
+# then end at nearly the same time. `test_cli` trains the chain that later files read, and
+# `test_hosts`, which mostly waits, is beside it.
+LONG_FILES = (
+    "distributed/test_hosts.py",
+    "cli/test_cli.py",
+    "plan/test_plan.py",
+    "distributed/test_devices.py",
+    "evaluate/test_benchmarks.py",
+    "train/test_gs.py",
+    "inspect/test_check.py",
+    "train/test_public_models.py",
+    "hub/test_api.py",
+    "weights/test_language.py",
+    "train/test_loop.py",
+    "test_bad_input.py",
+    "hub/test_load.py",
+    "hub/test_push.py",
+    "hub/test_export.py",
+    "stages/test_feature_cache.py",
+    "data/test_pipeline.py",
+    "weights/test_hub.py",
+    "stages/test_steps.py",
+    "plan/test_flops.py",
+    "train/test_rewind.py",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the TPU's compiler are skipped where it is not installed."""
+    """Put long files first, and skip tests of the TPU's compiler where it is not installed."""
+    order = {paths.TESTS / name: i for i, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     if importlib.util.find_spec("libtpu") is None:
         skip = pytest.mark.skip(reason="libtpu is not installed (extra tpu)")
         for item in items:
@@ -58,8 +100,8 @@ def data_root() -> Path:
 def chain(tmp_path_factory) -> Path:
     """The chain of `recipes.get_config`, trained once by `vadapter quickstart` on one device.
 
-    Tests read it and leave it as it is. It holds shapes/ (the data), run/ (the run directory),
-    compiled/ and log.txt, what the command printed.
+    Tests must not change it. It holds shapes/ (the data), run/ (the run directory) and log.txt,
+    what the command printed.
     """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -79,7 +121,6 @@ def _quickstart(folder: Path) -> str:
         **os.environ,
         "PYTHONPATH": str(paths.ROOT),
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
-        "VADAPTER_COMPILE_CACHE": str(folder / "compiled"),
     }
     done = subprocess.run(
         [*command, f"--workdir={folder / 'run'}"], env=env, capture_output=True, text=True

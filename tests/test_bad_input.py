@@ -43,8 +43,7 @@ def get_config(arg):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    with runs.cached_programs():
-        yield runs.prepare(tmp_path_factory.mktemp("bad"))
+    return runs.prepare(tmp_path_factory.mktemp("bad"))
 
 
 @pytest.fixture(autouse=True)
@@ -398,7 +397,6 @@ def process(train: Command, *, limit: int = 0) -> subprocess.CompletedProcess:
         **os.environ,
         "PYTHONPATH": f"{runs.TESTS}:{runs.TESTS.parent}",
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
-        "VADAPTER_COMPILE_CACHE": str(runs.cache_dir()),
     }
     arguments = [f"--config={train.folder / 'recipe.py'}", f"--workdir={train.workdir}"]
     command = [sys.executable, "-c", PROCESS, str(limit), *arguments]

@@ -18,12 +18,6 @@ from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR
 VERBS = ("quickstart", "train", "rewind", "check", "plan", "eval", "caption", "ask", "export")
 
 
-@pytest.fixture(autouse=True)
-def _compiled(chain, monkeypatch):
-    """What is compiled on the way is shared by the tests, and stays out of the user's home."""
-    monkeypatch.setenv("VADAPTER_COMPILE_CACHE", str(chain / "compiled"))
-
-
 @pytest.fixture
 def call(capfd):
     """Runs a command in this process: (exit code, lines of stdout, stderr)."""

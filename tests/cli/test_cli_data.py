@@ -28,9 +28,8 @@ def cached(tmp_path_factory):
 
 
 @pytest.fixture
-def call(root, capfd, monkeypatch):
+def call(root, capfd):
     """Runs `vadapter data …` in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("VADAPTER_COMPILE_CACHE", str(runs.cache_dir()))
 
     def run(*argv):
         code = main(["data", *map(str, argv)])

@@ -75,7 +75,7 @@ def tail(shapes):
 
 
 def vocabulary(shapes):
-    """Those that hold a row forevery token."""
+    """Those that hold a row for every token."""
     return {shape for shape in shapes if V in shape}
 
 

@@ -31,8 +31,7 @@ PLAN = "`vadapter plan --config=… --topology="
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    with runs.cached_programs():
-        yield runs.prepare(tmp_path_factory.mktemp("memory"))
+    return runs.prepare(tmp_path_factory.mktemp("memory"))
 
 
 @pytest.fixture

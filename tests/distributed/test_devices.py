@@ -1,4 +1,4 @@
-"""Many devices do what one does, forevery kind of stage, with every part split that can be.
+"""Many devices do what one does, for every kind of stage, with every part split that can be.
 
 All comparisons are in float32. A leaf agrees if no element is off by more than 1e-5 of the leaf's
 largest one (measured: at most 4e-6), or by more than 1e-8: biases of keys have no gradient but
@@ -27,7 +27,7 @@ from vadapter.stages.steps import init_state
 
 SGD = optax.sgd(0.1, momentum=0.9)  # Adam's first steps amplify rounding: no use in comparisons
 STAGES = ("tlm", "vision", "decoder", "vadapter", "perceiver", "llava")
-# The mesh with all axes forevery kind of stage, every mesh for one: the others take minutes.
+# The mesh with all axes for every kind of stage, every mesh for one: the others take minutes.
 PAIRS = [
     pytest.param(stage, mesh, marks=() if mesh == "all" or stage == "tlm" else pytest.mark.slow)
     for stage in STAGES

@@ -65,8 +65,7 @@ def recipe_of(folder, **stage):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    with runs.cached_programs():
-        yield runs.prepare(tmp_path_factory.mktemp("hosts"))
+    return runs.prepare(tmp_path_factory.mktemp("hosts"))
 
 
 @pytest.fixture(scope="module")

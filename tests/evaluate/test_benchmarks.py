@@ -28,11 +28,6 @@ SHOTLESS = "--config.protocol.shots=0"
 SHORT = ("--config.protocol.shots=1", "--config.protocol.decode.max_new=4")
 
 
-@pytest.fixture(autouse=True)
-def programs(chain, monkeypatch):
-    monkeypatch.setenv("VADAPTER_COMPILE_CACHE", str(chain / "compiled"))
-
-
 @pytest.fixture(scope="module")
 def trained(chain, tmp_path_factory):
     return shutil.copytree(chain / "run", tmp_path_factory.mktemp("benchmarks") / "run")

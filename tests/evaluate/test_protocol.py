@@ -1,4 +1,4 @@
-"""Protocols: one forevery benchmark, as the paper has it, and every change has another digest."""
+"""Protocols: one for every benchmark, as the paper has it, and every change has another digest."""
 
 import dataclasses
 

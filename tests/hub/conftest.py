@@ -22,12 +22,6 @@ LM = {"intermediate_size": 32, "num_hidden_layers": 1,
       "num_attention_heads": 2, "max_position_embeddings": 512}  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs():
-    with runs.cached_programs():
-        yield
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """shapes/ with images and clips, and an encoder that another run has trained."""
@@ -69,7 +63,7 @@ def _trained(config, workdir: Path) -> Path:
     with config.unlocked():
         for stage in config.stages.values():
             stage.update(steps=2, save_every=2, eval_every=0, eval_limit=4)
-    with pytest.MonkeyPatch.context() as patch, runs.cached_programs():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         train(read(config), workdir)
     return workdir

@@ -1,4 +1,4 @@
-"""Cached greedy decoding against recomputing everything forevery token."""
+"""Cached greedy decoding against recomputing everything for every token."""
 
 import dataclasses
 

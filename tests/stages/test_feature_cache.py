@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from support import runs, tiny
+from support import tiny
 from support.recipes import SIZE, draw, tiny_recipe
 
 from vadapter.config import digest
@@ -38,8 +38,7 @@ from vadapter.stages.steps import CaptionObjective
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    with runs.cached_programs():
-        yield draw(tmp_path_factory.mktemp("features"))
+    return draw(tmp_path_factory.mktemp("features"))
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,6 @@ def start(recipe, *arguments, fault=""):
         **os.environ,
         "PYTHONPATH": str(runs.TESTS.parent),
         "VADAPTER_FAULT": fault,
-        "VADAPTER_COMPILE_CACHE": str(runs.cache_dir()),
         "XLA_FLAGS": "",
     }
     command = [sys.executable, "-c", COMMAND, "data", "cache", recipe, *arguments]

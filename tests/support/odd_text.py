@@ -1,4 +1,4 @@
-"""Texts on which tokenizers differ, forevery test that compares or round-trips one."""
+"""Texts on which tokenizers differ, for every test that compares or round-trips one."""
 
 SPECIALS = (
     "</s>",

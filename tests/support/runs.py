@@ -4,19 +4,16 @@ recipe = write_recipe(prepare(tmp_path))
 assert run(recipe, tmp_path / "run", fault="KILL:decoder:step:3").returncode == -9
 """
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from support import tiny
 from support.paths import TESTS
@@ -156,29 +153,6 @@ def fake_step(objective: Any, tx: Any, **_: Any) -> Any:
 # -- commands ----------------------------------------------------------------------------------
 
 
-def cache_dir() -> Path:
-    """Where compiled programs stay, from one test to the next and from one session to the next."""
-    path = Path(tempfile.gettempdir()) / f"vadapter-tests-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    return path
-
-
-@contextlib.contextmanager
-def cached_programs() -> Iterator[None]:
-    """Programs that this process compiles are kept, too."""
-    before = {
-        name: getattr(jax.config, name)
-        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    }
-    for name, value in zip(before, (str(cache_dir()), 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 def write_recipe(folder: Path, kind: str = "small") -> Path:
     """A recipe of this module as a file."""
     path = folder / f"{kind}.py"
@@ -191,7 +165,6 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": str(TESTS.parent),
-        "VADAPTER_COMPILE_CACHE": str(cache_dir()),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         **more,
     }

@@ -28,7 +28,7 @@ from vadapter.train.loop import train
 
 @pytest.fixture(scope="module")
 def bucket():
-    with gcs.local() as bucket, runs.cached_programs():
+    with gcs.local() as bucket:
         yield bucket
 
 

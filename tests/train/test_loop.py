@@ -29,8 +29,7 @@ from vadapter.train.loop import train
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    with runs.cached_programs():
-        yield runs.prepare(tmp_path_factory.mktemp("loop"))
+    return runs.prepare(tmp_path_factory.mktemp("loop"))
 
 
 @pytest.fixture

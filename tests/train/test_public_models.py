@@ -57,12 +57,11 @@ def language_model(folder, tokenizer, model_type, **keys):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A CLIP; a tiny LM whose BOS and EOS are id 0; an LLM with a SentencePiece tokenizer."""
-    with runs.cached_programs():
-        folder = runs.prepare(tmp_path_factory.mktemp("public"))
-        clip(folder / "clip")
-        language_model(folder / "tlm", neox, "gpt_neox", hidden_size=16)
-        language_model(folder / "llm", llama2, "llama")
-        yield folder
+    folder = runs.prepare(tmp_path_factory.mktemp("public"))
+    clip(folder / "clip")
+    language_model(folder / "tlm", neox, "gpt_neox", hidden_size=16)
+    language_model(folder / "llm", llama2, "llama")
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -174,4 +174,3 @@ def _prepare() -> None:
             "chmod 700 it, or set VADAPTER_COMPILE_CACHE to a directory of your own"
         )
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
