@@ -33,6 +33,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import jax
 import pytest
 from absl import flags
+from support.order import LONG_FILES
 from support.recipes import draw
 
 from vadapter.io.lock import waiting_lock
@@ -47,33 +48,6 @@ if not flags.FLAGS.is_parsed():  # grain reads absl flags
 # the collector walks over them again and again.
 gc.freeze()
 gc.set_threshold(50_000, 20, 50)
-
-# Files of ten seconds or more, longest first: with a file for each process in turn, two processes
-# then end at nearly the same time. `test_cli` trains the chain that later files read, and
-# `test_hosts`, which mostly waits, is beside it.
-LONG_FILES = (
-    "distributed/test_hosts.py",
-    "cli/test_cli.py",
-    "plan/test_plan.py",
-    "distributed/test_devices.py",
-    "evaluate/test_benchmarks.py",
-    "train/test_gs.py",
-    "inspect/test_check.py",
-    "train/test_public_models.py",
-    "hub/test_api.py",
-    "weights/test_language.py",
-    "train/test_loop.py",
-    "test_bad_input.py",
-    "hub/test_load.py",
-    "hub/test_push.py",
-    "hub/test_export.py",
-    "stages/test_feature_cache.py",
-    "data/test_pipeline.py",
-    "weights/test_hub.py",
-    "stages/test_steps.py",
-    "plan/test_flops.py",
-    "train/test_rewind.py",
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
