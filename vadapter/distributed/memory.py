@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 import jax
 
 from vadapter.console import size
-from vadapter.distributed.topology import here
 from vadapter.errors import ConfigError
 
 
@@ -67,6 +66,8 @@ def described(error: BaseException) -> str:
 
 def advice() -> str:
     """How to find what fits on devices as they are here."""
+    from vadapter.distributed.topology import here
+
     return (
         f"`vadapter plan --config=… --topology={here() or '…'}` finds a setting that fits: a "
         "smaller batch, more accumulate, components.NAME.remat=full, a larger mesh.fsdp"

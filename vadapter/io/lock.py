@@ -15,7 +15,6 @@ from pathlib import Path
 
 from vadapter.errors import ConfigError
 from vadapter.io import buckets, storage
-from vadapter.io.gcs_lock import lease
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +34,8 @@ def run_lock(directory: Path) -> Iterator[None]:
     directory = storage.as_path(directory)
     path = directory / ".lock"
     if storage.remote(directory):
+        from vadapter.io.gcs_lock import lease
+
         with lease(path):
             yield
         return
@@ -62,6 +63,8 @@ def run_lock(directory: Path) -> Iterator[None]:
 def waiting_lock(path: Path) -> Iterator[None]:
     """Holds the lock file `path`, after waiting for whoever holds it: for short, shared writes."""
     if storage.remote(path):
+        from vadapter.io.gcs_lock import lease
+
         with lease(path, wait=True):
             yield
         return

@@ -5,23 +5,23 @@ dataclasses and checks that the parts fit before anything is loaded or compiled.
 """
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 
 from vadapter.config import build, nearest
 from vadapter.data.config import DataConfig
 from vadapter.distributed.mesh import MeshConfig
 from vadapter.errors import ConfigError, Problems
-from vadapter.models.adapter_model import AdapterModel
-from vadapter.models.coca import CoCa
-from vadapter.models.generate import Decode
-from vadapter.models.lm import LM
-from vadapter.models.quantize import library
 from vadapter.models.registry import expand, make_module
 from vadapter.recipe.optim import OptimConfig, learning_rate
-from vadapter.weights.hf_checkpoint import complete
+
+if TYPE_CHECKING:
+    from flax import linen as nn
+
+    from vadapter.models.adapter_model import AdapterModel
+    from vadapter.models.coca import CoCa
+    from vadapter.models.generate import Decode
 
 TASKS = ("caption", "question", "document")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -88,8 +88,10 @@ class EvalConfig:
     length_penalty: float = 1.0
 
     @property
-    def decode(self) -> Decode:
+    def decode(self) -> "Decode":
         """How its texts are written."""
+        from vadapter.models.generate import Decode
+
         return Decode(self.max_new, self.min_new, self.beams, self.length_penalty)
 
 
@@ -188,7 +190,7 @@ def read(config: Any) -> Recipe:
     components, problems = {}, Problems()
     for name, spec in recipe.components.items():
         with problems.gather():
-            components[name] = complete(spec, f"components.{name}.weights")
+            components[name] = _complete(name, spec)
             expand(name, components[name])
     problems.settle()
     recipe = dataclasses.replace(recipe, components=components)
@@ -211,6 +213,16 @@ def read(config: Any) -> Recipe:
     return recipe
 
 
+def _complete(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """Return a component's spec with what its public checkpoint says."""
+    if not spec.get("weights"):
+        return dict(spec)
+    # The readers of public checkpoints are a tenth of the package: loaded only for those.
+    from vadapter.weights.hf_checkpoint import complete
+
+    return complete(spec, f"components.{name}.weights")
+
+
 def _check_int8(recipe: Recipe) -> None:
     """What is int8 stays frozen in all stages of the chain, and qwix is there to make it so."""
     for name in (name for name, spec in recipe.components.items() if spec.get("int8")):
@@ -220,6 +232,8 @@ def _check_int8(recipe: Recipe) -> None:
                     f"components.{name}.int8: {name} is trained in stage {stage}, which int8 "
                     "weights cannot be; leave int8 out, or the stage out of config.chain"
                 )
+        from vadapter.models.quantize import library
+
         library()
 
 
@@ -328,12 +342,16 @@ def trained(stage: StageConfig) -> tuple[str, ...]:
     return tuple(name for part in STAGES[stage.kind].trains for name in parts[part])
 
 
-def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> AdapterModel | CoCa:
+def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> "AdapterModel | CoCa":
     """The stage's model; widths that the recipe leaves open follow from what comes next.
 
     Raises:
       ConfigError: vocabularies or widths that do not fit.
     """
+    from vadapter.models.adapter_model import AdapterModel
+    from vadapter.models.coca import CoCa
+    from vadapter.models.lm import LM
+
     dtype = DTYPES[recipe.dtype]
     modules: dict[str, nn.Module] = {}
     width = 0  # of the language model that follows
@@ -364,7 +382,9 @@ def _derived(recipe: Recipe, name: str, vocab_size: int, width: int) -> dict[str
     )
 
 
-def _check_widths(stage: StageConfig, modules: dict[str, nn.Module]) -> None:
+def _check_widths(stage: StageConfig, modules: "dict[str, nn.Module]") -> None:
+    from vadapter.models.lm import LM
+
     before, width = "", 0
     for name in (*stage.chain, stage.lm):
         config: Any = modules[name].config  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -26,8 +26,10 @@ from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import storage
 from vadapter.models.quantize import full_precision, quantize
 from vadapter.recipe.schema import STAGES, Recipe, StageConfig, components, trained
-from vadapter.weights.hf_checkpoint import Report
 from vadapter.weights.reference import PREFIX, Reference
+
+if TYPE_CHECKING:
+    from vadapter.weights.hf_checkpoint import Report
 
 DONE = "done.json"
 STORE = "components"
@@ -52,7 +54,7 @@ class Start:
     source: str
     digest: str = ""
     weights: Reference | None = None
-    report: Report | None = None
+    report: "Report | None" = None
     name: str = ""
     root: Path = Path()
     loaded: tuple[str, ...] = ()

@@ -15,8 +15,6 @@ from vadapter.console import difference_table
 from vadapter.data.example import Source
 from vadapter.data.open import make_source, train_tokenizer
 from vadapter.data.tokenizers import Tokenizer
-from vadapter.data.tokenizers.bpe import BPETokenizer
-from vadapter.data.tokenizers.pretrained import PretrainedTokenizer, load_tokenizer
 from vadapter.distributed import hosts, memory
 from vadapter.distributed.mesh import make_mesh
 from vadapter.errors import CheckpointError, Problems, UserError
@@ -25,7 +23,6 @@ from vadapter.io.json_files import write_json
 from vadapter.recipe.schema import Recipe, StageConfig
 from vadapter.stages import initialization
 from vadapter.stages.preflight import Preflight
-from vadapter.weights.hf_checkpoint import locate
 
 CONFIG = "config.json"
 TOKENIZER = (
@@ -128,6 +125,9 @@ def read_tokenizer(recipe: Recipe, stage: StageConfig, workdir: Path) -> Tokeniz
     """
     path = tokenizer_path(recipe, stage, workdir)
     if path != workdir / TOKENIZER:
+        from vadapter.data.tokenizers.pretrained import PretrainedTokenizer, load_tokenizer
+        from vadapter.weights.hf_checkpoint import locate
+
         where, weights = f"components.{stage.lm}.weights", recipe.components[stage.lm]["weights"]
         tokenizer = PretrainedTokenizer.load(locate(weights, where).path)
         if path.exists() and load_tokenizer(path).digest != tokenizer.digest:
@@ -145,6 +145,8 @@ def read_tokenizer(recipe: Recipe, stage: StageConfig, workdir: Path) -> Tokeniz
             + difference_table(diff)
             + "\nUse another --workdir, or the configuration of before."
         )
+    from vadapter.data.tokenizers.bpe import BPETokenizer
+
     return BPETokenizer.load(path)
 
 

@@ -6,17 +6,19 @@ before it needs them. It keeps the digest of their files; a folder may move, its
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+import pkgutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import storage
 from vadapter.models.registry import expand
-from vadapter.weights.hf_checkpoint import Checkpoint, Report, locate
-from vadapter.weights.mobilenet import MobileNetFiles
+
+if TYPE_CHECKING:
+    from vadapter.weights.hf_checkpoint import Report
 
 PREFIX = "sha256:"  # of a digest of files, unlike that of stored arrays
 
@@ -32,7 +34,7 @@ class Weights(Protocol):
         """The sha256, in hex, of the files' bytes."""
         ...
 
-    def match(self, abstract: Any) -> Report:
+    def match(self, abstract: Any) -> "Report":
         """Accounts forevery tensor of both sides by the headers alone."""
         ...
 
@@ -41,11 +43,11 @@ class Weights(Protocol):
         ...
 
 
-# kind of component -> what opens a folder of its weights
-FORMATS: dict[str, Callable[[Path], Weights]] = {
-    "mobilenet": MobileNetFiles.open,
-    "vit": Checkpoint.open,
-    "lm": Checkpoint.open,
+# kind of component -> reader of a folder of its weights, imported when one is opened
+FORMATS = {
+    "mobilenet": "vadapter.weights.mobilenet:MobileNetFiles",
+    "vit": "vadapter.weights.hf_checkpoint:Checkpoint",
+    "lm": "vadapter.weights.hf_checkpoint:Checkpoint",
 }
 
 
@@ -84,12 +86,14 @@ class Reference:
             raise ConfigError(
                 f"{where}.weights: read for {', '.join(FORMATS)}, not for kind {kind!r}"
             )
+        from vadapter.weights.hf_checkpoint import locate
+
         found = locate(spec["weights"], f"{where}.weights")
         return cls(component, spec["weights"], found.path, kind)
 
     def open(self) -> Weights:
         """The headers of the weights, checked."""
-        return FORMATS[self.kind](self.path)
+        return pkgutil.resolve_name(FORMATS[self.kind]).open(self.path)
 
     def digest(self, folder: Path, *, write: bool = True) -> str:
         """`sha256:` and the digest of the files, from the run's record of it if they are the same.
