@@ -162,7 +162,7 @@ def test_other_errors_of_the_runtime_stay_what_they_are(monkeypatch):
 
 def test_every_verb_that_computes_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(main, "_prepare", lambda: None)
-    monkeypatch.setattr(main, "_caption", use_all)
+    monkeypatch.setattr("vadapter.hub.load.open_either", use_all)
     assert main.main(["caption", str(tmp_path), "photo.jpg"]) == USER_ERROR
     said = capsys.readouterr().err
     assert said.startswith("vadapter: cpu is out of memory (RESOURCE_EXHAUSTED: ")
