@@ -1,25 +1,48 @@
-"""A page as one HTML file that needs nothing else and may load nothing else.
+"""Pages as single HTML files that load nothing else.
 
-Captions, questions and names come from data sets and models: all of them are text, never markup.
+Captions, questions and names come from data sets and models: they are always text, never markup.
 """
 
+import base64
 import html
+import io
 import re
 from typing import Any
 
+from PIL import Image
+
 
 def text(value: Any, limit: int = 0) -> str:
-    """Any value as text of a page or of an attribute; 0: of any length."""
-    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(value))
-    return html.escape(shown if len(shown) <= (limit or len(shown)) else shown[: limit - 1] + "…")
+    """Return a value escaped for text and attributes.
+
+    Args:
+      value: any value.
+      limit: number of characters to keep; 0: all.
+    """
+    string = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(value))
+    return html.escape(string[: limit - 1] + "…" if 0 < limit < len(string) else string)
+
+
+def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
+    """Return an image as a data URI.
+
+    Args:
+      image: the image, or the first frame of an animation.
+      kind: "png", "jpeg" or "webp".
+      **options: of `PIL.Image.Image.save`.
+    """
+    file = io.BytesIO()
+    image.save(file, kind.upper(), **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def page(title: str, style: str, body: str) -> str:
-    """The whole file.
+    """Return a complete HTML file.
 
     Args:
-      title: as it is, not yet escaped.
-      style: rules of CSS; body: markup.
+      title: heading, not yet escaped.
+      style: CSS rules.
+      body: markup.
     """
     return f"""<!doctype html>
 <html lang="en">

@@ -20,7 +20,8 @@ from vadapter.data.open import make_source, train_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import ConfigError
 from vadapter.evaluate import describe
-from vadapter.evaluate.evaluator import score
+from vadapter.evaluate.runner import evaluate
+from vadapter.metrics.scoring import Generation
 from vadapter.models.registry import make_module
 from vadapter.recipe.schema import EvalConfig, read
 from vadapter.stages.feature_cache import encoded
@@ -51,18 +52,15 @@ def wanting(config, **keys):
 
 
 class Seen:
-    """A decoder that keeps the images and says nothing."""
+    """A decoder that keeps the images and generates the same caption for each."""
 
     def __init__(self, tokenizer, frames):
         self.tokenizer, self.frames = tokenizer, frames
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
-    def batches(self, params, batches, how, shown=None):
+    def generate(self, params, batches, how, shown=None):
         self.frames += [np.asarray(batch["frames"]) for batch in batches]
-        yield [(i, "a bar", True) for i in range(2)]
-
-    def texts(self, params, batches, max_new):
-        return next(self.batches(params, batches, max_new))
+        yield [Generation(i, "a bar", True) for i in range(2)]
 
 
 @pytest.mark.parametrize("name", ["vision", "decoder"])
@@ -117,7 +115,7 @@ def test_an_evaluation_shows_the_view_of_training(tokenizer):
     seen = []
     source = ListSource([Example(name, PIXELS[None], ("a bar",)) for name in "ab"])
     for data in (ONE, dataclasses.replace(ONE, fit="stretch")):
-        score(Seen(tokenizer, seen), {}, source, data, EvalConfig("x"), VIEW)
+        evaluate(Seen(tokenizer, seen), {}, source, data, EvalConfig("x"), VIEW)
     np.testing.assert_array_equal(seen[0][0], resize(PIXELS[None], VIEW))
     stretched = dataclasses.replace(VIEW, fit="stretch")
     np.testing.assert_array_equal(seen[1][0], resize(PIXELS[None], stretched))

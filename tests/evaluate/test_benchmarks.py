@@ -1,4 +1,4 @@
-"""`vadapter eval RUN --benchmarks`: official files in; predictions, scores and what is sent out."""
+"""`vadapter eval RUN --benchmarks`: official files in; predictions, scores and a submission."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def results(run, name):
 # -- What it writes ----------------------------------------------------------------------------
 
 
-def test_captions_have_predictions_scores_a_file_to_send_in_and_a_gallery(run, evaluate):
+def test_captions_have_predictions_scores_a_submission_and_a_gallery(run, evaluate):
     code, out, err = evaluate("--benchmarks=flickr8k")
     assert code == 0, err
     folder, score, rows = results(run, "flickr8k")
@@ -85,7 +85,7 @@ def test_captions_have_predictions_scores_a_file_to_send_in_and_a_gallery(run, e
     assert page.count("data:image/") == PHOTOS
 
 
-def test_a_partial_set_is_named_as_such_everywhere_and_a_complete_one_is_official(
+def test_a_partial_set_is_reported_as_unofficial_and_a_complete_one_as_official(
     run, evaluate, data, monkeypatch
 ):
     _, _, err = evaluate("--benchmarks=flickr8k")
@@ -124,7 +124,7 @@ def test_questions_follow_examples_of_the_training_split(run, evaluate, data):
     assert results(run, folder.name)[1]["examples"] == [example]
 
 
-def test_without_public_answers_there_is_no_score_but_a_file_to_send_in(run, evaluate):
+def test_without_public_answers_there_is_no_score_but_a_submission(run, evaluate):
     code, _, err = evaluate("--benchmarks=vqav2", "--config.protocol.split=test-dev", *SHORT)
     assert code == 0, err
     (folder,) = (run / "vadapter/eval").glob("vqav2-*")
@@ -136,7 +136,7 @@ def test_without_public_answers_there_is_no_score_but_a_file_to_send_in(run, eva
     assert "Random" in (folder / "gallery.html").read_text()
 
 
-def test_several_are_told_in_one_table_and_one_that_is_missing_stops_no_other(evaluate, data):
+def test_several_benchmarks_share_a_table_and_a_missing_one_stops_no_other(evaluate, data):
     code, out, err = evaluate("--benchmarks=flickr8k,coco,daquar", SHOTLESS, "--limit=2")
     assert code == USER_ERROR
     assert err.splitlines()[-1].startswith(f"vadapter: {data}/coco: no such folder")
@@ -152,7 +152,7 @@ def test_several_are_told_in_one_table_and_one_that_is_missing_stops_no_other(ev
     "change",
     ["shots=2", "shot_kind=image", "shot_seed=1", "decode.beams=2", "decode.max_new=2"],
 )
-def test_every_change_of_the_protocol_has_a_folder_of_its_own(run, evaluate, change):
+def test_every_change_of_the_protocol_has_its_own_directory(run, evaluate, change):
     evaluate("--benchmarks=okvqa", *SHORT)
     (plain,) = (run / "vadapter/eval").iterdir()
     code, _, err = evaluate("--benchmarks=okvqa", *SHORT, f"--config.protocol.{change}")
@@ -171,52 +171,50 @@ def test_every_change_of_the_protocol_has_a_folder_of_its_own(run, evaluate, cha
         assert not any(len(row["prediction"].split()) > 2 for row in rows)
 
 
-# -- Stopped, and on several devices -----------------------------------------------------------
+# -- Interrupted, and on several devices -----------------------------------------------------------
 
 
 def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "gallery.html"}
 
 
-def count_texts(monkeypatch):
-    """A list of all texts that are decoded from now on."""
-    read, texts = runner.Decoder._read, []
+def count_generations(monkeypatch, stop_after=None):
+    """Return a list that receives all generations from now on.
 
-    def reading(self, arrays, out):
-        texts.extend(found := read(self, arrays, out))
-        return found
+    Args:
+      stop_after: raise KeyboardInterrupt after so many, as Ctrl-C does.
+    """
+    generate, generations = runner.Decoder.generate, []
 
-    monkeypatch.setattr(runner.Decoder, "_read", reading)
-    return texts
+    def counting(*args, **kwargs):
+        for group in generate(*args, **kwargs):
+            generations.extend(group)
+            if len(generations) == stop_after:
+                raise KeyboardInterrupt
+            yield group
+
+    monkeypatch.setattr(runner.Decoder, "generate", counting)
+    return generations
 
 
 DAQUAR = ("--benchmarks=daquar", SHOTLESS, "--batch=8")
 
 
-def test_an_interrupted_evaluation_goes_on_and_ends_the_same(run, evaluate, monkeypatch):
+def test_an_interrupted_evaluation_resumes_with_the_same_result(run, evaluate, monkeypatch):
     evaluate(*DAQUAR)
     (folder,) = (run / "vadapter/eval").iterdir()
     whole = contents(folder)
     shutil.rmtree(folder)
-    texts = count_texts(monkeypatch)
     with monkeypatch.context() as patch:
-        read = runner.Decoder._read
-
-        def until_the_second(*arguments):
-            found = read(*arguments)
-            if len(texts) == 16:
-                raise KeyboardInterrupt
-            return found
-
-        patch.setattr(runner.Decoder, "_read", until_the_second)
+        count_generations(patch, stop_after=16)
         assert evaluate(*DAQUAR)[0] == 130
     assert (folder / "predictions.jsonl.part").exists()
     assert not (folder / "score.json").exists()
-    texts.clear()
+    generations = count_generations(monkeypatch)
     code, _, err = evaluate(*DAQUAR)
     assert code == 0
     assert f"daquar: resuming: 8 of {QUESTIONS} already done" in err
-    assert len(texts) == QUESTIONS - 8
+    assert len(generations) == QUESTIONS - 8
     assert contents(folder) == whole
 
 
@@ -239,7 +237,7 @@ main(sys.argv[1:])
 """
 
 
-def test_a_killed_process_goes_on_and_ends_the_same(run, data, evaluate, monkeypatch):
+def test_a_killed_process_resumes_with_the_same_result(run, data, evaluate, monkeypatch):
     arguments = ["eval", str(run), "--stage=vadapter", f"--data={data}", *DAQUAR]
     evaluate(*DAQUAR)
     (folder,) = (run / "vadapter/eval").iterdir()
@@ -249,21 +247,21 @@ def test_a_killed_process_goes_on_and_ends_the_same(run, data, evaluate, monkeyp
     done = subprocess.run(killed, env=environment(8), capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in folder.iterdir()] == ["predictions.jsonl.part"]
-    texts = count_texts(monkeypatch)
+    generations = count_generations(monkeypatch)
     _, _, err = evaluate(*DAQUAR)
     assert f"daquar: resuming: 16 of {QUESTIONS} already done" in err
-    assert len(texts) == QUESTIONS - 16
+    assert len(generations) == QUESTIONS - 16
     assert contents(folder) == whole
 
 
-def test_of_several_those_that_are_complete_are_not_done_again(run, evaluate, monkeypatch):
+def test_complete_benchmarks_are_not_run_again(run, evaluate, monkeypatch):
     evaluate("--benchmarks=daquar", SHOTLESS)
     (folder,) = (run / "vadapter/eval").iterdir()
     whole = contents(folder)
-    texts = count_texts(monkeypatch)
+    generations = count_generations(monkeypatch)
     _, out, err = evaluate("--benchmarks=daquar,flickr8k", SHOTLESS)
-    assert len(texts) == PHOTOS
-    assert "daquar: done before" in err
+    assert len(generations) == PHOTOS
+    assert "daquar: already complete" in err
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["daquar", "flickr8k"]
     assert contents(folder) == whole
     (folder / "predictions.jsonl").unlink()
@@ -278,13 +276,15 @@ def environment(devices):
 
 
 @pytest.mark.slow
-def test_eight_devices_say_what_one_says(run, data, evaluate):
+def test_eight_devices_generate_the_same_as_one(run, data, evaluate):
     both = ("--benchmarks=flickr8k,daquar", SHOTLESS, "--batch=8")
     evaluate(*both)  # on eight
     folders = sorted((run / "vadapter/eval").iterdir())
     eight = {folder.name: contents(folder) for folder in folders}
-    said = {line for files in eight.values() for line in files["predictions.jsonl"].splitlines()}
-    assert len({json.loads(line)["prediction"] for line in said}) > 2, "equal texts prove little"
+    lines = {line for files in eight.values() for line in files["predictions.jsonl"].splitlines()}
+    assert len({json.loads(line)["prediction"] for line in lines}) > 2, (
+        "equal generations prove little"
+    )
     shutil.rmtree(run / "vadapter/eval")
     command = [sys.executable, "-m", "vadapter", "eval", run, "--stage=vadapter", f"--data={data}"]
     subprocess.run([*command, *both], env=environment(1), check=True, capture_output=True)
@@ -292,25 +292,30 @@ def test_eight_devices_say_what_one_says(run, data, evaluate):
 
 
 @pytest.mark.parametrize("spoil", ["missing", "double"])
-def test_texts_that_are_not_one_of_each_item_are_an_error(evaluate, spoil, monkeypatch):
-    read = runner.Decoder._read
-    change = {"missing": lambda t: t[:-1], "double": lambda t: [*t, t[0]]}[spoil]
-    monkeypatch.setattr(runner.Decoder, "_read", lambda *a: change(read(*a)))
-    with pytest.raises(RuntimeError, match="each must have one"):
+def test_generations_that_are_not_one_per_item_are_an_error(evaluate, spoil, monkeypatch):
+    generate = runner.Decoder.generate
+    change = {"missing": lambda g: g[:-1], "double": lambda g: [*g, g[0]]}[spoil]
+    monkeypatch.setattr(
+        runner.Decoder, "generate", lambda *args, **kwargs: map(change, generate(*args, **kwargs))
+    )
+    with pytest.raises(RuntimeError, match="expected one generation for each"):
         evaluate("--benchmarks=flickr8k", "--config.protocol.decode.max_new=4")
 
 
-# -- Mistakes ----------------------------------------------------------------------------------
+# -- User errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--benchmarks=flicker8k"], "none for benchmark 'flicker8k'; did you mean 'flickr8k'"),
+        (["--benchmarks=flicker8k"], "has no benchmark 'flicker8k'; did you mean 'flickr8k'"),
         (["--benchmarks=okvqa", "--protocol=papr"], "--protocol=papr: unknown; did you mean"),
         (["--benchmarks=okvqa", "--config.protocol.shot=1"], "did you mean 'shots'"),
-        (["--benchmarks=flickr8k", "--config.protocol.shots=4"], "text-only examples are of"),
-        (["--benchmarks="], "names none; all, or some of coco, "),
+        (
+            ["--benchmarks=flickr8k", "--config.protocol.shots=4"],
+            "text-only examples exist for questions only",
+        ),
+        (["--benchmarks="], "pass all, or some of coco, "),
         (["--benchmarks=okvqa", "--config.protocol.shots=two"], "--config.protocol.shots=two: "),
         (["--benchmarks=coco"], "`vadapter data doctor coco` lists them"),
         (["--benchmarks=okvqa", "--config.protocol.shots=40"], "shots=40: the training split of"),
@@ -319,17 +324,17 @@ def test_texts_that_are_not_one_of_each_item_are_an_error(evaluate, spoil, monke
         (["--protocol=paper"], "--protocol=paper: applies only to benchmarks"),
         (["--evals=captions", "--protocol=paper"], "--protocol=paper: applies only to benchmarks"),
         (["--evals=captions", "--config.protocol.shots=1"], "applies only to benchmarks"),
-        (["--benchmarks=flickr8k", "--stage=tlm"], "reads text alone"),
+        (["--benchmarks=flickr8k", "--stage=tlm"], "is text-only"),
     ],
 )
-def test_mistakes_are_told_in_a_line(run, data, capsys, arguments, words):
+def test_user_errors_are_reported_in_one_line(run, data, capsys, arguments, words):
     given = [f"--data={data}"] if arguments[0].startswith("--benchmarks") else []
     assert main(["eval", str(run), *given, *arguments]) == USER_ERROR
     assert words in the_error(capsys.readouterr().err)
 
 
 def the_error(err):
-    """The only line that is neither a remark on what is scored nor progress."""
+    """Return the only line that is neither a note on the benchmark nor progress."""
     (line,) = (
         line
         for line in err.splitlines()
@@ -348,7 +353,7 @@ def the_error(err):
         ("flickr8k", "dataset_flickr8k.json"),
     ],
 )
-def test_official_files_that_are_missing_are_named_with_what_lists_them(
+def test_missing_official_files_are_named_with_the_command_that_checks_them(
     run, data, tmp_path, capsys, name, file
 ):
     folder = shutil.copytree(data / name, tmp_path / name)
@@ -357,10 +362,10 @@ def test_official_files_that_are_missing_are_named_with_what_lists_them(
     assert main([*command, "--config.protocol.decode.max_new=4"]) == USER_ERROR
     line = the_error(capsys.readouterr().err)
     assert file in line
-    assert line.endswith(f"; `vadapter data doctor {name} --dir={folder}` lists what is there")
+    assert line.endswith(f"; run `vadapter data doctor {name} --dir={folder}` to check the files")
 
 
-def test_a_folder_that_is_not_there_is_told(run, tmp_path, capsys):
+def test_a_missing_data_folder_is_reported(run, tmp_path, capsys):
     assert main(["eval", str(run), "--benchmarks=all", f"--data={tmp_path / 'x'}"]) == USER_ERROR
     assert (
         "no such folder; it must hold one folder of official files for each"
@@ -368,7 +373,7 @@ def test_a_folder_that_is_not_there_is_told(run, tmp_path, capsys):
     )
 
 
-def test_evaluations_and_benchmarks_are_one_or_the_other(run, capsys):
+def test_evaluations_and_benchmarks_exclude_each_other(run, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["eval", str(run), "--evals=captions", "--benchmarks=all"])
     assert stop.value.code == 2

@@ -1,6 +1,6 @@
-"""What a model reads of a benchmark: prompt, examples with or without images, the question.
+"""The prompts of a benchmark: instruction, examples with or without images, question.
 
-Its tokenizer knows small letters alone.
+The tokenizer of the model knows lower-case letters only.
 """
 
 import re
@@ -11,14 +11,14 @@ import pytest
 from support.small_benchmarks import write_benchmarks
 
 from vadapter.data.benchmarks.source import open_benchmark
+from vadapter.data.items import items_of
 from vadapter.data.media.frames import load_media
 from vadapter.data.media.images import resize
 from vadapter.errors import ConfigError, DataError
-from vadapter.evaluate.few_shot import prompting
+from vadapter.evaluate.few_shot import build_prompts
 from vadapter.evaluate.protocol import resolve
 from vadapter.evaluate.protocols import PROTOCOLS
 from vadapter.evaluate.runner import Decoder, predict
-from vadapter.metrics.scoring import items_of
 from vadapter.models.generate import Decode
 from vadapter.stages.restore import open_run
 
@@ -35,12 +35,12 @@ def loaded(chain):
 
 @pytest.fixture
 def prompts(loaded, data):
-    """(what `prompting` makes of a benchmark with fields of its protocol changed, the items)."""
+    """(prompts of a benchmark with some fields of its protocol overridden, its items)."""
 
     def call(name, *overrides):
         protocol = resolve(PROTOCOLS["paper"], name, ["decode.max_new=4", *overrides])
         items = items_of(open_benchmark(name, data / name, protocol.split), protocol.task)
-        return prompting(loaded, protocol, data / name, "image", items), items
+        return build_prompts(loaded, protocol, data / name, "image", items), items
 
     return call
 
@@ -57,23 +57,23 @@ ASKED = r"\. question: what is 262148000\? answer:"
 EXAMPLE = r" question: what is (900\d)\? answer: net given"
 
 
-def test_captions_are_asked_for_without_examples(loaded, prompts):
-    made, items = prompts("flickr8k")
-    assert reads(loaded, made, items[0]) == "describe the following:<> :"
-    assert (made.examples, made.shown, made.frames) == ((), None, 1)
+def test_caption_prompts_have_no_examples(loaded, prompts):
+    built, items = prompts("flickr8k")
+    assert reads(loaded, built, items[0]) == "describe the following:<> :"
+    assert (built.examples, built.shown, built.frames) == ((), None, 1)
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
-def test_k_text_only_examples_stand_in_front_of_the_image(loaded, prompts, k):
-    made, items = prompts("okvqa", f"shots={k}")
-    found = re.fullmatch(f"{FIRST}{k * EXAMPLE}<>{ASKED}", reads(loaded, made, items[0]))
+def test_k_text_only_examples_precede_the_image(loaded, prompts, k):
+    built, items = prompts("okvqa", f"shots={k}")
+    found = re.fullmatch(f"{FIRST}{k * EXAMPLE}<>{ASKED}", reads(loaded, built, items[0]))
     assert found
     assert len(set(found.groups())) == k
-    assert len(made.examples) == k
-    assert made.shown is None
+    assert len(built.examples) == k
+    assert built.shown is None
 
 
-def test_other_examples_are_drawn_by_another_seed_only(prompts):
+def test_only_another_seed_draws_other_examples(prompts):
     drawn = [
         [prompts("okvqa", "shots=1", f"shot_seed={seed}")[0].examples for seed in range(6)]
         for _ in range(2)
@@ -83,20 +83,20 @@ def test_other_examples_are_drawn_by_another_seed_only(prompts):
 
 
 @pytest.mark.parametrize("name", ["okvqa", "flickr8k"])
-def test_k_image_examples_stand_behind_their_images(loaded, prompts, data, name):
-    made, items = prompts(name, "shots=2", "shot_kind=image", "decode.max_new=2")
+def test_k_image_examples_follow_their_images(loaded, prompts, data, name):
+    built, items = prompts(name, "shots=2", "shot_kind=image", "decode.max_new=2")
     plain, _ = prompts(name, "shots=0")
-    assert reads(loaded, made, items[0]) == reads(loaded, plain, items[0])
+    assert reads(loaded, built, items[0]) == reads(loaded, plain, items[0])
     training = open_benchmark(name, data / name, "train")
     if name == "okvqa":
         behind = {f". Question: {q.text} Answer: net Given": 0 for q in training.text_only(0).qa}
     else:
         captions = [training.text_only(i).captions[0] for i in range(len(training))]
         behind = {f" : {text} Describe the following:": i for i, text in enumerate(captions)}
-    assert len(set(made.examples)) == 2
+    assert len(set(built.examples)) == 2
 
     expected = []
-    for text in made.examples:
+    for text in built.examples:
         media = training[behind[text]].media
         assert media is not None
         pixels = resize(load_media(media, frames=1), loaded.view)
@@ -105,26 +105,26 @@ def test_k_image_examples_stand_behind_their_images(loaded, prompts, data, name)
         llm = loaded.model.modules[loaded.model.lm]
         ids = jnp.asarray(loaded.tokenizer.encode(text))
         expected.append(llm.apply({"params": loaded.params[loaded.model.lm]}, ids, method="embed"))
-    np.testing.assert_allclose(made.shown[0], np.concatenate(expected), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(built.shown[0], np.concatenate(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_examples_and_beams_change_what_is_said(loaded, prompts):
-    """An image example is read, and not only counted."""
-    made, items = prompts("flickr8k", "shots=1", "shot_kind=image")
+def test_examples_and_beams_change_the_generations(loaded, prompts):
+    """An image example is used, not only counted."""
+    built, items = prompts("flickr8k", "shots=1", "shot_kind=image")
     decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
 
-    def texts(shown, how):
-        return predict(decoder, loaded.params, items, made.row, batch=16, how=how, shown=shown)
+    def generations(shown, how):
+        return predict(decoder, loaded.params, items, built.row, batch=16, how=how, shown=shown)
 
-    plain = texts(None, Decode(8))
+    plain = generations(None, Decode(8))
     shots = [
         prompts("flickr8k", "shots=1", "shot_kind=image", f"shot_seed={n}")[0] for n in range(6)
     ]
-    assert any(texts(shot.shown, Decode(8)) != plain for shot in shots)
-    assert texts(None, Decode(8, beams=3)) != plain
+    assert any(generations(shot.shown, Decode(8)) != plain for shot in shots)
+    assert generations(None, Decode(8, beams=3)) != plain
 
 
-def test_the_image_of_an_example_that_cannot_be_read_is_named(prompts, data):
+def test_an_unreadable_image_of_an_example_is_named(prompts, data):
     path = data / "okvqa/train2014/COCO_train2014_000000000009.jpg"
     kept = path.read_bytes()
     path.write_bytes(b"<html>")
@@ -133,7 +133,7 @@ def test_the_image_of_an_example_that_cannot_be_read_is_named(prompts, data):
     path.write_bytes(kept)
 
 
-def test_a_prompt_without_room_is_refused_with_how_many_examples_fit(prompts):
+def test_a_prompt_that_does_not_fit_is_refused_with_the_number_of_examples_that_do(prompts):
     with pytest.raises(ConfigError, match=r"1 of 2 examples fit: --config\.protocol\.shots=1"):
         prompts("okvqa", "shots=2", "decode.max_new=90")
     prompts("okvqa", "shots=1", "decode.max_new=90")

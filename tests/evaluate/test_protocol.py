@@ -1,4 +1,4 @@
-"""Protocols: one for every benchmark, as the paper has it, and every change has another digest."""
+"""Protocols: one per benchmark, as in the paper; every change has another digest."""
 
 import dataclasses
 
@@ -12,6 +12,7 @@ from vadapter.errors import ConfigError
 from vadapter.evaluate.protocol import POSTS, draw, draw_questions, resolve
 from vadapter.evaluate.protocols import PROTOCOLS, find_protocol
 from vadapter.metrics.scoring import METRICS
+from vadapter.metrics.vqa import RULES
 from vadapter.models.generate import Decode
 
 PAPER = PROTOCOLS["paper"]
@@ -29,9 +30,9 @@ def test_the_paper_protocol_has_every_benchmark_with_its_task_and_default_split(
         video_question = protocol.task == "question" and BENCHMARKS[name].media == "clip"
         after = "in exactly one word:" if video_question else "Answer:"
         if protocol.task == "question":
-            assert protocol.asked.after("why").endswith(after)
+            assert protocol.question_prompt.after("why").endswith(after)
     rules = {name: METRICS[p.metric].rules for name, p in PAPER.items() if p.task == "question"}
-    assert {name: r.name for name, r in rules.items() if r} == {
+    assert {name: RULES[r].name for name, r in rules.items()} == {
         "vqav2": "vqav2", "okvqa": "vqav2", "textvqa": "textvqa", "vizwiz": "vizwiz",
         "ivqa": "ivqa", "msrvtt_qa": "exact", "msvd_qa": "exact", "daquar": "exact",
     }  # fmt: skip
@@ -41,7 +42,7 @@ def test_all_tables_resolve_to_themselves():
     for table in PROTOCOLS.values():
         for name, protocol in table.items():
             assert resolve(table, name) == protocol
-    asked = PROTOCOLS["unanswerable"]["vizwiz"].asked.after("what is it")
+    asked = PROTOCOLS["unanswerable"]["vizwiz"].question_prompt.after("what is it")
     assert asked.endswith("respond with 'Unanswerable'. Answer:")
 
 
@@ -61,7 +62,7 @@ def test_every_field_is_part_of_the_digest():
     assert digest(resolve(PAPER, "vqav2", ["shots=4", "decode.beams=1"])) == digest(base)
 
 
-def test_fields_are_changed_by_name():
+def test_fields_are_overridden_by_name():
     changed = resolve(PAPER, "okvqa", ["shots=2", "shot_kind=image", "decode.beams=3"])
     expected = dataclasses.replace(PAPER["okvqa"], shots=2, shot_kind="image")
     how = dataclasses.replace(expected.decode, beams=3)
@@ -71,7 +72,7 @@ def test_fields_are_changed_by_name():
 @pytest.mark.parametrize(
     ("benchmark", "override", "words"),
     [
-        ("vqa2", "", "none for benchmark 'vqa2'; did you mean 'vqav2'"),
+        ("vqa2", "", "has no benchmark 'vqa2'; did you mean 'vqav2'"),
         ("vqav2", "shot=2", "unknown key; did you mean 'shots'"),
         ("vqav2", "shots=two", "shots"),
         ("vqav2", "shots=-1", "0 or more"),
@@ -81,10 +82,10 @@ def test_fields_are_changed_by_name():
         ("vqav2", "prompt=questions", "did you mean 'question'"),
         ("vqav2", "decode.beams=0", "at least 1"),
         ("vqav2", "decode.min_new=11", "at most"),
-        ("coco", "shots=4", "text-only examples are of questions"),
+        ("coco", "shots=4", "text-only examples exist for questions only"),
     ],
 )
-def test_what_cannot_be_is_named(benchmark, override, words):
+def test_invalid_protocols_are_refused(benchmark, override, words):
     with pytest.raises(ConfigError, match=words):
         resolve(PAPER, benchmark, [override] if override else [])
 
@@ -112,7 +113,7 @@ def test_the_same_examples_are_drawn_every_time_and_others_by_another_seed():
     assert [q for q, _ in drawn] == ["q43", "q20", "q0", "q47"]
 
 
-def test_questions_without_an_answer_are_not_shown_and_too_few_are_refused():
+def test_questions_without_an_answer_are_not_drawn_and_too_few_are_refused():
     few = [*TRAINING[:4], Question("q", ()), Question("q", (" ",)), Question(" ", ("a",))]
     assert {q for q, _ in draw_questions(few, PAPER["vqav2"])} == {"q0", "q1", "q2", "q3"}
     with pytest.raises(ConfigError, match="has only 3"):
@@ -142,6 +143,6 @@ def test_the_prompt_of_pseudo_examples_is_the_papers():
         (" \n ", "", ""),
     ],
 )
-def test_what_is_cut_off_a_text(text, line, answer):
+def test_postprocessing(text, line, answer):
     assert (POSTS["line"](text), POSTS["answer"](text)) == (line, answer)
     assert POSTS["none"](text) == text

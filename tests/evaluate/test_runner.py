@@ -1,4 +1,4 @@
-"""Evaluations: what training reported comes out again, and the signs that images are used."""
+"""Evaluations reproduce the scores of training; the ablation shows whether images are used."""
 
 import dataclasses
 import json
@@ -11,14 +11,15 @@ import pytest
 from support import tiny
 from support.sources import ListSource
 
+from vadapter.data.config import DataConfig
 from vadapter.data.example import Example, Source
+from vadapter.data.items import Questions, Slice
 from vadapter.data.media.images import ImageTransform
 from vadapter.errors import ConfigError
 from vadapter.evaluate.image_ablation import image_ablation_scores, make_image_ablation
-from vadapter.evaluate.recipe_evals import choose, evaluate_again
+from vadapter.evaluate.recipe_evals import choose, run_eval
 from vadapter.evaluate.runner import Decoder, evaluate
-from vadapter.metrics.scoring import First, Questions
-from vadapter.models.generate import Decode
+from vadapter.recipe.schema import EvalConfig
 from vadapter.stages.restore import open_run
 
 
@@ -31,6 +32,17 @@ def run(chain, tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(run):
     return open_run(run, "vadapter")
+
+
+CAPTIONS = DataConfig(source={}, task="caption", text_len=1, size=32)
+EIGHT = EvalConfig("", max_new=12, batch=8)
+
+
+class Captioned(ListSource):
+    """A source of images with the same caption."""
+
+    def __init__(self, media):
+        super().__init__(Example(str(i), m, ("a bar",)) for i, m in enumerate(media))
 
 
 class Pairs(Source):
@@ -55,14 +67,14 @@ def test_questions_are_items_of_their_own_up_to_the_limit():
     ]
     assert items.text_only(2)[1] == ("c?", "3", "x")
     assert [len(Questions(Pairs(), limit)) for limit in (0, 1, 2, 9)] == [3, 1, 2, 3]
-    assert [len(First(Pairs(), limit)) for limit in (1, 9)] == [1, 3]
+    assert [len(Slice(Pairs(), 0, limit)) for limit in (1, 9)] == [1, 3]
 
 
-def test_an_evaluation_gives_the_scores_that_training_reported(run, loaded):
+def test_an_evaluation_reproduces_the_scores_of_training(run, loaded):
     before = run / "vadapter" / "eval" / "captions"
     rows = [json.loads(line) for line in (before / "predictions.jsonl").read_text().splitlines()]
     scores = json.loads((before / "score.json").read_text())["scores"]
-    result, directory = evaluate_again(loaded, "captions")
+    result, directory = run_eval(loaded, "captions")
     assert directory == before
     assert [row["prediction"] for row in result.rows] == [row["prediction"] for row in rows]
     assert result.scores == pytest.approx(scores)
@@ -71,9 +83,9 @@ def test_an_evaluation_gives_the_scores_that_training_reported(run, loaded):
     assert json.loads((before / "score.json").read_text())["scores"] == pytest.approx(scores)
 
 
-def test_fewer_examples_in_batches_that_fit_badly_give_the_same_texts(run, loaded):
+def test_the_limit_and_the_batch_size_change_no_generation(run, loaded):
     whole = (run / "vadapter" / "eval" / "captions" / "predictions.jsonl").read_text()
-    result, directory = evaluate_again(loaded, "captions", limit=5, batch=3)  # on eight devices
+    result, directory = run_eval(loaded, "captions", limit=5, batch=3)  # on eight devices
     assert directory.name == "captions-first-5"
     full = [json.loads(line)["prediction"] for line in whole.splitlines()]
     assert [row["prediction"] for row in result.rows] == full[:5]
@@ -81,20 +93,15 @@ def test_fewer_examples_in_batches_that_fit_badly_give_the_same_texts(run, loade
     assert json.loads((directory / "score.json").read_text())["eval"]["limit"] == 5
 
 
-def test_what_cannot_be_read_has_no_text_and_does_not_move_the_others(loaded):
+def test_an_unreadable_image_has_no_text_and_does_not_shift_the_others(loaded):
     shape = (1, 32, 32, 3)
     images = [np.full(shape, 40 * i, np.uint8) for i in range(4)]
-
-    def as_source(media):
-        return ListSource(Example(str(i), m, ("a bar",)) for i, m in enumerate(media))
-
     decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
     texts = []
     for media in (images, [*images[:2], b"junk", images[3]]):
         result = evaluate(
-            decoder, loaded.params, as_source(media), task="caption", how=Decode(12), batch=8,
-            view=ImageTransform(32),
-        )  # fmt: skip
+            decoder, loaded.params, Captioned(media), CAPTIONS, EIGHT, ImageTransform(32)
+        )
         texts.append([row["prediction"] for row in result.rows])
     assert all(texts[0])
     assert texts[1] == [*texts[0][:2], "", texts[0][3]]
@@ -114,22 +121,14 @@ class Narrow:
         return self.tokenizer.decode(ids)
 
 
-def test_no_id_is_produced_that_the_tokenizer_lacks(loaded):
+def test_no_id_is_generated_that_the_tokenizer_lacks(loaded):
     image = np.full((1, 32, 32, 3), 90, np.uint8)
-    source = ListSource(Example(name, image, ("a bar",)) for name in "ab")
+    source = Captioned([image, image])
     limit = loaded.tokenizer.vocab_size
     for _ in range(2):  # then without the highest id of the first text
         tokenizer = Narrow(loaded.tokenizer, limit)
         decoder = Decoder(loaded.model, tokenizer, loaded.mesh)
-        evaluate(
-            decoder,
-            loaded.params,
-            source,
-            task="caption",
-            how=Decode(12),
-            batch=8,
-            view=ImageTransform(32),
-        )
+        evaluate(decoder, loaded.params, source, CAPTIONS, EIGHT, ImageTransform(32))
         assert max(tokenizer.seen) < limit
         limit = max(tokenizer.seen)
 
@@ -140,7 +139,7 @@ def test_evaluations_are_chosen_by_name(loaded, run):
     assert set(choose(loaded, "all")) == {"captions", "answers", "clips"}
     with pytest.raises(ConfigError, match="--evals=clps: unknown; did you mean 'clips'"):
         choose(loaded, "clps")
-    with pytest.raises(ConfigError, match=r"reads text alone.* decoder, vadapter, perceiver"):
+    with pytest.raises(ConfigError, match=r"is text-only.* decoder, vadapter, perceiver"):
         choose(open_run(run, "tlm"))
     silent = dataclasses.replace(loaded.recipe, evals={}, stages=_without_evals(loaded.recipe))
     with pytest.raises(ConfigError, match="no evaluations"):
@@ -152,8 +151,8 @@ def _without_evals(recipe):
 
 
 @pytest.fixture(scope="module")
-def controlled():
-    """A tiny stage-2 model: (control, params, a function from images to a batch)."""
+def ablation():
+    """A tiny stage-2 model: (image ablation, params, a function from images to a batch)."""
     model = tiny.stage2()
     params = {k: tiny.filled(v, seed=i) for i, (k, v) in enumerate(tiny.boxed(model).items())}
     tokens = np.arange(3, 3 + tiny.B * 4, dtype=np.int32).reshape(tiny.B, 4) % tiny.V
@@ -174,28 +173,28 @@ def controlled():
     return jax.jit(make_image_ablation(model)), params, batch
 
 
-def test_the_control_compares_right_wrong_and_mean_images(controlled):
-    control, params, batch = controlled
+def test_the_ablation_compares_right_wrong_and_mean_images(ablation):
+    ablate, params, batch = ablation
     rng = np.random.default_rng(0)
     shape = (tiny.B, 1, tiny.IMAGE, tiny.IMAGE, 3)
     frames = rng.integers(0, 256, shape).astype(np.uint8)
-    sums = jax.device_get(control(params, batch(frames)))
+    sums = jax.device_get(ablate(params, batch(frames)))
     assert sums["targets"] == 2 * tiny.B
     assert sums["right"] != pytest.approx(sums["wrong"], rel=1e-6)
     assert 0 <= sums["between"] <= sums["power"]
 
     # The wrong image of a row is that of the row before.
-    rolled = jax.device_get(control(params, batch(np.roll(frames, 1, axis=0))))
+    rolled = jax.device_get(ablate(params, batch(np.roll(frames, 1, axis=0))))
     assert rolled["right"] == pytest.approx(float(sums["wrong"]), rel=1e-5)
 
     # Of equal images none is wrong, and nothing is specific to one of them.
-    equal = jax.device_get(control(params, batch(np.broadcast_to(frames[:1], shape))))
+    equal = jax.device_get(ablate(params, batch(np.broadcast_to(frames[:1], shape))))
     assert equal["wrong"] == pytest.approx(float(equal["right"]), rel=1e-5)
     assert equal["mean"] == pytest.approx(float(equal["right"]), rel=1e-5)
     assert equal["power"] < 1e-6 * sums["power"]
 
 
-def test_control_scores_are_means_over_all_targets_of_all_batches():
+def test_ablation_scores_are_means_over_all_targets_of_all_batches():
     first = {"targets": 3.0, "right": 6.0, "wrong": 9.0, "mean": 7.5, "between": 1.0, "power": 4.0}
     second = {"targets": 1.0, "right": 6.0, "wrong": 3.0, "mean": 0.5, "between": 2.0, "power": 2.0}
     expected = {"loss": 3.0, "loss_wrong": 3.0, "loss_mean": 2.0, "query_share": 0.5}

@@ -44,7 +44,7 @@ def test_a_question_goes_with_every_image_and_a_image_with_every_question(model,
     assert model.ask(paths, asked) == [one[paths[0], asked[0]], one[paths[1], asked[1]]]
     with pytest.raises(ConfigError, match="2 images and 3 questions"):
         model.ask(paths, [*asked, "why?"])
-    with pytest.raises(ConfigError, match="a question needs words"):
+    with pytest.raises(ConfigError, match="a question is empty"):
         model.ask(paths, ["what?", " "])
 
 

@@ -95,7 +95,7 @@ def test_a_stage_before_the_last_can_be_exported(own, folder, tmp_path):
     again = open_export(tmp_path / "adapter")
     assert again.model.names() == ("encoder", "front", "tlm")
     assert digests(again) == digests(loaded)
-    with pytest.raises(ConfigError, match=r"llm reads text alone; choose .* decoder, vadapter"):
+    with pytest.raises(ConfigError, match=r"llm is text-only; choose .* decoder, vadapter"):
         export(open_run(own, "llm"), tmp_path / "text")
 
 

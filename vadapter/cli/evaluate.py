@@ -68,7 +68,7 @@ def _benchmarks(args: argparse.Namespace, protocol: list[str], open_stage: Calla
 def _evals(args: argparse.Namespace, protocol: list[str], open_stage: Callable) -> None:
     from vadapter.distributed import hosts
     from vadapter.errors import ConfigError
-    from vadapter.evaluate.recipe_evals import as_table, choose, evaluate_again
+    from vadapter.evaluate.recipe_evals import as_table, choose, run_eval
     from vadapter.report.gallery import read_section, write_gallery
 
     options: dict[str, Any] = {"--protocol": args.protocol, "--data": args.data}
@@ -78,7 +78,7 @@ def _evals(args: argparse.Namespace, protocol: list[str], open_stage: Callable) 
     loaded, results = open_stage(), {}
     say(f"{loaded.stage}, step {loaded.step}")
     for name in choose(loaded, args.evals):
-        results[name], folder = evaluate_again(loaded, name, limit=args.limit, batch=args.batch)
+        results[name], folder = run_eval(loaded, name, limit=args.limit, batch=args.batch)
         if hosts.first():
             paths = {loaded.stage: folder / "predictions.jsonl"}
             section = read_section(loaded.recipe, name, paths)

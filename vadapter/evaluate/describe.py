@@ -1,4 +1,4 @@
-"""Captions and answers for images and clips of one's own.
+"""Captions and answers for the user's own images and clips.
 
 Legend: F frames, H height, W width.
 """
@@ -20,17 +20,26 @@ from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.transforms import prompt_sample
 from vadapter.errors import ConfigError
 from vadapter.evaluate.runner import Decoder
+from vadapter.models.generate import Decode
 from vadapter.models.lm import LM
 from vadapter.stages.restore import Loaded, describing
 
-# A file, an image, or pixels u8[H,W,3] or, of a clip, u8[F,H,W,3].
+# A file, an image, or pixels: u8[H,W,3] of an image, u8[F,H,W,3] of a clip.
 Media = Path | Image | np.ndarray
-_STEP = 16  # a question's room in tokens is a multiple: not every length compiles a program
+# Question lengths are rounded up to a multiple of this many tokens, so that questions of similar
+# lengths share a compiled program.
+_LENGTH_STEP = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the model says about an image: a line of text, or why there is none in `error`."""
+    """The caption of an image or the answer to a question about it, or an error.
+
+    Attributes:
+      media: the image.
+      text: one line.
+      error: why there is no text; "" if there is.
+    """
 
     media: Media
     text: str = ""
@@ -38,23 +47,19 @@ class Reply:
 
 
 class Describer:
-    """Writes about images with a trained stage; programs are compiled once forevery shape.
+    """Captions and answers of a trained stage; compiles one program per shape.
 
     Args:
-      loaded: a stage that sees images.
+      loaded: a stage that takes images.
 
     Raises:
-      ConfigError: a stage without images.
+      ConfigError: a text-only stage.
     """
 
     def __init__(self, loaded: Loaded):
-        if loaded.view is None:
-            raise ConfigError(
-                f"stage {loaded.stage} reads text alone; choose one that sees images: "
-                f"{', '.join(describing(loaded.recipe))}"
-            )
+        require_images(loaded)
         self.loaded = loaded
-        self.view, self.clip_frames = seen(loaded)
+        self.view, self.clip_frames = image_settings(loaded)
         self._decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
 
     def replies(
@@ -65,29 +70,29 @@ class Describer:
         max_new: int = 32,
         batch: int = 8,
     ) -> Iterator[Reply]:
-        """Captions images, or answers a question about each; greedy, so always the same.
+        """Caption images, or answer a question about each. Greedy decoding: deterministic.
 
-        Files named like clips (.mp4, .gif, …) and arrays of several frames are clips, all others
-        are images. What cannot be read becomes a reply with `error`; the others are not affected.
+        Files with the suffix of a clip (.mp4, .gif, …) and arrays of several frames are clips, all
+        others are images. An unreadable one gets a reply with `error`; the others are unaffected.
 
         Args:
           media: images and clips.
-          questions: one for each; None for captions.
-          max_new: longest text in tokens.
-          batch: images at a time.
+          questions: one per image; None for captions.
+          max_new: maximum number of generated tokens.
+          batch: images per batch.
 
         Yields:
-          One reply for each, in their order.
+          One reply per image, in order.
 
         Raises:
-          ConfigError: an empty or endless question.
+          ConfigError: a question that is empty or too long.
         """
-        room = self._room(questions, max_new)
-        small = ImageTransform(
-            self.view.size
-        )  # of pixels that are so already: a share is cut off once
+        text_len = self._text_len(questions, max_new)
+        # The pixels below are already transformed: only the size is still needed, as `crop_pct`
+        # must not be applied twice.
+        view = ImageTransform(self.view.size)
         row = functools.partial(
-            prompt_sample, tokenizer=self.loaded.tokenizer, view=small, text_len=room
+            prompt_sample, tokenizer=self.loaded.tokenizer, view=view, text_len=text_len
         )
         devices = self.loaded.mesh.size
         rows = -(-min(batch, len(media)) // devices) * devices
@@ -95,50 +100,63 @@ class Describer:
         for start in range(0, len(media), batch):
             chunk = media[start : start + batch]
             replies: dict[int, Reply] = {}
-            readable: dict[int, list[tuple[int, Example]]] = {}  # frames -> images
+            by_frames: dict[int, list[tuple[int, Example]]] = {}  # each number has its own shape
             for i, item in enumerate(chunk):
                 frames = self.clip_frames if _is_clip(item) else 1
                 try:
-                    pixels = resize(_frames(item, frames), self.view)
+                    pixels = resize(_load(item, frames), self.view)
                 except BadMedia as error:
-                    gone = isinstance(item, Path) and not item.exists()
-                    replies[i] = Reply(item, error="no such file" if gone else error.reason)
+                    missing = isinstance(item, Path) and not item.exists()
+                    replies[i] = Reply(item, error="no such file" if missing else error.reason)
                 except OSError as error:
                     replies[i] = Reply(item, error=error.strerror or str(error))
                 else:
-                    readable.setdefault(frames, []).append((i, Example(str(start + i), pixels)))
-            for frames, group in readable.items():
+                    by_frames.setdefault(frames, []).append((i, Example(str(start + i), pixels)))
+            for frames, group in by_frames.items():
                 items: Any = [e for _, e in group]
                 if questions is not None:
                     items = [(e, Question(questions[start + i])) for i, e in group]
                 batches = eval_batches(
                     items, functools.partial(row, frames=frames), rows, threads=0
                 )
-                for at, text, _ in self._decoder.texts(self.loaded.params, batches, max_new):
-                    i = group[at][0]
-                    replies[i] = Reply(chunk[i], " ".join((text or "").split()))
+                for generations in self._decoder.generate(
+                    self.loaded.params, batches, Decode(max_new)
+                ):
+                    for index, text, _ in generations:
+                        i = group[index][0]
+                        replies[i] = Reply(chunk[i], " ".join((text or "").split()))
             yield from (replies[i] for i in range(len(chunk)))
 
-    def _room(self, questions: Sequence[str] | None, max_new: int) -> int:
-        """Tokens for what stands between the image and the new text."""
-        asked = questions or ()
-        if max_new < 1 or not all(question.strip() for question in asked):
-            raise ConfigError("a question needs words, and an answer at least one token")
-        after = [QUESTION.after(question) for question in asked] or [CAPTION.after]
+    def _text_len(self, questions: Sequence[str] | None, max_new: int) -> int:
+        """Return the number of tokens between the image and the generation."""
+        if max_new < 1:
+            raise ConfigError(f"max_new={max_new}: must be at least 1")
+        if not all(question.strip() for question in questions or ()):
+            raise ConfigError("a question is empty: pass at least one word")
+        after = [QUESTION.after(question) for question in questions or ()] or [CAPTION.after]
         longest = max(len(self.loaded.tokenizer.encode(text)) for text in after)
         name = self.loaded.model.lm
         lm = self.loaded.model.modules[name]
         assert isinstance(lm, LM)
         if longest + max_new > lm.config.max_len:
             raise ConfigError(
-                f"{longest} tokens of prompt and {max_new} new ones, but {name} has room for "
-                f"{lm.config.max_len}: shorten the question, or lower --max-new"
+                f"a prompt of {longest} tokens and {max_new} new tokens exceed the context of "
+                f"{name} ({lm.config.max_len} tokens): shorten the question or lower --max-new"
             )
-        return -(-longest // _STEP) * _STEP if asked else longest
+        return -(-longest // _LENGTH_STEP) * _LENGTH_STEP if questions else longest
 
 
-def seen(loaded: Loaded) -> tuple[ImageTransform, int]:
-    """How a stage that sees images was shown them: its view, and the frames of a clip."""
+def require_images(loaded: Loaded) -> None:
+    """Raise ConfigError unless the stage takes images."""
+    if loaded.view is None:
+        raise ConfigError(
+            f"stage {loaded.stage} is text-only; choose a stage that takes images: "
+            f"{', '.join(describing(loaded.recipe))}"
+        )
+
+
+def image_settings(loaded: Loaded) -> tuple[ImageTransform, int]:
+    """Return the image transform a stage was trained with, and its number of frames per clip."""
     data = [loaded.recipe.data[name] for name in loaded.config.data]
     return data[0].view(loaded.view), min(config.frames for config in data)
 
@@ -151,7 +169,7 @@ def describe(
     max_new: int = 32,
     batch: int = 8,
 ) -> Iterator[Reply]:
-    """Captions files, or answers one question about each: see `Describer`."""
+    """Caption files, or answer one question about each, see `Describer.replies`."""
     questions = None if question is None else [question] * len(paths)
     yield from Describer(loaded).replies(paths, questions, max_new=max_new, batch=batch)
 
@@ -162,6 +180,6 @@ def _is_clip(media: Media) -> bool:
     return isinstance(media, np.ndarray) and media.ndim == 4 and len(media) > 1
 
 
-def _frames(media: Media, frames: int) -> np.ndarray:
-    """u8[F,H,W,3]; BadMedia if it cannot be used."""
+def _load(media: Media, frames: int) -> np.ndarray:
+    """Return u8[F,H,W,3]; raise BadMedia if it is unusable."""
     return load_media(pixels_of(media) if isinstance(media, Image) else media, frames=frames)

@@ -1,4 +1,7 @@
-"""Honest signs that the image is used: losses with the right, a wrong and the mean image.
+"""Image ablation: losses with the right image, a wrong one and the mean of the batch.
+
+The model uses the image only if the loss with the right one is the lowest: a prefix that is the
+same for every image lowers the loss, too, as any soft prompt does.
 
 Legend: B batch, Q queries, E language model width.
 """
@@ -14,40 +17,42 @@ from vadapter.models.losses import token_xent
 
 
 def make_image_ablation(model: AdapterModel) -> Callable[[Params, Batch], dict[str, jax.Array]]:
-    """Sums that tell whether the image is used: compile once, add over batches.
+    """Return a function (params, batch) -> sums, to compile once and to add over batches.
 
-    Returns:
-      A function (params, batch) -> sums: `targets`, and nats with the right image's prefix
-      (`right`), with another image's (`wrong`: the row before), with the batch's mean prefix
-      (`mean`); and `between`/`power`, the image-specific power of the prefix that differs between
-      queries, and all of it. For text-only models just `right` and `targets`.
+    The sums are `targets`, the nats with the prefix of the right image (`right`), of another image
+    (`wrong`: that of the row before) and of the batch's mean (`mean`), and two powers of the
+    image-specific part of the prefix: all of it (`power`) and what differs between queries
+    (`between`). Text-only models have only `right` and `targets`.
     """
 
     def nats(params: Params, prefix: jax.Array | None, batch: Batch) -> jax.Array:
         logits = model.logits(params, model.read(params, prefix, batch))
         return token_xent(logits, batch["targets"], batch["weights"])[0]
 
-    def control(params: Params, batch: Batch) -> dict[str, jax.Array]:
+    def ablate(params: Params, batch: Batch) -> dict[str, jax.Array]:
         visual = model.encode(params, batch)
         sums = {"targets": batch["weights"].sum()}
         if visual is None:
             return sums | {"right": nats(params, None, batch)}
         prefix = model.prefix(params, visual)
         mean = jnp.broadcast_to(prefix.mean(0, keepdims=True), prefix.shape)
-        own = (prefix - mean).astype(jnp.float32)
+        specific = (prefix - mean).astype(jnp.float32)
         return sums | {
             "right": nats(params, prefix, batch),
             "wrong": nats(params, jnp.roll(prefix, 1, axis=0), batch),
             "mean": nats(params, mean, batch),
-            "between": jnp.square(own - own.mean(1, keepdims=True)).sum(),
-            "power": jnp.square(own).sum(),
+            "between": jnp.square(specific - specific.mean(1, keepdims=True)).sum(),
+            "power": jnp.square(specific).sum(),
         }
 
-    return control
+    return ablate
 
 
 def image_ablation_scores(sums: list[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over batches: loss (nats a target), loss_wrong, loss_mean, query_share."""
+    """Return means over batches: loss, loss_wrong, loss_mean (nats per target) and query_share.
+
+    `query_share` is near 0 where all queries carry the same information about an image.
+    """
     total = {k: float(sum(float(s[k]) for s in sums)) for k in sums[0]}
     count = max(total["targets"], 1.0)
     out = {"loss": total["right"] / count}

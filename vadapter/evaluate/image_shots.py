@@ -1,6 +1,6 @@
-"""Examples in front of a question, with their images.
+"""Few-shot examples with their images, as embeddings before the image that is asked about.
 
-Legend: k examples, F frames, S pixels a side, Q queries, E language model width.
+Legend: k examples, F frames, S pixels per side, Q queries, E language model width.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,22 @@ from vadapter.distributed.compile import jit
 from vadapter.models.adapter_model import AdapterModel, Params
 
 
-def show(
+def embed_image_shots(
     model: AdapterModel, params: Params, frames: np.ndarray, texts: Sequence[Sequence[int]]
 ) -> jax.Array:
-    """What stands between the prompt and the image that is asked about, see `generate.prefill`.
+    """Return the embeddings between the prompt and the image, see `generate.prefill`.
 
     Args:
-      model: with an encoder; params: of every component.
+      model: with an encoder.
+      params: of every component.
       frames: u8[k,F,S,S,3], of the examples.
-      texts: ids of what follows each image, up to the next one.
+      texts: token ids after each image, up to the next image.
 
     Returns:
-      [1, k·Q + ids, E]: each example's prefix and embedded text.
+      [1, k·Q + ids, E]: each example's prefix, then its embedded text.
     """
 
-    def run(params: Params, frames: jax.Array, texts: list[jax.Array]) -> jax.Array:
+    def embed(params: Params, frames: jax.Array, texts: list[jax.Array]) -> jax.Array:
         visual = model.encode(params, {"frames": frames})
         assert visual is not None
         lm, prefixes = model.modules[model.lm], model.prefix(params, visual)
@@ -38,4 +39,4 @@ def show(
             parts += [prefix.astype(words.dtype), words]
         return jnp.concatenate(parts)[None]
 
-    return jit(run)(params, frames, [np.array(ids, np.int32) for ids in texts])
+    return jit(embed)(params, frames, [np.array(ids, np.int32) for ids in texts])

@@ -1,4 +1,4 @@
-"""What an evaluation keeps and says while it runs, so that it can be killed at any moment."""
+"""Generations of an evaluation that is still running, so that it can be killed at any moment."""
 
 import contextlib
 import json
@@ -6,62 +6,62 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
+from vadapter.distributed import hosts
 from vadapter.io import storage
-from vadapter.metrics.scoring import Text
+from vadapter.metrics.scoring import Generation
 
+FILE = "predictions.jsonl.part"
 _UPLOAD_EVERY = 30.0  # seconds between two uploads
 
 
 class PartialResults:
-    """Texts that are done, a JSON line each and in order, behind a line that says of what.
+    """A file of finished generations: a header, then one JSON line per item, in order.
 
-    Only the first host reads and writes. In a bucket the file is uploaded whole, every half minute:
-    a kill loses the batches since.
+    Only the first host reads and writes it. In a bucket the whole file is uploaded every
+    `_UPLOAD_EVERY` seconds: a kill loses the batches since the last upload.
 
     Args:
-      path: of the file, predictions.jsonl.part.
-      key: what the texts depend on, as a digest; a file of another key is begun again.
+      path: of the file.
+      key: digest of everything the generations depend on; a file with another key is discarded.
     """
 
     def __init__(self, path: Path, key: str):
         self._path, self._key = path, key
         self._uploaded: storage.Uploaded | None = None
 
-    def read(self, batch: int) -> list[Text]:
-        """The texts of whole batches; what is behind them is cut off.
+    def read(self, batch: int) -> list[Generation]:
+        """Return the generations of complete batches and truncate the file after them.
 
-        A batch that is torn is predicted again as a whole: in the company that it was in, so that
-        not even the order of a sum differs from a run that was never stopped.
+        An incomplete batch is generated again as a whole: with the same rows beside it, even the
+        order of a sum is the same as in a run that was never stopped.
         """
-        if jax.process_index():
+        if not hosts.first():
             return []
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.is_file() else []
-        head = (json.dumps({"key": self._key}) + "\n").encode()
-        texts: list[Text] = []
-        if lines[:1] == [head]:
+        header = (json.dumps({"key": self._key}) + "\n").encode()
+        generations: list[Generation] = []
+        if lines[:1] == [header]:
             for line in lines[1:]:
-                if (text := _parse(line, len(texts))) is None:
+                if (generation := _parse(line, len(generations))) is None:
                     break
-                texts.append(text)
-        texts = texts[: len(texts) // batch * batch]
+                generations.append(generation)
+        generations = generations[: len(generations) // batch * batch]
         if storage.remote(self._path):
-            kept = b"".join(lines[: 1 + len(texts)]) if texts else head
+            kept = b"".join(lines[: 1 + len(generations)]) if generations else header
             self._uploaded, self._last = storage.Uploaded(self._path, kept), time.monotonic()
-            return texts
+            return generations
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "ab") as file:
-            file.truncate(sum(map(len, lines[: 1 + len(texts)])) if texts else 0)
-            if not texts:
-                file.write(head)
-        return texts
+            file.truncate(sum(map(len, lines[: 1 + len(generations)])) if generations else 0)
+            if not generations:
+                file.write(header)
+        return generations
 
-    def append(self, texts: Sequence[Text]) -> None:
-        """Adds the texts of a batch, in order, in one write."""
-        if jax.process_index():
+    def append(self, generations: Sequence[Generation]) -> None:
+        """Append the generations of a batch, in order, in one write."""
+        if not hosts.first():
             return
-        data = "".join(json.dumps(text) + "\n" for text in texts).encode()
+        data = "".join(json.dumps(generation) + "\n" for generation in generations).encode()
         if self._uploaded is None:
             with open(self._path, "ab") as file:
                 file.write(data)
@@ -69,19 +69,19 @@ class PartialResults:
         self._uploaded.write(data)
         if time.monotonic() - self._last > _UPLOAD_EVERY:
             self._last = time.monotonic()
-            with contextlib.suppress(OSError):  # it only saves time, and the next try may do
+            with contextlib.suppress(OSError):  # a lost upload only costs time, and is retried
                 self._uploaded.flush()
 
     def remove(self) -> None:
-        """Deletes the file, once its texts are elsewhere."""
-        if not jax.process_index():
+        """Delete the file, once its generations are stored elsewhere."""
+        if hosts.first():
             self._path.unlink(missing_ok=True)
 
 
-def _parse(line: bytes, index: int) -> Text | None:
-    """The text of the item `index`; None if the line was torn."""
+def _parse(line: bytes, index: int) -> Generation | None:
+    """Return the generation of the item `index`; None if the line is incomplete."""
     try:
-        i, text, ended = json.loads(line)
+        generation = Generation(*json.loads(line))
     except (ValueError, TypeError):
         return None
-    return (i, text, ended) if line.endswith(b"\n") and i == index else None
+    return generation if line.endswith(b"\n") and generation.index == index else None

@@ -1,7 +1,7 @@
-"""How a benchmark is run: a protocol says all that its score depends on but the model.
+"""Protocols of benchmarks: everything a score depends on, except the model.
 
-The protocols themselves are tables in `vadapter.evaluate.protocols`. A result is comparable with
-another one only if the digests of their protocols are equal.
+The protocols are tables in `vadapter.evaluate.protocols`. Two results are comparable only if the
+digests of their protocols are equal.
 """
 
 import dataclasses
@@ -19,24 +19,26 @@ from vadapter.errors import ConfigError
 from vadapter.metrics.scoring import METRICS
 from vadapter.models.generate import Decode
 
-Shots = Literal["text", "image"]
+ShotKind = Literal["text", "image"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """One benchmark's protocol; every field is part of its digest.
+    """The protocol of one benchmark; every field is part of its digest.
 
     Attributes:
-      name: of the table that it is from.
-      benchmark: in the registry of benchmarks.
-      metric: a row of `scoring.METRICS`.
-      prompt: of `PROMPTS`.
+      name: of the table it comes from.
+      benchmark: name in the registry of benchmarks.
+      metric: name in `scoring.METRICS`.
+      prompt: name in `PROMPTS`.
       split: of the benchmark.
-      shots: examples in the prompt, from the training questions, the same forevery question.
-      shot_kind: text: without an image, as the paper has them; image: each behind its own.
-      shot_seed: another seed draws other examples.
-      decode: how a text is written.
-      post: of `POSTS`, what is done to a text before it is scored.
+      shots: number of examples in the prompt, drawn from the training questions; the same ones for
+        every item.
+      shot_kind: "text" for examples without images, as in the paper; "image" for examples that
+        each follow their image.
+      shot_seed: a different seed draws different examples.
+      decode: how text is generated.
+      post: name in `POSTS`, the postprocessing before scoring.
     """
 
     name: str
@@ -45,75 +47,76 @@ class Protocol:
     prompt: str
     split: str
     shots: int = 0
-    shot_kind: Shots = "text"
+    shot_kind: ShotKind = "text"
     shot_seed: int = 0
     decode: Decode = dataclasses.field(default_factory=Decode)
     post: str = "line"
 
     @property
     def task(self) -> str:
-        """caption | question."""
+        """Return "caption" or "question"."""
         return METRICS[self.metric].task
 
     @property
-    def asked(self) -> QuestionPrompt:
-        """The prompt of a question."""
+    def question_prompt(self) -> QuestionPrompt:
+        """Return the prompt of questions."""
         return PROMPTS[self.prompt] or QUESTION
 
 
-# The prompt of captions is prompts.CAPTION, and no choice.
 PROMPTS: dict[str, QuestionPrompt | None] = {
-    "caption": None,
+    "caption": None,  # always prompts.CAPTION
     "question": QUESTION,
     "video_question": VIDEO_QUESTION,
     "unanswerable": UNANSWERABLE,
 }
 
-# What follows an answer in the prompt; a model that goes on after its answer goes on like this.
-_NEXT = re.compile(r"\s(?:Given|Question:|Answer:|Answer in exactly one word:)", re.IGNORECASE)
+# What follows an answer in the prompt: a model that does not stop after its answer writes this.
+_NEXT_EXAMPLE = re.compile(
+    r"\s(?:Given|Question:|Answer:|Answer in exactly one word:)", re.IGNORECASE
+)
 
 
-def _line(text: str) -> str:
+def _first_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     return " ".join(lines[0].split()) if lines else ""
 
 
 def _answer(text: str) -> str:
-    return _line(_NEXT.split(text, maxsplit=1)[0]).removesuffix(".").strip()
+    return _first_line(_NEXT_EXAMPLE.split(text, maxsplit=1)[0]).removesuffix(".").strip()
 
 
 POSTS: dict[str, Callable[[str], str]] = {
     "none": str,
-    "line": _line,  # the first line that is not blank, single blanks
-    "answer": _answer,  # that, up to the next example and without a final full stop
+    "line": _first_line,  # the first line that is not blank, with single spaces
+    "answer": _answer,  # the same, up to the next example and without a final full stop
 }
 
 
 def resolve(
     table: Mapping[str, Protocol], benchmark: str, overrides: Sequence[str] = ()
 ) -> Protocol:
-    """A benchmark's protocol with some of its fields changed.
+    """Return the protocol of a benchmark with some fields overridden.
 
     Args:
       table: benchmark -> protocol, from `protocols.PROTOCOLS`.
       benchmark: its name.
-      overrides: `shots=0`, `decode.beams=3`, ….
+      overrides: `shots=0`, `decode.beams=3` and the like.
 
     Raises:
-      ConfigError: a benchmark without such a protocol, an unknown field or value.
+      ConfigError: the table lacks the benchmark, or a field or value is invalid.
     """
     if benchmark not in table:
         name = next(iter(table.values())).name
         raise ConfigError(
-            f"--protocol={name}: none for benchmark {benchmark!r}{nearest(benchmark, table)}"
+            f"--protocol={name} has no benchmark {benchmark!r}{nearest(benchmark, table)}"
         )
     values: Any = ConfigDict({"protocol": plain(table[benchmark])})
     override(values, [f"protocol.{item}" for item in overrides])
     protocol = build(Protocol, values["protocol"], "config.protocol")
-    for key, known in (("metric", METRICS), ("prompt", PROMPTS), ("post", POSTS)):
-        if getattr(protocol, key) not in known:
-            value = getattr(protocol, key)
-            raise ConfigError(f"config.protocol.{key}={value!r}: unknown{nearest(value, known)}")
+    for key, names in (("metric", METRICS), ("prompt", PROMPTS), ("post", POSTS)):
+        value = getattr(protocol, key)
+        if value not in names:
+            raise ConfigError(f"config.protocol.{key}={value!r}: unknown{nearest(value, names)}")
     how = protocol.decode
     if protocol.shots < 0 or how.max_new < 1 or how.beams < 1 or how.min_new > how.max_new:
         raise ConfigError(
@@ -123,28 +126,28 @@ def resolve(
         )
     if protocol.shots and protocol.shot_kind == "text" and protocol.task == "caption":
         raise ConfigError(
-            f"config.protocol.shots={protocol.shots}: text-only examples are of questions; for "
-            f"{benchmark} set shots=0, or shot_kind=image"
+            f"config.protocol.shots={protocol.shots}: text-only examples exist for questions only; "
+            f"set shots=0 or shot_kind=image for {benchmark}"
         )
     return protocol
 
 
 def draw(items: Sequence[Any], protocol: Protocol) -> list[Any]:
-    """The examples that stand in the prompt: always the same ones of the same training set.
+    """Return the examples for the prompt, always the same ones from the same training set.
 
     Raises:
-      ConfigError: there are not as many.
+      ConfigError: there are not enough items.
     """
     if len(items) < protocol.shots:
         raise ConfigError(
             f"config.protocol.shots={protocol.shots}: the training split of {protocol.benchmark} "
-            f"has only {len(items)} that can be shown"
+            f"has only {len(items)} usable examples"
         )
-    lot = random.Random(f"{protocol.benchmark} {protocol.shot_seed}")
-    return lot.sample(items, protocol.shots)
+    rng = random.Random(f"{protocol.benchmark} {protocol.shot_seed}")
+    return rng.sample(items, protocol.shots)
 
 
 def draw_questions(training: Sequence[Question], protocol: Protocol) -> list[tuple[str, str]]:
-    """(question, answer) pairs for a prompt without their images."""
-    asked = [q for q in training if q.text.strip() and q.answer.strip()]
-    return [(q.text, q.answer) for q in draw(asked, protocol)]
+    """Return (question, answer) pairs for a prompt without their images."""
+    usable = [q for q in training if q.text.strip() and q.answer.strip()]
+    return [(q.text, q.answer) for q in draw(usable, protocol)]

@@ -5,36 +5,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from vadapter import console
 from vadapter.checkpoints.array_io import read_meta
 from vadapter.config import digest, nearest, plain
 from vadapter.data.example import Source
 from vadapter.data.open import make_source
+from vadapter.distributed import hosts
 from vadapter.errors import ConfigError
-from vadapter.evaluate.evaluator import save_result, score
-from vadapter.evaluate.partial_results import PartialResults
-from vadapter.evaluate.runner import Decoder
+from vadapter.evaluate.describe import require_images
+from vadapter.evaluate.partial_results import FILE, PartialResults
+from vadapter.evaluate.runner import Decoder, evaluate, save_result
 from vadapter.metrics.scoring import Result
+from vadapter.report.table import score_rows
 from vadapter.stages.feature_cache import encoded
-from vadapter.stages.restore import Loaded, describing
-
-PART = "predictions.jsonl.part"
+from vadapter.stages.restore import Loaded
 
 
 def choose(loaded: Loaded, names: str = "") -> list[str]:
-    """Names of evaluations: a list with commas, "all", or by default those of the stage.
+    """Return the names of the evaluations to run.
+
+    Args:
+      loaded: the stage.
+      names: separated by commas, "all", or by default the stage's own.
 
     Raises:
-      ConfigError: an unknown name, none at all, or a stage that cannot describe images.
+      ConfigError: an unknown name, no evaluations, or a stage that cannot describe images.
     """
+    require_images(loaded)
     evals = loaded.recipe.evals
-    if loaded.view is None:
-        raise ConfigError(
-            f"stage {loaded.stage} reads text alone and has no evaluations; choose one of "
-            f"{', '.join(describing(loaded.recipe))}"
-        )
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     if chosen == ["all"] or not (chosen or loaded.config.evals):
         chosen = list(evals)
@@ -46,38 +44,36 @@ def choose(loaded: Loaded, names: str = "") -> list[str]:
     return chosen or list(loaded.config.evals)
 
 
-def evaluate_again(
-    loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0
-) -> tuple[Result, Path]:
-    """Runs one evaluation as training does at its end, and writes its files.
+def run_eval(loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0) -> tuple[Result, Path]:
+    """Run one evaluation as training does at its end, and write its files.
 
-    Killed and called again, it goes on behind the last batch that was done.
+    An interrupted evaluation resumes after its last complete batch.
 
     Args:
       loaded: the stage.
       name: of the evaluation.
-      limit: only the first examples; 0: as the recipe says. What is measured on fewer examples is
-        written beside the full result, never over it.
-      batch: rows at a time; 0: as the recipe says.
+      limit: number of items; 0: as the recipe says. Results on fewer items are written to a
+        directory of their own and never replace the full result.
+      batch: rows per batch; 0: as the recipe says.
 
     Returns:
-      The result, and the directory of its predictions.jsonl and score.json.
+      The result, and the directory with predictions.jsonl and score.json.
 
     Raises:
       UserError: data that cannot be read.
     """
     spec = loaded.recipe.evals[name]
-    partial = limit and (not spec.limit or limit < spec.limit)
+    fewer = limit and (not spec.limit or limit < spec.limit)
     spec = dataclasses.replace(
-        spec, batch=batch or spec.batch, limit=limit if partial else spec.limit
+        spec, batch=batch or spec.batch, limit=limit if fewer else spec.limit
     )
-    config = loaded.recipe.data[spec.data]
-    source = make_source(spec.data, config)
-    if config.cache:  # the rounding of cached tokens is part of the score
+    data = loaded.recipe.data[spec.data]
+    source = make_source(spec.data, data)
+    if data.cache:  # the rounding of cached features is part of the score
         encoder = loaded.model.encoder
         source = encoded(
             source,
-            config,
+            data,
             loaded.workdir,
             encoder=loaded.model.modules[encoder],
             params=loaded.params[encoder],
@@ -85,31 +81,31 @@ def evaluate_again(
             mesh=loaded.mesh,
         )
     decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
-    folder = f"{name}-first-{limit}" if partial else name
-    directory = loaded.workdir / loaded.stage / "eval" / folder
-    asked = dataclasses.replace(spec, batch=1)  # which does not change a text
-    part = PartialResults(directory / PART, text_key(loaded, source, asked, config))
-    result = score(decoder, loaded.params, source, config, spec, loaded.view, part, name)
-    if jax.process_index() == 0:
+    directory = (
+        loaded.workdir / loaded.stage / "eval" / (f"{name}-first-{limit}" if fewer else name)
+    )
+    # The batch size does not change a generation, so it is not part of the key.
+    key = generations_key(loaded, source, dataclasses.replace(spec, batch=1), data)
+    partial = PartialResults(directory / FILE, key)
+    result = evaluate(
+        decoder, loaded.params, source, data, spec, loaded.view, partial=partial, title=name
+    )
+    if hosts.first():
         save_result(directory, result, eval=plain(spec))
-    part.remove()
+    partial.remove()
     return result, directory
 
 
-def text_key(loaded: Loaded, source: Source, *settings: Any) -> str:
-    """A digest of all that a stage's texts about a source depend on."""
+def generations_key(loaded: Loaded, source: Source, *settings: Any) -> str:
+    """Return a digest of everything the generations of a stage for a source depend on."""
     checkpoint = loaded.workdir / loaded.stage / "checkpoints" / str(loaded.step)
     facts = (read_meta(checkpoint), source.fingerprint(), *settings)
     return digest([plain(fact) for fact in facts])
 
 
 def as_table(results: Mapping[str, Result]) -> str:
-    """Scores as columns, in per cent; `n` as such."""
-    columns = list(dict.fromkeys(key for result in results.values() for key in result.scores))
+    """Return a table of the scores, in percent except for `n`."""
+    scores = {name: result.scores for name, result in results.items()}
+    columns = list(dict.fromkeys(key for of_eval in scores.values() for key in of_eval))
     columns.sort(key=lambda key: key != "n")
-    form = lambda key, value: str(int(value)) if key == "n" else f"{100 * value:.1f}"  # noqa: E731
-    rows = [
-        (name, *(form(k, r.scores[k]) if k in r.scores else "—" for k in columns))
-        for name, r in results.items()
-    ]
-    return console.table(rows, ("evaluation", *columns))
+    return console.table(score_rows(scores, columns), ("evaluation", *columns))

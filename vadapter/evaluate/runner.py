@@ -1,8 +1,10 @@
-"""Evaluation: a text of every item of a source, on all devices and hosts, and its score."""
+"""Generations for the items of a source, on all devices and hosts, and their scores."""
 
 import functools
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,80 +12,85 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vadapter.console import Progress
+from vadapter.data.config import DataConfig
 from vadapter.data.example import Source
+from vadapter.data.items import Slice, items_of
 from vadapter.data.media.images import ImageTransform
 from vadapter.data.pipeline import Transform, eval_batches, require_usable
 from vadapter.data.prompts import CAPTION
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.transforms import prompt_sample
+from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import filled, to_mesh, with_mesh
 from vadapter.evaluate.partial_results import PartialResults
-from vadapter.metrics.scoring import METRICS, Result, Text, items_of, score_texts
+from vadapter.io import storage
+from vadapter.io.json_files import write_json
+from vadapter.metrics.scoring import METRICS, Generation, Result, score_generations
 from vadapter.models.adapter_model import AdapterModel, Batch, Params
 from vadapter.models.beam import decode
 from vadapter.models.generate import Decode
+from vadapter.recipe.schema import EvalConfig
 
-MAX_QUESTION = 40  # tokens of a question with its prompt; longer ones count as wrong
-
-
-class Rest:
-    """The items of a source from `start` on."""
-
-    def __init__(self, items: Any, start: int):
-        self._items, self._start = items, start
-
-    def __len__(self) -> int:
-        return len(self._items) - self._start
-
-    def __getitem__(self, index: int) -> Any:
-        return self._items[self._start + index]
+MAX_QUESTION = 40  # tokens of a question with its prompt; longer questions count as wrong
 
 
 class Decoder:
-    """Compiled decoding of one model; one program a batch shape."""
+    """Compiled decoding of one model, one program per batch shape.
 
-    def __init__(self, model: AdapterModel, tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
+    Args:
+      model: writes text about images.
+      tokenizer: of its language model.
+      mesh: holds its parameters.
+      watch: wraps every iterator of batches, for example to stop it at a signal.
+    """
+
+    def __init__(
+        self,
+        model: AdapterModel,
+        tokenizer: Tokenizer,
+        mesh: jax.sharding.Mesh,
+        watch: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None,
+    ):
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
+        self._watch = watch or iter
         run = functools.partial(decode, model, stop=tokenizer.stop_ids, vocab=tokenizer.vocab_size)
         self._decode = jit(with_mesh(mesh, run), static_argnames="how")
 
-    def batches(
+    def generate(
         self, params: Params, batches: Iterator[Batch], how: Decode, shown: jax.Array | None = None
-    ) -> Iterator[list[Text]]:
-        """The texts of the real rows of each batch; the next batch is read meanwhile.
+    ) -> Iterator[list[Generation]]:
+        """Yield the generations of the real rows of each batch.
 
         Args:
-          shown: see `generate.prefill`.
+          params: of every component.
+          batches: rows on the host.
+          how: length, beams and so on.
+          shown: embeddings of examples in the prompt, see `generate.prefill`.
         """
         pending: tuple[Batch, Any] | None = None
-        for batch in batches:
+        for batch in self._watch(batches):
             arrays = to_mesh(batch, self.mesh)
             out = self._decode(params, arrays, how=how, shown=shown)
+            # Fetch the previous batch only now: the devices decode while the host reads ahead.
             if pending is not None:
-                yield self._read(*pending)
+                yield self._detokenize(*pending)
             pending = (arrays, out)
         if pending is not None:
-            yield self._read(*pending)
+            yield self._detokenize(*pending)
 
-    def texts(self, params: Params, batches: Iterator[Batch], max_new: int) -> Iterator[Text]:
-        """The greedy text of every real row."""
-        for texts in self.batches(params, batches, Decode(max_new)):
-            yield from texts
-
-    def _read(self, arrays: Batch, out: Any) -> list[Text]:
-        """What cannot be read is not guessed at: it has no text."""
+    def _detokenize(self, arrays: Batch, out: Any) -> list[Generation]:
         columns = (arrays["id"], arrays["bad"], out["tokens"], out["ended"])
-        texts = []
-        for i, bad, row, end in zip(*map(_on_host, columns), strict=True):
-            if i >= 0:
-                text = None if bad else self.tokenizer.decode([int(t) for t in row]).strip()
-                texts.append((int(i), text, bool(end)))
-        return texts
+        generations = []
+        for index, bad, tokens, ended in zip(*map(_fetch, columns), strict=True):
+            if index >= 0:  # not padding of the last batch
+                text = None if bad else self.tokenizer.decode([int(t) for t in tokens]).strip()
+                generations.append(Generation(int(index), text, bool(ended)))
+        return generations
 
 
-def _on_host(x: jax.Array) -> np.ndarray:
-    """The whole array, on every host."""
+def _fetch(x: jax.Array) -> np.ndarray:
+    """Return the global array on every host."""
     if x.is_fully_addressable:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
@@ -98,94 +105,103 @@ def predict(
     batch: int,
     how: Decode,
     shown: jax.Array | None = None,
-    part: PartialResults | None = None,
+    partial: PartialResults | None = None,
     title: str = "",
-) -> list[Text]:
-    """A text of every item, in order; what `part` has of them is not predicted again.
+) -> list[Generation]:
+    """Return one generation per item, in order; those in `partial` are not generated again.
 
-    Batches are spread over the hosts and the mesh; the last one is filled up, so that all hosts
-    take as many steps.
+    Batches are spread over the hosts and the mesh; the last one is padded, so that all hosts take
+    the same number of steps.
 
     Args:
-      decoder: of the model; params: of every component.
-      items: from `scoring.items_of`; row: makes a row of one of them.
-      batch: rows at a time, in all; rounded up to the devices.
-      how, shown: see `beam.decode`.
-      part: where texts are kept as they come; None: nowhere.
-      title: of the line on stderr that tells how long it will take; "": none.
+      decoder: of the model.
+      params: of every component.
+      items: from `items_of`.
+      row: turns an item into a row of a batch.
+      batch: rows of a global batch; rounded up to a multiple of the devices.
+      how, shown: see `Decoder.generate`.
+      partial: keeps the generations as they are made; None: nothing is kept.
+      title: of the progress on stderr; "" hides it.
 
     Returns:
-      The texts; on other hosts than the first only those that were not in `part`.
+      The generations; on hosts other than the first only those that were not in `partial`.
 
     Raises:
       DataError: no items.
-      RuntimeError: the texts gathered are not one of each item.
+      RuntimeError: some items have no generation, or several.
     """
     require_usable(items, 1)
     batch = filled(min(batch, len(items)), decoder.mesh)
-    texts = part.read(batch) if part is not None else []
-    start = everywhere(min(len(texts), len(items)))
-    texts = texts[:start]
-    progress = Progress("" if jax.process_index() else title, len(items), start, file=sys.stderr)
-    if start < len(items):
-        batches = eval_batches(
-            Rest(items, start), row, batch,
-            host_index=jax.process_index(), host_count=jax.process_count(),
-        )  # fmt: skip
-        for found in decoder.batches(params, batches, how, shown):
-            found = [(start + i, text, ended) for i, text, ended in sorted(found)]
-            if part is not None:
-                part.append(found)
-            texts += found
-            progress.advance(len(found))
-    progress.close()
-    first = 0 if jax.process_index() == 0 else start
-    if [i for i, _, _ in texts] != list(range(first, len(items))):
+    generations = partial.read(batch) if partial is not None else []
+    start = min(len(generations), len(items))
+    if partial is not None:  # only the first host reads the file: the others skip as many items
+        start = hosts.of_first(start, f"evaluation {title}")
+    generations = generations[:start]
+    title = title if hosts.first() else ""
+    with Progress(title, len(items), start, file=sys.stderr) as progress:
+        if start < len(items):
+            batches = eval_batches(
+                Slice(items, start, len(items)), row, batch,
+                host_index=hosts.index(), host_count=hosts.count(),
+            )  # fmt: skip
+            for group in decoder.generate(params, batches, how, shown):
+                new = [g._replace(index=start + g.index) for g in sorted(group)]
+                if partial is not None:
+                    partial.append(new)
+                generations += new
+                progress.advance(len(new))
+    first = 0 if hosts.first() else start
+    if [g.index for g in generations] != list(range(first, len(items))):
         raise RuntimeError(
-            f"{len(texts)} texts of {len({i for i, _, _ in texts})} items came back, but there are "
-            f"{len(items) - first}: each must have one"
+            f"expected one generation for each of {len(items) - first} items, got "
+            f"{len(generations)} for {len({g.index for g in generations})} items"
         )
-    return texts
-
-
-def everywhere(count: int) -> int:
-    """The first host's number, on every host; all of them must call it."""
-    if jax.process_count() == 1:
-        return count
-    return int(multihost_utils.broadcast_one_to_all(np.int32(count)))
+    return generations
 
 
 def evaluate(
     decoder: Decoder,
     params: Params,
     source: Source,
+    data: DataConfig,
+    spec: EvalConfig,
+    view: ImageTransform | None,
     *,
-    task: str,
-    batch: int,
-    view: ImageTransform,
-    how: Decode,
-    frames: int = 1,
-    limit: int = 0,
-    part: PartialResults | None = None,
+    partial: PartialResults | None = None,
     title: str = "",
 ) -> Result:
-    """Captions or answers for a source, and their scores.
+    """Run one evaluation: generate captions or answers for a source and score them.
 
     Args:
-      decoder: of the model; params: of every component.
-      source: examples with captions (task caption) or questions (task question).
-      task: caption | question.
-      batch: rows at a time; limit: first examples only, 0: all.
-      view, frames: of the pictures, see `transforms.caption_sample`.
-      how, part, title: see `predict`.
+      decoder: of the model.
+      params: of every component.
+      source: examples with captions or questions.
+      data: how the source's examples become rows.
+      spec: the evaluation; `spec.limit` items of the source are used.
+      view: how the encoder expects its images.
+      partial, title: see `predict`.
+
+    Returns:
+      The scores and predictions; with `partial` empty on hosts other than the first.
     """
     tokenizer = decoder.tokenizer
-    items = items_of(source, task, limit)
+    items = items_of(source, data.task, spec.limit)
+    question = data.task == "question"
     row = functools.partial(
-        prompt_sample, tokenizer=tokenizer, view=view, frames=frames,
-        text_len=MAX_QUESTION if task == "question" else len(tokenizer.encode(CAPTION.after)),
+        prompt_sample, tokenizer=tokenizer, view=data.view(view),
+        frames=data.frames if source.kind == "clip" else 1,
+        text_len=MAX_QUESTION if question else len(tokenizer.encode(CAPTION.after)),
     )  # fmt: skip
-    texts = predict(decoder, params, items, row, batch=batch, how=how, part=part, title=title)
-    if part is not None and jax.process_index():  # the first host has the texts of before
+    generations = predict(
+        decoder, params, items, row, batch=spec.batch, how=spec.decode, partial=partial, title=title
+    )
+    if partial is not None and not hosts.first():  # it lacks the generations of earlier attempts
         return Result({}, [])
-    return score_texts(items, texts, METRICS["cider" if task == "caption" else "simple"])
+    return score_generations(items, generations, METRICS["simple" if question else "cider"])
+
+
+def save_result(directory: Path, result: Result, **record: Any) -> None:
+    """Write predictions.jsonl, then score.json with the scores and a record of the evaluation."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+    storage.write_bytes(directory / "predictions.jsonl", text.encode())
+    write_json(directory / "score.json", {"scores": result.scores, **record})

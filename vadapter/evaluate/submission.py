@@ -1,4 +1,4 @@
-"""Predictions in the format of a benchmark's evaluation server, or else in a plain one.
+"""Predictions in the format of a benchmark's evaluation server, or in a plain one.
 
 vqav2, okvqa, textvqa   submission.json  [{"question_id": 1, "answer": "…"}]
 vizwiz                  submission.json  [{"image": "VizWiz_test_00000000.jpg", "answer": "…"}]
@@ -10,54 +10,41 @@ other questions         submission.csv   question_id,answer
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-Row = Mapping[str, Any]  # of predictions.jsonl
-
-
-def _number(text: str) -> int | str:
-    return int(text) if text.isascii() and text.isdigit() else text
-
-
-def _questions(row: Row) -> dict[str, Any]:
-    return {"question_id": _number(row["question_id"]), "answer": row["prediction"]}
-
-
-def _images(row: Row) -> dict[str, Any]:
-    return {"image": row["id"], "answer": row["prediction"]}
-
-
-def _coco(row: Row) -> dict[str, Any]:
-    return {"image_id": _number(row["id"]), "caption": row["prediction"]}
-
-
-def _captions(row: Row) -> dict[str, Any]:
-    return {"image_id": row["id"], "caption": row["prediction"]}
-
-
-_OFFICIAL: dict[str, Callable[[Row], dict[str, Any]]] = {
-    "vqav2": _questions,
-    "okvqa": _questions,
-    "textvqa": _questions,
-    "vizwiz": _images,
-    "coco": _coco,
+# Benchmark -> (key of the id, field of the prediction, whether the server expects a number).
+_ANSWERS = {
+    "vqav2": ("question_id", "question_id", True),
+    "okvqa": ("question_id", "question_id", True),
+    "textvqa": ("question_id", "question_id", True),
+    "vizwiz": ("image", "id", False),
 }
 
 
-def submission(benchmark: str, task: str, rows: Sequence[Row]) -> tuple[str, str]:
-    """The name of the file to send in, and its content.
+def submission(benchmark: str, task: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return the name of the file to submit, and its content.
 
     Args:
-      benchmark: its name; task: caption | question.
+      benchmark: its name.
+      task: "caption" or "question".
       rows: predictions as in predictions.jsonl.
     """
-    entry = _OFFICIAL.get(benchmark)
-    if entry is None and task == "question":
+    if task == "question" and benchmark not in _ANSWERS:
         out = io.StringIO()
         table = csv.writer(out, lineterminator="\n")
         table.writerow(("question_id", "answer"))
         table.writerows((row.get("question_id", row["index"]), row["prediction"]) for row in rows)
         return "submission.csv", out.getvalue()
-    text = json.dumps([(entry or _captions)(row) for row in rows], ensure_ascii=False)
-    return "submission.json", text + "\n"
+    captions = ("image_id", "id", benchmark == "coco")
+    key, field, numeric = _ANSWERS.get(benchmark, captions)
+    value = "caption" if task == "caption" else "answer"
+    entries = [
+        {key: _number(row[field]) if numeric else row[field], value: row["prediction"]}
+        for row in rows
+    ]
+    return "submission.json", json.dumps(entries, ensure_ascii=False) + "\n"
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdigit() else text

@@ -17,7 +17,7 @@ from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.tokenizers.pretrained import load_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.evaluate.describe import seen
+from vadapter.evaluate.describe import image_settings
 from vadapter.hub import record as form
 from vadapter.hub.record import Exported
 from vadapter.io import storage
@@ -97,7 +97,7 @@ def open_export(
         folder, exported.stage, exported.step, recipe, model, params, tokenizer, devices,
         view_of(model), digests,
     )  # fmt: skip
-    if seen(loaded) != (exported.view, exported.clip_frames):
+    if image_settings(loaded) != (exported.view, exported.clip_frames):
         raise CheckpointError(
             f"{folder / form.CONFIG}: its view is not that of its encoder; fetch it again, or "
             f"install vadapter {exported.vadapter}, which wrote it"

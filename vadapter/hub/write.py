@@ -16,7 +16,7 @@ from vadapter.checkpoints.digest import combined, tree_digests
 from vadapter.config import plain
 from vadapter.console import size
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.evaluate.describe import seen
+from vadapter.evaluate.describe import image_settings
 from vadapter.hub.model_card import card
 from vadapter.hub.record import (
     CARD,
@@ -84,7 +84,7 @@ def export(loaded: Loaded, folder: Path) -> dict[str, int]:
 
 def record(loaded: Loaded) -> Exported:
     """What is to be known of the stage, see `Exported`."""
-    view, clip_frames = seen(loaded)
+    view, clip_frames = image_settings(loaded)
     config, model = loaded.config, loaded.model
     specs = {name: expand(name, loaded.recipe.components[name]) for name in model.names()}
     return Exported(

@@ -1,7 +1,6 @@
-"""What scores without looking at an image: the yardsticks that every adapter has to beat.
+"""Baselines that see no image; a model that does not beat them does not use its images.
 
-Both are taken from the evaluated set itself, but never from the item that they are scored on: what
-a model has beyond them, it has seen.
+Both are fitted to the evaluated set itself, but never to the item that they are scored on.
 """
 
 import collections
@@ -16,43 +15,43 @@ CANDIDATES = 20
 
 
 def constant_caption(references: Sequence[Sequence[str]], candidates: int = CANDIDATES) -> float:
-    """CIDEr-D of giving every image the same caption, as a fraction on the official scale.
+    """Return the CIDEr-D of giving every image the same caption, a fraction on the official scale.
 
-    The caption for the even images is the one that does best on the odd ones, and the other way
-    round.
+    Cross-validated: the images with even indices get the candidate that scores best on those with
+    odd indices, and vice versa.
 
     Args:
       references: the human captions of each image.
-      candidates: how many of them are tried, one each of as many images, evenly spread.
+      candidates: number of captions to try, the first ones of evenly spaced images.
 
     Raises:
       DataError: fewer than two images.
     """
-    human = [[tokenize(caption) for caption in captions] for captions in references]
-    n = len(human)
-    tried = {i * n // candidates for i in range(candidates)}
-    scores = cider_of_constants([human[i][0] for i in sorted(tried)], human)
-    halves = scores[:, 0::2], scores[:, 1::2]
-    chosen = [other[half.mean(1).argmax()] for half, other in (halves, halves[::-1])]
-    return float(np.concatenate(chosen).mean())
+    tokens = [[tokenize(caption) for caption in captions] for captions in references]
+    n = len(tokens)
+    sampled = sorted({i * n // candidates for i in range(candidates)})
+    scores = cider_of_constants([tokens[i][0] for i in sampled], tokens)
+    even, odd = scores[:, 0::2], scores[:, 1::2]
+    best_of_other_half = odd[even.mean(1).argmax()], even[odd.mean(1).argmax()]
+    return float(np.concatenate(best_of_other_half).mean())
 
 
-def majority_answer(asked: Sequence[tuple[str, str]]) -> float:
-    """Accuracy of the commonest answer that the others who were asked the same words gave.
+def majority_answer(pairs: Sequence[tuple[str, str]]) -> float:
+    """Return the accuracy of answering with the most common answer to the same question elsewhere.
 
-    Where nobody else was, the commonest answer of all others.
+    A question that occurs only once gets the most common answer to all other questions.
 
     Args:
-      asked: (question, answer) pairs.
+      pairs: (question, answer).
     """
-    pairs = [(q.strip().lower(), a.strip().lower()) for q, a in asked]
-    alike, total = collections.defaultdict(collections.Counter), collections.Counter()
+    pairs = [(question.strip().lower(), answer.strip().lower()) for question, answer in pairs]
+    by_question, total = collections.defaultdict(collections.Counter), collections.Counter()
     for question, answer in pairs:
-        alike[question][answer] += 1
+        by_question[question][answer] += 1
         total[answer] += 1
-    right = 0
+    correct = 0
     for question, answer in pairs:
-        others = alike[question] if alike[question].total() > 1 else total
-        left = others - collections.Counter({answer: 1})
-        right += bool(left) and max(left, key=lambda a: left[a]) == answer
-    return right / max(len(pairs), 1)
+        same = by_question[question]
+        others = (same if same.total() > 1 else total) - collections.Counter({answer: 1})
+        correct += bool(others) and max(others, key=lambda a: others[a]) == answer
+    return correct / max(len(pairs), 1)

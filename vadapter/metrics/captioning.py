@@ -1,9 +1,8 @@
 """Caption metrics equal to the official COCO ones: CIDEr-D, BLEU and ROUGE-L.
 
-Source of the definitions: Vedantam et al. 2015 (CIDEr), Papineni et al. 2002 (BLEU), Lin 2004
-(ROUGE-L) as fixed by the reference scorer pycocoevalcap 1.2, whose numbers these reproduce per item
-(METEOR and SPICE need Java models and are left out). All scores are fractions on the official
-scale: multiply by 100 to print them (CIDEr reaches 10.0).
+Definitions: Vedantam et al. 2015 (CIDEr), Papineni et al. 2002 (BLEU) and Lin 2004 (ROUGE-L), as
+implemented by the reference scorer pycocoevalcap 1.2, whose numbers these reproduce per item. All
+scores are fractions on the official scale: multiply by 100 to print them (CIDEr reaches 10.0).
 
 Dimensions: I items (images or clips), R references of all of them, K n-grams of all captions.
 """
@@ -25,11 +24,12 @@ _TINY, _SMALL = 1e-15, 1e-9  # BLEU's guards against 0/0, visible in short capti
 def cider_d(
     candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> tuple[float, np.ndarray]:
-    """CIDEr-D with document frequencies from the given references.
+    """Return CIDEr-D, with document frequencies from the given references.
 
-    Cosine of tf-idf vectors with clipped candidate counts and a Gaussian penalty on the difference
-    in length, where the official code counts bigrams, averaged over n = 1..4 and the references.
-    The idf comes from the evaluated set itself: a subset's score is not comparable with the whole.
+    The cosine of tf-idf vectors with clipped candidate counts and a Gaussian penalty on the
+    difference in length (in bigrams, as in the official code), averaged over n = 1..4 and the
+    references. The idf comes from the evaluated set itself, so the score of a subset is not
+    comparable with that of the full set.
 
     Args:
       candidates: tokens of one caption per item; may be empty, which scores 0.
@@ -39,7 +39,7 @@ def cider_d(
       The corpus score (mean over items) and f64[I] scores per item, both in 0..10.
 
     Raises:
-      DataError: fewer than two items (every idf would be 0), or an item without references.
+      DataError: fewer than two items (each idf would be 0), or an item without references.
     """
     corpus = _one_each(candidates, references)
     scores = _cider(corpus, list(corpus.grams()), corpus.owner)
@@ -49,16 +49,16 @@ def cider_d(
 def _one_each(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Corpus:
     if len(candidates) != len(references):
         counts = f"{len(candidates)} candidates but {len(references)} sets of references"
-        raise DataError(f"{counts}: give exactly one candidate per item.")
+        raise DataError(f"got {counts}: pass exactly one candidate per item.")
     return Corpus.build(candidates, references)
 
 
 def cider_of_constants(
     captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> np.ndarray:
-    """CIDEr-D of giving every item the same caption, for several captions.
+    """Return the CIDEr-D of giving all items the same caption, for each of several captions.
 
-    As `cider_d` of each, but the n-grams of the references are counted once for all.
+    Equal to `cider_d` of each, but the n-grams of the references are counted only once.
 
     Returns:
       f64[captions, I] scores, in 0..10.
@@ -71,11 +71,11 @@ def cider_of_constants(
 
 
 def _cider(corpus: Corpus, orders: Sequence[Grams], candidate_of: np.ndarray) -> np.ndarray:
-    """f64[I] scores; candidate_of: i64[R], the candidate that each reference is compared with."""
+    """Return f64[I] scores; candidate_of: i64[R], the candidate each reference is compared with."""
     if corpus.items < 2:
         raise DataError(
             "CIDEr needs at least 2 items: its idf comes from the evaluated references, and with "
-            "one item every score is 0. Evaluate the whole test set."
+            "one item every score is 0. Evaluate more items, or the whole test set."
         )
     C = corpus.candidates
     bigrams = np.maximum(corpus.length - 1, 0)
@@ -97,7 +97,7 @@ def _cider(corpus: Corpus, orders: Sequence[Grams], candidate_of: np.ndarray) ->
 def bleu(
     candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """BLEU-1 to BLEU-4 with the closest reference length (the shorter one of equals).
+    """Return BLEU-1 to BLEU-4 with the closest reference length (the shorter one at a tie).
 
     Args: as `cider_d`; one item is enough.
 
@@ -120,7 +120,7 @@ def _bleu(corpus: Corpus, orders: Iterable[Grams]) -> tuple[np.ndarray, np.ndarr
     correct = np.zeros((corpus.items, ORDERS))
     for n, grams in enumerate(orders):
         own = grams.candidate_entries
-        allowed = np.zeros(own, np.int64)  # the most any one reference has
+        allowed = np.zeros(own, np.int64)  # the largest count in any one reference
         shared, match = grams.shared(corpus.owner)
         np.maximum.at(allowed, match, grams.count[shared])
         clipped = np.minimum(allowed, grams.count[:own])
@@ -128,7 +128,7 @@ def _bleu(corpus: Corpus, orders: Iterable[Grams]) -> tuple[np.ndarray, np.ndarr
     guessed = np.maximum(length[:, None] - np.arange(ORDERS), 0)
 
     def score(correct: np.ndarray, guessed: np.ndarray, length, closest) -> np.ndarray:
-        """[…, 4] counts, […] lengths -> […, 4]."""
+        """Return f64[…, 4] from counts […, 4] and lengths […]."""
         precision = np.cumprod((correct + _TINY) / (guessed + _SMALL), axis=-1)
         ratio = (length + _TINY) / (closest + _SMALL)
         brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
@@ -138,14 +138,17 @@ def _bleu(corpus: Corpus, orders: Iterable[Grams]) -> tuple[np.ndarray, np.ndarr
     return corpus_score, score(correct, guessed, length, closest)
 
 
-def _common(candidate: Tokens, reference: Tokens, places: Mapping[str, int]) -> int:
-    """Length of the longest common subsequence; `places`: bit set of each word in the candidate.
+def _common_subsequence(candidate: Tokens, reference: Tokens, positions: Mapping[str, int]) -> int:
+    """Return the length of the longest common subsequence.
 
-    Bit-parallel dynamic programming (Crochemore et al. 2001): a zero bit is a step of the table.
+    `positions` maps each word to the bit set of its positions in the candidate.
+
+    Bit-parallel dynamic programming (Crochemore et al. 2001): a zero bit is a step of
+    the table.
     """
     row = full = (1 << len(candidate)) - 1
     for word in reference:
-        hits = row & places.get(word, 0)
+        hits = row & positions.get(word, 0)
         row = (row + hits) | (row - hits)
     return (~row & full).bit_count()
 
@@ -153,7 +156,7 @@ def _common(candidate: Tokens, reference: Tokens, places: Mapping[str, int]) -> 
 def rouge_l(
     candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> tuple[float, np.ndarray]:
-    """ROUGE-L, the F-measure of the best precision and the best recall over the references.
+    """Return ROUGE-L, the F-measure of the best precision and the best recall over the references.
 
     The two maxima may come from different references, and an empty caption counts as one empty
     word, as in the official code.
@@ -169,11 +172,11 @@ def rouge_l(
     scores = np.zeros(_one_each(candidates, references).items)
     for i, (candidate, refs) in enumerate(zip(candidates, references, strict=True)):
         candidate = candidate or [""]
-        places: dict[str, int] = {}
-        for at, word in enumerate(candidate):
-            places[word] = places.get(word, 0) | 1 << at
+        positions: dict[str, int] = {}
+        for position, word in enumerate(candidate):
+            positions[word] = positions.get(word, 0) | 1 << position
         refs = [ref or [""] for ref in refs]
-        common = [_common(candidate, ref, places) for ref in refs]
+        common = [_common_subsequence(candidate, ref, positions) for ref in refs]
         precision = max(common) / len(candidate)
         recall = max(c / len(ref) for c, ref in zip(common, refs, strict=True))
         if precision:
@@ -203,9 +206,9 @@ class CaptionScores:
 def score_captions(
     predictions: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]
 ) -> CaptionScores:
-    """Scores raw captions: official tokenization, then CIDEr-D, BLEU-4 and ROUGE-L.
+    """Score raw captions: official tokenization, then CIDEr-D, BLEU-4 and ROUGE-L.
 
-    Line breaks inside captions are blanks; empty predictions are legal and score 0.
+    Line breaks inside captions count as spaces; empty predictions are allowed and score 0.
 
     Args:
       predictions: one caption per item id.

@@ -1,29 +1,29 @@
 """The caption tokenizer of the official COCO metrics, without Java.
 
-`tokenize` gives the tokens of Stanford's PTBTokenizer 3.4.1 with `-preserveLines -lowerCase`, after
-pycocoevalcap's list of punctuation has been dropped. The rules were found by probing that
-program with short strings, among them every word of up to five letters; tests/evals/test_ptb.py
-states how often the two disagree. As in any generated scanner the rule with the longest match,
+`tokenize` returns the tokens of Stanford's PTBTokenizer 3.4.1 with `-preserveLines -lowerCase`,
+without those on pycocoevalcap's list of punctuation. The rules were derived by probing that program
+with short strings, among them every word of up to five letters; tests/metrics/test_ptb.py states
+how often the two disagree. As in any generated scanner the rule with the longest match,
 trailing context included, wins, and the first of equals.
 
-Quirks of the official pipeline that are kept, because scores depend on them:
+Quirks of the official pipeline, reproduced because scores depend on them:
   * brackets come out in lower case (`-lrb-`), so the list that should drop them misses them;
   * `?!` and `!!!` stay: only single marks are on that list;
-  * a word in front of `.,` keeps its full stop (`dog., cat` -> `dog. cat`);
+  * a word before `.,` keeps its full stop (`dog., cat` -> `dog. cat`);
   * `can't` -> `ca n't`, `cannot` -> `can not`, `gonna` -> `gon na`;
-  * a final single letter (`ave S.`) keeps its full stop or not by the first word of the next
-    caption in the file; here it never does, which is the commoner case;
+  * a final single letter (`ave S.`) keeps its full stop depending on the first word of the next
+    caption in the file; here it never does, which is the more common case;
   * `£5` -> `# 5`, `€5` -> `$ 5`, `5¢` -> `5 cents`; emoji vanish.
 
-Not reproduced, for captions hold none: markup tags with blanks, telephone numbers in brackets,
-odd smileys and e-mail addresses, numbers of ten digits and more, accents of rare scripts.
+Not reproduced, as captions have none: markup tags with spaces, telephone numbers in brackets,
+unusual smileys and e-mail addresses, numbers of ten digits and more, accents of rare scripts.
 """
 
 import functools
 import itertools
 import re
 
-# Abbreviations whose full stop stays, and those that keep it only in front of a number.
+# Abbreviations whose full stop stays, and those that keep it only before a number.
 _ABBREVIATIONS = """
 adj adm adv al ala alex apr ariz assn assoc asst atty attys aug ave bancorp bhd bldg blvd brig bros
 ca calif capt cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec ens
@@ -38,12 +38,12 @@ _SPLIT_WORDS = {  # cannot -> can not
     a + b: (a, b)
     for a, b in (w.split() for w in ("can not", "gim me", "lem me", "gon na", "wan na", "got ta"))
 }
-# A single letter loses its full stop in front of these, written with a capital.
+# A single letter loses its full stop before these words, if they are capitalized.
 _STARTERS = """
 a about after an as at but earlier he her here however if in it last many more now once one other
 our she since so some such that the their then there these they this we what when while yet you
 """
-# What the rules may know of the next chunk: one of these follows the chunk.
+# What the rules see of the next chunk: one of these is appended to the chunk.
 _BEFORE_NUMBER, _BEFORE_STARTER = " 0", " A"
 
 _L = r"(?:[^\W\d_¹²³⁰-₉¼-¾⅐-↋]|[\u0300-\u036f])"  # a letter or a combining accent
@@ -66,7 +66,7 @@ _RULES = [
     rf"(?:https?://|www\.){_A}[^\s<>\"]*[^\s<>\".,;:!?')]",
     rf"(?:{_A}|[.-])+\.(?:com|org)/{_A}[^\s<>\".,;:!?')]*",
     rf"{_A}(?:{_A}|[.,_-])*@{_A}+(?:[.-]{_A}+)*",
-    rf"{_L}+[?!]{_L}+",  # what?who stays whole
+    rf"{_L}+[?!]{_L}+",  # what?who is one token
     # Apostrophes.
     rf"({_L}*(?!n){_L})n{_Q}t",  # do|n't
     r"n['’`]t",
@@ -94,7 +94,7 @@ _SCANNERS = [re.compile(rule, 0 if "A-Z" in rule else re.IGNORECASE) for rule in
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&nbsp;": " ", "&quot;": '"', "&apos;": "'"}
 _ENTITY = re.compile("|".join(_ENTITIES))
 _LINE_BREAKS = re.compile("[\n\r\v\f\u2028\u2029]")  # they would shift the official line count
-_WRITTEN = {  # how the official program writes a sign
+_WRITTEN = {  # how the official program spells a sign
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "£": "#", "€": "$", "¤": "$", "₠": "$", "¢": "cents",
     "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", "’": "'",
@@ -105,43 +105,43 @@ _DROPPED = re.compile(r"[.,:;?!\-'\"`‘’‚‛“”«»‹›–—―…]|'
 
 @functools.lru_cache(maxsize=1 << 17)
 def _scan(chunk: str, context: str) -> tuple[str, ...]:
-    """The tokens of a chunk without blanks that `context` (see `_context`) follows."""
+    """Return the tokens of a chunk without spaces, followed by `context` (see `_context`)."""
     if chunk.isascii() and chunk.isalpha() and chunk.lower() not in _SPLIT_WORDS:
         return (chunk.lower(),)
     text = chunk + context
-    tokens, at = [], 0
-    while at < len(chunk):
-        matches = [m for scanner in _SCANNERS if (m := scanner.match(text, at))]
-        if not matches:  # emoji, control characters: gone, but they part words
-            at += 1
+    tokens, start = [], 0
+    while start < len(chunk):
+        matches = [m for scanner in _SCANNERS if (m := scanner.match(text, start))]
+        if not matches:  # emoji and control characters are dropped, but separate words
+            start += 1
             continue
         best = max(matches, key=lambda m: m.end())
         token = next((group for group in best.groups() if group), best.group())
-        at += len(token)
+        start += len(token)
         if not _DROPPED.fullmatch(token):
             tokens.append(token.lower().translate(_WRITE))
     return tuple(tokens)
 
 
 def _context(chunk: str, following: str) -> str:
-    """What matters of the chunk after `chunk`, which is empty at the end of the caption."""
+    """Return what the rules see of the chunk after `chunk`, "" at the end of the caption."""
     if not chunk.endswith("."):
         return ""
-    # The official program looks into the next caption, which as a rule starts with "A" or "The".
+    # The official program looks at the next caption, which usually starts with "A" or "The".
     if not following or (following[0].isupper() and following.lower() in _STARTERS.split()):
         return _BEFORE_STARTER
     return _BEFORE_NUMBER if following[0].isdigit() else ""
 
 
 def tokenize(caption: str) -> list[str]:
-    """Tokens of one caption, lower-cased, punctuation dropped as the official scorer drops it.
+    """Return the tokens of a caption, in lower case, without the punctuation COCO scorers drop.
 
     Args:
-      caption: any text. Line breaks of every kind count as blanks (the official wrapper replaces
-        only `\\n`; the others would move all captions behind this one to the wrong image).
+      caption: any text. Line breaks of every kind count as spaces (the official wrapper replaces
+        only `\\n`; any other would shift all later captions to the wrong image).
 
     Returns:
-      The tokens; empty for a caption without words, which is legal and scores 0.
+      The tokens; empty for a caption without words, which is allowed and scores 0.
     """
     text = _LINE_BREAKS.sub(" ", caption).replace("\xad", "")
     text = _ENTITY.sub(lambda m: _ENTITIES[m.group()], text)

@@ -1,33 +1,39 @@
-"""From predictions to scores: each metric is a row of `METRICS`.
+"""Scores of generated captions and answers; each metric is a row of `METRICS`.
 
-Scores are fractions on the official scale (multiply by 100 to print them) and, as counts or shares:
-`n`, the items scored; `ended`, texts that ended by themselves; `distinct`, different texts;
-`unreadable`, items whose image cannot be read, where there are any: their text is empty.
+Scores are fractions on the official scale (multiply by 100 to print them). Beside them, as counts
+or shares: `n`, the scored items; `ended`, generations that ended by themselves; `distinct`,
+different generations; `unreadable`, items whose image cannot be read, if there are any: they count
+with an empty generation.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vadapter.data.example import Question, Source
-from vadapter.metrics import vqa
-from vadapter.metrics.captioning import score_captions
-from vadapter.metrics.vqa import Rules, score_answers
 
-# Index of the item, the text (None: its image cannot be read), whether it ended by itself.
-Text = tuple[int, str | None, bool]
-_Said = tuple[int, str, bool]
+class Generation(NamedTuple):
+    """What the model generated for an item.
+
+    Attributes:
+      index: of the item.
+      text: the caption or answer; None if the image cannot be read.
+      ended: whether it ended by itself, and not at the limit of its length.
+    """
+
+    index: int
+    text: str | None
+    ended: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One evaluation.
+    """Scores and predictions of an evaluation.
 
     Attributes:
       scores: metric -> value; CIDEr, BLEU and accuracies as fractions (×100 as published).
-      rows: one dict an item: id, prediction, references or question, answer, kind; score; ended.
+      rows: one dict per item: id, prediction, references or question, answer, kind; score; ended.
     """
 
     scores: dict[str, float]
@@ -39,107 +45,68 @@ class Metric:
     """How a benchmark is scored.
 
     Attributes:
-      task: caption | question.
-      primary: the score that stands for the whole, a key of `Result.scores`.
-      rules: of answers; None for captions.
+      task: "caption" or "question".
+      primary: the score that is reported for the benchmark, a key of `Result.scores`.
+      rules: for answers the official rules, a name in `vqa.RULES`.
       variants: other rules in use, reported beside the official ones as `accuracy_NAME`.
     """
 
     task: str
     primary: str
-    rules: Rules | None = None
-    variants: tuple[Rules, ...] = ()
+    rules: str = ""
+    variants: tuple[str, ...] = ()
 
 
-def _accuracy(rules: Rules, *variants: Rules) -> Metric:
+def _accuracy(rules: str, *variants: str) -> Metric:
     return Metric("question", "accuracy", rules, variants)
 
 
 METRICS: dict[str, Metric] = {
     "cider": Metric("caption", "cider"),
-    "vqav2": _accuracy(vqa.VQAV2, vqa.OPENFLAMINGO, vqa.LAVIS),
-    "okvqa": _accuracy(vqa.VQAV2, vqa.OPENFLAMINGO, vqa.LAVIS, vqa.BIG_VISION),
-    "textvqa": _accuracy(vqa.TEXTVQA),
-    "vizwiz": _accuracy(vqa.VIZWIZ, vqa.OPENFLAMINGO),
-    "ivqa": _accuracy(vqa.IVQA),
-    "exact": _accuracy(vqa.EXACT, vqa.EXACT_EVALAI),
-    "simple": _accuracy(vqa.EXACT),  # of data sets of one's own
+    "vqav2": _accuracy("vqav2", "openflamingo", "lavis"),
+    "okvqa": _accuracy("vqav2", "openflamingo", "lavis", "big_vision"),
+    "textvqa": _accuracy("textvqa"),
+    "vizwiz": _accuracy("vizwiz", "openflamingo"),
+    "ivqa": _accuracy("ivqa"),
+    "exact": _accuracy("exact", "evalai"),
+    "simple": _accuracy("exact"),  # for the user's own data sets
 }
 
 
-class Questions:
-    """A source's (example, question) pairs, one item each."""
-
-    def __init__(self, source: Source, limit: int = 0):
-        self._source = source
-        self._pairs = []
-        for i in range(len(source)):
-            if limit and len(self._pairs) >= limit:
-                break
-            self._pairs += [(i, j) for j in range(len(source.text_only(i).qa))]
-        self._pairs = self._pairs[: limit or None]
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, index: int) -> tuple[Any, Question]:
-        i, j = self._pairs[index]
-        example = self._source[i]
-        return example, example.qa[j]
-
-    def text_only(self, index: int) -> tuple[Any, Question]:
-        """The pair without the example's media."""
-        i, j = self._pairs[index]
-        example = self._source.text_only(i)
-        return example, example.qa[j]
-
-
-class First:
-    """The first `limit` items of a source."""
-
-    def __init__(self, source: Source, limit: int):
-        self._source, self._limit = source, min(limit, len(source))
-
-    def __len__(self) -> int:
-        return self._limit
-
-    def __getitem__(self, index: int) -> Any:
-        return self._source[index]
-
-    def text_only(self, index: int) -> Any:
-        """The item without its media."""
-        return self._source.text_only(index)
-
-
-def items_of(source: Source, task: str, limit: int = 0) -> Any:
-    """What is predicted one by one: examples, or questions; the first `limit` of them, 0: all."""
-    if task == "question":
-        return Questions(source, limit)
-    return First(source, limit) if limit else source
-
-
-def score_texts(items: Any, texts: Sequence[Text], metric: Metric) -> Result:
-    """Scores a text of every item.
+def score_generations(items: Any, generations: Sequence[Generation], metric: Metric) -> Result:
+    """Score one generation per item.
 
     Args:
       items: from `items_of`.
-      texts: one of each item.
-      metric: where no answers are public nothing is scored, and the rows have no `score`.
+      generations: one per item.
+      metric: how they are scored. Where no answers are public nothing is scored, and the rows
+        have no `score`.
 
     Raises:
-      DataError: fewer than two captions, or a question without answers among others with some.
+      DataError: fewer than two captions, or some questions have answers and others have none.
     """
-    score = _captions if metric.task == "caption" else _answers
-    bad = sum(text is None for _, text, _ in texts)
-    named, rows = score(items, [(i, text or "", ended) for i, text, ended in texts], metric)
-    unreadable = {"unreadable": bad / len(texts)} if bad else {}
-    return Result(named | _shares(rows) | unreadable, rows)
+    unreadable = sum(g.text is None for g in generations)
+    score = _score_captions if metric.task == "caption" else _score_answers
+    scores, rows = score(items, [g._replace(text=g.text or "") for g in generations], metric)
+    scores |= {
+        "ended": float(np.mean([row["ended"] for row in rows])),
+        "distinct": len({row["prediction"] for row in rows}) / len(rows),
+        "n": len(rows),
+    }
+    if unreadable:
+        scores["unreadable"] = unreadable / len(generations)
+    return Result(scores, rows)
 
 
-def _captions(items: Any, texts: Sequence[_Said], metric: Metric) -> tuple[dict, list]:
-    examples = {i: items.text_only(i) for i, _, _ in texts}
+def _score_captions(
+    items: Any, generations: Sequence[Generation], metric: Metric
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    from vadapter.metrics.captioning import score_captions
+
+    examples = {g.index: items.text_only(g.index) for g in generations}
     scores = score_captions(
-        {i: text for i, text, _ in texts}, {i: e.captions for i, e in examples.items()}
+        {g.index: g.text or "" for g in generations},
+        {i: example.captions for i, example in examples.items()},
     )
     rows = [
         {
@@ -150,43 +117,40 @@ def _captions(items: Any, texts: Sequence[_Said], metric: Metric) -> tuple[dict,
             "score": scores.cider_of[i],
             "ended": ended,
         }
-        for i, text, ended in texts
+        for i, text, ended in generations
     ]
     return {"cider": scores.cider, "bleu4": scores.bleu4, "rouge_l": scores.rouge_l}, rows
 
 
-def _answers(items: Any, texts: Sequence[_Said], metric: Metric) -> tuple[dict, list]:
-    asked = {i: items.text_only(i) for i, _, _ in texts}
+def _score_answers(
+    items: Any, generations: Sequence[Generation], metric: Metric
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    from vadapter.metrics.vqa import RULES, score_answers
+
+    examples, questions = {}, {}
+    for g in generations:
+        examples[g.index], questions[g.index] = items.text_only(g.index)
     rows = [
         {
-            "id": asked[i][0].id,
+            "id": examples[i].id,
             "index": i,
-            **({"question_id": asked[i][1].id} if asked[i][1].id else {}),
-            "question": asked[i][1].text,
-            "answer": asked[i][1].answer,
-            "kind": asked[i][1].kind,
+            **({"question_id": questions[i].id} if questions[i].id else {}),
+            "question": questions[i].text,
+            "answer": questions[i].answer,
+            "kind": questions[i].kind,
             "prediction": text,
             "ended": ended,
         }
-        for i, text, ended in texts
+        for i, text, ended in generations
     ]
-    answers: dict[Any, Any] = {i: question.answers for i, (_, question) in asked.items()}
+    answers: dict[Any, Any] = {i: question.answers for i, question in questions.items()}
     if not any(answers.values()):
         return {}, rows
-    assert metric.rules is not None
-    kinds: dict[Any, str] = {i: question.kind for i, (_, question) in asked.items()}
-    said: dict[Any, str] = {i: text for i, text, _ in texts}
-    scores = score_answers(said, answers, metric.rules, kinds)
-    named = {"accuracy": scores.accuracy}
-    named |= {f"accuracy_{k}": v for k, v in sorted(scores.by_kind.items()) if k}
-    for rules in metric.variants:
-        named |= {f"accuracy_{rules.name}": score_answers(said, answers, rules).accuracy}
-    rows = [row | {"score": scores.accuracy_of[row["index"]]} for row in rows]
-    return named, rows
-
-
-def _shares(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How many of the texts ended by themselves, how many differ, and their number."""
-    ended = float(np.mean([row["ended"] for row in rows]))
-    distinct = len({row["prediction"] for row in rows}) / len(rows)
-    return {"ended": ended, "distinct": distinct, "n": len(rows)}
+    kinds: dict[Any, str] = {i: question.kind for i, question in questions.items()}
+    predictions: dict[Any, str] = {g.index: g.text or "" for g in generations}
+    official = score_answers(predictions, answers, RULES[metric.rules], kinds)
+    scores = {"accuracy": official.accuracy}
+    scores |= {f"accuracy_{k}": v for k, v in sorted(official.by_kind.items()) if k}
+    for name in metric.variants:
+        scores[f"accuracy_{name}"] = score_answers(predictions, answers, RULES[name]).accuracy
+    return scores, [row | {"score": official.accuracy_of[row["index"]]} for row in rows]

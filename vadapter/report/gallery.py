@@ -1,9 +1,7 @@
-"""Held-out images and clips with what the stages say about them, in a single HTML file."""
+"""Held-out images and clips with the predictions of each stage, in one HTML file."""
 
-import base64
 import dataclasses
 import functools
-import io
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,20 +10,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vadapter import html_page
+from vadapter.data.items import items_of
 from vadapter.data.media.frames import load_media
 from vadapter.data.media.images import BadMedia
 from vadapter.data.open import make_source
 from vadapter.errors import UserError
-from vadapter.html_page import page, text
 from vadapter.io.json_files import lines
-from vadapter.metrics.scoring import Questions
 from vadapter.recipe.schema import Recipe
 
 MAX_BYTES = 2_900_000
-EACH = 6  # items of each group
-SIZES = (160, 112, 80, 56)  # longest side of an image, the first that fits into the file
+EACH = 6  # items per group
+SIZES = (160, 112, 80, 56)  # longest side of an image: the largest with which the file fits
 _FRAME_MS = 200
-_MAX_TEXT = 400  # characters
 
 Row = dict[str, Any]  # of predictions.jsonl
 
@@ -36,8 +33,8 @@ class Section:
 
     Attributes:
       title: its name.
-      task: caption | question.
-      rows: stage -> what it predicted; the last stage decides which items are shown.
+      task: "caption" or "question".
+      rows: stage -> its predictions; the last stage determines which items are shown.
       media: row -> frames u8[F,H,W,3]; raises UserError or OSError.
     """
 
@@ -48,46 +45,50 @@ class Section:
 
 
 def read_section(recipe: Recipe, name: str, predictions: Mapping[str, Path]) -> Section:
-    """The section of an evaluation.
+    """Return the section of an evaluation.
 
     Args:
-      recipe: of the run; the data set's source is made again for the images.
+      recipe: of the run; the images come from its data set.
       name: of the evaluation.
       predictions: stage -> its predictions.jsonl.
     """
     spec = recipe.evals[name]
     rows = {stage: list(lines(path)) for stage, path in predictions.items()}
-    rows = {stage: found for stage, found in rows.items() if found}
     config = recipe.data[spec.data]
-    items: list[Any] = []  # made at the first image, and only once
+
+    @functools.cache
+    def opened() -> tuple[Any, int]:  # at the first image: there may be none
+        source = make_source(spec.data, config)
+        return items_of(source, config.task), config.frames if source.kind == "clip" else 1
 
     def media(row: Row) -> np.ndarray:
-        if not items:
-            source = make_source(spec.data, config)
-            items.append(Questions(source) if config.task == "question" else source)
-            items.append(config.frames if source.kind == "clip" else 1)
-        item = items[0][row["index"]] if row["index"] < len(items[0]) else None
+        items, frames = opened()
+        item = items[row["index"]] if row["index"] < len(items) else None
         example = item[0] if isinstance(item, tuple) else item
         if example is None or example.id != row["id"]:
-            raise BadMedia("the data set has changed since")
-        return load_media(example.media, frames=items[1])
+            raise BadMedia("the data set has changed since the evaluation")
+        return load_media(example.media, frames=frames)
 
-    return Section(name, config.task, rows, media)
+    nonempty = {stage: predicted for stage, predicted in rows.items() if predicted}
+    return Section(name, config.task, nonempty, media)
 
 
-def write_gallery(path: Path, title: str, sections: Sequence[Section], table: str = "") -> Path:
-    """Writes the page, with images as large as the size of the file allows.
+def write_gallery(
+    path: Path, title: str, sections: Sequence[Section], table: str = "", max_bytes: int = MAX_BYTES
+) -> Path:
+    """Write the page, with images as large as the size of the file allows.
 
     Args:
       path: of the file.
       title: its heading.
       sections: in order.
-      table: text of the summary, shown in front.
+      table: text of the summary, shown first.
+      max_bytes: size of the file, if the smallest images allow it.
     """
     content = b""
     for size in SIZES:
         content = _page(title, sections, table, size).encode("utf-8", "replace")
-        if len(content) <= MAX_BYTES:
+        if len(content) <= max_bytes:
             break
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -97,31 +98,30 @@ def write_gallery(path: Path, title: str, sections: Sequence[Section], table: st
 def _page(title: str, sections: Sequence[Section], table: str, size: int) -> str:
     body = []
     if table:
-        body.append(f"<pre>{text(table)}</pre>")
+        body.append(f"<pre>{html_page.text(table)}</pre>")
     for section in sections:
         if not section.rows:
             continue
-        chosen = list(section.rows)[-1]
-        rows = section.rows[chosen]
+        stage = list(section.rows)[-1]
+        rows = section.rows[stage]
         groups = choose(rows, section.task)
-        by = " and ".join(list(groups)[:2]).lower()
-        what = "questions" if section.task == "question" else "items"
+        names = " and ".join(list(groups)[:2]).lower()
+        noun = "questions" if section.task == "question" else "items"
         body.append(f"<h2>{_text(section.title)}</h2>")
-        body.append(f"<p>{len(rows)} held-out {what}; {by} by <b>{_text(chosen)}</b>.</p>")
-        for group, rows in groups.items():
-            cards = "\n".join(_card(section, row, size) for row in rows)
+        body.append(f"<p>{len(rows)} held-out {noun}; {names} by <b>{_text(stage)}</b>.</p>")
+        for group, chosen in groups.items():
+            cards = "\n".join(_card(section, row, size) for row in chosen)
             body.append(f"<h3>{group}</h3>\n<div class=cards>\n{cards}\n</div>")
-    return page(title, _STYLE, "\n".join(body))
+    return html_page.page(title, _STYLE, "\n".join(body))
 
 
 def choose(rows: Sequence[Row], task: str, each: int = EACH) -> dict[str, list[Row]]:
-    """The best, the worst and some random items; equal scores by lot, which falls always the same.
-    Rows without scores, whose answers are not public, are all random.
+    """Return the best, the worst and some random items; ties are broken by a fixed seed.
 
     Args:
-      rows: of predictions.jsonl.
-      task: caption, or question, whose answers are right or wrong.
-      each: items of a group.
+      rows: of predictions.jsonl. Without scores (no public answers) all groups but one are empty.
+      task: "caption", or "question", whose answers are right or wrong.
+      each: items per group.
     """
     shuffled = list(rows)
     random.Random(0).shuffle(shuffled)
@@ -135,26 +135,26 @@ def choose(rows: Sequence[Row], task: str, each: int = EACH) -> dict[str, list[R
         }
     else:
         groups = {"Best": ranked[:each], "Worst": ranked[each:][-each:][::-1]}
-    taken = {id(row) for group in groups.values() for row in group}
-    groups["Random"] = [row for row in shuffled if id(row) not in taken][:each]
+    chosen = {id(row) for group in groups.values() for row in group}
+    groups["Random"] = [row for row in shuffled if id(row) not in chosen][:each]
     return {name: group for name, group in groups.items() if group}
 
 
 def _card(section: Section, row: Row, size: int) -> str:
-    lines = []
+    parts = []
     if section.task == "question":
-        lines.append(f"<p class=question>{_text(row['question'])} → {_text(row['answer'])}</p>")
+        parts.append(f"<p class=question>{_text(row['question'])} → {_text(row['answer'])}</p>")
     for stage, rows in section.rows.items():
-        other = next((r for r in rows if r["index"] == row["index"] and r["id"] == row["id"]), None)
-        if other is None:
+        same = (r for r in rows if r["index"] == row["index"] and r["id"] == row["id"])
+        if (prediction := next(same, None)) is None:
             continue
-        mark = _mark(section.task, other.get("score"))
-        said = _text(other["prediction"]) or "<i>nothing</i>"
-        lines.append(f"<p class=stage><b>{_text(stage)}</b> <span>{mark}</span></p><p>{said}</p>")
+        mark = _mark(section.task, prediction.get("score"))
+        words = _text(prediction["prediction"]) or "<i>empty</i>"
+        parts.append(f"<p class=stage><b>{_text(stage)}</b> <span>{mark}</span></p><p>{words}</p>")
     for reference in row.get("references", ())[:5]:
-        lines.append(f"<p class=reference>{_text(reference)}</p>")
-    text = "\n".join(lines)
-    return f"<article>{_image(section, row, size)}\n{text}</article>"
+        parts.append(f"<p class=reference>{_text(reference)}</p>")
+    content = "\n".join(parts)
+    return f"<article>{_image(section, row, size)}\n{content}</article>"
 
 
 def _mark(task: str, score: float | None) -> str:
@@ -176,35 +176,28 @@ def _image(section: Section, row: Row, size: int) -> str:
 
 
 def thumbnail(frames: np.ndarray, size: int) -> tuple[str, bool]:
-    """A data URI: PNG where the image is small by itself, else JPEG; an animated WebP of a clip.
+    """Return an image as a data URI, and whether it was smaller than its thumbnail.
+
+    PNG if it was, else JPEG; clips are animated WebP.
 
     Args:
       frames: u8[F,H,W,3].
       size: longest side in pixels.
-
-    Returns:
-      The URI, and whether the image was that small.
     """
     images = [Image.fromarray(frame) for frame in frames]
     small = max(images[0].size) <= min(size, 96)
     for image in images:
         image.thumbnail((size, size))
-    out, (first, *more) = io.BytesIO(), images
+    first, *more = images
     if more:
-        kind = "webp"
-        first.save(
-            out, "WEBP", save_all=True, append_images=more, duration=_FRAME_MS, loop=0, quality=70
-        )
-    elif small:
-        kind = "png"
-        first.save(out, "PNG", optimize=True)
-    else:
-        kind = "jpeg"
-        first.save(out, "JPEG", quality=82)
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}", small
+        animation = {"save_all": True, "append_images": more, "duration": _FRAME_MS, "loop": 0}
+        return html_page.data_uri(first, "webp", quality=70, **animation), small
+    if small:
+        return html_page.data_uri(first, "png", optimize=True), small
+    return html_page.data_uri(first, "jpeg", quality=82), small
 
 
-_text = functools.partial(text, limit=_MAX_TEXT)
+_text = functools.partial(html_page.text, limit=400)
 
 _STYLE = """\
 body { font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; }

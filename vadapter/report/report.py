@@ -1,4 +1,4 @@
-"""What a run has come to: a table, a plot of the convergence, a gallery of held-out images."""
+"""The report of a run: a table, a convergence plot and a gallery of held-out images."""
 
 import dataclasses
 from pathlib import Path
@@ -17,6 +17,7 @@ class Report:
     """The files of a report, and its table as text.
 
     Attributes:
+      text: the table.
       table: table.md, with table.txt beside it.
       plot: plots/convergence.png; None without adapters.
       gallery: gallery.html; None without evaluations.
@@ -28,31 +29,32 @@ class Report:
     gallery: Path | None
 
     def files(self) -> list[Path]:
-        """Those that there are."""
+        """Return the files that exist."""
         return [path for path in (self.table, self.plot, self.gallery) if path is not None]
 
 
 def write_report(workdir: Path, recipe: Recipe) -> Report:
-    """Writes the report of a run into its directory, from what is finished so far.
+    """Write the report of a run, as far as it is finished, into its directory.
 
-    Images that are no longer there are left out of the gallery, with the reason in their place.
+    Images that are no longer available are replaced by the reason in the gallery.
     """
     workdir = storage.as_path(workdir)
-    rows = summary(workdir, recipe)
-    text, page = text_table(rows, HEADER), markdown_table(rows, HEADER)
+    tables: list[tuple[list[tuple[str, ...]], tuple[str, ...]]] = [
+        (summary(workdir, recipe), HEADER)
+    ]
     directories = [path for name in recipe.chain for path in sorted(workdir.glob(f"{name}/eval/*"))]
     if scored := benchmarks(directories):
-        text += f"\n\n{text_table(scored, BENCHMARKS)}"
-        page += f"\n{markdown_table(scored, BENCHMARKS)}"
-    storage.write_bytes(workdir / "table.md", page.encode())
+        tables.append((scored, BENCHMARKS))
+    text = "\n\n".join(text_table(*table) for table in tables)
+    markdown = "\n".join(markdown_table(*table) for table in tables)
+    storage.write_bytes(workdir / "table.md", markdown.encode())
     storage.write_bytes(workdir / "table.txt", f"{text}\n".encode())
     plot = convergence(workdir, recipe, workdir / "plots" / "convergence.png")
     sections = []
     for name in sorted(recipe.evals, key=lambda name: recipe.data[recipe.evals[name].data].task):
         paths = {s: workdir / s / "eval" / name / "predictions.jsonl" for s in recipe.chain}
-        there = {stage: path for stage, path in paths.items() if path.is_file()}
-        if there:
-            sections.append(read_section(recipe, name, there))
+        if evaluated := {stage: path for stage, path in paths.items() if path.is_file()}:
+            sections.append(read_section(recipe, name, evaluated))
     gallery = None
     if sections:
         gallery = write_gallery(workdir / "gallery.html", recipe.name, sections, text)

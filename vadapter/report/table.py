@@ -1,13 +1,12 @@
-"""A run as a table, a row a stage: steps, losses, scores, seconds."""
+"""Tables of a run: one row per stage, or one per benchmark result."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vadapter.io import storage
 from vadapter.io.json_files import history, lines, rows
-from vadapter.metrics.blind_baselines import constant_caption, majority_answer
 from vadapter.metrics.scoring import METRICS
 from vadapter.recipe.schema import Recipe, StageConfig
 from vadapter.stages.initialization import DONE
@@ -19,112 +18,112 @@ HEADER = (
     "training\nloss",
     "held-out loss\nright / wrong / mean image",
     "CIDEr",
-    "answers\nright, %",
+    "correct\nanswers, %",
     "seconds",
 )
-KINDS = (("cider", "caption"), ("accuracy", "question"))  # metric of each task
+BENCHMARKS = ("benchmark", "stage", "metric", "score", "n", "protocol", "set")
+_METRICS = (("cider", "caption"), ("accuracy", "question"))  # (metric, task) of two columns
 
 
 def summary(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
-    """One row of cells a stage of the chain, in the columns of `HEADER`; — is not measured.
+    """Return one row per stage of the chain, in the columns of `HEADER`; — is not measured.
 
-    Losses are nats a token. The held-out loss is that with the right image, with another one, and
-    with the mean of several: only where the first is the lowest does the image help. A last row
-    says what scores without any image, see `evals.blind`.
+    Losses are in nats per token. The held-out loss is given with the right image, with a wrong one
+    and with the mean of several: the image helps only if the first is the lowest. The last row has
+    the scores of baselines that see no image, see `metrics.blind_baselines`.
     """
-    stages = [_row(storage.as_path(workdir) / name, name, recipe) for name in recipe.chain]
-    return stages + _blind(storage.as_path(workdir), recipe)
+    workdir = storage.as_path(workdir)
+    stages = [_stage_row(workdir / name, name, recipe) for name in recipe.chain]
+    return stages + _blind_rows(workdir, recipe)
 
 
-def _blind(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
-    """The row of the blind yardsticks, over what the stages were evaluated on; none without."""
+def _blind_rows(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
+    """Return the row of the blind baselines, on the items that the stages were evaluated on."""
+    from vadapter.metrics.blind_baselines import constant_caption, majority_answer
+
     scores: dict[str, float] = {}
     for name in recipe.evals:
         paths = [workdir / s / "eval" / name / "predictions.jsonl" for s in recipe.chain]
-        found = [items for path in paths if (items := list(lines(path)))]
-        if not found:
+        predictions = [items for path in paths if (items := list(lines(path)))]
+        if not predictions:
             continue
+        items = predictions[-1]
         if recipe.data[recipe.evals[name].data].task == "question":
-            pairs = [(item["question"], item["answer"]) for item in found[-1]]
+            pairs = [(item["question"], item["answer"]) for item in items]
             scores[f"{name}/accuracy"] = majority_answer(pairs)
-        elif len(found[-1]) > 1:
-            references = [item["references"] for item in found[-1]]
-            scores[f"{name}/cider"] = constant_caption(references)
+        elif len(items) > 1:
+            scores[f"{name}/cider"] = constant_caption([item["references"] for item in items])
     if not scores:
         return []
-    cells = [_scores(recipe, tuple(recipe.evals), scores, *kind) for kind in KINDS]
+    cells = [_scores(recipe, tuple(recipe.evals), scores, *column) for column in _METRICS]
     return [("blind", "—", "—", "—", "—", *cells, "—")]
 
 
-def _row(directory: Path, name: str, recipe: Recipe) -> tuple[str, ...]:
+def _stage_row(directory: Path, name: str, recipe: Recipe) -> tuple[str, ...]:
     stage = recipe.stages[name]
     log = history(directory / "metrics.jsonl")
     done = finished(directory)
     losses = [row["loss"] for row in log if "loss" in row]
     reached = max((row["step"] for row in log), default=0)
-    steps = str(stage.steps) if done else f"{reached} of {stage.steps}"
     scores = done.get("scores", {}) or {k: v for row in log for k, v in row.items() if "/" in k}
     return (
         name,
         stage.kind,
-        steps,
+        str(stage.steps) if done else f"{reached} of {stage.steps}",
         f"{losses[-1]:.3f}" if losses else "—",
         _losses(stage, scores),
-        *(_scores(recipe, stage.evals, scores, *kind) for kind in KINDS),
+        *(_scores(recipe, stage.evals, scores, *column) for column in _METRICS),
         f"{seconds(directory):.0f}" if log else "—",
     )
 
 
 def finished(directory: Path) -> dict[str, Any]:
-    """The record of a finished stage; empty if it is not finished."""
+    """Return the record of a finished stage; empty if the stage is not finished."""
     path = directory / DONE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def seconds(directory: Path) -> float:
-    """The time that a stage took, its interrupted attempts included."""
+    """Return the time that a stage took, including interrupted attempts."""
     attempts: dict[int, list[dict[str, Any]]] = {}
     for row in rows(directory / "metrics.jsonl"):
         attempts.setdefault(row.get("attempt", 1), []).append(row)
-    spent = {k: v[-1]["time"] - v[0]["time"] + _before(v[0]) for k, v in attempts.items()}
+    # A row is written after its step, so the first one comes after compilation and a step.
+    spent = {
+        attempt: log[-1]["time"] - log[0]["time"]
+        + log[0].get("step_ms", 0.0) / 1000 + log[0].get("compile_s", 0.0)
+        for attempt, log in attempts.items()
+    }  # fmt: skip
     if (done := finished(directory)) and spent:
         spent[max(spent)] = done["seconds"]
     return sum(spent.values())
 
 
-def _before(row: dict[str, Any]) -> float:
-    """What the first step took: it was over when its row was written."""
-    return row.get("step_ms", 0.0) / 1000 + row.get("compile_s", 0.0)
-
-
-def _losses(stage: StageConfig, scores: dict[str, float]) -> str:
-    named = []
+def _losses(stage: StageConfig, scores: Mapping[str, float]) -> str:
+    cells = {}
     for name in stage.loss:
         keys = (f"{name}/loss", f"{name}/loss_wrong", f"{name}/loss_mean")
-        values = [f"{scores[key]:.3f}" for key in keys if key in scores]
-        if values:
-            named.append((name, " / ".join(values)))
-    return _named(named, len(stage.loss) > 1)
+        if values := [f"{scores[key]:.3f}" for key in keys if key in scores]:
+            cells[name] = " / ".join(values)
+    return _cell(cells, len(stage.loss) > 1)
 
 
 def _scores(
-    recipe: Recipe, evals: tuple[str, ...], scores: dict[str, float], metric: str, task: str
+    recipe: Recipe, evals: Sequence[str], scores: Mapping[str, float], metric: str, task: str
 ) -> str:
-    same = [n for n, spec in recipe.evals.items() if recipe.data[spec.data].task == task]
+    same_task = [n for n, spec in recipe.evals.items() if recipe.data[spec.data].task == task]
     keys = {name: f"{name}/{metric}" for name in evals}
-    named = [(n, f"{100 * scores[key]:.1f}") for n, key in keys.items() if key in scores]
-    return _named(named, len(same) > 1)
+    cells = {name: f"{100 * scores[key]:.1f}" for name, key in keys.items() if key in scores}
+    return _cell(cells, len(same_task) > 1)
 
 
-def _named(named: list[tuple[str, str]], several: bool) -> str:
-    return "\n".join(f"{n} {text}" if several else text for n, text in named) or "—"
-
-
-BENCHMARKS = ("benchmark", "stage", "metric", "score", "n", "protocol", "set")
+def _cell(values: Mapping[str, str], named: bool) -> str:
+    """Return a cell with a line per value, after its name if there could be several."""
+    return "\n".join(f"{n} {value}" if named else value for n, value in values.items()) or "—"
 
 
 def benchmarks(directories: Iterable[Path]) -> list[tuple[str, ...]]:
-    """Results of benchmarks in the columns of `BENCHMARKS`; other evaluations are left out.
+    """Return benchmark results in the columns of `BENCHMARKS`; other evaluations are left out.
 
     Args:
       directories: of evaluations, with a score.json each.
@@ -140,10 +139,28 @@ def benchmarks(directories: Iterable[Path]) -> list[tuple[str, ...]]:
             record["benchmark"],
             record["stage"],
             metric if metric == protocol["metric"] else f"{metric}, {protocol['metric']}",
-            f"{100 * scores[metric]:.1f}" if metric in scores else "no answers",
+            f"{100 * scores[metric]:.1f}" if metric in scores else "no public answers",
             str(int(scores["n"])),
             f"{protocol['name']} {record['protocol_digest'][:8]}",
             "official" if record["official"] else f"NOT OFFICIAL: {record['note']}",
         )
         table.append(cells)
     return table
+
+
+def score_rows(
+    results: Mapping[str, Mapping[str, float]], columns: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """Return one row per evaluation: its name, then its scores in percent; `n` as a number.
+
+    Args:
+      results: evaluation -> score -> value.
+      columns: names of the scores.
+    """
+
+    def cell(scores: Mapping[str, float], key: str) -> str:
+        if key not in scores:
+            return "—"
+        return f"{scores[key]:.0f}" if key == "n" else f"{100 * scores[key]:.1f}"
+
+    return [(name, *(cell(scores, key) for key in columns)) for name, scores in results.items()]

@@ -1,4 +1,4 @@
-"""The protocols by name; each is a table, benchmark -> protocol, in a file of its own."""
+"""The protocols by name; each is a table benchmark -> protocol, in a file of its own."""
 
 from collections.abc import Mapping
 
@@ -14,10 +14,10 @@ PROTOCOLS: dict[str, Mapping[str, Protocol]] = {
 
 
 def find_protocol(name: str) -> Mapping[str, Protocol]:
-    """The table of that name.
+    """Return the table of a protocol.
 
     Raises:
-      ConfigError: there is none; tells the nearest.
+      ConfigError: there is no such protocol.
     """
     if name not in PROTOCOLS:
         raise ConfigError(f"--protocol={name}: unknown{nearest(name, PROTOCOLS)}")

@@ -1,10 +1,10 @@
 """The protocol of PaLM2-VAdapter (arXiv:2402.10896), section 3 and Tables 10 and 11: zero-shot.
 
 Captions follow `Describe the following: <visual tokens> :` and are scored by CIDEr. Questions
-follow `Answer the question given the images. Given <visual tokens>. Question: … Answer:`, behind
-four examples without images from the training questions; those about videos end in `Answer in
-exactly one word:`. Decoding is greedy. The paper does not state the lengths, nor what is cut off an
-answer, nor every split; flickr8k and daquar are not in it.
+follow `Answer the question given the images. Given <visual tokens>. Question: … Answer:`, with four
+examples without images from the training questions; prompts for videos end in `Answer in exactly
+one word:`. Decoding is greedy. The paper states neither the maximum lengths, nor the postprocessing
+of answers, nor all splits; flickr8k and daquar are not part of it.
 """
 
 from vadapter.evaluate.protocol import Protocol

@@ -1,6 +1,6 @@
-"""The paper's protocol with the sentence that LLaVA-style results on VizWiz assume.
+"""The paper's protocol for VizWiz with the sentence that LLaVA-style results assume.
 
-Without being told so no model guesses the word `unanswerable`, which is a third of the answers.
+No model guesses the word `unanswerable`, a third of the answers, unless the prompt mentions it.
 """
 
 import dataclasses
