@@ -1,4 +1,4 @@
-"""The five lines of someone who has an export and some images."""
+"""The public Python API: captions and answers from an exported adapter."""
 
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from vadapter import VAdapter
 from vadapter.data.media.images import decode_image, resize
 from vadapter.data.media.video import decode_clip
 from vadapter.errors import CheckpointError, ConfigError, DataError
+from vadapter.evaluate.runner import Decoder
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def shapes(folder):
     return folder / "shapes"
 
 
-def test_lists_give_lists_and_one_gives_one(model, shapes):
+def test_a_list_gives_a_list_and_an_image_a_string(model, shapes):
     paths = [str(shapes / name) for name in ("00.png", "05.png", "00.gif")]
     each = [model.caption(path) for path in paths]
     assert all(isinstance(text, str) for text in each)
@@ -34,7 +35,7 @@ def test_lists_give_lists_and_one_gives_one(model, shapes):
     assert model.caption([]) == []
 
 
-def test_a_question_goes_with_every_image_and_a_image_with_every_question(model, shapes):
+def test_a_single_question_or_image_is_combined_with_each_of_the_other_list(model, shapes):
     paths = [shapes / "00.png", shapes / "05.png"]
     asked = ["what colour is it?", "is the ground black, or is it white, or something else?"]
     one = {(p, q): model.ask(p, q) for p in paths for q in asked}
@@ -42,58 +43,55 @@ def test_a_question_goes_with_every_image_and_a_image_with_every_question(model,
     assert model.ask(paths, asked[0]) == [one[paths[0], asked[0]], one[paths[1], asked[0]]]
     assert model.ask(paths[0], asked) == [one[paths[0], asked[0]], one[paths[0], asked[1]]]
     assert model.ask(paths, asked) == [one[paths[0], asked[0]], one[paths[1], asked[1]]]
-    with pytest.raises(ConfigError, match="2 images and 3 questions"):
+    with pytest.raises(ConfigError, match="got 2 images but 3 questions"):
         model.ask(paths, [*asked, "why?"])
     with pytest.raises(ConfigError, match="a question is empty"):
         model.ask(paths, ["what?", " "])
 
 
-def test_images_are_files_images_or_pixels(model, shapes, monkeypatch):
-    seen = []
-    decoder = model._describer._decoder
-    texts = decoder.texts
+@pytest.fixture
+def batches(monkeypatch):
+    """The batches that are decoded from now on."""
+    decoded, generate = [], Decoder.generate
 
-    def watch(params, batches, max_new):
+    def recording(self, params, batches, how, shown=None):
         batches = list(batches)
-        seen.extend(batch["frames"] for batch in batches)
-        return texts(params, iter(batches), max_new)
+        decoded.extend(batches)
+        return generate(self, params, iter(batches), how, shown)
 
-    monkeypatch.setattr(decoder, "texts", watch)
+    monkeypatch.setattr(Decoder, "generate", recording)
+    return decoded
+
+
+def test_images_are_files_pil_images_or_pixels(model, shapes, batches):
     image = shapes / "00.png"
     same = [image, str(image), Image.open(image), decode_image(image)]
     assert len(set(model.caption(same))) == 1
-    assert all(np.array_equal(row, seen[0][0]) for row in seen[0][1:4])
-    seen.clear()
+    (batch,) = batches
+    assert all(np.array_equal(row, batch["frames"][0]) for row in batch["frames"][1:4])
+    batches.clear()
     clip = shapes / "00.gif"
-    assert (
-        len(
-            set(model.caption([clip, decode_clip(clip, model.loaded.recipe.data["images"].frames)]))
-        )
-        == 1
-    )
-    assert len(seen) == 1
-    assert seen[0].shape[1] == 8
-    assert np.array_equal(seen[0][0], seen[0][1])
+    pixels = decode_clip(clip, model.loaded.recipe.data["images"].frames)
+    assert len(set(model.caption([clip, pixels]))) == 1
+    (batch,) = batches
+    assert batch["frames"].shape[1] == 8
+    assert np.array_equal(batch["frames"][0], batch["frames"][1])
 
 
-def test_an_image_is_turned_upright_as_its_file_is(model, shapes, tmp_path, monkeypatch):
+def test_pil_images_are_rotated_by_their_exif_as_files_are(model, shapes, tmp_path, batches):
     image = Image.open(shapes / "00.png").convert("RGB").crop((4, 0, 30, 32))
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     image.save(tmp_path / "turned.png", exif=exif)
-    seen = []
-
-    def watch(frames, view):
-        seen.append(frames)
-        return resize(frames, view)
-
-    monkeypatch.setattr("vadapter.evaluate.describe.resize", watch)
     model.caption([tmp_path / "turned.png", Image.open(tmp_path / "turned.png")])
-    assert seen[0].shape == (1, 26, 32, 3)
-    np.testing.assert_array_equal(*seen)
+    upright = np.asarray(image.transpose(Image.Transpose.ROTATE_270))[None]
+    assert upright.shape == (1, 26, 32, 3)
+    expected = resize(upright, model.loaded.view)
+    for frames in batches[0]["frames"][:2]:
+        np.testing.assert_array_equal(frames, expected)
 
 
-def test_what_cannot_be_read_is_named(model, shapes, tmp_path):
+def test_unreadable_images_are_named(model, shapes, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     for media, words in (
         ([shapes / "00.png", tmp_path / "none.jpg"], r"none\.jpg: no such file"),
@@ -104,37 +102,20 @@ def test_what_cannot_be_read_is_named(model, shapes, tmp_path):
             model.caption(media)
 
 
-def test_every_batch_asks_its_own_questions(model, shapes, monkeypatch):
-    read = []
-    decoder = model._describer._decoder
-    decode = decoder._decode
-
-    def watch(params, batch, **how):
-        tokenizer = model.loaded.tokenizer
-        read.append(tokenizer.decode(np.asarray(batch["tokens"])[0].tolist()))
-        return decode(params, batch, **how)
-
-    monkeypatch.setattr(decoder, "_decode", watch)
+def test_every_batch_has_its_own_questions(model, shapes, batches):
     model.ask([shapes / "00.png"] * 2, ["red?", "green?"], batch=1)
-    assert ["red" in read[0], "green" in read[1], len(read)] == [True, True, 2]
+    decode = model.loaded.tokenizer.decode
+    texts = [decode(np.asarray(batch["tokens"])[0].tolist()) for batch in batches]
+    assert ["red" in texts[0], "green" in texts[1], len(texts)] == [True, True, 2]
 
 
-def test_questions_of_about_the_same_length_share_a_program(model, shapes, monkeypatch):
-    shapes_of = set()
-    decoder = model._describer._decoder
-    decode = decoder._decode
-
-    def watch(params, batch, **how):
-        shapes_of.add(batch["tokens"].shape)
-        return decode(params, batch, **how)
-
-    monkeypatch.setattr(decoder, "_decode", watch)
+def test_questions_of_similar_length_share_a_program(model, shapes, batches):
     for question in ("red?", "is it red?", "is it a red one?"):
         model.ask(shapes / "00.png", question)
-    assert len(shapes_of) == 1
+    assert len({batch["tokens"].shape for batch in batches}) == 1
 
 
-def test_parameters_may_be_split_over_devices(exported, model, shapes):
+def test_parameters_can_be_sharded(exported, model, shapes):
     split = VAdapter.from_pretrained(exported, mesh={"data": 2, "fsdp": 4})
     assert dict(split.loaded.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
     assert split.caption(shapes / "00.png") == model.caption(shapes / "00.png")
@@ -142,7 +123,7 @@ def test_parameters_may_be_split_over_devices(exported, model, shapes):
         VAdapter.from_pretrained(exported, mesh={"fdsp": 4})
 
 
-def test_a_place_without_an_export_is_explained(own, tmp_path):
+def test_a_path_without_an_export_is_explained(own, tmp_path):
     with pytest.raises(CheckpointError, match="no exported adapter in"):
         VAdapter.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"not the record .* `vadapter export .*own DIR`"):

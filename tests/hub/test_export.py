@@ -1,4 +1,4 @@
-"""An export holds what its stage is, to the bit, and takes nobody's folder."""
+"""An export equals its stage bit for bit and never replaces anything but an export."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_an_export_has_the_bits_of_the_run_and_says_the_same(pair, folder):
+def test_an_export_has_the_parameters_of_the_run_and_generates_the_same(pair, folder):
     loaded, target = pair
     model = VAdapter.from_pretrained(target)
     assert digests(model.loaded) == digests(loaded)
@@ -48,7 +48,7 @@ def test_an_export_has_the_bits_of_the_run_and_says_the_same(pair, folder):
     assert model.ask(paths, question) == said
 
 
-def test_what_trained_is_a_file_of_float32_under_its_names(own, exported):
+def test_trained_components_are_stored_in_float32_under_their_names(own, exported):
     loaded, tensors = open_run(own), load_file(exported / "model.safetensors")
     assert {name.partition("/")[0] for name in tensors} == {"front", "tlm", "fc_out"}
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
@@ -58,7 +58,7 @@ def test_what_trained_is_a_file_of_float32_under_its_names(own, exported):
     assert read(exported).trained == done
 
 
-def test_only_frozen_parts_that_nobody_else_has_are_enclosed(own, public, tmp_path):
+def test_only_frozen_components_without_public_weights_are_included(own, public, tmp_path):
     export(open_run(own), tmp_path / "own")
     export(open_run(public), tmp_path / "public")
     same = {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
@@ -75,7 +75,7 @@ def test_two_exports_of_a_stage_are_the_same_bytes(own, exported, tmp_path):
     assert contents(tmp_path / "again") == contents(exported)
 
 
-def test_a_stage_computed_in_bfloat16_keeps_its_frozen_parts_in_it(own, folder, tmp_path):
+def test_frozen_components_of_a_bfloat16_stage_stay_in_bfloat16(own, folder, tmp_path):
     loaded = open_run(own)
     recipe = dataclasses.replace(loaded.recipe, dtype="bfloat16")
     cast = {name: jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params[name])
@@ -99,13 +99,13 @@ def test_a_stage_before_the_last_can_be_exported(own, folder, tmp_path):
         export(open_run(own, "llm"), tmp_path / "text")
 
 
-def test_the_card_says_parts_data_recipe_scores_and_how_to_load(own, exported):
+def test_the_card_has_components_data_recipe_scores_and_usage(own, exported):
     card = huggingface_hub.ModelCard.load(exported / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text"
     assert card.data.library_name == "vadapter"
     assert card.data.base_model is None
     assert "| `llm` | lm |" in card.text
-    assert "`frozen-llm.safetensors`: trained in the run, so it is enclosed" in card.text
+    assert "`frozen-llm.safetensors`: trained in an earlier stage" in card.text
     assert "the last of `llm → decoder → vadapter`" in card.text
     assert "step 2 of 2, batches of 8, seed 0" in card.text
     assert "| images | folder | caption | 1 |" in card.text
@@ -114,7 +114,7 @@ def test_the_card_says_parts_data_recipe_scores_and_how_to_load(own, exported):
     assert f"| evaluation | {' | '.join(names)} |" in card.text
     assert f"| captions | {scores['n']:.0f} | {100 * scores['bleu4']:.1f} |" in card.text
     assert "VAdapter.from_pretrained(" in card.text
-    assert "The base models\nkeep theirs" in card.text
+    assert "The base models remain under their own\nlicenses" in card.text
     assert str(own.parent) not in card.content
 
 
@@ -133,7 +133,7 @@ def test_a_card_of_hub_models_names_them_with_their_commits(public, tmp_path, mo
     assert card.data.base_model == ["openai/clip", "meta/llama"]
     assert card.data.to_dict()["base_model_relation"] == "adapter"
     assert f"| frozen | meta/llama at `{commit}` |" in card.text
-    assert "| trained | `model.safetensors`, started from tlm |" in card.text
+    assert "| trained | `model.safetensors`, initialized from tlm |" in card.text
     llm = read(tmp_path / "adapter").frozen["llm"]
     assert (llm.weights, llm.revision, llm.digest) == ("meta/llama", commit, loaded.digests["llm"])
     assert "hub id" not in report(tmp_path / "adapter", {})
@@ -145,11 +145,13 @@ def test_an_earlier_export_is_replaced_and_nothing_else_ever(own, exported, tmp_
     export(loaded, target)
     assert contents(target) == contents(exported)
     (target / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"holds more than an export \(notes\.txt\)"):
+    with pytest.raises(
+        ConfigError, match=r"not part of the export and would be lost \(notes\.txt\)"
+    ):
         export(loaded, target)
     (target / "notes.txt").unlink()
     for folder in (own, tmp_path):
-        with pytest.raises(ConfigError, match="is there already and is no earlier export"):
+        with pytest.raises(ConfigError, match="exists and is not an export"):
             export(loaded, folder)
     assert contents(target) == contents(exported)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -163,9 +165,9 @@ def test_an_export_that_fails_leaves_the_earlier_one(own, exported, tmp_path, mo
 
     target = tmp_path / "adapter"
     shutil.copytree(exported, target)
-    (tmp_path / ".adapter.part").mkdir()  # of one that was killed
+    (tmp_path / ".adapter.part").mkdir()  # of an export that was killed
     loaded = open_run(own)
-    for place, name in ((module, "card"), (Path, "rename")):
+    for place, name in ((module, "model_card"), (Path, "rename")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full)
             with pytest.raises(OSError, match="full"):
@@ -178,13 +180,13 @@ def test_an_export_killed_between_its_renames_is_not_lost(own, exported, tmp_pat
     shutil.copytree(exported, tmp_path / ".adapter.old")
     run = shutil.copytree(own, tmp_path / "run")
     (run / "vadapter/eval/captions/score.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"captions/score\.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"captions/score\.json is corrupt"):
         export(open_run(run), tmp_path / "adapter")
     assert contents(tmp_path / "adapter") == contents(exported)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "run"}
 
 
-def test_the_verb_prints_what_it_wrote_and_where_the_rest_lies(
+def test_the_verb_prints_the_files_and_the_source_of_the_rest(
     public, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(main, "_prepare", lambda: None)
@@ -194,6 +196,6 @@ def test_the_verb_prints_what_it_wrote_and_where_the_rest_lies(
     size = (target / "model.safetensors").stat().st_size
     assert out.startswith(f"vadapter, step 2\n{target}\n")
     assert re.search(rf"model\.safetensors +{console.size(size)}\n", out)
-    assert f"llm: not enclosed, it is {public.parent / 'llm'}\n" in out
+    assert f"llm: not included, public weights {public.parent / 'llm'}\n" in out
     assert "--config.components.llm.weights=OWNER/NAME" in out
     assert main.main(["export", str(public), str(public)]) == 78

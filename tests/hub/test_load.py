@@ -1,20 +1,23 @@
-"""Whatever is wrong with an export is refused by name; a folder of its own is enough."""
+"""A faulty export is refused with the name of the fault; the folder alone is sufficient."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.paths import ROOT
+from support.paths import ROOT, TESTS
 
 from vadapter import VAdapter
 from vadapter.cli import main
 from vadapter.errors import CheckpointError, ConfigError, UserError
+from vadapter.evaluate.describe import describe
 from vadapter.hub.load import open_export
+from vadapter.hub.record import read
 from vadapter.hub.write import export
 from vadapter.stages.restore import open_run
 
@@ -63,29 +66,29 @@ def cut(name):
 KERNEL = "fc_out/out/kernel"
 FAULTS = {
     "no record": (lambda f: (f / "config.json").unlink(), "no exported adapter in .*config.json"),
-    "a record cut short": (cut("config.json"), r"config\.json is damaged"),
+    "a record cut short": (cut("config.json"), r"config\.json is corrupt"),
     "another record": (record(format="x"), r"config\.json is not the record of an exported"),
     "a newer version": (record(version=2, vadapter="9.1"), "version 2, written by vadapter 9.1;"),
     "an unknown key": (record(chian=[]), r"config\.json\.chian: unknown key; did you mean 'chain'"),
     "a key of another type": (record(step="two"), r"config\.json\.step: expected int"),
-    "another prompt": (record(prompts={}), "trained with other prompts .*install vadapter 0.1"),
-    "another view": (record(view={"size": 32, "crop_pct": 0.5}), "its view is not that of its enc"),
-    "an unknown part": (record(chain=["front", "nose"]), "unknown 'nose'"),
-    "a part that nobody has": (record(trained={}), "trained and frozen are not"),
-    "a text-only kind": (record(kind="lm"), "does not write about images"),
+    "another prompt": (record(prompts={}), "trained with prompts other .*install vadapter 0.1"),
+    "another view": (record(view={"size": 32, "crop_pct": 0.5}), "transform does not match"),
+    "an unknown component": (record(chain=["front", "nose"]), "unknown 'nose'"),
+    "a component without weights": (record(trained={}), "trained and frozen components are not"),
+    "a text-only kind": (record(kind="lm"), "does not generate text about images"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors is missing"),
     "weights cut short": (cut("model.safetensors"), r"model\.safetensors: it is cut short"),
-    "a changed bit": (flip("model.safetensors", -1), r"model\.safetensors is damaged: \w+ is not"),
+    "a changed bit": (flip("model.safetensors", -1), r"model\.safetensors is corrupt: \w+ does"),
     "no frozen part": (lambda f: (f / "frozen-llm.safetensors").unlink(), "n-llm.* is missing"),
     "a frozen part cut short": (cut("frozen-llm.safetensors"), "frozen-llm.safetensors: it is cut"),
-    "a changed frozen bit": (flip("frozen-encoder.safetensors", -1), "encoder is not what was exp"),
+    "a changed frozen bit": (flip("frozen-encoder.safetensors", -1), "encoder does not match"),
     "a tensor too few": (tensors(lambda t: t.pop(KERNEL)), f"{KERNEL}: missing"),
-    "a tensor too many": (tensors(lambda t: t.update(a=np.zeros(3))), "a: left over"),
+    "a tensor too many": (tensors(lambda t: t.update(a=np.zeros(3))), "a: unexpected"),
     "another shape": (
-        tensors(lambda t: t.update({KERNEL: t[KERNEL][1:]})), r": \[15, 24\] there, \[16, 24\]",
+        tensors(lambda t: t.update({KERNEL: t[KERNEL][1:]})), r"\[15, 24\], expected \[16, 24\]",
     ),
     "another dtype": (
-        tensors(lambda t: t.update({KERNEL: t[KERNEL].astype(np.float16)})), "fc_out is not what",
+        tensors(lambda t: t.update({KERNEL: t[KERNEL].astype(np.float16)})), "fc_out does not",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
     "a tokenizer cut short": (cut("tokenizer.json"), r"tokenizer file .*tokenizer\.json"),
@@ -94,7 +97,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_export_is_refused_by_name(copy, fault):
+def test_a_corrupt_export_is_refused_by_name(copy, fault):
     spoil, words = FAULTS[fault]
     open_export(copy)
     spoil(copy)
@@ -102,9 +105,7 @@ def test_a_damaged_export_is_refused_by_name(copy, fault):
         open_export(copy)
 
 
-def test_a_base_model_that_has_moved_is_named_and_one_that_has_changed_refused(
-    public, folder, tmp_path
-):
+def test_a_moved_base_model_is_named_and_a_changed_one_is_refused(public, folder, tmp_path):
     export(open_run(public), tmp_path / "adapter")
     values = (tmp_path / "adapter" / "config.json").read_text()
     values = values.replace(str(folder), "/nowhere")
@@ -118,15 +119,15 @@ def test_a_base_model_that_has_moved_is_named_and_one_that_has_changed_refused(
 
     other = shutil.copytree(folder / "llm", tmp_path / "llm")
     flip("model.safetensors", -1)(other)
-    with pytest.raises(CheckpointError, match=r"(?s)llm: .*/llm is not what .*weights=\{'llm': F"):
+    with pytest.raises(CheckpointError, match=r"(?s)llm: .*/llm has changed .*weights=\{'llm': F"):
         VAdapter.from_pretrained(tmp_path / "adapter", weights=places | {"llm": str(other)})
     with pytest.raises(ConfigError, match=r"'lm'.*did you mean 'llm'"):
         VAdapter.from_pretrained(tmp_path / "adapter", weights={"lm": str(other)})
-    with pytest.raises(ConfigError, match=r"'tlm'.*no public frozen part"):
+    with pytest.raises(ConfigError, match=r"'tlm'.*not a frozen component with public weights"):
         VAdapter.from_pretrained(tmp_path / "adapter", weights={"tlm": str(other)})
 
 
-def test_the_verbs_take_an_export_in_the_place_of_its_run(
+def test_the_verbs_accept_an_export_instead_of_a_run(
     own, exported, public, folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(main, "_prepare", lambda: None)
@@ -139,16 +140,19 @@ def test_the_verbs_take_an_export_in_the_place_of_its_run(
     for argv in (("caption", image), ("ask", image, "what is it?")):
         verb, *rest = argv
         assert say(verb, exported, *rest) == say(verb, own, *rest)
-    assert "an export of stage vadapter alone" in say("caption", exported, image, "--stage=llm")[2]
+    assert "has only stage vadapter" in say("caption", exported, image, "--stage=llm")[2]
     export(open_run(public), tmp_path / "adapter")
     place = "--config.components.llm.weights="
     code, out, _ = say("caption", tmp_path / "adapter", image, f"{place}{folder / 'llm'}")
     assert (code, out) == say("caption", public, image)[:2]
     assert say("caption", tmp_path / "adapter", image, f"{place}/nowhere")[0] == 78
-    assert "only components.NAME.weights" in say("caption", exported, image, "--config.seed=1")[2]
+    assert (
+        "only components.NAME.weights can be changed"
+        in say("caption", exported, image, "--config.seed=1")[2]
+    )
 
 
-def test_a_process_with_the_folder_alone_says_what_the_run_said(own, folder, tmp_path):
+def test_a_process_with_only_the_folder_generates_the_same_as_the_run(own, folder, tmp_path):
     run = shutil.copytree(own, tmp_path / "run")
     loaded = open_run(run)
     export(loaded, tmp_path / "adapter")
@@ -165,3 +169,21 @@ def test_a_process_with_the_folder_alone_says_what_the_run_said(own, folder, tmp
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{said}\n"
+
+
+def test_an_export_of_version_0_1_0_loads_and_is_written_again_with_the_same_bytes(tmp_path):
+    with tarfile.open(TESTS / "fixtures" / "export_0_1_0.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    old = tmp_path / "export"
+    loaded = open_export(old)
+    assert read(old).vadapter == "0.1.0"
+    (reply,) = describe(loaded, [tmp_path / "image.png"])
+    assert reply.text == (tmp_path / "caption.txt").read_text()
+    export(loaded, tmp_path / "again")
+    for name in ("model.safetensors", "frozen-encoder.safetensors", "frozen-llm.safetensors",
+                 "tokenizer.json"):  # fmt: skip
+        assert (tmp_path / "again" / name).read_bytes() == (old / name).read_bytes()
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (old, tmp_path / "again")
+    )
+    assert after == before | {"vadapter": after["vadapter"]}

@@ -127,7 +127,7 @@ def test_the_five_lines_of_the_readme_export_use_and_push(
         assert done.stdout == f"{said} {NEW}\n"
 
 
-def test_a_push_that_is_refused_says_what_to_do(exported, hub, env, tmp_path):
+def test_a_refused_push_says_what_to_do(exported, hub, env, tmp_path):
     code = "from pathlib import Path\nfrom vadapter.weights.hub import upload\n"
     code += f"upload(Path({str(exported)!r}), ['config.json'], '{REPO}')"
     done = python(code, env | {"HF_TOKEN": "expired"}, tmp_path)
@@ -137,7 +137,7 @@ def test_a_push_that_is_refused_says_what_to_do(exported, hub, env, tmp_path):
     assert not hub.files
 
 
-def test_what_is_no_hub_id_or_not_there_is_not_pushed(exported, tmp_path):
+def test_an_invalid_hub_id_or_a_missing_file_is_not_pushed(exported, tmp_path):
     with pytest.raises(CheckpointError, match="'name' is not a hub id"):
         upload(exported, ["config.json"], "name")
     with pytest.raises(CheckpointError, match=r"nothing\.json is missing"):

@@ -1,4 +1,4 @@
-"""An exported stage, opened again as if from its run: every part found and known by its digest."""
+"""Loading of an exported stage: every file and public checkpoint is verified by its digest."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from vadapter.data.tokenizers.pretrained import load_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.evaluate.describe import image_settings
-from vadapter.hub import record as form
+from vadapter.hub import record
 from vadapter.hub.record import Exported
 from vadapter.io import storage
 from vadapter.models.coca import CoCa
@@ -29,69 +29,66 @@ from vadapter.stages.restore import Loaded, open_run
 from vadapter.weights.reference import PREFIX, Reference
 from vadapter.weights.safetensors import TensorFiles
 
-_SHOWN = 8  # tensors in a message
-
 
 def open_either(folder: Path, stage: str | None, overrides: Sequence[str]) -> Loaded:
-    """A stage of a run, see `open_run`, or the one of an export.
+    """Load a stage of a run, see `open_run`, or the stage of an export.
 
     Raises:
-      ConfigError: of an export, another stage than its own, or overrides but places of weights.
+      ConfigError: for an export, a stage other than its own, or an override of anything but the
+        location of weights.
     """
-    if not form.is_export(folder):
+    if not record.is_export(folder):
         return open_run(folder, stage, overrides=overrides)
-    own = form.read(folder).stage
-    if stage not in (None, own):
-        raise ConfigError(f"--stage={stage}: {folder} is an export of stage {own} alone")
+    exported_stage = record.read(folder).stage
+    if stage not in (None, exported_stage):
+        raise ConfigError(f"--stage={stage}: the export {folder} has only stage {exported_stage}")
     weights = {}
     for item in overrides:
-        found = re.fullmatch(r"components\.(\w[\w-]*)\.weights=(.+)", item)
-        if not found:
-            raise ConfigError(f"--config.{item}: of an export only components.NAME.weights")
-        weights[found[1]] = found[2]
+        match = re.fullmatch(r"components\.(\w[\w-]*)\.weights=(.+)", item)
+        if not match:
+            raise ConfigError(
+                f"--config.{item}: only components.NAME.weights can be changed in an export"
+            )
+        weights[match[1]] = match[2]
     return open_export(folder, weights)
 
 
 def open_export(
     folder: Path, weights: Mapping[str, str] | None = None, mesh: MeshConfig | None = None
 ) -> Loaded:
-    """A stage from its export, as `open_run` gives it from its run; `workdir` is the folder.
+    """Load the stage of an export, equal to what `open_run` returns for its run.
 
     Args:
-      folder: what `export` wrote.
-      weights: where public frozen parts lie, if not where the record says.
+      folder: written by `export`; it becomes the stage's `workdir`.
+      weights: component -> hub id or folder of its public weights, if not as recorded.
       mesh: by default all devices along `data`.
 
     Raises:
-      CheckpointError, ConfigError: as `VAdapter.from_pretrained`.
+      CheckpointError, ConfigError: see `VAdapter.from_pretrained`.
     """
     folder = storage.local(folder, "folder").absolute()
-    exported = form.read(folder)
-    exported = _moved(exported, weights or {})
-    tokenizer = _tokenizer(folder, exported)
+    exported = _relocate(record.read(folder), weights or {})
+    tokenizer = _load_tokenizer(folder, exported)
     try:
         recipe = exported.recipe()
-        config = recipe.stages[exported.stage]
-        model = make_model(recipe, config, tokenizer.vocab_size)
+        model = make_model(recipe, recipe.stages[exported.stage], tokenizer.vocab_size)
     except ConfigError as error:
-        raise CheckpointError(f"{folder / form.CONFIG} cannot be used: {error}") from None
+        raise CheckpointError(f"{folder / record.CONFIG} cannot be used: {error}") from None
     assert not isinstance(model, CoCa)
     if exported.trained.keys() | exported.frozen.keys() != set(model.names()):
         raise CheckpointError(
-            f"{folder / form.CONFIG} is damaged: trained and frozen are not {model.names()}; fetch "
-            "it again"
+            f"{folder / record.CONFIG} is corrupt: its trained and frozen components are not "
+            f"{', '.join(model.names())}; download it again"
         )
     devices = make_mesh(mesh or MeshConfig())
     abstract = abstract_params(model, devices)
-    params = _stored(folder / form.WEIGHTS, abstract, exported.trained)
-    for name, part in exported.frozen.items():
-        if not part.weights:
-            path = folder / form.frozen_file(name)
-            params |= _stored(path, abstract, {name: part.digest})
+    params = _load_file(folder / record.WEIGHTS, abstract, exported.trained)
     for name, part in exported.frozen.items():
         if part.weights:
-            start = _public(name, recipe.components[name], part.digest, abstract[name])
+            start = _public_weights(name, recipe.components[name], part.digest, abstract[name])
             params[name] = initialization.load(start, abstract[name], None, DTYPES[recipe.dtype])
+        else:
+            params |= _load_file(folder / record.frozen_file(name), abstract, {name: part.digest})
     digests = {name: part.digest for name, part in exported.frozen.items()}
     loaded = Loaded(
         folder, exported.stage, exported.step, recipe, model, params, tokenizer, devices,
@@ -99,88 +96,92 @@ def open_export(
     )  # fmt: skip
     if image_settings(loaded) != (exported.view, exported.clip_frames):
         raise CheckpointError(
-            f"{folder / form.CONFIG}: its view is not that of its encoder; fetch it again, or "
-            f"install vadapter {exported.vadapter}, which wrote it"
+            f"{folder / record.CONFIG}: the recorded image transform does not match the encoder; "
+            f"download it again, or install vadapter {exported.vadapter}, which wrote it"
         )
     return loaded
 
 
-def _moved(exported: Exported, weights: Mapping[str, str]) -> Exported:
-    """The record with other places of public weights."""
+def _relocate(exported: Exported, weights: Mapping[str, str]) -> Exported:
+    """Return the record with other locations of public weights."""
     public = {name for name, part in exported.frozen.items() if part.weights}
     for name in weights:
         if name not in public:
             raise ConfigError(
-                f"weights={{{name!r}: …}}: no public frozen part"
+                f"weights={{{name!r}: …}}: not a frozen component with public weights"
                 + (nearest(name, public) if public else "; this export has none")
             )
     moved = {
-        name: dataclasses.replace(exported.frozen[name], weights=os.fspath(place), revision="")
-        for name, place in weights.items()
+        name: dataclasses.replace(exported.frozen[name], weights=os.fspath(location), revision="")
+        for name, location in weights.items()
     }
     return dataclasses.replace(exported, frozen=exported.frozen | moved)
 
 
-def _tokenizer(folder: Path, exported: Exported) -> Tokenizer:
-    path = folder / form.TOKENIZER
+def _require_file(path: Path) -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the export is not complete; fetch it again")
+        raise CheckpointError(f"{path} is missing: the export is incomplete; download it again")
+
+
+def _load_tokenizer(folder: Path, exported: Exported) -> Tokenizer:
+    path = folder / record.TOKENIZER
+    _require_file(path)
     tokenizer = load_tokenizer(path)
     if tokenizer.digest != exported.tokenizer:
-        raise CheckpointError(f"{path} is not the tokenizer of this export; fetch it again")
+        raise CheckpointError(f"{path} is not the tokenizer of this export; download it again")
     return tokenizer
 
 
-def _stored(path: Path, abstract: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
-    """Components from a file that holds them and nothing else, each verified by its digest."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the export is not complete; fetch it again")
-    found = TensorFiles.open(path)
+def _load_file(
+    path: Path, abstract: Mapping[str, Any], digests: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the components of a file that must contain exactly these, verified by digest."""
+    _require_file(path)
+    file = TensorFiles.open(path)
     flat = traverse_util.flatten_dict({name: dict(abstract[name]) for name in digests}, sep="/")
-    wanted: dict[str, Any] = {str(name): leaf for name, leaf in flat.items()}
-    faults = [f"{name}: missing" for name in wanted.keys() - found.tensors.keys()]
-    faults += [f"{name}: left over" for name in found.tensors.keys() - wanted.keys()]
-    faults += [
-        f"{name}: {list(found.tensors[name].shape)} there, {list(leaf.shape)} needed"
-        for name, leaf in wanted.items()
-        if name in found.tensors and found.tensors[name].shape != leaf.shape
+    expected: dict[str, Any] = {str(name): leaf for name, leaf in flat.items()}
+    problems = [f"{name}: missing" for name in expected.keys() - file.tensors.keys()]
+    problems += [f"{name}: unexpected" for name in file.tensors.keys() - expected.keys()]
+    problems += [
+        f"{name}: has shape {list(file.tensors[name].shape)}, expected {list(leaf.shape)}"
+        for name, leaf in expected.items()
+        if name in file.tensors and file.tensors[name].shape != leaf.shape
     ]
-    if faults:
+    if problems:
         raise CheckpointError(
-            f"{path} does not fit {form.CONFIG} beside it; fetch both again:\n  "
-            + "\n  ".join(truncate(sorted(faults), _SHOWN))
+            f"{path} does not match {record.CONFIG} in the same folder; download both again:\n  "
+            + "\n  ".join(truncate(sorted(problems), 8))
         )
     leaves = {
-        name: jax.device_put(found.read(name), leaf.sharding) for name, leaf in wanted.items()
+        name: jax.device_put(file.read(name), leaf.sharding) for name, leaf in expected.items()
     }
     params = traverse_util.unflatten_dict(leaves, sep="/")
     for name, digest in digests.items():
         if combined(tree_digests(params[name])) != digest:
             raise CheckpointError(
-                f"{path} is damaged: {name} is not what was exported; fetch it again"
+                f"{path} is corrupt: {name} does not match its digest; download it again"
             )
     return params
 
 
-def _public(name: str, spec: Mapping[str, Any], digest: str, abstract: Any) -> initialization.Start:
-    """A frozen part's public weights, found and known to be those of the export."""
-    place = spec["weights"]
+def _public_weights(
+    name: str, spec: Mapping[str, Any], digest: str, abstract: Any
+) -> initialization.Start:
+    """Return a frozen component's public weights, verified to be those of the export."""
+    location = spec["weights"]
+    hint = (
+        f"To use a copy of the weights of {name}, pass from_pretrained(…, weights={{{name!r}: "
+        f"FOLDER}}), or --config.components.{name}.weights=FOLDER on the command line."
+    )
     try:
         reference = Reference.of(name, spec)
-        now = PREFIX + reference.open().digest()
+        actual = PREFIX + reference.open().digest()
     except CheckpointError as error:
-        raise CheckpointError(f"{error}\n{_remedy(name)}") from error
-    if now != digest:
+        raise CheckpointError(f"{error}\n{hint}") from error
+    if actual != digest:
         raise CheckpointError(
-            f"{name}: {place} is not what this adapter was trained with ({now[:19]}…, then "
-            f"{digest[:19]}…).\n{_remedy(name)}"
+            f"{name}: {location} has changed since this adapter was trained ({actual[:19]}…, "
+            f"expected {digest[:19]}…).\n{hint}"
         )
     leaves = tuple(leaf_paths(abstract))
-    return initialization.Start(name, f"weights {place}", digest, reference, loaded=leaves)
-
-
-def _remedy(name: str) -> str:
-    return (
-        f"Say where the weights of {name} lie: from_pretrained(…, weights={{{name!r}: FOLDER}}), "
-        f"or --config.components.{name}.weights=FOLDER on the command line."
-    )
+    return initialization.Start(name, f"weights {location}", digest, reference, loaded=leaves)

@@ -1,9 +1,8 @@
-"""The model card of an exported stage: a page for the hub, from the run's own records."""
+"""The model card of an exported stage: a page for the hub, from the records of the run."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -11,63 +10,67 @@ from vadapter.console import markdown_table
 from vadapter.errors import CheckpointError
 from vadapter.hub.record import WEIGHTS, Exported, frozen_file
 from vadapter.recipe.schema import Recipe
+from vadapter.report.table import score_rows
 from vadapter.stages.restore import Loaded
 from vadapter.weights.hub import repository
 
-_USE = """```python
+_USAGE = """```python
 from vadapter import VAdapter
 
 model = VAdapter.from_pretrained("OWNER/NAME")  # or the folder
 print(model.caption(["photo.jpg", "clip.mp4"]))
 print(model.ask("photo.jpg", "What color is the circle?"))
 ```"""
-_LICENCE = """The license of what was trained is its author's to choose. The base models
-keep theirs, which hold for whoever loads them."""
+_LICENSE = """The adapter's license is up to its author. The base models remain under their own
+licenses."""
 
 
-def card(loaded: Loaded, exported: Exported) -> str:
-    """The page, with the YAML header that the hub reads.
+def model_card(loaded: Loaded, exported: Exported) -> str:
+    """Return the Markdown page, with the YAML header that the hub reads.
 
     Raises:
-      CheckpointError: a score.json that cannot be read.
+      CheckpointError: a score.json is corrupt.
     """
     bases = {name: _base(loaded.recipe, exported, name) for name in exported.components}
+    chain = " → ".join(loaded.model.names())
     sections = [
         _header(bases.values()),
-        f"# {_line(loaded.recipe.name)}: {exported.stage}",
-        f"Lets the frozen language model `{exported.lm}` see: `{' → '.join(loaded.model.names())}`."
+        f"# {' '.join(loaded.recipe.name.split())}: {exported.stage}",
+        f"A vision adapter for the frozen language model `{exported.lm}`: `{chain}`."
         if exported.lm in exported.frozen
-        else f"Writes about images: `{' → '.join(loaded.model.names())}`.",
+        else f"Generates text about images: `{chain}`.",
         "Trained with vadapter, an implementation of PaLM2-VAdapter "
         "([arXiv 2402.10896](https://arxiv.org/abs/2402.10896)).",
-        "## Use",
-        _USE,
-        _where_else(exported),
-        "## Parts",
-        _parts(loaded, exported, bases),
+        "## Usage",
+        _USAGE,
+        _base_models(exported),
+        "## Components",
+        _components(loaded, exported, bases),
         "## Training",
         _training(loaded),
         "## Scores",
         _scores(loaded.workdir / exported.stage / "eval"),
         "## License",
-        _LICENCE,
+        _LICENSE,
     ]
     return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
 
 
 def _base(recipe: Recipe, exported: Exported, name: str) -> tuple[str, str]:
-    """(hub id or name of the folder, commit) of the public weights that a part is or started from;
-    empty without."""
+    """Return (hub id, commit) or (folder name, "") of the public weights a component started from.
+
+    Both are empty without public weights.
+    """
     if name in exported.frozen:
-        weights = exported.frozen[name].place
+        weights = exported.frozen[name].location
     else:
-        weights = _started_from(recipe, exported.stage, name)
+        weights = _initial_weights(recipe, exported.stage, name)
     repo_id, revision = repository(weights) if weights else ("", "")
     return (repo_id, revision) if revision else (Path(weights).name, "")
 
 
-def _started_from(recipe: Recipe, stage: str, name: str) -> str:
-    """The public weights that a trained part started from, perhaps stages before; "" if none."""
+def _initial_weights(recipe: Recipe, stage: str, name: str) -> str:
+    """Return the public weights a trained component started from, through earlier stages."""
     while True:
         weights = recipe.components[name].get("weights", "")
         source = recipe.stages[stage].start.get(name, "weights")
@@ -77,7 +80,7 @@ def _started_from(recipe: Recipe, stage: str, name: str) -> str:
 
 
 def _header(bases: Iterable[tuple[str, str]]) -> str:
-    """Only hub ids may stand in it, and those need no quotes."""
+    """Return the YAML header; hub ids need no quotes, and nothing else may be a base model."""
     ids = list(dict.fromkeys(base for base, _ in bases if "/" in base))
     lines = ["base_model:", *(f"- {base}" for base in ids), "base_model_relation: adapter"]
     tags = ("vadapter", "image-captioning", "visual-question-answering")
@@ -86,46 +89,45 @@ def _header(bases: Iterable[tuple[str, str]]) -> str:
     return "\n".join(["---", *(lines if ids else []), *more, "---"])
 
 
-def _where_else(exported: Exported) -> str:
+def _base_models(exported: Exported) -> str:
     public = [name for name, part in exported.frozen.items() if part.weights]
     if not public:
         return ""
-    places = ", ".join(f'"{name}": "FOLDER"' for name in public)
+    weights = ", ".join(f'"{name}": "FOLDER"' for name in public)
     return (
-        "The frozen parts are fetched at the commits below; copies of them elsewhere are named "
-        f"with `from_pretrained(…, weights={{{places}}})`. Either is checked against its digest."
+        "The base models are downloaded at the commits below; to use local copies, pass "
+        f"`from_pretrained(…, weights={{{weights}}})`. Both are verified by their digests."
     )
 
 
-def _parts(loaded: Loaded, exported: Exported, bases: dict[str, tuple[str, str]]) -> str:
+def _components(loaded: Loaded, exported: Exported, bases: dict[str, tuple[str, str]]) -> str:
     rows = []
-    for name in exported.components:
+    for name, spec in exported.components.items():
         base, revision = bases[name]
         public = f"{base} at `{revision}`" if revision else base
         if name in exported.trained:
-            started = f", started from {public}" if public else ""
-            state, where = "trained", f"`{WEIGHTS}`{started}"
+            start = f", initialized from {public}" if public else ""
+            state, weights = "trained", f"`{WEIGHTS}`{start}"
         elif public:
-            state, where = "frozen", public
+            state, weights = "frozen", public
         else:
-            state, where = "frozen", f"`{frozen_file(name)}`: trained in the run, so it is enclosed"
+            state, weights = "frozen", f"`{frozen_file(name)}`: trained in an earlier stage"
         count = sum(x.size for x in jax.tree.leaves(loaded.params[name]))
-        kind = exported.components[name]["kind"]
-        rows.append((f"`{name}`", kind, f"{count:,}", state, where))
-    return markdown_table(rows, ("part", "kind", "parameters", "", "where"))
+        rows.append((f"`{name}`", spec["kind"], f"{count:,}", state, weights))
+    return markdown_table(rows, ("component", "kind", "parameters", "state", "weights"))
 
 
 def _training(loaded: Loaded) -> str:
-    config, recipe = loaded.config, loaded.recipe
+    config, recipe, chain = loaded.config, loaded.recipe, loaded.recipe.chain
     optim = config.optim
+    position = ""
+    if loaded.stage in chain:
+        position = f", the last of `{' → '.join(chain[: chain.index(loaded.stage) + 1])}`"
     facts = [
-        f"stage `{loaded.stage}` of kind {config.kind}, the last of "
-        f"`{' → '.join(recipe.chain[: recipe.chain.index(loaded.stage) + 1])}`"
-        if loaded.stage in recipe.chain
-        else f"stage `{loaded.stage}` of kind {config.kind}",
+        f"stage `{loaded.stage}` of kind {config.kind}{position}",
         f"step {loaded.step:,} of {config.steps:,}, batches of {config.batch}, seed {recipe.seed}, "
         f"computed in {recipe.dtype}",
-        f"AdamW, learning rate {optim.lr:g} ({optim.schedule}, {optim.warmup:,} steps of warm-up), "
+        f"AdamW, learning rate {optim.lr:g} ({optim.schedule}, {optim.warmup:,} warm-up steps), "
         f"weight decay {optim.weight_decay:g}, gradients clipped at {optim.clip:g}",
     ]
     rows = [
@@ -137,28 +139,19 @@ def _training(loaded: Loaded) -> str:
 
 
 def _scores(folder: Path) -> str:
-    """The evaluations of the stage that have been run, in per cent but for `n`."""
-    found = {path.parent.name: _read(path) for path in sorted(folder.glob("*/score.json"))}
-    if not found:
+    """Return a table of the stage's evaluations, in percent except for `n`."""
+    results = {path.parent.name: _read(path) for path in sorted(folder.glob("*/score.json"))}
+    if not results:
         return "Not evaluated."
-    columns = {key for scores in found.values() for key in scores}
-    names = sorted(columns, key=lambda key: (key != "n", key))
-    form = lambda key, value: f"{value:.0f}" if key == "n" else f"{100 * value:.1f}"  # noqa: E731
-    rows = [
-        (name, *(form(key, scores[key]) if key in scores else "—" for key in names))
-        for name, scores in found.items()
-    ]
-    return markdown_table(rows, ("evaluation", *names))
+    keys = {key for scores in results.values() for key in scores}
+    columns = sorted(keys, key=lambda key: (key != "n", key))
+    return markdown_table(score_rows(results, columns), ("evaluation", *columns))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, float]:
     try:
         return {key: float(x) for key, x in json.loads(path.read_text("utf-8"))["scores"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error!r}): evaluate again, or remove it"
+            f"{path} is corrupt ({error!r}): run the evaluation again, or delete the file"
         ) from None
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())

@@ -1,12 +1,12 @@
-"""An exported stage: its files, and the record that says how they fit together.
+"""The record of an exported stage, and the files of the export.
 
     config.json                     the record, `Exported`
-    model.safetensors               what trained, float32, as `component/path/of/leaf`
-    frozen-COMPONENT.safetensors    a frozen part that only the run has, as the stage uses it
+    model.safetensors               trained components in float32, as `component/path/of/leaf`
+    frozen-COMPONENT.safetensors    a frozen component without public weights, as the stage uses it
     tokenizer.json                  of the stage's language model
     README.md                       the model card
 
-Frozen parts with public weights are not among the files: the record names them and their digest.
+Frozen components with public weights are not included: the record has their source and digest.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenize
 FORMAT, VERSION = "vadapter-export", 1
 PROMPTS = {"caption": dataclasses.asdict(CAPTION), "question": dataclasses.asdict(QUESTION)}
 
-_IMAGES = "images"  # the one data set of a stage that is only used
+_IMAGES = "images"  # a recipe needs a data set, for the image transform; it is never opened
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A frozen part.
+    """A frozen component.
 
     Attributes:
       digest: of its public files, `sha256:…`, or of its arrays.
-      weights: hub id, or folder, of its public weights; "": it lies in a file of the export.
+      weights: hub id or folder of its public weights; "" if they are a file of the export.
       revision: commit of the hub id.
     """
 
@@ -48,24 +48,31 @@ class Frozen:
     revision: str = ""
 
     @property
-    def place(self) -> str:
-        """Hub id with its commit, or folder."""
+    def location(self) -> str:
+        """Return the hub id with its commit, or the folder."""
         return f"{self.weights}@{self.revision}" if self.revision else self.weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A stage as others need it to use it.
+    """The content of config.json.
 
     Attributes:
-      format, version: of the export; vadapter: what wrote it.
-      stage, kind, step: the stage's name, its row of `STAGES`, and how far it was trained.
-      lm, chain, encoder, bidirectional: how the components are joined, see `StageConfig`.
-      dtype: of the computation and of frozen parameters.
+      format: `FORMAT`.
+      version: of the format.
+      vadapter: version of the package that wrote the export.
+      stage: its name.
+      kind: a key of `STAGES`.
+      step: number of training steps.
+      lm, chain, encoder, bidirectional: how the components are connected, see `StageConfig`.
+      dtype: of computation and frozen parameters.
       components: name -> kind and fields, without weights.
-      trained: name -> digest of what `model.safetensors` holds of it; frozen: the others.
-      view: what becomes of an image on the host; clip_frames: of a clip.
-      prompts: the words around the image; tokenizer: its digest.
+      trained: name -> digest of its arrays in model.safetensors.
+      frozen: the other components.
+      view: how images are transformed on the host.
+      clip_frames: frames of a clip.
+      prompts: the text around the image.
+      tokenizer: its digest.
     """
 
     format: str
@@ -88,10 +95,10 @@ class Exported:
     tokenizer: str
 
     def recipe(self) -> Recipe:
-        """A recipe of this stage alone, with places for its public weights and none for data.
+        """Return a recipe with this stage alone.
 
         Raises:
-          ConfigError: parts that do not fit together, or a stage that does not describe images.
+          ConfigError: components that do not fit together, or a stage that cannot describe images.
         """
         data = DataConfig(
             source={}, task="caption", text_len=1, size=self.view.size, fit=self.view.fit,
@@ -102,11 +109,15 @@ class Exported:
             chain=self.chain, encoder=self.encoder, bidirectional=self.bidirectional,
             optim=OptimConfig(warmup=0),
         )  # fmt: skip
-        places = {n: {"weights": part.place} for n, part in self.frozen.items() if part.weights}
+        components = {
+            name: spec | ({"weights": part.location} if part and part.weights else {})
+            for name, spec in self.components.items()
+            for part in [self.frozen.get(name)]
+        }
         recipe = read_recipe(
             {
                 "name": self.stage,
-                "components": {n: spec | places.get(n, {}) for n, spec in self.components.items()},
+                "components": components,
                 "data": {_IMAGES: data},
                 "stages": {self.stage: stage},
                 "chain": (self.stage,),
@@ -115,23 +126,23 @@ class Exported:
             }
         )
         if not describing(recipe):
-            raise ConfigError(f"kind {self.kind!r} does not write about images")
+            raise ConfigError(f"a stage of kind {self.kind!r} does not generate text about images")
         return recipe
 
 
 def frozen_file(component: str) -> str:
-    """The name of the file with a frozen part that has no public weights."""
+    """Return the name of the file of a frozen component without public weights."""
     return f"frozen-{component}.safetensors"
 
 
 def files(exported: Exported) -> tuple[str, ...]:
-    """The names of all files of an export."""
-    own = (frozen_file(name) for name, part in exported.frozen.items() if not part.weights)
-    return (CONFIG, WEIGHTS, *own, TOKENIZER, CARD)
+    """Return the names of all files of an export."""
+    included = (frozen_file(name) for name, part in exported.frozen.items() if not part.weights)
+    return (CONFIG, WEIGHTS, *included, TOKENIZER, CARD)
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder holds an export, of whatever version."""
+    """Return whether a folder is an export, of any version."""
     folder = storage.as_path(folder)
     buckets.require_bucket(folder)
     try:
@@ -141,39 +152,39 @@ def is_export(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Exported:
-    """The record of an export, checked.
+    """Return the validated record of an export.
 
     Raises:
-      CheckpointError: none there, damaged, or of a newer version than this one reads.
+      CheckpointError: the record is missing, corrupt, or of a newer version of the format.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise CheckpointError(
-            f"no exported adapter in {folder}: there is no {CONFIG}. Give a folder that `vadapter "
-            "export` wrote, or the hub id of one"
+            f"no exported adapter in {folder}: {CONFIG} is missing. Pass a folder that `vadapter "
+            "export` wrote, or the hub id of an export"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); fetch it again") from None
+        raise CheckpointError(f"{path} is corrupt ({error}); download it again") from None
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is not the record of an exported adapter; of a run, make one with `vadapter "
-            f"export {folder} DIR`"
+            f"{path} is not the record of an exported adapter; if {folder} is a run, export it "
+            f"first: `vadapter export {folder} DIR`"
         )
     version = values.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise CheckpointError(
-            f"{path}: format version {version!r}, written by vadapter {values.get('vadapter')}; "
-            f"this one reads up to {VERSION}. Update it: pip install -U vadapter"
+            f"{path} has format version {version!r}, written by vadapter {values.get('vadapter')}; "
+            f"this vadapter reads up to version {VERSION}. Upgrade: pip install -U vadapter"
         )
     try:
         exported = build(Exported, values, where=CONFIG)
     except ConfigError as error:
-        raise CheckpointError(f"{path} is damaged: {error}; fetch it again") from None
+        raise CheckpointError(f"{path} is corrupt: {error}; download it again") from None
     if exported.prompts != PROMPTS:
         raise CheckpointError(
-            f"{path}: trained with other prompts than those of this vadapter; install vadapter "
-            f"{exported.vadapter}, which wrote it"
+            f"{path}: the adapter was trained with prompts other than those of this vadapter; "
+            f"install vadapter {exported.vadapter}, which wrote it"
         )
     return exported

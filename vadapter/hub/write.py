@@ -1,4 +1,4 @@
-"""`vadapter export`: a trained stage as a folder to share, see `study.exported`."""
+"""`vadapter export`: a trained stage as a folder to share, see `hub.record`."""
 
 import json
 import shutil
@@ -14,61 +14,44 @@ from safetensors.numpy import save_file
 from vadapter import __version__
 from vadapter.checkpoints.digest import combined, tree_digests
 from vadapter.config import plain
-from vadapter.console import size
+from vadapter.console import listing, size
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.evaluate.describe import image_settings
-from vadapter.hub.model_card import card
-from vadapter.hub.record import (
-    CARD,
-    CONFIG,
-    FORMAT,
-    PROMPTS,
-    TOKENIZER,
-    VERSION,
-    WEIGHTS,
-    Exported,
-    Frozen,
-    files,
-    frozen_file,
-    is_export,
-    read,
-)
+from vadapter.evaluate.describe import image_settings, require_images
+from vadapter.hub import record
+from vadapter.hub.model_card import model_card
+from vadapter.hub.record import Exported, Frozen, frozen_file
 from vadapter.io import storage
 from vadapter.models.registry import expand
 from vadapter.recipe.schema import trained
-from vadapter.stages.restore import Loaded, describing
+from vadapter.stages.restore import Loaded
 from vadapter.weights.hf_checkpoint import locate
 from vadapter.weights.reference import PREFIX
 
 
 def export(loaded: Loaded, folder: Path) -> dict[str, int]:
-    """Writes a stage to a folder that appears whole or not at all.
+    """Write a stage to a folder, atomically and reproducibly.
 
     The same checkpoint always gives the same bytes.
 
     Args:
-      loaded: a stage that writes about images.
-      folder: not there yet, or an earlier export, which is replaced.
+      loaded: a stage that takes images.
+      folder: must not exist, or be an earlier export, which is replaced.
 
     Returns:
-      The files, each with its size in bytes.
+      The files with their sizes in bytes.
 
     Raises:
-      ConfigError: a stage without images, a folder that holds anything else.
-      CheckpointError: public weights that are not where the recipe says.
+      ConfigError: a text-only stage, or a folder with anything other than an export.
+      CheckpointError: public weights are not where the recipe says.
     """
     target = storage.local(folder, "folder").resolve()
-    if loaded.view is None:
-        raise ConfigError(
-            f"stage {loaded.stage} reads text alone; choose one that sees images: "
-            f"{', '.join(describing(loaded.recipe))}"
-        )
-    part, old = (target.with_name(f".{target.name}.{word}") for word in ("part", "old"))
-    _restore(old, target)  # of an export that was killed
+    require_images(loaded)
+    part, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("part", "old"))
+    _undo_replacement(old, target)  # of an export that was killed
     _check_target(target)
-    exported = record(loaded)
-    for rest in (part, old):
-        shutil.rmtree(rest, ignore_errors=True)
+    exported = make_record(loaded)
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         _write(part, loaded, exported)
@@ -77,19 +60,19 @@ def export(loaded: Loaded, folder: Path) -> dict[str, int]:
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        _restore(old, target)
+        _undo_replacement(old, target)
     shutil.rmtree(old, ignore_errors=True)
-    return {name: (target / name).stat().st_size for name in files(exported)}
+    return {name: (target / name).stat().st_size for name in record.files(exported)}
 
 
-def record(loaded: Loaded) -> Exported:
-    """What is to be known of the stage, see `Exported`."""
+def make_record(loaded: Loaded) -> Exported:
+    """Return the record of a stage."""
     view, clip_frames = image_settings(loaded)
     config, model = loaded.config, loaded.model
     specs = {name: expand(name, loaded.recipe.components[name]) for name in model.names()}
     return Exported(
-        format=FORMAT,
-        version=VERSION,
+        format=record.FORMAT,
+        version=record.VERSION,
         vadapter=__version__,
         stage=loaded.stage,
         kind=config.kind,
@@ -107,7 +90,7 @@ def record(loaded: Loaded) -> Exported:
         frozen={name: _frozen(loaded, name) for name in loaded.digests},
         view=view,
         clip_frames=clip_frames,
-        prompts=PROMPTS,
+        prompts=record.PROMPTS,
         tokenizer=loaded.tokenizer.digest,
     )
 
@@ -116,45 +99,44 @@ def _frozen(loaded: Loaded, name: str) -> Frozen:
     if not loaded.digests[name].startswith(PREFIX):
         return Frozen(combined(tree_digests(loaded.params[name])))
     weights = loaded.recipe.components[name]["weights"]
-    found = locate(weights, f"components.{name}.weights")
-    return Frozen(loaded.digests[name], found.repo_id or weights, found.revision)
+    checkpoint = locate(weights, f"components.{name}.weights")
+    return Frozen(loaded.digests[name], checkpoint.repo_id or weights, checkpoint.revision)
 
 
-def _restore(old: Path, target: Path) -> None:
-    """Undoes a replacement that stopped between its two renames."""
+def _undo_replacement(old: Path, target: Path) -> None:
+    """Restore the earlier export if a replacement stopped between its two renames."""
     if old.exists() and not target.exists():
         old.rename(target)
 
 
 def _check_target(target: Path) -> None:
-    """Nothing but an earlier export is ever replaced."""
+    """Raise ConfigError if anything other than an earlier export would be replaced."""
     if not (target.exists() or target.is_symlink()):
         return
-    if not is_export(target):
+    if not record.is_export(target):
         raise ConfigError(
-            f"{target} is there already and is no earlier export: name a folder that does not "
-            "exist yet"
+            f"{target} exists and is not an export: choose a folder that does not exist yet"
         )
     try:
-        known = set(files(read(target)))
-    except CheckpointError:  # damaged, or of a newer version: its card and weights at least
-        known = {CONFIG, WEIGHTS, TOKENIZER, CARD}
-    if others := sorted({path.name for path in target.iterdir()} - known):
+        names = set(record.files(record.read(target)))
+    except CheckpointError:  # corrupt or newer: these files at least are part of any export
+        names = {record.CONFIG, record.WEIGHTS, record.TOKENIZER, record.CARD}
+    if others := sorted({path.name for path in target.iterdir()} - names):
         raise ConfigError(
-            f"{target} holds more than an export ({', '.join(others[:4])}), which would be lost: "
-            "move that away, or name another folder"
+            f"{target} has files that are not part of the export and would be lost "
+            f"({listing(others, 4)}): move them, or choose another folder"
         )
 
 
 def _write(folder: Path, loaded: Loaded, exported: Exported) -> None:
-    trainable = {name: loaded.params[name] for name in exported.trained}
-    own = [name for name, part in exported.frozen.items() if not part.weights]
-    _save(folder / WEIGHTS, trainable)
-    for name in own:
-        _save(folder / frozen_file(name), {name: loaded.params[name]})
-    loaded.tokenizer.save(folder / TOKENIZER)
-    (folder / CONFIG).write_text(json.dumps(plain(exported), indent=1) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(card(loaded, exported), encoding="utf-8")
+    _save(folder / record.WEIGHTS, {name: loaded.params[name] for name in exported.trained})
+    for name, part in exported.frozen.items():
+        if not part.weights:
+            _save(folder / frozen_file(name), {name: loaded.params[name]})
+    loaded.tokenizer.save(folder / record.TOKENIZER)
+    config = json.dumps(plain(exported), indent=1) + "\n"
+    (folder / record.CONFIG).write_text(config, encoding="utf-8")
+    (folder / record.CARD).write_text(model_card(loaded, exported), encoding="utf-8")
 
 
 def _save(path: Path, trees: Mapping[str, Any]) -> None:
@@ -163,14 +145,14 @@ def _save(path: Path, trees: Mapping[str, Any]) -> None:
 
 
 def report(folder: Path, sizes: Mapping[str, int]) -> str:
-    """An export's files with their sizes, and what is not among them."""
+    """Return a summary of an export: its files, and the components it refers to."""
     lines = [str(folder), *(f"  {name:<32} {size(count):>10}" for name, count in sizes.items())]
-    for name, part in read(folder).frozen.items():
+    for name, part in record.read(folder).frozen.items():
         if part.weights:
-            lines.append(f"  {name}: not enclosed, it is {part.place}")
+            lines.append(f"  {name}: not included, public weights {part.location}")
         if part.weights and not part.revision:
             lines.append(
-                "    a folder of this machine; for others to find it, export with its hub id,\n"
+                "    a local folder; to make it available to others, export with its hub id:\n"
                 f"    --config.components.{name}.weights=OWNER/NAME"
             )
     return "\n".join(lines)
