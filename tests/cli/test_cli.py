@@ -136,14 +136,14 @@ def test_an_answer_is_one_line(chain, call):
 
 def test_questions_that_cannot_be_asked_are_explained(chain, call):
     image = chain / "shapes" / "02.png"
-    for question, words in ((" ", "needs words"), ("why " * 200, "shorten the question")):
+    for question, words in ((" ", "a question is empty"), ("why " * 200, "shorten the question")):
         code, _, err = call("ask", chain / "run", image, question)
         assert code == USER_ERROR
         assert words in err
 
 
 MISTAKES = {
-    "a text-only stage": (["--stage=tlm"], "stage tlm reads text alone; choose one that sees"),
+    "a text-only stage": (["--stage=tlm"], "stage tlm is text-only; choose a stage that takes images"),
     "an unknown stage": (["--stage=vadaptor"], "did you mean 'vadapter'"),
     "the encoder's stage": (["--stage=vision"], "choose one of decoder, vadapter, perceiver"),
 }
