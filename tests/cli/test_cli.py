@@ -143,7 +143,7 @@ def test_questions_that_cannot_be_asked_are_explained(chain, call):
 
 
 MISTAKES = {
-    "a text-only stage": (["--stage=tlm"], "stage tlm is text-only; choose a stage that takes images"),
+    "a text-only stage": (["--stage=tlm"], "stage tlm is text-only; choose a stage that takes"),
     "an unknown stage": (["--stage=vadaptor"], "did you mean 'vadapter'"),
     "the encoder's stage": (["--stage=vision"], "choose one of decoder, vadapter, perceiver"),
 }
