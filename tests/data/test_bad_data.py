@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.image_files import folder_of, image, pairs, read, row, tars, write_rows, write_tar
@@ -20,6 +22,7 @@ from vadapter.data.media.images import ImageTransform
 from vadapter.data.open import describe, make_stream
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.shards import index
+from vadapter.data.sources.parquet import ParquetImages
 from vadapter.data.sources.table import ImageFolder
 from vadapter.data.sources.tars import CaptionTars
 from vadapter.data.tokenizers.bpe import BPETokenizer
@@ -131,11 +134,6 @@ def _(folder):
 
 @case("flipped bytes in a parquet file")
 def _(folder):
-    pq = pytest.importorskip("pyarrow.parquet")
-    import pyarrow as pa
-
-    from vadapter.data.sources.parquet import ParquetImages
-
     path = folder / "a.parquet"
     rows = [{"image": image(i), "caption": f"number {i}"} for i in range(3)]
     plain = {"write_page_checksum": True, "write_statistics": False, "compression": "none"}

@@ -4,19 +4,17 @@ import subprocess
 import sys
 
 import pytest
+import tensorflow_datasets as tfds
 from support.official_files import MAKERS, vqav2
 from support.plain_files import write_json
 
 from vadapter.cli.main import main
+from vadapter.data.benchmarks import builders
 from vadapter.data.benchmarks.prepare import prepare
 from vadapter.data.benchmarks.source import open_benchmark
 from vadapter.data.benchmarks.table import BENCHMARKS
 from vadapter.data.sources.tfds import TfdsSource
 from vadapter.errors import ConfigError, DataError
-
-tfds = pytest.importorskip("tensorflow_datasets", reason="needs the extra `tfds`")
-pytest.importorskip("array_record", reason="needs the extra `tfds`")
-builders = pytest.importorskip("vadapter.data.benchmarks.builders")
 
 
 def read_back(path, split: str):

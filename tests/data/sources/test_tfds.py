@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module as module
 from support.image_files import contents, image
 from support.paths import ROOT
 
@@ -18,9 +20,6 @@ from vadapter.data.example import Question
 from vadapter.data.open import describe, make_source
 from vadapter.data.sources.tfds import TfdsSource
 from vadapter.errors import ConfigError, DataError
-
-tfds = pytest.importorskip("tensorflow_datasets")
-module = pytest.importorskip("array_record.python.array_record_module")
 
 COUNT = 7
 

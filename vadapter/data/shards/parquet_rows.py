@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from vadapter.data.optional_deps import need
 from vadapter.errors import DataError
 
 MAX_GROUP_BYTES = 1 << 30
@@ -22,7 +21,6 @@ def row_groups(path: Path) -> list[int]:
     """The rows of each row group.
 
     Raises:
-      ConfigError: pyarrow is not installed.
       DataError: not a parquet file, damaged, or row groups of more than 1 GiB.
     """
     footer = _open(path).metadata
@@ -75,7 +73,8 @@ def _file(path: str, version: tuple[int, int]) -> Any:
 
 
 def _open(path: Path) -> Any:
-    parquet = need("pyarrow.parquet", "parquet", "parquet")
+    import pyarrow.parquet as parquet  # slow to import: only where it is needed
+
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the path")
     try:

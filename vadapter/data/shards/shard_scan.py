@@ -63,7 +63,6 @@ def scan(folder: Path, name: str) -> Scan:
 
     Raises:
       DataError: missing, torn or damaged, no shard at all, or a name twice.
-      ConfigError: a parquet file, and pyarrow is not installed.
     """
     made = SCANNERS[PurePosixPath(name).suffix](folder / name, name)
     made.digest = hashlib.sha256(json.dumps([made.members, made.pairs]).encode()).hexdigest()

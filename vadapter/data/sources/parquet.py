@@ -30,7 +30,7 @@ class ParquetImages(Source):
       index: the index file, if it is not `index.vadapter` in the folder.
 
     Raises:
-      ConfigError: neither split nor shards, an unknown column, or pyarrow is not installed.
+      ConfigError: neither split nor shards, or an unknown column.
       DataError: no files or one is missing, damaged or other than its index says; no rows.
     """
 

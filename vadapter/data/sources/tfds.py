@@ -1,6 +1,6 @@
 """Data sets that TFDS prepared as array_record, read without TensorFlow.
 
-`pip install 'vadapter[tfds]'` installs no TensorFlow, and neither reading needs it. Preparing may:
+Reading needs no TensorFlow, and it is not installed; preparing a data set of TFDS may need it:
 
   tfds build NAME --file_format=array_record        (or download_and_prepare(file_format=…))
 
@@ -19,7 +19,6 @@ import numpy as np
 
 from vadapter.data.annotations import annotation_tables
 from vadapter.data.example import Example, Source
-from vadapter.data.optional_deps import need
 from vadapter.data.sources.common import kind_and_key, texts_or_fault
 from vadapter.errors import DataError
 
@@ -41,7 +40,7 @@ class TfdsSource(Source):
         `vadapter.data.annotations.annotation_tables`.
 
     Raises:
-      ConfigError: an unknown feature, or TFDS is not installed.
+      ConfigError: an unknown feature.
       DataError: not prepared there, not as array_record, or no such split.
     """
 
@@ -53,8 +52,8 @@ class TfdsSource(Source):
         data_dir: str | Path | None = None,
         columns: Mapping[str, str] | None = None,
     ):
-        tfds = need("tensorflow_datasets", "tfds", "tfds")
-        need("array_record", "tfds", "tfds")
+        import tensorflow_datasets as tfds  # slow to import: only where it is needed
+
         self._where = f"{name}, split {split!r}"
         self._renamed = dict(columns or {})
         folder = None if data_dir is None else str(data_dir)
