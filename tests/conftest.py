@@ -50,10 +50,24 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 50)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long files first, and skip tests of the TPU's compiler where it is not installed."""
+def pytest_report_header() -> list[str]:
+    """Say why tests are left out."""
+    root = paths.data_root()
+    return [
+        f"real data: {root}"
+        if root.is_dir()
+        else f"real data: none at {root} (VADAPTER_DATA), tests marked `data` are deselected"
+    ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put long files first; leave out what needs real data or the TPU's compiler, if absent."""
     order = {paths.TESTS / name: i for i, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+    if not paths.data_root().is_dir():
+        without = [item for item in items if item.get_closest_marker("data")]
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if not item.get_closest_marker("data")]
     if importlib.util.find_spec("libtpu") is None:
         skip = pytest.mark.skip(reason="libtpu is not installed (extra tpu)")
         for item in items:
@@ -63,10 +77,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """The real data folder; the test is skipped, with the reason, where there is none."""
+    """The real data folder; tests that need it are marked `data` and deselected without it."""
     root = paths.data_root()
-    if not root.is_dir():
-        pytest.skip(f"no real data at {root}; set VADAPTER_DATA to a folder that holds it")
+    assert root.is_dir(), "mark the test with pytest.mark.data"
     return root
 
 

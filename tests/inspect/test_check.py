@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from support import runs, tiny
+from support.mobilenet_files import write_mobilenet
 from support.public_models import write_model
 from support.public_tokenizers import llama2, neox
 
@@ -279,10 +280,13 @@ def test_no_program_is_compiled(world):
     assert [name for name in compiled if "backend" in name] == []
 
 
-@pytest.mark.data
-def test_mobilenet_is_matched_by_its_graph_and_headers_alone(data_root, tmp_path):
+@pytest.mark.parametrize("source", ["drawn", pytest.param("real", marks=pytest.mark.data)])
+def test_mobilenet_is_matched_by_its_graph_and_headers_alone(request, source, tmp_path):
     abstract = mobilenet._abstract(MobileNetConfig())
-    folder = data_root / "weights/mobilenet"
+    if source == "real":
+        folder = request.getfixturevalue("data_root") / "weights/mobilenet"
+    else:
+        folder = write_mobilenet(tmp_path)
     found = MobileNetFiles.open(folder).match(abstract)
     assert (found.tensors, found.parameters) == (104, 2_223_872 - 17_056)
     assert found.left_out == ("head",)

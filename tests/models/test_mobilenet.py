@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
+from support.mobilenet_files import write_mobilenet
 
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.models.mobilenet import MobileNet, MobileNetConfig, block_specs
@@ -228,10 +229,13 @@ def test_wrong_frames_and_settings_are_refused():
             MobileNetConfig(**wrong)
 
 
-@pytest.mark.data
-def test_damaged_weights_and_another_graph_are_refused_by_name(data_root, tmp_path: Path):
+@pytest.mark.parametrize("source", ["drawn", pytest.param("real", marks=pytest.mark.data)])
+def test_damaged_weights_and_another_graph_are_refused_by_name(request, source, tmp_path: Path):
     name = "mobilenet_v2_1.0_224"
-    source = data_root / "weights/mobilenet"
+    if source == "real":
+        source = request.getfixturevalue("data_root") / "weights/mobilenet"
+    else:
+        source = write_mobilenet(tmp_path / "drawn")
     graph = (source / f"{name}.json").read_text()
     with np.load(source / f"{name}_float16.npz") as stored:
         tensors = dict(stored)

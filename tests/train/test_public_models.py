@@ -213,8 +213,6 @@ def test_a_folder_that_is_not_there_or_not_a_model_is_named_by_its_key(world, tm
 @pytest.mark.data
 def test_a_real_file_of_llama2c_is_an_llm(world, data_root, tmp_path, capsys):
     folder = data_root / "weights" / "stories260k"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}")
     config = recipe(world)
     with config.unlocked():
         config.components.llm.weights = str(folder)

@@ -114,8 +114,6 @@ def continued(module, params, ids, count):
 def stories(data_root):
     """(folder, module, params, golden ids and logits)."""
     folder = data_root / "weights" / "stories260k"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}")
     module, params, report = load(folder)
     assert report.parameters == 260_032
     assert set(report.left_out) == {"freqs_cos", "freqs_sin"}
