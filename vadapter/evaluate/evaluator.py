@@ -66,7 +66,7 @@ class Evaluator:
             limits = [n for n in (limit, spec.limit) if n]
             spec = dataclasses.replace(spec, limit=min(limits, default=0))
             data = stage.recipe.data[spec.data]
-            source = stage.run.source(spec.data)
+            source = stage.source(spec.data)
             if data.cache:
                 source = stage.features(spec.data, self.frozen)
             result = evaluate(self._decoder, params, source, data, spec, stage.view)

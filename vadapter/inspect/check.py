@@ -1,6 +1,6 @@
 """What a recipe would train, and all that would stop it, from shapes and headers alone.
 
-Legend: as in `train.preflight`.
+Legend: as in `stages.flow`.
 """
 
 import math
@@ -12,22 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from vadapter.data.example import Source
-from vadapter.data.open import make_source, require_texts
-from vadapter.data.tokenizers import Tokenizer
+from vadapter.data.open import require_texts
 from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.tokenizers.files import read_spec
 from vadapter.data.tokenizers.pretrained import PretrainedTokenizer
 from vadapter.distributed import memory
 from vadapter.distributed.mesh import MeshConfig, make_mesh
-from vadapter.errors import Problems, UserError
+from vadapter.errors import Problems
 from vadapter.models.registry import expand
 from vadapter.recipe.schema import DTYPES, Recipe, StageConfig, components, trained
 from vadapter.stages import initialization
-from vadapter.stages.preflight import Coming, Preflight
 from vadapter.stages.run import read_tokenizer
+from vadapter.stages.stage import NO_RUN, Earlier, Findings, Sources, Stage
 from vadapter.weights.hf_checkpoint import locate
 
-NOWHERE = Path("RUN")  # where no run directory is given: nothing is finished there
 Facts = dict[str, Any]
 
 
@@ -44,7 +42,7 @@ def check(load: Callable[[], Recipe], workdir: Path | None = None) -> tuple[Fact
     """
     problems, facts = Problems(), {"stages": []}
     with problems.gather():
-        facts |= _stages(load(), workdir or NOWHERE, problems)
+        facts |= _stages(load(), workdir or NO_RUN, problems)
     return {**facts, "problems": problems.lines()}, problems
 
 
@@ -53,36 +51,19 @@ def _stages(recipe: Recipe, workdir: Path, problems: Problems) -> Facts:
     with problems.gather("mesh"):
         mesh = make_mesh(recipe.mesh)
         shape = dict(mesh.shape)
-    source, stages, coming = _Sources(recipe), [], {}
+    source, stages, earlier = Sources(recipe), [], {}
     limit = None if shape is None else memory.limit(mesh)
     for name in recipe.chain:
         done = (workdir / name / initialization.DONE).is_file()
         # What is finished is not run again: what it was made of may be gone.
         mine = Problems() if done else problems
-        stage = _stage(recipe, name, workdir, mesh, source, coming, mine, limit)
+        stage = _stage(recipe, name, workdir, mesh, source, earlier, mine, limit)
         stages.append(stage | {"done": done})
         if done:
-            coming.pop(name, None)
+            earlier.pop(name, None)
     for stage in stages if shape is None else ():
         stage["memory"].pop("per_device", None)
     return {"recipe": recipe.name, "dtype": recipe.dtype, "mesh": shape, "stages": stages}
-
-
-class _Sources:
-    """Opens each data set once; one that does not open fails in the same way every time."""
-
-    def __init__(self, recipe: Recipe):
-        self._recipe, self._made = recipe, {}
-
-    def __call__(self, name: str) -> Any:
-        if name not in self._made:
-            try:
-                self._made[name] = make_source(name, self._recipe.data[name])
-            except UserError as error:
-                self._made[name] = error
-        if isinstance(self._made[name], UserError):
-            raise self._made[name]
-        return self._made[name]
 
 
 def _stage(
@@ -91,7 +72,7 @@ def _stage(
     workdir: Path,
     mesh: jax.sharding.Mesh,
     source: Callable[[str], Source],
-    coming: Coming,
+    earlier: Earlier,
     problems: Problems,
     limit: int | None,
 ) -> Facts:
@@ -108,54 +89,49 @@ def _stage(
             with problems.gather(name):
                 source(data)
     at_most = 1 if own else recipe.tokenizer.vocab_size
-    stage = Preflight(
-        recipe, name, workdir, tokenizer or _bytes(), mesh,
-        exact=tokenizer is not None, vocab_size=0 if tokenizer else at_most,
+    stage = Stage(
+        recipe, name, mesh, workdir=workdir, source=source, tokenizer=tokenizer,
+        vocab_size=0 if tokenizer else at_most,
     )  # fmt: skip
-    stage.check(source, coming, problems, limit)
+    found = stage.check(earlier, problems, limit)
     return {
         "name": name,
         "kind": config.kind,
         "steps": config.steps,
         "batch": config.batch,
-        "components": [_component(stage, part) for part in components(config)],
-        "parameters": _parameters(stage),
-        "memory": _memory(stage),
-        "tokenizer": _tokenizer(stage, own),
-        "data": [_data(stage, data) for data in stage.data()],
+        "components": [_component(stage, found, part) for part in components(config)],
+        "parameters": _parameters(stage, found),
+        "memory": _memory(stage, found),
+        "tokenizer": _tokenizer(stage, found, own),
+        "data": [_data(stage, found, data) for data in stage.data()],
     }
 
 
-def _bytes() -> Tokenizer:
-    """A tokenizer for which every text is as long as it can be: in bytes."""
-    return BPETokenizer.train(["a"], 259)
-
-
-def _component(stage: Preflight, name: str) -> Facts:
+def _component(stage: Stage, found: Findings, name: str) -> Facts:
     spec, recipe = stage.recipe.components[name], stage.recipe
-    enters, leaves = stage.flow.get(name, (None, None))
+    enters, leaves = found.flow.get(name, (None, None))
     return {
         "name": name,
         "kind": expand(name, spec)["kind"],
         "size": spec.get("size", ""),
         "enters": jax.tree.map(_shape, enters),
         "leaves": jax.tree.map(_shape, leaves),
-        "vocab_size": getattr(_config(stage, name), "vocab_size", None),
-        "parameters": _count(stage.abstract[name]) if stage.abstract else None,
+        "vocab_size": getattr(_config(stage, found, name), "vocab_size", None),
+        "parameters": _count(stage.abstract[name]) if found.built else None,
         "trained": name in trained(stage.config),
         "int8": bool(spec.get("int8")),
-        "start": _start(recipe, stage, name),
+        "start": _start(recipe, stage, found, name),
     }
 
 
-def _config(stage: Preflight, name: str) -> Any:
-    module: Any = stage.model.modules.get(name) if stage.model else None
+def _config(stage: Stage, found: Findings, name: str) -> Any:
+    module: Any = stage.model.modules.get(name) if found.built else None
     return module.config if module is not None else None
 
 
-def _start(recipe: Recipe, stage: Preflight, name: str) -> Facts:
+def _start(recipe: Recipe, stage: Stage, found: Findings, name: str) -> Facts:
     """Where it starts; without `tensors` where that does not fit or is not there."""
-    start = stage.starts.get(name)
+    start = found.starts.get(name)
     if start is None:
         default = "weights" if recipe.components[name].get("weights") else "nowhere"
         wanted = stage.config.start.get(name, default)
@@ -174,22 +150,19 @@ def _start(recipe: Recipe, stage: Preflight, name: str) -> Facts:
     }
 
 
-def _parameters(stage: Preflight) -> Facts:
-    counts = {name: _count(tree) for name, tree in stage.abstract.items()}
+def _parameters(stage: Stage, found: Findings) -> Facts:
+    abstract = stage.abstract if found.built else {}
+    counts = {name: _count(tree) for name, tree in abstract.items()}
     trainable = sum(counts[name] for name in trained(stage.config) if name in counts)
     whole = sum(counts.values())
     return {"total": whole, "trained": trainable, "frozen": whole - trainable}
 
 
-def _memory(stage: Preflight) -> Facts:
+def _memory(stage: Stage, found: Findings) -> Facts:
     """Bytes of what stays on the devices, in all and on one: no activations, no gradients."""
-    learns, dtype = trained(stage.config), DTYPES[stage.recipe.dtype]
-    kept = [
-        x for n, tree in stage.abstract.items() if n not in learns for x in jax.tree.leaves(tree)
-    ]
-    trainable = [
-        x for n in learns if n in stage.abstract for x in jax.tree.leaves(stage.abstract[n])
-    ]
+    abstract, dtype = stage.abstract if found.built else {}, DTYPES[stage.recipe.dtype]
+    trainable = jax.tree.leaves([tree for n, tree in abstract.items() if n in stage.trained])
+    kept = jax.tree.leaves([tree for n, tree in abstract.items() if n not in stage.trained])
     width = lambda x: jnp.dtype(x.dtype if x.dtype == jnp.int8 else dtype).itemsize  # noqa: E731
 
     def bytes_of(size: Callable[[Any], int]) -> Facts:
@@ -203,10 +176,10 @@ def _memory(stage: Preflight) -> Facts:
     return bytes_of(lambda x: x.size) | {"per_device": bytes_of(on_one)}
 
 
-def _tokenizer(stage: Preflight, own: str) -> Facts:
+def _tokenizer(stage: Stage, found: Findings, own: str) -> Facts:
     tokenizer = stage.tokenizer
     name = stage.config.lm or ("text" if stage.config.kind == "vision" else "")
-    rows = getattr(_config(stage, name), "vocab_size", None)
+    rows = getattr(_config(stage, found, name), "vocab_size", None)
     ids = {"bos": [tokenizer.bos_id], "eos": [tokenizer.eos_id], "stop": [*tokenizer.stop_ids]}
     named: dict[int, str] = {}
     if isinstance(tokenizer, PretrainedTokenizer):
@@ -235,8 +208,8 @@ def _names(folder: Path, ids: set[int]) -> dict[int, str]:
     return names | {t["id"]: t["content"] for t in spec["added_tokens"] if t["id"] in ids}
 
 
-def _data(stage: Preflight, name: str) -> Facts:
-    data, source, row = stage.recipe.data[name], stage.sources.get(name), stage.rows.get(name, {})
+def _data(stage: Stage, found: Findings, name: str) -> Facts:
+    data, source, row = stage.recipe.data[name], found.sources.get(name), found.rows.get(name, {})
     sizes = {key: list(leaf.shape[1:]) for key, leaf in row.items()}
     return {
         "name": name,
