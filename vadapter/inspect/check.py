@@ -1,7 +1,4 @@
-"""What a recipe would train, and all that would stop it, from shapes and headers alone.
-
-Legend: as in `stages.flow`.
-"""
+"""Validation of a recipe from shapes and headers alone: what it trains and what would stop it."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -30,15 +27,15 @@ Facts = dict[str, Any]
 
 
 def check(load: Callable[[], Recipe], workdir: Path | None = None) -> tuple[Facts, Problems]:
-    """Looks at the stages of a recipe's chain; reads no tensor and writes nothing.
+    """Validate the stages of a recipe's chain; reads no tensors and writes nothing.
 
     Args:
       load: reads the recipe.
       workdir: the run directory, which need not exist.
 
     Returns:
-      The facts, made of what JSON has: `recipe`, `dtype`, `mesh`, `stages` (a list) and `problems`
-      (a list of texts); and the same problems as errors.
+      The facts as JSON values: `recipe`, `dtype`, `mesh`, `stages` (a list) and `problems` (a list
+      of messages); and the same problems as errors.
     """
     problems, facts = Problems(), {"stages": []}
     with problems.gather():
@@ -55,9 +52,9 @@ def _stages(recipe: Recipe, workdir: Path, problems: Problems) -> Facts:
     limit = None if shape is None else memory.limit(mesh)
     for name in recipe.chain:
         done = (workdir / name / initialization.DONE).is_file()
-        # What is finished is not run again: what it was made of may be gone.
-        mine = Problems() if done else problems
-        stage = _stage(recipe, name, workdir, mesh, source, earlier, mine, limit)
+        # A finished stage is not run again, so its data and weights may be gone.
+        reported = Problems() if done else problems
+        stage = _stage(recipe, name, workdir, mesh, source, earlier, reported, limit)
         stages.append(stage | {"done": done})
         if done:
             earlier.pop(name, None)
@@ -82,7 +79,8 @@ def _stage(
         tokenizer = read_tokenizer(recipe, config, workdir)
         if tokenizer is None:
             require_texts(recipe.tokenizer)
-            BPETokenizer.train(["a"], recipe.tokenizer.vocab_size)  # that it is large enough
+            BPETokenizer.train(["a"], recipe.tokenizer.vocab_size)  # raises if it is too small
+    # The language model's public weights come with their own tokenizer.
     own = recipe.components.get(config.lm, {}).get("weights", "")
     if tokenizer is None and not own:
         for data in dict.fromkeys(recipe.tokenizer.data):
@@ -93,49 +91,48 @@ def _stage(
         recipe, name, mesh, workdir=workdir, source=source, tokenizer=tokenizer,
         vocab_size=0 if tokenizer else at_most,
     )  # fmt: skip
-    found = stage.check(earlier, problems, limit)
+    findings = stage.check(earlier, problems, limit)
     return {
         "name": name,
         "kind": config.kind,
         "steps": config.steps,
         "batch": config.batch,
-        "components": [_component(stage, found, part) for part in components(config)],
-        "parameters": _parameters(stage, found),
-        "memory": _memory(stage, found),
-        "tokenizer": _tokenizer(stage, found, own),
-        "data": [_data(stage, found, data) for data in stage.data()],
+        "components": [_component(stage, findings, part) for part in components(config)],
+        "parameters": _parameters(stage, findings),
+        "memory": _memory(stage, findings),
+        "tokenizer": _tokenizer(stage, findings, own),
+        "data": [_data(stage, findings, data) for data in stage.data()],
     }
 
 
-def _component(stage: Stage, found: Findings, name: str) -> Facts:
-    spec, recipe = stage.recipe.components[name], stage.recipe
-    enters, leaves = found.flow.get(name, (None, None))
+def _component(stage: Stage, findings: Findings, name: str) -> Facts:
+    spec = stage.recipe.components[name]
+    enters, leaves = findings.flow.get(name, (None, None))
     return {
         "name": name,
         "kind": expand(name, spec)["kind"],
         "size": spec.get("size", ""),
         "enters": jax.tree.map(_shape, enters),
         "leaves": jax.tree.map(_shape, leaves),
-        "vocab_size": getattr(_config(stage, found, name), "vocab_size", None),
-        "parameters": _count(stage.abstract[name]) if found.built else None,
+        "vocab_size": getattr(_config(stage, findings, name), "vocab_size", None),
+        "parameters": _count(stage.abstract[name]) if findings.built else None,
         "trained": name in trained(stage.config),
         "int8": bool(spec.get("int8")),
-        "start": _start(recipe, stage, found, name),
+        "start": _start(stage, findings, name),
     }
 
 
-def _config(stage: Stage, found: Findings, name: str) -> Any:
-    module: Any = stage.model.modules.get(name) if found.built else None
+def _config(stage: Stage, findings: Findings, name: str) -> Any:
+    module: Any = stage.model.modules.get(name) if findings.built else None
     return module.config if module is not None else None
 
 
-def _start(recipe: Recipe, stage: Stage, found: Findings, name: str) -> Facts:
-    """Where it starts; without `tensors` where that does not fit or is not there."""
-    start = found.starts.get(name)
+def _start(stage: Stage, findings: Findings, name: str) -> Facts:
+    """Return where a component starts; without `tensors` if that is missing or does not fit."""
+    start = findings.starts.get(name)
     if start is None:
-        default = "weights" if recipe.components[name].get("weights") else "nowhere"
-        wanted = stage.config.start.get(name, default)
-        return {"from": wanted, "found": False}
+        default = "weights" if stage.recipe.components[name].get("weights") else "nowhere"
+        return {"from": stage.config.start.get(name, default), "found": False}
     out: Facts = {"from": start.source, "found": True, "tensors": len(start.loaded)}
     out |= {"left_out": list(start.dropped), "fresh": list(start.fresh)}
     if start.weights is None or start.report is None:
@@ -150,41 +147,46 @@ def _start(recipe: Recipe, stage: Stage, found: Findings, name: str) -> Facts:
     }
 
 
-def _parameters(stage: Stage, found: Findings) -> Facts:
-    abstract = stage.abstract if found.built else {}
+def _parameters(stage: Stage, findings: Findings) -> Facts:
+    abstract = stage.abstract if findings.built else {}
     counts = {name: _count(tree) for name, tree in abstract.items()}
     trainable = sum(counts[name] for name in trained(stage.config) if name in counts)
-    whole = sum(counts.values())
-    return {"total": whole, "trained": trainable, "frozen": whole - trainable}
+    total = sum(counts.values())
+    return {"total": total, "trained": trainable, "frozen": total - trainable}
 
 
-def _memory(stage: Stage, found: Findings) -> Facts:
-    """Bytes of what stays on the devices, in all and on one: no activations, no gradients."""
-    abstract, dtype = stage.abstract if found.built else {}, DTYPES[stage.recipe.dtype]
+def _memory(stage: Stage, findings: Findings) -> Facts:
+    """Return the bytes of parameters and moments, in total and per device.
+
+    Activations and gradients are not included.
+    """
+    abstract, dtype = stage.abstract if findings.built else {}, DTYPES[stage.recipe.dtype]
     trainable = jax.tree.leaves([tree for n, tree in abstract.items() if n in stage.trained])
-    kept = jax.tree.leaves([tree for n, tree in abstract.items() if n not in stage.trained])
-    width = lambda x: jnp.dtype(x.dtype if x.dtype == jnp.int8 else dtype).itemsize  # noqa: E731
+    frozen = jax.tree.leaves([tree for n, tree in abstract.items() if n not in stage.trained])
+    itemsizes = [jnp.dtype(x.dtype if x.dtype == jnp.int8 else dtype).itemsize for x in frozen]
 
-    def bytes_of(size: Callable[[Any], int]) -> Facts:
+    def bytes_of(count: Callable[[Any], int]) -> Facts:
+        parameters = sum(map(count, trainable))
         return {
-            "frozen": sum(size(x) * width(x) for x in kept),
-            "trained": 4 * sum(map(size, trainable)),
-            "moments": 8 * sum(map(size, trainable)),
+            "frozen": sum(count(x) * n for x, n in zip(frozen, itemsizes, strict=True)),
+            "trained": 4 * parameters,
+            "moments": 8 * parameters,
         }
 
-    on_one = lambda x: math.prod(x.sharding.shard_shape(x.shape))  # noqa: E731
-    return bytes_of(lambda x: x.size) | {"per_device": bytes_of(on_one)}
+    return bytes_of(lambda x: x.size) | {
+        "per_device": bytes_of(lambda x: math.prod(x.sharding.shard_shape(x.shape)))
+    }
 
 
-def _tokenizer(stage: Stage, found: Findings, own: str) -> Facts:
+def _tokenizer(stage: Stage, findings: Findings, own: str) -> Facts:
     tokenizer = stage.tokenizer
     name = stage.config.lm or ("text" if stage.config.kind == "vision" else "")
-    rows = getattr(_config(stage, found, name), "vocab_size", None)
+    rows = getattr(_config(stage, findings, name), "vocab_size", None)
     ids = {"bos": [tokenizer.bos_id], "eos": [tokenizer.eos_id], "stop": [*tokenizer.stop_ids]}
-    named: dict[int, str] = {}
+    names: dict[int, str] = {}
     if isinstance(tokenizer, PretrainedTokenizer):
         folder = locate(own, f"components.{name}.weights").path
-        named = _names(folder, {i for group in ids.values() for i in group})
+        names = _names(folder, {i for group in ids.values() for i in group})
     return {
         "of": name if own else "run",
         "vocab_size": stage.vocab_size,
@@ -192,7 +194,7 @@ def _tokenizer(stage: Stage, found: Findings, own: str) -> Facts:
         "embedding": name,
         "rows": rows,
         "padding_rows": None if rows is None else rows - stage.vocab_size,
-    } | ({} if own and not stage.exact else {k: _named(v, named) for k, v in ids.items()})
+    } | ({} if own and not stage.exact else {k: _named(v, names) for k, v in ids.items()})
 
 
 def _named(ids: Iterable[int], names: Mapping[int, str]) -> list[Facts]:
@@ -200,7 +202,7 @@ def _named(ids: Iterable[int], names: Mapping[int, str]) -> list[Facts]:
 
 
 def _names(folder: Path, ids: set[int]) -> dict[int, str]:
-    """What the specials of a model's folder read as."""
+    """Return what special tokens are called in the tokenizer of a model's folder."""
     spec = read_spec(folder)
     vocab = spec["model"]["vocab"]
     pairs = vocab.items() if isinstance(vocab, dict) else ((p, i) for i, (p, _) in enumerate(vocab))
@@ -208,8 +210,12 @@ def _names(folder: Path, ids: set[int]) -> dict[int, str]:
     return names | {t["id"]: t["content"] for t in spec["added_tokens"] if t["id"] in ids}
 
 
-def _data(stage: Stage, found: Findings, name: str) -> Facts:
-    data, source, row = stage.recipe.data[name], found.sources.get(name), found.rows.get(name, {})
+def _data(stage: Stage, findings: Findings, name: str) -> Facts:
+    data, source, row = (
+        stage.recipe.data[name],
+        findings.sources.get(name),
+        findings.rows.get(name, {}),
+    )
     sizes = {key: list(leaf.shape[1:]) for key, leaf in row.items()}
     return {
         "name": name,
