@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -21,9 +21,7 @@ from vadapter.distributed.mesh import batch_sharding, shardings_of, with_mesh
 from vadapter.distributed.preemption import Stop
 from vadapter.errors import ConfigError, Problems, UserError
 from vadapter.models.adapter_model import AdapterModel, component_seed
-from vadapter.models.beam import decode
 from vadapter.models.coca import CoCa
-from vadapter.models.generate import Decode
 from vadapter.recipe.optim import make_optimizer
 from vadapter.recipe.schema import (
     DTYPES,
@@ -45,7 +43,6 @@ from vadapter.stages.abstract_state import (
     row_shapes,
     view_of,
 )
-from vadapter.stages.feature_cache import encoded
 from vadapter.stages.flow import Shapes, check_batch_size, check_room, flow, shape_errors
 from vadapter.stages.steps import (
     CaptionObjective,
@@ -54,6 +51,9 @@ from vadapter.stages.steps import (
     make_train_step,
     split,
 )
+
+if TYPE_CHECKING:
+    from vadapter.models.generate import Decode
 
 NO_RUN = Path("RUN")  # stands for a run directory where none is given: nothing is finished there
 PROMPT = 8  # P without a tokenizer: "Describe the following:" is 4 to 7 tokens in most vocabularies
@@ -296,8 +296,10 @@ class Stage:
         out = (shardings_of(self.abstract_state), None)
         return jit(step or self.train_step, donate_argnums=0, out_shardings=out)
 
-    def decode(self, how: Decode) -> Callable[..., Any]:
+    def decode(self, how: "Decode") -> Callable[..., Any]:
         """Return the function that generates texts: (params of all components, batch) -> texts."""
+        from vadapter.models.beam import decode
+
         fn = functools.partial(decode, self.adapter_model, how=how, stop=(EOS,))
         return with_mesh(self.mesh, fn)
 
@@ -458,6 +460,8 @@ class Stage:
     def features(self, name: str, params: dict[str, Any]) -> Source:
         """Return the data set's source with the frozen encoder's tokens instead of its images."""
         encoder = self.model.encoder
+        from vadapter.stages.feature_cache import encoded
+
         return encoded(
             self.source(name),
             self.recipe.data[name],
