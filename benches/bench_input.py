@@ -1,8 +1,8 @@
-"""How many samples a second one core reads: `python -m benches.bench_input --help`.
+"""Samples that one core reads per second: `python -m benches.bench_input --help`.
 
 Decoding, scaling to S pixels a side and tokenizing, through this project's loader and through a
-torch `DataLoader` with PIL (and PyAV for clips) on the same files in the same order, by turns, in
-this process and on one thread. Rates are samples a second of CPU time, so that other processes
+torch `DataLoader` with PIL (and PyAV for clips) on the same files in the same order, alternating,
+in this process and on one thread. Rates are samples a second of CPU time, so that other processes
 matter little. The torch side does what a plain `Dataset` does: it decodes a clip from its first
 frame to the last one shown. Nothing is shuffled: grain's shuffle of a few dozen items takes longer
 for each (0.4 ms of 64) than that of a real data set (0.02 ms of 6,000).
@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vadapter import console
 from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES, ImageTransform
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources.table import ImageFolder
 from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.transforms import caption_sample
 from vadapter.errors import DataError
+from vadapter.report import table
 
 # Samples a second, by compiler estimates of the 1B recipe's adapter stage at 288 pixels: a step of
 # 8 samples a chip takes 113.5 ms on v5e, so a host of 4 chips takes 280; an H200 about 230.
@@ -44,7 +44,7 @@ def bench(
     kinds: Mapping[str, Sequence[Path]], *, size: int = 288, frames: int = 8, rounds: int = 5,
     batch: int = 8,
 ) -> dict[str, Any]:  # fmt: skip
-    """Times one pass over the files a round, the two sides by turns.
+    """Time one pass over the files in every round, both sides alternating.
 
     Args:
       kinds: name -> files, all images or all clips.
@@ -114,7 +114,7 @@ def _ours(
 
 
 def _torch() -> tuple[Callable[..., Reader] | None, str]:
-    """What reads files through torch, or why nothing does."""
+    """Return a function that makes torch readers, or None and why there is none."""
     try:
         import torch
     except ImportError as error:
@@ -145,7 +145,7 @@ def _torch() -> tuple[Callable[..., Reader] | None, str]:
 
 
 def _square(image: Image.Image, size: int) -> np.ndarray:
-    """The short side to S, then the center."""
+    """Resize the short side to S and cut out the center."""
     short = min(image.size)
     width, height = (size * side // short for side in image.size)
     small = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -154,7 +154,7 @@ def _square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _pyav(path: Path, frames: int) -> list[Image.Image]:
-    """F frames uniform in number, decoded from the first on."""
+    """Return F frames, uniform in number, decoding from the first one."""
     import av
 
     with av.open(str(path)) as container:
@@ -174,7 +174,7 @@ def _pyav(path: Path, frames: int) -> list[Image.Image]:
 
 
 def photos(folder: Path, count: int, shape: tuple[int, int] = (480, 640)) -> list[Path]:
-    """Writes JPEGs with the detail of photographs: noise of every scale, quality 90.
+    """Write JPEGs with the detail of photographs: noise of every scale, quality 90.
 
     Args:
       folder: where to.
@@ -199,18 +199,18 @@ def photos(folder: Path, count: int, shape: tuple[int, int] = (480, 640)) -> lis
 
 
 def as_text(results: dict[str, Any]) -> str:
-    """A table, and the cores that machines need."""
+    """Return a table, and the number of cores that machines need."""
     rows, needs = [], []
     for name, row in results["kinds"].items():
         torch = (f"{row['torch']:.1f}", f"{row['ratio']:.2f}") if "torch" in row else ("—", "—")
         cells = (name, str(row["files"]), f"{row['kilobytes']:.0f}", f"{row['ours']:.1f}", *torch)
-        rows.append(cells)
+        rows.append(tuple((cell,) for cell in cells))
         cores = (f"{what} ({NEEDS[what]} samples/s) {n:.1f}" for what, n in row["cores"].items())
         needs.append(f"cores for {name}: {'; '.join(cores)}")
     head = ("files", "number", "kB each", "ours", "torch + PIL", "ratio")
     about = f"Samples a CPU second on one thread, {results['size']} pixels, median of "
-    lines = [f"{about}{results['rounds']} rounds by turns", "", console.table(rows, head), ""]
-    lines += needs
+    lines = [f"{about}{results['rounds']} rounds by turns", "", table.as_text(rows, tuple(
+        (cell,) for cell in head)), "", *needs]  # fmt: skip
     if results["without_torch"]:
         lines.append(f"no torch column: {results['without_torch']}")
     return "\n".join(lines)
@@ -224,7 +224,7 @@ def _found(folder: Path, suffixes: frozenset[str], limit: int) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the table, or JSON."""
+    """Print the table, or JSON."""
     parser = argparse.ArgumentParser("bench_input", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs (made: 640×480 noise)")
     parser.add_argument("--clips", type=Path, metavar="DIR", help="clips (left out without it)")

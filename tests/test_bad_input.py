@@ -139,9 +139,9 @@ MISTAKES = {
     "data.images.source.table=nowhere.jsonl": r"nowhere\.jsonl: no such file; check the path",
     "data.images.source.split=tran": r"images\.jsonl: no rows of split 'tran'; splits: train,",
     "data.images.source.table=$NO_SUCH_VARIABLE/x": r"environment variable NO_SUCH_VARIABLE is n",
-    "stages.decoder.batch=100": r"24 usable examples in 'images' \(ImageFolder\), and a batch ne",
+    "stages.decoder.batch=100": r"24 usable examples in 'images' \(ImageFolder\), but a batch ne",
     "data.images.text_len=1": r"text_len=1, target_len=36 are too small for 1 texts in a row",
-    "tokenizer.vocab_size=100": r"vocab_size=100 is too small: the specials and the bytes alone n",
+    "tokenizer.vocab_size=100": r"vocab_size=100 is too small: special ids and bytes alone need",
     "stages.decoder.start.encoder=/nowhere/vision": r"stage /nowhere/vision is not finished",
 }
 

@@ -197,11 +197,11 @@ def test_unusable_sources_and_arguments_are_errors_before_the_first_batch():
         make(Numbers(3))
     with pytest.raises(DataError, match="0 usable examples"):
         eval_batches(Numbers(0), transform, 4)
-    with pytest.raises(ConfigError, match="shared by 3 hosts"):
+    with pytest.raises(ConfigError, match="divided among 3 hosts"):
         make(host_count=3)
     with pytest.raises(ConfigError, match="host 2"):
         make(host_count=2, host_index=2)
-    with pytest.raises(ConfigError, match="weights above 0"):
+    with pytest.raises(ConfigError, match="must be above 0"):
         make(weight=0.0)
     with pytest.raises(ConfigError, match="seed=-1"):
         make(seed=-1)

@@ -322,7 +322,7 @@ def test_a_flipped_bit_is_found_and_named_and_the_file_alone_made_again(
     flipped(path, wanted.index(record) + 100)
     again = cache(images)  # the ends of the files are whole
     assert np.array_equal(again[9].media.tokens, made[9].media.tokens)
-    named = rf"{re.escape(str(path))}: record 2: .*hash mismatch.*Delete it and run"
+    named = rf"{re.escape(str(path))}: record 2: .*hash mismatch.*Delete it and rerun"
     with pytest.raises(DataError, match=named):
         again[10]
     tokenizer = train_tokenizer(
@@ -361,11 +361,11 @@ def test_bits_flipped_anywhere_are_found_or_change_nothing(cache, images, small_
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda p: p.write_bytes(p.read_bytes()[:70_000]), "truncated or damaged"),
-        (lambda p: p.write_bytes(b""), "truncated or damaged"),
-        (lambda p: p.write_text("<html>not found</html>"), "truncated or damaged"),
+        (lambda p: p.write_bytes(p.read_bytes()[:70_000]), "truncated or corrupt"),
+        (lambda p: p.write_bytes(b""), "truncated or corrupt"),
+        (lambda p: p.write_text("<html>not found</html>"), "truncated or corrupt"),
         (lambda p: shutil.copy(p.with_name("00000.array_record"), p), "a shard of another cache"),
-        (lambda p: p.unlink(), "is missing: the cached tokens are not complete"),
+        (lambda p: p.unlink(), "is missing: the cached tokens are incomplete"),
     ],
 )
 def test_a_file_that_is_not_that_of_the_cache_is_named(cache, images, small_shards, change, named):

@@ -16,6 +16,7 @@ from vadapter.recipe.schema import read
 from vadapter.stages import feature_cache
 from vadapter.stages.fill_caches import write_caches
 from vadapter.stages.run import Run
+from vadapter.stages.stage import Stage
 
 COMMAND = """
 import sys
@@ -107,11 +108,11 @@ def test_training_reads_what_the_command_wrote(recipe, tmp_path, monkeypatch, ca
     monkeypatch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed again"))
     identities = []
     for workdir in ("a", "b"):  # two runs, one folder
-        stage = Run(read(values), tmp_path / workdir).stage("decoder")
+        stage = Stage(Run(read(values), tmp_path / workdir), "decoder")
         frozen = stage.load_params()[1]
         items, _ = stage.stream("images", frozen)
         assert items.cache.folder == made.cache.folder
-        np.testing.assert_array_equal(items[5].media, made[5].media)
+        np.testing.assert_array_equal(items[5].media.tokens, made[5].media.tokens)
         assert not (tmp_path / workdir / "features").exists()
         identities.append(stage.identity())
         override(values, [f"data.images.cache_dir={(tmp_path / 'shared').resolve()}/."])
@@ -158,7 +159,7 @@ def test_a_flipped_bit_in_a_shared_folder_stops_the_second_run(recipe, tmp_path)
     data = bytearray(path.read_bytes())
     data[data.index(made.cache.key.encode())] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{path}: truncated or damaged"):
+    with pytest.raises(UserError, match=f"{path}: truncated or corrupt"):
         list(write_caches(read(load(str(recipe))), out=tmp_path))
     path.unlink()
     ((_, again, _),) = write_caches(read(load(str(recipe))), out=tmp_path)

@@ -139,7 +139,7 @@ def fake_batch(
     vocab_size: int = 64,
     seed: int = 0,
 ) -> Batch:
-    """A valid batch of random content, for tests, shapes, compilation and timing.
+    """Return a valid batch of random content, for shapes, compilation, timing and tests.
 
     Args:
       batch_size: B.
@@ -148,33 +148,28 @@ def fake_batch(
       features: (N, D) for a batch of features instead of frames.
       prompt_len: P.
       text_len: T, also M.
-      segments: independent texts a row, each of random length in its share of the row.
+      segments: independent texts in a row, each of random length up to its share of the row.
       vocab_size: V.
-      seed: the same seed gives the same batch.
-
-    Returns:
-      A batch of numpy arrays.
+      seed: determines the batch.
     """
     rng = np.random.default_rng(seed)
     share = text_len // segments
     if share < 2 or vocab_size <= 3:
         raise ValueError(f"{segments=} need text_len >= {2 * segments} and a vocab_size above 3")
     shape = (batch_size, text_len)
-    tokens, segment_ids, positions, target_at, targets = (
-        np.zeros(shape, np.int32) for _ in "12345"
-    )
+    tokens, segment_ids, positions, target_at, targets = np.zeros((5, *shape), np.int32)
     weights = np.zeros(shape, np.float32)
     for row in range(batch_size):
         start = 0
         for segment in range(1, segments + 1):
             n = int(rng.integers(2, share + 1))
-            here = slice(start, start + n)
-            tokens[row, here] = rng.integers(3, vocab_size, n)
-            segment_ids[row, here] = segment
-            positions[row, here] = np.arange(n)
-            target_at[row, here] = np.arange(start, start + n)
-            targets[row, here] = [*tokens[row, start + 1 : start + n], 2]
-            weights[row, here] = 1
+            span = slice(start, start + n)
+            tokens[row, span] = rng.integers(3, vocab_size, n)
+            segment_ids[row, span] = segment
+            positions[row, span] = np.arange(n)
+            target_at[row, span] = np.arange(start, start + n)
+            targets[row, span] = [*tokens[row, start + 1 : start + n], 2]
+            weights[row, span] = 1
             start += n
     batch: Batch = {
         "prompt": rng.integers(3, vocab_size, (batch_size, prompt_len)).astype(np.int32),

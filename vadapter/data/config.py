@@ -1,4 +1,4 @@
-"""What a recipe says about one of its data sets."""
+"""The configuration of one data set of a recipe."""
 
 import dataclasses
 from typing import Any, Literal
@@ -12,19 +12,20 @@ class DataConfig:
     """A data set and how its examples become rows of a batch.
 
     Attributes:
-      source: `{kind: scenes|tars|folder|documents, …}`, see `vadapter.data.open`.
+      source: `{kind: scenes|tars|folder|table|parquet|tfds|documents, …}`; the other keys are the
+        arguments of the class that `vadapter.data.open.SOURCES` names.
       task: caption | question | document.
-      text_len, target_len: T and M of the batch; target_len=0 is text_len.
-      texts: captions or questions of one image behind one prefix.
-      flip: mirror half of the pictures while training.
-      size: pixels a side; fit: crop | stretch | pad. 0 and "" leave it to the encoder, see
-        `ImageTransform`.
-      frames: of a clip; images have one.
-      media: image | clip, what its images are; "": the source says, and `vadapter plan`, which
-        opens none, takes them for images.
-      cache: encode the images once and train on the stored tokens.
-      cache_dir: of the stored tokens, which other runs may share; "": RUN/features.
-      cache_dtype: bfloat16 | int8 (with a scale a token).
+      text_len, target_len: T and M of the batch; target_len=0 means text_len.
+      texts: captions or questions of one image that share its prefix in a row.
+      flip: mirror half of the images in training.
+      size: pixels a side; 0: as the encoder requires.
+      fit: crop | stretch | pad, see `ImageTransform`; "": as the encoder requires.
+      frames: number of frames taken from a clip; an image is one frame.
+      media: image | clip. "": as the source says; `vadapter plan`, which opens no source, then
+        assumes images.
+      cache: encode the images once and train on the stored features.
+      cache_dir: folder of the stored features, which runs may share; "": RUN/features.
+      cache_dtype: bfloat16 | int8 (with one scale for each token).
       last_only: only a document's last piece is a target.
     """
 
@@ -44,10 +45,10 @@ class DataConfig:
     last_only: bool = False
 
     def view(self, own: ImageTransform | None) -> ImageTransform:
-        """How an encoder's `own` view of images is changed for this data set.
+        """Return the encoder's image transform `own`, changed as this data set requires.
 
         Raises:
-          ConfigError: neither of them says how large images are.
+          ConfigError: neither of them specifies the size of images.
         """
         own = own or ImageTransform(self.size)
         return dataclasses.replace(own, size=self.size or own.size, fit=self.fit or own.fit)

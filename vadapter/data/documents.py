@@ -1,16 +1,17 @@
-"""Documents for language modeling, in the layout that the multimodal stages will have.
+"""Documents for language modeling, laid out as in the multimodal stages.
 
-A frozen language model must be steerable by what stands in front of it, and one that has only read
-single captions is not: a sibling caption as text made its loss worse. So text about the image
-stands here where the visual tokens will stand later, between the same `before` and `after`:
+The language model is frozen when the adapter is trained, so it must already make use of
+what precedes a caption. One trained on single captions does not: given a sibling caption as text,
+its loss rose. In these documents, text about the image therefore takes the place of the visual
+tokens, between the same `before` and `after`:
 
     siblings  "Describe the following:" " <1-3 sibling captions>" " :" " <caption>"
     keywords  "Describe the following:" " <their content words, shuffled>" " :" " <caption>"
     plain     "Describe the following:" " :" " <caption>"
     text      a chunk of general text
 
-The pieces are tokenized separately and concatenated, as prompt, visual tokens and text will be;
-each carries its own leading space (see prompts.py).
+The pieces are tokenized separately and concatenated, as prompt, visual tokens and text are later;
+each has its own leading space (see prompts.py).
 """
 
 import gzip
@@ -43,11 +44,11 @@ _STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 class DocumentSource(Source):
-    """Documents made from captions and general text; each is a function of (seed, index) alone.
+    """Documents made from captions and general text, each a function of (seed, index) alone.
 
-    Index i has caption i modulo their number as its target, so that `variants` documents, each
-    with a context of its own, end in any one caption. A caption without siblings is given its own
-    words as keywords, and becomes a plain document where siblings were drawn.
+    The target of document i is caption i modulo their number: `variants` documents with different
+    contexts end in the same caption. A caption without siblings gets its own words as keywords, and
+    becomes a plain document if siblings are drawn.
     """
 
     kind = "text"
@@ -64,42 +65,43 @@ class DocumentSource(Source):
         variants: int = 8,
         chunk_chars: int = 600,
     ):
-        """Reads the files.
+        """Read the files.
 
         Args:
-          groups: .jsonl or .jsonl.gz of {"captions": [...]}, a photo or a clip a line.
-          captions: .txt or .txt.gz, an independent caption a line.
-          texts: general text: .jsonl(.gz) of {"text": ...} or of plain strings, a text a line; or
-            .txt(.gz), the file being one text. Long texts are cut between words.
-          split: of the groups, keep the lines with this "split"; None keeps all.
+          groups: .jsonl or .jsonl.gz; each line is {"captions": [...]} of one photo or clip.
+          captions: .txt or .txt.gz; each line is an independent caption.
+          texts: general text: .jsonl(.gz) with {"text": ...} or a string in each line, or
+            .txt(.gz) with one text. Long texts are cut between words.
+          split: keep only the lines of `groups` with this "split"; None keeps all.
           mixture: weight of each sort of document, normalized over those the files allow.
-          seed: another seed, other documents.
-          variants: documents for each caption (or chunk, where there are no captions).
+          seed: changes all documents.
+          variants: documents for each caption (or chunk, if there are no captions).
           chunk_chars: longest chunk of general text, in characters.
 
         Raises:
-          ConfigError: an unknown sort, or weights that are negative or all 0.
-          DataError: a missing or malformed file, or nothing to read in all of them.
+          ConfigError: an unknown sort of document, or weights that are negative or all 0.
+          DataError: a missing or malformed file, or no text in all of them.
         """
         if unknown := sorted(set(mixture) - set(MIXTURE)):
-            raise ConfigError(f"mixture has unknown sorts {unknown}; known are {sorted(MIXTURE)}.")
+            raise ConfigError(f"mixture has unknown keys {unknown}; known: {sorted(MIXTURE)}")
         alone = ([line] for path in captions for line in _text_lines(path))
         self._groups = [*_groups(groups, split), *alone]
         self._chunks = [c for p in texts for t in _texts(p) for c in _cut(t, chunk_chars)]
-        # (group, place in it) of each caption: what an index points to.
+        # i32[captions, 2]: the group of each caption and its index there. An array, since workers
+        # would copy a list of tuples.
         self._flat = np.array(
             [(g, i) for g, group in enumerate(self._groups) for i in range(len(group))], np.int32
         ).reshape(-1, 2)
         if not len(self._flat) and not self._chunks:
             files = ", ".join(map(str, [*groups, *captions, *texts])) or "no files"
-            raise DataError(f"0 usable examples: no caption and no text in {files}.")
+            raise DataError(f"0 usable examples: no caption and no text in {files}")
         have = {sort: self._chunks if sort == "text" else len(self._flat) for sort in MIXTURE}
         self._sorts = [sort for sort in MIXTURE if have[sort]]
         weights = np.array([mixture.get(sort, 0.0) for sort in self._sorts], np.float64)
         if (weights < 0).any() or not weights.sum() > 0:
             raise ConfigError(
-                f"mixture={dict(mixture)} leaves nothing to draw: the files allow {self._sorts}, "
-                "whose weights must be >= 0 and not all 0."
+                f"mixture={dict(mixture)} leaves nothing to draw: the files allow {self._sorts}; "
+                "their weights must be 0 or more, and not all 0"
             )
         self._edges = np.cumsum(weights / weights.sum())
         self._seed, self._variants = seed, variants
@@ -129,7 +131,7 @@ class DocumentSource(Source):
         return Example(id=f"{sort}-{index}", pieces=pieces)
 
     def fingerprint(self) -> str:
-        """sha256 in hex of the text read and of the parameters."""
+        """Return a SHA-256 (hex) of the texts and of the parameters."""
         parameters = [self._seed, self._variants, self._sorts, self._edges.tolist()]
         digest = hashlib.sha256(json.dumps(parameters).encode())
         for part in (*self._groups, self._chunks):
@@ -137,7 +139,7 @@ class DocumentSource(Source):
         return digest.hexdigest()
 
     def texts(self) -> Iterator[str]:
-        """Every caption and every chunk once, and the prompt: what to train a tokenizer on."""
+        """Yield the prompt, then every caption and every chunk once."""
         yield CAPTION.before
         yield CAPTION.after
         for group in self._groups:
@@ -146,7 +148,7 @@ class DocumentSource(Source):
 
 
 def content_words(caption: str) -> list[str]:
-    """The words that say what is seen, lower-cased, in their order, repeats included."""
+    """Return the words of a caption except function words, lower-cased, repeats included."""
     words = re.findall(r"[^\W_]+(?:['-][^\W_]+)*", caption.lower())
     return [word for word in words if word not in _STOP_WORDS]
 
@@ -166,8 +168,8 @@ def _groups(paths: Paths, split: str | None) -> Iterator[list[str]]:
             captions = record.get("captions") if isinstance(record, dict) else None
             if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
                 raise DataError(
-                    f'{path}, line {number}: expected {{"captions": ["...", ...]}}. Mend the line '
-                    "or leave it out."
+                    f'{path}, line {number}: expected {{"captions": ["...", ...]}}; fix or remove '
+                    "the line"
                 )
             if kept := [c for c in captions if c.strip()]:
                 yield kept
@@ -181,14 +183,14 @@ def _texts(path: str | os.PathLike[str]) -> Iterator[str]:
         text = record.get("text") if isinstance(record, dict) else record
         if not isinstance(text, str):
             raise DataError(
-                f'{path}, line {number}: expected {{"text": "..."}} or "...". Mend the line or '
-                "leave it out."
+                f'{path}, line {number}: expected {{"text": "..."}} or "..."; fix or remove the '
+                "line"
             )
         yield text
 
 
 def _cut(text: str, limit: int) -> Iterator[str]:
-    """Cuts a text between words into chunks of at most `limit` characters (longer words aside)."""
+    """Yield chunks of at most `limit` characters, cut between words (except in longer words)."""
     start = 0
     text = text.strip()
     while start < len(text):
@@ -207,7 +209,7 @@ def _records(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error}).") from None
+                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
 
 
 def _text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
@@ -215,13 +217,13 @@ def _text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def _lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a text file, gzip or not; only a newline ends a line."""
+    """Return the lines of a text file, compressed or not; only a newline ends a line."""
     try:
         data = storage.as_path(path).read_bytes()
         if Path(path).suffix == ".gz":
             data = gzip.decompress(data)
         return data.decode("utf-8").split("\n")
     except FileNotFoundError:
-        raise DataError(f"No text file at {path}: correct the path.") from None
+        raise DataError(f"No text file at {path}: correct the path") from None
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"Cannot read {path} as UTF-8 text: {error}.") from None
+        raise DataError(f"Cannot read {path} as UTF-8 text: {error}") from None

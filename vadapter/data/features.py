@@ -1,16 +1,16 @@
 """The files of a feature cache, and the source that reads examples from them.
 
-A cache is a folder of array_record files, NNNNN.array_record, of which each holds the visual tokens
-of the next so many examples, and as its last record what it is a part of. One that is not complete
-has another name; each record has a hash, which is checked whenever it is read. A record holds
+A cache is a folder of array_record files (shards) NNNNN.array_record. Each has the visual tokens of
+consecutive examples, one record for each example, and a last record that identifies the cache and
+the shard. An incomplete shard has another name. array_record stores a hash of every record and
+verifies it when the record is read. A record is
 
-  int8       the scale of every token, f32[M,F,N], behind it i8[M,F,N,D]: token = scale · i8
+  int8       the scale of every token, f32[M,F,N], then i8[M,F,N,D]: token = scale · i8
   bfloat16   bf16[M,F,N,D]
 
-and NaN for an image that could not be read.
+with NaN for an image that could not be decoded (`Features.readable` is then False).
 
-Legend: M the image, and its mirror image where there is one; F frames, N visual tokens a frame,
-D encoder width.
+Legend: M 1, or 2 with the mirror image; F frames, N visual tokens a frame, D encoder width.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from vadapter.errors import ConfigError, DataError
 
 Stored = Literal["bfloat16", "int8"]
 
-# What changes how a folder is laid out belongs in a cache's key, by this number.
+# Part of a cache's key; increase it when the layout of a folder changes.
 FORMAT = 1
 SHARD_BYTES = 64 << 20  # at least, so that a kill costs little work
 MAX_SHARDS = 256  # at most, since every process keeps all of them open
@@ -47,14 +47,14 @@ _READ = {"max_parallelism": "0"}
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Where the tokens of a data set lie, complete or not.
+    """The folder that stores the tokens of a data set, complete or not.
 
     Attributes:
-      folder: of its shards.
-      key: what tells it from any other, in hex.
-      count: examples.
-      shape: (M, F, N, D).
-      stored: how a token is stored.
+      folder: of the shards.
+      key: digest (hex) of everything that the tokens depend on.
+      count: number of examples.
+      shape: (M, F, N, D) of an example's tokens.
+      stored: the stored dtype.
     """
 
     folder: Path
@@ -65,13 +65,13 @@ class Cache:
 
     @property
     def record_bytes(self) -> int:
-        """Of one example."""
+        """The size of one record."""
         width, scale = _WIDTH[self.stored]
         return math.prod(self.shape[:3]) * (self.shape[3] * width + scale)
 
     @functools.cached_property
     def rows(self) -> int:
-        """Examples in a shard; the last may hold fewer."""
+        """The number of examples in a shard; the last shard may have fewer."""
         least = max(SHARD_BYTES / self.record_bytes, self.count / MAX_SHARDS)
         return math.ceil(least / ROUND) * ROUND
 
@@ -81,25 +81,25 @@ class Cache:
         return range(-(-self.count // self.rows))
 
     def span(self, shard: int) -> range:
-        """The examples of a shard."""
+        """Return the indices of a shard's examples."""
         return range(shard * self.rows, min((shard + 1) * self.rows, self.count))
 
     def path(self, shard: int) -> Path:
-        """The file of a complete shard."""
+        """Return the file of a complete shard."""
         return self.folder / f"{shard:05d}.array_record"
 
     def missing(self) -> list[int]:
-        """Shards that are not there yet."""
+        """Return the shards that do not exist yet."""
         return [shard for shard in self.shards if not self.path(shard).exists()]
 
     def write(self, shard: int, records: Iterator[bytes]) -> None:
-        """Takes the records of a shard from an iterator; the file appears when it is complete.
+        """Write a shard with records from an iterator; its file appears when complete.
 
         Raises:
           ConfigError: the disk is full or cannot be written.
         """
         path = self.path(shard)
-        part = path.with_suffix(".part")  # what a kill leaves of it is written over
+        part = path.with_suffix(".part")  # overwritten if left by a killed process
         with _disk(part):
             writer = ArrayRecordWriter(str(part), _WRITE)
         try:
@@ -120,17 +120,17 @@ class Cache:
         part.replace(path)
 
     def read(self) -> "Records":
-        """The records of all shards, once it is seen that these are whole and of this cache.
+        """Return the records of all shards, after verifying that they are those of this cache.
 
         Raises:
-          DataError: a shard that is missing, cut short, damaged or of another cache.
+          DataError: a shard is missing, truncated, corrupt or of another cache.
         """
         for shard in self.shards:
             self._check(shard)
         return Records(self)
 
     def unpack(self, record: bytes) -> np.ndarray:
-        """The tokens of a record, bf16[M,F,N,D]."""
+        """Return the tokens of a record, bf16[M,F,N,D]."""
         if self.stored == "bfloat16":
             return np.frombuffer(record, ml_dtypes.bfloat16).reshape(self.shape)
         tokens = math.prod(self.shape[:3])
@@ -138,10 +138,10 @@ class Cache:
         values = np.frombuffer(record, np.int8, offset=scales.nbytes).reshape(self.shape)
         return (values * scales).astype(ml_dtypes.bfloat16)
 
-    def damaged(self, shard: int, why: Any) -> DataError:
-        """The error that names a shard and says what to do."""
+    def corrupt(self, shard: int, why: Any) -> DataError:
+        """Return the error that names a shard and says what to do."""
         return DataError(
-            f"{self.path(shard)}: {why}. Delete it and run the same command again: it alone is "
+            f"{self.path(shard)}: {why}. Delete it and rerun the command: only this shard is "
             "computed again."
         )
 
@@ -150,28 +150,28 @@ class Cache:
         return json.dumps(seal).encode()
 
     def _check(self, shard: int) -> None:
-        path, wanted = self.path(shard), len(self.span(shard)) + 1
+        path, expected = self.path(shard), len(self.span(shard)) + 1
         if not path.exists():
             raise DataError(
-                f"{path} is missing: the cached tokens are not complete. Run the same command "
-                "again to compute the rest."
+                f"{path} is missing: the cached tokens are incomplete. Rerun the command to "
+                "compute the rest."
             )
         try:
             reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-            found = reader.num_records()
-            seal = reader.read([wanted - 1])[0] if found == wanted else b""
+            count = reader.num_records()
+            seal = reader.read([expected - 1])[0] if count == expected else b""
             reader.close()
         except RuntimeError as error:
-            raise self.damaged(shard, f"truncated or damaged ({_short(error)})") from error
-        if found != wanted:
-            raise self.damaged(shard, f"truncated or damaged ({found} records of {wanted})")
+            raise self.corrupt(shard, f"truncated or corrupt ({_short(error)})") from error
+        if count != expected:
+            raise self.corrupt(shard, f"truncated or corrupt ({count} records of {expected})")
         if seal != self._seal(shard):
-            raise self.damaged(shard, f"a shard of another cache, {seal[:100].decode()}")
+            raise self.corrupt(shard, f"a shard of another cache, {seal[:100].decode()}")
 
 
 @dataclasses.dataclass
 class _Part:
-    """The records of a shard that are examples, in grain's terms."""
+    """The records of a shard that are examples, under the names that grain reads."""
 
     filename: str
     skip: int
@@ -180,7 +180,7 @@ class _Part:
 
 
 class Records:
-    """The tokens of a cache by the index of the example; picklable, for any number of threads."""
+    """The tokens of a cache by the example's index; picklable and thread-safe."""
 
     def __init__(self, cache: Cache):
         self._cache = cache
@@ -189,28 +189,30 @@ class Records:
         self._source = grain.sources.ArrayRecordDataSource(parts, _READ)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """bf16[M,F,N,D].
+        """Return the tokens of an example, bf16[M,F,N,D].
 
         Raises:
-          DataError: the record is damaged, or its file has gone; names it.
+          DataError: the record is corrupt, or its file was deleted.
         """
         try:
             return self._cache.unpack(self._source[index])
         except RuntimeError as error:
             shard, row = divmod(index, self._cache.rows)
-            raise self._cache.damaged(shard, f"record {row}: {_short(error)}") from error
+            raise self._cache.corrupt(shard, f"record {row}: {_short(error)}") from error
 
 
 class FeatureSource(Source):
     """A source whose media are `Features` instead of images."""
 
     def __init__(self, source: Source, cache: Cache):
-        """Args:
-        source: of the pictures.
-        cache: of their tokens.
+        """Open the cache.
+
+        Args:
+          source: of the images.
+          cache: of their tokens.
 
         Raises:
-          DataError: as `Cache.read`.
+          DataError: see `Cache.read`.
         """
         self.source, self.cache, self.kind = source, cache, source.kind
         self._records = cache.read()
@@ -224,7 +226,7 @@ class FeatureSource(Source):
         return dataclasses.replace(self.source.text_only(index), media=features)
 
     def text_only(self, index: int) -> Example:
-        """The example without its tokens."""
+        """Return the example without its tokens."""
         return self.source.text_only(index)
 
     def fault(self, index: int) -> str:
@@ -236,7 +238,7 @@ class FeatureSource(Source):
         return self.source.texts()
 
     def fingerprint(self) -> str:
-        """That of the pictures: the tokens follow from them and the encoder."""
+        """Return the fingerprint of the images, which with the encoder determine the tokens."""
         return self.source.fingerprint()
 
 
@@ -246,8 +248,8 @@ def _disk(path: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ConfigError(
-            f"{path}: {_short(error)}. Free space or mend the permissions, then run the same "
-            "command again: complete shards are kept."
+            f"{path}: {_short(error)}. Free disk space or fix the permissions, then rerun the "
+            "command: complete shards are kept."
         ) from error
 
 

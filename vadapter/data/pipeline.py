@@ -6,10 +6,15 @@ with any number of workers and threads, and, host rows put together, of hosts. G
 its shuffle is a permutation that is computed index by index, and its threads and processes only
 decide when and where a row is made.
 
+How a row comes about:
+
+    step ── Schedule ──► stream ── Stream ──► index in the source ── transform ──► row
+            (mixture)              (shuffle)                         (transforms.py)
+
 A bad sample stays in its place with weight 0 (`batch["bad"]`): an iterator that raises loses a
 batch and shifts the stream, so nothing here may raise for one sample.
 
-Legend: B global batch, b rows of this host.
+Legend: B global batch, b rows of this host, n items of a source.
 """
 
 import dataclasses
@@ -18,7 +23,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import grain
@@ -33,13 +38,13 @@ _SLOTS = 1000  # resolution of the mixture
 
 
 class Transform(Protocol):
-    """What makes a row of an item, usually a `functools.partial` of one in transforms.py."""
+    """A function from an item to a row, usually a `functools.partial` of one in transforms.py."""
 
     def __call__(self, item: Any, *, rng: np.random.Generator | None = None) -> Row: ...
 
 
 class Items(Protocol):
-    """A source of examples, or of windows of them; picklable."""
+    """Examples, or windows of them, with random access; picklable."""
 
     def __len__(self) -> int: ...
 
@@ -52,48 +57,55 @@ Streams = Mapping[str, tuple[Items, Transform, float]]
 class Stream:
     """The endless rows of one source: a new order each epoch, a new generator each row.
 
-    Epoch e holds the global indices e·n … (e+1)·n - 1, and in it every item once.
+    A position counts the rows of this stream over all steps and hosts. Epoch e is the positions
+    e·n … (e+1)·n - 1, which hold every item once.
     """
 
     def __init__(self, source: Items, transform: Transform, *, seed: int, name: str = ""):
-        """Args:
-        source: n items.
-        transform: makes a row of an item.
-        seed: of the run, >= 0.
-        name: streams of different names draw independently.
+        """Prepare the order of the rows; nothing is read.
+
+        Args:
+          source: n items.
+          transform: makes a row of an item.
+          seed: of the run, >= 0.
+          name: streams of different names draw independently.
         """
         self._source, self._transform = source, transform
         self._key = (seed, zlib.crc32(name.encode()))
-        # The shuffle of grain adds the epoch to its seed: hashed, no two runs share an epoch.
+        # Grain adds the number of the epoch to its seed, so that epoch 1 of seed 0 would be epoch 0
+        # of seed 1. Hashing the seed keeps the epochs of different runs apart.
         shuffle_seed = int(np.random.SeedSequence(self._key).generate_state(1)[0])
         self._order = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed)
 
     def index(self, position: int) -> int:
-        """The index in the source of the row at a global position, in 0..n-1."""
+        """Return the index in the source, 0..n-1, of the row at a position."""
         return int(np.asarray(self._order[position]))
 
     def __getitem__(self, position: int) -> Row:
         index = self.index(position)
+        # Seeded by position, not by index: an image is augmented differently in every epoch.
         rng = np.random.default_rng((*self._key, position))
         row = self._transform(self._source[index], rng=rng)
         return {**row, "id": np.array(index, np.int32)}
 
 
 class Schedule:
-    """Which stream a step draws from, in proportion to the weights; a pure function of the step.
+    """The stream that each step draws from, in proportion to the weights.
 
-    A pattern of at most about 1000 steps repeats: in every stretch of it each name has had its
-    share of the steps, to within a few, with no luck involved. Weights are rounded to thousandths.
+    All rows of a batch come from one stream, since only those have the same shapes. The choice is
+    a pure function of the step: a pattern of at most about 1000 steps repeats, and every stretch of
+    it gives each stream its share to within a few steps, which random draws would not. Weights are
+    rounded to thousandths.
     """
 
     def __init__(self, weights: Mapping[str, float]):
         if not weights or not all(math.isfinite(w) and w > 0 for w in weights.values()):
-            raise ConfigError(f"Streams need weights above 0, got {dict(weights)}.")
+            raise ConfigError(f"weights of streams must be above 0, got {dict(weights)}")
         total = sum(weights.values())
         shares = [max(1, round(_SLOTS * weight / total)) for weight in weights.values()]
         shares = [share // math.gcd(*shares) for share in shares]
         self._names = list(weights)
-        # Each step, every stream earns its share, and the richest pays for the step.
+        # At each step every stream earns its share, and the richest pays for the step.
         self._pattern: list[int] = []
         credit = np.zeros(len(shares), np.int64)
         for _ in range(sum(shares)):
@@ -101,52 +113,79 @@ class Schedule:
             chosen = int(credit.argmax())
             credit[chosen] -= sum(shares)
             self._pattern.append(chosen)
+        # [slot, stream]: how often the pattern draws from the stream before the slot. The last row
+        # is the whole pattern.
         drawn = np.array(self._pattern)[:, None] == np.arange(len(shares))
         self._before = np.concatenate([np.zeros((1, len(shares)), np.int64), drawn.cumsum(0)])
 
     def __call__(self, step: int) -> tuple[str, int]:
-        """The stream of a global step, and how many steps before it drew from that stream."""
-        round_, slot = divmod(step, len(self._pattern))
+        """Return the stream of a global step, and how many steps before it drew from it."""
+        repeats, slot = divmod(step, len(self._pattern))
         chosen = self._pattern[slot]
-        count = round_ * self._before[-1, chosen] + self._before[slot, chosen]
+        count = repeats * self._before[-1, chosen] + self._before[slot, chosen]
         return self._names[chosen], int(count)
 
 
 @dataclasses.dataclass(frozen=True)
+class _HostRows:
+    """The rows of every global batch that this host makes: a block of consecutive ones.
+
+    Attributes:
+      global_batch: B.
+      count: b.
+      first: the first of them, in 0..B-1.
+    """
+
+    global_batch: int
+    count: int
+    first: int
+
+    @classmethod
+    def of(cls, global_batch: int, host_index: int, host_count: int) -> "_HostRows":
+        if global_batch < 1 or global_batch % host_count or not 0 <= host_index < host_count:
+            raise ConfigError(
+                f"a batch of {global_batch} cannot be divided among {host_count} hosts (this is "
+                f"host {host_index}): use a multiple of their number"
+            )
+        count = global_batch // host_count
+        return cls(global_batch, count, host_index * count)
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """Return the batch of this host's i-th row, and the row's place in the global batch."""
+        batch, row = divmod(i, self.count)
+        return batch, self.first + row
+
+
+@dataclasses.dataclass(frozen=True)
 class _TrainRows:
-    """Row i of this host's stream, from `start_step` on: what grain maps over."""
+    """Row i of this host from `start_step` on: the function that grain maps over 0, 1, 2, …"""
 
     streams: Mapping[str, Stream]
     schedule: Schedule
-    global_batch: int
-    rows: int  # of this host
-    first_row: int  # of this host in a global batch
+    host: _HostRows
     start_step: int
 
     def __call__(self, i: int) -> Row:
-        step, row = divmod(i, self.rows)
-        name, count = self.schedule(self.start_step + step)
-        return self.streams[name][count * self.global_batch + self.first_row + row]
+        batch, row = self.host.locate(i)
+        name, count = self.schedule(self.start_step + batch)
+        return self.streams[name][count * self.host.global_batch + row]
 
 
 @dataclasses.dataclass(frozen=True)
 class _EvalRows:
-    """Row i of this host's part of one pass in order."""
+    """Row i of this host in one pass over a source in its order."""
 
     source: Items
     transform: Transform
-    global_batch: int
-    rows: int
-    first_row: int
+    host: _HostRows
 
     def __call__(self, i: int) -> Row:
-        step, row = divmod(i, self.rows)
-        index = step * self.global_batch + self.first_row + row
-        last = len(self.source) - 1
-        made = {**self.transform(self.source[min(index, last)], rng=None)}
-        if index > last:  # a copy of the last row keeps every number finite
-            made |= {"weights": np.zeros_like(made["weights"]), "bad": np.array(False)}
-        return {**made, "id": np.array(index if index <= last else -1, np.int32)}
+        batch, row = self.host.locate(i)
+        index, last = batch * self.host.global_batch + row, len(self.source) - 1
+        filled = {**self.transform(self.source[min(index, last)], rng=None)}
+        if index > last:  # past the end: a copy of the last row, which keeps every number finite
+            filled |= {"weights": np.zeros_like(filled["weights"]), "bad": np.array(False)}
+        return {**filled, "id": np.array(index if index <= last else -1, np.int32)}
 
 
 def make_loader(
@@ -161,40 +200,41 @@ def make_loader(
     workers: int = 0,
     threads: int = 4,
 ) -> Iterator[Batch]:
-    """The batches of this host from `start_step` on, each of one of the streams.
+    """Return the training batches of this host from `start_step` on, each of one stream.
 
     Args:
-      streams: name -> (source, transform, weight); of all steps, each stream gets the share that
-        its weight has.
+      streams: name -> (source, transform, weight). The weight, relative to the others, is the
+        stream's share of all steps.
       global_batch: B, a multiple of `host_count`; host h yields the rows h·b … (h+1)·b - 1.
-      seed: >= 0; order, mixture position and every augmentation derive from it.
+      seed: >= 0; order, mixture and every augmentation derive from it.
       start_step: the global step of the first batch.
-      num_steps: length of the whole run: the last batch is that of step num_steps - 1. None: never.
-      host_index, host_count: which part of every batch to make.
-      workers: processes; 0 makes the rows in this process. They are spawned, so a script that
-        uses them guards its main part by `if __name__ == "__main__"`, and they end with it.
-      threads: threads that prefetch, in this process or in each worker; 0 reads when asked.
+      num_steps: length of the whole run: the last batch is that of step num_steps - 1. None: no
+        end.
+      host_index, host_count: which rows of every batch to make.
+      workers: processes; 0 makes the rows in this process. They are spawned, so a script that uses
+        them needs `if __name__ == "__main__"`, and they end when this process ends.
+      threads: prefetching threads in this process or in each worker; 0 reads on demand.
 
     Returns:
       An iterator of host batches (numpy), see batch.py.
 
     Raises:
-      ConfigError: a batch that the hosts cannot share, weights that are not positive.
-      DataError: a source that is empty or smaller than a batch.
+      ConfigError: the batch cannot be divided among the hosts, or a weight is not positive.
+      DataError: a source is empty or smaller than a batch.
     """
-    rows, first_row = _share(global_batch, host_index, host_count)
+    host = _HostRows.of(global_batch, host_index, host_count)
     if seed < 0 or start_step < 0:
-        raise ConfigError(f"seed={seed} and start_step={start_step} must be 0 or more.")
+        raise ConfigError(f"seed={seed} and start_step={start_step} must be 0 or more")
     schedule = Schedule({name: weight for name, (_, _, weight) in streams.items()})
     for name, (source, _, _) in streams.items():
         require_usable(source, global_batch, name)
-    made = {
+    shuffled = {
         name: Stream(source, transform, seed=seed, name=name)
         for name, (source, transform, _) in streams.items()
     }
     steps = _FOREVER if num_steps is None else max(0, num_steps - start_step)
-    map_rows = _TrainRows(made, schedule, global_batch, rows, first_row, start_step)
-    return _iterate(map_rows, steps, rows, workers, threads)
+    make_row = _TrainRows(shuffled, schedule, host, start_step)
+    return _batches(make_row, steps, host.count, workers, threads)
 
 
 def eval_batches(
@@ -207,57 +247,50 @@ def eval_batches(
     workers: int = 0,
     threads: int = 4,
 ) -> Iterator[Batch]:
-    """One pass over a source in its order, without augmentation (rng=None).
+    """Return the batches of one pass over a source in its order, without augmentation (rng=None).
 
-    The last batch is filled with rows of id -1 and weight 0, so all hosts make the same number of
-    batches of the same shape. `batch_size` is global; the other arguments as in `make_loader`.
+    The last batch is filled up with rows of id -1 and weight 0, so that all hosts make the same
+    number of batches of the same shape. `batch_size` is global; the other arguments are those of
+    `make_loader`.
 
     Raises:
-      ConfigError: a batch that the hosts cannot share.
+      ConfigError: the batch cannot be divided among the hosts.
       DataError: the source is empty.
     """
-    rows, first_row = _share(batch_size, host_index, host_count)
+    host = _HostRows.of(batch_size, host_index, host_count)
     require_usable(source, 1)
-    map_rows = _EvalRows(source, transform, batch_size, rows, first_row)
-    return _iterate(map_rows, -(-len(source) // batch_size), rows, workers, threads)
+    steps = -(-len(source) // batch_size)
+    return _batches(_EvalRows(source, transform, host), steps, host.count, workers, threads)
 
 
 def require_usable(source: Items, batch: int, name: str = "") -> None:
-    """Raises DataError unless the source fills a batch: grain would end, or spin, in silence."""
+    """Raise DataError unless the source fills a batch: grain would silently end or never yield."""
     if (count := len(source)) < batch:
         what = f"{name!r} ({type(source).__name__})" if name else type(source).__name__
         raise DataError(
-            f"{count} usable examples in {what}, and a batch needs {batch}: check the path, the "
-            "split and the filter, or lower the batch size."
+            f"{count} usable examples in {what}, but a batch needs {batch}: check the path, the "
+            "split and the filter, or lower the batch size"
         )
 
 
-def _share(global_batch: int, host_index: int, host_count: int) -> tuple[int, int]:
-    if global_batch < 1 or global_batch % host_count or not 0 <= host_index < host_count:
-        raise ConfigError(
-            f"A batch of {global_batch} cannot be shared by {host_count} hosts (this is host "
-            f"{host_index}): make it a multiple of their number."
-        )
-    rows = global_batch // host_count
-    return rows, host_index * rows
-
-
-def _iterate(map_rows: Any, steps: int, rows: int, workers: int, threads: int) -> Iterator[Batch]:
-    if not flags.FLAGS.is_parsed():  # grain reads absl flags
+def _batches(
+    make_row: Callable[[int], Row], steps: int, rows: int, workers: int, threads: int
+) -> Iterator[Batch]:
+    if not flags.FLAGS.is_parsed():  # grain reads absl flags, and no absl.app parsed them here
         flags.FLAGS.mark_as_parsed()
-    data = grain.MapDataset.range(steps * rows).map(map_rows).batch(rows)
+    data = grain.MapDataset.range(steps * rows).map(make_row).batch(rows)
     read = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, 2) * (threads > 0)
     )
     batches = data.to_iter_dataset(read)
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        batches = batches.mp_prefetch(options, worker_init_fn=_end_with_parent)
+        batches = batches.mp_prefetch(options, worker_init_fn=_exit_with_parent)
     return iter(batches)
 
 
-def _end_with_parent(worker: int, count: int) -> None:
-    """A killed trainer cannot stop its workers: they look for it, and end when it is gone."""
+def _exit_with_parent(worker: int, count: int) -> None:
+    """Make this worker exit when its parent is gone: a killed trainer cannot stop its workers."""
     del worker, count
     parent = os.getppid()
 

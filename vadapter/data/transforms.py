@@ -1,17 +1,17 @@
 """From an example to one row of a batch: pure functions of the example and a generator.
 
-Every row is made of segments, each `lead` ids followed by `words` ids. The tokens are lead + words;
-the targets are words + EOS, the first of them predicted at the last id of `lead`:
+A row is made of segments, each of `lead` ids followed by `words` ids. Its tokens are lead + words,
+its targets words + EOS; the first target is predicted at the last id of `lead`:
 
                     lead                          words
-    caption         " :"                          " <caption>"           behind CAPTION.before
-    question        ". Question: … Answer:"       " <answer>"            behind QUESTION.before
+    caption         " :"                          " <caption>"           after CAPTION.before
+    question        ". Question: … Answer:"       " <answer>"            after QUESTION.before
     document        BOS                           all pieces             no prompt, no frames
 
-Text that does not fit is cut, the longest first, and keeps its EOS. A sample that cannot be used
-(media that cannot be read, no caption that is not blank, a question longer than its room) becomes a
-row of the usual shape whose frames and weights are 0 and whose `bad` is True: it is counted by the
-trainer, and the samples after it stay where they are in the stream.
+Text that does not fit is cut, the longest segment first, and keeps its EOS. A sample that cannot be
+used (unreadable media, only blank captions, a question too long) becomes a row of the usual shape
+whose frames and weights are 0 and whose `bad` is True. The trainer counts it, and the samples after
+it keep their place in the stream.
 
 Training draws with `rng`; with rng=None nothing is drawn: the first captions, never mirrored.
 
@@ -33,11 +33,12 @@ from vadapter.data.prompts import CAPTION, QUESTION, QuestionPrompt, text_piece
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.errors import ConfigError
 
-Segment = tuple[list[int], list[int]]  # lead, words
+Segment = tuple[list[int], list[int]]  # ids of lead and words, see above
 
-# "left", "right", "leftmost", "right-hand": a mirrored image would make the words wrong.
+# "left", "right", "leftmost", "right-hand": of a mirrored image the words would be wrong.
 _SIDES = re.compile(r"\b(?:left|right)", re.IGNORECASE)
-# No token is that long on average: the rest of an endless text is not worth encoding.
+# No text has longer tokens on average. What is past this cannot enter the row, and encoding a text
+# of megabytes would stall the pipeline.
 _CHARS_PER_TOKEN = 32
 
 
@@ -54,25 +55,23 @@ def caption_sample(
     prompt_len: int,
     flip: bool = False,
 ) -> Row:
-    """One image or clip with up to `texts_per_image` of its captions behind one prefix.
+    """Return the row of an image or clip with up to `texts_per_image` captions after one prefix.
 
     Args:
-      example: its `media`, and the `captions` that are not blank, are used.
-      tokenizer: for prompt and captions.
+      example: gives `media` and the `captions` that are not blank.
+      tokenizer: of the language model.
       rng: draws the captions (without repeats) and the mirroring.
       view: how images become frames of S pixels a side.
       frames: F.
-      texts_per_image: segments in the row; fewer where there are fewer captions.
+      texts_per_image: segments in the row; fewer if there are fewer captions.
       text_len: T.
       target_len: M.
       prompt_len: P.
-      flip: mirror half of the images, except those with a chosen caption that tells left from
-        right.
+      flip: mirror half of the images, except if a chosen caption tells left from right.
 
     Returns:
-      frames u8[F,S,S,3] (or features bf16[F,N,D] where the example's media are such), prompt
-      i32[P], tokens, segments, positions i32[T], target_at, targets i32[M], weights f32[M], bad
-      bool[].
+      frames u8[F,S,S,3], or features bf16[F,N,D] if the example has them; prompt i32[P]; tokens,
+      segments, positions i32[T]; target_at, targets i32[M]; weights f32[M]; bad bool[].
 
     Raises:
       ConfigError: `prompt_len`, `text_len` or `target_len` is too small.
@@ -82,7 +81,7 @@ def caption_sample(
     lead = tokenizer.encode(CAPTION.after)
     segments = [(lead, _encode(tokenizer, text_piece(text), text_len)) for text in chosen]
     text = _lay_out(segments, tokenizer.eos_id, text_len, target_len)
-    mirror = flip and _mirrored(chosen, rng)
+    mirror = flip and _draw_mirroring(chosen, rng)
     visual, readable = _visual(example, view, frames, mirror)
     return _row(visual, _prompt(tokenizer, CAPTION.before, prompt_len), text, readable)
 
@@ -100,20 +99,21 @@ def question_sample(
     prompt_len: int,
     flip: bool = False,
 ) -> Row:
-    """One image or clip with up to `texts_per_image` questions; only answers are targets.
+    """Return the row of an image or clip with up to `texts_per_image` questions and answers.
 
-    A question (with an answer of one token) must fit in text_len // texts_per_image tokens;
-    one that does not is left out. Arguments, result and errors as in `caption_sample`.
+    Only answers are targets. A question with an answer of one token must fit in
+    text_len // texts_per_image tokens; a longer one is left out. Arguments, result and errors are
+    those of `caption_sample`.
     """
-    asked = [(q.text, q.answer) for q in example.qa if q.text.strip() and q.answer.strip()]
-    chosen = _choose(asked, texts_per_image, rng)
+    pairs = [(q.text, q.answer) for q in example.qa if q.text.strip() and q.answer.strip()]
+    chosen = _choose(pairs, texts_per_image, rng)
     segments = []
     for question, answer in chosen:
         lead = _encode(tokenizer, QUESTION.after(question), text_len)
         if len(lead) < text_len // texts_per_image:
             segments.append((lead, _encode(tokenizer, text_piece(answer), text_len)))
     text = _lay_out(segments, tokenizer.eos_id, text_len, target_len)
-    mirror = flip and _mirrored([f"{q} {a}" for q, a in chosen], rng)
+    mirror = flip and _draw_mirroring([f"{q} {a}" for q, a in chosen], rng)
     visual, readable = _visual(example, view, frames, mirror)
     return _row(visual, _prompt(tokenizer, QUESTION.before, prompt_len), text, readable)
 
@@ -127,23 +127,23 @@ def document_sample(
     target_len: int | None = None,
     last_only: bool = False,
 ) -> Row:
-    """A row of packed documents, each a segment that starts with BOS.
+    """Return a row of packed documents, each a segment that starts with BOS.
 
-    In their order, each document enters that still fits into the row as a whole; the others of the
-    window are left out (see `packing.Windows`). One longer than the row enters, cut, where the
-    row is still empty (with `last_only` it is left out: its targets may lie past the cut).
+    The documents of the window are tried in their order; each enters that still fits uncut, and
+    the others are left out (see `packing.Windows`). A document longer than a row enters an empty
+    row cut (with `last_only` it is left out, since its targets may be past the cut).
 
     Args:
       examples: a window of documents; their `pieces` are tokenized separately.
-      tokenizer: for the pieces.
-      rng: not used; nothing is drawn.
+      tokenizer: of the language model.
+      rng: unused; nothing is drawn.
       text_len: T.
-      target_len: M, T where None, which every row fits.
-      last_only: only the last piece (a caption, usually) and EOS are targets, for a loss that can
+      target_len: M; None: T, which always suffices.
+      last_only: only the last piece (usually a caption) and EOS are targets, for a loss that can
         be compared between documents of different layouts.
 
     Returns:
-      As `caption_sample`, with prompt i32[0] and without frames.
+      The arrays of `caption_sample` without frames and with prompt i32[0].
     """
     del rng
     segments, room = [], text_len
@@ -171,20 +171,28 @@ def prompt_sample(
     view: ImageTransform,
     frames: int = 1,
     text_len: int,
-    asked: QuestionPrompt = QUESTION,
+    template: QuestionPrompt = QUESTION,
     shots: Sequence[tuple[str, str]] = (),
 ) -> Row:
-    """A row to be continued: an example (its caption) or (example, `Question`).
+    """Return a row for the model to continue, with a caption or an answer.
 
-    The text is the lead alone, at most text_len tokens of it; the only target is EOS, so M is 1.
-    Questions are put into the prompt `asked`, behind `shots`, (question, answer) pairs without an
-    image. Other arguments and the result as in `caption_sample`.
+    The text is the lead alone, its last `text_len` tokens; the only target is EOS, so M is 1.
+
+    Args:
+      item: an example, to be captioned, or (example, `Question`).
+      tokenizer, rng, view, frames, text_len: as in `caption_sample`.
+      template: the prompt that a question is put into.
+      shots: (question, answer) pairs that precede it, without images.
+
+    Returns:
+      The arrays of `caption_sample`.
     """
     example, question = item if isinstance(item, tuple) else (item, None)
-    around = CAPTION if question is None else asked.fill(question.text, shots)
+    around = CAPTION if question is None else template.fill(question.text, shots)
     lead = _encode(tokenizer, around.after, text_len)[-text_len:]
+    # One place more than needed, since `_lay_out` wants room for a word in every segment.
     text = _lay_out([(lead, [])], tokenizer.eos_id, text_len + 1, 2)
-    text = {k: v[:-1] for k, v in text.items()}  # the room that EOS alone does not need
+    text = {key: value[:-1] for key, value in text.items()}
     room = len(tokenizer.encode(around.before, start=True)) + 1
     prompt = _prompt(tokenizer, around.before, room)
     visual, readable = _visual(example, view, frames, False)
@@ -192,20 +200,23 @@ def prompt_sample(
 
 
 def _lay_out(segments: Sequence[Segment], eos: int, text_len: int, target_len: int) -> Row:
-    """The text part of a row: segments from the left, one behind the other, then padding."""
+    """Return the text of a row: the segments one after another from the left, then padding.
+
+    Words are cut to one limit for all segments; leads are never cut, as an answer means nothing
+    without its question.
+    """
     leads = sum(len(lead) for lead, _ in segments)
     room = min(text_len - leads, target_len - len(segments))
     if room < len(segments):
         raise ConfigError(
             f"text_len={text_len}, target_len={target_len} are too small for {len(segments)} texts "
-            f"in a row with {leads} tokens in front of them: lengthen them, or put fewer texts in "
-            "a row."
+            f"in a row, which {leads} tokens precede: increase them, or put fewer texts in a row"
         )
     limit = _limit([len(words) for _, words in segments], room)
     tokens, ids, positions = np.zeros((3, text_len), np.int32)
     target_at, targets = np.zeros((2, target_len), np.int32)
     weights = np.zeros(target_len, np.float32)
-    t = m = 0
+    t = m = 0  # the next free places among T and M
     for number, (lead, words) in enumerate(segments, 1):
         words = words[:limit]
         n = len(lead) + len(words)
@@ -228,7 +239,7 @@ def _lay_out(segments: Sequence[Segment], eos: int, text_len: int, target_len: i
 
 
 def _limit(lengths: Sequence[int], room: int) -> int:
-    """The largest limit with sum(min(length, limit)) <= room: only the longest texts are cut."""
+    """Return the largest limit with sum(min(length, limit)) <= room: it cuts the longest first."""
     limit = max(lengths, default=0)
     while limit and sum(min(n, limit) for n in lengths) > room:
         limit -= 1
@@ -236,6 +247,7 @@ def _limit(lengths: Sequence[int], room: int) -> int:
 
 
 def _row(visual: Row, prompt: np.ndarray, text: Row, readable: bool) -> Row:
+    """Return the complete row; a bad one has the same shapes, without pixels and weights."""
     bad = not readable or not text["weights"].any()
     if bad:
         text = {**text, "weights": np.zeros_like(text["weights"])}
@@ -244,7 +256,7 @@ def _row(visual: Row, prompt: np.ndarray, text: Row, readable: bool) -> Row:
 
 
 def _visual(example: Example, view: ImageTransform, frames: int, mirror: bool) -> tuple[Row, bool]:
-    """What stands for the image in the row, and whether it could be read."""
+    """Return the visual input of the row, and whether it could be read."""
     media = example.media
     if isinstance(media, Features):
         return {"features": media.tokens[int(mirror)]}, media.readable
@@ -255,12 +267,15 @@ def _visual(example: Example, view: ImageTransform, frames: int, mirror: bool) -
 
 
 def _prompt(tokenizer: Tokenizer, before: str, prompt_len: int) -> np.ndarray:
-    """BOS and the tokens of `before`, i32[P], padded on the left to end at the visual tokens."""
+    """Return BOS and the tokens of `before`, i32[P], padded on the left.
+
+    The padding is on the left so that the prompt is adjacent to the visual tokens.
+    """
     ids = [tokenizer.bos_id, *tokenizer.encode(before, start=True)]
     if len(ids) > prompt_len:
         raise ConfigError(
-            f"prompt_len={prompt_len} cannot hold {before!r}, which is {len(ids)} tokens long with "
-            f"BOS: set prompt_len to {len(ids)} or more."
+            f"prompt_len={prompt_len} is too small for {before!r}, which has {len(ids)} tokens "
+            f"with BOS: set prompt_len to {len(ids)} or more"
         )
     room = (prompt_len - len(ids), 0)
     return np.pad(np.array(ids, np.int32), room, constant_values=PROMPT_PAD)
@@ -276,5 +291,5 @@ def _choose(items: list, count: int, rng: np.random.Generator | None) -> list:
     return [items[int(i)] for i in rng.permutation(len(items))[:count]]
 
 
-def _mirrored(texts: Sequence[str], rng: np.random.Generator | None) -> bool:
+def _draw_mirroring(texts: Sequence[str], rng: np.random.Generator | None) -> bool:
     return rng is not None and rng.random() < 0.5 and not any(_SIDES.search(text) for text in texts)

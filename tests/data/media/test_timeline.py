@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.clips import CODINGS, Coding, clip, image, numbers
 
-from vadapter.data.media import timeline, video
+from vadapter.data.media import video
 from vadapter.data.media.images import BadMedia
 from vadapter.data.media.timeline import Packet, Timeline
 from vadapter.data.media.video import decode_clip
@@ -29,7 +29,7 @@ def everything(monkeypatch):
 
     def decode(data, frames=8):
         with monkeypatch.context() as patch:
-            patch.setattr(video, "_sought", lambda *args: None)
+            patch.setattr(video, "_decode_runs", lambda *args: None)
             return decode_clip(data, frames)
 
     return decode
@@ -38,8 +38,8 @@ def everything(monkeypatch):
 @pytest.fixture
 def fallbacks(monkeypatch):
     """Grows where the short way was not trusted."""
-    seen, shown = [], video._shown
-    monkeypatch.setattr(video, "_shown", lambda *args: (seen.append(1), shown(*args))[1])
+    seen, shown = [], video._decode_all
+    monkeypatch.setattr(video, "_decode_all", lambda *args: (seen.append(1), shown(*args))[1])
     return seen
 
 
@@ -132,11 +132,11 @@ def test_runs_start_at_the_last_key_frame_shown_no_later_and_meet_where_they_tou
         assert not line.seekable(reordered=True)
 
 
-def test_more_packets_than_a_clip_may_have_are_refused(monkeypatch):
-    monkeypatch.setattr(timeline, "MAX_PACKETS", 4)
-    assert numbers(decode_clip(clip([image(i) for i in range(4)]), 4)) == [0, 1, 2, 3]
+def test_more_frames_than_a_clip_may_have_are_refused():
+    four = clip([image(i) for i in range(4)])
+    assert numbers(decode_clip(four, 4, max_frames=4)) == [0, 1, 2, 3]
     with pytest.raises(BadMedia, match="more than 4 frames"):
-        decode_clip(clip([image(i) for i in range(5)]))
+        decode_clip(clip([image(i) for i in range(5)]), max_frames=4)
 
 
 @pytest.mark.data

@@ -76,7 +76,7 @@ def test_merges_shorten_the_text_and_the_vocabulary_has_its_limit(tok):
 
 
 def test_no_text_is_an_error():
-    with pytest.raises(DataError, match="every text given is empty"):
+    with pytest.raises(DataError, match="all texts are empty"):
         BPETokenizer.train(["", ""], 300)
 
 

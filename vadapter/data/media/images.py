@@ -1,17 +1,20 @@
-"""Images from bytes or files to RGB pixels, safely, and to the size an encoder wants.
+"""Safe decoding of images to RGB pixels, and resizing to the square that an encoder takes.
 
-Whatever a file claims to be, only JPEG, PNG, WEBP, GIF and BMP decoders are tried. Of these,
+Only the JPEG, PNG, WEBP, GIF and BMP decoders are tried, whatever a file claims to be:
 
   EXIF orientation        applied; EXIF that cannot be read is ignored
-  gray, 1 bit, palette    the colors they stand for, as RGB
-  any transparency        laid over white
+  gray, 1 bit, palette    converted to RGB
+  transparency            composited over white
   CMYK (JPEG)             converted without a color profile; embedded profiles are ignored
   16 bits a channel       the upper 8
-  animated                the first frame; `vadapter.data.media.video` reads all of it
-  over 25 megapixels      BadMedia, by the header alone: no pixel is decoded
+  animated                the first frame; `vadapter.data.media.video` reads the others
+  over 25 megapixels      BadMedia, from the header: no pixel is decoded
   truncated or corrupt    BadMedia, never half an image
 
-Dimension legend: F frames, H height, W width, S side of the square the encoder takes.
+Pixels leave this module as u8. Normalization (mean, std) is the encoder's first operation, on the
+accelerator: bytes are a quarter of the traffic of floats, and every checkpoint has its own values.
+
+Legend: F frames, H height, W width, S side of the encoder's square.
 """
 
 import dataclasses
@@ -33,8 +36,8 @@ Fit = Literal["crop", "stretch", "pad"]
 Interpolation = Literal["bicubic", "bilinear"]
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-_WHOLE = 16  # times its short side: a longer image is resized in part
-_PAD_LEVEL = 127  # about zero once an encoder has normalized it
+_MAX_RATIO = 16  # of an image's sides; of a longer one only the center is resized
+_PAD_LEVEL = 127  # about zero after normalization
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,21 +51,21 @@ _TURNS = {
 
 
 class BadMedia(DataError):  # noqa: N818 - a property of one file, which a pipeline may count
-    """One image or clip that cannot be used; `reason` says why, without its name."""
+    """An image or clip that cannot be used; `reason` says why, without its name."""
 
     def __init__(self, reason: str):
         super().__init__(f"unusable image or clip: {reason}")
         self.reason = reason
 
-    def __reduce__(self):  # crosses process borders
+    def __reduce__(self):  # sent between processes
         return BadMedia, (self.reason,)
 
 
 def decode_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decodes one image.
+    """Decode one image.
 
     Args:
-      data: the encoded image, or the file that holds it.
+      data: the encoded image, or its file.
       max_pixels: the most pixels (height x width) to decode.
 
     Returns:
@@ -75,7 +78,7 @@ def decode_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndar
 
 
 def read_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """As `decode_image`, in Pillow's memory."""
+    """Decode one image like `decode_image`, without copying it out of Pillow."""
     try:
         with open_media(data) as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
@@ -86,24 +89,24 @@ def read_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Ima
         raise
     except Image.UnidentifiedImageError as error:
         raise BadMedia(f"starts with {head(data)!r}: none of {', '.join(FORMATS)}") from error
-    except Exception as error:  # Pillow raises a dozen kinds on damaged files
+    except Exception as error:  # Pillow raises a dozen kinds on corrupt files
         raise BadMedia(f"cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An opened image of any mode as RGB, turned as its EXIF says; loads the pixels."""
+    """Load an opened image of any mode and return it as RGB, rotated as its EXIF says."""
     turn = _TURNS.get(_orientation(image))
     rgb = to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """u8[H,W,3] of an opened image of any mode, turned upright, writable."""
+    """Return the pixels of an opened image of any mode, upright: u8[H,W,3], writable."""
     return np.array(upright(image))
 
 
 def open_media(data: bytes | Path) -> BinaryIO:
-    """Encoded media as a file to read; BadMedia if there is no regular file at the path."""
+    """Open encoded media for reading; raise BadMedia if the path is not a regular file."""
     if isinstance(data, bytes):
         return io.BytesIO(data)
     if not data.is_file():  # a FIFO or a device would block or never end
@@ -112,23 +115,23 @@ def open_media(data: bytes | Path) -> BinaryIO:
 
 
 def head(data: bytes | Path) -> bytes:
-    """The first 16 bytes, which tell the format."""
+    """Return the first 16 bytes, which identify the format."""
     with open_media(data) as file:
         return file.read(16)
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none that can be read."""
+    """Return the EXIF orientation, 1 (upright) if none can be read."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except MemoryError:
         raise
-    except Exception:  # photos with damaged EXIF are common and otherwise good
+    except Exception:  # photos with corrupt EXIF are common and otherwise fine
         return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of the supported formats as RGB; loads the pixels."""
+    """Load an image in any mode of the supported formats and convert it to RGB."""
     if image.mode.startswith("I"):
         wide = np.clip(np.asarray(image).astype(np.int64), 0, 0xFFFF)
         image = Image.fromarray((wide >> 8).astype(np.uint8))
@@ -137,24 +140,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", over.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, over)
     image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-    """What becomes of an image on the host: a square of pixels.
+    """The transform of an image on the host, into a square of pixels.
 
     Attributes:
       size: S, pixels a side.
-      fit: "crop" (short side, then center), "stretch" (all of it, proportions lost) or "pad" (all
-        of it, centered on gray).
+      fit: "crop" (resize the short side, cut out the center), "stretch" (ignore the aspect ratio)
+        or "pad" (fit all of it, centered on gray).
       interpolation: "bicubic" or "bilinear".
-      crop_pct: share of the short side that "crop" leaves, in 0..1, as in timm.
-      floor: where the margin is odd, "crop" rounds half of it down, as `transformers` does, and not
-        half to even, as torchvision does: the two are a pixel apart in every fourth image.
+      crop_pct: fraction of the short side that "crop" keeps, in 0..1, as in timm.
+      floor: "crop" rounds half of an odd margin down, like `transformers`, instead of to even, like
+        torchvision; they differ by one pixel in every fourth image.
 
     Raises:
-      ConfigError: an unknown `fit` or `interpolation`, no pixels, or a share that is none.
+      ConfigError: an unknown `fit` or `interpolation`, or a number out of range.
     """
 
     size: int
@@ -169,24 +172,24 @@ class ImageTransform:
                 raise ConfigError(f"{key}={getattr(self, key)!r}: one of {', '.join(known)}")
         if self.size < 1 or not 0 < self.crop_pct <= 1:
             raise ConfigError(
-                f"image_size={self.size}, crop_pct={self.crop_pct}: a side has at least 1 pixel, "
-                "and crop_pct is the share that stays, above 0 and at most 1"
+                f"image_size={self.size}, crop_pct={self.crop_pct}: image_size must be at least 1, "
+                "crop_pct above 0 and at most 1"
             )
 
     @property
     def short(self) -> int:
-        """Pixels to which "crop" brings the short side before it cuts; S, or more."""
+        """The length to which "crop" resizes the short side; S or more."""
         return int(self.size / self.crop_pct + 1e-6)
 
 
 def resize(frames: np.ndarray, view: ImageTransform, *, flip: bool = False) -> np.ndarray:
-    """Brings every frame to a square, see `square`.
+    """Resize every frame to a square, see `square`.
 
-    Frames that are one and the same in memory, as of a still image, are resized once.
+    Frames that share their memory, like those of a still image, are resized once.
 
     Args:
       frames: u8[F,H,W,3].
-      view: what stays of a frame, and how large.
+      view: the fit and the size.
       flip: mirror left and right.
 
     Returns:
@@ -198,12 +201,11 @@ def resize(frames: np.ndarray, view: ImageTransform, *, flip: bool = False) -> n
 
 
 def square(image: Image.Image, view: ImageTransform, *, flip: bool = False) -> np.ndarray:
-    """Brings an RGB image to a square, antialiased.
+    """Resize an RGB image to a square, antialiased.
 
-    The resampling is Pillow's, as the public encoders were trained with, and "crop" is "resize the
-    short side, then cut out the center". Of an image with a side of more than 16 times the other,
-    only what stays is computed, so that one of a pixel by thousands costs no more than another;
-    there Pillow may sum in another order, which shows by some levels in 255.
+    The resampling is Pillow's, with which the public encoders were trained. If one side is more
+    than 16 times the other, "crop" computes only the center, so that an image of 1 x 10,000 pixels
+    costs no more than another; Pillow may then sum in another order (a few levels in 255).
 
     Returns:
       u8[S,S,3].
@@ -215,7 +217,7 @@ def square(image: Image.Image, view: ImageTransform, *, flip: bool = False) -> n
     if view.fit == "crop":
         scaled = short * width // min(width, height), short * height // min(width, height)
         x, y = ((s - size) // 2 if view.floor else round((s - size) / 2) for s in scaled)
-        if max(scaled) <= _WHOLE * short:
+        if max(scaled) <= _MAX_RATIO * short:
             shape = scaled
         else:
             (x0, x1), (y0, y1) = (

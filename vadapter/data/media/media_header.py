@@ -1,6 +1,6 @@
-"""What an encoded image or clip says of itself, without decoding a pixel.
+"""Facts about an encoded image or clip, read without decoding a pixel.
 
-Dimension legend: F frames, H height, W width.
+Legend: F frames, H height, W width.
 """
 
 from pathlib import Path
@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from vadapter.data.example import Features, Media
-from vadapter.data.media.images import FORMATS, MAX_PIXELS, BadMedia, open_media
+from vadapter.data.media.images import FORMATS, BadMedia, open_media
 from vadapter.data.media.timeline import open_container, read_timeline, video_stream
 
 
 class Probe(NamedTuple):
-    """Facts of a header.
+    """The facts of a header.
 
     Attributes:
       width, height: pixels as stored, before any rotation.
@@ -31,14 +31,14 @@ class Probe(NamedTuple):
 
 
 def probe(media: Media, *, clip: bool) -> Probe:
-    """Reads the header of an image, or the packets of a clip.
+    """Read the header of an image, or the packets of a clip.
 
     Args:
       media: encoded, raw frames u8[F,H,W,3] or u8[H,W,3], or a path.
-      clip: it stands in a source of clips.
+      clip: whether its source is one of clips.
 
     Raises:
-      BadMedia: neither an image nor a clip, or one that is cut short or too large.
+      BadMedia: neither an image nor a clip, or truncated or too large.
     """
     if isinstance(media, Features):
         raise BadMedia("cached features have no header")
@@ -59,15 +59,15 @@ def _image(media: bytes | Path) -> Probe:
             return Probe(*image.size, frames=getattr(image, "n_frames", 1))
     except (BadMedia, MemoryError):
         raise
-    except Exception as error:  # Pillow raises a dozen kinds on damaged files
-        raise BadMedia(f"no header that can be read ({type(error).__name__}: {error})") from error
+    except Exception as error:  # Pillow raises a dozen kinds on corrupt files
+        raise BadMedia(f"unreadable header ({type(error).__name__}: {error})") from error
 
 
 def _clip(media: bytes | Path) -> Probe:
     with open_media(media) as file:
-        timeline = read_timeline(file, MAX_PIXELS)
+        timeline = read_timeline(file)
         with open_container(file) as container:
-            context = video_stream(container, MAX_PIXELS).codec_context
+            context = video_stream(container).codec_context
             size = context.width, context.height
     frames = sum(packet.stamp is not None for packet in timeline.packets)
     return Probe(*size, frames=frames, seconds=float(timeline.duration))

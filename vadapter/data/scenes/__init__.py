@@ -1,5 +1,1 @@
-"""The embedded procedural data set."""
-
-from vadapter.data.scenes.source import ScenesSource, blind_baselines
-
-__all__ = ["ScenesSource", "blind_baselines"]
+"""The procedural "scenes" data set: images and clips of colored shapes, with texts."""

@@ -1,7 +1,7 @@
-"""Captions, whole descriptions and keywords of a scene.
+"""Captions, complete descriptions and keywords of a scene.
 
-A caption is a template whose slots are filled from the scene with words drawn among synonyms, so
-that whatever it says is true. Which templates fit a scene follows from their slots alone.
+A caption is a template whose slots are filled from the scene, with words drawn among synonyms, so
+that every caption is true. The slots alone determine which templates fit a scene.
 """
 
 import itertools
@@ -63,8 +63,8 @@ GROUND_WORDS = {
     "grainy": ("grainy", "noisy"),
 }
 
-# {a}, {b}, {c} stand for the things in an order drawn per caption, as noun phrases; {a_full} always
-# tells the size. {shapes} and {tint} exist where all things share the shape or the color.
+# {a}, {b}, {c} are noun phrases for the things in an order drawn for each caption; {a_full} always
+# has the size. {shapes} and {tint} exist if all things share the shape or the color.
 TEMPLATES: dict[tuple[str, int], tuple[str, ...]] = {
     ("image", 1): (
         "{a} {a_place}",
@@ -135,7 +135,7 @@ TEMPLATES: dict[tuple[str, int], tuple[str, ...]] = {
         "and the {c_color} one {c_moves}",
     ),
 }
-# From these alone every question about a scene can be answered.
+# Each of these suffices to answer every question about a scene.
 _WHOLE = {
     ("image", 1): ("{a_full} {a_place}", "there is {a_full} {a_place}"),
     ("image", 2): (
@@ -160,29 +160,29 @@ _CONDITIONAL = {t: _slots(t) & {"shapes", "tint"} for ts in TEMPLATES.values() f
 
 
 def captions(scene: Scene, dice: Dice) -> tuple[str, ...]:
-    """CAPTIONS different captions: lower case, without a full stop."""
-    given = set()
+    """Return CAPTIONS different captions, in lower case, without a full stop."""
+    shared = set()
     if len({t.shape for t in scene.things}) == 1:
-        given.add("shapes")
+        shared.add("shapes")
     if len({t.color for t in scene.things}) == 1:
-        given.add("tint")
-    usable = [t for t in TEMPLATES[scene.kind, len(scene.things)] if _CONDITIONAL[t] <= given]
-    found: dict[str, None] = {}
+        shared.add("tint")
+    usable = [t for t in TEMPLATES[scene.kind, len(scene.things)] if _CONDITIONAL[t] <= shared]
+    distinct: dict[str, None] = {}
     for template in itertools.cycle(dice.shuffled(usable)):
-        found[template.format_map(_Slots(scene, dice))] = None
-        if len(found) == CAPTIONS:
-            return tuple(found)
+        distinct[template.format_map(_Slots(scene, dice))] = None
+        if len(distinct) == CAPTIONS:
+            return tuple(distinct)
     raise AssertionError("unreachable")
 
 
 def whole(scene: Scene, dice: Dice) -> str:
-    """A description that tells color, shape, size, and place or motion of everything."""
+    """Return a description with color, shape, size, and place or motion of all things."""
     template = dice.pick(_WHOLE[scene.kind, len(scene.things)])
     return template.format_map(_Slots(scene, dice))
 
 
 def keywords(scene: Scene, dice: Dice) -> str:
-    """Content words in random order: thing by thing half of the time, else one by one."""
+    """Return content words in random order, half of the time grouped by thing."""
     groups = []
     for thing in scene.things:
         words = [dice.pick(SHAPE_WORDS[thing.shape]), dice.pick(COLOR_WORDS[thing.color])]
@@ -208,7 +208,7 @@ def plural(noun: str) -> str:
 
 
 def relations(a: Thing, b: Thing) -> list[str]:
-    """How a lies from b, as keys of RELATION_WORDS; one or two, for different cells."""
+    """Return the position of a relative to b: one or two keys of RELATION_WORDS."""
     out = []
     if a.column != b.column:
         out.append("left" if a.column < b.column else "right")
@@ -218,7 +218,7 @@ def relations(a: Thing, b: Thing) -> list[str]:
 
 
 class _Slots(dict):
-    """Fills a slot when a template asks for it, so that every mention draws its own words."""
+    """The slots of a template, filled on access, so that every mention draws its own words."""
 
     def __init__(self, scene: Scene, dice: Dice):
         super().__init__()

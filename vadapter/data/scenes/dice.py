@@ -1,6 +1,6 @@
-"""Random draws as a pure function of (seed, what for, index).
+"""Random draws as a pure function of (seed, purpose, index).
 
-Dimension legend: S image side in pixels.
+Legend: S image side in pixels.
 """
 
 import bisect
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class _Key(ISeedSequence):
-    """Hands Philox its key as it is; `Philox(key=...)` asks the system for entropy every time."""
+    """A Philox key used unchanged; `Philox(key=...)` would read system entropy every time."""
 
     def __init__(self, *words: int):
         self._words = words
@@ -25,16 +25,16 @@ class _Key(ISeedSequence):
 
 
 class Dice:
-    """Uniform draws from one Philox stream, addressed instead of advanced.
+    """Uniform draws from one Philox stream that is addressed by example.
 
-    Raw bits are taken a block at a time and turned into numbers here: fast, and independent of
-    how a numpy release draws integers or permutations.
+    Raw bits are read in blocks and turned into numbers here: this is fast, and independent of how
+    a numpy release draws integers or permutations.
 
     Args:
       seed: the data set's seed, in 0..2**64-1.
       space: a number for (medium, split).
       index: the example.
-      stream: a number for what is drawn, so that new wording leaves the pixels as they are.
+      stream: a number for the purpose, so that new wording does not change the pixels.
     """
 
     def __init__(self, seed: int, space: int, index: int, stream: int):
@@ -58,7 +58,7 @@ class Dice:
         return options[int(self.random() * len(options))]
 
     def weighted(self, weights: Mapping[str, float]) -> str:
-        """A key of `weights`, drawn in proportion to its value."""
+        """Return a key of `weights`, drawn in proportion to its value."""
         edges = list(itertools.accumulate(weights.values()))
         return list(weights)[bisect.bisect(edges, self.random() * edges[-1], hi=len(edges) - 1)]
 
@@ -70,5 +70,5 @@ class Dice:
         return out
 
     def grain(self, size: int) -> np.ndarray:
-        """f32[S,S], uniform in [-1, 1)."""
+        """Return f32[S,S], uniform in [-1, 1)."""
         return np.random.Generator(self._bits).random((size, size), np.float32) * 2 - 1

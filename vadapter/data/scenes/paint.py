@@ -1,6 +1,6 @@
-"""Paints a scene with numpy: signed distances to outlines, blended over a background.
+"""Painting of scenes with numpy: signed distances to outlines, blended over a background.
 
-Dimension legend: F frames, H height, W width, S image side in pixels.
+Legend: F frames, H height, W width, S image side in pixels.
 """
 
 import math
@@ -13,13 +13,13 @@ from vadapter.data.scenes.world import Scene, Thing, phases
 
 
 def _edges(x: np.ndarray, y: np.ndarray, count: int, apothem: float) -> list[np.ndarray]:
-    """Signed distances to the sides of a regular polygon with a corner at the top, ascending."""
+    """Return signed distances to the sides of a regular polygon with a corner at the top."""
     turns = (2 * math.pi * (k + 0.5) / count for k in range(count))
     return [math.sin(a) * x - math.cos(a) * y - apothem for a in turns]
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # A pentagram: every point of it lies behind at least four of the five lines.
+    # A pentagram: every point in it is inside at least four of the five lines.
     first = second = np.full_like(x, -9)
     for d in _edges(x, y, 5, 0.4):
         second = np.maximum(second, np.minimum(first, d))
@@ -27,7 +27,7 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return second
 
 
-# Signed distance to the outline, about in units of the radius, negative inside.
+# Signed distance to the outline, roughly in units of the radius, negative inside.
 OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": lambda x, y: np.sqrt(x * x + y * y) - 1,
     "ring": lambda x, y: np.abs(np.sqrt(x * x + y * y) - 0.75) - 0.25,
@@ -41,19 +41,19 @@ OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def render(scene: Scene, size: int, dice: Dice) -> np.ndarray:
-    """Paints a scene.
+    """Paint a scene.
 
     Args:
-      scene: what to paint.
+      scene: the scene.
       size: the side S in pixels.
-      dice: where the grain of a grainy background comes from.
+      dice: draws the grain of a grainy background.
 
     Returns:
       u8[F,S,S,3], F 1 for an image and FRAMES for a clip.
     """
     times = phases(scene.kind)
-    # Channels first while painting: numpy is slow where the innermost axis has length 3. The
-    # margin lets every shape be painted whole.
+    # Channels first while painting: numpy is slow if the innermost axis has length 3. Thanks to
+    # the margin no shape has to be clipped.
     margin = size // 4
     planes = np.zeros((len(times), 3, size + 2 * margin, size + 2 * margin), np.float32)
     shown = planes[..., margin : margin + size, margin : margin + size]
@@ -66,7 +66,7 @@ def render(scene: Scene, size: int, dice: Dice) -> np.ndarray:
 
 
 def _background(scene: Scene, size: int, dice: Dice) -> np.ndarray:
-    """f32[3,S,S], or f32[3,1,1] where it is plain."""
+    """Return the background, f32[3,S,S], or f32[3,1,1] if it is plain."""
     first, second = np.array(scene.ground, np.float32)[:, :, None, None]
     if scene.texture == "plain":
         return first
@@ -75,21 +75,21 @@ def _background(scene: Scene, size: int, dice: Dice) -> np.ndarray:
     ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)
     c, s = math.cos(scene.slope), math.sin(scene.slope)
     mix = 0.5 + (c * ramp[None, :] + s * ramp[:, None]) / (abs(c) + abs(s))
-    # Far enough apart to be seen as shading.
+    # Far enough apart to be visible as shading.
     return first + mix * (second - first + (40 if scene.tone == "dark" else -40))
 
 
 def _paint(planes: np.ndarray, thing: Thing, path: np.ndarray) -> None:
-    """Blends one shape into f32[F,3,H,W], in place; a pixel's cover comes from its distance.
+    """Blend one shape into f32[F,3,H,W], in place, by each pixel's distance to the outline.
 
     Args:
       planes: the frames, with room for the whole shape.
-      thing: what to paint.
-      path: f32[F,3], (x, y, radius) in pixels forevery frame.
+      thing: the shape.
+      path: f32[F,3], (x, y, radius) in pixels for every frame.
     """
     x, y, radius = path.T[..., None, None]
     reach = int(1.25 * path[:, 2].max()) + 2
-    corner = path[:, :2].astype(np.int32) - reach  # the patch's left and top, a frame
+    corner = path[:, :2].astype(np.int32) - reach  # left and top of the patch in each frame
     grid = np.arange(2 * reach + 1, dtype=np.float32) + 0.5
     u = (grid[None, :] + corner[:, 0, None, None] - x) / radius
     v = (grid[:, None] + corner[:, 1, None, None] - y) / radius

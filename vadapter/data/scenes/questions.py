@@ -1,8 +1,8 @@
-"""Questions about a scene, with short answers that the question alone does not give away.
+"""Questions about a scene, with short answers that cannot be guessed from the question.
 
-Every answer is drawn before, or symmetrically to, the words of its question: the two sides of a
-yes/no or of an either-or question come equally often for the same wording, and a count is drawn
-among those the scene can show.
+Every answer is drawn before, or symmetrically to, the words of its question: both answers to a
+yes/no or either-or question are equally frequent for the same wording, and a count is drawn among
+those that the scene has.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from vadapter.data.scenes.captions import (
 from vadapter.data.scenes.dice import Dice
 from vadapter.data.scenes.world import COLORS, HELD_OUT, MOVING, PAIRS, SHAPES, Scene, Thing
 
-Asked = tuple[str, str] | None  # (question, answer), None where a scene does not allow the kind
+QA = tuple[str, str] | None  # (question, answer); None if the scene does not allow the kind
 
 MOTION_ANSWERS = {
     "left": "moving left",
@@ -40,9 +40,9 @@ _EITHER = {
 
 
 def questions(scene: Scene, dice: Dice) -> tuple[tuple[str, str, str], ...]:
-    """(question, answer, kind), one of every kind the scene allows, in random order."""
-    asked = ((ask(scene, dice), kind) for kind, ask in KINDS.items())
-    return tuple(dice.shuffled([(*qa, kind) for qa, kind in asked if qa]))
+    """Return (question, answer, kind), one of every kind the scene allows, in random order."""
+    drawn = ((draw(scene, dice), kind) for kind, draw in KINDS.items())
+    return tuple(dice.shuffled([(*qa, kind) for qa, kind in drawn if qa]))
 
 
 def _name(thing: Thing) -> str:
@@ -50,7 +50,7 @@ def _name(thing: Thing) -> str:
 
 
 def _hints(scene: Scene, thing: Thing, dice: Dice) -> list[str]:
-    """Phrases that single a thing out of "the shape ..." by its place or its motion."""
+    """Return phrases that identify a thing after "the shape", by place or motion."""
     if scene.kind == "image":
         return [dice.pick(PLACE_WORDS[PLACES[thing.cell]])]
     if [t.motion for t in scene.things].count(thing.motion) > 1:
@@ -58,7 +58,7 @@ def _hints(scene: Scene, thing: Thing, dice: Dice) -> list[str]:
     return ["that " + dice.pick(MOTION_WORDS[thing.motion])[0]]
 
 
-def _color(scene: Scene, dice: Dice) -> Asked:
+def _color(scene: Scene, dice: Dice) -> QA:
     thing = dice.pick(scene.things)
     ways = [f"the shape {hint}" for hint in _hints(scene, thing, dice)]
     if [t.shape for t in scene.things].count(thing.shape) == 1:
@@ -66,7 +66,7 @@ def _color(scene: Scene, dice: Dice) -> Asked:
     return (f"What color is {dice.pick(ways)}?", thing.color) if ways else None
 
 
-def _shape(scene: Scene, dice: Dice) -> Asked:
+def _shape(scene: Scene, dice: Dice) -> QA:
     thing = dice.pick(scene.things)
     ways = [f"What is the shape {hint}?" for hint in _hints(scene, thing, dice)]
     if [t.color for t in scene.things].count(thing.color) == 1:
@@ -74,7 +74,7 @@ def _shape(scene: Scene, dice: Dice) -> Asked:
     return (dice.pick(ways), thing.shape) if ways else None
 
 
-def _size(scene: Scene, dice: Dice) -> Asked:
+def _size(scene: Scene, dice: Dice) -> QA:
     sized = [t for t in scene.things if t.size]
     if not sized:
         return None
@@ -82,21 +82,21 @@ def _size(scene: Scene, dice: Dice) -> Asked:
     return f"Is {_name(thing)} small or large?", thing.size
 
 
-def _count(scene: Scene, dice: Dice) -> Asked:
+def _count(scene: Scene, dice: Dice) -> QA:
     if dice.chance(0.3):
         return "How many shapes are there?", str(len(scene.things))
     if dice.chance(0.5):
         values, ask = [t.shape for t in scene.things], {s: plural(s) for s in SHAPES}
     else:
         values, ask = [t.color for t in scene.things], {c: f"{c} shapes" for c in COLORS}
-    # Rare counts are asked for when they occur.
+    # Rare counts are preferred when they occur.
     shown = {values.count(v) for v in ask}
     count = int(dice.weighted({str(n): (1.0, 1.0, 3.0, 5.0)[n] for n in sorted(shown)}))
     what = dice.pick([v for v in ask if values.count(v) == count])
     return f"How many {ask[what]} are there?", str(count)
 
 
-def _position(scene: Scene, dice: Dice) -> Asked:
+def _position(scene: Scene, dice: Dice) -> QA:
     if scene.kind != "image":
         return None
     a, *others = dice.shuffled(scene.things)
@@ -106,7 +106,7 @@ def _position(scene: Scene, dice: Dice) -> Asked:
     return f"Where is {_name(a)}?", PLACES[a.cell]
 
 
-def _yes_no(scene: Scene, dice: Dice) -> Asked:
+def _yes_no(scene: Scene, dice: Dice) -> QA:
     true = dice.chance(0.5)
     answer = "yes" if true else "no"
     a, *others = dice.shuffled(scene.things)
@@ -124,7 +124,7 @@ def _yes_no(scene: Scene, dice: Dice) -> Asked:
 
 
 def _absent(scene: Scene, thing: Thing, dice: Dice) -> tuple[str, str]:
-    """A pair the scene lacks, held out if and only if the thing's is; like it where that exists."""
+    """Return a pair that the scene lacks, similar to the thing's, held out if and only if it is."""
     present = {t.pair for t in scene.things}
     held_out = thing.pair in HELD_OUT
     pairs = [p for p in PAIRS if p not in present and (p in HELD_OUT) == held_out]
@@ -132,7 +132,7 @@ def _absent(scene: Scene, thing: Thing, dice: Dice) -> tuple[str, str]:
     return dice.pick(near or pairs)
 
 
-def _motion(scene: Scene, dice: Dice) -> Asked:
+def _motion(scene: Scene, dice: Dice) -> QA:
     if scene.kind != "clip":
         return None
     movers = [t for t in scene.things if t.motion != "still"]
@@ -145,8 +145,8 @@ def _motion(scene: Scene, dice: Dice) -> Asked:
     return f"What is {name} doing?", MOTION_ANSWERS[thing.motion]
 
 
-KINDS: dict[str, Callable[[Scene, Dice], Asked]] = {
-    "colour": _color,  # the kind is data: it names a score of runs that exist
+KINDS: dict[str, Callable[[Scene, Dice], QA]] = {
+    "colour": _color,  # spelled as in the scores of existing runs
     "shape": _shape,
     "size": _size,
     "count": _count,

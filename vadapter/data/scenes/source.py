@@ -1,11 +1,10 @@
 """The "scenes" data set: procedural images and clips of colored shapes, and texts about them.
 
-It needs no download, costs less than a millisecond an image, and has what a real benchmark has:
-several references an image, questions with a known answer, held-out splits, and a split of
-color and shape combinations never painted in training.
+It needs no download, takes less than a millisecond for an image, and has the parts of a real
+benchmark: several captions of each image, questions with known answers, held-out splits, and a
+split of color and shape combinations that are never painted in training.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -23,28 +22,28 @@ from vadapter.data.scenes.questions import questions
 from vadapter.data.scenes.world import PAIRS, SPLITS, Scene, draw
 from vadapter.errors import ConfigError
 
-# The streams of an example: other wording leaves the pixels as they are, and so on.
+# The random streams of an example: a change of wording does not change the pixels, and so on.
 _PIXELS, _WORDS, _QUESTIONS = 0, 1, 2
 MEDIA = ("image", "clip", "text")
 
 
 @dataclasses.dataclass(frozen=True)
 class ScenesSource(Source):
-    """Random access to the scenes of one medium and split.
+    """The scenes of one medium and split.
 
     Args:
       media: "image", u8[1,S,S,3] with captions and questions; "clip", u8[8,S,S,3] likewise; or
         "text", language-modeling documents about images and clips that are not rendered.
-      split: "train", "val", "test", or "unseen": every scene holds a color and shape combination
-        that no image or clip of the other splits holds. The splits share no combination of
-        attributes (see `world.split_of`). Text documents do speak of the held-out combinations:
-        the language model knows the words, the vision side has never seen what they mean.
+      split: "train", "val", "test", or "unseen", where every scene has a color and shape
+        combination that no image or clip of the other splits has. The splits share no combination
+        of attributes (see `world.split_of`). Text documents do mention the held-out combinations:
+        the language model knows the words, the vision encoder has never seen what they mean.
       size: the side S in pixels, 64 to 256.
-      count: the number of examples; a longer source begins with the shorter one.
-      seed: another seed, other scenes.
-      form: of text, one form of document alone (a key of DOCUMENTS); "" mixes them.
+      count: the number of examples; a longer source begins with the examples of a shorter one.
+      seed: changes all scenes.
+      form: the only form of text document (a key of DOCUMENTS); "" mixes them.
 
-    Every example has five captions; those who want fewer take the first ones.
+    Every example has five captions.
 
     Raises:
       ConfigError: an unknown medium or split, or a number out of range.
@@ -70,7 +69,7 @@ class ScenesSource(Source):
 
     @property
     def kind(self) -> str:
-        """The medium, by the name that all sources use."""
+        """The medium, under the name that all sources use."""
         return self.media
 
     def __len__(self) -> int:
@@ -84,19 +83,19 @@ class ScenesSource(Source):
         return dataclasses.replace(example, media=render(self._draw(dice), self.size, dice))
 
     def text_only(self, index: int) -> Example:
-        """The example at `index` without its pixels: nothing is rendered, and it is remembered."""
+        """Return the example without its pixels; nothing is rendered, and the result is cached."""
         return _words(self, self._check(index))
 
     def scene(self, index: int) -> Scene:
-        """The structure behind the example at `index`."""
+        """Return the scene of an example."""
         return self._draw(self._dice(self._check(index), _PIXELS))
 
     def qa(self, index: int) -> tuple[tuple[str, str, str], ...]:
-        """The (question, answer, kind) of the example at `index`; nothing is rendered."""
+        """Return the (question, answer, kind) of an example; nothing is rendered."""
         return questions(self.scene(index), self._dice(index, _QUESTIONS))
 
     def texts(self) -> Iterator[str]:
-        """All that the source says, for training a tokenizer; nothing is rendered."""
+        """Yield all texts of the source, to train a tokenizer on; nothing is rendered."""
         for index in range(self.count):
             scene, words = self.scene(index), self._dice(index, _WORDS)
             if self.kind == "text":
@@ -108,7 +107,7 @@ class ScenesSource(Source):
                 yield text_piece(answer)
 
     def fingerprint(self) -> str:
-        """A sha256 in hex of the arguments and of the first examples, words and pixels."""
+        """Return a SHA-256 (hex) of the arguments and of the first examples, texts and pixels."""
         digest = hashlib.sha256(repr(dataclasses.astuple(self)).encode())
         for index in range(min(self.count, 16)):
             digest.update(example_digest(self[index]).encode())
@@ -142,7 +141,7 @@ def _words(source: ScenesSource, index: int) -> Example:
 
 
 def example_digest(example: Example) -> str:
-    """A sha256 in hex of an example's words and pixels."""
+    """Return a SHA-256 (hex) of an example's texts and pixels."""
     qa = tuple((q.text, q.answer, q.kind) for q in example.qa)
     digest = hashlib.sha256(repr((example.id, example.captions, qa, example.pieces)).encode())
     if isinstance(example.media, np.ndarray):
@@ -164,7 +163,7 @@ def _keywords(scene: Scene, dice: Dice) -> tuple[str, ...]:
 def _question(scene: Scene, dice: Dice) -> tuple[str, ...]:
     question, answer, _ = questions(scene, dice)[0]
     context = whole(scene, dice)
-    if dice.chance(0.3):  # some of it said twice, and not all of what is said matters
+    if dice.chance(0.3):  # repetitions and irrelevant words teach it to select
         context = ". ".join(dice.shuffled([context, captions(scene, dice)[0]]))
     return QUESTION.before, text_piece(context), QUESTION.after(question), text_piece(answer)
 
@@ -182,62 +181,16 @@ DOCUMENTS: dict[str, tuple[float, Callable[[Scene, Dice], tuple[str, ...]]]] = {
 
 
 def document(scene: Scene, dice: Dice, form: str = "") -> tuple[str, ...]:
-    """A document whose text stands where the visual tokens will stand, as pieces.
+    """Return a document, as pieces, in which text takes the place of the visual tokens.
 
-    A language model that has only read single captions cannot be steered by what stands in front
-    of it. These documents have the exact layout of the multimodal stages: prompt, description,
-    the rest of the prompt, text.
+    A language model trained on single captions does not use what precedes a caption. These
+    documents have the layout of the multimodal stages: prompt, description, the rest of the prompt,
+    text (see `data.documents`).
 
     Args:
-      scene: what it is about.
-      dice: where its form and words come from.
-      form: a key of DOCUMENTS, or "" to draw one with its weight.
+      scene: its topic.
+      dice: draws its form and words.
+      form: a key of DOCUMENTS, or "" to draw one by weight.
     """
     form = form or dice.weighted({name: weight for name, (weight, _) in DOCUMENTS.items()})
     return DOCUMENTS[form][1](scene, dice)
-
-
-def blind_baselines(
-    source: ScenesSource, fit: ScenesSource | None = None, limit: int = 2000
-) -> dict[str, dict[str, float]]:
-    """The accuracy of answering without looking: what a model must beat to have seen anything.
-
-    Args:
-      source: the questions to answer.
-      fit: where the majority answers come from; by default the train split of the same medium.
-      limit: examples of each to use, at most.
-
-    Returns:
-      By question kind, and for "all": `count`, `kind_majority`, the accuracy of the most frequent
-      answer of the kind, and `question_majority`, that of the most frequent answer to the same
-      question, word by word, falling back on the kind.
-    """
-    fit = fit or dataclasses.replace(source, split="train", count=max(source.count, limit))
-    by_kind, by_text = (collections.defaultdict(collections.Counter) for _ in range(2))
-    for question, answer, kind in _asked(fit, limit):
-        by_kind[kind][answer] += 1
-        by_text[question][answer] += 1
-    total: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    for question, answer, kind in _asked(source, limit):
-        frequent = _best(by_kind[kind])
-        for key in (kind, "all"):
-            total[key]["count"] += 1
-            total[key]["kind_majority"] += answer == frequent
-            total[key]["question_majority"] += answer == (_best(by_text[question]) or frequent)
-    return {
-        key: {
-            "count": float(t["count"]),
-            "kind_majority": t["kind_majority"] / t["count"],
-            "question_majority": t["question_majority"] / t["count"],
-        }
-        for key, t in total.items()
-    }
-
-
-def _asked(source: ScenesSource, limit: int) -> Iterator[tuple[str, str, str]]:
-    for index in range(min(len(source), limit)):
-        yield from source.qa(index)
-
-
-def _best(answers: collections.Counter) -> str:
-    return answers.most_common(1)[0][0] if answers else ""

@@ -1,7 +1,7 @@
 """The world of the "scenes" data set: colored shapes at random places, some of them moving.
 
-A scene is one to three shapes on a background, each shape with a color of its own kind, a size,
-a place and, in a clip, a motion.
+A scene is one to three shapes on a background. A shape has a color, a size, a place and, in a clip,
+a motion; no two shapes of a scene have the same color and shape.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ COLORS = {
     "white": (248, 248, 248),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-# Never painted in train, val and test: each shape once, with a color of its own.
+# Never painted in train, val and test; each shape once, with a different color.
 HELD_OUT = (
     ("green", "circle"),
     ("purple", "square"),
@@ -38,7 +38,7 @@ HELD_OUT = (
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
-# Motion -> direction in (x, y, log radius); y points down. Every motion has its time reversal.
+# Motion -> direction in (x, y, log radius); y points down. The reversal of a motion is a motion.
 MOTIONS = {
     "left": (-1, 0, 0),
     "right": (1, 0, 0),
@@ -48,11 +48,8 @@ MOTIONS = {
     "shrink": (0, 0, -1),
     "still": (0, 0, 0),
 }
-OPPOSITE = {
-    m: next(o for o, w in MOTIONS.items() if w == tuple(-c for c in v)) for m, v in MOTIONS.items()
-}
 MOVING = tuple(m for m in MOTIONS if m != "still")
-# Radius in image sides; a growing shape passes from the small one to the large one.
+# Radius in image sides; a growing shape goes from the small to the large one.
 RADII = {"small": 0.09, "large": 0.155, "": 0.118}
 GROWTH = 1.75
 
@@ -63,11 +60,11 @@ class Thing:
 
     Attributes:
       color, shape: a pair that occurs once in its scene.
-      size: "small", "large", or "" where it changes.
+      size: "small", "large", or "" if it changes.
       cell: row * 3 + column of a 3x3 grid, or -1 in clips.
       motion: a key of MOTIONS; "still" in images.
       x, y, radius: in the middle of the clip.
-      travel: the length of the path of a moving shape.
+      travel: length of the path of a moving shape.
       angle: radians.
       rgb: the color as painted, 0..255.
     """
@@ -89,7 +86,7 @@ class Thing:
     column = property(lambda self: self.cell % 3)
 
     def at(self, phase: float) -> tuple[float, float, float]:
-        """(x, y, radius) at `phase`, from -0.5, the first frame, to 0.5, the last."""
+        """Return (x, y, radius) at `phase`, from -0.5 (first frame) to 0.5 (last frame)."""
         dx, dy, dr = MOTIONS[self.motion]
         step = self.travel * phase
         return self.x + dx * step, self.y + dy * step, self.radius * GROWTH ** (dr * phase)
@@ -97,7 +94,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What an image or a clip shows; the words and the pixels are both made from this.
+    """The content of an image or a clip, from which both texts and pixels are generated.
 
     Attributes:
       kind: "image" or "clip".
@@ -117,16 +114,16 @@ class Scene:
 
 
 def phases(kind: str) -> tuple[float, ...]:
-    """The phase of every frame, symmetric about 0 to the last bit."""
+    """Return the phase of every frame, exactly symmetric about 0."""
     frames = 1 if kind == "image" else FRAMES
     return tuple((2 * t + 1 - frames) / (2 * FRAMES - 2) for t in range(frames))
 
 
 def split_of(things: Sequence[Thing]) -> str:
-    """The split that owns a combination of attributes, by hash: 80 % train, 10 % val, 10 % test.
+    """Return the split of a combination of attributes, by hash: 80 % train, 10 % val, 10 % test.
 
-    Two scenes that differ in pixels alone (jitter, background) share a split, so a test scene is
-    a combination that training has not painted, not only other noise.
+    Scenes that differ only in jitter and background share a split, so that a test scene is a new
+    combination and not just new noise.
     """
     what = sorted((t.color, t.shape, t.size, t.cell, t.motion) for t in things)
     bucket = zlib.crc32(repr(what).encode()) % 10
@@ -134,13 +131,13 @@ def split_of(things: Sequence[Thing]) -> str:
 
 
 def draw(dice: Dice, kind: str, split: str, pairs: Sequence[tuple[str, str]] = SEEN) -> Scene:
-    """Draws a scene that belongs to `split`.
+    """Draw a scene of a split.
 
     Args:
       dice: the stream to draw from.
       kind: "image" or "clip".
-      split: one of SPLITS. "unseen" scenes hold a pair of HELD_OUT, beside any others, and
-        combinations that "test" owns, so that no training document describes them.
+      split: one of SPLITS. "unseen" scenes have a pair of HELD_OUT among others, in combinations
+        that belong to "test", so that no training document describes them.
       pairs: the (color, shape) pairs to choose from, except in "unseen", which uses all.
     """
     unseen = split == "unseen"
@@ -149,7 +146,7 @@ def draw(dice: Dice, kind: str, split: str, pairs: Sequence[tuple[str, str]] = S
     while not things or split_of(things) != owner:
         things = _attributes(dice, kind, pairs, HELD_OUT if unseen else pairs)
     place = _place_image if kind == "image" else _place_clip
-    # White would not show on a light ground.
+    # White would be invisible on a light background.
     pale = all(t.color != "white" for t in things) and dice.chance(0.4)
     tone = "light" if pale else "dark"
     low, high = (165, 215) if tone == "light" else (40, 90)
@@ -173,7 +170,7 @@ def _attributes(
     count = dice.pick((1, 2, 3))
     chosen = [dice.pick(first)]
     while len(chosen) < count:
-        # Shared colors and shapes, more often than chance, make counting worth asking.
+        # Colors and shapes repeat more often than by chance, or most counts would be one.
         color, shape = dice.pick(pairs)
         like = dice.random()
         pair = (chosen[0][0] if like < 0.25 else color, chosen[0][1] if like > 0.75 else shape)
@@ -203,7 +200,7 @@ def _place_image(dice: Dice, things: Sequence[Thing]) -> list[Thing]:
 
 
 def _place_clip(dice: Dice, things: Sequence[Thing]) -> list[Thing]:
-    """Centers paths at random, so that a moving shape may stand nearly anywhere at any time."""
+    """Center paths at random: a moving shape may be nearly anywhere at any time."""
 
     def place(t: Thing) -> Thing:
         look, travel = _look(dice, t), dice.between(0.18, 0.26)
@@ -213,7 +210,7 @@ def _place_clip(dice: Dice, things: Sequence[Thing]) -> list[Thing]:
         return dataclasses.replace(t, x=x, y=y, travel=travel, **look)
 
     placed = [place(t) for t in things]
-    for _ in range(100):  # a crowded clip that stays so is still a clip: shapes overlap for a while
+    for _ in range(100):  # if all are too crowded, the shapes overlap for a while
         if not _touch(placed):
             break
         placed = [place(t) for t in things]

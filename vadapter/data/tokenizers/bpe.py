@@ -1,8 +1,8 @@
 """A byte-level BPE tokenizer in one JSON file, whose special ids no text can produce.
 
-The library's ids are shifted by three, so that 0, 1 and 2 are ours alone and text such as "</s>"
-or "<eos>" is only ever its bytes. All 256 bytes are in the vocabulary: nothing is unknown and
-`decode(encode(text)) == text` for any text that UTF-8 can hold (lower-casing aside).
+The library's ids are shifted by three: 0, 1 and 2 are reserved, and text such as "</s>" or "<eos>"
+is encoded as its characters. All 256 bytes are in the vocabulary, so nothing is unknown and
+`decode(encode(text)) == text` for any text that UTF-8 can represent (except for lower-casing).
 
 Source: byte-level BPE of GPT-2 (Radford et al., 2019), as in the `tokenizers` library.
 """
@@ -24,21 +24,19 @@ PAD, BOS, EOS = 0, 1, 2
 NUM_SPECIALS = 3
 MIN_VOCAB_SIZE = NUM_SPECIALS + 256
 
-# Learning takes the square of a word's length: of 200,000 letters without a space 46 seconds.
+# Training time is quadratic in the length of a word: 46 seconds for 200,000 letters.
 _LONG = re.compile(r"\S{100}(?=\S)")
 _HEADER = {"format": "vadapter-tokenizer", "version": 1, "specials": NUM_SPECIALS}
 
 
 class BPETokenizer(Tokenizer):
-    """Text to ids and back. Immutable, picklable, safe to share between threads.
+    """A tokenizer trained on a run's own texts.
 
     Attributes:
-      pad_id, bos_id, eos_id: the special ids; a sequence starts with BOS and ends with EOS.
-      stop_ids: the ids that end a text.
       lowercase: whether text is lower-cased before it is encoded.
     """
 
-    pad_id, bos_id, eos_id = PAD, BOS, EOS
+    bos_id, eos_id = BOS, EOS
     stop_ids = (EOS,)
 
     def __init__(self, bpe: tokenizers.Tokenizer, *, lowercase: bool):
@@ -49,29 +47,26 @@ class BPETokenizer(Tokenizer):
     def train(
         cls, texts: Iterable[str], vocab_size: int, *, lowercase: bool = False
     ) -> "BPETokenizer":
-        """Learns the merges; the same texts in any order give the same tokenizer.
+        """Return a tokenizer trained on texts; their order does not matter.
 
         Args:
-          texts: the training text; words longer than 100 characters are learnt from in pieces.
-          vocab_size: at most this many ids, specials included. A small text may hold fewer
-            merges: read `vocab_size` of the result.
+          texts: the training text; words of more than 100 characters are split.
+          vocab_size: the most ids, special ones included. A small text may have fewer merges; see
+            `vocab_size` of the result.
           lowercase: encode lower-cased text.
 
-        Returns:
-          The trained tokenizer.
-
         Raises:
-          ConfigError: `vocab_size` cannot hold the specials and the 256 bytes.
+          ConfigError: `vocab_size` is too small for the special ids and the 256 bytes.
           DataError: there is no text.
         """
         if vocab_size < MIN_VOCAB_SIZE:
             raise ConfigError(
-                f"vocab_size={vocab_size} is too small: the specials and the bytes alone need "
-                f"{MIN_VOCAB_SIZE}."
+                f"vocab_size={vocab_size} is too small: special ids and bytes alone need "
+                f"{MIN_VOCAB_SIZE}"
             )
         cleaned = [_LONG.sub(r"\g<0> ", t) for t in (_clean(t, lowercase) for t in texts) if t]
         if not cleaned:
-            raise DataError("No text to train a tokenizer on: every text given is empty.")
+            raise DataError("no text to train a tokenizer on: all texts are empty")
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -86,28 +81,25 @@ class BPETokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, specials included; every id is below it."""
+        """The number of ids, special ones included."""
         return self._bpe.get_vocab_size() + NUM_SPECIALS
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 in hex of what `save` writes."""
+        """The SHA-256 (hex) of the saved file."""
         return hashlib.sha256(self._dump()).hexdigest()
 
     def encode(self, text: str, *, start: bool = False) -> list[int]:
-        """The ids of `text`, without specials; a lone surrogate is read as "?".
-
-        `start` changes nothing here; see `PretrainedTokenizer.encode`.
-        """
+        """Return the ids of a text; a lone surrogate is read as "?" and `start` has no effect."""
         del start
         ids = self._bpe.encode(_clean(text, self.lowercase), add_special_tokens=False).ids
         return [i + NUM_SPECIALS for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` up to the first EOS; PAD and BOS are skipped.
+        """Return the text of `ids` up to the first EOS, without PAD and BOS.
 
         Raises:
-          DataError: an id outside the vocabulary, which the library would drop in silence.
+          DataError: an id is not in the vocabulary; the library would drop it silently.
         """
         plain = []
         for i in map(int, ids):
@@ -115,23 +107,23 @@ class BPETokenizer(Tokenizer):
                 break
             if not 0 <= i < self.vocab_size:
                 raise DataError(
-                    f"Token id {i} is outside the vocabulary of {self.vocab_size}: these ids come "
-                    "from another tokenizer."
+                    f"token id {i} is outside the vocabulary of {self.vocab_size}: the ids are "
+                    "those of another tokenizer"
                 )
             if i >= NUM_SPECIALS:
                 plain.append(i - NUM_SPECIALS)
         return self._bpe.decode(plain, skip_special_tokens=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one JSON file; a reader never sees half of it."""
+        """Write one JSON file, atomically."""
         storage.write_bytes(storage.as_path(path), self._dump())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "BPETokenizer":
-        """Reads what `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
-          DataError: no such file, or not a tokenizer of this form.
+          DataError: no such file, or not a tokenizer in this format.
         """
         path = storage.as_path(path)
         try:
@@ -142,18 +134,18 @@ class BPETokenizer(Tokenizer):
             raise DataError(f"Cannot read the tokenizer {path}: {error}.") from None
         if not isinstance(record, dict) or any(record.get(k) != v for k, v in _HEADER.items()):
             raise DataError(
-                f"{path} is not a vadapter tokenizer: its header should say {_HEADER}. Train one "
-                "with BPETokenizer.train and save it."
+                f"{path} is not a vadapter tokenizer: its header must contain {_HEADER}. Train one "
+                "with BPETokenizer.train and save it"
             )
         try:
             bpe = tokenizers.Tokenizer.from_str(json.dumps(record["bpe"]))
             lowercase = record["lowercase"]
         except Exception as error:  # the library raises bare Exception
-            raise DataError(f"The tokenizer {path} is damaged: {error}. Save it again.") from None
+            raise DataError(f"tokenizer {path} is corrupt: {error}. Save it again") from None
         if not isinstance(lowercase, bool) or bpe.get_added_tokens_decoder():
             raise DataError(
-                f"The tokenizer {path} is damaged: 'lowercase' must be true or false, and it may "
-                "hold no added tokens, which text could produce. Save it again."
+                f"tokenizer {path} is corrupt: 'lowercase' must be true or false, and added "
+                "tokens, which text could produce, are not allowed. Save it again"
             )
         return cls(bpe, lowercase=lowercase)
 

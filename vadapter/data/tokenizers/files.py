@@ -1,6 +1,6 @@
-"""The files in which public language models keep their tokenizers, as one JSON form.
+"""Reading the tokenizer files of public language models into one JSON form.
 
-The form is that of `tokenizers`, and what is read may be any of:
+The form is that of the `tokenizers` library. The files may be:
 
   tokenizer.json              the form itself
   vocab.json, merges.txt      GPT-2's byte-level BPE
@@ -24,13 +24,13 @@ _MAX_PIECE = 1 << 10
 
 
 def read_spec(folder: Path) -> Spec:
-    """Reads the tokenizer of a model's folder, from the first of the files above that is there.
+    """Read the tokenizer of a model's folder from the first of the files above that exists.
 
     Returns:
       `model` (BPE or Unigram), `added_tokens`, `normalizer`, `pre_tokenizer`, `decoder`.
 
     Raises:
-      DataError: no such file, or one that is damaged or of a kind that language models do not use.
+      DataError: no such file, a corrupt one, or a kind of tokenizer that is not supported.
     """
     binaries = sorted(folder.glob("tok*.bin"))
     if (folder / "tokenizer.json").is_file():
@@ -41,7 +41,7 @@ def read_spec(folder: Path) -> Spec:
         return _parsed(binaries[0], _from_llama2c)
     there = ", ".join(sorted(p.name for p in folder.glob("*")))
     raise DataError(
-        f"No tokenizer in {folder} (it holds {there or 'nothing'}): expected tokenizer.json, or "
+        f"No tokenizer in {folder} (it contains {there or 'nothing'}): expected tokenizer.json, or "
         "vocab.json with merges.txt, or one tok*.bin. A tokenizer.model is converted by\n"
         "  python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('FOLDER')"
         ".save_pretrained('FOLDER')\"\nwherever transformers and sentencepiece are installed."
@@ -49,7 +49,7 @@ def read_spec(folder: Path) -> Spec:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no such file. DataError if it is anything else."""
+    """Return the object in a JSON file, {} without a file; DataError if it is another value."""
     if not path.is_file():
         return {}
     value = _parsed(path, lambda p: json.loads(p.read_bytes()))
@@ -63,7 +63,7 @@ def _parsed(path: Path, read: Callable[[Path], Any]) -> Any:
         return read(path)
     except DataError:
         raise
-    except Exception as error:  # whatever a damaged or foreign file provokes
+    except Exception as error:  # a corrupt or foreign file may cause any
         raise DataError(
             f"Cannot read the tokenizer file {path} ({type(error).__name__}: {error}): fetch it "
             "again."
@@ -116,27 +116,28 @@ def _from_gpt2(path: Path) -> Spec:
 
 
 def _from_llama2c(path: Path) -> Spec:
-    """Adjacent pieces are joined, the best-scored first, the leftmost first among equals.
+    """Read llama2.c's file as merges: the best-scored pair first, the leftmost among equals.
 
     Source: encode() of run.c, github.com/karpathy/llama2.c, whose pieces have plain spaces.
     """
     data = path.read_bytes()
-    pieces, scores, at = [], [], 4
-    while at < len(data):
-        score, length = struct.unpack_from("<fi", data, at)
-        if not 0 < length <= _MAX_PIECE or at + 8 + length > len(data) or not math.isfinite(score):
+    pieces, scores, offset = [], [], 4
+    while offset < len(data):
+        score, length = struct.unpack_from("<fi", data, offset)
+        end = offset + 8 + length
+        if not 0 < length <= _MAX_PIECE or end > len(data) or not math.isfinite(score):
             raise ValueError(f"piece {len(pieces)} has {length} bytes and the score {score}")
-        pieces.append(data[at + 8 : at + 8 + length].decode())
+        pieces.append(data[offset + 8 : end].decode())
         scores.append(score)
-        at += 8 + length
+        offset = end
     if pieces[3:259] != [f"<0x{byte:02X}>" for byte in range(256)]:
         raise ValueError("pieces 3 to 258 are not the bytes")
     score_of = dict(zip(pieces[259:], scores[259:], strict=True))
     ranked = sorted(
-        ((-score_of[piece], piece, at) for piece in score_of for at in range(1, len(piece))),
+        ((-score_of[piece], piece, cut) for piece in score_of for cut in range(1, len(piece))),
         key=lambda item: item[0],  # a stable sort
     )
-    splits = [[piece[:at], piece[at:]] for _, piece, at in ranked]
+    splits = [[piece[:cut], piece[cut:]] for _, piece, cut in ranked]
     spaces = {"type": "Prepend", "prepend": " "}
     return {
         "model": {

@@ -1,10 +1,10 @@
-"""The tokenizer of a public language model, with the interface of `vadapter.data.tokenizers.bpe`.
+"""The tokenizer of a public language model.
 
-Text is text: what looks like a special token ("</s>", "<|endoftext|>", "<image>") is encoded as the
-characters it is made of. Special tokens are therefore taken out of the vocabulary; their ids are
-added by the layout alone. Special are the added tokens that tokenizer.json marks so, those that
-the model's other files name, and all that read <|…|>. The other added tokens (runs of spaces, say)
-are ordinary vocabulary and stay.
+Text that looks like a special token ("</s>", "<|endoftext|>", "<image>") is encoded as its
+characters, so that no caption or question can inject one. Special tokens are therefore removed from
+the vocabulary; only the layout of a row adds their ids. Special are the added tokens that
+tokenizer.json marks so, those that the model's other files name, and all of the form <|…|>. Other
+added tokens (such as runs of spaces) are ordinary vocabulary and stay.
 
 The ids of BOS, EOS and PAD come from the first of these that has them:
 
@@ -13,12 +13,12 @@ The ids of BOS, EOS and PAD come from the first of these that has them:
   3. generation_config.json     bos_token_id, eos_token_id, pad_token_id
   4. config.json                the same, or in its text_config
 
-Without a BOS, EOS stands in: it parted the texts such a model was trained on. Further ends of text,
-which generation_config.json may list, are in `stop_ids`. Id 0 may be a token like any other.
+Without a BOS, EOS replaces it: it separated the texts that such a model was trained on. Further
+end ids, which generation_config.json may list, are in `stop_ids`. Id 0 may be an ordinary token.
 
-SentencePiece puts a space in front of the whole text (its "dummy prefix"), and the pieces of a
-layout (`vadapter.data.prompts`) bring their own. So `encode(text)` adds none and is the inverse of
-`decode`; `encode(text, start=True)` does what the model's own tokenizer does with a whole text.
+SentencePiece adds a space before a complete text (its "dummy prefix"), whereas the pieces of a row
+(`vadapter.data.prompts`) have their own. So `encode(text)` adds none and is the inverse of
+`decode`; `encode(text, start=True)` encodes a complete text like the model's own tokenizer.
 """
 
 import functools
@@ -42,25 +42,20 @@ _HEADER = {"format": "vadapter-pretrained-tokenizer", "version": 1}
 _NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 _IDS = ("generation_config.json", "config.json")
 _MARKUP = re.compile(r"<\|.*\|>", re.DOTALL)
-_UNREACHABLE = ""  # no text holds it as a piece
+_UNREACHABLE = ""  # a piece that no text has
 _PREFIXING = ("normalizer", "pre_tokenizer", "decoder")
 
 
 class PretrainedTokenizer(Tokenizer):
-    """Text to ids and back. Immutable, picklable, safe to share between threads.
+    """The tokenizer of a public language model.
 
     Attributes:
-      bos_id, eos_id: a sequence starts with BOS and ends with EOS; the two may be one id.
-      pad_id: the model's own, or EOS; batches are padded by their masks, whatever this is.
-      stop_ids: every id that ends a text, EOS the first of them.
-      vocab_size: the number of ids, specials included; every id is below it.
+      pad_id: the model's own, or EOS. Batches are padded by their masks and do not use it.
       rows: of the model's embedding; those past `vocab_size` are padding.
     """
 
-    lowercase = False
-
     def __init__(self, dump: bytes):
-        """`dump` is what `save` writes; `load` is the way to make one."""
+        """Read the bytes that `save` writes; use `load` instead."""
         record = json.loads(dump)
         self._dump = dump
         self.bos_id: int = record["bos_id"]
@@ -78,16 +73,16 @@ class PretrainedTokenizer(Tokenizer):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, rows: int = 0):
-        """Reads a model's folder, or the file that `save` wrote.
+        """Read a model's folder, or the file that `save` wrote.
 
         Args:
           path: folder or file.
-          rows: of the model's embedding; 0 takes `vocab_size` of the folder's config.json, or of
-            the tokenizer where there is none.
+          rows: of the model's embedding; 0: `vocab_size` in the folder's config.json, or else of
+            the tokenizer.
 
         Raises:
-          DataError: no tokenizer there, or one that is damaged, of another kind, or without EOS.
-          CheckpointError: the tokenizer has ids that the model has no rows for.
+          DataError: no tokenizer, or one that is corrupt, not supported, or without EOS.
+          CheckpointError: the tokenizer has more ids than the model has rows.
         """
         path = storage.as_path(path)
         try:
@@ -96,9 +91,7 @@ class PretrainedTokenizer(Tokenizer):
                 raise DataError(f"No tokenizer of a public model at {path}: expected {_HEADER}.")
             tokenizer = cls(_encoded(record))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"The tokenizer {path} is damaged: {error!r}. Fetch it again."
-            ) from error
+            raise DataError(f"tokenizer {path} is corrupt: {error!r}. Download it again") from error
         if rows and rows < tokenizer.vocab_size:
             raise CheckpointError(_too_few(path, tokenizer.vocab_size, rows))
         return tokenizer
@@ -108,69 +101,59 @@ class PretrainedTokenizer(Tokenizer):
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 in hex of what `save` writes."""
+        """The SHA-256 (hex) of the saved file."""
         return hashlib.sha256(self._dump).hexdigest()
 
     def encode(self, text: str, *, start: bool = False) -> list[int]:
-        """The ids of `text`, without specials; a lone surrogate is read as "?".
-
-        Args:
-          text: a piece of a layout, or a whole text.
-          start: nothing but specials stands before it: a SentencePiece tokenizer adds its prefix.
-        """
+        """Return the ids of a text; a lone surrogate is read as "?"."""
         text = text.encode("utf-8", "replace").decode("utf-8")
         bpe = self._start if start else self._piece
         return bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` up to the first of `stop_ids`; other specials and padding are skipped.
-
-        Raises:
-          DataError: an id outside the model's rows.
-        """
+        """Return the text of `ids` up to the first of `stop_ids`, without other special ids."""
         plain = []
         for i in map(int, ids):
             if i in self.stop_ids:
                 break
             if not 0 <= i < self.rows:
                 raise DataError(
-                    f"Token id {i} is outside the model's {self.rows} rows: these ids come from "
-                    "another tokenizer."
+                    f"token id {i} is outside the model's {self.rows} rows: the ids are those of "
+                    "another tokenizer"
                 )
             if i in self._text:
                 plain.append(i)
         return self._piece.decode(plain, skip_special_tokens=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one JSON file; a reader never sees half of it."""
+        """Write one JSON file, atomically."""
         storage.write_bytes(storage.as_path(path), self._dump)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads the file that either kind of tokenizer saved; DataError if it is neither's."""
+    """Read the file that either kind of tokenizer saved; raise DataError if it is neither's."""
     ours = read_json(storage.as_path(path)).get("format") == _HEADER["format"]
     return PretrainedTokenizer.load(path) if ours else BPETokenizer.load(path)
 
 
 def _record(folder: Path, rows: int) -> dict[str, Any]:
-    """What `save` writes of a model's folder."""
+    """Return the record that `save` writes for a model's folder."""
     spec = read_spec(folder)
     configs = {name: read_json(folder / name) for name in (*_NAMES, *_IDS)}
     configs["config.json"] = {**configs["config.json"], **_text_config(configs["config.json"])}
     ids = _all_ids(spec) | _declared(configs["tokenizer_config.json"])
     bos, eos, pad = (_special(kind, configs, ids, folder) for kind in ("bos", "eos", "pad"))
-    if ids.get("\n<s>\n") == 1:  # llama2.c, which fixes them
+    if ids.get("\n<s>\n") == 1:  # llama2.c, where they are fixed
         bos, eos = bos or [1], eos or [2]
     if not eos:
         raise DataError(
             f"No end token for the tokenizer in {folder}: none of {', '.join(configs)} names "
-            "an eos_token or eos_token_id. Add one: a model that is never taught to end does "
-            "not stop."
+            "an eos_token or eos_token_id. Add one; without it generation never stops"
         )
     stops = list(dict.fromkeys(eos + _listed(configs["generation_config.json"], "eos")))
     bos = bos or eos
-    named = {i: token for token, i in ids.items()}
-    controls = {named[i] for i in (*bos, *stops) if i in named}
+    token_of = {i: token for token, i in ids.items()}
+    controls = {token_of[i] for i in (*bos, *stops) if i in token_of}
     controls |= _controls(spec, configs)
     vocab_size = 1 + max(*ids.values(), *bos, *stops)
     _take_out(spec, controls, {*bos, *stops})
@@ -184,7 +167,7 @@ def _record(folder: Path, rows: int) -> dict[str, Any]:
         "eos_id": eos[0],
         "pad_id": (pad or eos)[0],
         "stop_ids": [i for i in stops if i < rows],
-        "vocab_size": min(vocab_size, rows),  # specials that no row is there for cannot occur
+        "vocab_size": min(vocab_size, rows),  # special ids without a row cannot occur
         "rows": rows,
         "tokenizer": spec,
     }
@@ -196,8 +179,8 @@ def _encoded(record: dict[str, Any]) -> bytes:
 
 def _too_few(path: Path, needed: int, rows: int) -> str:
     return (
-        f"The tokenizer {path} has {needed} ids, and the model's embedding only {rows} rows (more "
-        "would do: they are often padded). They belong to different models: take both from one."
+        f"tokenizer {path} has {needed} ids, but the model's embedding only {rows} rows (more "
+        "would be padding). They belong to different models: take both from one"
     )
 
 
@@ -205,24 +188,24 @@ def _too_few(path: Path, needed: int, rows: int) -> str:
 
 
 def _special(kind: str, configs: dict[str, dict], ids: dict[str, int], folder: Path) -> list[int]:
-    """The ids of "bos", "eos" or "pad" in the first file that has any."""
+    """Return the ids of "bos", "eos" or "pad" from the first file that has any."""
     for name in _NAMES:
         token = _content(configs[name].get(f"{kind}_token"))
         if token is not None:
             if token not in ids:
                 raise DataError(
-                    f"{folder / name} names {token!r} as {kind}_token, but the tokenizer beside it "
-                    "has no such token: fetch both again, from one model."
+                    f"{folder / name} names {token!r} as {kind}_token, but the tokenizer next to "
+                    "it has no such token: download both again, from one model"
                 )
             return [ids[token]]
     for name in _IDS:
-        if found := _listed(configs[name], kind):
-            return found
+        if listed := _listed(configs[name], kind):
+            return listed
     return []
 
 
 def _listed(config: dict[str, Any], kind: str) -> list[int]:
-    """`eos_token_id` and its like: none, one or several."""
+    """Return `eos_token_id` or a similar key as a list: none, one or several ids."""
     value = config.get(f"{kind}_token_id")
     values = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and i >= -1 for i in values):
@@ -236,12 +219,12 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(token: Any) -> str | None:
-    """A special token as it is written: by itself, or as a group with its flags."""
+    """Return the text of a special token, which a file gives alone or with flags."""
     return token.get("content") if isinstance(token, dict) else token or None
 
 
 def _controls(spec: Spec, configs: dict[str, dict]) -> set[str]:
-    """The special tokens by content, as far as they are written anywhere in the model's files."""
+    """Return the contents of all special tokens that the model's files name."""
     added = list(spec["added_tokens"])
     added += (configs["tokenizer_config.json"].get("added_tokens_decoder") or {}).values()
     controls = {t["content"] for t in added if t.get("special") or _MARKUP.fullmatch(t["content"])}
@@ -259,7 +242,7 @@ def _controls(spec: Spec, configs: dict[str, dict]) -> set[str]:
 
 
 def _vocab(spec: Spec) -> Iterable[tuple[str, int]]:
-    """(piece, id) of the model proper."""
+    """Return (piece, id) of the vocabulary without added tokens."""
     vocab = spec["model"]["vocab"]
     if spec["model"]["type"] == "BPE":
         return vocab.items()
@@ -271,20 +254,20 @@ def _all_ids(spec: Spec) -> dict[str, int]:
 
 
 def _declared(config: dict[str, Any]) -> dict[str, int]:
-    """Tokens that only tokenizer_config.json declares."""
+    """Return the tokens that only tokenizer_config.json declares."""
     declared = config.get("added_tokens_decoder") or {}
     return {token["content"]: int(i) for i, token in declared.items()}
 
 
 def _text_ids(spec: Spec) -> Iterable[int]:
-    """The ids that stand for text, after `_take_out`."""
+    """Return the ids that encode text, after `_take_out`."""
     return (i for piece, i in _vocab(spec) if piece != _UNREACHABLE)
 
 
 def _take_out(spec: Spec, controls: set[str], ends: set[int]) -> None:
-    """Takes special tokens out of the vocabulary, in place; every other token keeps its id.
+    """Remove special tokens from the vocabulary, in place; all others keep their ids.
 
-    What a vocabulary has no bytes for stays "unknown", unless that is one of the `ends`, too.
+    The unknown token stays, as an unreachable piece, unless it is one of the `ends`.
     """
     model = spec["model"]
     kept = [t for t in spec["added_tokens"] if t["content"] not in controls]
@@ -293,10 +276,10 @@ def _take_out(spec: Spec, controls: set[str], ends: set[int]) -> None:
         vocab = {piece: i for piece, i in model["vocab"].items() if piece not in controls}
         unknown = model.get("unk_token")
         if unknown in controls:
-            at = model["vocab"].get(unknown)
-            model["unk_token"] = None if at is None or at in ends else _UNREACHABLE
-            vocab |= {} if model["unk_token"] is None else {_UNREACHABLE: at}
-        # The library numbers the added tokens that the model lacks by itself: let it lack none.
+            index = model["vocab"].get(unknown)
+            model["unk_token"] = None if index is None or index in ends else _UNREACHABLE
+            vocab |= {} if model["unk_token"] is None else {_UNREACHABLE: index}
+        # The library renumbers added tokens that the vocabulary lacks, so put them into it.
         model["vocab"] = vocab | {t["content"]: t["id"] for t in kept}
         skip = len(model.get("continuing_subword_prefix") or "")
         pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
@@ -315,7 +298,7 @@ def _take_out(spec: Spec, controls: set[str], ends: set[int]) -> None:
 
 
 def _built(spec: Spec) -> tokenizers.Tokenizer:
-    whole = {
+    complete = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -323,17 +306,17 @@ def _built(spec: Spec) -> tokenizers.Tokenizer:
         **spec,
     }
     try:
-        built = tokenizers.Tokenizer.from_str(json.dumps(whole))
+        built = tokenizers.Tokenizer.from_str(json.dumps(complete))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(str(error)) from None
     for token in spec["added_tokens"]:
         if built.token_to_id(token["content"]) != token["id"]:
-            raise ValueError(f"the added token {token['content']!r} cannot have the id it has")
+            raise ValueError(f"the added token {token['content']!r} cannot keep its id")
     return built
 
 
 def _without_prefix(part: Any) -> Any:
-    """A normalizer, pre-tokenizer or decoder that adds no space in front, and takes none away."""
+    """Return a normalizer, pre-tokenizer or decoder that neither adds nor removes a first space."""
     if isinstance(part, list):
         return [_without_prefix(p) for p in part if not _prepends(p)]
     if not isinstance(part, dict):
