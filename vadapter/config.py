@@ -1,6 +1,6 @@
-"""ConfigDict at the edge, frozen dataclasses inside: unknown keys and wrong types stop at once.
+"""From ConfigDicts to frozen dataclasses: unknown keys and wrong types are errors.
 
-Each dataclass is defined beside the code that reads it; this file only builds them.
+Each dataclass is defined next to the code that reads it; this module only builds them.
 """
 
 import ast
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
-    """Builds the dataclass `cls` from a mapping, recursively and strictly.
+    """Build the dataclass `cls` from a mapping, recursively and strictly.
 
     Args:
       cls: a dataclass; fields may be dataclasses, or dicts and tuples of them.
@@ -49,7 +49,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
 
 
 def nearest(key: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or the list of what is known."""
+    """Return `; did you mean 'x'?`, or the list of known names."""
     known = sorted(known)
     close = difflib.get_close_matches(key, known, 1, 0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
@@ -103,7 +103,7 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, ConfigDicts and tuples as JSON-able dicts and lists, recursively."""
+    """Return dataclasses, ConfigDicts and tuples as JSON-able dicts and lists, recursively."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping | ConfigDict):
@@ -116,12 +116,12 @@ def plain(value: Any) -> Any:
 
 
 def digest(value: Any) -> str:
-    """sha256 hex of the canonical JSON of `plain(value)`."""
+    """Return the SHA-256 (hex) of the canonical JSON of `plain(value)`."""
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[tuple[str, Any, Any]]:
-    """Leaves in which two plain values differ: (dotted path, in a, in b), absent ones as `—`."""
+    """Return the leaves in which plain values differ: (dotted path, in a, in b); `—`: missing."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         rows = []
         for key in sorted(a.keys() | b.keys()):
@@ -132,10 +132,10 @@ def differences(a: Any, b: Any, where: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> Any:
-    """Parses a config file's argument, `a=1,b=x`, against typed defaults.
+    """Parse the argument of a recipe, `a=1,b=x`, against typed defaults.
 
     Raises:
-      ConfigError: an argument that has no default, or that its type cannot read.
+      ConfigError: an argument without a default, or a value of another type.
     """
     values = dict(defaults)
     for item in filter(None, (arg or "").split(",")):
@@ -162,7 +162,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> Any:
 
 
 def resolve(value: Any, where: str = "path") -> Any:
-    """Expands `~` and `$VARIABLES` in a string, or in those of a list.
+    """Expand `~` and `$VARIABLES` in a string, or in the strings of a list.
 
     Raises:
       ConfigError: a variable that is not set.
@@ -181,10 +181,10 @@ def resolve(value: Any, where: str = "path") -> Any:
 
 
 def choose(key: str, value: Any, known: typing.Iterable[Any]) -> None:
-    """Checks that a config file's argument is one of those it knows.
+    """Check that the value of a recipe's argument is one of those it knows.
 
     Raises:
-      ConfigError: it is not; names the nearest.
+      ConfigError: it is not; the message names the nearest.
     """
     if value not in (known := tuple(known)):
         raise ConfigError(
@@ -193,7 +193,7 @@ def choose(key: str, value: Any, known: typing.Iterable[Any]) -> None:
 
 
 def load(spec: str) -> ConfigDict:
-    """Runs `get_config(arg)` of a `FILE.py[:arg]` spec.
+    """Return the ConfigDict of `get_config(arg)` in a `FILE.py[:arg]` spec.
 
     A relative file is looked up in the working directory, then among the packaged recipes.
 
@@ -213,13 +213,14 @@ def load(spec: str) -> ConfigDict:
 
 
 def _own(config: Any) -> ConfigDict:
-    """A copy in which no two groups are one object: an override changes one key alone."""
-    own = lambda v: _own(v) if isinstance(v, Mapping | ConfigDict) else v  # noqa: E731
-    return ConfigDict({key: own(value) for key, value in config.items()})
+    """Return a copy in which no two groups are the same object, so that overrides are separate."""
+    return ConfigDict(
+        {k: _own(v) if isinstance(v, Mapping | ConfigDict) else v for k, v in config.items()}
+    )
 
 
 def find_recipe(name: str) -> Path:
-    """The recipe's file: as given, or packaged (`configs/x.py`)."""
+    """Return the file of a recipe: as given, or packaged (`configs/x.py`)."""
     here = Path(__file__).resolve().parent
     candidates = [Path(name), here.parent / name, here / name]
     for path in candidates:
@@ -233,7 +234,7 @@ def find_recipe(name: str) -> Path:
 
 
 def override(config: ConfigDict, assignments: typing.Iterable[str]) -> None:
-    """Applies `a.b=v` overrides in place.
+    """Apply `a.b=v` overrides in place.
 
     A value is JSON or a Python literal where it reads as one (`[1, 2]`, `("a",)`, `true`, `None`),
     else text; a list may also be given as `x,y`. The first group, `a`, must be in the recipe; what

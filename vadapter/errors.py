@@ -1,24 +1,24 @@
-"""Errors written for the person who meets them, and the exit codes a scheduler acts on."""
+"""Errors with messages for users, and the exit codes that a scheduler acts on."""
 
 import contextlib
 import errno
 from collections.abc import Iterator
 
 # Exit codes. A scheduler restarts a job on any code but 0, NON_FINITE and USER_ERROR.
-LOST = 1  # a host hung, died or did not come; also any error that is not foreseen
-PREEMPTED = 75  # stopped by a signal, state saved: run the same command again
+LOST = 1  # a host hung, died or did not start; also any unexpected error
+PREEMPTED = 75  # stopped by a signal, state saved: rerun the same command
 NON_FINITE = 77  # the loss or the gradients were not finite several times in a row
 USER_ERROR = 78  # configuration, data or checkpoint: restarting will not help
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what is wrong, where, and what to do.
+    """An error that the user can fix: the message says what is wrong, where, and what to do.
 
     The command line prints the message without a traceback and exits with `exit_code`.
     """
 
     exit_code = USER_ERROR
-    parts: "tuple[UserError, ...]" = ()  # the errors that this one tells together
+    parts: "tuple[UserError, ...]" = ()  # the errors that this one reports together
 
 
 class ConfigError(UserError):
@@ -30,14 +30,14 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or belongs to another configuration."""
+    """A checkpoint that is missing, corrupt, or of another configuration."""
 
 
 class Problems:
-    """Gathers what there is to mend, so that all of it can be told at once.
+    """Collects user errors, so that all of them are reported at once.
 
     Attributes:
-      found: message -> the error, and where it was met.
+      found: message -> the error, and the places where it occurred.
     """
 
     def __init__(self):
@@ -45,7 +45,11 @@ class Problems:
 
     @contextlib.contextmanager
     def gather(self, where: str = "") -> Iterator[None]:
-        """Keeps a UserError of the block, which ends there; the same one twice is one."""
+        """Collect a UserError of the block, which ends there; the same message counts once.
+
+        Args:
+          where: the place, before the message in the list.
+        """
         try:
             yield
         except UserError as error:
@@ -54,34 +58,36 @@ class Problems:
                 places += [where] * (where not in ("", *places))
 
     def lines(self) -> list[str]:
-        """Each problem, behind the places where it was met."""
-        at = lambda places: f"{', '.join(places)}: " if places else ""  # noqa: E731
-        return [at(places) + text for text, (_, places) in self.found.items()]
+        """Return each message after the places where it occurred."""
+        return [
+            f"{', '.join(places)}: {text}" if places else text
+            for text, (_, places) in self.found.items()
+        ]
 
     def settle(self) -> None:
-        """Raises the error that was gathered, or all of them as one, if there are any.
+        """Raise the error that was collected, or all of them as one.
 
         Raises:
-          UserError: of the class of the first.
+          UserError: of the class of the first; nothing is raised if there are none.
         """
         errors = tuple(error for error, _ in self.found.values())
         if len(errors) == 1:
             raise errors[0]
         if errors:
             lines = "".join(f"\n- {line}" for line in self.lines())
-            whole = type(errors[0])(f"{len(errors)} problems:{lines}")
-            whole.parts = errors
-            raise whole
+            combined = type(errors[0])(f"{len(errors)} problems:{lines}")
+            combined.parts = errors
+            raise combined
 
 
 class NonFiniteError(Exception):
-    """Training met non-finite gradients too many steps in a row; nothing poisoned was saved."""
+    """Gradients were not finite too many steps in a row; no such update was saved."""
 
     exit_code = NON_FINITE
 
 
 class HostError(Exception):
-    """A host of several did not come, or did something else: the job ends as a whole."""
+    """A host did not start, or diverged from the others: the whole job ends."""
 
     exit_code = LOST
 
@@ -98,7 +104,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """A full disk or a forbidden file, wherever it is met, is something to mend.
+    """Turn errors of a full disk or of missing permissions into user errors.
 
     Raises:
       ConfigError: names the file.
@@ -109,6 +115,6 @@ def disk_errors() -> Iterator[None]:
         if e.errno not in _DISK:
             raise
         raise ConfigError(
-            f"{e.filename or 'the disk'}: {e.strerror}. Free space or mend the permissions, then "
-            "run the same command again: what was saved is intact."
+            f"{e.filename or 'the disk'}: {e.strerror}. Free space or fix the permissions, then "
+            "rerun the same command: saved files are intact."
         ) from e
