@@ -299,7 +299,7 @@ def captions(command: Command, change: Any) -> None:
 @pytest.mark.parametrize("caption", ["", "  \t ", None, 7])
 def test_a_caption_that_is_no_text_is_named_by_its_line(spoil, caption):
     captions(spoil, lambda i, old: [caption] if i == 4 else old)
-    assert re.search(r"images\.jsonl, line 5: caption: a text is expected, got", spoil.refused())
+    assert re.search(r"images\.jsonl, line 5: caption: expected a text, got", spoil.refused())
 
 
 def test_text_that_is_not_utf8_is_named_by_its_line(spoil):

@@ -90,7 +90,7 @@ def _(folder):
     refused(lambda: CaptionTars(folder, "train"), str(folder), "number 2 of 'train' is missing")
 
 
-@case("shard torn")
+@case("shard truncated")
 def _(folder):
     for size in (100, 700, 1024, 1600):
         tars(folder)
@@ -99,7 +99,7 @@ def _(folder):
         refused(lambda: index.build(folder, say=lambda text: None), "train-001.tar")
 
 
-@case("shard other than its index says")
+@case("shard that differs from its index")
 def _(folder):
     index.build(pairs(folder), say=lambda text: None)
     os.utime(folder / "00001.tar", ns=(5, 5))
@@ -129,7 +129,7 @@ def _(folder):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert batch(read(folder))["bad"].tolist() == [i == 4 for i in range(12)]
     assert "'000010001' (" in describe("x", read(folder), 4)
-    refused(lambda: index.verify(folder, say=lambda text: None), "00001.tar: not the bytes")
+    refused(lambda: index.verify(folder, say=lambda text: None), "00001.tar: contents changed")
 
 
 @case("flipped bytes in a parquet file")
@@ -144,12 +144,12 @@ def _(folder):
         refused(lambda: ParquetImages(folder, shards="a.parquet")[1], "a.parquet", word)
 
 
-@case("HTML or anything else, not an image")
+@case("HTML or other content, not an image")
 def _(folder):
     replaced(folder, b"<html>not found</html>", "starts with b'<html>")
 
 
-@case("image cut short")
+@case("image truncated")
 def _(folder):
     replaced(folder, image(60)[:50], "cannot be decoded")
 
@@ -161,7 +161,7 @@ def _(folder):
     replaced(folder, large.getvalue()[:99], "6000x6000 pixels, more than the 25000000 allowed")
 
 
-@case("image that no file or member holds")
+@case("image that is missing")
 def _(folder):
     table = folder_of(folder, [row(0), row(9)])
     refused(lambda: ImageFolder(table), "table.jsonl, line 2", "9.png")
@@ -239,7 +239,10 @@ def _(folder):
     tars(folder)
     write_tar(folder / "val-000.tar", {"0.png": image(0)})
     refused(lambda: CaptionTars(folder, "val"), "no rows of split 'val'; splits: train")
-    refused(lambda: CaptionTars(folder, "test"), "no shards test-NNN.tar; splits there: train, val")
+    refused(
+        lambda: CaptionTars(folder, "test"),
+        "no shards test-NNN.tar; splits in the folder: train, val",
+    )
     refused(lambda: ImageFolder(folder_of(folder), split="val"), "no rows of split 'val'")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -19,6 +20,14 @@ def write_tar(path: Path, files: dict[str, bytes], *, format: int = tarfile.USTA
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return path
+
+
+def spoil_header(path: Path) -> None:
+    """Make the first header of a tar invalid, and keep its size, time and contents."""
+    status, raw = path.stat(), bytearray(path.read_bytes())
+    raw[150] ^= 1  # of the checksum
+    path.write_bytes(raw)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def image(level: int, size: int = 8) -> bytes:

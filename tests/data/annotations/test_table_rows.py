@@ -130,13 +130,17 @@ BAD = [
     ("t.csv", "image,caption\n../1.png,x\n", r"line 2: .* leaves the folder"),
     ("t.csv", "image,caption\n1.png," + "x" * 200_000, r"line 2: .*field larger"),
     ("c.json", "{", r"c\.json: not JSON"),
-    ("c.json", "3", r"c\.json: a JSON object is expected, got int"),
-    ("c.json", "{}", r"c\.json: no list 'images'; COCO's captions"),
-    ("c.json", "[3]", r"item 1: a JSON object is expected"),
+    ("c.json", "3", r"c\.json: expected a JSON object, got int"),
+    ("c.json", "{}", r"c\.json: no list 'images'; expected COCO captions"),
+    ("c.json", "[3]", r"item 1: expected a JSON object"),
     ("c.json", json.dumps(coco(annotations={})), r"c\.json: no list 'annotations'"),
     ("c.json", json.dumps(coco(annotations=[])), r"image 1, id 900: no captions and no question"),
-    ("c.json", json.dumps(coco(images=coco()["images"] * 2)), r"image 6: the id 900 is there tw"),
-    ("c.json", json.dumps(coco(images=coco()["images"][1:])), r"captions of 900, which is no ima"),
+    ("c.json", json.dumps(coco(images=coco()["images"] * 2)), r"image 6: duplicate id 900"),
+    (
+        "c.json",
+        json.dumps(coco(images=coco()["images"][1:])),
+        r"captions of 900, which is not an ima",
+    ),
     ("c.json", json.dumps(coco(annotations=[{"image_id": 900}])), r"annotation 1: no 'caption'"),
     ("c.json", json.dumps(coco(annotations=[{"image_id": 900, "caption": 3}])), r"id 900: caption"),
     ("k.json", json.dumps(karpathy(images=[{"filename": "1.png"}])), r"image 1: no list 'sentenc"),
@@ -170,7 +174,7 @@ def test_a_question_id_stands_in_one_row(tmp_path):
 
 def test_questions_of_one_row_are_lists_of_one_length():
     row = {"question": ["a?", "b?"], "answers": [["x"]]}
-    with pytest.raises(DataError, match="here: question, answers are not lists of one length"):
+    with pytest.raises(DataError, match="here: question, answers are not lists of equal length"):
         annotation_tables.texts("here", row)
     row = {"question": ["a?", "b?"], "answer": ["x", "y"], "question_id": [1, 2]}
     assert annotation_tables.texts("here", row)[1] == (

@@ -23,7 +23,7 @@ def test_the_hubs_names_say_how_many_there_are(tmp_path):
     touch(tmp_path, *names)
     assert find(tmp_path, ".parquet", "train", None) == names
     (tmp_path / names[2]).unlink()
-    with pytest.raises(DataError, match="number 2 of 'train' is missing \\(2 are there\\)"):
+    with pytest.raises(DataError, match="number 2 of 'train' is missing \\(2 exist\\)"):
         find(tmp_path, ".parquet", "train", None)
 
 
@@ -32,8 +32,8 @@ def test_the_hubs_names_say_how_many_there_are(tmp_path):
     [
         (("t-000.tar", "t-002.tar"), "number 1 of 't' is missing"),
         (("t-002.tar", "t-003.tar"), "number 1 of 't' is missing"),
-        (("t-000.tar", "t-00.tar"), "number 0 of 't' is there twice"),
-        (("u-000.tar", "v-000.tar"), r"no shards t-NNN\.tar; splits there: u, v"),
+        (("t-000.tar", "t-00.tar"), "number 0 of 't' is duplicated"),
+        (("u-000.tar", "v-000.tar"), r"no shards t-NNN\.tar; splits in the folder: u, v"),
         ((), "check the path"),
     ],
 )

@@ -73,7 +73,7 @@ def test_an_index_gives_the_same_source(tmp_path, monkeypatch):
     assert contents(indexed) == contents(scanned)
     assert indexed.fingerprint() == scanned.fingerprint()
     write(tmp_path / "train-00001-of-00002.parquet", [row(1)])
-    with pytest.raises(DataError, match=r"no longer fits .*00001-of-00002\.parquet.*data index"):
+    with pytest.raises(DataError, match=r"does not match .*00001-of-00002\.parquet.*data index"):
         ParquetImages(tmp_path, "train")
 
 
@@ -86,9 +86,9 @@ def test_columns_name_images_texts_and_questions(tmp_path):
     columns = {"image": "img", "id": "key", "question": "qs.q", "answers": "qs.a"}
     source = ParquetImages(tmp_path, shards="*.parquet", columns={**columns, "caption": "title"})
     assert contents(source)[1] == ("k1", 1, ("t",), (Question("who?", ("x", "y")),))
-    with pytest.raises(ConfigError, match="no column 'names'; there are img, key, qs, title"):
+    with pytest.raises(ConfigError, match="no column 'names'; columns: img, key, qs, title"):
         ParquetImages(tmp_path, shards="*.parquet", columns={"caption": "names"})
-    with pytest.raises(DataError, match="none of the columns image, clip, video; map one"):
+    with pytest.raises(DataError, match="no column image, clip or video; map one"):
         ParquetImages(tmp_path, shards="*.parquet", columns={"caption": "title"})
     columns = {"clip": "img", "caption": "title"}
     assert ParquetImages(tmp_path, shards="*.parquet", columns=columns).kind == "clip"
@@ -105,7 +105,7 @@ def test_a_row_that_cannot_be_used_is_masked_and_named(tmp_path):
     assert [source[i].captions for i in range(3)] == [("number 0",), (), ()]
     assert source[3].media is None
     assert "a.parquet, row 1: no captions and no question" in describe("x", source, 1)
-    assert "a.parquet, row 2: caption: a text is expected" in describe("x", source, 2)
+    assert "a.parquet, row 2: caption: expected a text" in describe("x", source, 2)
     assert "there is no image" in describe("x", source, 3)
     assert "starts with b'<html>404" in describe("x", source, 4)
 
@@ -141,7 +141,7 @@ def test_a_group_too_large_to_be_read_for_each_sample_is_refused(tmp_path, monke
 
 def test_a_missing_file_and_an_empty_split_are_named(tmp_path):
     files(tmp_path)
-    with pytest.raises(DataError, match=r"no shards val-NNN\.parquet; splits there: train"):
+    with pytest.raises(DataError, match=r"no shards val-NNN\.parquet; splits in the folder: train"):
         ParquetImages(tmp_path, "val")
     (tmp_path / "train-00001-of-00002.parquet").unlink()
     with pytest.raises(DataError, match="number 1 of 'train' is missing"):

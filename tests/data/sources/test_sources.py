@@ -94,7 +94,7 @@ def test_webdataset_pairs_need_no_table(tmp_path):
         ({"0.png": b"x"}, "'0' has only 0.png"),
         ({"0.txt": b"x"}, "'0' has only 0.txt"),
         ({"0.png": b"x", "0.txt": b"\xff"}, "0.txt: not UTF-8"),
-        ({"0.png": b"x", "0.txt": b" "}, "0.txt: caption: a text is expected"),
+        ({"0.png": b"x", "0.txt": b" "}, "0.txt: caption: expected a text"),
         ({"0.png": b"x", "0.json": b"{"}, "0.json: not JSON"),
         ({"0.png": b"x", "0.jpg": b"x", "0.txt": b"x"}, "second media of '0'"),
     ],
@@ -111,16 +111,16 @@ BAD_ROWS = [
     (b'{"image": "1.png", "caption": "\xff"}', "not UTF-8"),
     (b"{'image': 1}", "not JSON"),
     (b"[" * 100_000, "not JSON"),
-    (b'["1.png"]', "object is expected"),
+    (b'["1.png"]', "expected a JSON object"),
     ({"photo": "1.png", "caption": "x"}, "none of the keys image, clip, video"),
-    ({"image": 1, "caption": "x"}, "image: a text is expected, got 1"),
+    ({"image": 1, "caption": "x"}, "image: expected a text, got 1"),
     ({"image": "1.png"}, "no captions and no question"),
     ({"image": "1.png", "captions": []}, "no captions and no question"),
-    ({"image": "1.png", "captions": ["x", " \n"]}, "caption: a text is expected"),
-    ({"image": "1.png", "captions": None}, "caption: a text is expected, got None"),
-    ({"image": "1.png", "captions": [["x"]]}, "caption: a text is expected"),
-    ({"image": "1.png", "caption": "\ud800"}, "half a character"),
-    ({"image": "1.png", "question": "q", "answer": 3}, "answer: a text is expected, got 3"),
+    ({"image": "1.png", "captions": ["x", " \n"]}, "caption: expected a text"),
+    ({"image": "1.png", "captions": None}, "caption: expected a text, got None"),
+    ({"image": "1.png", "captions": [["x"]]}, "caption: expected a text"),
+    ({"image": "1.png", "caption": "\ud800"}, "unpaired surrogate"),
+    ({"image": "1.png", "question": "q", "answer": 3}, "answer: expected a text, got 3"),
     ({"image": "0.png", "caption": "again"}, "'0.png' has captions already"),
 ]
 
@@ -185,7 +185,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda p: None, "no shards test-NNN.tar; splits there: train"),
+        (lambda p: None, "no shards test-NNN.tar; splits in the folder: train"),
         (lambda p: write_tar(p / "test-000.tar", {"0.png": b"x"}), "no rows of split 'test'"),
         (lambda p: (p / "test-000.tar").write_bytes(b""), "test-000.tar: not a readable tar"),
     ],
@@ -219,7 +219,7 @@ def test_clips_are_a_kind_and_do_not_mix_with_images(tmp_path):
     source = ImageFolder(write_rows(tmp_path / "t.jsonl", rows))
     assert (source.kind, source[1].media) == ("clip", tmp_path / "b.gif")
     rows.append({"image": "c.png", "caption": "z"})
-    with pytest.raises(DataError, match="images and clips mixed"):
+    with pytest.raises(DataError, match="images and clips are mixed"):
         ImageFolder(write_rows(tmp_path / "t.jsonl", rows))
     with pytest.raises(DataError, match=r"type \.txt are neither"):
         ImageFolder(write_rows(tmp_path / "t.jsonl", [{"image": "d.txt", "caption": "z"}]))

@@ -89,7 +89,7 @@ def test_a_record_without_usable_text_is_masked_and_named(prepared):
     source = make_source("x", DataConfig({**spec, "columns": COLUMNS}, "caption", 9))
     (bad,) = (i for i in range(COUNT) if not source[i].captions)
     assert source[bad].id == "5"
-    assert f"record {bad}: caption: a text is expected" in describe("x", source, bad)
+    assert f"record {bad}: caption: expected a text" in describe("x", source, bad)
 
 
 def test_a_source_is_picklable(prepared):
@@ -106,7 +106,7 @@ def test_a_source_is_picklable(prepared):
         ("nosuch", "train", COLUMNS, DataError, "nosuch, split 'train': .*file_format=array_rec"),
         ("mnist", "train", {"image": "image"}, DataError, "mnist, split 'train': not readable"),
         ("tiny", "train", {}, DataError, "none of the columns image.* There are key, photo, qa"),
-        ("tiny", "train", {"image": "x"}, ConfigError, "no column 'x'; there are key, photo"),
+        ("tiny", "train", {"image": "x"}, ConfigError, "no column 'x'; columns: key, photo"),
         ("tiny", "train", {"picture": "photo"}, ConfigError, "unknown key 'picture'"),
         ("tiny", "train[:0]", COLUMNS, DataError, "0 usable examples"),
     ],

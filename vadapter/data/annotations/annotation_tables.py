@@ -1,15 +1,15 @@
 """Captions and questions from tables, checked so that what passes is text.
 
 Keys of a row: image (or clip, or video), captions (or caption), question, answer or answers (of all
-annotators; left out where they are not public), question_id, kind of question, shard, and split (a
-row without one is in every split). Where a table calls them otherwise, `columns` says how, such as
+annotators; absent where they are not public), question_id, kind of question, shard, and split (a
+row without one belongs to every split). `columns` maps keys to a table's own names, such as
 {"image": "filepath", "answers": "answers.answer"}: a dot reaches into objects and lists of objects.
 
-Forms, by the name of the file:
+Formats, by the suffix of the file:
 
-  .csv, .tsv   a header line; a caption a row, so an image may have many rows. TSV has no quotes
+  .csv, .tsv   a header line; one caption per row, so an image may have many rows. TSV has no quotes
   .json        COCO captions or Karpathy's dataset_*.json, see `coco_json`; or a list of rows
-  others       JSON lines: a row a line; all captions of an image in one row
+  others       JSON lines: one row per line; all captions of an image in one row
 
 Every error names the file and the line.
 """
@@ -27,46 +27,47 @@ from vadapter.data.example import Question
 from vadapter.errors import ConfigError, DataError
 from vadapter.io import storage
 
-MAX_TEXT_BYTES = 16 << 20  # of one row
+MAX_TEXT_BYTES = 16 << 20  # limit of one row
 KEYS = ("image", "clip", "video", "captions", "caption", "question", "answers", "answer",
         "question_id", "kind", "shard", "split", "id")  # fmt: skip
 
-Row = tuple[str, dict[str, Any]]  # where it stands ("file, line n"), what it says
+Row = tuple[str, dict[str, Any]]  # its location ("file, line n"), its content
 Texts = tuple[tuple[str, ...], tuple[Question, ...]]  # captions, qa
 Split = str | Sequence[str] | None
 
 
 def read_rows(path: Path, split: Split, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
-    """The rows of a table that belong to a split.
+    """Yield the rows of a table that belong to a split.
 
     Args:
-      split: its name, or several; None for all rows.
-      columns: our key -> the table's.
+      path: the table.
+      split: name of a split, or several; None for all rows.
+      columns: key -> name in the table.
 
     Raises:
-      ConfigError: `columns` has a key that is not ours.
-      DataError: the file is missing or empty, a row cannot be read, or none belongs to the split.
+      ConfigError: `columns` has an unknown key.
+      DataError: the file is missing or empty, a row is unreadable, or no row belongs to the split.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the path")
-    wanted = None if split is None else {split} if isinstance(split, str) else set(split)
+    splits = None if split is None else {split} if isinstance(split, str) else set(split)
     seen = set()
-    for where, row in READERS.get(path.suffix.lower(), _json_lines)(path):
+    for location, row in READERS.get(path.suffix.lower(), _json_lines)(path):
         row = rename(row, columns)
         seen.add(str(row.get("split")))
-        if wanted is None or row.get("split") is None or row["split"] in wanted:
-            yield where, row
+        if splits is None or row.get("split") is None or row["split"] in splits:
+            yield location, row
     if not seen:
         raise DataError(f"{path}: no rows; the file is empty")
-    if wanted is not None and not seen & {*wanted, "None"}:
+    if splits is not None and not seen & {*splits, "None"}:
         raise DataError(f"{path}: no rows of split {split!r}; splits: {', '.join(sorted(seen))}")
 
 
 def rename(row: dict[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
-    """The row with our keys; what `columns` does not name keeps its own.
+    """Return the row under the keys of this module; other columns keep their names.
 
     Raises:
-      ConfigError: `columns` has a key that is not ours.
+      ConfigError: `columns` has an unknown key.
     """
     if unknown := set(columns or ()) - set(KEYS):
         raise ConfigError(f"columns: unknown key {sorted(unknown)[0]!r}; known: {', '.join(KEYS)}")
@@ -75,7 +76,7 @@ def rename(row: dict[str, Any], columns: Mapping[str, str] | None) -> dict[str, 
 
 
 def pick(value: Any, path: str) -> Any:
-    """What stands at `a.b` of a row, for lists of objects a list; None if there is nothing."""
+    """Return the value at path `a.b` of a row, None if absent; a list of objects gives a list."""
     for key in path.split("."):
         if isinstance(value, Mapping):
             value = value.get(key)
@@ -94,8 +95,8 @@ def _json_lines(path: Path) -> Iterator[Row]:
     with _open(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_TEXT_BYTES), b""), 1):
             if line.strip():
-                where = f"{path}, line {number}"
-                yield where, parse(line, where)
+                location = f"{path}, line {number}"
+                yield location, parse(line, location)
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -103,17 +104,17 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _separated(path: Path, **form: Any) -> Iterator[Row]:
-    """A cell that is empty says nothing; one that is missing, or one too many, is an error."""
+    """Yield rows without their empty cells; a missing or additional cell is an error."""
     with _open(path) as file:
         reader = csv.DictReader(_text_lines(path, file), **form)
         try:
             for row in reader:
-                where = f"{path}, line {reader.line_num}"
+                location = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise DataError(f"{where}: not as many cells as the header has; mend it")
-                yield where, {key: value for key, value in row.items() if value != ""}
+                    raise DataError(f"{location}: not as many cells as the header; fix the row")
+                yield location, {key: value for key, value in row.items() if value != ""}
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num + 1}: {error}; mend it") from error
+            raise DataError(f"{path}, line {reader.line_num + 1}: {error}; fix the row") from error
 
 
 def _text_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
@@ -134,96 +135,108 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 ONE_CAPTION_A_ROW = (".csv", ".tsv")
 
 
-def parse(data: bytes, where: str) -> dict[str, Any]:
-    """One JSON object."""
-    row = decode(data, where)
+def parse(data: bytes, location: str) -> dict[str, Any]:
+    """Parse one JSON object."""
+    row = decode(data, location)
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object is expected, got {type(row).__name__}")
+        raise DataError(f"{location}: expected a JSON object, got {type(row).__name__}")
     return row
 
 
-def decode(data: bytes, where: str) -> Any:
-    """One JSON value."""
+def decode(data: bytes, location: str) -> Any:
+    """Parse one JSON value."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error}); convert the file to UTF-8") from error
+        raise DataError(f"{location}: not UTF-8 ({error}); convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); mend or remove it") from error
+        raise DataError(f"{location}: not JSON ({error}); fix or remove it") from error
 
 
-def media_name(where: str, row: dict[str, Any]) -> str:
-    """The image or clip a row is about."""
+def media_name(location: str, row: dict[str, Any]) -> str:
+    """Return the name of the image or clip of a row."""
     for key in ("image", "clip", "video"):
         if key in row:
-            return _text(row[key], f"{where}: {key}")
-    raise DataError(f"{where}: none of the keys image, clip, video; it has {', '.join(row)}")
+            return _text(row[key], f"{location}: {key}")
+    raise DataError(f"{location}: none of the keys image, clip, video; it has {', '.join(row)}")
 
 
-def texts(where: str, row: dict[str, Any]) -> Texts:
-    """The captions and the questions of one row, at least one of them.
+def texts(location: str, row: dict[str, Any]) -> Texts:
+    """Return the captions and the questions of one row, at least one of them.
 
-    Several questions are lists of one length, `answers` being a list of lists.
+    A row with several questions has lists of equal length, `answers` being a list of lists.
+
+    Raises:
+      DataError: no texts, or one that is not a string or is blank.
     """
     captions = row.get("captions", row.get("caption", []))
     captions = captions if isinstance(captions, list) else [captions]
-    captions = tuple(_text(caption, f"{where}: caption") for caption in captions)
-    asked = _each(where, row) if isinstance(row.get("question"), list) else [row]
-    qa = tuple(_question(where, one) for one in asked if "question" in one)
+    captions = tuple(_text(caption, f"{location}: caption") for caption in captions)
+    questions = _each(location, row) if isinstance(row.get("question"), list) else [row]
+    qa = tuple(_question(location, one) for one in questions if "question" in one)
     if not captions and not qa:
-        raise DataError(f"{where}: no captions and no question; add one or remove the row")
+        raise DataError(f"{location}: no captions and no question; add one or remove the row")
     return captions, qa
 
 
-def _each(where: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+def _each(location: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     keys = [key for key in ("question", "answers", "answer", "question_id", "kind") if key in row]
     lists = [row[key] for key in keys]
     if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
-        raise DataError(f"{where}: {', '.join(keys)} are not lists of one length; mend it")
+        raise DataError(f"{location}: {', '.join(keys)} are not lists of equal length; fix the row")
     return [dict(zip(keys, values, strict=True)) for values in zip(*lists, strict=True)]
 
 
-def _question(where: str, row: dict[str, Any]) -> Question:
-    question = _text(row["question"], f"{where}: question")
+def _question(location: str, row: dict[str, Any]) -> Question:
+    question = _text(row["question"], f"{location}: question")
     answers = row.get("answers", row.get("answer", []))
     answers = answers if isinstance(answers, list) else [answers]
-    answers = tuple(_text(answer, f"{where}: answer") for answer in answers)
-    kind = _text(row["kind"], f"{where}: kind") if "kind" in row else ""
+    answers = tuple(_text(answer, f"{location}: answer") for answer in answers)
+    kind = _text(row["kind"], f"{location}: kind") if "kind" in row else ""
     return Question(question, answers, kind, str(row.get("question_id", "")))
 
 
 def gather(
     rows: Iterable[tuple[str, str, dict[str, Any]]], *, repeats: bool = False
 ) -> dict[str, Texts]:
-    """The texts of each name, in order of first appearance, from (where, name, row).
+    """Return name -> texts, in order of first appearance.
 
-    Questions about one image may stand in many rows; its captions stand in one, so that an image
-    listed twice by mistake is noticed, unless `repeats`. The id of a question stands in one row.
+    Questions about an image may be in many rows. Its captions are in one row unless `repeats`, so
+    that an image that is listed twice by mistake is noticed. The id of a question is in one row.
+
+    Args:
+      rows: (location, name of the image or clip, row).
+      repeats: captions of an image may be in many rows.
+
+    Raises:
+      DataError: an unusable text, an image with captions in two rows, a duplicate id of a question.
     """
     gathered: dict[str, tuple[list[str], list[Question]]] = {}
-    captioned: dict[str, str] = {}  # where the captions of a name stand
-    asked: dict[str, str] = {}  # where the question of an id stands
-    for where, name, row in rows:
-        captions, qa = texts(where, row)
-        if captions and captioned.setdefault(name, where) != where and not repeats:
+    captioned: dict[str, str] = {}  # name -> location of its captions
+    questions: dict[str, str] = {}  # id -> location of its question
+    for location, name, row in rows:
+        captions, qa = texts(location, row)
+        if captions and captioned.setdefault(name, location) != location and not repeats:
             raise DataError(
-                f"{where}: {name!r} has captions already ({captioned[name]}); "
+                f"{location}: {name!r} has captions already ({captioned[name]}); "
                 "put all captions of an image into one row"
             )
         for id_ in (question.id for question in qa if question.id):
-            if asked.setdefault(id_, where) != where:
-                raise DataError(f"{where}: question_id {id_} is in {asked[id_]} too; keep one")
+            if questions.setdefault(id_, location) != location:
+                raise DataError(
+                    f"{location}: question_id {id_} is in {questions[id_]} too; keep one"
+                )
         all_captions, all_qa = gathered.setdefault(name, ([], []))
         all_captions.extend(captions)
         all_qa.extend(qa)
     return {name: (tuple(captions), tuple(qa)) for name, (captions, qa) in gathered.items()}
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: Any, location: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: a text is expected, got {value!r:.60}; mend or remove it")
+        raise DataError(f"{location}: expected a text, got {value!r:.60}; fix or remove it")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: holds half a character ({error}); mend it") from error
+        raise DataError(f"{location}: unpaired surrogate ({error}); fix the text") from error
     return value

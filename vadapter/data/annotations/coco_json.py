@@ -17,14 +17,14 @@ from vadapter.errors import DataError
 
 
 def rows(path: Path, document: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of each image, for `tables.read_rows`.
+    """Yield (location, row) of each image, for `annotation_tables.read_rows`.
 
     Args:
-      path: to be named in errors.
-      document: what the file says.
+      path: the file, for messages.
+      document: its parsed JSON.
 
     Raises:
-      DataError: another form, an image without captions, an id twice, captions of no image.
+      DataError: another format, an image without captions, a duplicate id, captions of no image.
     """
     if isinstance(document, list):
         for number, row in enumerate(document, 1):
@@ -35,54 +35,56 @@ def rows(path: Path, document: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     captions = _captions(path, document) if "annotations" in document else None
     seen = set()
     for number, image in enumerate(images, 1):
-        where = f"{path}, image {number}"
+        location = f"{path}, image {number}"
         if captions is None:
-            yield where, _sentences(_object(image, where), where)
+            yield location, _sentences(_object(image, location), location)
             continue
-        key, name = (_field(_object(image, where), key, where) for key in ("id", "file_name"))
+        key, name = (_field(_object(image, location), key, location) for key in ("id", "file_name"))
         if key in seen:
-            raise DataError(f"{where}: the id {key!r} is there twice; keep one")
+            raise DataError(f"{location}: duplicate id {key!r}; keep one")
         seen.add(key)
-        yield f"{where}, id {key!r}", {"image": name, "captions": captions.pop(key, [])}
+        yield f"{location}, id {key!r}", {"image": name, "captions": captions.pop(key, [])}
     if captions:
-        raise DataError(f"{path}: captions of {next(iter(captions))!r}, which is no image's id")
+        raise DataError(f"{path}: captions of {next(iter(captions))!r}, which is not an image id")
 
 
 def _captions(path: Path, document: dict[str, Any]) -> dict[Any, list[Any]]:
     captions: dict[Any, list[Any]] = {}
     for number, note in enumerate(_list(document, "annotations", str(path)), 1):
-        where = f"{path}, annotation {number}"
-        note = _object(note, where)
-        captions.setdefault(_field(note, "image_id", where), []).append(
-            _field(note, "caption", where)
+        location = f"{path}, annotation {number}"
+        note = _object(note, location)
+        captions.setdefault(_field(note, "image_id", location), []).append(
+            _field(note, "caption", location)
         )
     return captions
 
 
-def _sentences(image: dict[str, Any], where: str) -> dict[str, Any]:
-    name = _field(image, "filename", where)
+def _sentences(image: dict[str, Any], location: str) -> dict[str, Any]:
+    name = _field(image, "filename", location)
     folder = image.get("filepath", "")
-    said = [
-        _field(_object(sentence, where), "raw", where)
-        for sentence in _list(image, "sentences", where)
+    captions = [
+        _field(_object(sentence, location), "raw", location)
+        for sentence in _list(image, "sentences", location)
     ]
-    row = {"image": f"{folder}/{name}" if folder else name, "captions": said}
+    row = {"image": f"{folder}/{name}" if folder else name, "captions": captions}
     return row | ({"split": image["split"]} if "split" in image else {})
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _object(value: Any, location: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: a JSON object is expected, got {type(value).__name__}")
+        raise DataError(f"{location}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
-def _list(value: dict[str, Any], key: str, where: str) -> list[Any]:
+def _list(value: dict[str, Any], key: str, location: str) -> list[Any]:
     if not isinstance(value.get(key), list):
-        raise DataError(f"{where}: no list {key!r}; COCO's captions, Karpathy's or a list of rows?")
+        raise DataError(
+            f"{location}: no list {key!r}; expected COCO captions, Karpathy's or a list of rows"
+        )
     return value[key]
 
 
-def _field(value: dict[str, Any], key: str, where: str) -> Any:
+def _field(value: dict[str, Any], key: str, location: str) -> Any:
     if isinstance(value.get(key), dict | list | None):
-        raise DataError(f"{where}: no {key!r}; mend or remove it")
+        raise DataError(f"{location}: no {key!r}; fix or remove it")
     return value[key]

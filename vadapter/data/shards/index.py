@@ -1,9 +1,9 @@
-"""`vadapter data index`: reads a folder of shards once, so that training need not.
+"""`vadapter data index`: one pass over a folder of shards, so that training need not scan them.
 
-What is known of each shard is appended to a journal as soon as it is read, so a shard that is done
-is not read again however the command was stopped; a line torn by a kill is left out. When all are
-done the index is written as one file, and replaces the one before at one stroke. Of an index in a
-bucket the journal lies on this machine.
+The scan of each shard is appended to a journal as soon as it is finished, so that an interrupted
+command resumes after the last finished shard; a line that a kill cut short is ignored. At the end
+the index is written as one file and replaces the former one atomically. The journal of an index in
+a bucket is stored on this machine, since objects cannot be appended to.
 """
 
 import contextlib
@@ -23,27 +23,27 @@ from vadapter.data.shards.shard_set import INDEX, VERSION, assemble, differs
 from vadapter.errors import ConfigError, DataError, Problems
 from vadapter.io import storage
 
-_EVERY = 2.0  # seconds between lines of progress
 _CHUNK = 8 << 20
 
 Say = Callable[[str], Any]
 
 
-def build(folder: Path, out: Path | None = None, *, say: Say = print) -> str:
-    """Indexes all shards below a folder.
+def build(folder: Path, out: Path | None = None, *, say: Say = print, every: float = 2.0) -> str:
+    """Index all shards below a folder.
 
     Args:
       folder: searched for .tar and .parquet files, at any depth.
       out: the index file, `index.vadapter` in the folder if None.
-      say: is told the progress.
+      say: receives lines of progress.
+      every: seconds between them.
 
     Returns:
-      What was found, in words.
+      A summary: counts, what was left out, and pairs that will be masked.
 
     Raises:
-      DataError: no shards, or shards that cannot be read: all of them at once, when the others are
-        done; there is no index then.
-      ConfigError: the folder is being indexed already, or `out` is a folder.
+      DataError: no shards, or unreadable shards, which are reported together after the others are
+        finished; no index is written then.
+      ConfigError: another process indexes the folder, or `out` is a folder.
     """
     out = out or folder / INDEX
     if not storage.remote(out) and out.is_dir():
@@ -51,18 +51,18 @@ def build(folder: Path, out: Path | None = None, *, say: Say = print) -> str:
     names = _shards(folder)
     journal = out.with_name(f"{out.name}.part")
     journal = storage.cached(out, journal.name) if storage.remote(out) else journal
-    with _only_one(journal) as file:
+    with _locked(journal) as file:
         if not journal.stat().st_size:
-            _copy(out, file)
-        known = _done(file)
-        todo = [name for name in names if not _fits(folder / name, known.get(name))]
+            _copy_index(out, file)
+        entries = _entries(file)
+        todo = [name for name in names if not _unchanged(folder / name, entries.get(name))]
         problems = Problems()
-        for name in _watched(folder, todo, len(names), say):
+        for name in _with_progress(folder, todo, len(names), say, every):
             with problems.gather():
-                known[name] = _append(file, _scan_whole(folder, name))
+                entries[name] = _append(file, _scan_and_hash(folder, name))
         problems.settle()
-        made, facts = assemble(_read(file, known[name]) for name in names)
-        mmap_table.write(out, made, {"version": VERSION, "shards": facts})
+        columns, facts = assemble(_read(file, entries[name]) for name in names)
+        mmap_table.write(out, columns, {"version": VERSION, "shards": facts})
         journal.unlink()
     members, pairs, bad, skips = (
         sum(fact[key] for fact in facts) for key in ("members", "pairs", "bad", "skips")
@@ -83,19 +83,22 @@ def build(folder: Path, out: Path | None = None, *, say: Say = print) -> str:
 
 
 def verify(folder: Path, out: Path | None = None, *, say: Say = print) -> str:
-    """Reads all shards of an index again and compares their bytes with it.
+    """Read all shards of an index again and compare their SHA-256 with it.
 
     Raises:
-      DataError: no index, or shards that have changed, all of them at once.
+      DataError: no index, or shards that have changed, all of them together.
     """
     out = out or folder / INDEX
     _, metadata = mmap_table.read(out)
     digests = {fact["name"]: fact["sha256"] for fact in metadata["shards"]}
     problems = Problems()
-    for name in _watched(folder, list(digests), len(digests), say):
+    for name in _with_progress(folder, list(digests), len(digests), say):
         with problems.gather():
             if _sha256(folder / name) != digests[name]:
-                raise DataError(f"{folder / name}: not the bytes that were indexed; restore it")
+                raise DataError(
+                    f"{folder / name}: contents changed since indexing (SHA-256 "
+                    "mismatch); restore the file or index again"
+                )
     problems.settle()
     return f"{out}: {quantity(len(digests), 'shard')} unchanged"
 
@@ -116,12 +119,12 @@ def _shards(folder: Path) -> list[str]:
     return names
 
 
-def _scan_whole(folder: Path, name: str) -> Scan:
-    made = scan(folder, name)
-    made.sha256 = _sha256(folder / name)
-    if (why := differs(folder / name, dataclasses.asdict(made))) is not None:
-        raise DataError(f"{folder / name}: changed while it was read, {why}; run this again")
-    return made
+def _scan_and_hash(folder: Path, name: str) -> Scan:
+    scanned = scan(folder, name)
+    scanned.sha256 = _sha256(folder / name)
+    if (change := differs(folder / name, dataclasses.asdict(scanned))) is not None:
+        raise DataError(f"{folder / name}: changed while it was read, {change}; run this again")
+    return scanned
 
 
 def _sha256(path: Path) -> str:
@@ -136,8 +139,8 @@ def _sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _only_one(journal: Path) -> Iterator[BinaryIO]:
-    """The journal, opened to read and append by this process alone."""
+def _locked(journal: Path) -> Iterator[BinaryIO]:
+    """Open the journal to read and append, for this process alone."""
     with journal.open("a+b") as file:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,32 +154,32 @@ def _only_one(journal: Path) -> Iterator[BinaryIO]:
 
 
 class _Entry(NamedTuple):
-    """Where a shard's line stands in the journal, and the file it is about."""
+    """The byte offset of a shard's line in the journal, and the size and time of its file."""
 
     place: int
     size: int
     mtime_ns: int
 
 
-def _done(file: BinaryIO) -> dict[str, _Entry]:
-    """The shards of a journal; a torn line is ended, so that the next one starts afresh."""
+def _entries(file: BinaryIO) -> dict[str, _Entry]:
+    """Return the entries of a journal; end a line that was cut short, so that the next is valid."""
     file.seek(0)
-    known, place, line = {}, 0, b"\n"
+    entries, place, line = {}, 0, b"\n"
     for line in file:
         with contextlib.suppress(ValueError, TypeError):
-            made = Scan(**json.loads(line))
-            known[made.name] = _Entry(place, made.size, made.mtime_ns)
+            scanned = Scan(**json.loads(line))
+            entries[scanned.name] = _Entry(place, scanned.size, scanned.mtime_ns)
         place += len(line)
     if not line.endswith(b"\n"):
         file.write(b"\n")
-    return known
+    return entries
 
 
-def _append(file: BinaryIO, made: Scan) -> _Entry:
+def _append(file: BinaryIO, scanned: Scan) -> _Entry:
     place = file.seek(0, os.SEEK_END)
-    file.write(json.dumps(dataclasses.asdict(made)).encode() + b"\n")
+    file.write(json.dumps(dataclasses.asdict(scanned)).encode() + b"\n")
     file.flush()
-    return _Entry(place, made.size, made.mtime_ns)
+    return _Entry(place, scanned.size, scanned.mtime_ns)
 
 
 def _read(file: BinaryIO, entry: _Entry) -> Scan:
@@ -184,42 +187,44 @@ def _read(file: BinaryIO, entry: _Entry) -> Scan:
     return Scan(**json.loads(file.readline()))
 
 
-def _fits(path: Path, entry: _Entry | None) -> bool:
+def _unchanged(path: Path, entry: _Entry | None) -> bool:
     return entry is not None and differs(path, entry._asdict()) is None
 
 
-def _copy(out: Path, file: BinaryIO) -> None:
-    """Starts a journal with what an earlier index knows, if it can be read."""
+def _copy_index(out: Path, file: BinaryIO) -> None:
+    """Fill a new journal from an earlier index, if that can be read."""
     try:
-        made, metadata = mmap_table.read(out)
+        columns, metadata = mmap_table.read(out)
     except DataError:
         return
     if metadata.get("version") != VERSION:
         return
-    names = mmap_table.Strings(made["names"], made["name_ends"])
-    texts = mmap_table.Strings(made["texts"], made["text_ends"])
+    names = mmap_table.Strings(columns["names"], columns["name_ends"])
+    texts = mmap_table.Strings(columns["texts"], columns["text_ends"])
     first = pair = 0
     for fact in metadata["shards"]:
         count, pairs = fact.pop("members"), fact.pop("pairs")
         members = [
-            (names[row].decode(), int(made["offsets"][row]), int(made["sizes"][row]))
+            (names[row].decode(), int(columns["offsets"][row]), int(columns["sizes"][row]))
             for row in range(first, first + count)
         ]
-        media = [int(m) - first if m >= 0 else -1 for m in made["media"][pair : pair + pairs]]
+        media = [int(m) - first if m >= 0 else -1 for m in columns["media"][pair : pair + pairs]]
         words = [texts[row].decode() for row in range(pair, pair + pairs)]
         both = list(zip(media, words, strict=True))
         _append(file, Scan(**fact, members=members, pairs=both))
         first, pair = first + count, pair + pairs
 
 
-def _watched(folder: Path, names: list[str], total: int, say: Say) -> Iterator[str]:
+def _with_progress(
+    folder: Path, names: list[str], total: int, say: Say, every: float = 2.0
+) -> Iterator[str]:
     """Yield the names one by one, and report the progress."""
     paths = {name: folder / name for name in names}
     sizes = {n: storage.facts(path)["size"] for n, path in paths.items() if path.is_file()}
     before = total - len(names)
     if before:
         say(f"resuming: {before:,} of {quantity(total, 'shard')} already done")
-    progress = Progress(str(folder), sum(sizes.values()), every=_EVERY, say=say, amount=size)
+    progress = Progress(str(folder), sum(sizes.values()), every=every, say=say, amount=size)
     for number, name in enumerate(names, before + 1):
         yield name
         progress.advance(sizes.get(name, 0), f"{number:,}/{total:,} shards")

@@ -1,10 +1,10 @@
 """Millions of small records as a few arrays, in memory or mapped from one file.
 
-A Python object takes some hundred bytes and must be pickled forevery worker; a column takes the
+A Python object takes some hundred bytes and must be pickled for every worker; a column takes the
 bytes of its values, and workers share a mapped file.
 
-File: the safetensors layout (u64 length, JSON header, data), so any safetensors reader opens it;
-the header's metadata holds their own and the sha256 of all.
+File: the safetensors layout (u64 length, JSON header, data), so that any safetensors reader opens
+it; the header holds the table's metadata and the SHA-256 of everything.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ Columns = dict[str, np.ndarray]
 
 
 class Strings:
-    """n byte strings, one after the other: u8[sum of lengths] and where each ends, i64[n]."""
+    """n concatenated byte strings: the data u8[sum of lengths], and the end of each, i64[n]."""
 
     def __init__(self, data: np.ndarray, ends: np.ndarray):
         self.data, self.ends = data, ends
 
     @classmethod
     def pack(cls, items: Iterable[bytes]) -> "Strings":
-        """From byte strings, which are read once."""
+        """Return byte strings as columns; the iterable is read once."""
         data, ends = bytearray(), []
         for item in items:
             data += item
@@ -50,7 +50,7 @@ class Strings:
 
 
 def write(path: Path, columns: Columns, metadata: Mapping[str, Any]) -> None:
-    """Writes a file of columns: all of it or nothing, whenever the process is killed.
+    """Write a file of columns atomically, so that a killed process leaves no part of one.
 
     Args:
       columns: u8, u64 or i64 arrays of one dimension.
@@ -63,9 +63,11 @@ def write(path: Path, columns: Columns, metadata: Mapping[str, Any]) -> None:
 def _write(path: Path, columns: Columns, metadata: Mapping[str, Any]) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.new")
     words = json.dumps(metadata)
-    found = {"sha256": digest(columns, words), "words": words}
+    # "words" is the metadata as text, since the digest is of these exact bytes.
+    header = {"sha256": digest(columns, words), "words": words}
     try:
-        save_file(columns, part, metadata={"index": json.dumps(found)})  # one: they have no order
+        # One key: safetensors does not keep the order of several.
+        save_file(columns, part, metadata={"index": json.dumps(header)})
         with open(part, "r+b") as file:
             os.fsync(file.fileno())
         part.chmod(0o644)
@@ -75,14 +77,16 @@ def _write(path: Path, columns: Columns, metadata: Mapping[str, Any]) -> None:
 
 
 def read(path: Path, *, verify: bool = True) -> tuple[Columns, dict[str, Any]]:
-    """(columns, metadata) of a file; the columns are mapped, not read. One of a bucket is kept on
-    this machine's disk.
+    """Return (columns, metadata) of a file; the columns are memory-mapped.
+
+    A file in a bucket is first copied to a cache on this machine's disk.
 
     Args:
+      path: the file.
       verify: compare the digest, which reads the file once.
 
     Raises:
-      DataError: missing, not such a file, cut short or damaged.
+      DataError: missing, of another format, truncated or corrupt.
     """
     try:
         copy = storage.local_copy(path)
@@ -91,21 +95,21 @@ def read(path: Path, *, verify: bool = True) -> tuple[Columns, dict[str, Any]]:
             if length > _MAX_HEADER:
                 raise ValueError("no header")
             header = json.loads(file.read(length))
-        found = json.loads(header.pop("__metadata__")["index"])
+        stored = json.loads(header.pop("__metadata__")["index"])
         columns = {
             name: _map(copy, _DTYPES[entry["dtype"]], 8 + length, entry)
             for name, entry in header.items()
         }
-        if verify and digest(columns, found["words"]) != found["sha256"]:
-            raise ValueError("its bytes have changed")
-        metadata = json.loads(found["words"])
+        if verify and digest(columns, stored["words"]) != stored["sha256"]:
+            raise ValueError("SHA-256 mismatch")
+        metadata = json.loads(stored["words"])
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a readable index ({error}); remove it") from error
     return columns, metadata
 
 
 def digest(columns: Columns, words: str) -> str:
-    """The sha256 in hex of names, contents and metadata."""
+    """Return the SHA-256 (hex) of the columns' names and contents and of the metadata."""
     total = hashlib.sha256(words.encode())
     for name in sorted(columns):
         total.update(name.encode())
@@ -117,9 +121,9 @@ def _map(path: Path, dtype: Any, base: int, entry: dict[str, Any]) -> np.ndarray
     start, end = entry["data_offsets"]
     (count,) = entry["shape"]
     if end - start != count * np.dtype(dtype).itemsize or start < 0:
-        raise ValueError("a column of another length than its header says")
-    if not count:  # an empty map is an error
+        raise ValueError("the length of a column contradicts the header")
+    if not count:  # an empty file region cannot be mapped
         return np.zeros(0, dtype)
     if base + end > path.stat().st_size:
-        raise ValueError("cut short")
+        raise ValueError("truncated")
     return np.memmap(path, dtype, "r", base + start, (count,))

@@ -1,8 +1,8 @@
-"""Parquet files read by row group.
+"""Parquet files, read by row group.
 
-A parquet file's unit of reading is the row group: a sample costs the reading and decompression of
-its group's wanted columns, and the last few groups of a thread's neighbors are kept. Files for
-training should have small groups (`row_group_size=100`, as the hub's image data sets have).
+A row group is the unit of reading: a sample costs reading and decompressing the requested columns
+of its group, and the last few groups are cached. Files for training should have small groups
+(`row_group_size=100`, as image data sets on the Hugging Face Hub have).
 """
 
 import functools
@@ -13,15 +13,15 @@ from typing import Any
 from vadapter.errors import DataError
 
 MAX_GROUP_BYTES = 1 << 30
-_KEPT = 4  # row groups a process keeps
-_lock = threading.Lock()  # neither a file nor the cache is read by two threads at once
+_CACHED_GROUPS = 4  # per process
+_lock = threading.Lock()  # a ParquetFile is not thread-safe, nor may two threads load one group
 
 
 def row_groups(path: Path) -> list[int]:
-    """The rows of each row group.
+    """Return the number of rows of each row group.
 
     Raises:
-      DataError: not a parquet file, damaged, or row groups of more than 1 GiB.
+      DataError: not a parquet file, corrupt, or row groups of more than 1 GiB.
     """
     footer = _open(path).metadata
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
@@ -34,31 +34,34 @@ def row_groups(path: Path) -> list[int]:
 
 
 def column_names(path: Path) -> list[str]:
-    """The names of the columns; raises as `row_groups`."""
+    """Return the names of the columns; raises as `row_groups`."""
     return list(_open(path).schema_arrow.names)
 
 
 def read_row(path: str, version: tuple[int, int], group: int, row: int, names: tuple[str, ...]):
-    """One row as a dict, of the columns `names`.
+    """Return the columns `names` of one row.
 
     Args:
-      version: (size, mtime_ns) of the file, as it was when its row groups were counted.
-      group, row: the row group, and the row in it.
+      path: the file.
+      version: (size, mtime_ns) of the file when its row groups were counted.
+      group: number of the row group.
+      row: number of the row in it.
+      names: columns to read.
 
     Raises:
-      DataError: the file is gone, has changed or is damaged.
+      DataError: the file is missing, has changed or is corrupt.
     """
     with _lock:
         table = _group(path, version, group, names)
     return {name: table.column(name)[row].as_py() for name in names}
 
 
-@functools.lru_cache(maxsize=_KEPT)
+@functools.lru_cache(maxsize=_CACHED_GROUPS)
 def _group(path: str, version: tuple[int, int], group: int, names: tuple[str, ...]) -> Any:
     try:
         status = Path(path).stat()
         if (status.st_size, status.st_mtime_ns) != version:
-            raise DataError(f"{path}: changed since it was indexed; start again with it")
+            raise DataError(f"{path}: changed since it was indexed; restart to use it")
         return _file(path, version).read_row_group(group, columns=list(names), use_threads=False)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise DataError(

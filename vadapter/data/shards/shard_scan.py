@@ -1,11 +1,12 @@
-"""What one shard holds, as an index keeps it.
+"""The contents of one shard, as an index stores them.
 
-A tar's members are its files; its texts are those that lie in it beside the media, as webdataset
-and img2dataset write them: `key.jpg` (or .png, .webp, .mp4, .avi, .webm, .gif) with `key.txt` (one
-caption) or `key.json` (a row as in `annotation_tables`; img2dataset's has the key "caption" among
-many others). The key is the name to its first dot. Of a parquet file the members are its row
-groups, with the number of their first row in the place of the offset, and of their rows in that of
-the size.
+The members of a tar are its files. Its texts may be stored beside the media, as webdataset and
+img2dataset write them: `key.jpg` (or .png, .webp, .mp4, .avi, .webm, .gif) with `key.txt` (one
+caption) or `key.json` (a row as in `annotation_tables`; that of img2dataset has the key "caption"
+among many others). The key is the name up to its first dot.
+
+The members of a parquet file are its row groups; the number of the first row takes the place of the
+offset, the number of rows that of the size.
 """
 
 import dataclasses
@@ -21,26 +22,27 @@ from vadapter.data.shards import tar
 from vadapter.errors import DataError
 
 MEDIA = IMAGE_SUFFIXES | CLIP_SUFFIXES
-_KEPT = 100  # reasons a shard; the others are counted
+_MAX_REASONS = 100  # per shard; the others are only counted
 
 
 @dataclasses.dataclass
 class Scan:
-    """One shard.
+    """The scan of one shard.
 
     Attributes:
       name: its path, relative to the folder.
-      size, mtime_ns: of the file; another of them is another file.
+      size, mtime_ns: of the file; if they differ, it is another file.
       sha256: of all its bytes, "" where they were not read.
       members: (name, offset, size), in the order of the shard.
-      skipped: name -> why this member is not among them; some of them.
-      skips: how many there are.
-      pairs: (the media's place in `members`, or -1; JSON of [key, captions, questions, fault]).
+      skipped: name -> why the member is not in `members`, at most `_MAX_REASONS` of them.
+      skips: number of members that were skipped.
+      pairs: (index of the media in `members`, or -1; JSON of [key, captions, questions, fault]).
         The texts of a pair with a fault are empty: it keeps its place, and is masked.
-      suffixes: those of the pairs' media.
-      bad: how many pairs have a fault; first_bad: the first of them.
-      fault: why it has no pairs at all, or none that can be told apart; "" if it has.
-      digest: the sha256 of members and pairs.
+      suffixes: suffixes of the pairs' media.
+      bad: number of pairs with a fault.
+      first_bad: the first such fault.
+      fault: why the shard has no pairs, or ambiguous ones; "" if it has pairs.
+      digest: the SHA-256 of members and pairs.
     """
 
     name: str
@@ -59,31 +61,31 @@ class Scan:
 
 
 def scan(folder: Path, name: str) -> Scan:
-    """Reads the headers of a shard, and the texts in it.
+    """Read the headers of a shard, and the texts in it.
 
     Raises:
-      DataError: missing, torn or damaged, no shard at all, or a name twice.
+      DataError: missing, truncated or corrupt, not a shard, or a duplicate name.
     """
-    made = SCANNERS[PurePosixPath(name).suffix](folder / name, name)
-    made.digest = hashlib.sha256(json.dumps([made.members, made.pairs]).encode()).hexdigest()
-    return made
+    result = SCANNERS[PurePosixPath(name).suffix](folder / name, name)
+    result.digest = hashlib.sha256(json.dumps([result.members, result.pairs]).encode()).hexdigest()
+    return result
 
 
 def _scan_tar(path: Path, name: str) -> Scan:
     index = tar.scan(path, MEDIA | {".txt", ".json"})
-    made = Scan(
+    result = Scan(
         name,
         index.shard.size,
         index.shard.mtime_ns,
         members=[(member, *span) for member, span in index.members.items()],
-        skipped=dict(list(index.skipped.items())[:_KEPT]),
+        skipped=dict(list(index.skipped.items())[:_MAX_REASONS]),
         skips=len(index.skipped),
     )
-    _pair(made, index, str(path))
-    return made
+    _pair(result, index, str(path))
+    return result
 
 
-def _pair(made: Scan, index: tar.TarIndex, path: str) -> None:
+def _pair(result: Scan, index: tar.TarIndex, path: str) -> None:
     groups: dict[str, dict[str, str]] = {}  # key -> {"media" | ".txt" | ".json": member}
     for name in index.members:
         folder, slash, base = name.rpartition("/")
@@ -91,50 +93,50 @@ def _pair(made: Scan, index: tar.TarIndex, path: str) -> None:
         suffix = PurePosixPath(name).suffix.lower()
         slot = "media" if suffix in MEDIA else suffix
         if groups.setdefault(key, {}).setdefault(slot, name) != name:
-            made.fault = f"{path}: {name!r} is the second {slot} of {key!r}; keep one"
+            result.fault = f"{path}: {name!r} is a second {slot} of {key!r}; keep one"
             return
     if groups and all(group.keys() == {"media"} for group in groups.values()):
-        made.fault = _half(path, *next(iter(groups.items())))  # not worth an entry each
+        result.fault = _missing_half(path, *next(iter(groups.items())))  # images alone: no entries
         return
     place = {name: number for number, name in enumerate(index.members)}
     for key, group in groups.items():
-        captions, qa, fault = _words(index, path, key, group)
+        captions, qa, fault = _texts(index, path, key, group)
         if fault:
-            made.bad += 1
-            made.first_bad = made.first_bad or fault
+            result.bad += 1
+            result.first_bad = result.first_bad or fault
         media = place[group["media"]] if "media" in group else -1
-        made.pairs.append((media, json.dumps([key, captions, qa, fault])))
+        result.pairs.append((media, json.dumps([key, captions, qa, fault])))
     names = (PurePosixPath(group["media"]) for group in groups.values() if "media" in group)
-    made.suffixes = sorted({name.suffix.lower() for name in names})
+    result.suffixes = sorted({name.suffix.lower() for name in names})
 
 
-def _words(index: tar.TarIndex, path: str, key: str, group: dict[str, str]) -> Any:
+def _texts(index: tar.TarIndex, path: str, key: str, group: dict[str, str]) -> Any:
     text = group.get(".txt", group.get(".json", ""))
     if not text or "media" not in group:
-        return (), (), _half(path, key, group)
-    where = f"{path}: {text}"
+        return (), (), _missing_half(path, key, group)
+    location = f"{path}: {text}"
     try:
         if index.members[text][1] > annotation_tables.MAX_TEXT_BYTES:
-            raise DataError(f"{where}: a text has at most {annotation_tables.MAX_TEXT_BYTES} bytes")
-        return *annotation_tables.texts(where, _row(index.read(text), where, text)), ""
+            raise DataError(f"{location}: longer than {annotation_tables.MAX_TEXT_BYTES} bytes")
+        return *annotation_tables.texts(location, _row(index.read(text), location, text)), ""
     except DataError as error:
         return (), (), str(error)
 
 
-def _half(path: str, key: str, group: dict[str, str]) -> str:
+def _missing_half(path: str, key: str, group: dict[str, str]) -> str:
     return (
         f"{path}: {key!r} has only {', '.join(group.values())}; add the missing half, or put the "
         "texts beside the shards, in captions.jsonl or qa.jsonl"
     )
 
 
-def _row(data: bytes, where: str, name: str) -> dict[str, Any]:
+def _row(data: bytes, location: str, name: str) -> dict[str, Any]:
     if name.lower().endswith(".json"):
-        return annotation_tables.parse(data, where)
+        return annotation_tables.parse(data, location)
     try:
         return {"caption": data.decode("utf-8-sig")}
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error}); write the shard again") from error
+        raise DataError(f"{location}: not UTF-8 ({error}); write the shard again") from error
 
 
 def _scan_parquet(path: Path, name: str) -> Scan:

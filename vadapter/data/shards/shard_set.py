@@ -1,8 +1,8 @@
-"""Sets of shards: which files they are, what they hold, and whether an index still fits them.
+"""Sets of shards: their files, their contents, and whether an index still matches them.
 
-Without an index the shards are scanned whenever a source is built. With one, which
-`vadapter data index FOLDER` writes (see `index`), only the sizes and times of the
-files are looked at. Both give the same source, with the same fingerprint.
+Without an index the shards are scanned whenever a source is built. With one, written by
+`vadapter data index FOLDER` (see `index`), only the sizes and times of the files are checked. Both
+give the same source, with the same fingerprint.
 """
 
 import collections
@@ -22,7 +22,7 @@ from vadapter.data.shards.shard_scan import Scan, scan
 from vadapter.errors import ConfigError, DataError
 from vadapter.io import storage
 
-INDEX = "index.vadapter"  # its name, beside the shards
+INDEX = "index.vadapter"  # file name of an index, beside the shards
 VERSION = 1
 _FACTS = ("name", "size", "mtime_ns", "sha256", "skipped", "skips", "suffixes", "bad",
           "first_bad", "fault", "digest")  # fmt: skip
@@ -30,17 +30,18 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def find(folder: Path, suffix: str, split: str | None, pattern: str | None) -> list[str]:
-    """The names of the shards of a split, or those of a pattern, in order.
+    """Return the names of the shards of a split, or of a pattern, in order.
 
     Args:
+      folder: folder of the shards.
       suffix: ".tar" or ".parquet".
-      split: shards `<split>-NNN` or `<split>-NNN-of-NNN`; a number that is missing is an error.
-      pattern: instead, a glob, of what is there; or a range `{00000..00099}.tar`, all of which
-        must be there.
+      split: shards `<split>-NNN` or `<split>-NNN-of-NNN`; a missing number is an error.
+      pattern: instead of a split, a glob, which matches existing files; or a range such as
+        `{00000..00099}.tar`, all of which must exist.
 
     Raises:
       ConfigError: neither split nor pattern.
-      DataError: there are none, or one is missing.
+      DataError: no shards, or one is missing.
     """
     if pattern is not None:
         return _matching(folder, pattern)
@@ -56,7 +57,7 @@ def find(folder: Path, suffix: str, split: str | None, pattern: str | None) -> l
         there = {re.split(r"-\d+\b", path.name)[0] for path in folder.glob(f"*-*{suffix}")}
         raise DataError(
             f"{folder}: no shards {split}-NNN{suffix}; "
-            + (f"splits there: {', '.join(sorted(there))}" if there else "check the path")
+            + (f"splits in the folder: {', '.join(sorted(there))}" if there else "check the path")
         )
     numbers = collections.Counter(number for number, _, _ in found)
     first = min(found[0][0], 1)
@@ -64,8 +65,8 @@ def find(folder: Path, suffix: str, split: str | None, pattern: str | None) -> l
         if numbers[number] != 1:
             raise DataError(
                 f"{folder}: shard number {number} of {split!r} is "
-                f"{'there twice' if numbers[number] else 'missing'} ({len(found)} are there); "
-                "restore it, or name the shards to read by a pattern"
+                f"{'duplicated' if numbers[number] else 'missing'} ({len(found)} exist); "
+                "restore it, or select shards by a pattern"
             )
     return [name for _, _, name in found]
 
@@ -89,7 +90,7 @@ def _matching(folder: Path, pattern: str) -> list[str]:
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """The names that a pattern with ranges stands for."""
+    """Yield the names of a pattern with ranges."""
     if not (match := _RANGE.search(pattern)):
         yield pattern
         return
@@ -100,21 +101,21 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def assemble(scans: Iterable[Scan]) -> tuple[Columns, list[dict[str, Any]]]:
-    """(columns, facts of each shard) of scanned shards, which are read once and let go."""
+    """Return (columns, facts of each shard) of scanned shards; the iterable is read once."""
     facts, arrays, before = [], [], 0
-    for made in scans:
-        names = [name.encode() for name, _, _ in made.members]
-        spans = np.array([span for _, *span in made.members], np.int64).reshape(-1, 2)
+    for shard in scans:
+        names = [name.encode() for name, _, _ in shard.members]
+        spans = np.array([span for _, *span in shard.members], np.int64).reshape(-1, 2)
         packed = Strings.pack(names)
-        texts = Strings.pack(text.encode() for _, text in made.pairs)
+        texts = Strings.pack(text.encode() for _, text in shard.pairs)
         arrays.append({
             "names": packed.data, "name_ends": packed.ends, "hashes": _hashes(names),
             "offsets": spans[:, 0], "sizes": spans[:, 1],
-            "media": np.array([before + m if m >= 0 else m for m, _ in made.pairs], np.int64),
+            "media": np.array([before + m if m >= 0 else m for m, _ in shard.pairs], np.int64),
             "texts": texts.data, "text_ends": texts.ends,
         })  # fmt: skip
-        counts = {"members": len(names), "pairs": len(made.pairs)}
-        facts.append({key: getattr(made, key) for key in _FACTS} | counts)
+        counts = {"members": len(names), "pairs": len(shard.pairs)}
+        facts.append({key: getattr(shard, key) for key in _FACTS} | counts)
         before += len(names)
     joined = {key: np.concatenate([a[key] for a in arrays]) for key in arrays[0]} if arrays else {}
     _shift(joined, "name_ends", [len(a["names"]) for a in arrays], [f["members"] for f in facts])
@@ -123,7 +124,7 @@ def assemble(scans: Iterable[Scan]) -> tuple[Columns, list[dict[str, Any]]]:
 
 
 def _shift(joined: Columns, key: str, lengths: list[int], counts: list[int]) -> None:
-    """Ends that were counted from the start of each shard, counted from the start of all."""
+    """Turn ends relative to each shard into ends relative to the first, in place."""
     if joined:
         joined[key] += np.repeat(np.cumsum([0, *lengths[:-1]]), counts)
 
@@ -135,14 +136,14 @@ def _hashes(names: Sequence[bytes]) -> np.ndarray:
 
 @dataclasses.dataclass
 class ShardSet:
-    """Some shards of a folder, and all that is known of them.
+    """Shards of a folder and their contents.
 
     Attributes:
-      folder: where they are.
-      facts: of each, see `Scan`, with the numbers of its members and pairs.
-      index: the file that says so, None if they were scanned.
-      rows: of each shard, the first of its members and of its pairs in `columns`.
-      columns: those of the index or of the scans.
+      folder: folder of the shards.
+      facts: the fields of each shard's `Scan`, with the numbers of its members and pairs.
+      rows: for each shard, the rows of its first member and of its first pair in `columns`.
+      columns: columns of the index or of the scans.
+      index: the index file, None if the shards were scanned.
     """
 
     folder: Path
@@ -157,7 +158,8 @@ class ShardSet:
         self.shards = [
             tar.Shard(str(self.folder / f["name"]), f["size"], f["mtime_ns"]) for f in self.facts
         ]
-        # By their place in the columns; of shards that start at one place all but one are empty.
+        # Sorted by first row, to find the shard of a member; of shards with one start all but the
+        # last are empty.
         starts = np.array([first for first, _ in self.rows], np.int64)
         self._order = np.lexsort(([f["members"] for f in self.facts], starts))
         self._starts = starts[self._order]
@@ -172,36 +174,37 @@ class ShardSet:
         self.__init__(**state)
 
     def members(self) -> np.ndarray:
-        """The rows of all members, i64[n], in the order of the shards."""
+        """Return the rows of all members, i64[n], in the order of the shards."""
         return _ranges((first, f["members"]) for (first, _), f in self._both())
 
     def pairs(self) -> np.ndarray:
-        """The rows of all pairs, i64[n], in the order of the shards."""
+        """Return the rows of all pairs, i64[n], in the order of the shards."""
         return _ranges((first, f["pairs"]) for (_, first), f in self._both())
 
     def media(self, pair: int) -> int:
-        """The row of the member that is a pair's media, -1 if it has none."""
+        """Return the row of the member with a pair's media, -1 if it has none."""
         return int(self.columns["media"][pair])
 
     def name(self, member: int) -> str:
+        """Return the name of a member."""
         return self.names[member].decode()
 
     def span(self, member: int) -> tuple[int, int, int]:
-        """(which shard, offset, size) of a member."""
+        """Return (number of the shard, offset, size) of a member."""
         shard = int(self._order[np.searchsorted(self._starts, member, "right") - 1])
         return shard, int(self.columns["offsets"][member]), int(self.columns["sizes"][member])
 
     def read(self, member: int) -> bytes:
-        """The bytes of a member.
+        """Return the bytes of a member.
 
         Raises:
-          DataError: the shard is gone or has changed.
+          DataError: the shard is missing or has changed.
         """
         shard, offset, size = self.span(member)
         return self.shards[shard].read(offset, size)
 
     def find(self, names: Sequence[str]) -> list[int]:
-        """The row of each name's member, -1 for those that there are not."""
+        """Return the row of each name's member, -1 where there is none."""
         rows = self.members()
         hashes = self.columns["hashes"][rows]
         order = np.argsort(hashes, kind="stable")
@@ -239,48 +242,50 @@ def _ranges(pieces: Iterable[tuple[int, int]]) -> np.ndarray:
 
 
 def open_shards(folder: Path, names: list[str], index: str | Path | None) -> ShardSet:
-    """The shards of a folder, from its index where there is one.
+    """Return shards of a folder, from its index if there is one.
 
     Args:
-      names: of the shards, relative to the folder.
-      index: the index file; None looks for `index.vadapter` in the folder, and scans the shards
-        where there is none.
+      folder: folder of the shards.
+      names: names of the shards, relative to the folder.
+      index: the index file; if None, `index.vadapter` in the folder, and the shards are scanned if
+        it does not exist.
 
     Raises:
-      DataError: a shard that cannot be read, or an index that does not fit the shards.
+      DataError: an unreadable shard, or an index that does not match the shards.
     """
     path = storage.as_path(index) if index else folder / INDEX
     if not index and not path.is_file():
-        made, facts = assemble(scan(folder, name) for name in names)
-        return ShardSet(folder, facts, _firsts(facts), made)
-    made, metadata = mmap_table.read(path)
+        columns, facts = assemble(scan(folder, name) for name in names)
+        return ShardSet(folder, facts, _firsts(facts), columns)
+    columns, metadata = mmap_table.read(path)
     remedy = f"run `vadapter data index {folder}{f' --out {path}' if index else ''}`"
     if metadata.get("version") != VERSION:
         raise DataError(f"{path}: written by another version; {remedy}")
     facts = metadata["shards"]
-    known = {fact["name"]: (fact, row) for fact, row in zip(facts, _firsts(facts), strict=True)}
+    indexed = {fact["name"]: (fact, row) for fact, row in zip(facts, _firsts(facts), strict=True)}
     for name in names:
-        if name not in known:
-            raise DataError(f"{path}: does not know the shard {name}; {remedy}")
-        if (why := differs(folder / name, known[name][0])) is not None:
-            raise DataError(f"{path}: no longer fits {folder / name}, {why}; {remedy}")
-    chosen = [known[name] for name in names]
-    return ShardSet(folder, [f for f, _ in chosen], [r for _, r in chosen], made, path)
+        if name not in indexed:
+            raise DataError(f"{path}: has no shard {name}; {remedy}")
+        if (change := differs(folder / name, indexed[name][0])) is not None:
+            raise DataError(f"{path}: does not match {folder / name}, {change}; {remedy}")
+    chosen = [indexed[name] for name in names]
+    return ShardSet(folder, [f for f, _ in chosen], [r for _, r in chosen], columns, path)
 
 
 def differs(path: Path, fact: dict[str, Any]) -> str | None:
-    """How a file differs from what is known of it, None if it does not as far as its status says.
+    """Return how the size or time of a file differs from its facts, None if they agree.
 
     Args:
-      fact: with its size and mtime_ns.
+      path: the file.
+      fact: its "size" and "mtime_ns" when it was indexed.
     """
     if not path.is_file():
-        return "which is gone"
+        return "which is missing"
     now = storage.facts(path)
     if now["size"] != fact["size"]:
         return f"which has {now['size']} bytes and had {fact['size']}"
     if now["mtime_ns"] != fact["mtime_ns"]:
-        return "which was written to since"
+        return "which was modified since"
     return None
 
 

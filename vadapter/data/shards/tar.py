@@ -3,7 +3,7 @@
 Nothing is ever extracted, so a member's name is only a key and cannot reach the file system.
 Only regular files of allowed types and sizes enter the index; links, devices, sparse files and
 names that climb out of the archive are left out, with the reason. Of a shard in a bucket only the
-ranges of bytes that are wanted are fetched.
+requested byte ranges are fetched.
 
 Format: POSIX.1-1988 ustar, with pax and GNU long names, uncompressed.
 """
@@ -24,7 +24,7 @@ _HEADER_ERRORS = (tarfile.TarError, OSError, ValueError, ArithmeticError, Lookup
 
 
 class _Handle:
-    """An open file that closes when its last reader lets go of it."""
+    """An open file that is closed when the last reference to it is dropped."""
 
     fd = -1
 
@@ -38,8 +38,8 @@ class _Handle:
 
 @functools.lru_cache(maxsize=128)
 def _handle(path: str, size: int, mtime_ns: int) -> _Handle:
-    """One open file a shard, process and version; reading by offset makes sharing it safe."""
-    del size, mtime_ns  # a file that replaces another is opened again
+    """Return the one open file of a shard's version; reads by offset make it safe to share."""
+    del size, mtime_ns  # part of the key: a file that replaces another is opened again
     return _Handle(path)
 
 
@@ -48,7 +48,9 @@ class Shard:
     """Bytes of one tar file by position. Holds no open file: pickle, fork and threads are safe.
 
     Attributes:
-      path: of the file; size: in bytes; mtime_ns: see `storage.facts`.
+      path: path of the file.
+      size: its size in bytes when it was indexed.
+      mtime_ns: its modification time then, see `storage.facts`.
     """
 
     path: str
@@ -56,10 +58,10 @@ class Shard:
     mtime_ns: int
 
     def read(self, offset: int, size: int) -> bytes:
-        """The `size` bytes at `offset`.
+        """Return the `size` bytes at `offset`.
 
         Raises:
-          DataError: the file is gone, cannot be read, or has changed since it was indexed.
+          DataError: the file is missing, unreadable, or has changed since it was indexed.
         """
         if storage.remote(self.path):
             return self._fetch(offset, size)
@@ -70,7 +72,7 @@ class Shard:
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error}); restore the shard") from error
         if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns) or len(data) != size:
-            raise DataError(f"{self.path}: changed since it was indexed; start again with it")
+            raise DataError(f"{self.path}: changed since it was indexed; restart to use it")
         return data
 
     def _fetch(self, offset: int, size: int) -> bytes:
@@ -78,7 +80,7 @@ class Shard:
             return storage.read_range(self.path, offset, size, self.mtime_ns)
         except FileNotFoundError as error:
             raise DataError(
-                f"{self.path}: gone or changed since it was indexed; start again with it"
+                f"{self.path}: gone or changed since it was indexed; restart to use it"
             ) from error
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error})") from error
@@ -86,10 +88,10 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class TarIndex:
-    """What one shard holds.
+    """The members of one shard.
 
     Attributes:
-      shard: the file.
+      shard: the tar file.
       members: name -> (offset, size) of the content in bytes, in the order of the archive.
       skipped: name -> why this member is not in `members`.
     """
@@ -99,22 +101,22 @@ class TarIndex:
     skipped: dict[str, str]
 
     def read(self, name: str) -> bytes:
-        """The content of the member `name`; KeyError if the index has none."""
+        """Return the content of the member `name`; KeyError if it is not in the index."""
         return self.shard.read(*self.members[name])
 
 
 def scan(
     path: str | Path, suffixes: Collection[str], *, max_bytes: int = MAX_MEMBER_BYTES
 ) -> TarIndex:
-    """Indexes a tar file by reading its headers only.
+    """Index a tar file by reading its headers only.
 
     Args:
       path: an uncompressed tar file.
-      suffixes: the allowed endings, lower case, such as ".jpg"; names are compared in lower case.
-      max_bytes: a larger member is left out.
+      suffixes: allowed suffixes in lower case, such as ".jpg"; case is ignored in names.
+      max_bytes: size above which a member is left out.
 
     Raises:
-      DataError: not a plain tar file, cut short, damaged between members, or a name twice.
+      DataError: not a plain tar file, truncated, corrupt between members, or a duplicate name.
     """
     path = storage.as_path(path)
     if not path.is_file():  # also keeps a FIFO from blocking the open
@@ -130,13 +132,13 @@ def scan(
             ) as archive,
         ):
             while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore  # tarfile keeps a kilobyte for each
+                archive.members.clear()  # type: ignore  # tarfile keeps 1 kB per member
                 if member.isdir():
                     continue
                 if reason := _refusal(member, suffixes, max_bytes):
                     skipped[member.name] = reason
                 elif member.name in members:
-                    raise DataError(f"{path}: holds {member.name!r} twice; write the shard again")
+                    raise DataError(f"{path}: contains {member.name!r} twice; write it again")
                 elif member.offset_data + member.size > facts["size"]:
                     raise DataError(f"{path}: ends inside {member.name!r}; copy the shard again")
                 else:
@@ -147,7 +149,7 @@ def scan(
             f"{path}: not a readable tar file ({error}); random access needs an intact, "
             "uncompressed tar (decompress .tar.gz first)"
         ) from error
-    # tarfile takes a damaged header for the end of the archive; only zeros are the end.
+    # tarfile takes a corrupt header for the end of the archive; the true end is zeros.
     if not _ends_in_zeros(path, end):
         raise DataError(
             f"{path}: no end mark at byte {end}, so members may be missing; copy the shard again "
@@ -157,7 +159,7 @@ def scan(
 
 
 def _refusal(member: tarfile.TarInfo, suffixes: Collection[str], max_bytes: int) -> str:
-    """Why a member stays out of the index, or ""."""
+    """Return why a member is left out of the index, or ""."""
     name = PurePosixPath(member.name)
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
         return "not a regular file"
@@ -173,7 +175,7 @@ def _refusal(member: tarfile.TarInfo, suffixes: Collection[str], max_bytes: int)
 
 
 def _ends_in_zeros(path: Path, end: int) -> bool:
-    """Whether at least one zero block stands at `end`, and nothing but zeros behind it."""
+    """Return whether the file continues at `end` with at least one block of zeros and no more."""
     with path.open("rb") as file:
         file.seek(end)
         length = 0

@@ -1,4 +1,4 @@
-"""Parquet files with the images in them, as the hub's data sets are."""
+"""Parquet files with embedded images, the usual format of the Hugging Face Hub."""
 
 import hashlib
 import json
@@ -23,15 +23,15 @@ class ParquetImages(Source):
     column `id`.
 
     Args:
-      folder: the folder of files.
-      split: files `<split>-NNN-of-NNN.parquet`, all of them.
-      shards: instead, files by a pattern, see `CaptionTars`.
-      columns: our key -> its column, such as {"caption": "text"}; see `annotation_tables`.
+      folder: folder of the files.
+      split: selects the files `<split>-NNN-of-NNN.parquet`.
+      shards: instead, a pattern of files, see `CaptionTars`.
+      columns: key of `annotation_tables` -> column, such as {"caption": "text"}.
       index: the index file, if it is not `index.vadapter` in the folder.
 
     Raises:
       ConfigError: neither split nor shards, or an unknown column.
-      DataError: no files or one is missing, damaged or other than its index says; no rows.
+      DataError: no files; a file is missing, corrupt or differs from its index; no rows.
     """
 
     def __init__(
@@ -51,14 +51,16 @@ class ParquetImages(Source):
         self._ends = sizes.cumsum()
         if not len(self):
             raise DataError(f"{folder}: 0 usable examples in split {split!r}; check its files")
-        known = parquet_rows.column_names(folder / names[0])
+        all_names = parquet_rows.column_names(folder / names[0])
         self._renamed = dict(columns or {})
-        self.kind, self._media = kind_and_key(known, self._renamed, str(folder / names[0]))
+        self.kind, self._media = kind_and_key(all_names, self._renamed, str(folder / names[0]))
         theirs = {path.split(".")[0] for path in self._renamed.values()}
-        self._names = tuple(name for name in known if name in theirs | set(annotation_tables.KEYS))
+        self._names = tuple(
+            name for name in all_names if name in theirs | set(annotation_tables.KEYS)
+        )
         files = [(f["name"], f["size"], f["digest"]) for f in self._shards.facts]
-        said = json.dumps([self.kind, files, sorted(self._renamed.items()), self._names])
-        self._digest = hashlib.sha256(said.encode()).hexdigest()
+        described = json.dumps([self.kind, files, sorted(self._renamed.items()), self._names])
+        self._digest = hashlib.sha256(described.encode()).hexdigest()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -72,18 +74,18 @@ class ParquetImages(Source):
         return Example(str(data.get("id", f"{name}#{row}")), usable, captions, qa)
 
     def text_only(self, index: int) -> Example:
-        """The example without its media, whose column is not read."""
+        """Return the example without its media, whose column is not read."""
         name, row, data = self._read(index, self._texts())
         (captions, qa), _ = texts_or_fault(name, data)
         return Example(str(data.get("id", f"{name}#{row}")), None, captions, qa)
 
     def fault(self, index: int) -> str:
-        """Why an example's text is masked, "" if it is not."""
+        """Return why an example's text is masked, "" if it is not."""
         name, row, data = self._read(index, self._texts())
         return texts_or_fault(f"{name}, row {row}", data)[1]
 
     def fingerprint(self) -> str:
-        """Of names, sizes and row counts of the files, and of the columns; not of what they say."""
+        """Return a digest of the files' names, sizes and row counts, and of `columns`."""
         return self._digest
 
     def _texts(self) -> tuple[str, ...]:
@@ -91,7 +93,7 @@ class ParquetImages(Source):
         return tuple(name for name in self._names if name != theirs)
 
     def _read(self, index: int, names: tuple[str, ...]) -> tuple[str, int, dict[str, Any]]:
-        """(file, row in it, the row with our keys)."""
+        """Return (file, number of the row in it, the row under the keys of `annotation_tables`)."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         place = int(self._ends.searchsorted(index, "right"))

@@ -17,14 +17,14 @@ class ImageFolder(Source):
 
     Args:
       table: JSON lines, CSV, TSV, COCO captions or Karpathy's JSON, see `annotation_tables`.
-      folder: what the names in it are relative to; the folder of `table` if None. Either may be
-        `gs://…`; a folder there is listed once.
-      split: keep the rows of this split, or of several; all of them if None.
-      columns: our key -> the table's, where it calls them otherwise.
+      folder: folder of the media; that of `table` if None. Either may be `gs://…`; a folder there
+        is listed once.
+      split: name of a split, or several; all rows if None.
+      columns: key of `annotation_tables` -> column, where the table uses other names.
 
     Raises:
-      ConfigError: `columns` has a key that is not ours.
-      DataError: no rows, a file that is missing or lies outside the folder, an unusable text.
+      ConfigError: `columns` has an unknown key.
+      DataError: no rows, a file that is missing or outside the folder, an unusable text.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class ImageFolder(Source):
         return dataclasses.replace(example, media=data)
 
     def text_only(self, index: int) -> Example:
-        """The example without its media where that has to be fetched."""
+        """Return the example without its media where that has to be fetched."""
         example = self._examples[index]
         return dataclasses.replace(example, media=None) if self._generations else example
 
     def fingerprint(self) -> str:
-        """Of names, sizes and texts; not of the pixels, nor of where the folder is."""
+        """Return a digest of names, sizes and texts, but not of pixels or the folder."""
         return self._digest
 
 
@@ -74,18 +74,16 @@ def _fetch(path: str, generation: int) -> bytes:
     try:
         return storage.read_object(path, generation)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); if it has changed since, start again"
-        ) from error
+        raise DataError(f"{path}: cannot be read ({error}); if it has changed, restart") from error
 
 
 def _check_files(
     rows: Iterable[annotation_tables.Row], folder: Path, listed: Collection[str] | None
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for where, row in rows:
-        name = annotation_tables.media_name(where, row)
+    for location, row in rows:
+        name = annotation_tables.media_name(location, row)
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
-            raise DataError(f"{where}: {name!r} leaves the folder; use names inside {folder}")
+            raise DataError(f"{location}: {name!r} leaves the folder; use names inside {folder}")
         if name not in listed if listed is not None else not (folder / name).is_file():
-            raise DataError(f"{where}: no file {folder / name}; add it or remove the row")
-        yield where, name, row
+            raise DataError(f"{location}: no file {folder / name}; add it or remove the row")
+        yield location, name, row

@@ -12,7 +12,7 @@ import numpy as np
 from vadapter.data.annotations import annotation_tables
 from vadapter.data.example import Example, Question, Source
 from vadapter.data.shards.shard_set import ShardSet, find, open_shards
-from vadapter.data.sources.common import MAX_BAD, digest_of, kind_of, settle_bad
+from vadapter.data.sources.common import MAX_BAD, check_bad, digest_of, kind_of
 from vadapter.errors import DataError
 from vadapter.io import storage
 
@@ -22,25 +22,25 @@ _TABLES = ("captions.jsonl", "qa.jsonl")
 class CaptionTars(Source):
     """Images or clips in tar shards, with captions, questions or both.
 
-    The texts come from captions.jsonl and qa.jsonl beside the shards. Where there is neither, they
-    come from the shards, as webdataset and img2dataset write them, see `shard_scan`. All
-    questions about an image are one example.
+    The texts come from captions.jsonl and qa.jsonl beside the shards or, without them, from the
+    shards, as webdataset and img2dataset write them, see `shard_scan`. All questions about an image
+    form one example.
 
-    Shards are read in place. Of texts in the shards some bytes an example stay in memory, or with
-    an index (`vadapter data index`) in a file that is mapped; of texts in tables about 1 kB.
+    Shards are read in place. Texts in the shards take a few bytes of memory per example, or with an
+    index (`vadapter data index`) none, since they are mapped; texts in tables take about 1 kB.
 
     Args:
-      folder: the folder of shards, which may be `gs://…`.
-      split: shards `<split>-NNN.tar`, all of them; and which rows.
-      shards: instead of the split's, shards by a pattern: a glob such as `*.tar`, or a range such
-        as `{00000..00099}.tar`.
+      folder: folder of the shards; may be `gs://…`.
+      split: selects the shards `<split>-NNN.tar` and the rows of the tables.
+      shards: instead, a pattern of shards: a glob such as `*.tar`, or a range such as
+        `{00000..00099}.tar`.
       index: the index file, if it is not `index.vadapter` in the folder.
-      max_bad: share of texts in the shards that may be unusable and are masked.
+      max_bad: accepted share of unusable texts in the shards, which are masked.
 
     Raises:
       ConfigError: neither split nor shards.
-      DataError: no shards or one is missing, torn, or other than its index says; no rows, a row
-        whose image no shard holds, an unusable text in a table, too many of them in shards.
+      DataError: no shards; a shard is missing, truncated or differs from its index; no rows, a row
+        whose image is missing, an unusable text in a table, too many of them in shards.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class CaptionTars(Source):
         return dataclasses.replace(example, media=media)
 
     def text_only(self, index: int) -> Example:
-        """The example without its media."""
+        """Return the example without its media."""
         return self._rows[index][0]
 
     def fault(self, index: int) -> str:
-        """Why an example's text is masked, "" if it is not."""
+        """Return why an example's text is masked, "" if it is not."""
         return self._rows.fault(index)
 
     def fingerprint(self) -> str:
-        """Of names, positions, sizes and texts; not of the pixels, nor of where the folder is."""
+        """Return a digest of names, positions, sizes and texts, but not of pixels or the folder."""
         return self._rows.digest
 
 
@@ -90,14 +90,14 @@ class _TableRows:
     """Examples whose texts come from tables beside the shards."""
 
     def __init__(self, shards: ShardSet, rows: list[annotation_tables.Row], folder: Path):
-        names = [annotation_tables.media_name(where, row) for where, row in rows]
-        found = shards.find(names)
-        for (where, row), name, member in zip(rows, names, found, strict=True):
-            _check_member(shards, where, row, name, member)
+        names = [annotation_tables.media_name(location, row) for location, row in rows]
+        members = shards.find(names)
+        for (location, row), name, member in zip(rows, names, members, strict=True):
+            _check_member(shards, location, row, name, member)
         texts = annotation_tables.gather(
-            (where, name, row) for (where, row), name in zip(rows, names, strict=True)
+            (location, name, row) for (location, row), name in zip(rows, names, strict=True)
         )
-        member_of = dict(zip(names, found, strict=True))
+        member_of = dict(zip(names, members, strict=True))
         self._examples = [Example(name, None, *both) for name, both in texts.items()]
         self._members = np.array([member_of[name] for name in texts], np.int64)
         self.kind = kind_of(texts, str(folder))
@@ -112,23 +112,23 @@ class _TableRows:
 
     def fault(self, index: int) -> str:
         del index
-        return ""  # they are refused
+        return ""  # unusable texts in tables are refused
 
 
 def _check_member(
-    shards: ShardSet, where: str, row: dict[str, Any], name: str, member: int
+    shards: ShardSet, location: str, row: dict[str, Any], name: str, member: int
 ) -> None:
     if member < 0:
         reasons = (f["skipped"][name] for f in shards.facts if name in f["skipped"])
-        why = next(reasons, f"no member of that name in {len(shards.facts)} shards")
-        raise DataError(f"{where}: {name!r} cannot be read: {why}")
+        reason = next(reasons, f"no member of that name in {len(shards.facts)} shards")
+        raise DataError(f"{location}: {name!r} cannot be read: {reason}")
     shard = Path(shards.shards[shards.span(member)[0]].path).name
     if row.get("shard", shard) != shard:
-        raise DataError(f"{where}: {name!r} is in {shard}, not in {row['shard']!r}")
+        raise DataError(f"{location}: {name!r} is in {shard}, not in {row['shard']!r}")
 
 
 class _PairRows:
-    """Examples whose texts lie in the shards."""
+    """Examples whose texts are stored in the shards."""
 
     def __init__(self, shards: ShardSet, folder: Path, max_bad: float):
         if fault := next((f["fault"] for f in shards.facts if f["fault"]), ""):
@@ -136,7 +136,7 @@ class _PairRows:
         self._shards, self._pairs = shards, shards.pairs()
         first = next((f["first_bad"] for f in shards.facts if f["bad"]), "")
         bad = sum(f["bad"] for f in shards.facts)
-        settle_bad(bad, len(self._pairs), first, str(folder), max_bad)
+        check_bad(bad, len(self._pairs), first, str(folder), max_bad)
         self.kind = kind_of((f"x{s}" for f in shards.facts for s in f["suffixes"]), str(folder))
         digests = json.dumps([self.kind, *(f["digest"] for f in shards.facts)])
         self.digest = hashlib.sha256(digests.encode()).hexdigest()
@@ -146,8 +146,8 @@ class _PairRows:
 
     def __getitem__(self, index: int) -> tuple[Example, int]:
         pair, key, captions, qa, _ = self._read(index)
-        asked = tuple(Question(q, tuple(answers), kind, id_) for q, answers, kind, id_ in qa)
-        return Example(key, None, tuple(captions), asked), self._shards.media(pair)
+        questions = tuple(Question(q, tuple(answers), kind, id_) for q, answers, kind, id_ in qa)
+        return Example(key, None, tuple(captions), questions), self._shards.media(pair)
 
     def fault(self, index: int) -> str:
         return self._read(index)[-1]
