@@ -40,6 +40,11 @@ def _same(*splits: str) -> dict[str, str]:
     return {split: split for split in splits}
 
 
+def _counts(per_item: int | None, **splits: tuple[int, int]) -> dict[str, Counts]:
+    """Return the counts of splits, given as (images or clips, captions or questions)."""
+    return {name: Counts(*sizes, per_item) for name, sizes in splits.items()}
+
+
 TRAIN_VAL = {"train": "train2014", "val": "val2014"}  # parts of COCO
 VQA_IMAGES = {**TRAIN_VAL, "test-dev": "test2015", "test": "test2015"}
 THREE = _same("train", "val", "test")
@@ -59,11 +64,7 @@ _ROWS = (
         name="coco",
         task="caption",
         media="image",
-        splits={
-            "train": Counts(113_287, 566_747),
-            "val": Counts(5_000, 25_010),
-            "test": Counts(5_000, 25_010),
-        },
+        splits=_counts(None, train=(113_287, 566_747), val=(5_000, 25_010), test=(5_000, 25_010)),
         default_split="test",
         homepage=KARPATHY,
         files=(File("dataset_coco.json", KARPATHY, THREE, ("caption_datasets.zip",)),),
@@ -78,11 +79,7 @@ _ROWS = (
         name="msrvtt",
         task="caption",
         media="clip",
-        splits={
-            "train": Counts(6_513, 130_260, 20),
-            "val": Counts(497, 9_940, 20),
-            "test": Counts(2_990, 59_800, 20),
-        },
+        splits=_counts(20, train=(6_513, 130_260), val=(497, 9_940), test=(2_990, 59_800)),
         default_split="test",
         homepage=MSRVTT,
         files=(
@@ -102,11 +99,7 @@ _ROWS = (
         name="vatex",
         task="caption",
         media="clip",
-        splits={
-            "train": Counts(25_991, 259_910, 10),
-            "val": Counts(3_000, 30_000, 10),
-            "test": Counts(6_000, 60_000, 10),
-        },
+        splits=_counts(10, train=(25_991, 259_910), val=(3_000, 30_000), test=(6_000, 60_000)),
         default_split="test",
         homepage=VATEX,
         files=(
@@ -129,12 +122,8 @@ _ROWS = (
         name="vqav2",
         task="question",
         media="image",
-        splits={
-            "train": Counts(82_783, 443_757, 10),
-            "val": Counts(40_504, 214_354, 10),
-            "test-dev": Counts(36_807, 107_394, 0),
-            "test": Counts(81_434, 447_793, 0),
-        },
+        splits=_counts(10, train=(82_783, 443_757), val=(40_504, 214_354))
+        | _counts(0, **{"test-dev": (36_807, 107_394), "test": (81_434, 447_793)}),
         default_split="val",
         homepage=VQA,
         files=(
@@ -161,11 +150,8 @@ _ROWS = (
         name="textvqa",
         task="question",
         media="image",
-        splits={
-            "train": Counts(21_953, 34_602, 10),
-            "val": Counts(3_166, 5_000, 10),
-            "test": Counts(3_289, 5_734, 0),
-        },
+        splits=_counts(10, train=(21_953, 34_602), val=(3_166, 5_000))
+        | _counts(0, test=(3_289, 5_734)),
         default_split="val",
         homepage=TEXTVQA,
         files=(File("TextVQA_0.5.1_{split}.json", TEXTVQA, THREE),),
@@ -182,20 +168,13 @@ _ROWS = (
         name="vizwiz",
         task="question",
         media="image",
-        splits={
-            "train": Counts(20_523, 20_523, 10),
-            "val": Counts(4_319, 4_319, 10),
-            "test": Counts(8_000, 8_000, 0),
-        },
+        splits=_counts(10, train=(20_523, 20_523), val=(4_319, 4_319))
+        | _counts(0, test=(8_000, 8_000)),
         default_split="val",
         homepage=VIZWIZ,
         files=(
             File(
-                "{split}.json",
-                VIZWIZ,
-                THREE,
-                ("Annotations.zip",),
-                ("Annotations", "annotations"),
+                "{split}.json", VIZWIZ, THREE, ("Annotations.zip",), ("Annotations", "annotations")
             ),
         ),
         media_sets=(MediaSet(("{split}",), VIZWIZ, THREE, ("{split}.zip",)),),
@@ -208,7 +187,7 @@ _ROWS = (
         name="okvqa",
         task="question",
         media="image",
-        splits={"train": Counts(8_998, 9_009, 10), "val": Counts(5_033, 5_046, 10)},
+        splits=_counts(10, train=(8_998, 9_009), val=(5_033, 5_046)),
         default_split="val",
         homepage=OKVQA,
         files=(
@@ -234,11 +213,7 @@ _ROWS = (
         name="msrvtt_qa",
         task="question",
         media="clip",
-        splits={
-            "train": Counts(6_513, 158_581, 1),
-            "val": Counts(497, 12_278, 1),
-            "test": Counts(2_990, 72_821, 1),
-        },
+        splits=_counts(1, train=(6_513, 158_581), val=(497, 12_278), test=(2_990, 72_821)),
         default_split="test",
         homepage=VIDEO_QA,
         files=(File("{split}_qa.json", VIDEO_QA, THREE),),
@@ -251,11 +226,7 @@ _ROWS = (
         name="msvd_qa",
         task="question",
         media="clip",
-        splits={
-            "train": Counts(1_161, 30_933, 1),
-            "val": Counts(245, 6_415, 1),
-            "test": Counts(504, 13_157, 1),
-        },
+        splits=_counts(1, train=(1_161, 30_933), val=(245, 6_415), test=(504, 13_157)),
         default_split="test",
         homepage=VIDEO_QA,
         files=(
@@ -271,11 +242,7 @@ _ROWS = (
         name="ivqa",
         task="question",
         media="clip",
-        splits={
-            "train": Counts(5_994, 5_994),
-            "val": Counts(2_000, 2_000),
-            "test": Counts(2_000, 2_000),
-        },
+        splits=_counts(None, train=(5_994, 5_994), val=(2_000, 2_000), test=(2_000, 2_000)),
         default_split="test",
         homepage=IVQA,
         files=(File("{split}.csv", IVQA, THREE),),
@@ -289,11 +256,7 @@ _ROWS = (
         name="flickr8k",
         task="caption",
         media="image",
-        splits={
-            "train": Counts(6_000, 30_000, 5),
-            "val": Counts(1_000, 5_000, 5),
-            "test": Counts(1_000, 5_000, 5),
-        },
+        splits=_counts(5, train=(6_000, 30_000), val=(1_000, 5_000), test=(1_000, 5_000)),
         default_split="test",
         homepage=FLICKR8K,
         files=(
@@ -318,7 +281,7 @@ _ROWS = (
         name="daquar",
         task="question",
         media="image",
-        splits={"train": Counts(794, 6_795, 1), "test": Counts(653, 5_673, 1)},
+        splits=_counts(1, train=(794, 6_795), test=(653, 5_673)),
         default_split="test",
         homepage=DAQUAR,
         files=(

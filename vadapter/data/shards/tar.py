@@ -160,17 +160,22 @@ def scan(
 
 def _refusal(member: tarfile.TarInfo, suffixes: Collection[str], max_bytes: int) -> str:
     """Return why a member is left out of the index, or ""."""
-    name = PurePosixPath(member.name)
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
         return "not a regular file"
-    if name.is_absolute() or ".." in name.parts:
-        return "its name climbs out of the archive"
     if not member.name.isprintable():  # control characters, and bytes that are not UTF-8
         return "its name is not printable text"
-    if name.suffix.lower() not in suffixes:
-        return f"files of type {name.suffix or '(none)'} are not read"
-    if member.size > max_bytes:
-        return f"{member.size} bytes, more than the {max_bytes} allowed"
+    return file_refusal(member.name, member.size, suffixes, max_bytes)
+
+
+def file_refusal(name: str, size: int, suffixes: Collection[str], max_bytes: int) -> str:
+    """Return why a file of an archive is left out of the index, judged by name and size, or ""."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        return "its name climbs out of the archive"
+    if path.suffix.lower() not in suffixes:
+        return f"files of type {path.suffix or '(none)'} are not read"
+    if size > max_bytes:
+        return f"{size} bytes, more than the {max_bytes} allowed"
     return ""
 
 

@@ -11,9 +11,9 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Collection
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from vadapter.data.shards.tar import MAX_MEMBER_BYTES
+from vadapter.data.shards.tar import MAX_MEMBER_BYTES, file_refusal
 from vadapter.errors import DataError
 
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -127,15 +127,8 @@ def scan(
 
 def _refusal(info: zipfile.ZipInfo, suffixes: Collection[str], max_bytes: int) -> str:
     """Return why a member is left out of the index, or ""."""
-    name = PurePosixPath(info.filename)
-    if name.is_absolute() or ".." in name.parts:
-        return "its name climbs out of the archive"
-    if name.suffix.lower() not in suffixes:
-        return f"files of type {name.suffix or '(none)'} are not read"
     if info.flag_bits & 0x1:
         return "encrypted"
     if info.compress_type not in _METHODS:
         return f"compression method {info.compress_type} is not read"
-    if info.file_size > max_bytes:
-        return f"{info.file_size} bytes, more than the {max_bytes} allowed"
-    return ""
+    return file_refusal(info.filename, info.file_size, suffixes, max_bytes)
