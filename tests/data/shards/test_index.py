@@ -1,6 +1,7 @@
 """The index: the same source, refused where it no longer matches, and never the same work twice."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import pickle
@@ -235,11 +236,10 @@ def test_progress_tells_shards_bytes_and_time_left(tmp_path):
 
 def test_two_processes_do_not_index_one_folder(tmp_path):
     folder = pairs(tmp_path)
-    with (
-        index._only_one(folder / f"{shard_set.INDEX}.part"),
-        pytest.raises(ConfigError, match="wait"),
-    ):
-        index.build(folder, **silent)
+    with (folder / f"{shard_set.INDEX}.part").open("ab") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="wait"):
+            index.build(folder, **silent)
 
 
 def test_what_is_left_out_and_what_will_be_masked_is_counted(tmp_path):
