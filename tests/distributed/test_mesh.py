@@ -26,7 +26,7 @@ from vadapter.distributed.mesh import (
     with_mesh,
 )
 from vadapter.errors import ConfigError
-from vadapter.models.registry import KINDS, SIZES, make_module
+from vadapter.models.registry import KINDS, SIZES, expand, make_module
 
 TINY = {
     "vit": {"image_size": 16, "patch": 8, "width": 16, "depth": 1, "heads": 2, "mlp_dim": 32,
@@ -94,8 +94,7 @@ def test_every_parameter_of_every_kind_gets_a_valid_sharding(kind, mesh):
 @pytest.mark.parametrize("name", SIZES)
 def test_every_large_parameter_of_a_named_size_is_split_as_far_as_the_mesh_allows(name, mesh):
     module = make_module(name, {"size": name})
-    kind = next(k for k, (config, _) in KINDS.items() if isinstance(module.config, config))
-    tree = laid_out(boxes(module, kind), mesh)
+    tree = laid_out(boxes(module, expand(name, {"size": name})["kind"]), mesh)
     assert poorly_sharded(tree) == []
     for path, leaf in tiny.paths(tree).items():
         if leaf.size >= LARGE:

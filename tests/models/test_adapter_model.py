@@ -10,14 +10,11 @@ import pytest
 from support import tiny
 
 from vadapter.data.batch import EOS, fake_batch
-from vadapter.models.adapter_model import AdapterModel, Projection, ProjectionConfig
-from vadapter.models.adapters.resampler import (
-    MlpAdapter,
-    MlpAdapterConfig,
-    Pooler,
-    PoolerConfig,
-    Resampler,
-)
+from vadapter.models.adapter_model import AdapterModel
+from vadapter.models.adapters.mlp import MlpAdapter, MlpAdapterConfig
+from vadapter.models.adapters.pooler import Pooler, PoolerConfig
+from vadapter.models.adapters.projection import Projection, ProjectionConfig
+from vadapter.models.adapters.resampler import Resampler
 from vadapter.models.lm import LM
 from vadapter.models.losses import token_xent
 from vadapter.models.vit import ViT

@@ -8,7 +8,7 @@ import pytest
 from support import tiny
 
 from vadapter.data.batch import fake_batch
-from vadapter.models.adapters.resampler import Pooler, PoolerConfig
+from vadapter.models.adapters.pooler import Pooler, PoolerConfig
 from vadapter.models.coca import CoCa, Fusion, FusionConfig
 from vadapter.models.lm import LM
 from vadapter.models.vit import ViT

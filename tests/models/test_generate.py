@@ -9,7 +9,8 @@ import pytest
 from support import tiny
 
 from vadapter.data.batch import BOS, EOS, PAD
-from vadapter.models.adapter_model import AdapterModel, Projection, ProjectionConfig
+from vadapter.models.adapter_model import AdapterModel
+from vadapter.models.adapters.projection import Projection, ProjectionConfig
 from vadapter.models.adapters.resampler import Resampler
 from vadapter.models.generate import greedy
 from vadapter.models.lm import LM

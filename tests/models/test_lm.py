@@ -39,11 +39,11 @@ def test_text_mask_is_this_table():
     np.testing.assert_array_equal(mask[0], expected)
 
 
-def test_text_mask_with_padding_in_front_and_a_bidirectional_prefix_is_this_table():
-    mask = text_mask(jnp.array([[0, -1, -1, 1, 1]]), prefix=3, bidirectional=True)
+def test_text_mask_with_padding_before_the_prefix_is_this_table():
+    mask = text_mask(jnp.array([[0, -1, -1, 1, 1]]))
     expected = table([
-        "0 1 1 0 0",
-        "0 1 1 0 0",
+        "0 0 0 0 0",
+        "0 1 0 0 0",
         "0 1 1 0 0",
         "0 1 1 1 0",
         "0 1 1 1 1",

@@ -118,7 +118,9 @@ def test_real_photos_give_the_golden_features_and_classes(data_root):
 
     @jax.jit
     def run(variables, frames):
-        return model.apply(variables, frames), model.apply(variables, frames, method="classify")
+        features = model.apply(variables, frames)
+        pooled = features.mean(axis=2, keepdims=True)
+        return features, model.apply(variables, pooled, method=lambda m, x: m.head(x))[:, :, 0]
 
     features, logits = map(np.asarray, run({"params": params}, frames))
     assert logits.shape == (2, 1, 1001)
@@ -169,15 +171,10 @@ def test_shapes_and_parameters_of_the_published_network():
     assert tuple(spec.stride for spec in block_specs(model.config)) == _STRIDES
 
 
-def test_head_parameters_exist_whichever_method_initializes():
+def test_classes_add_the_parameters_of_a_head():
     model = MobileNet(dataclasses.replace(_SMALL, classes=7))
-    frames = _frames(1, 1, 32, 32)
-    trees = [
-        jax.eval_shape(functools.partial(model.init, method=method), jax.random.key(0), frames)
-        for method in ("__call__", "classify")
-    ]
-    assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
-    assert nn.unbox(trees[0])["params"]["head"]["kernel"].shape == (1, 1, 1280, 7)
+    tree = jax.eval_shape(model.init, jax.random.key(0), _frames(1, 1, 32, 32))
+    assert nn.unbox(tree)["params"]["head"]["kernel"].shape == (1, 1, 1280, 7)
 
 
 def test_a_clip_equals_its_frames_one_by_one():
@@ -222,8 +219,6 @@ def test_wrong_frames_and_settings_are_refused():
     model = MobileNet(_SMALL)
     with pytest.raises(ValueError, match=r"\[B, F, H, W, 3\]"):
         model.apply({"params": _small_params()}, _frames(1, 32, 32))
-    with pytest.raises(ConfigError, match="no classifier head"):
-        model.apply({"params": _small_params()}, _frames(1, 1, 32, 32), method="classify")
     for wrong in ({"depthwise": "fast"}, {"image_size": 0}, {"images_at_once": -1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             MobileNetConfig(**wrong)

@@ -1,12 +1,15 @@
 """Every named size, by shapes alone: parameter counts against a table, and the errors of a spec."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vadapter.errors import ConfigError
-from vadapter.models.registry import KINDS, SIZES, expand, make_module
+from vadapter.models.registry import KINDS, SIZES, expand, load_kind, make_module
 
 # Parameters without embedding and head. ViT-B/L: arXiv 2010.11929, Table 1 (86M, 307M with the
 # patches of 16); the others: the block's formula, worked out by hand.
@@ -87,5 +90,19 @@ def test_a_spec_that_cannot_be_built_says_where_and_what(spec, message):
 
 
 def test_every_kind_pairs_a_config_with_a_module_that_takes_it():
-    for kind, (config, module) in KINDS.items():
+    for kind in KINDS:
+        config, module = load_kind(kind)
         assert module.__annotations__["config"] is config, kind
+
+
+def test_only_the_kinds_in_use_are_imported():
+    code = (
+        "import sys\n"
+        "from vadapter.models.registry import make_module\n"
+        "make_module('x', {'size': 'coca_b'})\n"
+        "print(*(name for name in sys.modules if name.startswith('vadapter.models')))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.rpartition(".")[2] for name in run.stdout.split()}
+    assert "vit" in loaded
+    assert not loaded & {"mobilenet", "coca", "lm", "resampler", "mlp", "projection"}

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vadapter.models.adapter_model import AdapterModel, Projection, ProjectionConfig
+from vadapter.models.adapter_model import AdapterModel
+from vadapter.models.adapters.projection import Projection, ProjectionConfig
 from vadapter.models.adapters.resampler import Resampler, ResamplerConfig
 from vadapter.models.lm import LM, LMConfig
 from vadapter.models.vit import ViT, ViTConfig

@@ -1,4 +1,4 @@
-"""Composition: encoder → chain of adapter parts → language model.
+"""The method: vision encoder → chain of adapter parts → language model.
 
 Stage 1, stage 2 and every baseline are this one model with other parts in the chain:
 
@@ -8,54 +8,29 @@ Stage 1, stage 2 and every baseline are this one model with other parts in the c
     LLaVA       mlp                             → llm
     text only   (no encoder, empty chain)       → tlm or llm
 
-A language model inside the chain is used through its hidden states, one per query; the last
-one predicts the text. Parameters are a dict keyed by component name.
+Stage 1 teaches the tiny LM to caption from visual tokens. Stage 2 moves it into the chain, in front
+of a frozen LLM: there it is used through its hidden states, one per query, and no longer predicts
+words. The last language model predicts the text. Parameters are a dict keyed by component name.
 
 Legend: B batch, F frames, N visual tokens a frame, Q queries, P prompt tokens, T text tokens,
-M targets, D encoder width, E language model width, V vocabulary.
+S = P + Q + T, M targets, D encoder width, E width of a language model, V vocabulary.
 """
 
 import dataclasses
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Array, Float, Int
 
-from vadapter.models.layers import Dtype, default_init, linear
+from vadapter.data.batch import Batch
+from vadapter.models.component import Params, apply_component, component_key, component_seed
 from vadapter.models.lm import LM
-from vadapter.models.transformer import text_mask
+from vadapter.models.transformer import causal_mask, row_positions, text_mask
 
-Params = Mapping[str, Any]
-Batch = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class ProjectionConfig:
-    """One fully connected layer that matches dimensions (paper, section 3).
-
-    Attributes:
-      width: output width; 0 takes the width of the language model that follows in the chain.
-      scale: standard deviation of the output at initialization, for unit-variance input.
-    """
-
-    width: int = 0
-    scale: float = 1.0
-
-
-class Projection(nn.Module):
-    """[..., in] -> [..., width]."""
-
-    config: ProjectionConfig
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = lambda *args: default_init(*args) * self.config.scale  # noqa: E731
-        return linear(self.config.width, (None, "embed"), True, self.dtype, init, name="out")(x)
+__all__ = ["AdapterModel", "Batch", "Params", "component_seed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +38,14 @@ class AdapterModel:
     """The model of one stage: modules by component name, and how they are joined.
 
     Attributes:
-      modules: component name -> Flax module, forevery component in `encoder`, `chain`, `lm`.
+      modules: component name -> Flax module, for every component in `encoder`, `chain`, `lm`.
       lm: the component that predicts the text.
       chain: components between encoder and `lm`, in order.
       encoder: the vision encoder's component; "" for text only.
-      bidirectional: queries see each other both ways inside a language model of the chain.
-      frozen_lm: no parameters of `lm` are trained. Its last block then runs for the text alone,
-        which changes no state of the text.
+      bidirectional: the queries attend to each other in both directions inside a language model of
+        the chain.
+      frozen_lm: no parameters of `lm` are trained. Its last block then computes the states of the
+        text alone, as nothing reads those of the prefix.
     """
 
     modules: Mapping[str, nn.Module]
@@ -80,38 +56,46 @@ class AdapterModel:
     frozen_lm: bool = False
 
     def names(self) -> tuple[str, ...]:
-        """Every component, in the order of the data flow."""
+        """Return the name of every component, in the order of the data flow."""
         return (*((self.encoder,) if self.encoder else ()), *self.chain, self.lm)
 
-    # -- forward -------------------------------------------------------------------------------
+    # -- forward: encode → prefix → layout → hidden → logits ------------------------------------
 
-    def encode(self, params: Params, batch: Batch) -> jax.Array | None:
-        """Visual tokens [B,F,N,D] of `frames`, or the cached `features`; None for text only."""
+    def encode(self, params: Params, batch: Batch) -> Float[Array, "B F N D"] | None:
+        """Return the visual tokens of `frames`, or the cached `features`; None for text only."""
         if not self.encoder:
             return None
-        if "features" in batch:
+        if "features" in batch:  # a frozen encoder's tokens, computed once before training
             return jnp.asarray(batch["features"])
+        assert "frames" in batch
         tokens = self._apply(params, self.encoder, batch["frames"])
+        # The encoder is never trained here: without this, its activations would be kept.
         return jax.lax.stop_gradient(tokens)
 
-    def prefix(self, params: Params, visual: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """Visual tokens [B,F,N,D] -> the prefix [B,Q,E] of the language model."""
+    def prefix(
+        self, params: Params, visual: Float[Array, "B F N D"], rng: jax.Array | None = None
+    ) -> Float[Array, "B Q E"]:
+        """Return the prefix of the language model: visual tokens passed through the chain."""
         x = visual
         for name in self.chain:
             if isinstance(self.modules[name], LM):
-                x = self._states(params, name, x, rng)
+                x = self._adapt(params, name, x, rng)
             else:
                 x = self._apply(params, name, x)
         return x
 
     def hidden(
-        self, params: Params, visual: jax.Array | None, batch: Batch, rng: jax.Array | None = None
-    ) -> jax.Array:
-        """The language model's states that predict the targets, [B, M, E].
+        self,
+        params: Params,
+        visual: Float[Array, "B F N D"] | None,
+        batch: Batch,
+        rng: jax.Array | None = None,
+    ) -> Float[Array, "B M E"]:
+        """Return the language model's states that predict the targets.
 
         Args:
           params: of every component but the encoder.
-          visual: [B,F,N,D] from `encode`.
+          visual: from `encode`.
           batch: see `vadapter.data.batch`.
           rng: turns dropout on.
         """
@@ -119,9 +103,13 @@ class AdapterModel:
         return self.read(params, prefix, batch, rng)
 
     def read(
-        self, params: Params, prefix: jax.Array | None, batch: Batch, rng: jax.Array | None = None
-    ) -> jax.Array:
-        """As `hidden`, from a prefix [B,Q,E] that is already there."""
+        self,
+        params: Params,
+        prefix: Float[Array, "B Q E"] | None,
+        batch: Batch,
+        rng: jax.Array | None = None,
+    ) -> Float[Array, "B M E"]:
+        """Return the same as `hidden`, given the prefix instead of the visual tokens."""
         x, segments, positions = self.layout(params, prefix, batch)
         text_len = batch["tokens"].shape[1]
         states, _ = self._apply(
@@ -134,83 +122,90 @@ class AdapterModel:
             mask=text_mask(segments),
             last=text_len if self.frozen_lm else 0,
         )
+        # Only the states at targets go on to the output head, whose logits are the largest array
+        # of a step.
         text = states[:, -text_len:]
         return jnp.take_along_axis(text, batch["target_at"][:, :, None], axis=1)
 
-    def logits(self, params: Params, states: jax.Array) -> jax.Array:
-        """[B, M, E] -> [B, M, V], see `LM.logits`."""
+    def logits(self, params: Params, states: Float[Array, "*n E"]) -> Float[Array, "*n V"]:
+        """Return the scores of the next token, see `LM.logits`."""
         return self._apply(params, self.lm, states, method="logits")
 
     def layout(
-        self, params: Params, prefix: jax.Array | None, batch: Batch
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Joins [prompt][visual prefix][text]: embeddings [B,S,E], segments and positions i32[B,S].
+        self, params: Params, prefix: Float[Array, "B Q E"] | None, batch: Batch
+    ) -> tuple[Float[Array, "B S E"], Int[Array, "B S"], Int[Array, "B S"]]:
+        """Join [prompt][visual prefix][text] into the sequence that the language model reads.
 
-        Padding, wherever it is, takes no position; a text starts where the prefix ends.
+        Padding, wherever it is, takes no position, so that a short prompt reads as it would alone;
+        every text of a row starts at the position after the prefix.
+
+        Returns:
+          Embeddings, segments (-1 prompt and prefix, 0 padding, 1… texts) and positions.
         """
         prompt, tokens = batch["prompt"], batch["tokens"]
-        # One lookup: the gradient of each is as large as the vocabulary.
+        # One lookup for both: the gradient of each is as large as the vocabulary.
         ids = jnp.concatenate([jnp.maximum(prompt, 0), tokens], axis=1)
         words = self._apply(params, self.lm, ids, method="embed")
         parts = jnp.split(words, [prompt.shape[1]], axis=1)
-        front = [jnp.where(prompt >= 0, -1, 0)]
+        shared = [jnp.where(prompt >= 0, -1, 0)]
         if prefix is not None:
             parts.insert(1, prefix.astype(words.dtype))
-            front.append(jnp.full(prefix.shape[:2], -1, jnp.int32))
-        front = jnp.concatenate(front, axis=1)
-        used = jnp.cumsum(front != 0, axis=1)
-        start = used[:, -1:] if front.shape[1] else jnp.zeros((len(tokens), 1), jnp.int32)
+            shared.append(jnp.full(prefix.shape[:2], -1, jnp.int32))
+        shared = jnp.concatenate(shared, axis=1)
+        used = jnp.cumsum(shared != 0, axis=1)
+        start = used[:, -1:] if shared.shape[1] else jnp.zeros((len(tokens), 1), jnp.int32)
         positions = jnp.concatenate([jnp.maximum(used - 1, 0), start + batch["positions"]], axis=1)
-        segments = jnp.concatenate([front, batch["segments"]], axis=1)
+        segments = jnp.concatenate([shared, batch["segments"]], axis=1)
         return jnp.concatenate(parts, axis=1), segments, positions
 
-    def _states(self, params: Params, name: str, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """Hidden states of a language model of the chain, one per query: [B,Q,·] -> [B,Q,·]."""
+    def _adapt(
+        self, params: Params, name: str, x: Float[Array, "B Q D"], rng: jax.Array | None
+    ) -> Float[Array, "B Q E"]:
+        """Return the hidden states of a language model of the chain, one per query."""
         B, Q, _ = x.shape
-        positions = jnp.broadcast_to(jnp.arange(Q), (B, Q))
-        mask = None
-        if not self.bidirectional:
-            mask = jnp.broadcast_to(jnp.tril(jnp.ones((Q, Q), bool)), (B, Q, Q))
+        mask = None if self.bidirectional else causal_mask(B, Q)
+        positions = row_positions(B, Q)
         return self._apply(
             params, name, x, rng=rng, method="hidden", positions=positions, mask=mask
         )[0]
 
-    def _apply(
-        self, params: Params, name: str, *args: Any, rng: jax.Array | None = None, **kwargs: Any
-    ) -> Any:
-        rngs = {} if rng is None else {"dropout": jax.random.fold_in(rng, component_seed(name))}
-        return self.modules[name].apply({"params": params[name]}, *args, rngs=rngs, **kwargs)
+    def _apply(self, params: Params, name: str, *args: Any, **kwargs: Any) -> Any:
+        return apply_component(self.modules, params, name, *args, **kwargs)
 
     # -- parameters ----------------------------------------------------------------------------
 
     def init(self, rng: jax.Array, visual: jax.ShapeDtypeStruct | None) -> dict[str, Any]:
-        """Random parameters of every component but the encoder, in logical-axis boxes.
+        """Return random parameters of every component but the encoder, in logical-axis boxes.
 
-        Each component's randomness depends on its name alone, not on what else is in the model.
+        Each component's randomness depends on its name alone, not on what else is in the model:
+        a part starts the same in every stage and baseline.
 
         Args:
           rng: key.
-          visual: shape of the encoder's tokens, [B,F,N,D]; None for text only.
+          visual: shape of the encoder's tokens, [B, F, N, D]; None for text only.
         """
         params: dict[str, Any] = {}
         x = visual
         for name in self.chain:
             module = self.modules[name]
-            key = jax.random.fold_in(rng, component_seed(name))
-            if isinstance(module, LM):
-                call = lambda m, x: m.hidden(x, positions=jnp.zeros(x.shape[:2], jnp.int32))[0]  # noqa: E731
-            else:
-                call = lambda m, x: m(x)  # noqa: E731
             assert x is not None
             zeros = jnp.zeros(x.shape, x.dtype)
-            out, variables = nn.init_with_output(call, module)(key, zeros)
+            # Through `hidden` alone: a language model of the chain needs neither embedding nor
+            # head, so it gets none.
+            call = _hidden if isinstance(module, LM) else _call
+            init = nn.init_with_output(call, module)
+            out, variables = init(component_key(rng, name), zeros)
             params[name] = variables["params"]
             x = jax.ShapeDtypeStruct(out.shape, out.dtype)
-        key = jax.random.fold_in(rng, component_seed(self.lm))
-        params[self.lm] = self.modules[self.lm].init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        variables = self.modules[self.lm].init(component_key(rng, self.lm), tokens)
+        params[self.lm] = variables["params"]
         return params
 
 
-def component_seed(name: str) -> int:
-    """A stable 32-bit number for a component's name."""
-    return int(np.uint32(zlib.crc32(name.encode())))
+def _call(module: Any, x: jax.Array) -> jax.Array:
+    return module(x)
+
+
+def _hidden(module: LM, x: Float[Array, "B Q D"]) -> Float[Array, "B Q E"]:
+    return module.hidden(x, positions=jnp.zeros(x.shape[:2], jnp.int32))[0]

@@ -1,6 +1,7 @@
-"""Beam search with a key-value cache, and the one way to every search: `decode`.
+"""Beam search with a key-value cache, and `decode`, which runs the search of a configuration.
 
-Legend: B rows, K beams, C candidates of a step, S cache slots, G new tokens, V vocabulary.
+Legend: B rows, K beams, C candidates of a step, G new tokens, X tokens of examples, E language
+model width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -8,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
-from vadapter.data.batch import EOS, PAD
-from vadapter.models.adapter_model import AdapterModel, Batch, Params
+from vadapter.data.batch import EOS, PAD, Batch
+from vadapter.models.adapter_model import AdapterModel
+from vadapter.models.component import Params
 from vadapter.models.generate import Context, Decode, ends, extend, greedy, permitted, prefill
 
-_NOTHING = -1e9  # the score of a text that is none
+_NOTHING = -1e9  # the score of an empty place among the beams; finite, so that sums are no NaN
 
 
 def decode(
@@ -23,9 +26,9 @@ def decode(
     how: Decode,
     stop: Sequence[int] = (EOS,),
     vocab: int | None = None,
-    shown: jax.Array | None = None,
+    shown: Float[Array, "1 X E"] | None = None,
 ) -> dict[str, jax.Array]:
-    """Continues each row's text as `how` says; arguments and result as in `greedy`."""
+    """Continue each row's text as `how` says; arguments and result as in `greedy`."""
     if how.beams == 1:
         return greedy(model, params, batch, how.max_new, stop, vocab, how.min_new, shown)
     return beam(model, params, batch, how, stop, vocab, shown)
@@ -38,16 +41,16 @@ def beam(
     how: Decode,
     stop: Sequence[int] = (EOS,),
     vocab: int | None = None,
-    shown: jax.Array | None = None,
+    shown: Float[Array, "1 X E"] | None = None,
 ) -> dict[str, jax.Array]:
-    """The best of the texts that K beams find.
+    """Continue each row's text by the best of the continuations that K beams explore.
 
-    A finished text is worth its log probability divided by its length in tokens, the end token
-    among them, to the power of the length penalty: 0 sums, 1 averages, more favors longer texts.
-    Every step the K (1 + stops) best continuations are looked at; those among the first K that end
-    are kept if they belong to the K best finished ones, and the K best that do not end go on. The
-    search is over when no text that goes on could still beat the worst of K finished ones: with a
-    penalty above 0 that is judged at the full length, without one at the next.
+    The score of a finished text is its log probability divided by its length in tokens, including
+    the end token, to the power of the length penalty: 0 sums, 1 averages, more favors longer texts.
+    Every step considers the K (1 + stops) best continuations. Those among the first K that end are
+    kept if they are among the K best finished texts; the K best that do not end continue. The
+    search is over when no continuing text could still beat the worst of K finished ones: with a
+    penalty above 0 that is judged at the full length, otherwise at the next.
 
     This is the search of transformers (5) with `early_stopping="never"`, `num_beams`,
     `length_penalty`, `max_new_tokens` and `min_new_tokens` of the same values.
@@ -55,49 +58,48 @@ def beam(
     Args: as `greedy`; how: G, K and the penalty.
 
     Returns:
-      As `greedy`, of the best text of each row, and `score`: f32[B], what it is worth.
+      As `greedy`, of the best text of each row, and its `score`, f32[B].
     """
     K, G = how.beams, how.max_new
 
-    def pick(values: jax.Array, at: jax.Array) -> jax.Array:  # [B, C, …], [B, K] -> [B, K, …]
-        at = at.reshape(*at.shape, *[1] * (values.ndim - 2))
-        return jnp.take_along_axis(values, at, axis=1)
-
-    def worth(logp: jax.Array, length: jax.Array | int) -> jax.Array:
+    def score(logp: jax.Array, length: jax.Array | int) -> jax.Array:
         return logp / jnp.asarray(length, jnp.float32) ** how.length_penalty
 
-    def advance(carry: dict[str, Any], logp: jax.Array, i: jax.Array | int) -> dict[str, Any]:
-        """One step: logp f32[B·K, V] of the tokens behind i new ones."""
+    def advance(
+        carry: dict[str, Any], logp: Float[Array, "BK V"], i: Int[Array, ""] | int
+    ) -> dict[str, Any]:
+        """Choose the beams after one more token, from the log probabilities after i new ones."""
         V = logp.shape[-1]
         logp = permitted(logp, i, how.min_new, stop, vocab).reshape(-1, K, V)
         total = jnp.maximum(carry["logp"][:, :, None] + logp, 2 * _NOTHING)
-        best, at = jax.lax.top_k(total.reshape(-1, K * V), min((1 + len(stop)) * K, K * V))
-        parents, token = at // V, (at % V).astype(jnp.int32)
-        tokens = pick(carry["tokens"], parents).at[:, :, i].set(token)
+        # Even if every stop token of every beam is among them, K of the candidates do not end.
+        best, index = jax.lax.top_k(total.reshape(-1, K * V), min((1 + len(stop)) * K, K * V))
+        parents, token = index // V, (index % V).astype(jnp.int32)
+        tokens = _pick(carry["tokens"], parents).at[:, :, i].set(token)
         done = ends(token, stop) | (i == G - 1)
 
-        worthy = done & (jnp.arange(done.shape[1]) < K)[None, :] & (best > _NOTHING / 2)
-        worthy &= carry["hope"][:, None]
-        found = {
-            "score": jnp.where(worthy, worth(best, i + 1), _NOTHING),
+        finishes = done & (jnp.arange(done.shape[1]) < K)[None, :] & (best > _NOTHING / 2)
+        finishes &= carry["active"][:, None]
+        candidates = {
+            "score": jnp.where(finishes, score(best, i + 1), _NOTHING),
             "logprob": best,
             "texts": tokens,
             "ended": ends(token, stop),
         }
-        merged = {k: jnp.concatenate([carry[k], v], axis=1) for k, v in found.items()}
+        merged = {k: jnp.concatenate([carry[k], v], axis=1) for k, v in candidates.items()}
         _, kept = jax.lax.top_k(merged["score"], K)
-        finished = {k: pick(v, kept) for k, v in merged.items()}
+        finished = {k: _pick(v, kept) for k, v in merged.items()}
 
-        running, on = jax.lax.top_k(jnp.where(done, _NOTHING, best), K)
-        reach = i + 1 if how.length_penalty <= 0 else G
-        hope = worth(running[:, 0], reach) > finished["score"].min(axis=1)
+        running, kept = jax.lax.top_k(jnp.where(done, _NOTHING, best), K)
+        length = i + 1 if how.length_penalty <= 0 else G
+        can_win = score(running[:, 0], length) > finished["score"].min(axis=1)
         return finished | {
             "i": jnp.int32(i + 1),
             "logp": running,
-            "tokens": pick(tokens, on),
-            "token": pick(token, on),
-            "parents": pick(parents, on),
-            "hope": carry["hope"] & hope & (running[:, 0] > _NOTHING / 2),
+            "tokens": _pick(tokens, kept),
+            "token": _pick(token, kept),
+            "parents": _pick(parents, kept),
+            "active": carry["active"] & can_win & (running[:, 0] > _NOTHING / 2),
         }
 
     def body(carry: dict[str, Any]) -> dict[str, Any]:
@@ -111,27 +113,34 @@ def beam(
     rows = jnp.repeat(jnp.arange(B), K)
     blank = jnp.full((B, K, G), PAD, jnp.int32)
     start = {
-        "logp": jnp.full((B, K), _NOTHING).at[:, 0].set(0.0),  # the beams are still all alike
+        "logp": jnp.full((B, K), _NOTHING)
+        .at[:, 0]
+        .set(0.0),  # all beams are equal: only one counts
         "tokens": blank,
         "texts": blank,
         "score": jnp.full((B, K), _NOTHING),
         "logprob": jnp.zeros((B, K)),
         "ended": jnp.zeros((B, K), bool),
-        "hope": jnp.ones(B, bool),
+        "active": jnp.ones(B, bool),  # rows whose search is not over
     }
     carry = advance(start, logp[rows], 0) | {"context": _take(context, rows)}
-    out = jax.lax.while_loop(lambda c: (c["i"] < G) & jnp.any(c["hope"]), body, carry)
+    out = jax.lax.while_loop(lambda c: (c["i"] < G) & jnp.any(c["active"]), body, carry)
     names = {"tokens": "texts", "ended": "ended", "logprob": "logprob", "score": "score"}
     return {name: out[key][:, 0] for name, key in names.items()}
 
 
-def _take(context: Context, rows: jax.Array) -> Context:
-    """The context of other rows."""
-    take = lambda x: jnp.take(x, rows, axis=0)  # noqa: E731
+def _pick(values: Shaped[Array, "B C ..."], index: Int[Array, "B K"]) -> Shaped[Array, "B K ..."]:
+    """Return K of the candidates of each row."""
+    index = index.reshape(*index.shape, *[1] * (values.ndim - 2))
+    return jnp.take_along_axis(values, index, axis=1)
+
+
+def _take(context: Context, rows: Int[Array, " BK"]) -> Context:
+    """Return the context of other rows."""
     return Context(
         cache=jax.tree.map(lambda x: jnp.take(x, rows, axis=1), context.cache),
-        places=take(context.places),
-        visible=take(context.visible),
-        position=take(context.position),
+        positions=jnp.take(context.positions, rows, axis=0),
+        visible=jnp.take(context.visible, rows, axis=0),
+        position=jnp.take(context.position, rows, axis=0),
         slot=context.slot,
     )

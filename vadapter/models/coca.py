@@ -1,7 +1,10 @@
 """CoCa pretraining of an encoder (arXiv 2205.01917): contrastive and captioning loss together.
 
-Legend: B batch, F frames, N visual tokens, Q queries, T text tokens, M targets, E width,
-V vocabulary.
+The encoder is trained here once and frozen in all later stages. The text half that goes with it is
+not used again.
+
+Legend: B batch, Q captioning queries, T text tokens, M targets, E width of the text, W width of the
+pooler, U contrastive width, V vocabulary.
 """
 
 import dataclasses
@@ -11,8 +14,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
-from vadapter.models.adapter_model import Batch, Params, component_seed
+from vadapter.data.batch import Batch
+from vadapter.models.component import Params, apply_component, component_key
 from vadapter.models.layers import Dtype, Norm, NormKind, linear, partitioned
 from vadapter.models.lm import LM
 from vadapter.models.transformer import BlockConfig, Remat, Stack, text_mask
@@ -25,8 +30,8 @@ class FusionConfig:
     Attributes:
       depth: layers with cross-attention to the pooled visual tokens.
       width, heads, mlp_dim: of those layers; width is the text component's.
-      embed_dim: of the contrastive space.
-      temperature: starting value of the learned temperature.
+      embed_dim: U.
+      temperature: of the contrastive loss at initialization; it is trained.
     """
 
     depth: int
@@ -39,6 +44,9 @@ class FusionConfig:
     remat: Remat = "none"
 
 
+Unit = tuple[Float[Array, "B U"], Float[Array, "B U"]]  # vectors of length 1: image, text
+
+
 class Fusion(nn.Module):
     """Cross-attending layers over text states, two projections and a temperature."""
 
@@ -46,17 +54,23 @@ class Fusion(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, text, pooled, summary, mask):
-        """Joins both sides.
+    def __call__(
+        self,
+        text: Float[Array, "B T E"],
+        pooled: Float[Array, "B Q W"],
+        summary: tuple[Float[Array, "B W"], Float[Array, "B E"]],
+        mask: Bool[Array, "B T T"] | None,
+    ) -> tuple[Float[Array, "B T E"], Unit, Float[Array, ""]]:
+        """Join both sides.
 
         Args:
-          text: [B, T, E] states of the unimodal half.
-          pooled: [B, Q, ·] captioning queries.
-          summary: ([B, ·] image summary, [B, E] text summary).
-          mask: bool[B, T, T].
+          text: states of the unimodal half.
+          pooled: captioning queries.
+          summary: of the image, of the text.
+          mask: of the text.
 
         Returns:
-          [B, T, E] multimodal states, ([B, ·] image, [B, ·] text) unit vectors, f32[] temperature.
+          Multimodal states; unit vectors of image and text; temperature.
         """
         c = self.config
         block = BlockConfig(c.width, c.heads, c.mlp_dim, norm=c.norm, cross=True, remat=c.remat)
@@ -75,8 +89,8 @@ class Fusion(nn.Module):
 class CoCa:
     """Four components: encoder, pooler (its first query is the image summary), text, fusion.
 
-    The text's summary is its state at the last word, which has read the whole caption; CoCa
-    appends a learned token there instead.
+    The text's summary is its state at the last word, which attends to the whole caption; CoCa
+    appends a trainable token there instead.
     """
 
     modules: Mapping[str, nn.Module]
@@ -86,15 +100,20 @@ class CoCa:
     fusion: str = "fusion"
 
     def names(self) -> tuple[str, ...]:
+        """Return the name of every component."""
         return self.encoder, self.pooler, self.text, self.fusion
 
     def __call__(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
-        """Batch -> caption logits [B, M, V], image and text unit vectors [B, ·], temperature.
+    ) -> tuple[Float[Array, "B M V"], Unit, Float[Array, ""]]:
+        """Return caption logits, unit vectors of image and text, and the temperature.
 
-        Uses one caption a row.
+        Args:
+          params: of all four components.
+          batch: with `frames`, and one caption a row.
+          rng: turns dropout on.
         """
+        assert "frames" in batch
         visual = self._apply(params, self.encoder, batch["frames"], rng=rng)
         pooled = self._apply(params, self.pooler, visual)
         mask = text_mask(batch["segments"])
@@ -102,24 +121,21 @@ class CoCa:
         states, _ = self._apply(
             params, self.text, x, method="hidden", positions=batch["positions"], mask=mask, rng=rng
         )
-        at = lambda x, i: jnp.take_along_axis(x, i[..., None], axis=1)  # noqa: E731
         last = jnp.maximum((batch["segments"] > 0).sum(1, keepdims=True) - 1, 0)
-        summary = (pooled[:, 0], at(states, last)[:, 0])
+        summary = (pooled[:, 0], _select(states, last)[:, 0])
         fused, unit, temperature = self._apply(
             params, self.fusion, states, pooled[:, 1:], summary, mask, rng=rng
         )
-        logits = self._apply(params, self.text, at(fused, batch["target_at"]), method="logits")
+        targets = _select(fused, batch["target_at"])
+        logits = self._apply(params, self.text, targets, method="logits")
         return logits, unit, temperature
 
-    def _apply(
-        self, params: Params, name: str, *args: Any, rng: jax.Array | None = None, **kwargs: Any
-    ) -> Any:
-        rngs = {} if rng is None else {"dropout": jax.random.fold_in(rng, component_seed(name))}
-        return self.modules[name].apply({"params": params[name]}, *args, rngs=rngs, **kwargs)
+    def _apply(self, params: Params, name: str, *args: Any, **kwargs: Any) -> Any:
+        return apply_component(self.modules, params, name, *args, **kwargs)
 
     def init(self, rng: jax.Array, frames: jax.ShapeDtypeStruct) -> dict[str, Any]:
-        """Random parameters of all four components, in logical-axis boxes."""
-        key = {n: jax.random.fold_in(rng, component_seed(n)) for n in self.names()}
+        """Return random parameters of all four components, in logical-axis boxes."""
+        key = {name: component_key(rng, name) for name in self.names()}
         text = self.modules[self.text]
         assert isinstance(text, LM)
         visual, encoder = self.modules[self.encoder].init_with_output(
@@ -136,3 +152,8 @@ class CoCa:
             self.text: text.init(key[self.text], jnp.zeros((1, 2), jnp.int32))["params"],
             self.fusion: fusion["params"],
         }
+
+
+def _select(x: Float[Array, "B T E"], index: Any) -> Float[Array, "B _ E"]:
+    """Return the states at the indices [B, _] of each row."""
+    return jnp.take_along_axis(x, index[..., None], axis=1)

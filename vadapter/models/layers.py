@@ -1,7 +1,7 @@
 """Layers shared by every model: norms, projections, feed-forward, one attention.
 
-Legend: B batch, T queries (text tokens), S keys, E width, H heads, G query heads a key head,
-K head dim, V vocabulary.
+Legend: B batch, T queries (text tokens), S keys, E width, D width of the keys' inputs, H query
+heads, N KV heads, G = H / N query heads a KV head, K head dim, P rotated pairs of a head.
 
 Parameters are float32; `dtype` is the dtype of the computation. Every parameter names its logical
 axes at definition (`embed`, `heads`, `mlp`, `vocab`, …); `distributed.mesh` maps them to the mesh.
@@ -13,25 +13,30 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.distributed.mesh import constrain
 from vadapter.models.rope import rotate
 
-Dtype = jnp.dtype
-# Scores of masked keys. Finite, so that a row without any visible key stays finite.
+Dtype = jax.typing.DTypeLike
+# Added to the scores of masked keys. Finite, so that a row without any visible key stays finite.
 MASKED = -1e30
 
 default_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
 def partitioned(init: Callable, *axes: str | None) -> Callable:
-    """Marks the initializer's parameter with its logical axes, one name per dimension."""
+    """Return the initializer, its parameter marked with logical axes, one name per dimension."""
     return nn.with_logical_partitioning(init, axes)
 
 
 def output_axis(axes: tuple[str | None, str | None]) -> str | None:
-    """Of what a kernel has one of per output: states are whole, and so is what joins them."""
+    """Return the logical axis of a bias or scale per output of a kernel.
+
+    States are not sharded over their width, so what is added to them is not either.
+    """
     return "norm" if axes[1] == "embed" else axes[1]
 
 
@@ -43,7 +48,7 @@ def linear(
     kernel_init: Callable = default_init,
     name: str | None = None,
 ) -> nn.Dense:
-    """`x @ kernel + bias` over the last axis, [..., in] -> [..., features]; axes of the kernel."""
+    """Return a layer x @ kernel + bias over the last axis; `axes` are those of the kernel."""
     return nn.Dense(
         features,
         use_bias=bias,
@@ -52,6 +57,14 @@ def linear(
         bias_init=partitioned(nn.initializers.zeros, output_axis(axes)),
         name=name,
     )
+
+
+def embedding_param(
+    module: nn.Module, name: str, shape: tuple[int, ...], init: Callable
+) -> Float[Array, "..."]:
+    """Create trainable vectors, [..., E], as a parameter of `module`."""
+    axes = (*(None,) * (len(shape) - 1), "embed")
+    return constrain(module.param(name, partitioned(init, *axes), shape))
 
 
 class Norm(nn.Module):
@@ -66,7 +79,7 @@ class Norm(nn.Module):
     offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*n E"]) -> Float[Array, "*n E"]:
         width = x.shape[-1]
         y = x.astype(jnp.float32)
         if self.kind == "layer":
@@ -97,8 +110,10 @@ GATED: dict[str, Callable] = {"swiglu": nn.silu, "geglu": ACTIVATIONS["gelu"]}
 class Mlp(nn.Module):
     """Feed-forward block, down(act(up(x))), or down(act(gate(x)) · up(x)) for a `kind` in `GATED`.
 
-    The pre-activations carry the name `u` for rematerialization policies. `linear` makes the
-    projections, called as the function of that name.
+    The pre-activations are named `u` for rematerialization policies.
+
+    Attributes:
+      linear: constructor of the projections, with the signature of `layers.linear`.
     """
 
     hidden: int
@@ -108,14 +123,11 @@ class Mlp(nn.Module):
     linear: Callable[..., nn.Module] = linear
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = lambda name: checkpoint_name(  # noqa: E731
-            constrain(
-                self.linear(self.hidden, ("embed", "mlp"), self.bias, self.dtype, name=name)(x),
-                "batch", None, "mlp",
-            ),
-            "u",
-        )  # fmt: skip
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        def wide(name: str) -> jax.Array:
+            u = self.linear(self.hidden, ("embed", "mlp"), self.bias, self.dtype, name=name)(x)
+            return checkpoint_name(constrain(u, "batch", None, "mlp"), "u")
+
         if self.kind in GATED:
             gate, up = write_gradients(wide("gate"), wide("up"))
             y = GATED[self.kind](gate) * up
@@ -126,10 +138,10 @@ class Mlp(nn.Module):
 
 @jax.custom_vjp
 def write_gradients(*x: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays as they are; the backward pass writes their gradients before it reads them.
+    """Return the arrays unchanged; the backward pass writes their gradients before it reads them.
 
-    An activation's derivative is cheap, so compilers put it inside the products that read it; the
-    TPU's then computes it again forevery tile of each of them, at up to 3/4 of a product's time.
+    An activation's derivative is cheap, so compilers fuse it into the products that read it. The
+    TPU's then recomputes it for every tile of each of them, at up to 3/4 of a product's time.
     """
     return x
 
@@ -141,19 +153,22 @@ def _backward(_: None, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...
 write_gradients.defvjp(lambda *x: (x, None), _backward)
 
 
-class Attention(nn.Module):
-    """The only attention: self (`kv is None`) or cross, multi-, grouped- or single-key-head.
+KeysValues = tuple[Float[Array, "B S N K"], Float[Array, "B S N K"]]
 
-    Scores and softmax are float32. q, k, v carry checkpoint names for rematerialization policies.
+
+class Attention(nn.Module):
+    """The only attention: self (`kv is None`) or cross; multi-head, grouped- or multi-query.
+
+    Scores and softmax are float32. q, k and v are named for rematerialization policies.
 
     Attributes:
-      heads, kv_heads, head_dim: H query heads share kv_heads key heads of width K.
-      bias: of the output; qkv_bias: of queries, keys and values (None: as `bias`).
-      qk_norm: an RMSNorm over K on queries and keys, before they are rotated; None: none.
+      heads, kv_heads, head_dim: H, N and K.
+      bias: of the output; qkv_bias: of queries, keys and values (None takes `bias`).
+      qk_norm: constructor of an RMSNorm over K on queries and keys, before the rotation, or None.
       scale: of the scores; 0: K ** -0.5.
-      softcap: scores are cap · tanh(scores / cap); 0: not (Gemma 2).
+      softcap: scores are cap · tanh(scores / cap) (Gemma 2); 0: no cap.
       rope_scale: see `rope.rotate`.
-      linear: makes the projections, called as the function of that name.
+      linear: constructor of the projections, with the signature of `layers.linear`.
     """
 
     heads: int
@@ -171,43 +186,46 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
-        kv: jax.Array | None = None,
+        x: Float[Array, "B T E"],
+        kv: Float[Array, "B U D"] | None = None,
         *,
-        mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        freq: jax.Array | None = None,
-        cache: tuple[jax.Array, jax.Array] | None = None,
-        index: jax.Array | int = 0,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Attends from `x` [B,T,E] to `kv` [B,S,·] (or to itself, or to the cache).
+        mask: Bool[Array, "B T S"] | None = None,
+        positions: Int[Array, "B U"] | None = None,
+        freq: Float[Array, " P"] | None = None,
+        cache: KeysValues | None = None,
+        index: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T E"], KeysValues | None]:
+        """Attend from `x` to `kv` (or to itself, or to the cache).
 
         Args:
-          x: queries' inputs, [B, T, E].
-          kv: inputs of keys and values, [B, S, any width]; None for self-attention.
-          mask: bool[B, T, S], True where a query may look; None foreverywhere.
-          positions: i32[B, S] of the keys, whose last T are the queries', and freq: f32[R/2] of
-            rotary positions; None for none.
-          cache: keys and values [B, S, kv_heads, K] of a sequence being decoded; the new ones are
-            written at `index`.
+          x: inputs of the queries.
+          kv: inputs of the keys and values; None for self-attention.
+          mask: True where a query attends; None: everywhere.
+          positions: of the keys, whose last T are the queries'; only with `freq`.
+          freq: rotary frequencies; None: no rotary positions.
+          cache: keys and values of a sequence that is being decoded; the new ones are written at
+            `index`.
           index: first slot of `x` in the cache.
 
         Returns:
-          [B, T, E], and the updated cache (None without one).
+          States, and the updated cache (None without one).
         """
         kv = x if kv is None else kv
         if self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} heads do not divide into {self.kv_heads} key heads")
-        bias = self.bias if self.qkv_bias is None else self.qkv_bias
-        proj = lambda n, name: self.linear(  # noqa: E731
-            n * self.head_dim, ("embed", "heads"), bias, self.dtype, name=name
-        )
-        # Heads are split, never within one: with fewer key heads than `tensor`, each has them all.
-        by_head = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)  # noqa: E731
-        split = lambda y: constrain(by_head(y), "batch", None, "heads")  # noqa: E731
-        q = split(proj(self.heads, "q")(x))
-        k = split(proj(self.kv_heads, "k")(kv))
-        v = split(proj(self.kv_heads, "v")(kv))
+            raise ValueError(f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}")
+
+        def project(x: jax.Array, heads: int, name: str) -> Float[Array, "B T H K"]:
+            bias = self.bias if self.qkv_bias is None else self.qkv_bias
+            size = heads * self.head_dim
+            y = self.linear(size, ("embed", "heads"), bias, self.dtype, name=name)(x)
+            # Devices get whole heads. With fewer KV heads than the mesh's `tensor`, they are
+            # replicated rather than split within a head.
+            y = y.reshape(*y.shape[:-1], -1, self.head_dim)
+            return constrain(y, "batch", None, "heads")
+
+        q = project(x, self.heads, "q")
+        k = project(kv, self.kv_heads, "k")
+        v = project(kv, self.kv_heads, "v")
         if self.qk_norm is not None:
             q, k = self.qk_norm("norm_q")(q), self.qk_norm("norm_k")(k)
         if freq is not None:
@@ -220,36 +238,33 @@ class Attention(nn.Module):
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, index, 0, 0))
             cache = (k, v)
         y = attend(q, k, v, mask, self.scale, self.softcap)
-        y = y.reshape(*y.shape[:-2], -1)
+        y = rearrange(y, "b t h k -> b t (h k)")
         out = self.linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")
         return out(y), cache
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N K"],
+    mask: Bool[Array, "B T S"] | None,
     scale: float = 0.0,
     softcap: float = 0.0,
-) -> jax.Array:
-    """Scaled dot-product attention: q [B,T,H,K], k and v [B,S,H/G,K], mask bool[B,T,S].
+) -> Float[Array, "B T H K"]:
+    """Return scaled dot-product attention; `scale` and `softcap` as in `Attention`.
 
-    Scores are multiplied by `scale` (0: K ** -0.5), then capped, see `Attention`.
-
-    The G query heads of a key head stand beside its queries, [B,N,G,T,K], so that both products
+    The query heads of a KV head are an axis of their own, [B, N, G, T, K], so that both products
     are plain batched matrix products and the mask is one for all heads.
     """
-    B, T, H, K = q.shape
-    N = k.shape[2]
-    q = q.reshape(B, T, N, H // N, K).transpose(0, 2, 3, 1, 4)
+    N, K = k.shape[2:]
+    q = rearrange(q, "b t (n g) k -> b n g t k", n=N)
     scores = jnp.einsum("bngtk,bsnk->bngts", q, k, preferred_element_type=jnp.float32)
     scores = scores * (scale or K**-0.5)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
-        # An addend: a choice would keep the mask of every head for the backward pass.
+        # Added rather than selected by `where`, whose backward pass keeps the mask of every head.
         scores = scores + jnp.where(mask[:, None, None], jnp.float32(0), MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     y = jnp.einsum("bngts,bsnk->bngtk", weights, v)
-    return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+    return rearrange(y, "b n g t k -> b t (n g) k")

@@ -1,22 +1,31 @@
 """The decoder language model, tiny and large alike.
 
-Legend: B batch, T tokens, E width, V vocabulary, L layers, S cache slots, K head dim.
+Legend: B batch, T tokens, S keys (T, or cache slots), E width, V vocabulary, L layers, N KV heads,
+K head dim.
 """
 
 import dataclasses
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
 from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, partitioned
 from vadapter.models.rope import RopeConfig, amplitude, frequencies
-from vadapter.models.transformer import BlockConfig, PerLayer, Remat, Stack
+from vadapter.models.transformer import (
+    BlockConfig,
+    Cache,
+    PerLayer,
+    Remat,
+    Stack,
+    causal_mask,
+    row_positions,
+)
 
-EVERYTHING = 2**30  # a window that nothing is outside of
+EVERYTHING = 2**30  # the window of layers without one, in a model whose other layers have one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +33,19 @@ class LMConfig:
     """A decoder LM. The defaults are PaLM's block: parallel, SwiGLU, rotary, multi-query, no bias.
 
     Attributes:
-      vocab_size: V; 0 takes the run's tokenizer's size.
+      vocab_size: V; 0 takes the size of the run's tokenizer.
       width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, norm_eps, norm_offset, bias,
         qkv_bias, mlp_bias, qk_norm, attn_scale, attn_softcap, parallel, shared_norm, post_norms,
-        dropout, remat, int8: see `transformer.BlockConfig`; int8 includes the head.
+        dropout, remat, int8: see `transformer.BlockConfig`; int8 includes an untied head.
       positions: rope | learned.
-      rope: wavelengths of rotary positions; rope_local: those of layers with a window, if other.
-      windows: a layer sees keys less than so many positions back, 0: all; the pattern is repeated
-        over the layers (Mistral: (4096,), Gemma 2: (4096, 0)).
+      rope: wavelengths of rotary positions.
+      rope_local: those of layers with a window; None takes `rope`.
+      windows: a layer attends to keys fewer than this many positions back, 0: to all; the pattern
+        is repeated over the layers (Mistral: (4096,), Gemma 2: (4096, 0)).
       max_len: longest sequence; the number of learned positions, which no row may exceed.
       tied: the output head is the transposed embedding.
       embed_scale: embeddings are multiplied by sqrt(width).
-      final_softcap: logits are cap · tanh(logits / cap); 0: not (Gemma 2).
+      final_softcap: logits are cap · tanh(logits / cap) (Gemma 2); 0: no cap.
     """
 
     vocab_size: int
@@ -71,20 +81,21 @@ class LMConfig:
     int8: bool = False
 
     def block(self) -> BlockConfig:
+        """Return the configuration of a block: the fields of the same names."""
         shared = {f.name for f in dataclasses.fields(BlockConfig)}
         mine: dict[str, Any] = {name: getattr(self, name) for name in shared if hasattr(self, name)}
         scale = amplitude(self.rope)
         if self.rope_local is not None and amplitude(self.rope_local) != scale:
-            raise ConfigError("rope and rope_local: both or neither may be stretched by yarn")
+            raise ConfigError("rope and rope_local: scale both or neither by yarn")
         return BlockConfig(**mine, rope_scale=scale)
 
     def window_of(self) -> list[int]:
-        """The window of each layer; 0: none."""
+        """Return the window of each layer; 0: none."""
         pattern = self.windows or (0,)
         return [pattern[i % len(pattern)] for i in range(self.depth)]
 
     def per_layer(self) -> PerLayer:
-        """Rotary frequencies and windows of every layer."""
+        """Return the rotary frequencies and windows of every layer."""
         windows, freq, window = self.window_of(), None, None
         if self.positions == "rope":
             size = self.head_dim or self.width // self.heads
@@ -97,10 +108,10 @@ class LMConfig:
 
 
 class LM(nn.Module):
-    """Decoder LM over embeddings, so that visual tokens can stand where words stand.
+    """Decoder LM over embeddings, so that visual tokens can take the place of words.
 
-    `embed` → `hidden` → `logits`. A component used only through `hidden` (the tiny LM as adapter)
-    has neither embedding nor head among its parameters.
+    `embed` → `hidden` → `logits`. A component that is used only through `hidden` (the tiny LM as
+    adapter) has neither embedding nor head among its parameters.
     """
 
     config: LMConfig
@@ -108,59 +119,51 @@ class LM(nn.Module):
 
     def setup(self):
         c = self.config
-        # Unit variance once scaled: visual prefixes of unit variance meet words of their size.
+        # Unit variance after scaling, like that of visual prefixes, so that both are read alike.
         init = nn.initializers.normal(c.width**-0.5 if c.embed_scale else 0.02)
-        self.embedding = nn.Embed(
-            c.vocab_size,
-            c.width,
-            dtype=self.dtype,
-            embedding_init=partitioned(init, "vocab", "embed"),
-        )
+        init = partitioned(init, "vocab", "embed")
+        self.embedding = nn.Embed(c.vocab_size, c.width, self.dtype, embedding_init=init)
         if c.positions == "learned":
-            init = nn.initializers.normal(0.02)
-            self.position_embedding = nn.Embed(
-                c.max_len,
-                c.width,
-                dtype=self.dtype,
-                embedding_init=partitioned(init, None, "embed"),
-            )
+            init = partitioned(nn.initializers.normal(0.02), None, "embed")
+            self.position_embedding = nn.Embed(c.max_len, c.width, self.dtype, embedding_init=init)
         self.stack = Stack(c.block(), c.depth, self.dtype)
         self.norm = Norm(c.norm, c.norm_eps, self.dtype, c.norm_offset)
         if not c.tied:
             self.head = c.block().linear(c.vocab_size, ("embed", "vocab"), dtype=self.dtype)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """i32[B, T] -> [B, T, E], scaled; ids must be in 0..V-1 (checked on the host)."""
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """Return the embeddings of ids in 0..V-1, which the host checks, see `check_batch`."""
         scale = self.config.width**0.5 if self.config.embed_scale else 1.0
         return constrain(self.embedding(tokens), "batch") * jnp.asarray(scale, self.dtype)
 
     def hidden(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T E"],
         *,
-        positions: jax.Array,
-        mask: jax.Array | None = None,
-        key_positions: jax.Array | None = None,
-        cache: Any = None,
-        index: jax.Array | int = 0,
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"] | None = None,
+        key_positions: Int[Array, "B S"] | None = None,
+        cache: Cache | None = None,
+        index: Int[Array, ""] | int = 0,
         last: int = 0,
-    ) -> tuple[jax.Array, Any]:
-        """Embeddings [B, T, E] -> last hidden states [B, T, E] after the final norm, and the cache.
+    ) -> tuple[Float[Array, "B _ E"], Cache | None]:
+        """Return the hidden states of embeddings after the final norm, and the updated cache.
 
         Args:
-          positions: i32[B, T].
-          mask: bool[B, T, S], S = T, or the cache's slots.
-          key_positions: i32[B, S] of what is in the cache; None: `positions`.
+          x: embeddings of words, or anything of their width.
+          positions: of the tokens.
+          mask: True where a token attends; None: everywhere.
+          key_positions: of the cache's slots; None: `positions`.
           cache: from `empty_cache`, or None.
           index: first cache slot of `x`.
-          last: the states of so many last tokens, as parameters that are not trained may compute
-            them, see `Stack`; 0: of all.
+          last: return the states of this many last tokens only, for frozen parameters, see `Stack`;
+            0: of all.
         """
         x = x.astype(self.dtype)
         if self.config.positions == "learned":
             if x.shape[1] > self.config.max_len:
                 raise ConfigError(
-                    f"{x.shape[1]} tokens in a row (prompt, visual tokens, texts), but the model "
+                    f"a row has {x.shape[1]} tokens (prompt, visual tokens, texts), but the model "
                     f"has {self.config.max_len} learned positions; lower text_len or max_new"
                 )
             x = x + self.position_embedding(positions)
@@ -169,29 +172,35 @@ class LM(nn.Module):
             keys = positions if key_positions is None else key_positions
             distance = positions[:, :, None] - keys[:, None, :]
         x, cache = self.stack(
-            x, mask=mask, positions=positions, layers=layers, distance=distance, cache=cache,
-            index=index, last=last,
-        )  # fmt: skip
+            x,
+            mask=mask,
+            positions=positions,
+            layers=layers,
+            distance=distance,
+            cache=cache,
+            index=index,
+            last=last,
+        )
         return self.norm(x), cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., E] -> [..., V], in the dtype of the computation, or float32 if they are capped."""
+    def logits(self, hidden: Float[Array, "*n E"]) -> Float[Array, "*n V"]:
+        """Return the scores of the next token, in `dtype`, or in float32 if they are capped."""
         out = self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
         out = constrain(out, "batch", *(None,) * (out.ndim - 2), "vocab")
         cap = self.config.final_softcap
         return cap * jnp.tanh(out.astype(jnp.float32) / cap) if cap else out
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """i32[B, T] -> `logits`, [B, T, V], causal; creates every parameter."""
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Return the logits of plain text; creates every parameter."""
         B, T = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-        mask = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-        return self.logits(self.hidden(self.embed(tokens), positions=positions, mask=mask)[0])
+        mask = causal_mask(B, T)
+        x, _ = self.hidden(self.embed(tokens), positions=row_positions(B, T), mask=mask)
+        return self.logits(x)
 
 
-def empty_cache(config: LMConfig, batch: int, slots: int, dtype: Dtype = jnp.float32) -> Any:
-    """Keys and values of no tokens yet: two arrays [L, B, slots, kv_heads, K]."""
-    block = config.block()
-    kv_heads = block.kv_heads or block.heads
-    shape = (config.depth, batch, slots, kv_heads, block.head_dim or block.width // block.heads)
+def empty_cache(config: LMConfig, batch: int, slots: int, dtype: Dtype = jnp.float32) -> Cache:
+    """Return keys and values for `slots` tokens, none of which is written yet."""
+    kv_heads = config.kv_heads or config.heads
+    head_dim = config.head_dim or config.width // config.heads
+    shape = (config.depth, batch, slots, kv_heads, head_dim)
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)

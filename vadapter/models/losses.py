@@ -1,82 +1,91 @@
-"""The losses. Every sum is masked, float32, and divided by at least one.
+"""The losses. Every sum is masked and float32.
 
-Legend: B batch, M targets, E width, V vocabulary.
+Legend: B batch, M targets, E width, V vocabulary, U contrastive width.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.distributed.mesh import constrain
 
 
 def token_xent(
-    logits: jax.Array, targets: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums of cross entropy (nats) and of correct predictions.
+    logits: Float[Array, "B M V"], targets: Int[Array, "B M"], weights: Float[Array, "B M"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return the weighted sums of cross entropy (nats) and of correct predictions.
 
     Args:
-      logits: [B, M, V]; targets: i32[B, M]; weights: f32[B, M], 0 where there is no target.
+      logits: of the next token.
+      targets: its id.
+      weights: 0 where there is no target.
     """
     correct = first_max(logits) == targets
     return (xent(logits, targets) * weights).sum(), (correct * weights).sum()
 
 
 @jax.custom_vjp
-def xent(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross entropy in nats, f32[B, M], of logits [B, M, V] of any dtype.
+def xent(logits: Float[Array, "B M V"], targets: Int[Array, "B M"]) -> Float[Array, "B M"]:
+    """Return the cross entropy in nats, of logits of any dtype.
 
-    Sums are float32, yet logits, the largest array of a step, are kept only as they came: the
-    backward pass reads them again, and rounds the gradient once, as a whole.
+    The sums are float32. Yet logits, the largest array of a step, are kept for the backward pass
+    in their own dtype alone, where autodiff would keep float32 copies; the gradient is rounded to
+    it once, at the end.
     """
     return _forward(logits, targets)[0]
 
 
-def _chosen(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def _is_target(logits: jax.Array, targets: jax.Array) -> Bool[Array, "B M V"]:
+    # A comparison, not a one-hot gather: it fuses, and works on a vocabulary that is sharded.
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
 
 
 def _forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    most = logits.max(-1).astype(jnp.float32)
-    total = jnp.exp(logits.astype(jnp.float32) - most[..., None]).sum(-1)
-    picked = jnp.where(_chosen(logits, targets), logits, 0).sum(-1)  # one number and zeros
-    return jnp.log(total) + (most - picked), (logits, targets, most, total)
+    top = logits.max(-1).astype(jnp.float32)
+    total = jnp.exp(logits.astype(jnp.float32) - top[..., None]).sum(-1)
+    of_target = jnp.where(_is_target(logits, targets), logits, 0).sum(-1)  # one number and zeros
+    return jnp.log(total) + (top - of_target), (logits, targets, top, total)
 
 
 def _backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, None]:
-    logits, targets, most, total = kept
-    p = jnp.exp(logits.astype(jnp.float32) - most[..., None]) / total[..., None]
-    slope = (p - _chosen(logits, targets)) * gradient[..., None]
+    logits, targets, top, total = kept
+    p = jnp.exp(logits.astype(jnp.float32) - top[..., None]) / total[..., None]
+    slope = (p - _is_target(logits, targets)) * gradient[..., None]
     return slope.astype(logits.dtype), None
 
 
 xent.defvjp(_forward, _backward)
 
 
-def first_max(x: jax.Array) -> jax.Array:
-    """`jnp.argmax(x, -1)` of numbers, for a vocabulary that is split over devices.
+def first_max(x: Float[Array, "*n V"]) -> Float[Array, "*n"]:
+    """Return `jnp.argmax(x, -1)`, as a float, for a vocabulary that is sharded over devices.
 
-    Of `argmax` the compiler would send the index of every element from device to device.
+    For `argmax` itself the compiler sends the index of every element from device to device; here
+    devices exchange one maximum and one index each.
     """
-    at = jnp.arange(x.shape[-1], dtype=jnp.float32).reshape(*(1,) * (x.ndim - 1), -1)
-    return jnp.where(x == x.max(-1, keepdims=True), at, jnp.inf).min(-1)
+    index = jnp.arange(x.shape[-1], dtype=jnp.float32).reshape(*(1,) * (x.ndim - 1), -1)
+    return jnp.where(x == x.max(-1, keepdims=True), index, jnp.inf).min(-1)
 
 
 def chunked_xent(
     head: Callable[[jax.Array], jax.Array],
-    states: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    states: Float[Array, "B M E"],
+    targets: Int[Array, "B M"],
+    weights: Float[Array, "B M"],
     rows: int,
-) -> tuple[jax.Array, jax.Array]:
-    """`token_xent(head(states), …)` with at most about `rows` rows of logits alive at a time.
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return `token_xent(head(states), …)`, holding about `rows` rows of logits at a time.
 
-    Saves memory where batch times vocabulary is large; costs time under about 512 rows a chunk.
+    Saves memory where batch times vocabulary is large; costs time below about 512 rows a chunk.
 
     Args:
-      head: [b, M, E] -> [b, M, V]; states: [B, M, E].
-      rows: B·M is cut along B into chunks of at least one example.
+      head: states -> logits.
+      states: of the tokens before the targets.
+      targets, weights: see `token_xent`.
+      rows: B is divided into equal chunks of at least one example and at most `rows` targets.
     """
     B, M, _ = states.shape
     per_chunk = max(1, rows // M)
@@ -84,27 +93,34 @@ def chunked_xent(
         per_chunk -= 1
 
     @jax.checkpoint
-    def one(total, chunk):
+    def add(total, chunk):
         nats, correct = token_xent(head(chunk[0]), chunk[1], chunk[2])
         return (total[0] + nats, total[1] + correct), None
 
-    # Every chunk is spread over all devices: none waits for another one's rows.
-    cut = lambda x: x.reshape(B // per_chunk, per_chunk, *x.shape[1:])  # noqa: E731
-    chunks = [constrain(cut(x), None, "batch") for x in (states, targets, weights)]
+    # Every chunk is sharded over all devices, so that none waits for another one's rows.
+    chunks = tuple(
+        constrain(rearrange(x, "(n b) ... -> n b ...", b=per_chunk), None, "batch")
+        for x in (states, targets, weights)
+    )
     zero = jnp.zeros(())
-    return jax.lax.scan(one, (zero, zero), tuple(chunks))[0]
+    return jax.lax.scan(add, (zero, zero), chunks)[0]
 
 
 def contrastive(
-    image: jax.Array, text: jax.Array, temperature: jax.Array, valid: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Symmetric InfoNCE between the rows of a batch (CLIP, arXiv 2103.00020).
+    image: Float[Array, "B U"],
+    text: Float[Array, "B U"],
+    temperature: Float[Array, ""],
+    valid: Bool[Array, "B"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return symmetric InfoNCE between the rows of a batch (CLIP, arXiv 2103.00020).
 
     Args:
-      image, text: unit vectors f32[B, ·]; temperature: f32[]; valid: bool[B], rows that count.
+      image, text: unit vectors.
+      temperature: divides the scores.
+      valid: rows that count.
 
     Returns:
-      Mean loss in nats over valid rows, and the share of images whose own text comes first.
+      Mean loss in nats over valid rows, and the share of images whose own text scores highest.
     """
     scores = image @ text.T / temperature
     scores = jnp.where(valid[:, None] & valid[None, :], scores, -1e30)

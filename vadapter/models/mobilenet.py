@@ -1,11 +1,11 @@
 """MobileNetV2 as a frozen vision encoder (Sandler et al. 2018, arXiv:1801.04381, table 2).
 
-Inference form: every batch norm is folded into the convolution in front of it, which leaves a
-kernel and a bias a layer. Padding is TensorFlow's SAME: at stride 2 the odd pixel goes below and to
-the right. Kernels are stored HWIO, depthwise kernels HW1C.
+Inference form: every batch norm is folded into the convolution before it, which leaves a kernel and
+a bias per layer. Padding is TensorFlow's SAME: at stride 2 the odd pixel goes below and to the
+right. Kernels are stored HWIO, depthwise kernels HW1C.
 
-Dimensions: B batch, F frames, N visual tokens a frame, D encoder width, n = B*F images,
-h/w rows and columns, C channels.
+Legend: B batch, F frames, H and W pixels, N visual tokens a frame, D encoder width, n = B * F
+images, h/w rows and columns, C input and O output channels, i/j kernel rows and columns.
 """
 
 import dataclasses
@@ -17,13 +17,15 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
+from jaxtyping import Array, Float, Num
 
 from vadapter.data.media.images import ImageTransform
 from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
-from vadapter.models.encoder import EncoderConfig
-from vadapter.models.layers import partitioned
+from vadapter.models.encoder import EncoderConfig, normalize_pixels
+from vadapter.models.layers import Dtype, partitioned
 
 Depthwise = Literal["shifts", "grouped"]
 
@@ -47,15 +49,15 @@ class MobileNetConfig(EncoderConfig):
     """The encoder's shape, and how it is computed.
 
     Attributes:
-      kind: names this encoder in a configuration.
-      image_size: of the frames the pipeline should send; the network takes any size.
+      kind: names this encoder in a recipe.
+      image_size: of the frames that the data pipeline sends; the network takes any size.
       width_mult: multiplies every channel count (the paper's alpha).
-      classes: outputs of the classifier head; 0 builds none.
+      classes: outputs of the classifier head, which no stage uses; 0 creates none.
       depthwise: "shifts" adds nine shifted products, which XLA fuses into one pass; "grouped" is
         the backend's own grouped convolution (7 times slower on XLA:CPU).
-      images_at_once: how many of the n images go through the network together, the others waiting;
-        0 means all, which suits accelerators. On a CPU 2 keeps the activations in the cache and is
-        1.7 times faster at 224 px. n that is no multiple of it uses their greatest common divisor.
+      images_at_once: how many of the n images pass through the network together; 0 means all,
+        which suits accelerators. On a CPU 2 keeps the activations in the cache and is 1.7 times
+        faster at 224 px. Where n is not a multiple of it, their greatest common divisor is used.
         For a batch sharded over devices, take a multiple of the number of shards.
     """
 
@@ -69,15 +71,15 @@ class MobileNetConfig(EncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width_mult <= 0:
-            raise ConfigError(f"mobilenet: width_mult {self.width_mult} must be positive")
+            raise ConfigError(f"mobilenet: width_mult={self.width_mult} must be positive")
         if self.classes < 0 or self.images_at_once < 0:
             raise ConfigError(
-                f"mobilenet: classes {self.classes} and images_at_once {self.images_at_once} must "
-                "be 0 or more"
+                f"mobilenet: classes={self.classes} and images_at_once={self.images_at_once} must "
+                "not be negative"
             )
         if self.depthwise not in _DEPTHWISE:
             raise ConfigError(
-                f"mobilenet: depthwise {self.depthwise!r} is none of {sorted(_DEPTHWISE)}"
+                f"mobilenet: depthwise={self.depthwise!r} must be one of {sorted(_DEPTHWISE)}"
             )
 
 
@@ -96,23 +98,24 @@ class BlockSpec:
 
 
 def _channels(count: int, width_mult: float) -> int:
-    """Scales a channel count to a multiple of 8, never more than a tenth below the exact value."""
+    """Return the scaled count as a multiple of 8, at most a tenth below the exact value."""
     exact = count * width_mult
     rounded = max(8, int(exact + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * exact else rounded + 8
 
 
 def stem_channels(config: MobileNetConfig) -> int:
+    """Return the outputs of the first convolution."""
     return _channels(_STEM_CHANNELS, config.width_mult)
 
 
 def last_channels(config: MobileNetConfig) -> int:
-    """D. The last layer grows with `width_mult` but never shrinks (section 4.1 of the paper)."""
+    """Return D. The last layer grows with `width_mult` but never shrinks (paper, section 4.1)."""
     return _channels(_LAST_CHANNELS, max(1.0, config.width_mult))
 
 
 def block_specs(config: MobileNetConfig) -> tuple[BlockSpec, ...]:
-    """The 17 blocks, in order."""
+    """Return the 17 blocks, in order."""
     specs = []
     inputs = stem_channels(config)
     for expansion, channels, repeats, stride in _STAGES:
@@ -123,10 +126,12 @@ def block_specs(config: MobileNetConfig) -> tuple[BlockSpec, ...]:
     return tuple(specs)
 
 
-# Each of the four takes x [n, h, w, C], a kernel and a stride, and returns [n, h', w', C'].
+# The four forms of a convolution: images, kernel, stride -> images.
+Images = Float[Array, "n h w C"]
+Kernel = Float[Array, "i j C O"]
 
 
-def _conv(x: jax.Array, kernel: jax.Array, stride: int, groups: int = 1) -> jax.Array:
+def _conv(x: Images, kernel: Kernel, stride: int, groups: int = 1) -> jax.Array:
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -137,21 +142,21 @@ def _conv(x: jax.Array, kernel: jax.Array, stride: int, groups: int = 1) -> jax.
     )
 
 
-def _pointwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def _pointwise(x: Images, kernel: Kernel, stride: int) -> jax.Array:
     del stride  # always 1
     return jnp.einsum("nhwc,cd->nhwd", x, kernel[0, 0])
 
 
-def _depthwise_grouped(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def _depthwise_grouped(x: Images, kernel: Float[Array, "i j 1 C"], stride: int) -> jax.Array:
     return _conv(x, kernel, stride, groups=x.shape[-1])
 
 
-def _window(x: jax.Array, start: tuple[int, int], size: tuple[int, int], stride: int) -> jax.Array:
+def _window(x: Images, start: tuple[int, int], size: tuple[int, int], stride: int) -> jax.Array:
     limits = (x.shape[0], start[0] + size[0], start[1] + size[1], x.shape[3])
     return lax.slice(x, (0, *start, 0), limits, (1, stride, stride, 1))
 
 
-def _depthwise_shifts(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def _depthwise_shifts(x: Images, kernel: Float[Array, "i j 1 C"], stride: int) -> jax.Array:
     size, strides = kernel.shape[:2], (stride, stride)
     pads = lax.padtype_to_pads(x.shape[1:3], size, strides, "SAME")
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
@@ -168,7 +173,7 @@ _DEPTHWISE = {"shifts": _depthwise_shifts, "grouped": _depthwise_grouped}
 
 
 class ConvBias(nn.Module):
-    """A convolution by `op` with a bias, relu6 unless told otherwise."""
+    """A convolution by `op` with a bias, then a relu6."""
 
     op: Callable[[jax.Array, jax.Array, int], jax.Array]
     shape: tuple[int, int, int, int]  # HWIO
@@ -176,7 +181,7 @@ class ConvBias(nn.Module):
     relu6: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Images) -> Float[Array, "n _ _ O"]:
         init = nn.initializers.he_normal() if self.relu6 else nn.initializers.lecun_normal()
         init = partitioned(init, None, None, None, "embed")
         kernel = constrain(self.param("kernel", init, self.shape))  # small: gathered before use
@@ -187,22 +192,19 @@ class ConvBias(nn.Module):
 
 
 class Block(nn.Module):
-    """One inverted residual, [n, h, w, inputs] -> [n, h/stride, w/stride, outputs]."""
+    """One inverted residual: expand, filter by a depthwise convolution, project."""
 
     spec: BlockSpec
     depthwise: Depthwise
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Images) -> Float[Array, "n _ _ O"]:
         spec, y = self.spec, x
-        if spec.expanded != spec.inputs:
-            y = ConvBias(_pointwise, (1, 1, spec.inputs, spec.expanded), name="expand")(y)
-        y = ConvBias(
-            _DEPTHWISE[self.depthwise], (3, 3, 1, spec.expanded), spec.stride, name="depthwise"
-        )(y)
-        y = ConvBias(_pointwise, (1, 1, spec.expanded, spec.outputs), relu6=False, name="project")(
-            y
-        )
+        inner, op = spec.expanded, _DEPTHWISE[self.depthwise]
+        if inner != spec.inputs:
+            y = ConvBias(_pointwise, (1, 1, spec.inputs, inner), name="expand")(y)
+        y = ConvBias(op, (3, 3, 1, inner), spec.stride, name="depthwise")(y)
+        y = ConvBias(_pointwise, (1, 1, inner, spec.outputs), relu6=False, name="project")(y)
         return x + y if spec.residual else y
 
 
@@ -210,12 +212,12 @@ class MobileNet(nn.Module):
     """Frames to visual tokens: the relu6 activations (0..6) of the last 1x1 convolution.
 
     Attributes:
-      config: shape and form of computation.
+      config: its shape, and how it is computed.
       dtype: of the computation and of the tokens; parameters stay float32.
     """
 
     config: MobileNetConfig
-    dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    dtype: Dtype = jnp.float32
 
     @property
     def view(self) -> ImageTransform:
@@ -226,7 +228,7 @@ class MobileNet(nn.Module):
         return last_channels(self.config)
 
     def tokens_per_frame(self) -> int:
-        """N at `image_size`: 49 for 224 px."""
+        """Return N at `image_size`: 49 for 224 px."""
         return math.ceil(self.config.image_size / _TOTAL_STRIDE) ** 2
 
     def setup(self) -> None:
@@ -239,27 +241,27 @@ class MobileNet(nn.Module):
         if config.classes:
             self.head = ConvBias(_pointwise, (1, 1, self.width, config.classes), relu6=False)
 
-    def __call__(self, frames: jax.Array) -> jax.Array:
-        """Encodes each frame on its own.
+    def __call__(self, frames: Num[Array, "B F H W 3"]) -> Float[Array, "B F N D"]:
+        """Encode each frame on its own.
 
         Args:
-          frames: u8 or float [B, F, H, W, 3], RGB in 0..255, of any height and width.
+          frames: RGB in 0..255, of any height and width.
 
         Returns:
-          `dtype` [B, F, N, D] with N = ceil(H/32) * ceil(W/32), row by row.
+          Tokens row by row, N = ceil(H/32) * ceil(W/32).
 
         Raises:
           ValueError: frames have another rank or another number of channels.
         """
         if frames.ndim != 5 or frames.shape[-1] != 3:
             raise ValueError(f"frames must be [B, F, H, W, 3], not {list(frames.shape)}")
-        images = frames.reshape(-1, *frames.shape[2:])
+        images = rearrange(frames, "b f h w c -> (b f) h w c")
         at_once = math.gcd(len(images), self.config.images_at_once)  # gcd(n, 0) = n
         if self.is_initializing() or at_once == len(images):
             features = self._features(images)
         else:
-            # Image i*rounds + r is computed in round r: the axis that is looped over is not the
-            # outer one, so a batch sharded over devices stays where it is.
+            # Image i * rounds + r is computed in round r. The loop is over the inner axis, so that
+            # every round has images of every device, and none moves to another.
             loop = nn.scan(
                 lambda encoder, carry, chunk: (carry, encoder._features(chunk)),
                 variable_broadcast="params",
@@ -270,26 +272,11 @@ class MobileNet(nn.Module):
             _, features = loop(self, (), images.reshape(at_once, -1, *images.shape[1:]))
         tokens = features.reshape(*frames.shape[:2], -1, self.width)
         if self.is_initializing() and self.config.classes:
-            self._logits(tokens)  # one tree of parameters, whichever method ran first
+            self.head(tokens.mean(axis=2, keepdims=True))  # creates its parameters
         return tokens
 
-    def classify(self, frames: jax.Array) -> jax.Array:
-        """Class scores of each frame, `dtype` [B, F, classes]; needs `classes` > 0.
-
-        Raises:
-          ConfigError: the configuration has no head.
-        """
-        if not self.config.classes:
-            raise ConfigError("mobilenet: no classifier head; set classes (1001 for ImageNet)")
-        return self._logits(self(frames))
-
-    def _features(self, images: jax.Array) -> jax.Array:
-        """u8 or float [n, H, W, 3] -> `dtype` [n, H/32, W/32, D]."""
-        x = (images.astype(jnp.float32) / 127.5 - 1.0).astype(self.dtype)
-        x = self.stem(x)
+    def _features(self, images: Num[Array, "n H W 3"]) -> Float[Array, "n h w D"]:
+        x = self.stem(normalize_pixels(images).astype(self.dtype))
         for block in self.blocks:
             x = block(x)
         return self.last(x)
-
-    def _logits(self, tokens: jax.Array) -> jax.Array:
-        return self.head(tokens.mean(axis=2, keepdims=True))[:, :, 0]

@@ -1,9 +1,9 @@
 """Weight-only int8 for frozen language models, by qwix: half of bfloat16's bytes.
 
-Legend: I inputs and O outputs of a linear layer; in a stack both tensors have the layers in front.
+Legend: I inputs and O outputs of a linear layer; in a stack a leading axis for the layers.
 
-A kernel is int8 [I, O] with one scale an output, float32 [1, O]. Zero is zero, and int8 · scale is
-off by at most 1/255 of the output's largest weight, half a step. Activations keep their dtype.
+A kernel is int8 [I, O] with one scale per output, float32 [1, O]. Zero stays zero, and int8 · scale
+is off by at most 1/255 of the output's largest weight, half a step. Activations keep their dtype.
 Attention, feed-forward and an untied head are int8; embeddings, norms and biases are not.
 """
 
@@ -15,18 +15,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jaxtyping import Array, Float, Int8
 
 from vadapter.errors import ConfigError
 from vadapter.models.layers import Dtype, output_axis, partitioned
 
-_SCALE = "_scale"  # of the leaf `kernel` is the leaf `kernel_scale`
+_SCALE = "_scale"  # the scale of the leaf `kernel` is the leaf `kernel_scale`
 
 
 def library() -> ModuleType:
-    """qwix, an optional dependency.
+    """Return qwix, an optional dependency.
 
     Raises:
-      ConfigError: it is not installed.
+      ConfigError: qwix is not installed.
     """
     try:
         import qwix
@@ -40,8 +41,8 @@ def library() -> ModuleType:
 class Int8Linear(nn.Module):
     """`x @ kernel + bias` with an int8 kernel; otherwise as `layers.linear`.
 
-    The kernel is made a float where it is used and once more in the backward pass, so that neither
-    pass ever holds more than one layer's in that form. There is no gradient to it.
+    The kernel is converted to float where it is used, and again in the backward pass, so that
+    neither pass holds more than one layer's floats. It has no gradient.
     """
 
     features: int
@@ -50,12 +51,15 @@ class Int8Linear(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
         qwix = library()
         shape = (x.shape[-1], self.features)
-        step = (3 / shape[0]) ** 0.5 / 127  # a random start is uniform, of variance 1/I
-        draw = lambda key, shape: jax.random.randint(key, shape, -127, 128, jnp.int8)  # noqa: E731
-        kernel = self.param("kernel", partitioned(draw, *self.axes), shape)
+        step = (3 / shape[0]) ** 0.5 / 127  # random kernels are uniform, of variance 1/I
+
+        def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return jax.random.randint(key, shape, -127, 128, jnp.int8)
+
+        kernel = self.param("kernel", partitioned(uniform, *self.axes), shape)
         init = partitioned(nn.initializers.constant(step), None, output_axis(self.axes))
         scale = self.param("kernel" + _SCALE, init, (1, self.features))
 
@@ -71,13 +75,13 @@ class Int8Linear(nn.Module):
 
 
 def full_precision(abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to be read for parameters that are int8 in part: the same with float32 kernels.
+    """Return the shapes to read for a module with int8 kernels: those that it has without int8.
 
     Args:
       abstract: tree of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.
 
     Returns:
-      The tree that the module has without int8; equal to `abstract` where there is none.
+      The same tree with float32 kernels; equal to `abstract` if none is int8.
     """
     out = {}
     for path, leaf in _flat(abstract).items():
@@ -91,10 +95,10 @@ def full_precision(abstract: Mapping[str, Any]) -> dict[str, Any]:
 def quantize(
     leaves: Iterable[tuple[str, jax.Array]], abstract: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Parameters as `abstract` has them, from their full precision, one leaf at a time.
+    """Quantize the kernels that are int8 in `abstract`, one leaf at a time.
 
-    A leaf is let go before the next one is asked for: of a generator that reads as it goes, never
-    more than one kernel is in memory beside the result.
+    A leaf is released before the next one is requested: with a generator that reads from a file,
+    no more than one kernel of full precision is in memory.
 
     Args:
       leaves: (path, array) of `full_precision(abstract)` in any order and float dtype; paths are
@@ -102,7 +106,7 @@ def quantize(
       abstract: tree of shapes, with the shardings of the result where there is a mesh.
 
     Returns:
-      The tree. Leaves that are not int8 there are those given.
+      The tree; leaves that are not int8 in `abstract` are unchanged.
 
     Raises:
       ConfigError: qwix is not installed.
@@ -111,8 +115,8 @@ def quantize(
     for path, array in leaves:
         if flat[path].dtype == jnp.int8:
             names = (path, path + _SCALE)
-            where = tuple(flat[name].sharding for name in names)
-            pair = jax.jit(_quantized, out_shardings=where)(array)
+            shardings = tuple(flat[name].sharding for name in names)
+            pair = jax.jit(_quantized, out_shardings=shardings)(array)
             out.update(zip(names, jax.block_until_ready(pair), strict=True))
         else:
             out[path] = array
@@ -124,8 +128,10 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     return dict(traverse_util.flatten_dict(tree, sep="/"))
 
 
-def _quantized(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[…, I, O] -> int8[…, I, O], f32[…, 1, O]; in float32, for bfloat16 would round the steps."""
-    kept = [axis for axis in range(kernel.ndim) if axis != kernel.ndim - 2]
-    made = library().quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=kept)
-    return made.qvalue, made.scale
+def _quantized(
+    kernel: Float[Array, "*n I O"],
+) -> tuple[Int8[Array, "*n I O"], Float[Array, "*n 1 O"]]:
+    """Return kernel and scale. Computed in float32, as bfloat16 would round the steps."""
+    axes = [axis for axis in range(kernel.ndim) if axis != kernel.ndim - 2]
+    result = library().quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=axes)
+    return result.qvalue, result.scale

@@ -1,8 +1,9 @@
-"""Named sizes, and how a component's configuration becomes a module.
+"""Component kinds and named sizes, and how a component's configuration becomes a module.
 
 A component is written as `{size: NAME, …}` or `{kind: KIND, …}`; other keys override fields.
 """
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,30 +12,19 @@ import jax.numpy as jnp
 
 from vadapter.config import build, nearest
 from vadapter.errors import ConfigError
-from vadapter.models.adapter_model import Projection, ProjectionConfig
-from vadapter.models.adapters.resampler import (
-    MlpAdapter,
-    MlpAdapterConfig,
-    Pooler,
-    PoolerConfig,
-    Resampler,
-    ResamplerConfig,
-)
-from vadapter.models.coca import Fusion, FusionConfig
 from vadapter.models.layers import Dtype
-from vadapter.models.lm import LM, LMConfig
-from vadapter.models.mobilenet import MobileNet, MobileNetConfig
-from vadapter.models.vit import ViT, ViTConfig
 
-KINDS: dict[str, tuple[type, type[nn.Module]]] = {
-    "vit": (ViTConfig, ViT),
-    "mobilenet": (MobileNetConfig, MobileNet),
-    "resampler": (ResamplerConfig, Resampler),
-    "pooler": (PoolerConfig, Pooler),
-    "mlp": (MlpAdapterConfig, MlpAdapter),
-    "fc": (ProjectionConfig, Projection),
-    "lm": (LMConfig, LM),
-    "fusion": (FusionConfig, Fusion),
+# kind -> its module class, beside which is a dataclass of the same name and `Config`. Imported when
+# a recipe uses it.
+KINDS: dict[str, str] = {
+    "vit": "vadapter.models.vit:ViT",
+    "mobilenet": "vadapter.models.mobilenet:MobileNet",
+    "resampler": "vadapter.models.adapters.resampler:Resampler",
+    "pooler": "vadapter.models.adapters.pooler:Pooler",
+    "mlp": "vadapter.models.adapters.mlp:MlpAdapter",
+    "fc": "vadapter.models.adapters.projection:Projection",
+    "lm": "vadapter.models.lm:LM",
+    "fusion": "vadapter.models.coca:Fusion",
 }
 
 _coca = {"kind": "vit", "image_size": 288, "patch": 18}
@@ -55,8 +45,15 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+def load_kind(kind: str) -> tuple[type, type[nn.Module]]:
+    """Import a kind; return its config dataclass and its module class."""
+    module, name = KINDS[kind].split(":")
+    imported = importlib.import_module(module)
+    return getattr(imported, f"{name}Config"), getattr(imported, name)
+
+
 def expand(name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The component's spec with its named size filled in; keeps `kind`, drops `size`."""
+    """Return the component's spec with its named size filled in; keeps `kind`, drops `size`."""
     spec = dict(spec)
     size = spec.pop("size", "")
     if size and size not in SIZES:
@@ -71,17 +68,20 @@ def expand(name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
 def make_module(
     name: str, spec: Mapping[str, Any], *, dtype: Dtype = jnp.float32, **derived: Any
 ) -> nn.Module:
-    """The module of a component.
+    """Return the module of a component.
 
     Args:
-      name: for messages.
-      spec: `kind` or `size`, and fields of the kind's config; `weights` is left to the loader.
+      name: of the component, for messages.
+      spec: `kind` or `size`, and fields of the kind's config; `weights` is ignored.
       dtype: of the computation.
-      **derived: fields taken where the spec says 0 or nothing, for example `width`, `vocab_size`.
+      **derived: values of fields that are 0 or missing in the spec, such as `width`, `vocab_size`.
+
+    Raises:
+      ConfigError: unknown kind, size or field, or an invalid value.
     """
     spec = expand(name, spec)
     spec.pop("weights", None)
-    config_type, module_type = KINDS[spec.pop("kind")]
+    config_type, module_type = load_kind(spec.pop("kind"))
     for key, value in derived.items():
         if not spec.get(key):
             spec[key] = value

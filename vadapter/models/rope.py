@@ -1,35 +1,35 @@
-"""Rotary position embeddings (RoFormer, arXiv 2104.09864) and the ways they are stretched.
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864) and their scaling to longer contexts.
 
-Legend: B batch, T tokens, H heads, K head dim, R rotated part of K.
+Legend: B batch, T tokens, H heads, K head dim, R rotated dims of a head, P = R / 2 pairs.
 """
 
 import dataclasses
 import math
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from vadapter.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Wavelengths of the rotation, and how they are scaled beyond the length trained on.
+    """Wavelengths of the rotation, and how they are scaled beyond the training length.
 
     Attributes:
       theta: base of the geometric progression of wavelengths.
-      part: share of the head dim that is rotated, the first R = part · K.
+      part: share of the head dim that is rotated: the first R = part · K.
       scaling: none | linear | llama3 | yarn.
-      factor: how many times longer.
-      original_len: tokens of the original training; llama3 and yarn.
+      factor: how many times longer the context becomes.
+      original_len: training length in tokens; llama3 and yarn.
       low_freq_factor, high_freq_factor: llama3: wavelengths above original_len / low are stretched
         by `factor`, those below original_len / high are kept, those between are blended.
       beta_fast, beta_slow: yarn (arXiv 2309.00071): rotations within original_len between which
         frequencies are blended.
-      attention_factor: yarn: scales sine and cosine; 0: 0.1 · ln(factor) + 1.
-      truncate: yarn: the bounds of the blend are whole dimensions.
+      attention_factor: yarn: scale of sine and cosine; 0: 0.1 · ln(factor) + 1.
+      truncate: yarn: the bounds of the blend are rounded to dimensions.
     """
 
     theta: float = 10_000.0
@@ -45,14 +45,14 @@ class RopeConfig:
     truncate: bool = True
 
 
-def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians a position of each rotated pair, f32[R/2].
+def frequencies(config: RopeConfig, head_dim: int) -> Float[np.ndarray, " P"]:
+    """Return the radians per position of each rotated pair.
 
-    In float32 throughout, operation for operation as the models were trained: at position 8192 a
-    difference in the last bit is 5e-4 radians.
+    Computed in float32 throughout, operation for operation as when the models were trained: at
+    position 8192 a difference in the last bit is 5e-4 radians.
 
     Raises:
-      ConfigError: an unknown scaling, or one without its `original_len`.
+      ConfigError: the scaling is unknown, or lacks its `original_len`.
     """
     rotated = int(head_dim * config.part)
     exponents = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
@@ -62,16 +62,18 @@ def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     if config.scaling == "linear":
         return freq / np.float32(config.factor)
     if config.scaling not in ("llama3", "yarn"):
-        raise ConfigError(f"rope.scaling={config.scaling!r}: one of none, linear, llama3, yarn")
+        raise ConfigError(f"rope.scaling={config.scaling!r}: must be none, linear, llama3 or yarn")
     if config.original_len < 1:
-        raise ConfigError(f"rope.scaling={config.scaling!r} needs original_len, the length trained")
+        raise ConfigError(
+            f"rope.scaling={config.scaling!r} needs original_len, the training length"
+        )
     blend = _llama3 if config.scaling == "llama3" else _yarn
     kept = blend(config, freq, rotated)
     return (kept * freq + (1 - kept) * (freq / np.float32(config.factor))).astype(np.float32)
 
 
 def _llama3(config: RopeConfig, freq: np.ndarray, rotated: int) -> np.ndarray:
-    """The share of each frequency that is kept (Llama 3.1's inference code)."""
+    """Return the share of each frequency that is kept (Llama 3.1's inference code)."""
     del rotated
     turns = np.float32(config.original_len) * freq / np.float32(2 * math.pi)
     low, high = config.low_freq_factor, config.high_freq_factor
@@ -79,10 +81,13 @@ def _llama3(config: RopeConfig, freq: np.ndarray, rotated: int) -> np.ndarray:
 
 
 def _yarn(config: RopeConfig, freq: np.ndarray, rotated: int) -> np.ndarray:
-    """The share of each frequency that is kept (arXiv 2309.00071, section 3.2)."""
+    """Return the share of each frequency that is kept (arXiv 2309.00071, section 3.2)."""
     length = config.original_len / (2 * math.pi)
-    at = lambda turns: rotated * math.log(length / turns) / (2 * math.log(config.theta))  # noqa: E731
-    low, high = at(config.beta_fast), at(config.beta_slow)
+
+    def dimension(turns: float) -> float:
+        return rotated * math.log(length / turns) / (2 * math.log(config.theta))
+
+    low, high = dimension(config.beta_fast), dimension(config.beta_slow)
     if config.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotated - 1)
@@ -91,7 +96,7 @@ def _yarn(config: RopeConfig, freq: np.ndarray, rotated: int) -> np.ndarray:
 
 
 def amplitude(config: RopeConfig) -> float:
-    """What sine and cosine are multiplied by; 1 but for yarn."""
+    """Return the scale of sine and cosine, which is 1 except for yarn."""
     if config.scaling != "yarn":
         return 1.0
     if config.attention_factor:
@@ -99,13 +104,18 @@ def amplitude(config: RopeConfig) -> float:
     return 0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
 
 
-def rotate(x: jax.Array, positions: jax.Array, freq: jax.Array, scale: float = 1.0) -> jax.Array:
-    """Rotates the first R of every head, its halves against each other; the rest passes.
+def rotate(
+    x: Float[Array, "B T H K"],
+    positions: Int[Array, "B T"],
+    freq: Float[Array, " P"],
+    scale: float = 1.0,
+) -> Float[Array, "B T H K"]:
+    """Rotate pairs (i, R/2 + i) of the first R dims of every head; the rest is unchanged.
 
     Args:
-      x: [B, T, H, K].
-      positions: i32[B, T].
-      freq: f32[R/2], from `frequencies`.
+      x: queries or keys.
+      positions: of the tokens.
+      freq: from `frequencies`.
       scale: from `amplitude`.
     """
     half = freq.shape[-1]

@@ -1,6 +1,7 @@
-"""One transformer block and one stack forevery model: ViT, tiny LM, LLM, resampler, CoCa text.
+"""One transformer block and one stack for every model: ViT, tiny LM, LLM, resampler, CoCa text.
 
-Legend: B batch, T tokens, S keys, E width, L layers.
+Legend: B batch, T tokens, S keys, C tokens that are cross-attended, E width, L layers, N KV heads,
+K head dim, P rotated pairs of a head.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.distributed.mesh import constrain
 from vadapter.models.layers import (
@@ -27,8 +29,9 @@ from vadapter.models.layers import (
 )
 from vadapter.models.quantize import Int8Linear
 
-# What the backward pass keeps. For a frozen stack the inputs of its matrix products are never
-# needed, so these names suffice; they are recomputed from with one norm and one activation each.
+# What `remat="names"` keeps for the backward pass. A frozen stack has no weight gradients, so the
+# inputs of its matrix products are never needed; from these outputs the rest is recomputed with one
+# norm and one activation each.
 SAVED_NAMES = ("q", "k", "v", "mid", "u")
 Remat = Literal["none", "full", "names", "dots"]
 REMAT = {
@@ -45,21 +48,21 @@ class BlockConfig:
 
     Attributes:
       width: E.
-      heads, kv_heads, head_dim: attention; kv_heads=1 is multi-query, =heads is multi-head.
+      heads, kv_heads, head_dim: attention; kv_heads=1 is multi-query, =heads multi-head.
       mlp_dim: hidden width of the feed-forward.
       mlp: swiglu | geglu | gelu | gelu_erf | quick_gelu | relu.
       norm: rms | layer; norm_offset is added to its scales.
       bias, qkv_bias, qk_norm, attn_scale, attn_softcap: see `layers.Attention`.
-      mlp_bias: of the feed-forward; None: as `bias`.
-      parallel: attention and feed-forward side by side, summed (PaLM), instead of in sequence;
-        from one norm, or from two with `shared_norm=False` (GPT-NeoX).
+      mlp_bias: bias of the feed-forward; None takes `bias`.
+      parallel: attention and feed-forward run side by side and are summed (PaLM), instead of one
+        after the other; from one norm, or from two with `shared_norm=False` (GPT-NeoX).
       post_norms: also a norm on the output of attention and of feed-forward (Gemma 2).
-      layer_scale: outputs are multiplied by a learned vector (DINOv2).
+      layer_scale: outputs are multiplied by a trainable vector (DINOv2).
       cross: a cross-attention between self-attention and feed-forward.
       rope_scale: see `rope.rotate`.
       dropout: on both residual branches, active only where a `dropout` rng is given.
       remat: none | full | names | dots, what the backward pass recomputes.
-      int8: kernels are int8, see `quantize`; they cannot be trained.
+      int8: kernels are int8 and cannot be trained, see `quantize`.
     """
 
     width: int
@@ -89,9 +92,11 @@ class BlockConfig:
 
     @property
     def linear(self) -> Callable[..., nn.Module]:
+        """The constructor of linear layers."""
         return Int8Linear if self.int8 else linear
 
     def attention(self, dtype: Dtype, name: str) -> Attention:
+        """Return an attention layer of the block."""
         return Attention(
             heads=self.heads,
             kv_heads=self.kv_heads or self.heads,
@@ -108,7 +113,12 @@ class BlockConfig:
         )
 
     def make_norm(self, dtype: Dtype, name: str) -> Norm:
+        """Return a norm of the block."""
         return Norm(self.norm, self.norm_eps, dtype, self.norm_offset, name=name)
+
+
+# Keys and values of every layer.
+Cache = tuple[Float[Array, "L B S N K"], Float[Array, "L B S N K"]]
 
 
 @flax.struct.dataclass
@@ -116,19 +126,19 @@ class PerLayer:
     """What differs between the layers of one stack, scanned with their parameters.
 
     Attributes:
-      freq: f32[L, R/2], rotary frequencies; None for no rotary positions.
-      window: i32[L], a query sees keys less than so many positions back; None for all.
+      freq: rotary frequencies, [L, P]; None: no rotary positions.
+      window: [L]: a query attends to keys fewer than this many positions back; None: to all.
     """
 
-    freq: jax.Array | None = None
-    window: jax.Array | None = None
+    freq: Float[Array, "..."] | None = None
+    window: Int[Array, "..."] | None = None
 
 
 class Block(nn.Module):
     """Pre-norm transformer block; arguments and results as `Stack`, for one layer.
 
     Attributes:
-      last: it computes the states of so many last tokens, which see all of them; 0: of all.
+      last: compute the states of this many last tokens only, which attend to all; 0: of all.
     """
 
     config: BlockConfig
@@ -142,7 +152,10 @@ class Block(nn.Module):
         drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         bias = c.bias if c.mlp_bias is None else c.mlp_bias
         mlp = Mlp(c.mlp_dim, c.mlp, bias, self.dtype, c.linear, name="mlp")
-        after = lambda name, y: drop(self._scaled(name, norm(name)(y) if c.post_norms else y))  # noqa: E731
+
+        def post(name: str, y: jax.Array) -> jax.Array:
+            return drop(self._scaled(name, norm(name)(y) if c.post_norms else y))
+
         if layer.window is not None:
             near = distance < layer.window
             mask = near if mask is None else mask & near
@@ -153,15 +166,15 @@ class Block(nn.Module):
         y, cache = c.attention(self.dtype, "attn")(
             h, keys, mask=mask, positions=positions, freq=layer.freq, cache=cache, index=index
         )
-        y = after("norm_attn_out", y)
+        y = post("norm_attn_out", y)
         if c.parallel:
             h = h if c.shared_norm else norm("norm_mlp")(x)
-            return constrain(x + y + after("norm_mlp_out", mlp(h)), "batch"), cache
+            return constrain(x + y + post("norm_mlp_out", mlp(h)), "batch"), cache
         x = checkpoint_name(x + y, "mid")
         if c.cross:
             y, _ = c.attention(self.dtype, "cross")(norm("norm_cross")(x), kv, mask=kv_mask)
             x = x + drop(y)
-        return constrain(x + after("norm_mlp_out", mlp(norm("norm_mlp")(x))), "batch"), cache
+        return constrain(x + post("norm_mlp_out", mlp(norm("norm_mlp")(x))), "batch"), cache
 
     def _scaled(self, name: str, y: jax.Array) -> jax.Array:
         if not self.config.layer_scale:
@@ -184,78 +197,85 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T E"],
         *,
-        mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
+        mask: Bool[Array, "B T S"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
         layers: PerLayer | None = None,
-        distance: jax.Array | None = None,
-        kv: jax.Array | None = None,
-        kv_mask: jax.Array | None = None,
-        cache: Any = None,
-        index: jax.Array | int = 0,
+        distance: Int[Array, "B T S"] | None = None,
+        kv: Float[Array, "B C D"] | None = None,
+        kv_mask: Bool[Array, "B T C"] | None = None,
+        cache: Cache | None = None,
+        index: Int[Array, ""] | int = 0,
         last: int = 0,
-    ) -> tuple[jax.Array, Any]:
-        """Runs the blocks.
+    ) -> tuple[Float[Array, "B _ E"], Cache | None]:
+        """Run the blocks.
 
         Args:
-          x: [B, T, E].
-          mask: bool[B, T, S] for self-attention (None: everything visible).
-          positions: i32[B, T] for rotary positions.
+          x: embeddings, or the states of other layers.
+          mask: for self-attention, True where a query attends; None: everywhere.
+          positions: for rotary positions.
           layers: what differs between the layers.
-          distance: i32[B, T, S], positions from key to query, for windows.
-          kv: [B, S', ·] for cross-attention, with kv_mask bool[B, T, S'].
-          cache: keys and values, each [L, B, S, kv_heads, K], or None.
+          distance: positions from key to query, for windows.
+          kv: inputs of the keys and values of cross-attention, with their mask.
+          cache: keys and values of a sequence that is being decoded, or None.
           index: first cache slot of `x`.
-          last: the last block runs for so many last tokens alone, for which the others are there;
-            0: for all. Not for parameters that are trained, nor with a cache or `kv`.
+          last: the last block computes only this many last tokens, the text, as nothing reads the
+            states of the others; 0: all. Only for frozen parameters, without cache and `kv`.
 
         Returns:
-          [B, T or last, E] and the updated cache (None without one).
+          States of all T tokens, or of the `last`; and the updated cache (None without one).
         """
         if last:
             assert cache is None
             assert kv is None
             return self._last(x, layers or PerLayer(), (mask, positions, distance), last), None
-        blocks = in_a_row(Block, self.depth, self.config.remat, (0, 0, *(nn.broadcast,) * 6))
+        blocks = scan_layers(Block, self.depth, self.config.remat, (0, 0, *(nn.broadcast,) * 6))
         return blocks(self.config, self.dtype, name="blocks")(
             constrain(x, "batch"), cache, layers or PerLayer(), mask, positions, distance, kv,
             kv_mask, index,
         )  # fmt: skip
 
-    def _last(self, x: jax.Array, layers: PerLayer, seen: tuple[Any, ...], last: int) -> jax.Array:
-        """Runs the blocks, the last one for the last tokens alone.
+    def _last(
+        self, x: Float[Array, "B T E"], layers: PerLayer, masks: tuple[Any, ...], last: int
+    ) -> Float[Array, "B _ E"]:
+        """Run the blocks, the last one for the last tokens alone.
 
-        Each block takes its parameters out of the whole stack: a scan over all blocks but one
-        would copy them. Gradients of such parameters would be as large as the stack, in each block.
+        Each block slices its parameters out of the whole stack: a scan over all blocks but one
+        would first copy them. That is for frozen parameters only: the gradient of a slice is as
+        large as the stack, in every block.
         """
-        every = self.variables["params"]["blocks"], layers
+        stacked = self.variables["params"]["blocks"], layers
 
-        def run(x: jax.Array, at: jax.Array | int, last: int) -> jax.Array:
-            pick = lambda w: jax.lax.dynamic_index_in_dim(w, at, keepdims=False)  # noqa: E731
-            params, layer = jax.tree.map(pick, every)
+        def run(x: jax.Array, i: jax.Array | int, last: int) -> jax.Array:
+            slice_of = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+            params, layer = jax.tree.map(slice_of, stacked)
             block = Block(self.config, self.dtype, last, parent=None)
-            return block.apply({"params": params}, x, None, layer, *seen, None, None, 0)[0]  # type: ignore[index]
+            return block.apply({"params": params}, x, None, layer, *masks, None, None, 0)[0]  # type: ignore[index]
 
         if self.config.remat != "none":
             policy = REMAT[self.config.remat]
             run = jax.checkpoint(run, prevent_cse=False, policy=policy, static_argnums=2)
-        body = lambda x, at: (run(x, at, 0), None)  # noqa: E731
+
+        def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+            return run(x, i, 0), None
+
         x, _ = jax.lax.scan(body, constrain(x, "batch"), jnp.arange(self.depth - 1))
         return run(x, self.depth - 1, last)
 
 
-def in_a_row(layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any) -> Any:
-    """`depth` layers one after the other, scanned, their parameters stacked.
+def scan_layers(layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any) -> Any:
+    """Return a module class that runs `depth` layers by a scan, their parameters stacked.
 
     Args:
       layer: a module class whose call takes and returns the carry first.
       depth: L.
-      remat: what the backward pass computes again, see `BlockConfig`.
+      remat: what the backward pass recomputes, see `BlockConfig`.
       in_axes: of the call's other arguments: 0 where layers differ, `nn.broadcast` elsewhere.
     """
     if remat != "none":
-        # A loop of one layer is none: there the compiler would find what is done twice.
+        # The compiler unrolls a loop of one layer. There it would recognize the recomputation as a
+        # common subexpression, and keep the arrays after all, unless it is prevented from that.
         layer = nn.remat(layer, prevent_cse=depth == 1, policy=REMAT[remat])
     return nn.scan(
         layer,
@@ -267,13 +287,24 @@ def in_a_row(layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any) -> 
     )
 
 
-def text_mask(segments: jax.Array, prefix: int = 0, *, bidirectional: bool = False) -> jax.Array:
-    """Who sees whom in [prefix][independent texts].
+def row_positions(batch: int, length: int) -> Int[Array, "B T"]:
+    """Return the positions 0, 1, … of rows without padding."""
+    return jnp.broadcast_to(jnp.arange(length), (batch, length))
 
-    Segment 0 is padding, -1 the shared prefix, 1..k independent texts. Every token sees earlier
-    tokens of its own segment and of the prefix; nobody sees padding.
 
-    Example, causal, for segments [-1, -1, 1, 1, 2, 0]::
+def causal_mask(batch: int, length: int) -> Bool[Array, "B T T"]:
+    """Return the mask of rows without padding, in which a token attends to itself and before."""
+    return jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+
+
+def text_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Return the mask of rows [prompt and prefix][independent texts].
+
+    Segment 0 is padding, -1 the shared prefix, 1..k independent texts. Every token attends to
+    earlier tokens of its own segment and of the prefix; none attends to padding. So the captions
+    of one image share its prefix in one row, and do not see each other.
+
+    Example, for segments [-1, -1, 1, 1, 2, 0]::
 
         [[1 0 0 0 0 0]
          [1 1 0 0 0 0]
@@ -281,18 +312,8 @@ def text_mask(segments: jax.Array, prefix: int = 0, *, bidirectional: bool = Fal
          [1 1 1 1 0 0]
          [1 1 0 0 1 0]
          [1 1 0 0 0 0]]
-
-    Args:
-      segments: i32[B, T].
-      prefix: number of leading tokens that are prefix; used only with `bidirectional`.
-      bidirectional: the prefix also sees itself forwards.
-
-    Returns:
-      bool[B, T, T].
     """
     T = segments.shape[1]
     q, k = segments[:, :, None], segments[:, None, :]
     order = jnp.tril(jnp.ones((T, T), bool))
-    if bidirectional:
-        order = order | (jnp.arange(T) < prefix)[None, :]
     return order[None] & (k != 0) & ((k == -1) | (k == q))

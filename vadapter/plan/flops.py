@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from vadapter.models.adapter_model import AdapterModel, Projection
-from vadapter.models.adapters.resampler import MlpAdapter, Pooler, Resampler
+from vadapter.models.adapter_model import AdapterModel
+from vadapter.models.adapters.mlp import MlpAdapter
+from vadapter.models.adapters.pooler import Pooler
+from vadapter.models.adapters.projection import Projection
+from vadapter.models.adapters.resampler import Resampler
 from vadapter.models.coca import CoCa
 from vadapter.models.layers import GATED
 from vadapter.models.lm import LM, LMConfig

@@ -12,7 +12,7 @@ from vadapter.distributed.mesh import MeshConfig, filled, make_mesh
 from vadapter.distributed.topology import Topology, devices
 from vadapter.errors import ConfigError
 from vadapter.models.generate import Decode
-from vadapter.models.registry import KINDS, expand
+from vadapter.models.registry import expand, load_kind
 from vadapter.plan import flops
 from vadapter.plan.abstract_program import Program
 from vadapter.plan.compiled_stats import ROWS, Figures, estimate, of_compiler, of_trace, versions
@@ -221,7 +221,7 @@ def with_field(recipe: Recipe, name: str, field: str) -> tuple[str, ...]:
     """
     stage = recipe.stages[name]
     behind = [part for part in components(stage) if part != stage.encoder or part in trained(stage)]
-    config_of = lambda part: KINDS[expand(part, recipe.components[part])["kind"]][0]  # noqa: E731
+    config_of = lambda part: load_kind(expand(part, recipe.components[part])["kind"])[0]  # noqa: E731
     fields = lambda part: [each.name for each in dataclasses.fields(config_of(part))]  # noqa: E731
     return tuple(part for part in behind if field in fields(part))
 

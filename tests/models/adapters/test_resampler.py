@@ -10,15 +10,9 @@ from support import tiny
 
 from vadapter import config
 from vadapter.errors import ConfigError
-from vadapter.models.adapters.resampler import (
-    MlpAdapter,
-    MlpAdapterConfig,
-    Pooler,
-    PoolerConfig,
-    Resampler,
-    ResamplerConfig,
-    ResamplerLayer,
-)
+from vadapter.models.adapters.mlp import MlpAdapter, MlpAdapterConfig
+from vadapter.models.adapters.pooler import Pooler, PoolerConfig
+from vadapter.models.adapters.resampler import Resampler, ResamplerConfig, ResamplerLayer
 from vadapter.models.layers import Norm
 from vadapter.models.transformer import REMAT
 from vadapter.models.vit import ViT
@@ -107,7 +101,7 @@ def test_layers_start_different_and_run_one_after_the_other():
 def test_an_unknown_norm_and_heads_that_do_not_divide_are_errors():
     with pytest.raises(ConfigError, match="norm='both': unknown; known: none, separate, shared"):
         config.build(ResamplerConfig, {"norm": "both"})
-    with pytest.raises(ConfigError, match="hidden_dim=16 does not divide into heads=3"):
+    with pytest.raises(ConfigError, match="hidden_dim=16 is not divisible by heads=3"):
         build(heads=3)
 
 
@@ -151,7 +145,7 @@ def test_fewer_frames_are_held_in_order_and_other_counts_are_an_error():
     frames = visual(frames=2)
     held = np.repeat(frames, 4, axis=1)
     np.testing.assert_allclose(run(module, params, frames), run(module, params, held), atol=1e-5)
-    with pytest.raises(ValueError, match="3 frames do not repeat to the 8"):
+    with pytest.raises(ValueError, match="3 frames cannot be repeated to the 8"):
         run(module, params, visual(frames=3))
 
 

@@ -1,0 +1,41 @@
+"""The fully connected layers that match widths along the chain (paper, section 3).
+
+Legend: D input width, E output width.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vadapter.models.layers import Dtype, default_init, linear
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectionConfig:
+    """One fully connected layer.
+
+    Attributes:
+      width: E; 0 takes the width of the language model that follows in the chain.
+      scale: standard deviation of the output at initialization, for unit-variance input.
+    """
+
+    width: int = 0
+    scale: float = 1.0
+
+
+class Projection(nn.Module):
+    """x @ kernel + bias over the last axis."""
+
+    config: ProjectionConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n E"]:
+        def init(*args: Any) -> jax.Array:
+            return default_init(*args) * self.config.scale
+
+        return linear(self.config.width, (None, "embed"), True, self.dtype, init, name="out")(x)

@@ -1,0 +1,47 @@
+"""Components: the parts of a model, each a Flax module with parameters and randomness of its own.
+
+A model is a handful of components (encoder, resampler, tiny LM, LLM …) that are trained, frozen,
+stored and initialized one by one. Its parameters are therefore a dict keyed by component name.
+"""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+Params = Mapping[str, Any]  # component name -> tree of arrays
+
+
+def component_seed(name: str) -> int:
+    """Return a stable 32-bit number for a component's name."""
+    return int(np.uint32(zlib.crc32(name.encode())))
+
+
+def component_key(rng: jax.Array, name: str) -> jax.Array:
+    """Return a component's own key, which does not depend on what else is in the model."""
+    return jax.random.fold_in(rng, component_seed(name))
+
+
+def apply_component(
+    modules: Mapping[str, nn.Module],
+    params: Params,
+    name: str,
+    *args: Any,
+    rng: jax.Array | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Call a component with its parameters.
+
+    Args:
+      modules: component name -> module.
+      params: of every component that is called.
+      name: the component.
+      *args: passed to the module.
+      rng: turns dropout on.
+      **kwargs: passed to `Module.apply`: `method` and its keyword arguments.
+    """
+    rngs = {} if rng is None else {"dropout": component_key(rng, name)}
+    return modules[name].apply({"params": params[name]}, *args, rngs=rngs, **kwargs)
