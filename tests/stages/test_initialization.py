@@ -253,7 +253,7 @@ def test_starts_that_no_stage_will_bring_about_are_found_beforehand(config, worl
         check(encoder="weights")
     with config.unlocked():
         config.components.resampler.weights = "x"
-    with pytest.raises(ConfigError, match="read for mobilenet, vit, lm, not for kind 'resampler'"):
+    with pytest.raises(ConfigError, match="for mobilenet, vit, lm, not for kind 'resampler'"):
         check(resampler="weights", encoder="vision")
     with config.unlocked():
         config.components.encoder = {"kind": "mobilenet", "weights": str(tmp_path / "no")}

@@ -1,5 +1,6 @@
 """Small random checkpoints in the layout of public ones, written without their libraries."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,23 @@ from safetensors.numpy import save_file
 
 from vadapter.models.registry import make_module
 from vadapter.weights.hf_checkpoint import FAMILIES
+from vadapter.weights.safetensors import TensorFiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(TensorFiles):
+    """Tensor files that record every read: name and number of elements."""
+
+    reads: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, files: TensorFiles) -> "Counting":
+        return cls(files.path, files.tensors, files.files)
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        out = super().read(name, index)
+        self.reads.append((name, out.size))
+        return out
 
 
 def write_model(

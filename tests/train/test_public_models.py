@@ -163,7 +163,7 @@ def test_weights_may_move_but_must_be_what_the_run_was_made_with(world, trained,
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1  # one bit of one tensor
     weights.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"(?s)components\.llm\.weights=.*not what this run"):
+    with pytest.raises(CheckpointError, match=r"(?s)components\.llm\.weights=.*not the weights of"):
         open_run(moved, "vadapter", overrides=places)
     command = ["caption", str(moved), str(world / "shapes" / "00.png"), "--max-new=2"]
     assert main.main(command) == 78

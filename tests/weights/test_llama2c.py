@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.public_models import write_model
+from support.public_models import Counting, write_model
 
 from vadapter.data.tokenizers.pretrained import PretrainedTokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings
@@ -21,7 +21,6 @@ from vadapter.models.generate import greedy
 from vadapter.models.registry import make_module
 from vadapter.weights import llama2c
 from vadapter.weights.hf_checkpoint import Checkpoint
-from vadapter.weights.safetensors import TensorFiles
 
 KINDS = ("norm_attn", "q", "k", "v", "o", "norm_mlp", "gate", "down", "up")
 
@@ -160,7 +159,7 @@ def test_logits_equal_numpys(sizes, tmp_path):
     np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=0)
 
 
-def test_a_slice_is_what_the_whole_has_there_and_heads_cost_only_themselves(tmp_path, monkeypatch):
+def test_a_slice_is_what_the_whole_has_there_and_heads_cost_only_themselves(tmp_path):
     sizes = Sizes()
     files = llama2c.open_files(write(tmp_path, sizes))
     shape, K = (sizes.layers, sizes.dim, sizes.dim), sizes.dim // sizes.heads
@@ -175,12 +174,9 @@ def test_a_slice_is_what_the_whole_has_there_and_heads_cost_only_themselves(tmp_
     for _ in range(100):
         index = [slice(*sorted(draw.integers(0, n + 1, 2).tolist())) for n in shape[1:]]
         np.testing.assert_array_equal(read(slice(1, 3), *index), whole[1:3, index[0], index[1]])
-    sizes_read, honest = [], TensorFiles.read
-    monkeypatch.setattr(
-        TensorFiles, "read", lambda *a: (out := honest(*a), sizes_read.append(out.size))[0]
-    )
-    read(slice(0, 1), slice(0, 6), slice(K, 3 * K))
-    assert sizes_read == [6 * 2 * K]
+    counted = Counting.of(files)
+    source.read(counted, source.names, (slice(0, 1), slice(0, 6), slice(K, 3 * K)), K, np.float32)
+    assert [size for _, size in counted.reads] == [6 * 2 * K]
 
 
 def test_every_device_gets_its_shard(tmp_path):
@@ -229,7 +225,7 @@ def test_a_config_that_names_its_model_goes_before(tmp_path):
 def test_a_pickle_of_a_transformers_model_is_refused_with_the_command_to_convert_it(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"w": [1.0] * 9}))
-    with pytest.raises(CheckpointError, match=r"(?s)model\.bin are not opened.*\n  python -c"):
+    with pytest.raises(CheckpointError, match=r"(?s)model\.bin are not loaded.*\n  python -c"):
         Checkpoint.open(tmp_path)
 
 
@@ -263,11 +259,11 @@ def spoiled(**numbers):
 HOSTILE = {
     "empty": (lambda data: b"", "it has 0 bytes, fewer than the header"),
     "half a header": (lambda data: data[:27], "it has 27 bytes, fewer than the header"),
-    "only a header": (lambda data: data[:28], "it has 28 bytes, and a llama2.c file with"),
-    "a byte short": (lambda data: data[:-1], "it is cut short, or of another format"),
-    "a number more": (lambda data: data + bytes(4), "it is cut short, or of another format"),
-    "no head of its own": (spoiled(vocab=-31), "it is cut short, or of another format"),
-    "other sizes": (spoiled(hidden=21), "it is cut short, or of another format"),
+    "only a header": (lambda data: data[:28], "it has 28 bytes, but a llama2.c file with"),
+    "a byte short": (lambda data: data[:-1], "it is truncated, or in another format"),
+    "a number more": (lambda data: data + bytes(4), "it is truncated, or in another format"),
+    "no head of its own": (spoiled(vocab=-31), "it is truncated, or in another format"),
+    "other sizes": (spoiled(hidden=21), "it is truncated, or in another format"),
     "width 0": (spoiled(dim=0), "says dim 0, which may be 1 to"),
     "width below 0": (spoiled(dim=-24), "says dim -24, which may be"),
     "no layers": (spoiled(layers=0), "says n_layers 0, which may be"),
@@ -279,13 +275,13 @@ HOSTILE = {
     "no positions": (spoiled(seq=0), "says seq_len 0, which may be"),
     "heads that do not divide": (spoiled(heads=5), "n_heads 5, .* do not divide"),
     "key heads that do not divide": (spoiled(kv=3), "n_kv_heads 3, which do not divide"),
-    "half a pair": (spoiled(heads=8), "n_heads 8, .* do not divide into heads of rotated pairs"),
+    "half a pair": (spoiled(heads=8), "n_heads=8, .* do not divide into heads of rotated pairs"),
     "a big-endian header": (
         lambda data: struct.pack(">7i", *HEADER) + data[28:], "says dim 402653184, which may be"),
     "a later format": (lambda data: b"24ka" + data, "only the first is read .*--version 0"),
-    "a pickle": (lambda data: pickle.dumps({"w": [1.0] * 99}), "a pickle, which is never opened"),
+    "a pickle": (lambda data: pickle.dumps({"w": [1.0] * 99}), "a pickle, which is never loaded"),
     "a zip, as torch has them": (lambda data: b"PK\3\4" + data, "it is a zip archive, as torch"),
-    "a web page": (lambda data: b"<html>" + data, "it is a web page"),
+    "a web page": (lambda data: b"<html>" + data, "it is an HTML page"),
     "an LFS pointer": (lambda data: b"version https://git-lfs.github.com", "Git LFS pointer"),
 }  # fmt: skip
 
@@ -301,5 +297,5 @@ def test_a_file_that_is_none_or_damaged_is_named(fault, tmp_path):
 
 def test_of_a_file_without_end_only_the_header_is_read(tmp_path):
     os.truncate(write(tmp_path) / "model.bin", 2**40)  # takes no room
-    with pytest.raises(CheckpointError, match=r"model\.bin: it has 1099511627776 bytes, and a"):
+    with pytest.raises(CheckpointError, match=r"model\.bin: it has 1099511627776 bytes, but a"):
         Checkpoint.open(tmp_path)

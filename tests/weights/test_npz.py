@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from vadapter.errors import CheckpointError
-from vadapter.weights.npz import assign, read_npz
+from vadapter.weights.name_mapping import assign
+from vadapter.weights.npz import read_npz
 
 MB = 2**20
 _TENSORS = {
@@ -93,7 +94,7 @@ def test_a_header_that_announces_another_size_is_refused(tmp_path, shape):
     length = struct.unpack("<H", body[8:10])[0]
     forged = body[:10] + header.ljust(length - 1) + b"\n" + body[-24:]
     path = _zip(tmp_path / "a.npz", [("w.npy", forged)])
-    with pytest.raises(CheckpointError, match="announces"):
+    with pytest.raises(CheckpointError, match="declares"):
         read_npz(path, max_bytes=MB)
 
 
@@ -105,7 +106,7 @@ def test_damaged_archives_are_refused(tmp_path):
     flipped[4000] ^= 1
     for data in (b"", b"not a zip", whole[:-500], whole[:100], bytes(flipped)):
         path.write_bytes(data)
-        with pytest.raises(CheckpointError, match=r"a\.npz.*Fetch it again"):
+        with pytest.raises(CheckpointError, match=r"a\.npz.*Download it again"):
             read_npz(path, max_bytes=MB)
 
 
@@ -114,7 +115,7 @@ def test_members_numpy_would_not_write_are_refused(tmp_path):
     path = tmp_path / "a.npz"
     with pytest.raises(CheckpointError, match="not an array"):
         read_npz(_zip(path, [("run.sh", b"echo")]), max_bytes=MB)
-    with pytest.raises(CheckpointError, match="way numpy does not write"):
+    with pytest.raises(CheckpointError, match="way that numpy does not write"):
         read_npz(_zip(path, [("w.npy", array)], zipfile.ZIP_LZMA), max_bytes=MB)
     with pytest.warns(UserWarning, match="Duplicate name"):
         _zip(path, [("w.npy", array), ("w.npy", array)])
@@ -150,7 +151,7 @@ def test_assign_names_every_difference_at_once():
     with pytest.raises(CheckpointError) as caught:
         assign(_MODEL, tensors, _TABLE)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "The weights do not fit the model: 0 parameters matched."
+    assert lines[0] == "The weights do not match the model: 0 parameters matched."
     assert lines[1:-1] == [
         "  missing: last/bias (in the file: b.b)",
         "  unexpected: c float64[1]",

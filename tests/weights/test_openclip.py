@@ -172,7 +172,7 @@ def test_an_unknown_tensor_of_the_tower_stops_the_import(original, tmp_path):
     save_file(tensors, tmp_path / "open_clip_model.safetensors")
     text = (folder / "open_clip_config.json").read_text()
     (tmp_path / "open_clip_config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"visual\.attn_pool\.extra: left over"):
+    with pytest.raises(CheckpointError, match=r"unexpected: visual\.attn_pool\.extra"):
         ours(tmp_path, tap="queries")
 
 
@@ -191,5 +191,5 @@ def test_another_tap_without_a_pooler_is_refused():
     config = read_config(
         {"model_cfg": MODEL | {"vision_cfg": VISION | {"attentional_pool": False}}}
     )
-    with pytest.raises(ConfigError, match="this encoder has no pooler; take last or penultimate"):
+    with pytest.raises(ConfigError, match="this encoder has no pooler; set last or penultimate"):
         make_module("encoder", FAMILIES["open_clip"].spec(config) | {"tap": "queries"})

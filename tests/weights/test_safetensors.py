@@ -22,7 +22,7 @@ import safetensors.numpy
 from support.paths import TESTS
 
 from vadapter.errors import CheckpointError
-from vadapter.weights import safetensors as our_safetensors
+from vadapter.weights.files import stamp
 from vadapter.weights.safetensors import TensorFiles
 
 MB = 2**20
@@ -91,8 +91,8 @@ def test_lists_and_reads_what_safetensors_wrote(checkpoint):
 
 
 @pytest.mark.parametrize("block", [1, 16, 100, MB], ids="block{}".format)
-def test_a_slice_is_what_numpy_would_slice(checkpoint, block, monkeypatch):
-    monkeypatch.setattr(our_safetensors, "_BLOCK", block)
+def test_a_slice_is_what_numpy_would_slice(checkpoint, block):
+    checkpoint = dataclasses.replace(checkpoint, block=block)
     dice = np.random.default_rng(0)
     for name, array in _ARRAYS.items():
         for _ in range(20):
@@ -112,7 +112,7 @@ def test_other_indices_than_slices_of_step_one_are_errors_of_the_caller(checkpoi
 
 
 def test_a_name_that_is_not_there_is_named(checkpoint):
-    with pytest.raises(CheckpointError, match=r"holds no tensor 'f23'\. Choose"):
+    with pytest.raises(CheckpointError, match=r"holds no tensor 'f23'\. Use"):
         checkpoint.read("f23")
 
 
@@ -203,8 +203,8 @@ _MANY = [f'"{i}":{json.dumps(_entry("U8", [1], i, i + 1))}' for i in range(20_00
 @pytest.mark.parametrize(
     ("header", "data", "match"),
     [
-        pytest.param({"a": _GOOD}, b"1234", "cut short or damaged", id="truncated"),
-        pytest.param({"a": _GOOD}, b"1" * 9, "cut short or damaged", id="trailing"),
+        pytest.param({"a": _GOOD}, b"1234", "truncated or corrupt", id="truncated"),
+        pytest.param({"a": _GOOD}, b"1" * 9, "truncated or corrupt", id="trailing"),
         pytest.param(
             {"a": _GOOD, "b": _entry("F32", [2], 4, 12)}, b"1" * 12, "tensor `b`", id="overlap"
         ),
@@ -219,17 +219,17 @@ _MANY = [f'"{i}":{json.dumps(_entry("U8", [1], i, i + 1))}' for i in range(20_00
             {"a": _entry("F32", [2**40, 2**40], 0, 8)}, b"1" * 8, "overflow", id="huge shape"
         ),
         pytest.param(
-            {"a": _entry("F32", [10**12], 0, 8)}, b"1" * 8, "cut short or damaged", id="too large"
+            {"a": _entry("F32", [10**12], 0, 8)}, b"1" * 8, "truncated or corrupt", id="too large"
         ),
         pytest.param(
-            {"a": _entry("F32", [2**62, 0], 0, 0)}, b"", "'a' has an absurd", id="huge and empty"
+            {"a": _entry("F32", [2**62, 0], 0, 0)}, b"", "'a' has an invalid", id="huge and empty"
         ),
         pytest.param(
-            {"a": _entry("F32", [1] * 65, 0, 4)}, b"1234", "'a' has an absurd", id="65 axes"
+            {"a": _entry("F32", [1] * 65, 0, 4)}, b"1234", "'a' has an invalid", id="65 axes"
         ),
-        pytest.param({"a": _entry("F32", [-2], 0, 8)}, b"1" * 8, "damaged", id="negative"),
-        pytest.param({"a": _entry("F32", [2.0], 0, 8)}, b"1" * 8, "damaged", id="fraction"),
-        pytest.param({"a": _entry("F4", [4], 0, 2)}, b"12", "'a' holds F4", id="sub-byte dtype"),
+        pytest.param({"a": _entry("F32", [-2], 0, 8)}, b"1" * 8, "corrupt", id="negative"),
+        pytest.param({"a": _entry("F32", [2.0], 0, 8)}, b"1" * 8, "corrupt", id="fraction"),
+        pytest.param({"a": _entry("F4", [4], 0, 2)}, b"12", "'a' has dtype", id="sub-byte dtype"),
         pytest.param({"a": _entry("OBJ", [4], 0, 2)}, b"12", "unknown variant", id="other dtype"),
         pytest.param(
             b'{"a":' + _SAME + b',"a":' + _SAME + b"}",
@@ -249,11 +249,11 @@ _MANY = [f'"{i}":{json.dumps(_entry("U8", [1], i, i + 1))}' for i in range(20_00
             "names '7' more than once",
             id="twice among many",
         ),
-        pytest.param(b'{"a":', b"", "damaged", id="no JSON"),
-        pytest.param(b"[" * 100_000, b"", "damaged", id="nested"),
-        pytest.param(b'{"\xff":' + _SAME + b"}", b"1234", "damaged", id="not UTF-8"),
-        pytest.param(b"[]", b"", "damaged", id="a list"),
-        pytest.param(b"", b"", "damaged", id="no header"),
+        pytest.param(b'{"a":', b"", "corrupt", id="no JSON"),
+        pytest.param(b"[" * 100_000, b"", "corrupt", id="nested"),
+        pytest.param(b'{"\xff":' + _SAME + b"}", b"1234", "corrupt", id="not UTF-8"),
+        pytest.param(b"[]", b"", "corrupt", id="a list"),
+        pytest.param(b"", b"", "corrupt", id="no header"),
         pytest.param({}, b"", "holds no tensors", id="no tensors"),
         pytest.param(
             {"x" * MB: _entry("F4", [4], 0, 2)}, b"12", "tensor 'xxx", id="a name of a megabyte"
@@ -261,7 +261,7 @@ _MANY = [f'"{i}":{json.dumps(_entry("U8", [1], i, i + 1))}' for i in range(20_00
         pytest.param(
             {"\x1b[2J": _entry("F32", [1], 4, 8)}, b"1" * 8, r"`\?\[2J`", id="control characters"
         ),
-        pytest.param(b" " * 5 * MB, b"", "announces a header of 5242880 bytes", id="large header"),
+        pytest.param(b" " * 5 * MB, b"", "declares a header of 5242880 bytes", id="large header"),
     ],
 )
 def test_a_file_that_is_not_what_its_header_says_is_refused(tmp_path, header, data, match):
@@ -269,7 +269,7 @@ def test_a_file_that_is_not_what_its_header_says_is_refused(tmp_path, header, da
     for opened in (path, tmp_path):
         message = _refused(opened, match)
         assert message.startswith(f"Cannot read the weights {path}: ")
-        assert message.endswith("Fetch it again, or point to another.")
+        assert message.endswith("Download it again, or set another path.")
         assert message.isprintable()
         assert len(message) < len(str(path)) + 500
 
@@ -277,7 +277,7 @@ def test_a_file_that_is_not_what_its_header_says_is_refused(tmp_path, header, da
 @pytest.mark.parametrize("length", [40, 100 * MB, 2**63, 2**64 - 1])
 def test_an_absurd_header_length_is_refused(tmp_path, length):
     path = _raw(tmp_path / "model.safetensors", b"{}", length=length)
-    _refused(path, f"model.safetensors: it announces a header of {length} bytes; the file has 10,")
+    _refused(path, f"model.safetensors: it declares a header of {length} bytes, but the file has")
 
 
 @pytest.mark.parametrize(
@@ -285,11 +285,11 @@ def test_an_absurd_header_length_is_refused(tmp_path, length):
     [
         (b"", "it has 0 bytes"),
         (b"abc", "it has 3 bytes"),
-        (b"not a safetensors file", "announces a header of"),
-        (b"\n<!DOCTYPE html><html>log in", "it is a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull` fetches"),
+        (b"not a safetensors file", "declares a header of"),
+        (b"\n<!DOCTYPE html><html>log in", "it is an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
         (b"PK\x03\x04" + bytes(4) + b"\xff" * 20, "it is a zip archive"),
-        (pickle.dumps({"w": [1.0] * 9}), "it is a pickle, which is never opened"),
+        (pickle.dumps({"w": [1.0] * 9}), "it is a pickle, which is never loaded"),
     ],
     ids=["empty", "tiny", "text", "html", "lfs", "zip", "pickle"],
 )
@@ -322,7 +322,12 @@ _MAP = {"x": _A, "y": _A, "z": _B}
         (_SHARDS, _MAP | {"w": "x" * 5000 + ".safetensors"}, _INDEX, "Errno|shards are not"),
         (_SHARDS, {}, _INDEX, "no weight_map"),
         (_SHARDS, [_A], _INDEX, "no weight_map"),
-        (_SHARDS | {"model.safetensors": ["x"]}, _MAP, _INDEX, "model.safetensors lies beside"),
+        (
+            _SHARDS | {"model.safetensors": ["x"]},
+            _MAP,
+            _INDEX,
+            "model.safetensors is in its",
+        ),
     ],
 )
 def test_an_index_that_does_not_fit_its_shards_is_refused(
@@ -340,10 +345,10 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(
     ("text", "match"),
     [
         ("", "Expecting value"),
-        ("[1]", "not hold a JSON object"),
+        ("[1]", "not a JSON object"),
         ('{"weight_map": {"x": "a.safetensors", "x": "b.safetensors"}}', "'x' more than once"),
         ("[" * 200_000, "recursion"),
-        ("<html>", "web page"),
+        ("<html>", "HTML page"),
         ("9" * 5000, "digits"),
         (" " * 17 * MB, "more than 16777216"),
     ],
@@ -380,7 +385,7 @@ def test_a_file_that_changes_after_it_was_opened_is_refused(checkpoint):
         with pytest.raises(CheckpointError, match=r"model\.safetensors: it has changed"):
             use()
     with path.open("rb") as f:  # cut in the moment between the check and the reading
-        cut = dataclasses.replace(checkpoint, files={path: our_safetensors._stamp(f)})
+        cut = dataclasses.replace(checkpoint, files={path: stamp(f)})
     last = max(cut.tensors, key=lambda name: cut.tensors[name].start)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: it ends within a tensor"):
         cut.read(last)
@@ -431,7 +436,7 @@ def test_pickles_are_refused_unopened_with_the_command_to_convert_them(
     trap.write_bytes(pickle.dumps(_Trap(fired)))
     opened.clear()
     for path in (folder, trap):
-        message = _refused(path, re.escape(f"{trap} are not opened"))
+        message = _refused(path, re.escape(f"{trap} are not loaded"))
         command = shlex.split(message.splitlines()[1])
         assert command[:2] == ["python", "-c"]
         assert command[3:] == [str(folder), f"{folder}-safetensors"]
@@ -447,7 +452,7 @@ def test_pickles_are_refused_unopened_with_the_command_to_convert_them(
 def test_of_several_foreign_files_the_command_reads_those_of_torch(tmp_path):
     for name in ("flax_model.msgpack", "pytorch_model.bin", "tf_model.h5"):
         (tmp_path / name).touch()
-    assert "from_pretrained(a)." in _refused(tmp_path, r"pytorch_model\.bin are not opened")
+    assert "from_pretrained(a)." in _refused(tmp_path, r"pytorch_model\.bin are not loaded")
 
 
 def test_pickles_beside_safetensors_are_left_alone(checkpoint):
@@ -475,7 +480,7 @@ def test_the_command_converts_every_tensor(tmp_path):
     run = {"capture_output": True, "text": True, "check": True,
            "env": {**os.environ, "PYTHONPATH": path}}  # fmt: skip
     names = subprocess.run([sys.executable, "-c", build, str(folder)], **run).stdout.split()
-    command = shlex.split(_refused(folder, "are not opened").splitlines()[1])
+    command = shlex.split(_refused(folder, "are not loaded").splitlines()[1])
     subprocess.run([sys.executable, *command[1:]], **run)
     files = TensorFiles.open(Path(f"{folder}-safetensors"))
     assert sorted(files.tensors) == sorted(names)

@@ -68,7 +68,7 @@ class Decoder:
           how: length, beams and so on.
           shown: embeddings of examples in the prompt, see `generate.prefill`.
         """
-        pending: tuple[Batch, Any] | None = None
+        pending: tuple[Any, Any] | None = None
         for batch in self._watch(batches):
             arrays = to_mesh(batch, self.mesh)
             out = self._decode(params, arrays, how=how, shown=shown)

@@ -61,7 +61,7 @@ class AdapterModel:
 
     # -- forward: encode → prefix → layout → hidden → logits ------------------------------------
 
-    def encode(self, params: Params, batch: Batch) -> Float[Array, "B F N D"] | None:
+    def encode(self, params: Params, batch: Mapping[str, Any]) -> Float[Array, "B F N D"] | None:
         """Return the visual tokens of `frames`, or the cached `features`; None for text only."""
         if not self.encoder:
             return None

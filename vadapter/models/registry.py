@@ -3,7 +3,7 @@
 A component is written as `{size: NAME, …}` or `{kind: KIND, …}`; other keys override fields.
 """
 
-import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,9 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def load_kind(kind: str) -> tuple[type, type[nn.Module]]:
     """Import a kind; return its config dataclass and its module class."""
-    module, name = KINDS[kind].split(":")
-    imported = importlib.import_module(module)
-    return getattr(imported, f"{name}Config"), getattr(imported, name)
+    return pkgutil.resolve_name(f"{KINDS[kind]}Config"), pkgutil.resolve_name(KINDS[kind])
 
 
 def expand(name: str, spec: Mapping[str, Any]) -> dict[str, Any]:

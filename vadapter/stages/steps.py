@@ -147,7 +147,7 @@ def make_train_step(
         return grads, {"loss": loss} | metrics
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        frozen, batch = dict(frozen), dict(batch)
+        frozen, batch = dict(frozen), batch.copy()
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
         total = jnp.maximum(batch["weights"].sum(), 1.0)
         if accumulate == 1:

@@ -1,4 +1,4 @@
-"""A public checkpoint as a component: its spec from its own config.json, its tensors by name."""
+"""Public checkpoints as components: the spec from their config.json, the parameters by name."""
 
 import dataclasses
 import json
@@ -12,17 +12,18 @@ import numpy as np
 from flax import traverse_util
 
 from vadapter.config import nearest, resolve
-from vadapter.console import listing, truncate
+from vadapter.console import listing, quantity, truncate
 from vadapter.errors import CheckpointError
-from vadapter.weights import hub, llama2c, npz
+from vadapter.weights import hub, llama2c
 from vadapter.weights.families import language, openclip, vision
+from vadapter.weights.files import Stamp, require_file
 from vadapter.weights.name_mapping import BLOCKS, Source, Table
 from vadapter.weights.preprocessor import PREPROCESSORS, read_preprocess
 from vadapter.weights.safetensors import TensorFiles
 
 ENCODERS = vision.FAMILIES | openclip.FAMILIES
 FAMILIES = language.FAMILIES | ENCODERS
-# Of a model of several parts, the one that is of use here, and what it is.
+# Models of several parts: model_type -> the part that is used, and its model_type.
 PARTS = {
     "clip": ("vision_config", "clip_vision_model"),
     "siglip": ("vision_config", "siglip_vision_model"),
@@ -31,16 +32,19 @@ PARTS = {
 }
 _MAX_CONFIG = 2**20  # bytes of a config.json
 _SHOWN = 8  # names in a message
+# The two ends of a model, which it does without if it is used through its hidden states alone.
 _ENDS = (("embedding", "weight"), ("head", "weight"), ("norm", "weight"), ("norm", "bias"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was made of a checkpoint.
+    """How the tensors of a checkpoint match the parameters of a component.
 
     Attributes:
-      tensors: how many of theirs became how many `leaves` of ours, with `parameters` in all.
-      left_out: theirs that nobody needs, as the family's table allows.
+      tensors: number of tensors that are used.
+      leaves: number of arrays that they become.
+      parameters: in all leaves.
+      left_out: tensors that the component does not need.
     """
 
     tensors: int
@@ -50,18 +54,18 @@ class Report:
 
     def __str__(self) -> str:
         text = f"{self.tensors} tensors, {self.parameters:,} parameters"
-        return text + (f"; left out: {listing(self.left_out, _SHOWN)}" if self.left_out else "")
+        return text + (f"; unused: {listing(self.left_out, _SHOWN)}" if self.left_out else "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint folder, none of whose tensors is read yet.
+    """A checkpoint folder, none of whose tensors is read yet.
 
     Attributes:
       path: the folder.
-      model_type: as its config.json says.
+      model_type: of its config.json.
       spec: of the component: `kind` and the fields of its configuration.
-      tables: how the family may name its tensors.
+      tables: the names that the family may give its tensors.
       files: the tensors.
     """
 
@@ -73,36 +77,36 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
-        """Reads config.json and the headers of the weights.
+        """Read config.json and the headers of the weights.
 
         Raises:
-          CheckpointError: no folder, another model than those known, a config.json that lacks a
-            key, weights that are missing or damaged.
+          CheckpointError: no folder, an unsupported model, a config.json that lacks a key, weights
+            that are missing or corrupt.
         """
         model_type, spec = describe(path)
         family = FAMILIES[model_type]
         return cls(path, model_type, spec, family.tables, family.files(path))
 
     def match(self, abstract: Any) -> Report:
-        """Accounts forevery tensor of both sides, none of which is read.
+        """Match the tensors to the parameters, by their names and shapes alone.
 
         Args:
           abstract: tree of `jax.ShapeDtypeStruct` that the component needs.
 
         Raises:
-          CheckpointError: tensors that are missing, left over, or of another shape.
+          CheckpointError: tensors are missing or unexpected, or their shapes do not match.
         """
         return self._match(_flat(abstract))[0]
 
     def load(self, abstract: Any, dtype: Any = None) -> tuple[Any, Report]:
-        """Reads the tensors straight into each device's shard.
+        """Read the tensors straight into each device's shard.
 
         Args:
           abstract: tree of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.
-          dtype: of the result; None: as `abstract` says.
+          dtype: of the result; None takes that of `abstract`.
 
         Returns:
-          The tree of `jax.Array`, and what was read.
+          The tree of `jax.Array`, and the report of `match`.
 
         Raises:
           CheckpointError: as `match`.
@@ -111,67 +115,71 @@ class Checkpoint:
         return traverse_util.unflatten_dict(out, sep="/"), self.match(abstract)
 
     def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:
-        """As `load`, (path, array) one after the other, paths joined by "/"."""
-        wanted = _flat(abstract)
-        _, prefix, sources = self._match(wanted)
-        for path, leaf in wanted.items():
+        """Yield (path, array) one after the other, as `load`; paths are joined by "/"."""
+        leaves = _flat(abstract)
+        _, prefix, sources = self._match(leaves)
+        for path, leaf in leaves.items():
             yield path, _place(leaf, self._reader(sources[path], prefix, dtype or leaf.dtype))
 
-    def stamps(self) -> Mapping[Path, tuple[int, int]]:
-        """The files of the weights, each with its size and time of change in ns."""
+    def stamps(self) -> Mapping[Path, Stamp]:
+        """Return the files of the weights with their stamps."""
         return self.files.files
 
     def digest(self) -> str:
-        """The sha256, in hex, of the files' bytes, see `TensorFiles.digest`."""
+        """Return the SHA-256 (hex) of the files, see `TensorFiles.digest`."""
         return self.files.digest()
 
     def _match(self, leaves: Mapping[str, Any]) -> tuple[Report, str, dict[str, Source]]:
-        """The report; the prefix of their names; where each of our leaves comes from."""
+        """Return the report, the prefix of their names, and the source of each of our leaves."""
         table, prefix, sources = self._names(leaves)
         faults, used = [], set()
         for path, source in sources.items():
             if source is None:
-                faults.append(f"{path}: {self.model_type} has no such parameter")
+                faults.append(f"unknown parameter: {path} (no tensor of {self.model_type})")
                 continue
             for name in (prefix + n for n in source.names):
                 used.add(name)
                 if name not in self.files.tensors:
-                    faults.append(f"{name}: missing; {path} is made of it")
+                    faults.append(f"missing: {name} (for {path})")
                 elif not source.fits(shape := self.files.tensors[name].shape):
-                    faults.append(f"{name}: {list(shape)}, but {path} needs {source.expected}")
+                    faults.append(
+                        f"shape mismatch: {name} is {list(shape)}, but {path} needs "
+                        f"{list(source.expected)}"
+                    )
         faults += [
-            f"{name}: left over; nothing is made of it"
+            f"unexpected: {name}"
             for name in table.unneeded(sorted(self.files.tensors), used)
-            if not self._expected_rest(name, table, prefix, leaves)
+            if not self._may_ignore(name, table, prefix, leaves)
         ]
         if faults:
             raise CheckpointError(
-                f"{self.path} does not fit {self.model_type}'s table, {len(faults)} faults:\n  "
-                + "\n  ".join(truncate(faults, _SHOWN))
+                f"{self.path} does not match the parameters of {self.model_type} "
+                f"({quantity(len(faults), 'tensor')}):\n  " + "\n  ".join(truncate(faults, _SHOWN))
             )
         count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
         left_out = tuple(sorted(self.files.tensors.keys() - used))
-        found = {path: source for path, source in sources.items() if source is not None}
-        return Report(len(used), len(leaves), count, left_out), prefix, found
+        matched = {path: source for path, source in sources.items() if source is not None}
+        return Report(len(used), len(leaves), count, left_out), prefix, matched
 
     def _names(self, leaves: Mapping[str, Any]) -> tuple[Table, str, dict[str, Source | None]]:
-        """The table and the prefix by which most tensors are found, and our leaves' sources."""
+        """Return the table and prefix that match most tensors, and the sources of our leaves."""
         best, chosen = -1, None
         for table in self.tables:
             sources = {k: table.source(k, v.shape) for k, v in leaves.items()}
             names = [source.names[0] for source in sources.values() if source is not None]
             for prefix in table.prefixes:
-                if (found := sum(prefix + n in self.files.tensors for n in names)) > best:
-                    best, chosen = found, (table, prefix, sources)
+                if (count := sum(prefix + n in self.files.tensors for n in names)) > best:
+                    best, chosen = count, (table, prefix, sources)
         assert chosen is not None
         return chosen
 
-    def _expected_rest(
-        self, name: str, table: Table, prefix: str, leaves: Mapping[str, Any]
-    ) -> bool:
-        """A head that is the embedding again, layers behind the one that is tapped with the norm
-        behind all of them, the two ends of a language model that is used through its hidden states
-        alone, and parts that are not in use."""
+    def _may_ignore(self, name: str, table: Table, prefix: str, leaves: Mapping[str, Any]) -> bool:
+        """Return whether the component does without a tensor of the checkpoint.
+
+        That is: a copy of the embedding as head; layers after the one that is tapped, and the norm
+        after them; embedding and head of a language model that is used through its hidden states;
+        optional modules that are not used.
+        """
         for part, pattern in table.optional.items():
             if re.search(pattern, name) and not any(k.startswith(f"{part}/") for k in leaves):
                 return True
@@ -182,8 +190,8 @@ class Checkpoint:
             tied = self.spec.get("tied") or "embedding" not in modules
             return bool(tied) or unused[name] == "norm"
         depth = next(leaf.shape[0] for path, leaf in leaves.items() if path.startswith(BLOCKS))
-        behind = range(depth, self.spec["depth"])
-        return any(name.startswith(prefix + table.layers.format(i)) for i in behind)
+        later = range(depth, self.spec["depth"])
+        return any(name.startswith(prefix + table.layers.format(i)) for i in later)
 
     def _reader(self, source: Source, prefix: str, dtype: Any) -> Callable[[Any], np.ndarray]:
         names = [prefix + name for name in source.names]
@@ -196,7 +204,7 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 
 def _place(leaf: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
-    """An array whose shards are read each for its own device, and replicas once."""
+    """Return an array of which each device's shard is read alone, and replicas once."""
     if leaf.sharding is None:
         return jax.device_put(read(tuple(slice(0, n) for n in leaf.shape)))
     shards: dict[str, np.ndarray] = {}
@@ -210,49 +218,49 @@ def _place(leaf: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
 
 
-def locate(weights: str, where: str) -> hub.Snapshot:
-    """The folder of a component's public weights.
+def locate(weights: str, key: str) -> hub.Snapshot:
+    """Return the folder of a component's public weights.
 
     Args:
       weights: a folder, with `~` and `$VARIABLES`, or a hub id.
-      where: its name in the recipe, for messages.
+      key: in the recipe, for messages.
 
     Raises:
       CheckpointError: as `hub.resolve`.
     """
     try:
-        return hub.resolve(resolve(weights, where))
+        return hub.resolve(resolve(weights, key))
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise CheckpointError(f"{key}: {error}") from error
 
 
-def complete(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A component's spec with what its public checkpoint says, which the spec itself overrides.
+def complete(spec: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return a component's spec completed from its public checkpoint; its own fields override.
 
-    A spec that has a kind or a size, or no weights, is complete. A hub id is pinned to its commit.
+    A spec with a kind or a size, or without weights, is complete. A hub id is pinned to its commit.
 
     Args:
       spec: of the component, `{weights: FOLDER or hub id, …}`.
-      where: name of `weights` in the recipe, for messages.
+      key: of `weights` in the recipe, for messages.
 
     Raises:
-      CheckpointError: no such checkpoint, or a model that is not known.
+      CheckpointError: there is no such checkpoint, or its model is not supported.
     """
     if not spec.get("weights") or spec.get("kind") or spec.get("size"):
         return dict(spec)
-    found = locate(spec["weights"], where)
-    pinned = f"{found.repo_id}@{found.revision}" if found.repo_id else spec["weights"]
+    snapshot = locate(spec["weights"], key)
+    pinned = f"{snapshot.repo_id}@{snapshot.revision}" if snapshot.repo_id else spec["weights"]
     try:
-        return {**describe(found.path)[1], **spec, "weights": pinned}
+        return {**describe(snapshot.path)[1], **spec, "weights": pinned}
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise CheckpointError(f"{key}: {error}") from error
 
 
 def describe(path: Path) -> tuple[str, dict[str, Any]]:
-    """(model_type, spec of the component) of a checkpoint folder, from what describes it alone.
+    """Return (model_type, spec of the component) of a checkpoint folder, without its weights.
 
     Raises:
-      CheckpointError: another model than those known, a config.json that lacks a key.
+      CheckpointError: an unsupported model, or a config.json that lacks a key.
     """
     config = read_config(path)
     model_type = config.get("model_type", "")
@@ -271,10 +279,10 @@ def describe(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, with its `model_type`; of several parts, the one in use.
+    """Return the config of a checkpoint with its `model_type`; of several parts, the one used.
 
     Raises:
-      CheckpointError: nothing there that says it, damaged, or absurdly large.
+      CheckpointError: the config is missing, corrupt, or too large.
     """
     path = Path(path)
     config: dict[str, Any] = {}
@@ -283,7 +291,7 @@ def read_config(path: Path) -> dict[str, Any]:
             return config
     if file := llama2c.find(path):
         return llama2c.read_config(file)
-    npz.require_file(path / "config.json")
+    require_file(path / "config.json")
     return config
 
 
@@ -293,7 +301,7 @@ def _read_json(file: Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, A
             raise ValueError(f"it has more than {_MAX_CONFIG} bytes")
         return read(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise CheckpointError(f"{file} cannot be read ({e}); fetch it again") from e
+        raise CheckpointError(f"{file} cannot be read ({e}); download it again") from e
 
 
 def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,8 +311,8 @@ def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
-# The file that describes a checkpoint, the first that names a model_type -> what it says. One of
-# llama2.c describes itself.
+# Files that describe a checkpoint, in the order of preference -> their reader. One of llama2.c has
+# none: its header describes it.
 CONFIGS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "config.json": _transformers,
     openclip.CONFIG: openclip.read_config,

@@ -1,7 +1,7 @@
 """Language models of llama2.c: seven numbers, then float32 tensors one after the other.
 
-Such a .bin, its "legacy" format, describes itself: what its header says is put as the config.json
-of a Llama. Nothing in it is ever unpickled.
+Such a .bin, its "legacy" format, describes itself: its header is converted to the config.json of a
+Llama. Nothing is unpickled.
 
 Source: github.com/karpathy/llama2.c, `legacy_export` of export.py and `memory_map_weights` of
 run.c; the names of tensors are those of its model.py.
@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from vadapter.errors import CheckpointError
+from vadapter.weights.files import naming, reject_lookalikes, stamp
 from vadapter.weights.name_mapping import Pairs, Table
-from vadapter.weights.safetensors import TensorFiles, TensorInfo, blaming, recognize
+from vadapter.weights.safetensors import TensorFiles, TensorInfo
 
 TABLE = Table(
     layers="layers.{}.",
@@ -39,7 +40,7 @@ TABLE = Table(
 )
 _FLOAT = np.dtype("<f4")
 _HEADER = struct.Struct("<7i")
-_LARGEST = {  # the numbers of the header, in its order, and more than any model has of each
+_LIMITS = {  # the numbers of the header, in its order, and a limit above any model's
     "dim": 2**16,
     "hidden_dim": 2**18,
     "n_layers": 2**10,
@@ -52,7 +53,7 @@ _VERSIONED = b"24ka"  # first bytes of its later formats
 
 
 def find(folder: Path) -> Path | None:
-    """The .bin of a folder that is not a tokenizer's (tok*.bin); None if there is none.
+    """Return the .bin of a folder that is not a tokenizer's (tok*.bin); None if there is none.
 
     Raises:
       CheckpointError: there are several.
@@ -61,43 +62,44 @@ def find(folder: Path) -> Path | None:
     files = [file for file in files if file.is_file()]
     if len(files) > 1:
         raise CheckpointError(
-            f"{folder} holds {len(files)} .bin files ({files[0].name}, {files[1].name}, …) and "
-            "nothing that tells them apart: leave the one of llama2.c that is meant, or add the "
-            "config.json of the model"
+            f"{folder} holds {len(files)} .bin files ({files[0].name}, {files[1].name}, …) and no "
+            "config.json: keep only the .bin of the llama2.c model in the folder, or add the "
+            "model's config.json"
         )
     return files[0] if files else None
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """What the header says, as the config.json of a Llama.
+    """Return the header as the config.json of a Llama.
 
     Raises:
-      CheckpointError: it is no such file, or one that is cut short, too long or absurd. Names it.
+      CheckpointError: another format, a wrong size, or invalid numbers. Names the file.
     """
-    with blaming(file):
+    with naming(file):
         size = file.stat().st_size
         with file.open("rb") as f:
             head = f.read(64)
-        recognize(head)
+        reject_lookalikes(head)
         if head.startswith(_VERSIONED):
             raise ValueError(
-                "of llama2.c's formats only the first is read (python export.py FILE --version 0)"
+                "only the first format of llama2.c is supported; convert it with "
+                "`python export.py FILE --version 0`"
             )
         if len(head) < _HEADER.size:
             raise ValueError(f"it has {size} bytes, fewer than the header of a llama2.c file")
-        header = dict(zip(_LARGEST, _HEADER.unpack_from(head), strict=True))
+        header = dict(zip(_LIMITS, _HEADER.unpack_from(head), strict=True))
         tied = header["vocab_size"] > 0
         header["vocab_size"] = abs(header["vocab_size"])
         for name, number in header.items():
-            if not 1 <= number <= _LARGEST[name]:
+            if not 1 <= number <= _LIMITS[name]:
                 raise ValueError(
-                    f"it is no llama2.c file, or a damaged one: its header says {name} {number}, "
-                    f"which may be 1 to {_LARGEST[name]}"
+                    f"it is not a llama2.c file, or is corrupt: its header has {name}={number}, "
+                    f"outside 1..{_LIMITS[name]}"
                 )
         dim, heads, kv_heads = (header[name] for name in ("dim", "n_heads", "n_kv_heads"))
         if dim % (2 * heads) or heads % kv_heads:
             raise ValueError(
-                f"its header says dim {dim}, n_heads {heads}, n_kv_heads {kv_heads}, which do not "
+                f"its header has dim={dim}, n_heads={heads}, n_kv_heads={kv_heads}, which do not "
                 "divide into heads of rotated pairs"
             )
         config = {
@@ -116,22 +118,22 @@ def read_config(file: Path) -> dict[str, Any]:
         floats = sum(math.prod(shape) for shape in _shapes(config).values())
         if size != (expected := _HEADER.size + floats * _FLOAT.itemsize):
             raise ValueError(
-                f"it has {size} bytes, and a llama2.c file with its header {expected}: it is cut "
-                "short, or of another format"
+                f"it has {size} bytes, but a llama2.c file with its header has {expected}: it is "
+                "truncated, or in another format"
             )
     return config
 
 
 def open_files(folder: Path) -> TensorFiles:
-    """The tensors of the folder's .bin, by their names in llama2.c, none of them read.
+    """Return the tensors of the folder's .bin, by their names in llama2.c, none of them read.
 
     Raises:
       CheckpointError: there is no such file, or see `read_config`.
     """
     if not (file := find(folder)):
-        raise CheckpointError(f"{folder} holds no .bin of llama2.c beside its tokenizer")
-    with blaming(file):
-        stat = file.stat()
+        raise CheckpointError(f"{folder} holds no .bin of a llama2.c model")
+    with naming(file):
+        read_at = stamp(file)
     shapes = _shapes(read_config(file))
     sizes = (math.prod(shape) * _FLOAT.itemsize for shape in shapes.values())
     starts = itertools.accumulate(sizes, initial=_HEADER.size)
@@ -139,11 +141,11 @@ def open_files(folder: Path) -> TensorFiles:
         name: TensorInfo(shape, _FLOAT, file, start)
         for (name, shape), start in zip(shapes.items(), starts, strict=False)
     }
-    return TensorFiles(folder, tensors, {file: (stat.st_size, stat.st_mtime_ns)})
+    return TensorFiles(folder, tensors, {file: read_at})
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor in the order of the file, which has one kind of all layers after another."""
+    """Return all tensors in the order of the file: each kind for all layers, then the next."""
     dim, hidden = config["hidden_size"], config["intermediate_size"]
     head_dim = dim // config["num_attention_heads"]
     keys, vocab = config["num_key_value_heads"] * head_dim, config["vocab_size"]

@@ -1,18 +1,22 @@
-"""How a family of public checkpoints names its tensors, and how a tensor of theirs becomes ours.
+"""How public checkpoints name their tensors, and how tensors of theirs become parameters of ours.
 
-A table maps our module to theirs; the leaves follow: `kernel`, `scale` and `embedding` are their
-`weight`, `bias` is `bias`. Layers, which lie apart there, are stacked here, and a linear layer's
-`weight` [out, in] is our `kernel` [in, out].
+A family's table maps our modules to theirs; the leaves follow: `kernel`, `scale` and `embedding`
+are their `weight`, `bias` is `bias`. Layers, which are tensors of their own there, are stacked
+here, and a linear layer's `weight` [out, in] is our `kernel` [in, out].
 
     Table(layers="model.layers.{}.", modules={"attn/q": "self_attn.q_proj", "norm": "model.norm"})
 """
 
+import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from absl import logging
+from flax import traverse_util
 
 from vadapter.errors import CheckpointError
 from vadapter.weights.safetensors import TensorFiles
@@ -20,16 +24,17 @@ from vadapter.weights.safetensors import TensorFiles
 BLOCKS = "stack/blocks/"
 _ALIGNMENT = 64  # bytes, of XLA's arrays
 _STRIP = 64  # columns
+_WIDENINGS = {(np.dtype(np.float16), np.dtype(np.float32))}  # the casts of `assign`: lossless
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One of several projections that lie in one tensor, along its outputs.
+    """One of several projections that are concatenated in one tensor, along its outputs.
 
     Attributes:
-      module: theirs.
-      index, count: which of how many.
+      module: their name.
+      index, count: position among the projections, and their number.
       by_head: the outputs are grouped by head first: [heads, count, K] (GPT-NeoX).
     """
 
@@ -41,14 +46,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """A convolution over square patches [D, C, p, p], which is our linear layer [p·p·C, D]."""
+    """A convolution over square patches [D, C, p, p]; ours is a linear layer [p·p·C, D]."""
 
     module: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Queries or keys whose rotated pairs lie side by side, (2i, 2i + 1) of each head.
+    """Queries or keys whose rotated pairs are adjacent, (2i, 2i + 1) of each head.
 
     Ours are (i, K/2 + i). Source: the conversion of Llama's first weights in transformers.
     """
@@ -58,12 +63,12 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Learned vectors under a name of their own, of any shape that holds them: ours are [1, n, D].
+    """Trainable vectors under a name of their own, of any shape; ours are [1, n, D].
 
     Attributes:
-      name: theirs, whole.
-      grid: how many of the first vectors are not places in a square grid; a grid of another size
-        is resampled, with or without antialiasing. None: there is no grid.
+      name: their full name.
+      grid: number of leading vectors that are not positions in a square grid; a grid of another
+        size is resampled, with or without antialiasing. None: there is no grid.
     """
 
     name: str
@@ -80,11 +85,11 @@ class Table:
 
     Attributes:
       modules: our module's path (within a layer for those of the stack) -> theirs.
-      layers: what their names of layer {} begin with.
-      prefixes: what all names may begin with, depending on who saved the checkpoint.
+      layers: prefix of the names in layer {}.
+      prefixes: prefixes of all names, which depend on the class that saved the checkpoint.
       transposed: the linear layers of the stack are stored [out, in]; GPT-2's are [in, out].
-      ignored: patterns of tensors that a checkpoint may have and nobody needs.
-      optional: a part of ours -> the pattern of tensors that only it needs.
+      ignored: patterns of tensors that a checkpoint may have and no component needs.
+      optional: a module of ours -> the pattern of tensors that only it needs.
     """
 
     modules: Mapping[str, Theirs]
@@ -95,11 +100,11 @@ class Table:
     optional: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __or__(self, other: Mapping[str, Theirs]) -> "Table":
-        """The same with some modules renamed."""
+        """Return the table with some modules renamed."""
         return dataclasses.replace(self, modules={**self.modules, **other})
 
     def source(self, path: str, shape: Sequence[int]) -> "Source | None":
-        """Where our leaf comes from; None if the family has no such module.
+        """Return the source of our leaf; None if the family has no such module.
 
         Args:
           path: of the leaf, `stack/blocks/attn/q/kernel`.
@@ -115,36 +120,37 @@ class Table:
             return None
         else:
             name = theirs if isinstance(theirs, str) else theirs.module
-            if own not in self.modules:  # else a leaf under a name of its own
+            if own not in self.modules:  # otherwise a leaf with a name of its own
                 name = f"{name}.{_LEAVES[leaf]}"
         names = tuple(f"{self.layers.format(i)}{name}" for i in range(shape[0])) if inside else ()
-        turned = leaf == "kernel" and (self.transposed or not inside)
-        return Source(names or (name,), tuple(shape), inside, turned, theirs)
+        transposed = leaf == "kernel" and (self.transposed or not inside)
+        return Source(names or (name,), tuple(shape), inside, transposed, theirs)
 
     def unneeded(self, names: Sequence[str], used: set[str]) -> list[str]:
-        """The tensors of a checkpoint that are neither used nor may be left out."""
+        """Return the tensors of a checkpoint that are neither used nor ignored."""
         pattern = re.compile("|".join(self.ignored) or r"(?!)")
         return [name for name in names if name not in used and not pattern.search(name)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The tensors that one leaf of ours is made of.
+    """The tensors that one leaf of ours is read from.
 
     Attributes:
-      names: theirs, one a layer if `stacked`, else one.
+      names: theirs: one per layer if `stacked`, otherwise one.
       shape: ours.
-      turned: theirs is transposed; theirs: how else it differs.
+      transposed: theirs is the transpose of ours.
+      theirs: how else it differs.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     stacked: bool
-    turned: bool
+    transposed: bool
     theirs: Theirs
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor of theirs of this shape is what our leaf is made of."""
+        """Return whether our leaf can be read from a tensor of this shape."""
         if isinstance(self.theirs, Tokens):
             same = int(np.prod(shape)) == int(np.prod(self.shape))
             return shape[-1] == self.shape[-1] and (same or self.theirs.grid is not None)
@@ -159,7 +165,7 @@ class Source:
             return (shape[1], 3, side, side)
         if isinstance(self.theirs, Part):
             shape = (*shape[:-1], shape[-1] * self.theirs.count)
-        return shape[::-1] if self.turned else shape
+        return shape[::-1] if self.transposed else shape
 
     def read(
         self,
@@ -169,13 +175,12 @@ class Source:
         head_dim: int,
         dtype: np.dtype,
     ) -> np.ndarray:
-        """A piece of our leaf, from the files' tensors of these names.
-
-        No more is held beside the result than one of their tensors.
+        """Return a part of our leaf; no more than one of their tensors is held beside it.
 
         Args:
+          files: the checkpoint.
           names: `self.names`, with their prefix.
-          index: slices of our leaf, as a sharding asks for them.
+          index: slices of our leaf, as requested by a sharding.
           head_dim: K, for parts that are grouped by head.
           dtype: of the result.
         """
@@ -196,7 +201,7 @@ class Source:
             return files.read(name).transpose(2, 3, 1, 0).reshape(whole)[index]
         if isinstance(theirs, Pairs):
             start, stop, _ = index[-1].indices(whole[-1])
-            heads = slice(start // head_dim, -(-stop // head_dim))  # all those it touches
+            heads = slice(start // head_dim, -(-stop // head_dim))  # all that overlap
             outputs = slice(heads.start * head_dim, heads.stop * head_dim)
             plain = dataclasses.replace(self, theirs=theirs.module)
             pairs = plain._one(files, name, (*index[:-1], outputs), head_dim)
@@ -208,28 +213,28 @@ class Source:
             tensor = files.read(name)
             tensor = tensor.reshape(-1, theirs.count, head_dim, *tensor.shape[1:])[:, theirs.index]
             tensor = tensor.reshape(-1, *tensor.shape[2:])
-            return (tensor.T if self.turned else tensor)[index]
+            return (tensor.T if self.transposed else tensor)[index]
         bounds = [s.indices(n)[:2] for s, n in zip(index, whole, strict=True)]
         if isinstance(theirs, Part):
             a, b = bounds[-1]
             bounds[-1] = (a + theirs.index * whole[-1], b + theirs.index * whole[-1])
         slices = tuple(slice(a, b) for a, b in bounds)
-        return files.read(name, slices[::-1]).T if self.turned else files.read(name, slices)
+        return files.read(name, slices[::-1]).T if self.transposed else files.read(name, slices)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """A new array that a CPU device takes over without a copy."""
+    """Return a new array that a CPU device can use without a copy."""
     size = math.prod(shape) * dtype.itemsize
-    room = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
-    return room[start : start + size].view(dtype).reshape(shape)
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _copy(out: np.ndarray, tensor: np.ndarray) -> None:
-    """`out[...] = tensor`, several times as fast where a matrix is transposed.
+    """Assign `out[...] = tensor`, several times faster than numpy for a transposed matrix.
 
-    It goes in strips through a small buffer, whose rows are padded: at a power of two apart they
-    would drive each other out of the cache.
+    Copies strips through a small buffer. Its rows are padded: at a distance of a power of two they
+    would evict each other from the cache.
     """
     if tensor.ndim != 2 or tensor.flags.c_contiguous:
         out[...] = tensor
@@ -243,36 +248,39 @@ def _copy(out: np.ndarray, tensor: np.ndarray) -> None:
 
 
 def _tokens(tensor: np.ndarray, shape: Sequence[int], theirs: Tokens) -> np.ndarray:
-    """Vectors as [1, n, D], their grid resampled where ours has another size."""
-    tensor, front = tensor.reshape(1, -1, shape[-1]), theirs.grid
-    if tensor.shape == tuple(shape) or front is None:
+    """Return vectors as [1, n, D], with their grid resampled if ours has another size."""
+    tensor, lead = tensor.reshape(1, -1, shape[-1]), theirs.grid
+    if tensor.shape == tuple(shape) or lead is None:
         return tensor
-    old, new = (math.isqrt(n - front) for n in (tensor.shape[1], shape[1]))
-    if front + old * old != tensor.shape[1]:
-        raise CheckpointError(f"{theirs.name}: its {tensor.shape[1] - front} places are no square")
-    grid = tensor[0, front:].astype(np.float32).reshape(old, old, -1)
+    old, new = (math.isqrt(n - lead) for n in (tensor.shape[1], shape[1]))
+    if lead + old * old != tensor.shape[1]:
+        raise CheckpointError(
+            f"{theirs.name}: its {tensor.shape[1] - lead} positions are not a square grid"
+        )
+    grid = tensor[0, lead:].astype(np.float32).reshape(old, old, -1)
     weights = bicubic(old, new, antialias=theirs.antialias)
     grid = np.einsum("yi,xj,ijd->yxd", weights, weights, grid).reshape(1, new * new, -1)
-    return np.concatenate([tensor[:, :front].astype(np.float32), grid], axis=1)
+    return np.concatenate([tensor[:, :lead].astype(np.float32), grid], axis=1)
 
 
 def bicubic(old: int, new: int, *, antialias: bool = False) -> np.ndarray:
-    """Weights f32[new, old] of cubic convolution.
+    """Return the weights of cubic convolution, f32[new, old].
 
-    What transformers' ViTs resample their position grids with (`torch.nn.functional.interpolate`,
-    mode "bicubic", align_corners False): a = -0.75 and edges repeated, or with antialiasing
-    a = -0.5, a kernel as wide as the step between places, and weights that sum to one.
+    As in transformers' ViTs, which resample their position grids by
+    `torch.nn.functional.interpolate` (mode "bicubic", align_corners False): a = -0.75 and repeated
+    edges; with antialiasing a = -0.5, a kernel as wide as the step between positions, and weights
+    that sum to one.
     """
     scale = old / new
     stretch = max(scale, 1.0) if antialias else 1.0
     a, reach = -0.5 if antialias else -0.75, math.ceil(2 * stretch)
     weights = np.zeros((new, old), np.float64)
     for row in range(new):
-        place = (row + 0.5) * scale - 0.5
-        for k in range(math.floor(place) - reach + 1, math.floor(place) + reach + 1):
+        center = (row + 0.5) * scale - 0.5
+        for k in range(math.floor(center) - reach + 1, math.floor(center) + reach + 1):
             inside = 0 <= k < old
             if inside or not antialias:
-                weights[row, min(max(k, 0), old - 1)] += _cubic(abs(place - k) / stretch, a)
+                weights[row, min(max(k, 0), old - 1)] += _cubic(abs(center - k) / stretch, a)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
@@ -280,3 +288,89 @@ def _cubic(t: float, a: float) -> float:
     if t <= 1:
         return ((a + 2) * t - (a + 3)) * t * t + 1
     return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a if t < 2 else 0.0
+
+
+def assign(
+    params_abstract: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    name_table: Mapping[str, str],
+    *,
+    ignore: Collection[str] = (),
+) -> dict[str, Any]:
+    """Assign the tensors of a file to the parameter tree of a model, strictly.
+
+    Args:
+      params_abstract: nested dict whose leaves have `.shape` and `.dtype` (`jax.eval_shape`).
+      tensors: name in the file to array.
+      name_table: name in the file to path in the tree, parts joined by "/".
+      ignore: names in the file to leave out.
+
+    Returns:
+      A tree of numpy arrays like `params_abstract`. float16 is cast to float32 where the model
+      needs it; there are no other casts.
+
+    Raises:
+      CheckpointError: missing or unexpected tensors, or mismatched shapes or dtypes. Names all.
+      ValueError: `name_table` maps two names to one path.
+    """
+    leaves = match_names(params_abstract, tensors, name_table, ignore=ignore)
+    arrays = {path: tensors[name].astype(to, copy=False) for path, (name, to) in leaves.items()}
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def match_names(
+    params_abstract: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    name_table: Mapping[str, str],
+    *,
+    ignore: Collection[str] = (),
+) -> dict[str, tuple[str, np.dtype]]:
+    """Return what `assign` assigns: path in the tree -> name in the file, and the model's dtype.
+
+    Arguments and errors as in `assign`; the tensors need `.shape` and `.dtype` only.
+    """
+    params = traverse_util.flatten_dict(dict(params_abstract), sep="/")
+    sources = {path: name for name, path in name_table.items()}
+    if len(sources) != len(name_table):
+        repeated = [p for p, n in collections.Counter(name_table.values()).items() if n > 1]
+        raise ValueError(f"name_table maps several names to {repeated}")
+
+    ignored = [name for name in tensors if name in ignore]
+    missing = [
+        f"{path} (in the file: {sources.get(path, 'not in the name table')})"
+        for path in params
+        if sources.get(path) not in tensors
+    ]
+    unexpected = [
+        f"{name} {tensors[name].dtype}{list(tensors[name].shape)}"
+        for name in tensors
+        if name not in ignore and name_table.get(name) not in params
+    ]
+    leaves, mismatched = {}, []
+    for path, leaf in params.items():
+        name = sources.get(path)
+        if name is None or name not in tensors:
+            continue
+        tensor, dtype = tensors[name], np.dtype(leaf.dtype)
+        castable = tensor.dtype == dtype or (tensor.dtype, dtype) in _WIDENINGS
+        if tuple(tensor.shape) != tuple(leaf.shape) or not castable:
+            mismatched.append(
+                f"{path}: model {dtype}{list(leaf.shape)}, "
+                f"file {tensor.dtype}{list(tensor.shape)} ({name})"
+            )
+            continue
+        leaves[path] = name, dtype
+
+    if missing or unexpected or mismatched:
+        report = (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched))
+        lines = [f"The weights do not match the model: {len(leaves)} parameters matched."]
+        lines += [f"  {kind}: {entry}" for kind, entries in report for entry in entries]
+        lines.append("Use the configuration that belongs to these weights, or other weights.")
+        raise CheckpointError("\n".join(lines))
+    logging.info(
+        "Weights: %d matched, 0 missing, 0 unexpected, %d ignored %s",
+        len(leaves),
+        len(ignored),
+        ignored,
+    )
+    return leaves

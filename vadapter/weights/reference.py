@@ -1,7 +1,8 @@
-"""A component's public weights, by reference: where they lie, and the digest that tells them apart.
+"""References to a component's public weights: their folder, and the digest that identifies them.
 
-They may be a thousand times larger than what trains, so a run neither copies them nor reads them
-before it needs them. It keeps the digest of their files; a folder may move, its content may not.
+They may be a thousand times larger than what is trained, so a run neither copies them nor reads
+them before it needs them. It records the digest of their files: the folder may move, but its
+content may not change.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import jax
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import storage
 from vadapter.models.registry import expand
+from vadapter.weights.files import Stamp
 
 if TYPE_CHECKING:
     from vadapter.weights.hf_checkpoint import Report
@@ -26,24 +28,24 @@ PREFIX = "sha256:"  # of a digest of files, unlike that of stored arrays
 class Weights(Protocol):
     """Open weights of one component, of whatever format."""
 
-    def stamps(self) -> Mapping[Path, tuple[int, int]]:
-        """The files, each with its size and time of change in ns."""
+    def stamps(self) -> Mapping[Path, Stamp]:
+        """Return the files with their stamps."""
         ...
 
     def digest(self) -> str:
-        """The sha256, in hex, of the files' bytes."""
+        """Return the SHA-256 (hex) of the concatenated files."""
         ...
 
     def match(self, abstract: Any) -> "Report":
-        """Accounts forevery tensor of both sides by the headers alone."""
+        """Match the tensors to the parameters, by the headers alone."""
         ...
 
     def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:
-        """The parameters, one after the other, each shard read for its own device."""
+        """Yield (path, array) one after the other, each shard read for its own device."""
         ...
 
 
-# kind of component -> reader of a folder of its weights, imported when one is opened
+# kind of component -> the class that opens a folder of its weights, imported when it is used
 FORMATS = {
     "mobilenet": "vadapter.weights.mobilenet:MobileNetFiles",
     "vit": "vadapter.weights.hf_checkpoint:Checkpoint",
@@ -57,7 +59,7 @@ class Reference:
 
     Attributes:
       component: its name in the recipe.
-      weights: as the recipe says, a hub id with its commit.
+      weights: as in the recipe; a hub id with its commit.
       path: the folder.
       kind: of the component.
     """
@@ -69,65 +71,64 @@ class Reference:
 
     @classmethod
     def of(cls, component: str, spec: Mapping[str, Any]) -> "Reference":
-        """Finds the folder; one of a hub is fetched if need be.
+        """Find the folder of a component's weights, and download it from the hub if necessary.
 
         Args:
+          component: its name in the recipe.
           spec: of the component, as in the recipe.
 
         Raises:
-          ConfigError: it names no weights, or a kind for which none are read.
+          ConfigError: the spec has no weights, or its kind has no public weights.
           CheckpointError: no such folder or hub id, see `hub.resolve`.
         """
-        where = f"components.{component}"
+        key = f"components.{component}.weights"
         kind = expand(component, spec)["kind"]
         if not spec.get("weights"):
-            raise ConfigError(f"start.{component}='weights', but {where}.weights names no file")
+            raise ConfigError(f"start.{component}='weights', but {key} is not set")
         if kind not in FORMATS:
-            raise ConfigError(
-                f"{where}.weights: read for {', '.join(FORMATS)}, not for kind {kind!r}"
-            )
+            raise ConfigError(f"{key}: supported for {', '.join(FORMATS)}, not for kind {kind!r}")
         from vadapter.weights.hf_checkpoint import locate
 
-        found = locate(spec["weights"], f"{where}.weights")
-        return cls(component, spec["weights"], found.path, kind)
+        return cls(component, spec["weights"], locate(spec["weights"], key).path, kind)
 
     def open(self) -> Weights:
-        """The headers of the weights, checked."""
+        """Read and check the headers of the weights."""
         return pkgutil.resolve_name(FORMATS[self.kind]).open(self.path)
 
     def digest(self, folder: Path, *, write: bool = True) -> str:
-        """`sha256:` and the digest of the files, from the run's record of it if they are the same.
+        """Return `sha256:` and the digest of the files; the recorded one if they are unchanged.
 
         Args:
           folder: of the run's records, `<component>.json` each.
-          write: leave a record.
+          write: write a record.
         """
         weights, record = self.open(), folder / f"{self.component}.json"
         stamps = {file.name: list(stamp) for file, stamp in weights.stamps().items()}
-        if (known := _read(record)) and known["files"] == stamps:
-            return known["digest"]
+        if (recorded := _read(record)) and recorded["files"] == stamps:
+            return recorded["digest"]
         digest = PREFIX + weights.digest()
         if write:
-            made = {"weights": self.weights, "digest": digest, "files": stamps}
-            storage.write_bytes(record, json.dumps(made, indent=1).encode())
+            value = {"weights": self.weights, "digest": digest, "files": stamps}
+            storage.write_bytes(record, json.dumps(value, indent=1).encode())
         return digest
 
     def expect(self, digest: str, folder: Path) -> None:
-        """Checks that the weights are those that a run was made with.
+        """Check that the weights are those of the run.
 
         Raises:
-          CheckpointError: they are others.
+          CheckpointError: their digest differs.
         """
-        if (found := self.digest(folder, write=False)) != digest:
+        if (current := self.digest(folder, write=False)) != digest:
+            key = f"components.{self.component}.weights"
             raise CheckpointError(
-                f"components.{self.component}.weights={self.weights}: not what this run was made "
-                f"with ({found[:19]}…, then {digest[:19]}…). Bring back those weights, or give "
-                f"their place with --config.components.{self.component}.weights=FOLDER"
+                f"{key}={self.weights}: not the weights of this run (SHA-256 {current[7:19]}…, "
+                f"recorded {digest[7:19]}…). Restore them, or set --config.{key}=FOLDER to their "
+                "folder"
             )
 
 
 def _read(record: Path) -> dict[str, Any] | None:
-    """The record; None if there is none that can be read, for then it is made again."""
+    """Return the record; None if it cannot be read, as it can be computed again."""
     try:
         value = json.loads(record.read_text())
         return value if {"digest", "files"} <= value.keys() else None
