@@ -241,7 +241,7 @@ def test_a_folder_that_does_not_say_which_file_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"No weights file 'config\.json'"):
         Checkpoint.open(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": "llama2c"}))
-    with pytest.raises(CheckpointError, match=r"holds no \.bin of llama2\.c"):
+    with pytest.raises(CheckpointError, match=r"holds no \.bin of a llama2\.c model"):
         Checkpoint.open(tmp_path)
 
 

@@ -1,0 +1,58 @@
+"""The shapes in the types of `vadapter.models` are checked while its programs are traced."""
+
+import subprocess
+import sys
+
+from support.paths import TESTS
+
+SCRIPT = """
+import jaxtyping
+with jaxtyping.install_import_hook("vadapter.models", "beartype.beartype"):
+    import vadapter.models.beam, vadapter.models.losses, vadapter.models.generate
+    from vadapter.models.registry import KINDS, load_kind, make_module
+    for kind in KINDS:
+        load_kind(kind)
+import dataclasses, functools, jax, jax.numpy as jnp
+from support import tiny
+from vadapter.data.batch import fake_batch
+from vadapter.models.adapter_model import AdapterModel
+from vadapter.models.beam import decode
+from vadapter.models.generate import Decode
+from vadapter.models.losses import chunked_xent
+
+ADAPTERS = {
+    "resampler": {}, "pooler": {"kind": "pooler", "queries": 3, "width": 16, "heads": 2},
+    "mlp": {"kind": "mlp", "hidden_dim": 8, "width": 16},
+}
+ENCODERS = {
+    "vit": tiny.VIT, "mobilenet": load_kind("mobilenet")[0](image_size=tiny.IMAGE, width_mult=0.35),
+}
+batch = jax.tree.map(jnp.asarray, dict(fake_batch(2, frames=4, size=tiny.IMAGE, vocab_size=tiny.V)))
+
+def trace(model, params, batch):
+    visual = model.encode(params, batch)
+    states = model.hidden(params, visual, batch)
+    head = lambda x: model.logits(params, x)
+    loss = chunked_xent(head, states, batch["targets"], batch["weights"], 24)
+    return loss, [decode(model, params, batch, Decode(max_new=3, beams=k)) for k in (1, 2)]
+
+for adapter, spec in ADAPTERS.items():
+    for encoder, config in ENCODERS.items():
+        stage2 = tiny.stage2(frozen_lm=True)
+        modules = dict(stage2.modules) | {"encoder": load_kind(encoder)[1](config)}
+        if spec:
+            modules["resampler"] = make_module("adapter", spec)
+        model = dataclasses.replace(stage2, modules=modules)
+        params = jax.tree.map(jnp.asarray, tiny.filled(tiny.boxed(model, 4)))
+        jax.eval_shape(functools.partial(trace, model), params, batch)
+try:
+    jax.eval_shape(lambda b: modules["encoder"].init(jax.random.key(0), b["frames"][..., :2]), batch)
+except (jaxtyping.TypeCheckError, ValueError):
+    print("checked")
+"""
+
+
+def test_traced_programs_have_the_shapes_in_their_types():
+    command = [sys.executable, "-c", SCRIPT]
+    run = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "checked\n"), run.stderr[-3000:]
