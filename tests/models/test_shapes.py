@@ -46,7 +46,8 @@ for adapter, spec in ADAPTERS.items():
         params = jax.tree.map(jnp.asarray, tiny.filled(tiny.boxed(model, 4)))
         jax.eval_shape(functools.partial(trace, model), params, batch)
 try:
-    jax.eval_shape(lambda b: modules["encoder"].init(jax.random.key(0), b["frames"][..., :2]), batch)
+    gray = jnp.zeros((2, 1, 32, 32, 1))
+    jax.eval_shape(modules["encoder"].init, jax.random.key(0), gray)
 except (jaxtyping.TypeCheckError, ValueError):
     print("checked")
 """

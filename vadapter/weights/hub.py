@@ -1,10 +1,10 @@
-"""Where a checkpoint lies: a local folder, or a repository of a model hub pinned to one commit.
+"""Checkpoints by name: a local folder, or a repository of a model hub pinned to one commit.
 
 A hub id is `owner/name` or `owner/name@revision`, where a revision is a branch, a tag or a commit.
-The commit it stood for is recorded, so that a run can be repeated after the branch has moved.
-Only the top folder of a repository is fetched, and of it no file that would have to be unpickled.
-Endpoint, cache, token and offline mode are those of `huggingface_hub`: HF_ENDPOINT, HF_HOME,
-HF_TOKEN, HF_HUB_OFFLINE.
+The commit is recorded, so that a run can be repeated after the branch has moved. Only the top
+folder of a repository is downloaded, without files that would have to be unpickled. Endpoint,
+cache, token and offline mode are those of `huggingface_hub`: HF_ENDPOINT, HF_HOME, HF_TOKEN,
+HF_HUB_OFFLINE.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 _SUBFOLDERS = ("*/*",)  # other formats of the same weights, mostly
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_NO_LEAD = ("/", ".", "~")  # what a path starts with and a hub id does not
+_NO_LEAD = ("/", ".", "~")  # first characters of paths, never of hub ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +40,19 @@ class Snapshot:
 
 
 def resolve(spec: str, *, revision: str | None = None, allow: Sequence[str] = ALLOW) -> Snapshot:
-    """The folder that `spec` names, downloaded if it is a hub id that is not in the cache.
+    """Return the folder that `spec` names, downloading a hub id that is not in the cache.
 
     Args:
-      spec: a local folder, taken as it is, or else a hub id, `owner/name` or `owner/name@revision`.
-      revision: branch, tag or commit of a hub id; None takes that of `spec`, else "main".
-      allow: patterns of the file names to download; pickled files are never among them.
+      spec: a local folder, or a hub id, `owner/name` or `owner/name@revision`.
+      revision: branch, tag or commit of a hub id; None takes that of `spec`, or "main".
+      allow: patterns of the file names to download; pickled files are always excluded.
 
     Returns:
-      The `Snapshot`, with the commit that the revision stood for.
+      The `Snapshot`, with the commit of the revision.
 
     Raises:
       CheckpointError: neither a folder nor a hub id; or no such repository or revision, no access,
-        or no network and not in the cache. Says what to do about it.
+        or no network and not in the cache. Says what to do.
 
     Source: `huggingface_hub.snapshot_download`.
     """
@@ -91,25 +91,26 @@ def _download(repo_id: str, revision: str, allow: Sequence[str]) -> Snapshot:
 
 
 def repository(spec: str) -> tuple[str, str]:
-    """(hub id, revision) of what `resolve` would look for in a hub; ("", "") of any other."""
+    """Return (hub id, revision) if `resolve` would use the hub for `spec`, otherwise ("", "")."""
     repo_id, _, revision = spec.partition("@")
     remote = _REPO_ID.fullmatch(repo_id) and not Path(spec).expanduser().is_dir()
     return (repo_id, revision) if remote else ("", "")
 
 
 def upload(folder: Path, files: Sequence[str], repo_id: str, *, private: bool | None = None) -> str:
-    """Puts files of a folder into a repository, in one commit; makes it if there is none.
+    """Upload files of a folder to a repository in one commit, creating it if necessary.
 
     Args:
-      files: their names; frozen parts of an earlier upload that are not among them are removed.
+      folder: of the files.
+      files: their names; other frozen components of an earlier upload are removed.
       repo_id: `owner/name`.
-      private: of a new repository; None leaves it to the settings of its owner.
+      private: visibility of a new repository; None takes the default of its owner.
 
     Returns:
-      The address of the repository.
+      The URL of the repository.
 
     Raises:
-      CheckpointError: no hub id, a file that is not there, or the hub refuses or does not answer.
+      CheckpointError: an invalid hub id, a missing file, or the upload fails.
 
     Source: `huggingface_hub.HfApi.upload_folder`.
     """
@@ -138,7 +139,7 @@ def upload(folder: Path, files: Sequence[str], repo_id: str, *, private: bool | 
 
 
 def download_command(repo_id: str, revision: str, allow: Sequence[str] = ALLOW) -> str:
-    """The shell command that fetches the same files into a folder of the repository's name."""
+    """Return the shell command that downloads the files to a folder named after the repository."""
     command = ["hf", "download", repo_id, "--revision", revision]
     for pattern in allow:
         command += ["--include", pattern]
@@ -148,7 +149,7 @@ def download_command(repo_id: str, revision: str, allow: Sequence[str] = ALLOW) 
 
 
 def _neither(spec: str, folder: Path) -> str:
-    """What is wrong with something that is neither a folder nor a hub id."""
+    """Return the message for something that is neither a folder nor a hub id."""
     if folder.is_file():
         return f"{spec!r} is a file: give the folder that holds it, {str(folder.parent)!r}."
     parent = folder.parent
@@ -163,7 +164,7 @@ def _neither(spec: str, folder: Path) -> str:
 
 
 def _explain(error: Exception, repo_id: str, revision: str) -> str:
-    """The message for a clear answer of the hub; "" if it gave none."""
+    """Return the message for an error that the hub explains; "" for others."""
     from huggingface_hub import HfApi, constants, errors, get_token
 
     page = f"{constants.ENDPOINT}/{repo_id}"
@@ -181,16 +182,16 @@ def _explain(error: Exception, repo_id: str, revision: str) -> str:
             f"environment variable HF_TOKEN to a token of that account ({tokens})."
         )
     if isinstance(answer, errors.RevisionNotFoundError):
-        refs = _asked(lambda: _refs(HfApi(), repo_id))
+        refs = _names_from(lambda: _refs(HfApi(), repo_id))
         return f"{repo_id} has no revision {revision!r}{_close(revision, refs)}; see {page}/commits"
-    # The hub gives away what is private to nobody: without a token both are "not allowed".
+    # Without a token the hub answers alike for missing and for private repositories.
     hidden = status == 401 and not get_token()
     if hidden or isinstance(answer, errors.RepositoryNotFoundError):
-        known = _asked(lambda: _models(HfApi(), repo_id))
+        models = _names_from(lambda: _models(HfApi(), repo_id))
         return (
             f"There is no folder {repo_id!r} here and no such repository at {constants.ENDPOINT}"
-            f"{_close(repo_id, known)}. If it is private, set the environment variable HF_TOKEN to "
-            f"a token that may read it ({tokens})."
+            f"{_close(repo_id, models)}. If it is private, set the environment variable HF_TOKEN "
+            f"to a token that may read it ({tokens})."
         )
     if status in (401, 403):
         return (
@@ -218,7 +219,7 @@ def _unreachable(error: Exception, repo_id: str, revision: str, allow: Sequence[
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from."""
+    """Yield the error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -235,14 +236,14 @@ def _refs(api, repo_id: str) -> list[str]:
     return [ref.name for ref in (*refs.branches, *refs.tags)]
 
 
-def _asked(question) -> list[str]:
-    """The names that the hub answers with; none if it does not: they are only a hint."""
+def _names_from(query) -> list[str]:
+    """Return the names that the hub lists; none if it fails, as they are only a hint."""
     try:
-        return question()
+        return query()
     except Exception:
         return []
 
 
-def _close(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1, 0.6)
+def _close(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), 1, 0.6)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,6 +1,6 @@
-"""How an encoder wants its images, from the preprocessor file that lies beside its weights.
+"""Image preprocessing of a public encoder, from the preprocessor file beside its weights.
 
-Read are preprocessor_config.json, or processor_config.json of newer folders, of the image
+Supported are preprocessor_config.json, or processor_config.json of newer folders, of the image
 processors in the table below, and the preprocess_cfg of open_clip_config.json.
 """
 
@@ -15,7 +15,7 @@ from vadapter.config import nearest, plain
 from vadapter.data.media.images import Fit, ImageTransform, Interpolation
 from vadapter.errors import CheckpointError
 
-# image processor -> whether it cuts out the center where its file does not say
+# image processor -> whether it crops the center if its file does not say
 PROCESSORS = {
     "CLIPImageProcessor": True,
     "BitImageProcessor": True,
@@ -33,10 +33,10 @@ _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """What becomes of an image, and what the device does with its pixels.
+    """The transform of an image on the host, and the normalization of its pixels on the device.
 
     Attributes:
-      view: the square that the encoder takes, cut out or squashed.
+      view: crop or stretch to the square that the encoder takes.
       mean, std: of the channels, for pixels in 0..1: (pixel / 255 - mean) / std.
     """
 
@@ -45,23 +45,23 @@ class Preprocess:
     std: tuple[float, ...]
 
     def fields(self) -> dict[str, Any]:
-        """The same as fields of an encoder's configuration."""
+        """Return the fields of an encoder's configuration."""
         view = plain(self.view)
         return {"image_size": view.pop("size"), **view, "mean": self.mean, "std": self.std}
 
 
 def read_preprocess(folder: Path) -> Preprocess:
-    """Reads the preprocessing of the encoder in `folder`.
+    """Read the preprocessing of the encoder in `folder`.
 
     Args:
-      folder: holds one of the files above; the first of them counts.
+      folder: holds one of the files above; the first one is used.
 
     Returns:
       The `Preprocess`.
 
     Raises:
-      CheckpointError: no such file, a processor that is not in the table, or a step that the
-        project does not do. Names the file and the key.
+      CheckpointError: no such file, a processor that is not in the table, or an unsupported step.
+        Names the file and the key.
 
     Source: the image processors of `transformers`; `open_clip.transform.image_transform`.
     """
@@ -157,7 +157,7 @@ def _group(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _size(config: Mapping[str, Any], key: str, *, square: bool) -> tuple[int, bool]:
-    """Pixels, and whether they are both sides of a square; a plain number is as `square` says."""
+    """Return pixels, and whether both sides have that size; for a plain number, as `square`."""
     value = config.get(key)
     if isinstance(value, dict):
         value = {k: v for k, v in value.items() if v is not None}
@@ -188,7 +188,7 @@ def _channels(config: Mapping[str, Any], key: str, *, positive: bool = False) ->
     return tuple(map(float, values))
 
 
-# Where it is looked for, in this order, and what reads it.
+# Preprocessor files, in order of preference -> their reader.
 PREPROCESSORS = {
     "preprocessor_config.json": _processor,
     "processor_config.json": lambda c: _processor(_group(c, "image_processor")),

@@ -1,7 +1,7 @@
-"""Public language models: what their config.json says, and how they name their tensors.
+"""Public language models: from config.json to the spec of a component, and their tensor names.
 
-A family is a `model_type` of Hugging Face's transformers, whose `modeling_*.py` is the reference
-for each. Keys that a config.json may lack have that library's defaults.
+A family is a `model_type` of Hugging Face's transformers, whose `modeling_*.py` is the reference.
+Keys that a config.json may lack have that library's defaults.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ _GEMMA2 = _LLAMA | {
     "norm_mlp": "pre_feedforward_layernorm",
     "norm_mlp_out": "post_feedforward_layernorm",
 }
-# Who saved a GPT-2 may have left "transformer." out, which the head does not have at all.
+# GPT-2s are saved with or without the prefix "transformer."; the head never has it.
 _GPT2S = tuple(
     Table(
         layers=f"{root}h.{{}}.",
@@ -127,7 +127,7 @@ def _qwen3(c: Config) -> Spec:
 
 def _gemma(c: Config) -> Spec:
     activation = c.get("hidden_activation") or c.get("hidden_act")
-    if activation == "gelu":  # of the first release, which meant the approximation
+    if activation == "gelu":  # the first release wrote this for the approximation
         activation = "gelu_pytorch_tanh"
     spec = _llama({**c, "hidden_act": activation or "gelu_pytorch_tanh"})
     return spec | {
@@ -209,7 +209,7 @@ def _neox(c: Config) -> Spec:
 
 
 def activation(name: str, *, gated: bool = False) -> str:
-    """Our name of a feed-forward's activation.
+    """Return our name of a feed-forward's activation.
 
     Raises:
       CheckpointError: an activation that is not supported.
@@ -221,7 +221,7 @@ def activation(name: str, *, gated: bool = False) -> str:
 
 
 def _rope(c: Config, kind: str) -> Spec:
-    """Rotary positions of layers of a kind, full_attention or sliding_attention.
+    """Return the rotary positions of layers of a kind, full_attention or sliding_attention.
 
     Newer files have one group `rope_parameters`, by kind where kinds differ; older ones have
     `rope_theta` and `rope_scaling`, and Gemma 3's `rope_local_base_freq`.
@@ -257,7 +257,7 @@ def _rope(c: Config, kind: str) -> Spec:
 
 
 def _windows(c: Config, pattern: int = 0) -> tuple[int, ...]:
-    """The window of each layer, 0 for none: as listed, or all but every `pattern`-th."""
+    """Return the window of each layer, 0 for none: as listed, or in all but every `pattern`-th."""
     window = c.get("sliding_window") or 0
     if c.get("use_sliding_window") is False or not window:
         return ()
@@ -273,10 +273,11 @@ def _windows(c: Config, pattern: int = 0) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model_type: config.json -> the component's spec; our modules -> their names.
+    """A supported model_type.
 
     Attributes:
-      tables: the names in use; the one that fits a checkpoint best is taken.
+      spec: config.json -> spec.
+      tables: names in use; the table that matches a checkpoint best is taken.
       files: opens the folder's tensors.
     """
 

@@ -1,7 +1,7 @@
-"""Image towers of open_clip: what open_clip_config.json says, and how their tensors are named.
+"""Image towers of open_clip: from open_clip_config.json to a spec, and their tensor names.
 
 The tokens are those of the last layer, without a norm and without the class token; with
-tap="queries" those that CoCa's captioning decoder reads, see `vit.ViTConfig`.
+tap="queries" those of CoCa's captioning decoder, see `vit.ViTConfig`.
 
 Source: `VisionTransformer` of open_clip's transformer.py and `CLIPVisionCfg` of its model.py.
 """
@@ -22,7 +22,7 @@ _POOLER = "visual.attn_pool.attn."
 
 
 def _projections(ours: str, theirs: str) -> dict[str, Part]:
-    """Queries, keys and values of torch's MultiheadAttention, which lie in one tensor."""
+    """Return queries, keys and values of torch's MultiheadAttention, which are one tensor."""
     return {
         f"{ours}/{name}/{leaf}": Part(f"{theirs}in_proj_{kind}", i, 3)
         for i, name in enumerate("qkv")
@@ -30,7 +30,7 @@ def _projections(ours: str, theirs: str) -> dict[str, Part]:
     }
 
 
-_SAME_WIDTH = Table(  # of pooler and layers: the pooler's projections lie in one tensor, too
+_SAME_WIDTH = Table(  # pooler and layers of one width: the pooler's projections are one tensor, too
     layers="visual.transformer.resblocks.{}.",
     modules={
         "patches": Patches("visual.conv1"),
@@ -69,7 +69,7 @@ def _whatever(value: Any) -> bool:
     return True
 
 
-# Key of vision_cfg -> what open_clip takes where it is missing, and which values are supported.
+# Key of vision_cfg -> its default in open_clip, and which values are supported.
 _VISION: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "layers": (12, _count),  # a list: a ResNet
     "width": (768, _count),
@@ -86,7 +86,7 @@ _VISION: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "attn_pooler_queries": (256, _count),
     "attn_pooler_heads": (8, _count),
     "pool_type": ("tok", _whatever),
-    # of training, of what is saved anyway, of what comes behind the tokens
+    # used in training only, or after the tokens, or implied by what is saved
     **dict.fromkeys(
         ("patch_dropout", "output_tokens", "pos_embed_type", "final_ln_after_pool"),
         (None, _whatever),
@@ -95,10 +95,10 @@ _VISION: dict[str, tuple[Any, Callable[[Any], bool]]] = {
 
 
 def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What open_clip_config.json says of the model, with a `model_type` of its own.
+    """Return the model of open_clip_config.json, with a `model_type` of its own.
 
     Raises:
-      KeyError, TypeError: it is none.
+      KeyError, TypeError: the file has another form.
     """
     model = config["model_cfg"]
     return {
@@ -149,7 +149,7 @@ def _vit(c: Config) -> Spec:
 def _check(key: str, value: Any) -> None:
     if key in _VISION:
         supported = _VISION[key][1](value)
-    else:  # what is turned on changes the tower; timm_… says how a tower of timm's is made
+    else:  # other options change the tower; timm_… configures towers of timm
         supported = not value or (key != "timm_model_name" and key.startswith("timm_"))
     if not supported:
         _refuse(key, value)
@@ -163,7 +163,7 @@ def _refuse(key: str, value: Any) -> None:
 
 
 def _open(folder: Path) -> TensorFiles:
-    """The tower's own file, whatever else lies beside it."""
+    """Open the tower's own file, whatever else is in the folder."""
     own = folder / _WEIGHTS
     return TensorFiles.open(own if own.is_file() else folder)
 

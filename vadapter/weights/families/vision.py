@@ -1,7 +1,7 @@
-"""Public vision encoders: what their config.json says, and how they name their tensors.
+"""Public vision encoders: from config.json to the spec of a component, and their tensor names.
 
 The tokens are those of transformers' `last_hidden_state`, without class token and registers; that
-of CLIP has no norm behind its last layer, those of SigLIP and DINOv2 have.
+of CLIP has no norm after its last layer, those of SigLIP and DINOv2 have one.
 """
 
 from collections.abc import Mapping
