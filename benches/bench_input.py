@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vadapter import console
 from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES, ImageTransform
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources.table import ImageFolder
 from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.transforms import caption_sample
 from vadapter.errors import DataError
-from vadapter.report import table
 
 # Samples a second, by compiler estimates of the 1B recipe's adapter stage at 288 pixels: a step of
 # 8 samples a chip takes 113.5 ms on v5e, so a host of 4 chips takes 280; an H200 about 230.
@@ -204,13 +204,13 @@ def as_text(results: dict[str, Any]) -> str:
     for name, row in results["kinds"].items():
         torch = (f"{row['torch']:.1f}", f"{row['ratio']:.2f}") if "torch" in row else ("—", "—")
         cells = (name, str(row["files"]), f"{row['kilobytes']:.0f}", f"{row['ours']:.1f}", *torch)
-        rows.append(tuple((cell,) for cell in cells))
+        rows.append(cells)
         cores = (f"{what} ({NEEDS[what]} samples/s) {n:.1f}" for what, n in row["cores"].items())
         needs.append(f"cores for {name}: {'; '.join(cores)}")
     head = ("files", "number", "kB each", "ours", "torch + PIL", "ratio")
     about = f"Samples a CPU second on one thread, {results['size']} pixels, median of "
-    lines = [f"{about}{results['rounds']} rounds by turns", "", table.as_text(rows, tuple(
-        (cell,) for cell in head)), "", *needs]  # fmt: skip
+    lines = [f"{about}{results['rounds']} rounds by turns", "", console.table(rows, head), ""]
+    lines += needs
     if results["without_torch"]:
         lines.append(f"no torch column: {results['without_torch']}")
     return "\n".join(lines)

@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from vadapter import __version__, config
+from vadapter.data.batch import fake_batch
 from vadapter.distributed.memory import exhausted
-from vadapter.distributed.mesh import make_mesh
+from vadapter.distributed.mesh import make_mesh, shardings_of
 from vadapter.models.generate import Decode
 from vadapter.plan import flops
-from vadapter.plan.abstract_program import Program
-from vadapter.recipe.schema import read
+from vadapter.recipe.schema import read, resized
+from vadapter.stages.stage import Stage
+from vadapter.stages.steps import init_state
 
 MATMUL = {"cpu": 1024}  # n; elsewhere 8192
 
@@ -50,7 +52,26 @@ def _times(run: Callable[[], Any], repeats: int, at_once: int = 5) -> list[float
     return times
 
 
-def bench(program: Program, *, repeats: int = 20, max_new: int = 0) -> dict[str, Any]:
+def random_arguments(stage: Stage) -> tuple[Any, Any, Any]:
+    """Return (state, frozen, batch) of the train step with random content, on the devices."""
+    state, frozen, batch = stage.arguments()
+    rng = jax.random.key(0)
+    random = stage.initializer.random
+    sizes = stage.sizes()
+    content: Any = fake_batch(
+        stage.config.batch, frames=sizes.get("F", 0), size=sizes.get("S", 0),
+        prompt_len=sizes["P"], text_len=sizes["T"], segments=1, vocab_size=stage.vocab_size,
+    )  # fmt: skip
+    content |= {key: content[key][:, : sizes["M"]] for key in ("target_at", "targets", "weights")}
+    begin = jax.jit(lambda p: init_state(p, stage.tx), out_shardings=shardings_of(state))
+    return (
+        begin(random(stage.trained, rng, state.params)),
+        random(frozen, rng, frozen),
+        jax.device_put(content, shardings_of(batch)),
+    )
+
+
+def bench(stage: Stage, *, repeats: int = 20, max_new: int = 0) -> dict[str, Any]:
     """Compiles and times a stage's step, and writing texts if `max_new` is above 0.
 
     Args:
@@ -61,10 +82,10 @@ def bench(program: Program, *, repeats: int = 20, max_new: int = 0) -> dict[str,
       `compile_s`, `ms` (median a step), `rows_s`, `tflops` (of the formula) and `tflops_run`
       (recomputation counted too) a second and device, `temporary_gb`; with texts `texts_s`.
     """
-    rows, devices = program.config.batch, program.mesh.size
-    state, frozen, batch = program.random()
+    rows, devices = stage.config.batch, stage.mesh.size
+    state, frozen, batch = random_arguments(stage)
     began = time.perf_counter()
-    compiled = program.train_step().lower(state, frozen, batch).compile()
+    compiled = stage.jit_train_step().lower(state, frozen, batch).compile()
     memory: Any = compiled.memory_analysis()
     out: dict[str, Any] = {"compile_s": time.perf_counter() - began}
     live = [state]
@@ -75,8 +96,8 @@ def bench(program: Program, *, repeats: int = 20, max_new: int = 0) -> dict[str,
 
     seconds = statistics.median(_times(run, repeats))
     loss = float(run()["loss"])
-    counted = flops.count(program.step, *program.arguments())
-    each = flops.formula(program.model, program.learns, program.sizes)
+    counted = flops.count(stage.train_step, *stage.arguments())
+    each = flops.formula(stage.model, stage.trained, stage.sizes())
     needed = rows * sum(each.values()) if each else counted
     out |= {
         "ms": 1000 * seconds,
@@ -86,9 +107,9 @@ def bench(program: Program, *, repeats: int = 20, max_new: int = 0) -> dict[str,
         "temporary_gb": memory.temp_size_in_bytes / 1e9,
         "loss": loss,
     }
-    if max_new and program.captions:
+    if max_new and stage.captions:
         params = live[0].params | frozen
-        texts = jax.jit(program.decode(Decode(max_new)))
+        texts = jax.jit(stage.decode(Decode(max_new)))
         began = time.perf_counter()
         decode = texts.lower(params, batch).compile()
         out["decode_compile_s"] = time.perf_counter() - began
@@ -115,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     values = config.load(args.config)
     config.override(values, [item.removeprefix("--config.") for item in rest])
     recipe = read(values)
-    stage = args.stage or recipe.chain[-1]
+    name = args.stage or recipe.chain[-1]
     peak = matmul_peak()
     device = jax.devices()[0]
     _say({
@@ -126,13 +147,12 @@ def main(argv: list[str] | None = None) -> None:
     for batch in map(int, args.batch.split(",")):
         for frames in map(int, args.frames.split(",")):
             for remat in args.remat.split(","):
-                setting = {"config": args.config, "stage": stage, "batch": batch, "remat": remat}
-                program = Program(
-                    recipe, stage, mesh, batch=batch, frames=frames, remat=remat
-                )  # fmt: skip
-                setting |= {"frames": program.sizes.get("F", 0)}
+                setting = {"config": args.config, "stage": name, "batch": batch, "remat": remat}
+                sized = resized(recipe, name, batch=batch, frames=frames, remat=remat)
+                stage = Stage(sized, name, mesh)
+                setting |= {"frames": stage.sizes().get("F", 0)}
                 try:
-                    found = bench(program, repeats=args.repeats, max_new=args.max_new)
+                    found = bench(stage, repeats=args.repeats, max_new=args.max_new)
                     found["share"] = found["tflops"] * 1e12 / peak
                 except jax.errors.JaxRuntimeError as error:
                     if not exhausted(error):

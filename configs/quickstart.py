@@ -1,10 +1,19 @@
-"""The whole method on embedded scenes, with nothing to download: two CPU cores, minutes.
+"""The whole method on generated scenes: nothing to download, minutes on two CPU cores.
 
     vadapter quickstart
 
-Pretrains a tiny LM, a larger LM and a small ViT (CoCa), aligns the tiny LM as a caption decoder
-(stage 1), then trains it as the adapter of the frozen larger LM (stage 2) beside the
-perceiver-resampler baseline on the same batches in the same order. Run 2026-11-27: 3 minutes.
+Six stages, trained in this order:
+
+    tlm        a tiny language model, on text alone
+    llm        a larger language model, on text alone: the one that stays frozen later
+    vision     a small ViT, as CoCa: captioning and contrastive loss
+    decoder    stage 1 of the paper: the tiny LM is trained to caption what the frozen ViT sees
+    perceiver  baseline: a perceiver-resampler between the frozen ViT and the frozen larger LM
+    vadapter   stage 2 of the paper: resampler and tiny LM of stage 1 as the adapter
+
+`perceiver` and `vadapter` read the same batches in the same order. Run 2026-11-27: 3 minutes.
+
+Every key of a recipe is explained here once; the other recipes comment only on what they change.
 """
 
 from ml_collections import ConfigDict
@@ -13,107 +22,187 @@ from vadapter.config import parse_arg
 
 
 def get_config(arg=None):
+    # `--config=configs/quickstart.py:scale=0.1` trains every stage for a tenth of its steps.
     arg = parse_arg(arg, scale=1.0, queries=8)
-    steps = lambda n: max(2, int(n * arg.scale))
 
-    scenes = lambda media, split, count: dict(
-        kind="scenes", media=media, split=split, size=64, count=count, seed=0
-    )
-    # In front of a held-out caption, as text: nothing, other captions of the scene, its keywords.
-    written = lambda form: dict(
-        task="document", text_len=96, last_only=True,
-        source={**scenes("text", "test", 400), "form": form},
-    )  # fmt: skip
+    def steps(count):
+        return max(2, int(count * arg.scale))
+
+    # -- data -----------------------------------------------------------------------------------
+
+    def scenes(media, split, count):
+        """`count` generated scenes: text, images or clips of moving shapes, `size` pixels wide.
+
+        The splits train and test share no scene.
+        """
+        return dict(kind="scenes", media=media, split=split, size=64, count=count, seed=0)
+
+    def prompted(form):
+        """Held-out captions after a prompt in text, to see which prompts a language model uses.
+
+        The prompt is nothing (plain), other captions of the scene (siblings), or their content
+        words (keywords). Only the caption, the last piece of the document, counts in the loss.
+        """
+        source = {**scenes("text", "test", 400), "form": form}
+        return dict(task="document", text_len=96, last_only=True, source=source)
+
+    # task: caption (image → text), question (image and question → answer) or document (text).
+    # text_len: tokens of a row; longer texts are cut. target_len: tokens that count in the loss.
+    # texts: captions per image in one row. cache: encode each image once, train on its tokens.
     caption = dict(task="caption", text_len=64, target_len=60, texts=3, cache=True)
     question = dict(task="question", text_len=44, target_len=12, texts=2, cache=True)
+
+    # -- components -----------------------------------------------------------------------------
+
+    # vocab_size=0: that of the tokenizer. kv_heads=1: multi-query attention. max_len: positions.
     lm = dict(kind="lm", vocab_size=0, kv_heads=1, head_dim=32, max_len=256)
+    # queries: learned vectors that attend to the image tokens; as many tokens leave the resampler.
     resampler = dict(kind="resampler", queries=arg.queries, query_dim=96, hidden_dim=96, heads=3)
-    optim = lambda lr, warmup=20: dict(lr=lr, warmup=steps(warmup) - 1, clip=1.0, weight_decay=1e-2)
-    every = dict(save_every=steps(100), log_every=20)
+
+    # -- stages ---------------------------------------------------------------------------------
+
+    def optim(lr):
+        """AdamW: linear warm-up, then linear decay; `clip` bounds the norm of the gradients."""
+        return dict(lr=lr, warmup=steps(20) - 1, clip=1.0, weight_decay=1e-2)
+
+    # save_every: steps between checkpoints. log_every: steps between rows of metrics.jsonl.
+    logging = dict(save_every=steps(100), log_every=20)
+    # What the three stages that see images share. data: data sets with their sampling weights;
+    # a stage mixes them. loss: data sets whose held-out loss is measured, on loss_batches batches.
+    # evals: evaluations to run, every eval_every steps on eval_limit examples and at the end on
+    # all.
     see = dict(
-        encoder="encoder", batch=24, data=dict(images=2.0, clips=1.0),
-        loss=("held_images",), loss_batches=4, evals=("captions", "clips", "answers"),
-        eval_every=steps(40), eval_limit=64, **every,
-    )  # fmt: skip
+        encoder="encoder",
+        batch=24,
+        data=dict(images=2.0, clips=1.0),
+        loss=("held_images",),
+        loss_batches=4,
+        evals=("captions", "clips", "answers"),
+        eval_every=steps(40),
+        eval_limit=64,
+        **logging,
+    )
     return ConfigDict(
         dict(
             name="quickstart",
             seed=0,
-            dtype="float32",
+            dtype="float32",  # of the computation; trained parameters are always float32
+            # Devices along each axis; -1: all that remain. data: rows of a batch. fsdp: parameters
+            # are sharded, and gathered layer by layer. tensor: heads and hidden units are sharded.
             mesh=dict(data=-1, fsdp=1, tensor=1),
-            workers=0,
+            workers=0,  # processes that read data; 0: threads of this one
+            # One tokenizer for all language models, trained on at most `texts` texts of `data`.
             tokenizer=dict(vocab_size=512, lowercase=True, data=("documents",), texts=20_000),
+            # The parts that stages combine, by name; a stage trains some and freezes the others.
             components=dict(
                 encoder=dict(
                     kind="vit", image_size=64, patch=8, width=96, depth=3, heads=3, mlp_dim=256
                 ),
+                # Only in the vision stage (CoCa): attention pooling of the image tokens, a text
+                # decoder without images, and one that fuses both and writes the caption.
                 pooler=dict(kind="pooler", queries=9, width=96, heads=3),
                 text={**lm, "width": 96, "depth": 1, "heads": 3, "mlp_dim": 256},
-                fusion=dict(
-                    kind="fusion", depth=1, width=96, heads=3, mlp_dim=256, embed_dim=64
-                ),
+                fusion=dict(kind="fusion", depth=1, width=96, heads=3, mlp_dim=256, embed_dim=64),
                 tlm={**lm, "width": 96, "depth": 3, "heads": 3, "mlp_dim": 256},
                 llm={**lm, "width": 128, "depth": 4, "heads": 4, "mlp_dim": 384},
-                resampler={**resampler, "layers": 1},
-                perceiver={**resampler, "layers": 6},
+                resampler={**resampler, "layers": 1},  # of the adapter
+                perceiver={**resampler, "layers": 6},  # of the baseline: six layers, no tiny LM
+                # Linear layers between parts of different widths; width=0: that of the next part.
                 fc_in=dict(kind="fc", width=0),
                 fc_out=dict(kind="fc", width=0),
             ),
             data=dict(
-                documents=dict(
-                    task="document", text_len=96, source=scenes("text", "train", 6_000)
-                ),
-                plain=written("plain"),
-                siblings=written("siblings"),
-                keywords=written("keywords"),
+                documents=dict(task="document", text_len=96, source=scenes("text", "train", 6_000)),
+                plain=prompted("plain"),
+                siblings=prompted("siblings"),
+                keywords=prompted("keywords"),
                 pairs=dict(
                     task="caption",
                     text_len=32,
                     target_len=30,
                     source=scenes("image", "train", 8_000),
                 ),
+                # media tells `vadapter plan`, which opens no data, what to expect.
                 images={**caption, "media": "image", "source": scenes("image", "train", 8_000)},
                 clips={**caption, "media": "clip", "source": scenes("clip", "train", 1_500)},
                 held_images={**caption, "source": scenes("image", "test", 200)},
                 held_clips={**caption, "source": scenes("clip", "test", 64)},
                 questions={**question, "source": scenes("image", "test", 100)},
             ),
+            # Greedy decoding of at most max_new tokens; limit=0: of all examples.
             evals=dict(
                 captions=dict(data="held_images", max_new=28, batch=64, limit=0),
                 clips=dict(data="held_clips", max_new=28, batch=64, limit=0),
                 answers=dict(data="questions", max_new=6, batch=128, limit=0),
             ),
-            chain=("tlm", "llm", "vision", "decoder", "perceiver", "vadapter"),
+            chain=("tlm", "llm", "vision", "decoder", "perceiver", "vadapter"),  # in this order
             stages=dict(
+                # kind="lm": next-token prediction on documents.
                 tlm=dict(
-                    kind="lm", lm="tlm", steps=steps(120), batch=16, data=dict(documents=1.0),
-                    optim=optim(3e-3), **every,
+                    kind="lm",
+                    lm="tlm",
+                    steps=steps(120),
+                    batch=16,
+                    data=dict(documents=1.0),
+                    optim=optim(3e-3),
+                    **logging,
                 ),
                 llm=dict(
-                    kind="lm", lm="llm", steps=steps(240), batch=16, data=dict(documents=1.0),
-                    optim=optim(3e-3), loss=("plain", "siblings", "keywords"), loss_batches=4,
-                    **every,
+                    kind="lm",
+                    lm="llm",
+                    steps=steps(240),
+                    batch=16,
+                    data=dict(documents=1.0),
+                    optim=optim(3e-3),
+                    loss=("plain", "siblings", "keywords"),
+                    loss_batches=4,
+                    **logging,
                 ),
+                # kind="vision": trains encoder, pooler, text and fusion.
                 vision=dict(
-                    kind="vision", steps=steps(320), batch=32, data=dict(pairs=1.0),
-                    optim=optim(2e-3), **every,
+                    kind="vision",
+                    steps=steps(320),
+                    batch=32,
+                    data=dict(pairs=1.0),
+                    optim=optim(2e-3),
+                    **logging,
                 ),
+                # kind="decoder": the chain leads from the encoder to lm; chain and lm are trained.
+                # start: the finished stage that a component is loaded from; others start random.
                 decoder=dict(
-                    kind="decoder", lm="tlm", chain=("resampler", "fc_in"), steps=steps(100),
-                    start=dict(encoder="vision", tlm="tlm"), optim=optim(2e-3), **see,
+                    kind="decoder",
+                    lm="tlm",
+                    chain=("resampler", "fc_in"),
+                    start=dict(encoder="vision", tlm="tlm"),
+                    steps=steps(100),
+                    optim=optim(2e-3),
+                    **see,
                 ),
+                # kind="adapter": only the chain is trained, here with the tiny LM in it.
                 vadapter=dict(
-                    kind="adapter", lm="llm", chain=("resampler", "fc_in", "tlm", "fc_out"),
-                    steps=steps(120), optim=optim(2e-3), **see,
+                    kind="adapter",
+                    lm="llm",
+                    chain=("resampler", "fc_in", "tlm", "fc_out"),
                     start=dict(
-                        encoder="vision", resampler="decoder", fc_in="decoder", tlm="decoder",
+                        encoder="vision",
+                        resampler="decoder",
+                        fc_in="decoder",
+                        tlm="decoder",
                         llm="llm",
                     ),
+                    steps=steps(120),
+                    optim=optim(2e-3),
+                    **see,
                 ),
                 perceiver=dict(
-                    kind="adapter", lm="llm", chain=("perceiver", "fc_out"), steps=steps(120),
-                    start=dict(encoder="vision", llm="llm"), optim=optim(2e-3), **see,
+                    kind="adapter",
+                    lm="llm",
+                    chain=("perceiver", "fc_out"),
+                    start=dict(encoder="vision", llm="llm"),
+                    steps=steps(120),
+                    optim=optim(2e-3),
+                    **see,
                 ),
             ),
         )
-    )  # fmt: skip
+    )

@@ -12,8 +12,8 @@ from vadapter import config
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import ConfigError
 from vadapter.models.registry import expand
-from vadapter.recipe.schema import components, make_model, read, trained
-from vadapter.stages.abstract_state import abstract_params
+from vadapter.recipe.schema import components, read, trained
+from vadapter.stages.stage import Stage
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 PAPER = [f"stage=1,front={front}" for front in ("resampler", "pooler", "perceiver")]
@@ -29,7 +29,7 @@ def counts(recipe, name):
     """Parameters of each component of a stage, by shape alone."""
     stage = recipe.stages[name]
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    abstract = abstract_params(make_model(recipe, stage, 256_000), mesh)
+    abstract = Stage(recipe, name, mesh, vocab_size=256_000).abstract
     size = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
     return {component: size(abstract[component]) for component in components(stage)}
 

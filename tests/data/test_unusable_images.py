@@ -26,7 +26,6 @@ from vadapter.models.registry import make_module
 from vadapter.recipe.schema import EvalConfig, read
 from vadapter.stages.feature_cache import encoded
 from vadapter.stages.run import Run
-from vadapter.stages.stage import Stage
 
 # Nothing of it is a default, and each part of it shows in the pixels.
 KEYS = {"fit": "crop", "interpolation": "bilinear", "crop_pct": 0.75, "floor": True}
@@ -66,7 +65,7 @@ class Seen:
 @pytest.mark.parametrize("name", ["vision", "decoder"])
 def test_a_stage_trains_on_the_encoders_view(folder, tmp_path, name):
     config = tiny_recipe(folder / "shapes") if name == "vision" else runs.small(folder)
-    stage = Stage(Run(wanting(config), tmp_path), name)
+    stage = Run(wanting(config), tmp_path).stage(name)
     assert stage.view == VIEW
     items, transform = stage.stream("images", {})
     np.testing.assert_array_equal(transform(items[0])["frames"], resize(PIXELS[None], VIEW))
@@ -93,7 +92,7 @@ def without(key):
     ],
 )
 def test_a_data_set_may_be_seen_otherwise(folder, tmp_path, keys, view):
-    stage = Stage(Run(wanting(runs.small(folder), **keys), tmp_path), "decoder")
+    stage = Run(wanting(runs.small(folder), **keys), tmp_path).stage("decoder")
     items, transform = stage.stream("images", {})
     np.testing.assert_array_equal(transform(items[0])["frames"], resize(PIXELS[None], view))
 

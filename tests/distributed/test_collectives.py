@@ -28,7 +28,7 @@ def program(mesh=None):
 def compiled(mesh):
     """Computation -> its (name of the operation, [shapes that it makes]) in order."""
     stage = program(mesh)
-    text = jax.jit(stage.step).lower(*stage.arguments()).compile().as_text()
+    text = jax.jit(stage.train_step).lower(*stage.arguments()).compile().as_text()
     assert text is not None
     computations, current = {}, None
     for line in text.splitlines():
@@ -58,7 +58,7 @@ def made(mesh, *operations, where=lambda name: True):
 def kernels(name, mesh):
     """Shapes of a component's kernels, without the layers: whole, as a device holds them, and as it
     computes with them, once they are gathered over `fsdp`."""
-    trainable, frozen = program(mesh).params
+    trainable, frozen = program(mesh).abstract_params()
     whole, part, used = set(), set(), set()
     for path, leaf in tiny.paths((trainable | frozen)[name]).items():
         if path.endswith("kernel"):

@@ -16,12 +16,9 @@ from vadapter.distributed import memory, topology
 from vadapter.distributed.mesh import MeshConfig, make_mesh, to_mesh
 from vadapter.errors import USER_ERROR, ConfigError, Problems
 from vadapter.inspect.check import check
-from vadapter.recipe.optim import make_optimizer
 from vadapter.recipe.schema import read
 from vadapter.stages import run, stage
-from vadapter.stages.preflight import Preflight
 from vadapter.stages.run import Run
-from vadapter.stages.stage import Stage
 from vadapter.stages.steps import init_state
 from vadapter.train import loop
 from vadapter.train.loop import train
@@ -57,13 +54,12 @@ def use_all(*_):
 
 
 def test_what_stays_is_what_lies_on_a_device_once_a_stage_has_begun(folder, tmp_path, mesh):
-    ready = Stage(Run(halves(runs.blind(folder)), tmp_path), "decoder")
-    looked = Preflight(ready.recipe, "decoder", tmp_path, ready.tokenizer, ready.mesh)
-    looked.check(ready.run.source, {}, problems := Problems())
+    ready = Run(halves(runs.blind(folder)), tmp_path).stage("decoder")
+    stays = ready.check({}, problems := Problems()).memory
     problems.settle()
 
     trainable, frozen = ready.load_params()
-    opt = init_state(trainable, make_optimizer(ready.config.optim, ready.config.steps)).opt_state
+    opt = init_state(trainable, ready.tx).opt_state
     batch = to_mesh(next(loop._loader(ready, frozen, 0)), ready.mesh)
     device = ready.mesh.devices.flat[0]
     on_it = lambda tree: sum(  # noqa: E731
@@ -73,7 +69,6 @@ def test_what_stays_is_what_lies_on_a_device_once_a_stage_has_begun(folder, tmp_
         if shard.device == device
     )
     held = {**trainable, **frozen, "optimizer": opt, "batch": batch}
-    stays = looked.stays()
     assert stays.keys() == held.keys()
     for what in held:  # moments of what is split may lie as the compiler likes, until they are put
         assert stays[what] == pytest.approx(on_it(held[what]), rel=0.02), what
@@ -86,12 +81,8 @@ def test_more_than_a_device_has_is_refused_before_anything_is_compiled(
     recipe = halves(runs.blind(folder))
     begun = []
     monkeypatch.setattr(loop, "train_stage", begun.append)
-    made = Run(recipe, tmp_path)
-    looked = Preflight(
-        recipe, "decoder", tmp_path, made.tokenizer(recipe.stages["decoder"]), made.mesh
-    )
-    looked.check(made.source, {}, Problems())
-    limit = sum(looked.stays().values()) + spare
+    stays = Run(recipe, tmp_path).stage("decoder").check({}, Problems()).memory
+    limit = sum(stays.values()) + spare
     monkeypatch.setattr(memory, "limit", lambda mesh: limit)
     if spare == 0:
         train(recipe, tmp_path)
@@ -100,8 +91,8 @@ def test_more_than_a_device_has_is_refused_before_anything_is_compiled(
     with pytest.raises(ConfigError) as met:
         train(recipe, tmp_path)
     assert not begun
-    total = size(sum(looked.stays().values()))
-    for part in (f"stages.decoder: {total} stay on each device", *looked.stays(), PLAN):
+    total = size(sum(stays.values()))
+    for part in (f"stages.decoder: {total} stay on each device", *stays, PLAN):
         assert part in str(met.value)
     monkeypatch.setattr(memory, "limit", lambda mesh: 1)
     _, problems = check(lambda: recipe, tmp_path)

@@ -15,6 +15,7 @@ import pytest
 from support import tiny
 from support.programs import MESHES, ROWS, program, recipe
 
+from benches.bench_step import random_arguments
 from vadapter.checkpoints.digest import tree_digests
 from vadapter.checkpoints.manager import Checkpointer
 from vadapter.data.batch import fake_batch
@@ -22,8 +23,7 @@ from vadapter.distributed.mesh import shardings_of, with_mesh
 from vadapter.models.generate import Decode
 from vadapter.recipe.optim import make_optimizer
 from vadapter.stages.abstract_state import abstract_state
-from vadapter.stages.stage import stage_step
-from vadapter.stages.steps import init_state
+from vadapter.stages.steps import init_state, make_train_step
 
 SGD = optax.sgd(0.1, momentum=0.9)  # Adam's first steps amplify rounding: no use in comparisons
 STAGES = ("tlm", "vision", "decoder", "vadapter", "perceiver", "llava")
@@ -36,7 +36,7 @@ PAIRS = [
 
 
 def batch_of(stage, seed):
-    sizes = stage.sizes
+    sizes = stage.sizes()
     batch = fake_batch(
         ROWS, seed=seed, frames=sizes.get("F", 0), size=sizes.get("S", 0), segments=1,
         prompt_len=sizes["P"], text_len=sizes["T"], vocab_size=recipe().tokenizer.vocab_size,
@@ -52,7 +52,7 @@ def put(tree, like):
 
 def begin(stage, tx=SGD):
     """State and frozen parameters, the same on every mesh, where they belong."""
-    trainable, frozen = stage.params
+    trainable, frozen = stage.abstract_params()
     state = init_state(tiny.filled(trainable), tx)
     return put(state, abstract_state(trainable, tx, stage.mesh)), put(
         tiny.filled(frozen, 1), frozen
@@ -62,7 +62,10 @@ def begin(stage, tx=SGD):
 def run_steps(stage, n=2, tx=SGD):
     """The state after n steps, and the metrics of the last."""
     first, frozen = begin(stage, tx)
-    step = with_mesh(stage.mesh, stage_step(stage.recipe, stage.config, stage.model, tx))
+    step = make_train_step(
+        stage.objective, tx, seed=stage.recipe.seed, accumulate=stage.config.accumulate
+    )
+    step = with_mesh(stage.mesh, step)
     step = jax.jit(step, out_shardings=(shardings_of(first), None))
     state, metrics = first, {}
     for seed in range(n):
@@ -102,7 +105,7 @@ def test_the_recipes_own_optimizer_takes_the_step_of_one_device():
         ends.append(jax.device_get(end))
     one, many = ends
     assert_close(many.opt_state, one.opt_state)
-    filled = tiny.filled(program("vadapter").params[0])
+    filled = tiny.filled(program("vadapter").abstract_params()[0])
     adam = optax.tree_utils.tree_get(one.opt_state, "mu")
     for path, mean in tiny.paths(adam).items():
         sure = np.abs(mean) > 1e-3 * np.abs(mean).max()  # Adam makes rounding of nothing a step
@@ -114,9 +117,9 @@ def test_the_recipes_own_optimizer_takes_the_step_of_one_device():
 
 def test_a_step_leaves_the_state_where_it_is():
     stage = program("decoder", "tensor")  # whose small leaves the compiler would like to gather
-    state, frozen, batch = stage.random()
+    state, frozen, batch = random_arguments(stage)
     before = shardings_of(state)
-    after, _ = stage.train_step()(state, frozen, batch)
+    after, _ = stage.jit_train_step()(state, frozen, batch)
     for path, leaf in tiny.paths(after).items():
         assert leaf.sharding.is_equivalent_to(tiny.paths(before)[path], leaf.ndim), path
 
@@ -154,7 +157,7 @@ def test_matrices_and_their_moments_lie_in_equal_parts_on_all_devices(stage, mes
 @pytest.mark.parametrize("mesh", ["all", None])
 def test_a_state_saved_on_one_mesh_has_the_same_digests_on_another(tmp_path, mesh):
     state, other = begin(program("tlm", "data"))[0], program("tlm", mesh)
-    like = abstract_state(other.params[0], SGD, other.mesh)
+    like = abstract_state(other.abstract_params()[0], SGD, other.mesh)
     checkpointer = Checkpointer(tmp_path, keep=1)
     checkpointer.save(1, state, {"stage": "tlm"})
     found = checkpointer.restore(like, expect={"stage": "tlm"})

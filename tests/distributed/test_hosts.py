@@ -25,13 +25,11 @@ from vadapter.checkpoints.manager import steps
 from vadapter.data.pipeline import make_loader
 from vadapter.distributed import hosts
 from vadapter.distributed.mesh import MeshConfig, make_mesh, to_mesh
-from vadapter.distributed.preemption import Stop
 from vadapter.distributed.startup import answer, call
 from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR, ConfigError, HostError
 from vadapter.io.json_files import history, rows
 from vadapter.recipe.schema import read
 from vadapter.stages import run
-from vadapter.stages.stage import Stage
 from vadapter.train import loop
 from vadapter.train.host_agreement import require_own_rows
 from vadapter.train.loop import train
@@ -174,7 +172,7 @@ def seen(monkeypatch):
 
 def rows_after(step, recipe, workdir):
     """The rows of the steps after `step`, of a loader for one process."""
-    stage = Stage(run.Run(recipe, workdir), "llm", Stop())
+    stage = run.Run(recipe, workdir).stage("llm")
     loader = make_loader(
         {"documents": (*stage.stream("documents", {}), 1.0)},
         global_batch=stage.config.batch, seed=recipe.seed, start_step=step, num_steps=STEPS,

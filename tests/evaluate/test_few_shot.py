@@ -95,23 +95,23 @@ def test_k_image_examples_follow_their_images(loaded, prompts, data, name):
         behind = {f" : {text} Describe the following:": i for i, text in enumerate(captions)}
     assert len(set(built.examples)) == 2
 
-    expected = []
+    model, expected = loaded.adapter_model, []
     for text in built.examples:
         media = training[behind[text]].media
         assert media is not None
         pixels = resize(load_media(media, frames=1), loaded.view)
-        visual = loaded.model.encode(loaded.params, {"frames": jnp.asarray(pixels)[None]})
-        expected.append(loaded.model.prefix(loaded.params, visual)[0])
-        llm = loaded.model.modules[loaded.model.lm]
+        visual = model.encode(loaded.params, {"frames": jnp.asarray(pixels)[None]})
+        expected.append(model.prefix(loaded.params, visual)[0])
+        llm = model.modules[model.lm]
         ids = jnp.asarray(loaded.tokenizer.encode(text))
-        expected.append(llm.apply({"params": loaded.params[loaded.model.lm]}, ids, method="embed"))
+        expected.append(llm.apply({"params": loaded.params[model.lm]}, ids, method="embed"))
     np.testing.assert_allclose(built.shown[0], np.concatenate(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_examples_and_beams_change_the_generations(loaded, prompts):
     """An image example is used, not only counted."""
     built, items = prompts("flickr8k", "shots=1", "shot_kind=image")
-    decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
+    decoder = Decoder(loaded.adapter_model, loaded.tokenizer, loaded.mesh)
 
     def generations(shown, how):
         return predict(decoder, loaded.params, items, built.row, batch=16, how=how, shown=shown)

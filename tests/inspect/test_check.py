@@ -1,4 +1,4 @@
-"""`vadapter check`: what a recipe would train and what would stop it, without doing any of it."""
+"""`vadapter check`: what a recipe trains and what would stop it, from headers alone."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def nothing_is_read(monkeypatch):
     """No tensor, no digest, no compiled program."""
-    fail = lambda *args, **kwargs: pytest.fail("a tensor is read")  # noqa: E731
+    fail = lambda *args, **kwargs: pytest.fail("a tensor was read")  # noqa: E731
     for owner, name in (
         (TensorFiles, "read"), (TensorFiles, "digest"), (npz, "read_npz"),
         (mobilenet, "load_mobilenet"), (MobileNetFiles, "digest"), (jax, "device_put"),
@@ -86,9 +86,9 @@ def public(world, **encoder):
     return made
 
 
-def looked(made, workdir=None):
+def checked(config, workdir=None):
     """Facts and problems of a ConfigDict."""
-    return check(lambda: read(made), workdir)[0]
+    return check(lambda: read(config), workdir)[0]
 
 
 def stages(facts):
@@ -111,7 +111,7 @@ def shapes(part):
 
 
 def test_the_quickstart_is_told_from_pixels_to_words_without_a_problem():
-    facts = looked(config.load("configs/quickstart.py"))
+    facts = checked(config.load("configs/quickstart.py"))
     assert facts["problems"] == []
     assert [s["name"] for s in facts["stages"]] == list(config.load("configs/quickstart.py").chain)
     stage = stages(facts)["vadapter"]
@@ -138,12 +138,12 @@ def test_the_quickstart_is_told_from_pixels_to_words_without_a_problem():
 
 
 @pytest.mark.parametrize(("encoder", "llm"), [("b", "1b"), ("l", "1b"), ("g", "8b")])
-def test_the_papers_scales_are_told_and_only_what_is_not_there_is_missing(
+def test_the_papers_scales_are_reported_and_only_missing_files_are_problems(
     encoder, llm, tmp_path, monkeypatch
 ):
     monkeypatch.delenv("VADAPTER_DATA", raising=False)
     arg = f"encoder={encoder},llm={llm}"
-    facts = looked(config.load(f"configs/paper.py:{arg}"), tmp_path)
+    facts = checked(config.load(f"configs/paper.py:{arg}"), tmp_path)
     stage = stages(facts)["vadapter"]
     frozen = {"b": 0.087, "l": 0.304, "g": 1.01}[encoder] + {"1b": 1.6, "8b": 9.64}[llm]
     assert stage["parameters"]["frozen"] / 1e9 == pytest.approx(frozen, rel=0.02)
@@ -165,14 +165,14 @@ def test_the_papers_scales_are_told_and_only_what_is_not_there_is_missing(
 @pytest.mark.parametrize("arg", ["stage=1", "adapter=resampler", "adapter=mlp", "front=pooler"])
 def test_the_papers_other_rows_go_through_their_models(arg, tmp_path, monkeypatch):
     monkeypatch.delenv("VADAPTER_DATA", raising=False)
-    facts = looked(config.load(f"configs/paper.py:{arg}"), tmp_path)
+    facts = checked(config.load(f"configs/paper.py:{arg}"), tmp_path)
     for stage in facts["stages"]:
         assert all(part["leaves"] for part in stage["components"])
     assert all("not finished" in p or "source" in p for p in facts["problems"])
 
 
-def test_public_checkpoints_are_told_by_their_headers(world):
-    facts = looked(public(world))
+def test_public_checkpoints_are_described_by_their_headers(world):
+    facts = checked(public(world))
     assert facts["problems"] == []
     stage = stages(facts)["vadapter"]
     start = parts(stage)["encoder"]["start"]
@@ -189,23 +189,23 @@ def test_public_checkpoints_are_told_by_their_headers(world):
     assert stages(facts)["decoder"]["tokenizer"]["bos"] == [{"id": 0, "token": "<|endoftext|>"}]
 
 
-def test_the_text_is_aligned_narrow_and_says_the_same(world):
-    text = as_text(looked(public(world)))
+def test_the_text_is_aligned_narrow_and_has_the_same_facts(world):
+    text = as_text(checked(public(world)))
     assert max(map(len, text.splitlines())) < 100
     assert re.search(r"\n  encoder +vit +u8\[B,1,32,32,3\] +[\d,]+ +frozen +…?\S+clip\n", text)
     assert re.search(r"\n +→ \[B,1,16,16\] +1 file, \d+\.?\d* kB\n", text)
     assert "37 tensors" in text
     assert "2 left out" in text
-    assert re.search(r"eos 2 </s>, stop 2 </s>; llm has \d+ rows, 7\s+of\s+padding", text)
+    assert re.search(r"eos 2 </s>, stop 2 </s>; llm has \d+ rows, 7\s+unused", text)
     assert re.search(r"\n  images +caption +train 1 +24  1 × 32 px, prompt \d+, text 80", text)
 
 
-def test_int8_halves_what_the_frozen_llm_takes(world):
+def test_int8_halves_the_memory_of_the_frozen_llm(world):
     made = public(world)
-    whole = stages(looked(made))["vadapter"]["memory"]["frozen"]
+    whole = stages(checked(made))["vadapter"]["memory"]["frozen"]
     with made.unlocked():
         made.components.llm.int8 = True
-    facts = looked(made)
+    facts = checked(made)
     assert facts["problems"] == []
     stage = stages(facts)["vadapter"]
     assert parts(stage)["llm"]["int8"]
@@ -213,30 +213,30 @@ def test_int8_halves_what_the_frozen_llm_takes(world):
     assert "float32 and int8" in as_text(facts)
 
 
-def test_memory_is_also_that_of_one_device_of_the_mesh(world):
+def test_memory_is_also_reported_per_device(world):
     made = public(world)
     with made.unlocked():
         made.mesh = {"data": 1, "fsdp": 4, "tensor": 2}
-    memory = stages(looked(made))["vadapter"]["memory"]
+    memory = stages(checked(made))["vadapter"]["memory"]
     assert memory["moments"] / 8 < memory["per_device"]["moments"] < memory["moments"] / 2
     with made.unlocked():
         made.mesh = {"data": 3, "fsdp": 1, "tensor": 1}
-    facts = looked(made)
+    facts = checked(made)
     assert "per_device" not in stages(facts)["vadapter"]["memory"]
     assert facts["mesh"] is None
     assert ["does not cover 8 devices" in p for p in facts["problems"]] == [True]
 
 
-def test_a_tokenizer_that_is_yet_to_be_trained_is_told_as_a_bound(world, monkeypatch, tmp_path):
+def test_an_untrained_tokenizer_is_reported_as_a_bound(world, monkeypatch, tmp_path):
     monkeypatch.setattr(BPETokenizer, "save", lambda *args: pytest.fail("it is trained"))
-    facts = looked(small(world), tmp_path)
+    facts = checked(small(world), tmp_path)
     assert facts["problems"] == []
     tokenizer = stages(facts)["vadapter"]["tokenizer"]
     assert (tokenizer["of"], tokenizer["exact"], tokenizer["vocab_size"]) == ("run", False, 320)
-    assert "yet to be trained: at most 320 ids" in as_text(facts)
+    assert "tokenizer of the run, not trained yet: at most 320 ids" in as_text(facts)
 
 
-# -- what it leaves alone ----------------------------------------------------------------------
+# -- side effects ----------------------------------------------------------------------
 
 
 def finished_llm(folder, world):
@@ -246,7 +246,7 @@ def finished_llm(folder, world):
 
 
 def state(folder):
-    """All that lies there, with its content and its times."""
+    """The files of a folder with their contents and times."""
     return {
         str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
         for path in sorted(folder.rglob("*"))
@@ -262,9 +262,9 @@ def test_nothing_is_written_anywhere(world, tmp_path, monkeypatch, capsys):
     there = state(tmp_path)
     assert main(["check", f"--config={recipe}", ONE, f"--workdir={tmp_path / 'run'}"]) == 0
     assert main(["check", f"--config={recipe}", ONE]) == 0
-    looked(public(world), tmp_path / "other")
+    checked(public(world), tmp_path / "other")
     assert (state(world), state(tmp_path)) == (before, there)
-    assert "llm: lm, 6 steps of 8, float32, mesh data=8 fsdp=1 tensor=1, done before" in (
+    assert "llm: lm, 6 steps of 8, float32, mesh data=8 fsdp=1 tensor=1, finished" in (
         capsys.readouterr().out
     )
 
@@ -274,7 +274,7 @@ def test_no_program_is_compiled(world):
     listen = lambda name, *_, **__: compiled.append(name) if "compile" in name else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        looked(public(world))
+        checked(public(world))
     finally:
         jax.monitoring.clear_event_listeners()
     assert [name for name in compiled if "backend" in name] == []
@@ -295,7 +295,7 @@ def test_mobilenet_is_matched_by_its_graph_and_headers_alone(request, source, tm
         MobileNetFiles.open(folder).match(small)
 
 
-# -- what it finds -----------------------------------------------------------------------------
+# -- problems -----------------------------------------------------------------------------
 
 
 def spoil_weights(made, world, tmp_path):
@@ -361,7 +361,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_what_would_stop_training_stops_here(kind, world, tmp_path, capsys):
+def test_faults_of_a_recipe_are_reported(kind, world, tmp_path, capsys):
     spoil, message = FAULTS[kind]
     made = small(world)
     with made.unlocked():
@@ -392,16 +392,16 @@ PUBLIC_FAULTS = {
 
 
 @pytest.mark.parametrize("kind", PUBLIC_FAULTS)
-def test_what_is_wrong_with_public_checkpoints_stops_here(kind, world, tmp_path):
+def test_faults_of_public_checkpoints_are_reported(kind, world, tmp_path):
     spoil, message = PUBLIC_FAULTS[kind]
     made = public(world)
     with made.unlocked():
         spoil(made, world, tmp_path)
-    facts = looked(made)
+    facts = checked(made)
     assert re.search(message, "\n".join(facts["problems"]), re.DOTALL), facts["problems"]
 
 
-def test_all_problems_are_told_each_once_and_the_command_exits_with_78(world, tmp_path, capsys):
+def test_all_problems_are_reported_once_and_the_command_exits_with_78(world, tmp_path, capsys):
     recipe = runs.write_recipe(world)
     spoil = ("stages.decoder.batch=12", "data.images.source.table=/nowhere.jsonl",
              "components.llm.max_len=50",
@@ -417,7 +417,7 @@ def test_all_problems_are_told_each_once_and_the_command_exits_with_78(world, tm
     assert "Traceback" not in err
 
 
-def test_a_problem_is_told_once_with_every_place_where_it_was_met():
+def test_a_problem_is_reported_once_with_every_component_that_has_it():
     problems = Problems()
     for where in ("tlm", "llm", "tlm"):
         with problems.gather(where):
@@ -425,21 +425,21 @@ def test_a_problem_is_told_once_with_every_place_where_it_was_met():
     assert problems.lines() == ["tlm, llm: it is gone"]
 
 
-def test_several_broken_components_are_told_together(world):
+def test_several_broken_components_are_reported_together(world):
     made = public(world)
     with made.unlocked():
         made.components.encoder.weights = "/nowhere/clip"
         made.components.llm.weights = "/nowhere/llm"
-    facts = looked(made)
+    facts = checked(made)
     assert len(facts["problems"]) == 2
     assert facts["stages"] == []
 
 
-def test_json_is_the_same_facts(world, capsys):
+def test_json_has_the_same_facts(world, capsys):
     recipe = runs.write_recipe(world)
     assert main(["check", f"--config={recipe}", ONE, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads(json.dumps(looked(small(world))))
+    assert printed == json.loads(json.dumps(checked(small(world))))
     assert main(
         ["check", f"--config={recipe}", ONE, "--json", "--config.components.llm.max_len=50"]
     )
@@ -450,7 +450,7 @@ def test_training_checks_the_same(world, tmp_path):
     made = public(world)
     with made.unlocked():
         made.components.llm.max_len = 96
-    (problem,) = looked(made)["problems"]
+    (problem,) = checked(made)["problems"]
     with pytest.raises(ConfigError) as met:
         Run(read(made), tmp_path).check()
     assert str(met.value) in problem

@@ -1,4 +1,4 @@
-"""Counts are those of the data, by an independent count."""
+"""Statistics of data sets equal independent counts."""
 
 import json
 
@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 from support.opened import opened, prepare, recipe
 
-from vadapter.inspect.data_stats import stats
-from vadapter.inspect.data_stats_text import as_text
+from vadapter.inspect.data_stats import as_text, stats
 from vadapter.inspect.open_data import open_data
 
 WAYS = ("min", "median", "p95", "max")
@@ -48,7 +47,7 @@ def test_captions_sizes_and_bad_samples_are_counted(root):
     assert facts["tokens_a_second"] > facts["rows_a_second"] > 0
 
 
-def test_texts_that_are_cut_are_counted_as_the_rows_cut_them(root):
+def test_truncated_texts_are_counted_as_the_rows_truncate_them(root):
     data = opened(root, "images", text_len=13, target_len=13, texts=1)
     facts = stats(data)
     whole = [len(data.tokenizer.encode(" " + e.captions[0])) for e in data.source]
@@ -60,7 +59,7 @@ def test_texts_that_are_cut_are_counted_as_the_rows_cut_them(root):
     assert stats(short)["cut"]["of"] == 24
 
 
-def test_questions_without_room_are_left_out_and_counted(root):
+def test_questions_that_do_not_fit_are_left_out_and_counted(root):
     data = opened(root, "held_questions")
     facts = stats(data)
     assert (facts["left_out"]["count"], facts["left_out"]["of"]) == (0, 24)
@@ -76,14 +75,14 @@ def test_questions_without_room_are_left_out_and_counted(root):
     assert 0 < long == found["count"] < found["of"] == 24 or long == found["count"] == 24
 
 
-def test_clips_tell_frames_seconds_and_rate(root):
+def test_clips_have_frames_seconds_and_rate(root):
     facts = stats(opened(root, "clips"))["clips"]
     assert four(facts["frames"]) == (8,) * 4
     assert four(facts["seconds"]) == (0.8,) * 4
     assert four(facts["frames_a_second"]) == (10.0,) * 4
 
 
-def test_documents_are_counted_with_their_beginning(root):
+def test_documents_are_counted_with_their_bos(root):
     data = opened(root, "documents")
     facts = stats(data)
     examples = [data.source[i] for i in range(len(data.source))]
@@ -104,10 +103,12 @@ def test_a_limit_spreads_over_the_whole_set(root, monkeypatch):
     assert facts["looked_at"] == facts["rows"] == 4
     assert facts["examples"] == 24
     assert set(seen) == {0, 6, 12, 18}
-    assert "24 examples (image, caption, as stage vision reads them), 4 looked at" in as_text(facts)
+    assert "24 examples (image, caption, as read by stage vision), 4 of them inspected" in as_text(
+        facts
+    )
 
 
-def test_without_a_tokenizer_the_rest_is_told_and_what_to_do(root, tmp_path):
+def test_without_a_tokenizer_the_rest_is_reported_and_what_to_do(root, tmp_path):
     (data,) = open_data(recipe(root), tmp_path, "", ["images"])
     facts = stats(data)
     assert "text_tokens" not in facts
@@ -116,9 +117,9 @@ def test_without_a_tokenizer_the_rest_is_told_and_what_to_do(root, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_facts_are_json_and_the_text_names_all_of_them(root):
+def test_the_statistics_are_json_and_the_text_names_all_of_them(root):
     for name in ("images", "clips", "held_questions", "documents"):
         facts = json.loads(json.dumps(stats(opened(root, name))))
         text = as_text(facts)
-        for word in ("text, tokens", "texts cut", "bad samples", "tokens a second"):
+        for word in ("text, tokens", "texts truncated", "bad rows", "tokens per second"):
             assert word in text

@@ -1,4 +1,4 @@
-"""Which stage reads a data set, and that looking at it trains no tokenizer."""
+"""Which stage reads a data set; opening it never trains a tokenizer."""
 
 import numpy as np
 import pytest
@@ -27,14 +27,14 @@ def test_rows_are_those_that_the_stage_trains_on(root):
             np.testing.assert_array_equal(value, batch[key][n])
 
 
-def test_what_is_only_looked_at_comes_in_order(root):
+def test_held_out_rows_come_in_order(root):
     data = opened(root, "held")
     assert not data.trains
     assert [data.row(n)[0] for n in range(4)] == [0, 1, 2, 3]
     assert data.row(999)[0] == len(data.source) - 1
 
 
-def test_the_stage_is_the_first_that_trains_on_it_then_the_first_that_looks_else_the_last(root):
+def test_the_stage_is_the_first_that_trains_on_it_or_evaluates_on_it_else_the_last(root):
     assert opened(root, "images").stage == "vision"
     assert opened(root, "clips").stage == "vadapter"
     assert opened(root, "held").stage == "decoder"
@@ -52,7 +52,7 @@ def test_the_stage_is_the_first_that_trains_on_it_then_the_first_that_looks_else
         ("", ["questions"], r"config\.data\.questions: no stage .* reads it; .*--stage"),
     ],
 )
-def test_what_is_not_there_is_named(root, stage, names, message):
+def test_unknown_names_are_reported(root, stage, names, message):
     with pytest.raises(ConfigError, match=message):
         open_data(recipe(root), root / "run", stage, names)
 

@@ -1,4 +1,4 @@
-"""What is shown is the row: every token once, and a target exactly where the loss counts it."""
+"""Shown rows have every token once, and a target exactly where the loss counts it."""
 
 import html.parser
 import re
@@ -74,13 +74,13 @@ def test_mirrored_rows_are_marked_and_others_are_not(root):
     assert not any(row.mirrored for row in shown(opened(root, "images"), 24))
 
 
-def test_a_bad_row_tells_its_name_and_reason(root):
+def test_a_bad_row_has_its_name_and_reason(root):
     rows = list(shown(opened(root, "held"), 2))
     assert "held '02.png' (starts with b'<html>" in rows[0].bad
     assert not any(token.role == "target" for text in rows[0].texts for token in text)
     assert not rows[1].bad
     text = "\n".join(as_text(rows, color=False))
-    assert text.count("left out, with weight 0") == 1
+    assert text.count("bad row, weight 0") == 1
 
 
 def test_pieces_join_to_the_text_also_inside_characters():
@@ -93,7 +93,7 @@ def test_pieces_join_to_the_text_also_inside_characters():
     assert around == ["⟨bos⟩", "", "é", "⟨eos⟩"]
 
 
-def test_plain_text_marks_targets_and_colors_only_where_asked(root, monkeypatch):
+def test_plain_text_marks_targets_and_color_is_optional(root, monkeypatch):
     rows = list(shown(opened(root, "clips"), 1))
     plain, colored = ("\n".join(as_text(rows, color=c)) for c in (False, True))
     assert "\x1b" not in plain
@@ -113,14 +113,14 @@ def test_plain_text_marks_targets_and_colors_only_where_asked(root, monkeypatch)
     assert not wants_color(Terminal())
 
 
-def test_a_terminal_obeys_nothing_that_data_says(root):
+def test_control_characters_in_data_do_not_reach_the_terminal(root):
     (row,) = shown(opened(root, "images"), 1)
     hostile = type(row)(**{**row.__dict__, "name": "\x1b[2Jx\r", "bad": "\x07y"})
     assert not set("\x1b\r\x07") & set("\n".join(as_text([hostile], color=False)))
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would see."""
+    """Tags, images and spans of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -143,7 +143,7 @@ class Page(html.parser.HTMLParser):
         self.open = [] if tag == "span" else self.open
 
 
-def test_the_page_holds_everything_itself_and_data_is_never_markup(root, tmp_path):
+def test_the_page_is_self_contained_and_data_is_never_markup(root, tmp_path):
     rows = [*shown(opened(root, "clips"), 2), *shown(opened(root, "held"), 1)]
     rows[0] = type(rows[0])(**{**rows[0].__dict__, "name": "<script>alert(1)</script>"})
     path = write_page(tmp_path / "deep" / "page.html", "<b>title", rows)
@@ -154,15 +154,17 @@ def test_the_page_holds_everything_itself_and_data_is_never_markup(root, tmp_pat
     assert "script" not in page.tags
     assert not re.search(r"(?:src|href)=(?!\"?data:)", text)
     assert page.tags.count("article") == 3
-    said = ["".join(t for kinds, t in page.spans if kind in kinds) for kind in ("target", "unread")]
-    wanted = "".join(t.text for row in rows for x in row.texts for t in x if t.role == "target")
-    assert said[0].removeprefix("targettarget, not read") == wanted  # behind the legend
-    assert said[1].count("⟨eos⟩") == 4
-    assert "left out, with weight 0" in text
+    texts = [
+        "".join(t for kinds, t in page.spans if kind in kinds) for kind in ("target", "unread")
+    ]
+    expected = "".join(t.text for row in rows for x in row.texts for t in x if t.role == "target")
+    assert texts[0].removeprefix("targettarget, not read") == expected  # after the legend
+    assert texts[1].count("⟨eos⟩") == 4
+    assert "bad row, weight 0" in text
 
 
 def test_without_a_tokenizer_it_says_what_to_do(root, tmp_path):
     (data,) = open_data(recipe(root), tmp_path, "", ["images"])
-    with pytest.raises(ConfigError, match=r"none is there yet: name a run .*--workdir=RUN"):
+    with pytest.raises(ConfigError, match=r"has not been trained yet: pass a run .*--workdir=RUN"):
         next(shown(data, 1))
     assert not list(tmp_path.iterdir())

@@ -10,8 +10,8 @@ from support.recipes import tiny_recipe
 from vadapter import config
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.plan import flops
-from vadapter.plan.abstract_program import Program
-from vadapter.recipe.schema import read
+from vadapter.recipe.schema import read, resized
+from vadapter.stages.stage import Stage
 
 ADAPTERS = ("vadapter", "resampler", "mlp")
 PAPER = [  # and frames: images, and clips where a part handles them in its own way
@@ -25,7 +25,7 @@ ROWS = 2
 
 def program(recipe, name, frames=1, remat="none"):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    return Program(recipe, name, mesh, batch=ROWS, frames=frames, remat=remat)
+    return Stage(resized(recipe, name, batch=ROWS, frames=frames, remat=remat), name, mesh)
 
 
 def paper(arg, frames=1, remat="none"):
@@ -34,13 +34,13 @@ def paper(arg, frames=1, remat="none"):
 
 
 def formula(stage):
-    each = flops.formula(stage.model, stage.learns, stage.sizes)
+    each = flops.formula(stage.model, stage.trained, stage.sizes())
     assert each is not None
     return ROWS * sum(each.values())
 
 
 def counted(stage):
-    return flops.count(stage.step, *stage.arguments())
+    return flops.count(stage.train_step, *stage.arguments())
 
 
 @pytest.mark.parametrize(("arg", "frames"), PAPER)
@@ -68,7 +68,7 @@ def test_the_formula_gives_what_was_worked_out_on_paper_for_a_image(arg, tera):
 def test_what_the_backward_pass_recomputes_is_counted():
     stage = paper("stage=2,encoder=b", remat="full")
     again = counted(stage) - counted(paper("stage=2,encoder=b"))
-    work = flops.forward_work(stage.model, stage.sizes)
+    work = flops.forward_work(stage.model, stage.sizes())
     assert work is not None
     stacks = ROWS * (work["tlm"].forward() + work["llm"].forward())
     assert 0.5 * stacks < again < stacks, "but for each block's last products, and for the head"
@@ -84,5 +84,5 @@ def test_a_loop_of_unknown_length_counts_as_often_as_it_is_told_to():
 
 def test_models_with_parts_that_have_no_formula_say_so():
     stage = program(read(tiny_recipe(Path("nowhere"))), "vision")
-    assert flops.formula(stage.model, stage.learns, stage.sizes) is None
+    assert flops.formula(stage.model, stage.trained, stage.sizes()) is None
     assert counted(stage) > 0

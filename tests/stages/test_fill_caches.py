@@ -16,7 +16,6 @@ from vadapter.recipe.schema import read
 from vadapter.stages import feature_cache
 from vadapter.stages.fill_caches import write_caches
 from vadapter.stages.run import Run
-from vadapter.stages.stage import Stage
 
 COMMAND = """
 import sys
@@ -108,7 +107,7 @@ def test_training_reads_what_the_command_wrote(recipe, tmp_path, monkeypatch, ca
     monkeypatch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed again"))
     identities = []
     for workdir in ("a", "b"):  # two runs, one folder
-        stage = Stage(Run(read(values), tmp_path / workdir), "decoder")
+        stage = Run(read(values), tmp_path / workdir).stage("decoder")
         frozen = stage.load_params()[1]
         items, _ = stage.stream("images", frozen)
         assert items.cache.folder == made.cache.folder

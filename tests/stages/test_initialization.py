@@ -11,9 +11,9 @@ from support.recipes import draw, tiny_recipe
 
 from vadapter.distributed.mesh import make_mesh
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.recipe.schema import make_model, read, trained
-from vadapter.stages.abstract_state import abstract_params
+from vadapter.recipe.schema import read, trained
 from vadapter.stages.initialization import DONE, check_sources, load, merge, only, plan, report
+from vadapter.stages.stage import Stage
 
 VOCAB = 300
 
@@ -37,8 +37,7 @@ def config(world):
 
 
 def abstract(recipe, stage):
-    mesh = make_mesh(recipe.mesh)
-    return abstract_params(make_model(recipe, recipe.stages[stage], VOCAB), mesh)
+    return Stage(recipe, stage, make_mesh(recipe.mesh), vocab_size=VOCAB).abstract
 
 
 def planned(config, workdir, stage="vadapter"):

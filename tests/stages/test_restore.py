@@ -12,10 +12,10 @@ from vadapter.checkpoints.digest import combined, tree_digests
 from vadapter.data.media.images import ImageTransform
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.recipe.schema import make_model, read
+from vadapter.recipe.schema import read
 from vadapter.stages import initialization
-from vadapter.stages.abstract_state import abstract_params
 from vadapter.stages.restore import open_run, read_run
+from vadapter.stages.stage import Stage
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def digest(tree):
 
 def test_a_moved_run_opens_without_data_and_weights_as_it_was_trained(run):
     loaded = open_run(run)
-    assert (loaded.stage, loaded.step, loaded.view) == ("perceiver", 40, ImageTransform(32))
+    assert (loaded.name, loaded.step, loaded.view) == ("perceiver", 40, ImageTransform(32))
     record = lambda stage: json.loads((run / stage / "done.json").read_text())  # noqa: E731
     done = {stage: record(stage)["components"] for stage in loaded.recipe.chain}
     expected = {
@@ -61,7 +61,7 @@ def test_a_stage_is_opened_by_its_name_and_text_stages_have_no_images(run):
 
 def test_the_default_is_the_last_stage_that_has_a_checkpoint(run):
     shutil.rmtree(run / "perceiver")
-    assert open_run(run).stage == "vadapter"
+    assert open_run(run).name == "vadapter"
 
 
 def test_a_damaged_checkpoint_is_left_out_with_a_warning(run, caplog):
@@ -148,11 +148,11 @@ def test_a_run_keeps_the_frozen_parts_that_it_took_from_another(chain, tmp_path)
     config = tiny_recipe(chain / "shapes")
     config.stages.decoder.start = {"tlm": f"{other}/tlm", "encoder": f"{other}/vision"}
     recipe = read(config)
-    stage = recipe.stages["decoder"]
     vocab = json.loads((chain / "run" / "tokenizer.json").read_text())
     size = len(vocab["bpe"]["model"]["vocab"]) + 3
-    abstract = abstract_params(make_model(recipe, stage, size), make_mesh(MeshConfig()))
-    starts = initialization.plan(recipe, stage, own, abstract)
+    mesh = make_mesh(MeshConfig())
+    stage = Stage(recipe, "decoder", mesh, workdir=own, vocab_size=size)
+    abstract, starts = stage.abstract, stage.starts
     assert [path.name.split("-")[0] for path in (own / "components").iterdir()] == ["encoder"]
 
     tlm = digest(initialization.load(starts["tlm"], abstract["tlm"], None))

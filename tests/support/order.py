@@ -9,6 +9,8 @@ LONG_FILES = (
     "plan/test_plan.py",
     "distributed/test_devices.py",
     "evaluate/test_benchmarks.py",
+    "docs/test_guides.py",
+    "docs/test_site.py",
     "train/test_gs.py",
     "inspect/test_check.py",
     "train/test_public_models.py",

@@ -9,8 +9,8 @@ import jax
 from support.recipes import tiny_recipe
 
 from vadapter.distributed.mesh import MeshConfig, make_mesh
-from vadapter.plan.abstract_program import Program
-from vadapter.recipe.schema import read
+from vadapter.recipe.schema import read, resized
+from vadapter.stages.stage import Stage
 
 ROWS = 16
 MESHES = {
@@ -45,4 +45,5 @@ def program(stage, mesh=None, accumulate=1, everything=None):
         grid = make_mesh(MeshConfig(), jax.devices()[:1])
     else:
         grid = make_mesh(MESHES[mesh], jax.devices()[: 4 if mesh == "tensor" else 8])
-    return Program(dataclasses.replace(everything, stages=stages), stage, grid, batch=ROWS)
+    sized = resized(dataclasses.replace(everything, stages=stages), stage, batch=ROWS)
+    return Stage(sized, stage, grid)

@@ -10,19 +10,18 @@ from flax.traverse_util import flatten_dict
 from support import runs
 from support.recipes import tiny_recipe
 
-from vadapter.checkpoints.manager import restore_step, steps
+from vadapter.checkpoints import array_io
+from vadapter.checkpoints.manager import steps
 from vadapter.data.open import make_stream
 from vadapter.data.pipeline import make_loader
 from vadapter.distributed.mesh import make_mesh
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted
 from vadapter.evaluate.runner import to_mesh
 from vadapter.io.json_files import rows
-from vadapter.recipe.optim import make_optimizer
 from vadapter.recipe.schema import read
 from vadapter.stages import run, stage
 from vadapter.stages.initialization import DONE
 from vadapter.stages.run import Run
-from vadapter.stages.stage import Stage
 from vadapter.train import loop
 from vadapter.train.loop import train
 
@@ -77,12 +76,12 @@ def test_the_first_loss_is_that_of_the_first_batch_at_the_first_parameters(folde
     train(recipe, tmp_path)
 
     (tmp_path / "llm" / DONE).unlink()
-    stage = Stage(Run(recipe, tmp_path), "llm")
+    stage = Run(recipe, tmp_path).stage("llm")
     params, _ = stage.load_params()
     items, transform = make_stream(
         "documents",
         recipe.data["documents"],
-        stage.run.source("documents"),
+        stage.source("documents"),
         stage.tokenizer,
         None,
     )
@@ -242,7 +241,7 @@ def test_data_may_move_to_another_folder_but_not_change(folder, tmp_path, fake, 
 def test_in_bfloat16_frozen_parts_are_half_and_what_is_trained_stays_float32(folder, tmp_path):
     config = runs.blind(folder)
     config.dtype = "bfloat16"
-    stage = Stage(Run(read(config), tmp_path / "mixed"), "decoder")
+    stage = Run(read(config), tmp_path / "mixed").stage("decoder")
     dtypes = lambda tree: {str(x.dtype) for x in jax.tree.leaves(tree)}  # noqa: E731
     trainable, frozen = stage.load_params()
     assert (dtypes(trainable), dtypes(frozen)) == ({"float32"}, {"bfloat16"})
@@ -252,10 +251,8 @@ def test_in_bfloat16_frozen_parts_are_half_and_what_is_trained_stays_float32(fol
     train(recipe, tmp_path / "text")
     assert all(np.isfinite(row["loss"]) for row in metrics(tmp_path / "text", "llm"))
     (tmp_path / "text/llm" / DONE).unlink()
-    stage = Stage(Run(recipe, tmp_path / "text"), "llm")
-    tx = make_optimizer(stage.config.optim, 2)
-    path = tmp_path / "text/llm/checkpoints"
-    state, _ = restore_step(path, stage.abstract_state(tx))
+    stage = Run(recipe, tmp_path / "text").stage("llm")
+    state, _ = array_io.load(tmp_path / "text/llm/checkpoints/2", stage.abstract_state)
     assert dtypes((state.params, state.opt_state)) == {"float32", "int32"}
     overview = (tmp_path / "text/llm/parameters.txt").read_text()
     for name, x in flatten_dict(state.params, sep="/").items():

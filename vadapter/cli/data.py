@@ -150,8 +150,7 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _stats(args: argparse.Namespace) -> None:
-    from vadapter.inspect.data_stats import stats
-    from vadapter.inspect.data_stats_text import as_text
+    from vadapter.inspect.data_stats import as_text, stats
 
     results = (stats(data, args.limit) for data in _open(args))
     if args.json:

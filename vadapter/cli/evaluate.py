@@ -55,7 +55,7 @@ def _benchmarks(args: argparse.Namespace, protocol: list[str], open_stage: Calla
             "benchmark, named after it"
         )
     loaded, scored, problems = open_stage(), [], Problems()
-    say(f"{loaded.stage}, step {loaded.step}")
+    say(f"{loaded.name}, step {loaded.step}")
     for each in chosen:
         with problems.gather(each.benchmark):
             scored.append(benchmarks.run(loaded, each, data, limit=args.limit, batch=args.batch))
@@ -76,13 +76,13 @@ def _evals(args: argparse.Namespace, protocol: list[str], open_stage: Callable) 
     for option in [*given, *(f"--config.{item}" for item in protocol)]:
         raise ConfigError(f"{option}: applies only to benchmarks; add --benchmarks=A,B or all")
     loaded, results = open_stage(), {}
-    say(f"{loaded.stage}, step {loaded.step}")
+    say(f"{loaded.name}, step {loaded.step}")
     for name in choose(loaded, args.evals):
         results[name], folder = run_eval(loaded, name, limit=args.limit, batch=args.batch)
         if hosts.first():
-            paths = {loaded.stage: folder / "predictions.jsonl"}
+            paths = {loaded.name: folder / "predictions.jsonl"}
             section = read_section(loaded.recipe, name, paths)
-            print(write_gallery(folder / "gallery.html", f"{loaded.stage}: {name}", [section]))
+            print(write_gallery(folder / "gallery.html", f"{loaded.name}: {name}", [section]))
     say(f"\n{as_table(results)}")
 
 

@@ -51,7 +51,7 @@ def _describe(args: argparse.Namespace, files: list[Path], question: str | None)
     from vadapter.hub.load import open_either
 
     loaded = open_either(args.workdir, args.stage, args.overrides)
-    print(f"vadapter: {loaded.stage}, step {loaded.step}", file=sys.stderr)
+    print(f"vadapter: {loaded.name}, step {loaded.step}", file=sys.stderr)
     failed = 0
     for reply in describe(loaded, files, question=question, max_new=args.max_new):
         name = str(reply.media).encode("utf-8", "backslashreplace").decode()
@@ -74,7 +74,7 @@ def _export(args: argparse.Namespace) -> None:
     from vadapter.stages.restore import open_run
 
     loaded = open_run(args.workdir, args.stage, overrides=args.overrides)
-    print(f"{loaded.stage}, step {loaded.step}")
+    print(f"{loaded.name}, step {loaded.step}")
     print(report(args.folder, export(loaded, args.folder)))
 
 

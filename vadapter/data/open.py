@@ -11,14 +11,11 @@ from typing import Any
 from vadapter.config import nearest, resolve
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Features, Source
-from vadapter.data.media.frames import load_media
 from vadapter.data.media.images import BadMedia, ImageTransform
 from vadapter.data.packing import Windows
 from vadapter.data.pipeline import Items, Transform
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.tokenizers import Tokenizer
-from vadapter.data.tokenizers.bpe import BPETokenizer
-from vadapter.data.transforms import caption_sample, document_sample, question_sample
 from vadapter.errors import ConfigError
 
 # Imported when a recipe first names them: a run on photos needs neither scenes nor parquet.
@@ -81,6 +78,9 @@ def make_stream(
     Raises:
       ConfigError: the source has clips and the recipe says images, or the reverse.
     """
+    # With the readers of images and video, which a process that opens no data does without.
+    from vadapter.data.transforms import caption_sample, document_sample, question_sample
+
     lengths = {"text_len": config.text_len, "target_len": config.target_len or config.text_len}
     if config.task == "document":
         items = Windows.to_fill(source, tokenizer, config.text_len)
@@ -113,6 +113,8 @@ def describe(name: str, source: Source, index: int) -> str:
     """Return a data set's example by name, and why it cannot be used, for logs."""
     if source.kind == "text":
         return f"{name} row {index} (no text in it)"
+    from vadapter.data.media.frames import load_media
+
     example = source[index]
     why = source.fault(index) or "no text that fits"
     usable_features = isinstance(example.media, Features) and example.media.readable
@@ -140,6 +142,8 @@ def train_tokenizer(config: Any, sources: Mapping[str, Source], path: Path) -> T
       sources: at least those that `config.data` names; their first `config.texts` texts are used.
       path: of the tokenizer's file.
     """
+    from vadapter.data.tokenizers.bpe import BPETokenizer
+
     if path.exists():
         return BPETokenizer.load(path)
     require_texts(config)

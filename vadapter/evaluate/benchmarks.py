@@ -28,7 +28,7 @@ from vadapter.evaluate.runner import Decoder, predict, save_result
 from vadapter.evaluate.submission import submission
 from vadapter.metrics.scoring import METRICS, Generation, score_generations
 from vadapter.report.gallery import Section, write_gallery
-from vadapter.stages.restore import Loaded
+from vadapter.stages.stage import Stage
 
 BATCH = 32
 
@@ -53,7 +53,7 @@ def choose(names: str, protocol: str, overrides: Sequence[str] = ()) -> list[Pro
     return [resolve(table, name, overrides) for name in chosen]
 
 
-def run(loaded: Loaded, protocol: Protocol, data: Path, *, limit: int = 0, batch: int = 0) -> Path:
+def run(loaded: Stage, protocol: Protocol, data: Path, *, limit: int = 0, batch: int = 0) -> Path:
     """Run a benchmark; write predictions.jsonl, score.json, gallery.html and submission.*.
 
     An interrupted benchmark resumes after its last complete batch; one that is complete is not run
@@ -85,7 +85,7 @@ def run(loaded: Loaded, protocol: Protocol, data: Path, *, limit: int = 0, batch
             _log(f"{name}: not official: {note}")
         prompts = build_prompts(loaded, protocol, folder, source.kind, items)
 
-    directory = loaded.workdir / loaded.stage / "eval" / _directory(protocol, limit)
+    directory = loaded.workdir / loaded.name / "eval" / _directory(protocol, limit)
     key = generations_key(loaded, source, protocol, limit, prompts.facts())
     versions = {
         "vadapter": __version__,
@@ -95,7 +95,7 @@ def run(loaded: Loaded, protocol: Protocol, data: Path, *, limit: int = 0, batch
     }
     record = plain({
         "benchmark": name, "official": not notes, "note": "; ".join(notes),
-        "stage": loaded.stage, "step": loaded.step, "limit": limit, "versions": versions,
+        "stage": loaded.name, "step": loaded.step, "limit": limit, "versions": versions,
         "protocol": protocol, "protocol_digest": digest(protocol), "texts": key, **prompts.facts(),
     })  # fmt: skip
     partial = PartialResults(directory / FILE, key)
@@ -105,7 +105,8 @@ def run(loaded: Loaded, protocol: Protocol, data: Path, *, limit: int = 0, batch
         partial.remove()
         return directory
     generations = predict(
-        Decoder(loaded.model, loaded.tokenizer, loaded.mesh), loaded.params, items, prompts.row,
+        Decoder(loaded.adapter_model, loaded.tokenizer, loaded.mesh),
+        loaded.params, items, prompts.row,
         batch=batch or BATCH, how=protocol.decode, shown=prompts.shown, partial=partial, title=name,
     )  # fmt: skip
     if hosts.first():

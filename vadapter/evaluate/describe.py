@@ -22,7 +22,8 @@ from vadapter.errors import ConfigError
 from vadapter.evaluate.runner import Decoder
 from vadapter.models.generate import Decode
 from vadapter.models.lm import LM
-from vadapter.stages.restore import Loaded, describing
+from vadapter.stages.restore import describing
+from vadapter.stages.stage import Stage
 
 # A file, an image, or pixels: u8[H,W,3] of an image, u8[F,H,W,3] of a clip.
 Media = Path | Image | np.ndarray
@@ -56,11 +57,11 @@ class Describer:
       ConfigError: a text-only stage.
     """
 
-    def __init__(self, loaded: Loaded):
+    def __init__(self, loaded: Stage):
         require_images(loaded)
         self.loaded = loaded
         self.view, self.clip_frames = image_settings(loaded)
-        self._decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
+        self._decoder = Decoder(loaded.adapter_model, loaded.tokenizer, loaded.mesh)
 
     def replies(
         self,
@@ -135,8 +136,8 @@ class Describer:
             raise ConfigError("a question is empty: pass at least one word")
         after = [QUESTION.after(question) for question in questions or ()] or [CAPTION.after]
         longest = max(len(self.loaded.tokenizer.encode(text)) for text in after)
-        name = self.loaded.model.lm
-        lm = self.loaded.model.modules[name]
+        name = self.loaded.adapter_model.lm
+        lm = self.loaded.adapter_model.modules[name]
         assert isinstance(lm, LM)
         if longest + max_new > lm.config.max_len:
             raise ConfigError(
@@ -146,23 +147,23 @@ class Describer:
         return -(-longest // _LENGTH_STEP) * _LENGTH_STEP if questions else longest
 
 
-def require_images(loaded: Loaded) -> None:
+def require_images(loaded: Stage) -> None:
     """Raise ConfigError unless the stage takes images."""
     if loaded.view is None:
         raise ConfigError(
-            f"stage {loaded.stage} is text-only; choose a stage that takes images: "
+            f"stage {loaded.name} is text-only; choose a stage that takes images: "
             f"{', '.join(describing(loaded.recipe))}"
         )
 
 
-def image_settings(loaded: Loaded) -> tuple[ImageTransform, int]:
+def image_settings(loaded: Stage) -> tuple[ImageTransform, int]:
     """Return the image transform a stage was trained with, and its number of frames per clip."""
     data = [loaded.recipe.data[name] for name in loaded.config.data]
     return data[0].view(loaded.view), min(config.frames for config in data)
 
 
 def describe(
-    loaded: Loaded,
+    loaded: Stage,
     paths: Sequence[Path],
     *,
     question: str | None = None,

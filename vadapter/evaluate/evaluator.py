@@ -12,8 +12,6 @@ from vadapter.data.pipeline import eval_batches
 from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import to_mesh, with_mesh
-from vadapter.evaluate.image_ablation import image_ablation_scores, make_image_ablation
-from vadapter.evaluate.runner import Decoder, evaluate, save_result
 from vadapter.models.coca import CoCa
 from vadapter.stages.stage import Stage
 
@@ -27,6 +25,10 @@ class Evaluator:
     """
 
     def __init__(self, stage: Stage, frozen: dict[str, Any]):
+        # Decoding and scoring are loaded with the first evaluator, not with the training loop.
+        from vadapter.evaluate.image_ablation import make_image_ablation
+        from vadapter.evaluate.runner import Decoder
+
         self.stage, self.frozen = stage, frozen
         if not isinstance(stage.model, CoCa):
             self._decoder = Decoder(stage.model, stage.tokenizer, stage.mesh, self._watch)
@@ -45,6 +47,9 @@ class Evaluator:
           limit: number of items per evaluation; 0: as the recipe says.
           directory: receives predictions and scores; None: nothing is written.
         """
+        from vadapter.evaluate.image_ablation import image_ablation_scores
+        from vadapter.evaluate.runner import evaluate, save_result
+
         stage, config = self.stage, self.stage.config
         if isinstance(stage.model, CoCa):  # contrastive pretraining has no generations to score
             return {}
@@ -66,7 +71,7 @@ class Evaluator:
             limits = [n for n in (limit, spec.limit) if n]
             spec = dataclasses.replace(spec, limit=min(limits, default=0))
             data = stage.recipe.data[spec.data]
-            source = stage.run.source(spec.data)
+            source = stage.source(spec.data)
             if data.cache:
                 source = stage.features(spec.data, self.frozen)
             result = evaluate(self._decoder, params, source, data, spec, stage.view)

@@ -26,7 +26,7 @@ from vadapter.evaluate.describe import image_settings
 from vadapter.evaluate.image_shots import embed_image_shots
 from vadapter.evaluate.protocol import Protocol, draw, draw_questions
 from vadapter.models.lm import LM
-from vadapter.stages.restore import Loaded
+from vadapter.stages.stage import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class _ImageShot:
 
 
 def build_prompts(
-    loaded: Loaded, protocol: Protocol, folder: Path, kind: str, items: Any
+    loaded: Stage, protocol: Protocol, folder: Path, kind: str, items: Any
 ) -> Prompts:
     """Return the prompts of a benchmark for a stage.
 
@@ -105,7 +105,7 @@ def build_prompts(
         return Prompts(row, frames, tuple(prompt.shown(*pair) for pair in text_shots))
     pixels = np.stack([resize(_load(shot.example, frames), view) for shot in image_shots])
     texts = [encode(shot.text) for shot in image_shots]
-    shown = embed_image_shots(loaded.model, loaded.params, pixels, texts)
+    shown = embed_image_shots(loaded.adapter_model, loaded.params, pixels, texts)
     return Prompts(row, frames, tuple(shot.text for shot in image_shots), shown)
 
 
@@ -139,20 +139,20 @@ def _load(example: Example, frames: int) -> np.ndarray:
         ) from error
 
 
-def _prefix_length(loaded: Loaded, size: int, frames: int) -> int:
+def _prefix_length(loaded: Stage, size: int, frames: int) -> int:
     """Return Q, the length of an image's prefix, without computing it."""
     pixels = jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.uint8)
 
     def prefix(params: Any, pixels: jax.Array) -> jax.Array:
-        visual = loaded.model.encode(params, {"frames": pixels})
+        visual = loaded.adapter_model.encode(params, {"frames": pixels})
         assert visual is not None
-        return loaded.model.prefix(params, visual)
+        return loaded.adapter_model.prefix(params, visual)
 
     return jax.eval_shape(prefix, loaded.params, pixels).shape[1]
 
 
 def _check_context(
-    loaded: Loaded, protocol: Protocol, prompt_tokens: Sequence[int], rest: int
+    loaded: Stage, protocol: Protocol, prompt_tokens: Sequence[int], rest: int
 ) -> None:
     """Raise ConfigError if the longest row exceeds the language model's context.
 
@@ -160,7 +160,7 @@ def _check_context(
       prompt_tokens: tokens of the prompt with 0, 1, … k examples.
       rest: tokens of image, longest question and longest answer.
     """
-    lm = loaded.model.modules[loaded.model.lm]
+    lm = loaded.adapter_model.modules[loaded.adapter_model.lm]
     assert isinstance(lm, LM)
     limit = lm.config.max_len
     if prompt_tokens[-1] + rest <= limit:
@@ -174,5 +174,5 @@ def _check_context(
     raise ConfigError(
         f"{protocol.benchmark}: a row has up to {prompt_tokens[-1] + rest} tokens "
         f"({prompt_tokens[-1]} of prompt with {protocol.shots} examples, {rest} of image, longest "
-        f"question and answer), but {loaded.model.lm} has a context of {limit}; {advice}"
+        f"question and answer), but {loaded.adapter_model.lm} has a context of {limit}; {advice}"
     )

@@ -9,7 +9,6 @@ from vadapter import console
 from vadapter.checkpoints.array_io import read_meta
 from vadapter.config import digest, nearest, plain
 from vadapter.data.example import Source
-from vadapter.data.open import make_source
 from vadapter.distributed import hosts
 from vadapter.errors import ConfigError
 from vadapter.evaluate.describe import require_images
@@ -17,11 +16,10 @@ from vadapter.evaluate.partial_results import FILE, PartialResults
 from vadapter.evaluate.runner import Decoder, evaluate, save_result
 from vadapter.metrics.scoring import Result
 from vadapter.report.table import score_rows
-from vadapter.stages.feature_cache import encoded
-from vadapter.stages.restore import Loaded
+from vadapter.stages.stage import Stage
 
 
-def choose(loaded: Loaded, names: str = "") -> list[str]:
+def choose(loaded: Stage, names: str = "") -> list[str]:
     """Return the names of the evaluations to run.
 
     Args:
@@ -44,7 +42,7 @@ def choose(loaded: Loaded, names: str = "") -> list[str]:
     return chosen or list(loaded.config.evals)
 
 
-def run_eval(loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0) -> tuple[Result, Path]:
+def run_eval(loaded: Stage, name: str, *, limit: int = 0, batch: int = 0) -> tuple[Result, Path]:
     """Run one evaluation as training does at its end, and write its files.
 
     An interrupted evaluation resumes after its last complete batch.
@@ -68,22 +66,11 @@ def run_eval(loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0) -> tu
         spec, batch=batch or spec.batch, limit=limit if fewer else spec.limit
     )
     data = loaded.recipe.data[spec.data]
-    source = make_source(spec.data, data)
+    source = loaded.source(spec.data)
     if data.cache:  # the rounding of cached features is part of the score
-        encoder = loaded.model.encoder
-        source = encoded(
-            source,
-            data,
-            loaded.workdir,
-            encoder=loaded.model.modules[encoder],
-            params=loaded.params[encoder],
-            digest=loaded.digests[encoder],
-            mesh=loaded.mesh,
-        )
-    decoder = Decoder(loaded.model, loaded.tokenizer, loaded.mesh)
-    directory = (
-        loaded.workdir / loaded.stage / "eval" / (f"{name}-first-{limit}" if fewer else name)
-    )
+        source = loaded.features(spec.data, loaded.params)
+    decoder = Decoder(loaded.adapter_model, loaded.tokenizer, loaded.mesh)
+    directory = loaded.workdir / loaded.name / "eval" / (f"{name}-first-{limit}" if fewer else name)
     # The batch size does not change a generation, so it is not part of the key.
     key = generations_key(loaded, source, dataclasses.replace(spec, batch=1), data)
     partial = PartialResults(directory / FILE, key)
@@ -96,9 +83,9 @@ def run_eval(loaded: Loaded, name: str, *, limit: int = 0, batch: int = 0) -> tu
     return result, directory
 
 
-def generations_key(loaded: Loaded, source: Source, *settings: Any) -> str:
+def generations_key(loaded: Stage, source: Source, *settings: Any) -> str:
     """Return a digest of everything the generations of a stage for a source depend on."""
-    checkpoint = loaded.workdir / loaded.stage / "checkpoints" / str(loaded.step)
+    checkpoint = loaded.workdir / loaded.name / "checkpoints" / str(loaded.step)
     facts = (read_meta(checkpoint), source.fingerprint(), *settings)
     return digest([plain(fact) for fact in facts])
 

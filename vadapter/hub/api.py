@@ -14,7 +14,7 @@ from vadapter.errors import ConfigError, DataError
 from vadapter.evaluate.describe import Describer, Media
 from vadapter.hub import record
 from vadapter.hub.load import open_export
-from vadapter.stages.restore import Loaded
+from vadapter.stages.stage import Stage
 from vadapter.weights import hub
 
 _FILES = ("*.json", "*.safetensors")  # what is downloaded from the hub
@@ -36,7 +36,7 @@ class VAdapter:
       loaded: the stage: recipe, model, parameters, tokenizer and mesh.
     """
 
-    def __init__(self, loaded: Loaded):
+    def __init__(self, loaded: Stage):
         self.folder, self.loaded = loaded.workdir, loaded
         self._describer = Describer(loaded)
 

@@ -21,16 +21,15 @@ from vadapter.evaluate.describe import image_settings
 from vadapter.hub import record
 from vadapter.hub.record import Exported
 from vadapter.io import storage
-from vadapter.models.coca import CoCa
-from vadapter.recipe.schema import DTYPES, make_model
+from vadapter.recipe.schema import DTYPES
 from vadapter.stages import initialization
-from vadapter.stages.abstract_state import abstract_params, view_of
-from vadapter.stages.restore import Loaded, open_run
+from vadapter.stages.restore import open_run
+from vadapter.stages.stage import Stage
 from vadapter.weights.reference import PREFIX, Reference
 from vadapter.weights.safetensors import TensorFiles
 
 
-def open_either(folder: Path, stage: str | None, overrides: Sequence[str]) -> Loaded:
+def open_either(folder: Path, stage: str | None, overrides: Sequence[str]) -> Stage:
     """Load a stage of a run, see `open_run`, or the stage of an export.
 
     Raises:
@@ -55,7 +54,7 @@ def open_either(folder: Path, stage: str | None, overrides: Sequence[str]) -> Lo
 
 def open_export(
     folder: Path, weights: Mapping[str, str] | None = None, mesh: MeshConfig | None = None
-) -> Loaded:
+) -> Stage:
     """Load the stage of an export, equal to what `open_run` returns for its run.
 
     Args:
@@ -71,17 +70,19 @@ def open_export(
     tokenizer = _load_tokenizer(folder, exported)
     try:
         recipe = exported.recipe()
-        model = make_model(recipe, recipe.stages[exported.stage], tokenizer.vocab_size)
+        loaded = Stage(
+            recipe, exported.stage, make_mesh(mesh or MeshConfig()), workdir=folder,
+            tokenizer=tokenizer,
+        )  # fmt: skip
+        names = loaded.adapter_model.names()
     except ConfigError as error:
         raise CheckpointError(f"{folder / record.CONFIG} cannot be used: {error}") from None
-    assert not isinstance(model, CoCa)
-    if exported.trained.keys() | exported.frozen.keys() != set(model.names()):
+    if exported.trained.keys() | exported.frozen.keys() != set(names):
         raise CheckpointError(
             f"{folder / record.CONFIG} is corrupt: its trained and frozen components are not "
-            f"{', '.join(model.names())}; download it again"
+            f"{', '.join(names)}; download it again"
         )
-    devices = make_mesh(mesh or MeshConfig())
-    abstract = abstract_params(model, devices)
+    abstract = loaded.abstract
     params = _load_file(folder / record.WEIGHTS, abstract, exported.trained)
     for name, part in exported.frozen.items():
         if part.weights:
@@ -89,11 +90,8 @@ def open_export(
             params[name] = initialization.load(start, abstract[name], None, DTYPES[recipe.dtype])
         else:
             params |= _load_file(folder / record.frozen_file(name), abstract, {name: part.digest})
-    digests = {name: part.digest for name, part in exported.frozen.items()}
-    loaded = Loaded(
-        folder, exported.stage, exported.step, recipe, model, params, tokenizer, devices,
-        view_of(model), digests,
-    )  # fmt: skip
+    loaded.params, loaded.step = params, exported.step
+    loaded.digests = {name: part.digest for name, part in exported.frozen.items()}
     if image_settings(loaded) != (exported.view, exported.clip_frames):
         raise CheckpointError(
             f"{folder / record.CONFIG}: the recorded image transform does not match the encoder; "

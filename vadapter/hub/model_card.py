@@ -11,7 +11,7 @@ from vadapter.errors import CheckpointError
 from vadapter.hub.record import WEIGHTS, Exported, frozen_file
 from vadapter.recipe.schema import Recipe
 from vadapter.report.table import score_rows
-from vadapter.stages.restore import Loaded
+from vadapter.stages.stage import Stage
 from vadapter.weights.hub import repository
 
 _USAGE = """```python
@@ -25,14 +25,14 @@ _LICENSE = """The adapter's license is up to its author. The base models remain 
 licenses."""
 
 
-def model_card(loaded: Loaded, exported: Exported) -> str:
+def model_card(loaded: Stage, exported: Exported) -> str:
     """Return the Markdown page, with the YAML header that the hub reads.
 
     Raises:
       CheckpointError: a score.json is corrupt.
     """
     bases = {name: _base(loaded.recipe, exported, name) for name in exported.components}
-    chain = " → ".join(loaded.model.names())
+    chain = " → ".join(loaded.adapter_model.names())
     sections = [
         _header(bases.values()),
         f"# {' '.join(loaded.recipe.name.split())}: {exported.stage}",
@@ -100,7 +100,7 @@ def _base_models(exported: Exported) -> str:
     )
 
 
-def _components(loaded: Loaded, exported: Exported, bases: dict[str, tuple[str, str]]) -> str:
+def _components(loaded: Stage, exported: Exported, bases: dict[str, tuple[str, str]]) -> str:
     rows = []
     for name, spec in exported.components.items():
         base, revision = bases[name]
@@ -117,14 +117,14 @@ def _components(loaded: Loaded, exported: Exported, bases: dict[str, tuple[str, 
     return markdown_table(rows, ("component", "kind", "parameters", "state", "weights"))
 
 
-def _training(loaded: Loaded) -> str:
+def _training(loaded: Stage) -> str:
     config, recipe, chain = loaded.config, loaded.recipe, loaded.recipe.chain
     optim = config.optim
     position = ""
-    if loaded.stage in chain:
-        position = f", the last of `{' → '.join(chain[: chain.index(loaded.stage) + 1])}`"
+    if loaded.name in chain:
+        position = f", the last of `{' → '.join(chain[: chain.index(loaded.name) + 1])}`"
     facts = [
-        f"stage `{loaded.stage}` of kind {config.kind}{position}",
+        f"stage `{loaded.name}` of kind {config.kind}{position}",
         f"step {loaded.step:,} of {config.steps:,}, batches of {config.batch}, seed {recipe.seed}, "
         f"computed in {recipe.dtype}",
         f"AdamW, learning rate {optim.lr:g} ({optim.schedule}, {optim.warmup:,} warm-up steps), "

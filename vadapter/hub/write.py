@@ -23,12 +23,12 @@ from vadapter.hub.record import Exported, Frozen, frozen_file
 from vadapter.io import storage
 from vadapter.models.registry import expand
 from vadapter.recipe.schema import trained
-from vadapter.stages.restore import Loaded
+from vadapter.stages.stage import Stage
 from vadapter.weights.hf_checkpoint import locate
 from vadapter.weights.reference import PREFIX
 
 
-def export(loaded: Loaded, folder: Path) -> dict[str, int]:
+def export(loaded: Stage, folder: Path) -> dict[str, int]:
     """Write a stage to a folder, atomically and reproducibly.
 
     The same checkpoint always gives the same bytes.
@@ -65,16 +65,16 @@ def export(loaded: Loaded, folder: Path) -> dict[str, int]:
     return {name: (target / name).stat().st_size for name in record.files(exported)}
 
 
-def make_record(loaded: Loaded) -> Exported:
+def make_record(loaded: Stage) -> Exported:
     """Return the record of a stage."""
     view, clip_frames = image_settings(loaded)
-    config, model = loaded.config, loaded.model
+    config, model = loaded.config, loaded.adapter_model
     specs = {name: expand(name, loaded.recipe.components[name]) for name in model.names()}
     return Exported(
         format=record.FORMAT,
         version=record.VERSION,
         vadapter=__version__,
-        stage=loaded.stage,
+        stage=loaded.name,
         kind=config.kind,
         step=loaded.step,
         lm=model.lm,
@@ -95,7 +95,7 @@ def make_record(loaded: Loaded) -> Exported:
     )
 
 
-def _frozen(loaded: Loaded, name: str) -> Frozen:
+def _frozen(loaded: Stage, name: str) -> Frozen:
     if not loaded.digests[name].startswith(PREFIX):
         return Frozen(combined(tree_digests(loaded.params[name])))
     weights = loaded.recipe.components[name]["weights"]
@@ -128,7 +128,7 @@ def _check_target(target: Path) -> None:
         )
 
 
-def _write(folder: Path, loaded: Loaded, exported: Exported) -> None:
+def _write(folder: Path, loaded: Stage, exported: Exported) -> None:
     _save(folder / record.WEIGHTS, {name: loaded.params[name] for name in exported.trained})
     for name, part in exported.frozen.items():
         if not part.weights:

@@ -1,4 +1,4 @@
-"""The facts of `study.check` for a terminal: a block a stage, in under 100 columns."""
+"""The facts of `check` for a terminal: one block per stage, in less than 100 columns."""
 
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -10,18 +10,21 @@ Facts = Mapping[str, Any]
 _DTYPES = {"uint8": "u8", "int32": "i32", "float32": "f32"}
 _PARTS = ("component", "kind", "enters → leaves", "parameters", "state", "starts from")
 _DATA = ("data", "task", "use", "examples", "row")
-_SHARE = 30  # columns of the last one
+_START = 30  # width of the last column of components
 
 
 def as_text(facts: Facts) -> str:
-    """All stages; the problems are left to the error that tells them."""
+    """Return all stages; problems are reported by the error that follows."""
     return "\n\n".join(_stage(facts, stage) for stage in facts["stages"])
 
 
 def _stage(facts: Facts, stage: Facts) -> str:
-    mesh = " ".join(f"{k}={n}" for k, n in (facts["mesh"] or {}).items()) or "cannot be made here"
+    mesh = (
+        " ".join(f"{k}={n}" for k, n in (facts["mesh"] or {}).items())
+        or "does not fit these devices"
+    )
     head = f"{stage['name']}: {stage['kind']}, {stage['steps']:,} steps of {stage['batch']:,}"
-    done = ", done before" if stage["done"] else ""
+    done = ", finished" if stage["done"] else ""
     parts = [_part(stage, part) for part in stage["components"]]
     data = [_data(stage, data) for data in stage["data"]]
     return "\n".join(
@@ -54,14 +57,14 @@ def _shapes(stage: Facts, part: Facts) -> Iterator[str]:
         return
     if "shape" in enters:
         yield _shape(enters)
-    else:  # the language model that predicts the text
-        of = {key: leaf["shape"][1] for key, leaf in enters.items() if leaf}
-        most = "" if stage["tokenizer"]["exact"] else "≤"
-        if of["prompt"]:
-            yield f"prompt {most}{of['prompt']} +"
-        if "prefix" in of:
-            yield f"prefix {of['prefix']} +"
-        yield f"text {of['tokens']} tokens"
+    else:  # the language model
+        length = {key: leaf["shape"][1] for key, leaf in enters.items() if leaf}
+        at_most = "" if stage["tokenizer"]["exact"] else "≤"
+        if length["prompt"]:
+            yield f"prompt {at_most}{length['prompt']} +"
+        if "prefix" in length:
+            yield f"prefix {length['prefix']} +"
+        yield f"text {length['tokens']} tokens"
     yield f"→ {_shape(leaves)}"
 
 
@@ -72,7 +75,7 @@ def _shape(leaf: Facts) -> str:
 
 def _start(start: Facts) -> Iterator[str]:
     if not start["found"]:
-        yield from (f"{start['from'][-_SHARE:]}", "(see below)")
+        yield from (f"{start['from'][-_START:]}", "(see below)")
         return
     if "weights" not in start:
         yield _short(start["from"])
@@ -89,13 +92,13 @@ def _start(start: Facts) -> Iterator[str]:
 
 
 def _pinned(weights: str) -> str:
-    """A hub id with the beginning of its commit."""
-    place, at, commit = weights.rpartition("@")
-    return f"{place}@{commit[:8]}" if at and "/" not in commit else weights
+    """Return a hub id with the first characters of its commit."""
+    repo_id, separator, commit = weights.rpartition("@")
+    return f"{repo_id}@{commit[:8]}" if separator and "/" not in commit else weights
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _SHARE else "…" + text[1 - _SHARE :]
+    return text if len(text) <= _START else "…" + text[1 - _START :]
 
 
 def _totals(facts: Facts, stage: Facts) -> Iterator[str]:
@@ -105,44 +108,49 @@ def _totals(facts: Facts, stage: Facts) -> Iterator[str]:
         f"total {n['total']:,} parameters: {n['trained']:,} trained ({share:.1f} %), "
         f"{n['frozen']:,} frozen"
     )
-    int8 = any(part["int8"] for part in stage["components"])
-    form = f"{facts['dtype']}{' and int8' * int8}"
-    kept = lambda m: (  # noqa: E731
-        f"{size(m['frozen'])} frozen ({form}), {size(m['trained'])} trained and "
-        f"{size(m['moments'])} moments (float32)"
-    )
-    yield f"memory {kept(memory)}, beside activations and gradients"
+    int8 = " and int8" if any(part["int8"] for part in stage["components"]) else ""
+
+    def sizes(m: Facts) -> str:
+        return (
+            f"{size(m['frozen'])} frozen ({facts['dtype']}{int8}), {size(m['trained'])} trained "
+            f"and {size(m['moments'])} moments (float32)"
+        )
+
+    yield f"memory {sizes(memory)}, without activations and gradients"
     if "per_device" in memory:
-        yield f"per device {kept(memory['per_device'])}"
+        yield f"per device {sizes(memory['per_device'])}"
     yield _tokenizer(stage["tokenizer"])
 
 
 def _tokenizer(facts: Facts) -> str:
-    of = "the run's" if facts["of"] == "run" else f"that of {facts['of']}"
+    name = "tokenizer of the run" if facts["of"] == "run" else f"tokenizer of {facts['of']}"
     if "bos" not in facts:
-        return f"tokenizer {of}: cannot be read"
-    size = f"{'' if facts['exact'] else 'at most '}{facts['vocab_size']:,} ids"
+        return f"{name}: cannot be read"
+    vocabulary = f"{facts['vocab_size']:,} ids"
+    if not facts["exact"]:
+        name, vocabulary = f"{name}, not trained yet", f"at most {vocabulary}"
     ids = ", ".join(f"{kind} {_ids(facts[kind])}" for kind in ("bos", "eos", "stop"))
-    made = "" if facts["exact"] else ", yet to be trained"
-    rows = "" if facts["rows"] is None else (
-        f"; {facts['embedding']} has {facts['rows']:,} rows, {facts['padding_rows']:,} of padding"
-    )  # fmt: skip
-    return f"tokenizer {of}{made}: {size}, {ids}{rows}"
+    rows = ""
+    if facts["rows"] is not None:
+        rows = (
+            f"; {facts['embedding']} has {facts['rows']:,} rows, {facts['padding_rows']:,} unused"
+        )
+    return f"{name}: {vocabulary}, {ids}{rows}"
 
 
-def _ids(named: list[Facts]) -> str:
-    return " ".join(f"{one['id']}{' ' * bool(one['token'])}{one['token']}" for one in named)
+def _ids(tokens: list[Facts]) -> str:
+    return " ".join(f"{token['id']} {token['token']}".rstrip() for token in tokens)
 
 
 def _data(stage: Facts, data: Facts) -> tuple[str, ...]:
-    most = "" if stage["tokenizer"]["exact"] else "≤"
+    at_most = "" if stage["tokenizer"]["exact"] else "≤"
     examples = "—" if data["examples"] is None else f"{data['examples']:,}"
     parts = []
     if data["frames"]:
         frames, size = data["frames"][:2]
         parts.append(f"{frames} × {size} px")
     if data["prompt"]:
-        parts.append(f"prompt {most}{data['prompt']}")
+        parts.append(f"prompt {at_most}{data['prompt']}")
     parts.append(f"text {data['text']}, {data['targets']} targets")
     return (
         data["name"],

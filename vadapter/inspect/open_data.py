@@ -1,4 +1,4 @@
-"""The data sets of a recipe as one of its stages reads them, without its parameters."""
+"""Data sets of a recipe, opened as one of its stages reads them, without its parameters."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,8 +16,7 @@ from vadapter.errors import ConfigError
 from vadapter.recipe.schema import Recipe, make_model
 from vadapter.stages.abstract_state import view_of
 from vadapter.stages.run import read_tokenizer
-
-NOWHERE = Path("RUN")  # where no run directory is given: no tokenizer is there
+from vadapter.stages.stage import NO_RUN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +24,14 @@ class OpenData:
     """A data set, opened for a stage.
 
     Attributes:
-      name, config, source: of the data set.
-      stage: the name of the stage; trains: it trains on it, and does not only look at it.
-      tokenizer: of the stage; None where it is yet to be trained: no `transform`, no rows.
-      view: the stage's, for this data set; None for text only.
-      items, transform: see `train.inputs.make_stream`.
+      name: of the data set.
+      config: of the data set.
+      source: of the data set.
+      stage: name of the stage.
+      trains: whether the stage trains on it, and not only measures a loss or evaluates.
+      tokenizer: of the stage; None if it has not been trained yet: then there are no rows.
+      view: the stage's image transform for this data set; None for text.
+      items, transform: see `data.open.make_stream`.
       seed: of the run.
     """
 
@@ -45,7 +47,7 @@ class OpenData:
     seed: int
 
     def row(self, n: int) -> tuple[int, dict[str, Any]]:
-        """The n-th row that the stage draws from it, from 0, and its index in `items`."""
+        """Return the index in `items` of the n-th row that the stage draws, and the row."""
         if self.trains:
             stream = Stream(self.items, self.transform, seed=self.seed, name=self.name)
             return stream.index(n), stream[n]
@@ -56,58 +58,62 @@ class OpenData:
 def open_data(
     recipe: Recipe, workdir: Path | None, stage: str, names: Sequence[str]
 ) -> list[OpenData]:
-    """Opens data sets of a recipe; never trains a tokenizer.
+    """Open data sets of a recipe; never trains a tokenizer.
 
     Args:
-      workdir: the run directory, for the tokenizer that was trained in it.
-      stage: whose view and tokenizer; "": of named data sets the first stage that reads one, else
-        the last of the chain.
-      names: the data sets; none: all that the stage trains on.
+      recipe: the recipe.
+      workdir: the run directory with the tokenizer, if the run trains one.
+      stage: whose image transform and tokenizer to use. By default the first stage that reads the
+        data set, or without `names` the last of the chain.
+      names: the data sets; by default all that the stage trains on.
 
     Raises:
-      ConfigError: unknown names; a data set that no stage reads.
-      DataError: what a source finds wrong with its files.
+      ConfigError: unknown names, or a data set that no stage reads.
+      DataError: a source with missing or corrupt files.
     """
     for name in names:
         if name not in recipe.data:
             raise ConfigError(f"config.data: unknown {name!r}{nearest(name, recipe.data)}")
     if stage and stage not in recipe.stages:
         raise ConfigError(f"config.stages: unknown {stage!r}{nearest(stage, recipe.stages)}")
-    wanted = names or [""]
     return [
         data
-        for name in wanted
-        for data in _of_stage(recipe, workdir, stage or _reader(recipe, name), name)
+        for name in names or [""]
+        for data in _open(recipe, workdir, stage or _reader(recipe, name), name)
     ]
 
 
 def without_tokenizer(data: OpenData) -> str:
-    """What to do where there is no tokenizer yet."""
+    """Return what to do while the tokenizer has not been trained."""
     return (
-        f"stage {data.stage} trains its tokenizer when the run begins, and none is there yet: name "
-        "a run that has one with --workdir=RUN (`vadapter train` writes RUN/tokenizer.json first)"
+        f"the tokenizer of stage {data.stage} has not been trained yet: pass a run that has it, "
+        "--workdir=RUN (`vadapter train` writes RUN/tokenizer.json before its first stage)"
     )
 
 
 def _reader(recipe: Recipe, name: str) -> str:
-    """The first stage of the chain that reads a data set; of none in particular the last."""
+    """Return the first stage that trains on a data set, or else evaluates on it.
+
+    Without a name it is the last stage of the chain.
+    """
     if not name:
         return recipe.chain[-1]
-    for trains_first in (True, False):
-        for stage in recipe.chain:
-            config = recipe.stages[stage]
-            looks = (*config.loss, *(recipe.evals[e].data for e in config.evals))
-            if name in (config.data if trains_first else looks):
-                return stage
+    for stage in recipe.chain:
+        if name in recipe.stages[stage].data:
+            return stage
+    for stage in recipe.chain:
+        config = recipe.stages[stage]
+        if name in (*config.loss, *(recipe.evals[e].data for e in config.evals)):
+            return stage
     raise ConfigError(
-        f"config.data.{name}: no stage of config.chain={','.join(recipe.chain)} reads it; name one "
-        "whose view and tokenizer to use with --stage"
+        f"config.data.{name}: no stage of config.chain={','.join(recipe.chain)} reads it; pass the "
+        "stage whose image transform and tokenizer to use with --stage"
     )
 
 
-def _of_stage(recipe: Recipe, workdir: Path | None, stage: str, name: str) -> list[OpenData]:
+def _open(recipe: Recipe, workdir: Path | None, stage: str, name: str) -> list[OpenData]:
     config = recipe.stages[stage]
-    tokenizer = read_tokenizer(recipe, config, workdir or NOWHERE)
+    tokenizer = read_tokenizer(recipe, config, workdir or NO_RUN)
     view = None
     if tokenizer is not None:
         view = view_of(make_model(recipe, config, tokenizer.vocab_size))
@@ -119,16 +125,16 @@ def _of_stage(recipe: Recipe, workdir: Path | None, stage: str, name: str) -> li
             items, transform = make_stream(each, data, source, tokenizer, view)
         opened.append(
             OpenData(
-                each,
-                data,
-                source,
-                stage,
-                each in config.data,
-                tokenizer,
-                None if view is None or data.task == "document" else data.view(view),
-                items,
-                transform,
-                recipe.seed,
+                name=each,
+                config=data,
+                source=source,
+                stage=stage,
+                trains=each in config.data,
+                tokenizer=tokenizer,
+                view=None if view is None or data.task == "document" else data.view(view),
+                items=items,
+                transform=transform,
+                seed=recipe.seed,
             )
         )
     return opened

@@ -1,9 +1,10 @@
-"""Rows of a data set as a stage's model reads them: pixels, and every token with what it is for.
+"""Rows of a data set as the model reads them: pixels, and every token with its role.
 
-Legend: F frames, S pixels a side, P prompt tokens, T text tokens, M targets.
+Legend: F frames, S pixels per side.
 """
 
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from vadapter.errors import ConfigError
 from vadapter.inspect.open_data import OpenData, without_tokenizer
 
 Role = Literal["context", "target", "padding"]
-_COLUMNS = 24  # of a frame in a terminal
+_COLUMNS = 24  # width of a frame in a terminal
 _CODES = {"context": "36", "target": "1;32", "padding": "2", "bad": "1;31"}
 
 
@@ -29,11 +30,12 @@ class Token:
     """A token of a row.
 
     Attributes:
-      text: what it reads as; a special in ⟨⟩. Of a character in several tokens, the last has all.
-      id: of the vocabulary.
-      role: whether the loss counts it, the model only reads it, or neither.
-      segment, position: where it stands; 0 and -1 for the prompt.
-      read: it is in the model's input; the end of a text is only a target.
+      text: what it decodes to; special tokens are written in ⟨⟩. If a character has several
+        tokens, the last one has all of it.
+      id: in the vocabulary.
+      role: "target" if the loss counts it, "context" if the model only reads it, or "padding".
+      segment, position: in the row; 0 and -1 for the prompt.
+      read: whether it is in the model's input; the end of a text is only a target.
     """
 
     text: str
@@ -49,13 +51,15 @@ class Shown:
     """A row.
 
     Attributes:
-      data, index, name: of the data set, its item and what people call it.
+      data: name of the data set.
+      index: of the item in it.
+      name: of the example.
       frames: u8[F,S,S,3], or None for text; the encoder normalizes them on the device.
-      mirrored: left and right are exchanged.
-      bad: why the row does not count; "" where it does.
-      prompt: in front of the visual tokens.
-      texts: behind them, segment by segment.
-      padding: of prompt and of text, in tokens.
+      mirrored: whether left and right are swapped.
+      bad: why the row does not count; "" if it does.
+      prompt: tokens before the visual tokens.
+      texts: tokens after them, by segment.
+      padding: number of padding tokens of the prompt and of the text.
     """
 
     data: str
@@ -70,10 +74,10 @@ class Shown:
 
 
 def shown(data: OpenData, count: int) -> Iterator[Shown]:
-    """The first rows that a stage draws from a data set, or of one it only looks at, in order.
+    """Yield the first rows that a stage trains on, or evaluates on.
 
     Raises:
-      ConfigError: there is no tokenizer yet.
+      ConfigError: the tokenizer has not been trained yet.
     """
     if data.tokenizer is None:
         raise ConfigError(without_tokenizer(data))
@@ -81,52 +85,57 @@ def shown(data: OpenData, count: int) -> Iterator[Shown]:
         index, row = data.row(n)
         example = data.source[index] if data.config.task != "document" else None
         yield Shown(
-            data.name,
-            index,
-            f"window {index}" if example is None else example.id,
-            row.get("frames"),
-            example is not None and _mirrored(data, example.media, row),
-            describe(data.name, data.source, index) if row["bad"] else "",
-            _prompt(row, data.tokenizer),
-            list(texts_of(row, data.tokenizer)),
-            (int((row["prompt"] < 0).sum()), int((row["segments"] == 0).sum())),
+            data=data.name,
+            index=index,
+            name=f"window {index}" if example is None else example.id,
+            frames=row.get("frames"),
+            mirrored=example is not None and _mirrored(data, example.media, row),
+            bad=describe(data.name, data.source, index) if row["bad"] else "",
+            prompt=_prompt(row, data.tokenizer),
+            texts=list(texts_of(row, data.tokenizer)),
+            padding=(int((row["prompt"] < 0).sum()), int((row["segments"] == 0).sum())),
         )
 
 
 def texts_of(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> Iterator[list[Token]]:
-    """The segments of a row: its tokens, each a target where a weighted target says the same.
+    """Yield the tokens of each segment of a row.
 
     Args:
       row: one row of a batch.
-      tokenizer: what wrote it.
+      tokenizer: of the row's tokens.
     """
-    goals = {
-        int(at): int(goal)
-        for at, goal, weight in zip(row["target_at"], row["targets"], row["weights"], strict=True)
+    # Position in the row -> the token that must be predicted there.
+    targets = {
+        int(position): int(target)
+        for position, target, weight in zip(
+            row["target_at"], row["targets"], row["weights"], strict=True
+        )
         if weight > 0
     }
     for segment in range(1, int(row["segments"].max(initial=0)) + 1):
-        places = np.flatnonzero(row["segments"] == segment)
-        ids = [int(i) for i in row["tokens"][places]]
+        positions = np.flatnonzero(row["segments"] == segment)
+        ids = [int(i) for i in row["tokens"][positions]]
         tokens: list[Token] = []
-        for at, token, text in zip(places, ids, pieces(ids, tokenizer), strict=True):
-            hit = bool(tokens) and goals.get(int(at) - 1) == token
-            role: Role = "target" if hit else "context"
-            tokens.append(Token(text, token, role, segment, int(row["positions"][at])))
-        if (end := goals.get(int(places[-1]))) is not None:
-            after = tokens[-1].position + 1
+        for position, token, text in zip(positions, ids, pieces(ids, tokenizer), strict=True):
+            counts = bool(tokens) and targets.get(int(position) - 1) == token
+            role: Role = "target" if counts else "context"
+            tokens.append(Token(text, token, role, segment, int(row["positions"][position])))
+        if (end := targets.get(int(positions[-1]))) is not None:
             text = pieces([end], tokenizer)[0]
-            tokens.append(Token(text, end, "target", segment, after, read=False))
+            position = tokens[-1].position + 1
+            tokens.append(Token(text, end, "target", segment, position, read=False))
         yield tokens
 
 
 def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """What each of the ids adds to the text; specials by their names."""
+    """Return what each token adds to the text; special tokens by their names."""
     names = dict.fromkeys(tokenizer.stop_ids, "⟨end⟩")
     names |= {tokenizer.eos_id: "⟨eos⟩", tokenizer.bos_id: "⟨bos⟩"}
     if tokenizer.bos_id == tokenizer.eos_id:
         names[tokenizer.eos_id] = "⟨bos/eos⟩"
-    texts, run, done = [], [], ""
+    texts: list[str] = []
+    run: list[int] = []  # ids since the last special token
+    done = ""  # text of all complete characters of the run
     for token in ids:
         if token in names:
             texts.append(names[token])
@@ -134,9 +143,9 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
             continue
         run.append(token)
         text = tokenizer.decode(run)
-        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")  # else its character goes on
-        texts.append(text[len(done) :] if whole else "")
-        done = text if whole else done
+        complete = not text.endswith("\N{REPLACEMENT CHARACTER}")  # else more tokens follow
+        texts.append(text[len(done) :] if complete else "")
+        done = text if complete else done
     return texts
 
 
@@ -146,77 +155,75 @@ def _prompt(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> list[Token]:
 
 
 def _mirrored(data: OpenData, media: Any, row: Mapping[str, np.ndarray]) -> bool:
-    """Whether the row holds the mirror image: found out by looking, as the row does not say."""
+    """Return whether the row has the mirror image, by comparing pixels: rows do not record it."""
     if not data.config.flip or row["bad"] or data.view is None or "frames" not in row:
         return False
     try:
-        plain = load_square(media, data.view, frames=len(row["frames"]))
+        original = load_square(media, data.view, frames=len(row["frames"]))
     except (BadMedia, OSError):
         return False
-    return not np.array_equal(plain, row["frames"])
+    return not np.array_equal(original, row["frames"])
 
 
 # -- in a terminal -----------------------------------------------------------------------------
 
 
 def as_text(rows: Iterable[Shown], *, color: bool) -> Iterator[str]:
-    """Rows for a terminal: colored, or with targets in ⟦ ⟧."""
-    paint = (lambda text, kind: f"\x1b[{_CODES[kind]}m{text}\x1b[0m") if color else _plain
+    """Yield lines for a terminal, in color, or with targets in ⟦ ⟧."""
+    paint = _color if color else _bracket
     for row in rows:
-        marks = ", mirrored" * row.mirrored
         size = "" if row.frames is None else f", {' × '.join(map(str, row.frames.shape[:3]))}"
-        yield f"{row.data}[{row.index}] {printable(row.name)}{size}{marks}"
+        mirrored = ", mirrored" if row.mirrored else ""
+        yield f"{row.data}[{row.index}] {printable(row.name)}{size}{mirrored}"
         if row.bad:
-            yield paint(f"  left out, with weight 0: {printable(row.bad)}", "bad")
+            yield paint(f"  bad row, weight 0: {printable(row.bad)}", "bad")
         if color and row.frames is not None:
-            yield from _drawn(row.frames)
+            yield from _draw(row.frames)
         if row.prompt:
-            yield f"  prompt   {_line(row.prompt, row.padding[0], paint, left=True)}"
+            padding = paint(f"·×{row.padding[0]} ", "padding") if row.padding[0] else ""
+            yield f"  prompt   {padding}{_line(row.prompt, paint)}"
         for number, tokens in enumerate(row.texts, 1):
             read = [token for token in tokens if token.read]
             span = f"{read[0].position}–{read[-1].position}"
-            yield f"  text {number:<3} {_line(tokens, 0, paint)}  ({span})"
+            yield f"  text {number:<3} {_line(tokens, paint)}  ({span})"
         if row.padding[1]:
             yield f"  {paint(f'padding  {row.padding[1]} tokens', 'padding')}"
         yield ""
 
 
 def legend(*, color: bool) -> str:
-    """What the colors say."""
-    paint = (lambda text, kind: f"\x1b[{_CODES[kind]}m{text}\x1b[0m") if color else _plain
-    return ", ".join(paint(word, word) for word in ("context", "target", "padding"))
+    """Return the meaning of the colors or brackets."""
+    paint = _color if color else _bracket
+    return ", ".join(paint(role, role) for role in ("context", "target", "padding"))
 
 
 def wants_color(stream: Any = None) -> bool:
-    """A terminal that has not been asked for plain text (https://no-color.org)."""
+    """Return whether to use color: on a terminal, unless NO_COLOR is set (https://no-color.org)."""
     stream = stream or sys.stdout
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def printable(text: str) -> str:
-    """Text of a data set without what a terminal would obey."""
+    """Return text from a data set without control characters, which a terminal would execute."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def _plain(text: str, kind: str) -> str:
+def _color(text: str, kind: str) -> str:
+    return f"\x1b[{_CODES[kind]}m{text}\x1b[0m"
+
+
+def _bracket(text: str, kind: str) -> str:
     return f"⟦{text}⟧" if kind == "target" else text
 
 
-def _line(tokens: Sequence[Token], padding: int, paint: Any, left: bool = False) -> str:
-    """Tokens of one role are painted together."""
-    parts, before = [], ""
-    for token in tokens:
-        if token.role == before:
-            parts[-1][0].append(token.text)
-        else:
-            parts.append(([token.text], token.role))
-        before = token.role
-    text = "".join(paint(printable("".join(words)), role) for words, role in parts)
-    return (paint(f"·×{padding} ", "padding") if padding and left else "") + text
+def _line(tokens: Sequence[Token], paint: Any) -> str:
+    """Return the tokens' text; consecutive tokens of the same role are painted together."""
+    groups = itertools.groupby(tokens, key=lambda token: token.role)
+    return "".join(paint(printable("".join(t.text for t in group)), role) for role, group in groups)
 
 
-def _drawn(frames: np.ndarray) -> Iterator[str]:
-    """Frames side by side, two pixels a character."""
+def _draw(frames: np.ndarray) -> Iterator[str]:
+    """Yield lines with the frames side by side, two pixels per character."""
     small = [Image.fromarray(frame).resize((_COLUMNS, _COLUMNS)) for frame in frames]
     pixels = np.concatenate([np.pad(np.asarray(s), ((0, 0), (0, 1), (0, 0))) for s in small], 1)
     for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):

@@ -1,7 +1,5 @@
-"""Rows of data sets as one HTML file that needs nothing else."""
+"""Rows of data sets as a single HTML file that loads nothing else."""
 
-import base64
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,14 +7,14 @@ import numpy as np
 from PIL import Image
 
 from vadapter.errors import ConfigError
-from vadapter.html_page import page, text
+from vadapter.html_page import data_uri, page, text
 from vadapter.inspect.show_data import Shown, Token
 
-_EXACT = 160  # pixels a side up to which images are PNG, without loss
+_LOSSLESS = 160  # pixels per side up to which images are PNG
 
 
 def write_page(path: Path, title: str, rows: Iterable[Shown]) -> Path:
-    """Writes the page.
+    """Write the page.
 
     Args:
       path: of the file.
@@ -31,52 +29,52 @@ def write_page(path: Path, title: str, rows: Iterable[Shown]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(page(title, _STYLE, body).encode("utf-8", "replace"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; name a file that can be written") from error
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
     return path
 
 
 def _card(row: Shown) -> str:
-    marks = [f"<span class=mark>{word}</span>" for word in ["mirrored"] * row.mirrored]
+    head = f"<b>{text(row.data)}[{row.index}]</b> {text(row.name)}"
+    if row.mirrored:
+        head += " <span class=mark>mirrored</span>"
     if row.frames is not None:
         frames, size = row.frames.shape[:2]
-        marks.append(f"<span class=size>{frames} × {size} × {size}</span>")
-    head = f"<b>{text(row.data)}[{row.index}]</b> {text(row.name)} {' '.join(marks)}"
+        head += f" <span class=size>{frames} × {size} × {size}</span>"
     parts = [f"<h2>{head}</h2>"]
     if row.bad:
-        parts.append(f"<p class=bad>left out, with weight 0: {text(row.bad)}</p>")
+        parts.append(f"<p class=bad>bad row, weight 0: {text(row.bad)}</p>")
     if row.frames is not None:
         images = "".join(
             f'<img src="{_uri(frame)}" alt="frame {n}" title="frame {n}">'
             for n, frame in enumerate(row.frames)
         )
         parts.append(f"<div class=frames>{images}</div>")
-    rows = [_line("prompt", row.prompt, row.padding[0])] if row.prompt else []
-    rows += [_line(f"text {n}", tokens, 0) for n, tokens in enumerate(row.texts, 1)]
+    lines = [_line("prompt", row.prompt, row.padding[0])] if row.prompt else []
+    lines += [_line(f"text {n}", tokens, 0) for n, tokens in enumerate(row.texts, 1)]
     if row.padding[1]:
-        rows.append(_line("", (), row.padding[1]))
-    return f"<article>{''.join(parts)}<table>{''.join(rows)}</table></article>"
+        lines.append(_line("", (), row.padding[1]))
+    return f"<article>{''.join(parts)}<table>{''.join(lines)}</table></article>"
 
 
 def _line(head: str, tokens: Sequence[Token], padding: int) -> str:
     pad = f"<i class=padding>{padding} × padding</i>" if padding else ""
-    spans = "".join(map(_token, tokens))
-    return f"<tr><th>{head}</th><td>{pad}{spans}</td></tr>"
+    return f"<tr><th>{head}</th><td>{pad}{''.join(map(_token, tokens))}</td></tr>"
 
 
 def _token(token: Token) -> str:
-    where = f"id {token.id}"
+    title = f"id {token.id}"
     if token.segment:
-        where += f", segment {token.segment}, position {token.position}, {token.role}"
-    where += "" if token.read else ", not read"
+        title += f", segment {token.segment}, position {token.position}, {token.role}"
+    title += "" if token.read else ", not read"
     kind = token.role if token.read else f"{token.role} unread"
-    return f'<span class="{kind}" title="{where}">{text(token.text)}</span>'
+    return f'<span class="{kind}" title="{title}">{text(token.text)}</span>'
 
 
 def _uri(frame: np.ndarray) -> str:
-    out, exact = io.BytesIO(), max(frame.shape[:2]) <= _EXACT
-    kind = "png" if exact else "jpeg"
-    Image.fromarray(frame).save(out, kind.upper(), **({} if exact else {"quality": 90}))
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    image = Image.fromarray(frame)
+    if max(image.size) <= _LOSSLESS:
+        return data_uri(image, "png")
+    return data_uri(image, "jpeg", quality=90)
 
 
 _STYLE = """\
@@ -99,8 +97,8 @@ td span { border-radius: 3px; border-left: 1px solid #8883; padding: 1px 0; }
 .size { opacity: .6; }
 """
 _LEGEND = """\
-<p><span class="context">context</span> the model reads it; <span class="target">target</span> the
-loss counts it; <span class="target unread">target, not read</span> the end of a text;
-<span class="padding">padding</span> neither. The pixels are those that the encoder gets, before it
-normalizes them. Hover over a token for its id and place.</p>
+<p><span class="context">context</span> is read by the model; <span class="target">target</span> is
+counted by the loss; <span class="target unread">target, not read</span> is the end of a text;
+<span class="padding">padding</span> is neither. The pixels are what the encoder receives, before
+normalization. Hover over a token for its id and position.</p>
 """

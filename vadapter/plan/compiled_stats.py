@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from vadapter.distributed.compile import TPU
 from vadapter.distributed.topology import Topology
 from vadapter.plan import flops, hlo, liveness
-from vadapter.stages.abstract_state import on_one
+from vadapter.stages.abstract_state import bytes_per_device
 
 ROWS = 1009  # of a traced micro-batch: a prime, so that no other dimension has it as a factor
 
@@ -77,7 +77,7 @@ def of_compiler(topology: Topology, traced: Any, arguments: Any, loops: int = 1)
         if (needs := memory_needed(str(error))) is None:
             raise
         spent = time.perf_counter() - began
-        kept = on_one(arguments)
+        kept = bytes_per_device(arguments)
         return Figures(how, kept, None, needs, limit, total, {}, compile_s=spent)
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
@@ -119,7 +119,7 @@ def of_trace(topology: Topology, traced: Any, arguments: Any, held: int, loops: 
         seconds = time.perf_counter() - began
         work = hlo.walk(compiled.as_text() or "")
         how += f", collectives from compiling for {topology.chips} devices of this host's CPU"
-    kept, limit = on_one(arguments), int(topology.row.hbm)
+    kept, limit = bytes_per_device(arguments), int(topology.row.hbm)
     total = flops.count_traced(traced.jaxpr.jaxpr, loops)
     return Figures(
         how, kept, held, kept + held, limit, total, work.collectives if work else {},

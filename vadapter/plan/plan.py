@@ -14,11 +14,11 @@ from vadapter.errors import ConfigError
 from vadapter.models.generate import Decode
 from vadapter.models.registry import expand, load_kind
 from vadapter.plan import flops
-from vadapter.plan.abstract_program import Program
 from vadapter.plan.compiled_stats import ROWS, Figures, estimate, of_compiler, of_trace, versions
-from vadapter.recipe.schema import EvalConfig, Recipe, components, trained
-from vadapter.stages.abstract_state import on_one
-from vadapter.stages.preflight import check_batch_size
+from vadapter.recipe.schema import EvalConfig, Recipe, components, resized, trained
+from vadapter.stages.abstract_state import bytes_per_device
+from vadapter.stages.flow import check_batch_size
+from vadapter.stages.stage import Stage
 
 DAY = 86400
 
@@ -162,47 +162,33 @@ def plan(
     Raises:
       ConfigError: batch, mesh and topology do not go together, or the compiler is not installed.
     """
-    stages = programs(recipe, name, setting)
-    stage, fit, rows = next(iter(stages.values())), True, []
+    recipe = applied(recipe, name, setting)
+    stage = Stage(recipe, name, make_mesh(recipe.mesh, devices(setting.topology)))
+    check_batch_size(name, stage.config, stage.mesh.size)
     if decode and not stage.captions:
         raise ConfigError(f"stages.{name}: kind {stage.config.kind} writes no texts: no --decode")
-    for data, each in stages.items():
-        train = _figures(each, setting) if fit else None
+    fit, rows = True, []
+    for data in by_shape(stage):
+        train = _figures(stage, data[0], setting) if fit else None
         fit = train is not None and train.fits
-        rows.append(_rows(each, data, train))
+        rows.append(_rows(stage, data, train))
     wanted = fit and stage.captions if decode is None else bool(decode)
     texts = _texts(stage, setting, decode or 0) if wanted else None
     return _described(stage, setting, tuple(rows), texts, utilization)
 
 
-def programs(recipe: Recipe, name: str, setting: Setting) -> dict[tuple[str, ...], Program]:
-    """The stage's programs at this setting, on the topology's devices.
-
-    Returns:
-      data sets whose batches have one shape -> its program; the largest rows first.
-    """
-    recipe = applied(recipe, name, setting)
-    mesh = make_mesh(recipe.mesh, devices(setting.topology))
-    made = _by_shape(recipe, name, mesh, setting.batch, setting.frames)
-    check_batch_size(name, next(iter(made.values())).config, mesh.size)
-    return made
-
-
-def _by_shape(
-    recipe: Recipe, name: str, mesh: jax.sharding.Mesh, batch: int, frames: int
-) -> dict[tuple[str, ...], Program]:
-    """As `programs`, on any mesh."""
-    shapes = defaultdict(list)
-    for data in recipe.stages[name].data:
-        one = Program(recipe, name, mesh, batch=batch, frames=frames, data=data)
-        shapes[tuple(sorted(one.sizes.items()))].append(one)
-    size = lambda shape: math.prod(n or 1 for _, n in shape)  # noqa: E731
-    order = sorted(shapes, key=size, reverse=True)
-    return {tuple(one.data for one in shapes[shape]): shapes[shape][0] for shape in order}
+def by_shape(stage: Stage) -> list[tuple[str, ...]]:
+    """Return the data sets of the stage grouped by the shape of their rows, the largest first."""
+    groups = defaultdict(list)
+    for data in stage.config.data:
+        groups[tuple(sorted(stage.sizes(data).items()))].append(data)
+    order = sorted(groups, key=lambda shape: math.prod(n or 1 for _, n in shape), reverse=True)
+    return [tuple(groups[shape]) for shape in order]
 
 
 def applied(recipe: Recipe, name: str, setting: Setting) -> Recipe:
-    """The recipe with the setting's mesh, rematerialization and int8."""
+    """Return the recipe with the setting's mesh, sizes, rematerialization and int8."""
+    recipe = resized(recipe, name, batch=setting.batch, frames=setting.frames)
     stage, specs = recipe.stages[name], dict(recipe.components)
     for part in with_field(recipe, name, "remat") if setting.remat else ():
         specs[part] = {**specs[part], "remat": setting.remat}
@@ -233,45 +219,43 @@ def guess(recipe: Recipe, name: str, setting: Setting) -> int:
     """
     recipe = applied(recipe, name, setting)
     config = recipe.stages[name]
-    rows = (setting.batch or config.batch) // config.accumulate
     split = {"fsdp": recipe.mesh.fsdp, "tensor": recipe.mesh.tensor}
     parts = math.prod(split.values())
     mesh = {"data": setting.topology.chips // parts, **split}
+    recipe = resized(recipe, name, batch=ROWS * config.accumulate)
+    stage = Stage(recipe, name, _one())
+    params = bytes_per_device((stage.abstract_state, stage.abstract_params()[1])) // parts
+    temporaries = (
+        _held(stage, data[0], mesh, config.batch // config.accumulate) for data in by_shape(stage)
+    )
+    return params + max(temporaries)
 
-    def of(alone: Program) -> int:
-        state, frozen, _ = alone.arguments()
-        return _held(alone, mesh, rows) + on_one((state, frozen)) // parts
 
-    batch = ROWS * config.accumulate
-    return max(map(of, _by_shape(recipe, name, _one(), batch, setting.frames).values()))
-
-
-def _texts(stage: Program, setting: Setting, max_new: int) -> Texts:
+def _texts(stage: Stage, setting: Setting, max_new: int) -> Texts:
     """The stage's largest evaluation, or one as is usual if it has none.
 
     Args:
       max_new: instead of its own; 0: as it says.
     """
     evals = [stage.recipe.evals[name] for name in stage.config.evals]
-    of = max(evals or [EvalConfig(stage.data)], key=lambda one: one.batch * one.beams)
+    default = EvalConfig(next(iter(stage.config.data)))
+    of = max(evals or [default], key=lambda one: one.batch * one.beams)
     how = dataclasses.replace(of.decode, max_new=max_new or of.max_new)
     rows = filled(of.batch, stage.mesh)
-    one = Program(
-        stage.recipe, stage.name, stage.mesh, batch=rows, frames=setting.frames, data=of.data
-    )
-    return Texts(of.data, rows, how.max_new, how.beams, _figures(one, setting, how))
+    made = _figures(stage.on(stage.mesh, batch=rows), of.data, setting, how)
+    return Texts(of.data, rows, how.max_new, how.beams, made)
 
 
-def _figures(stage: Program, setting: Setting, how: Decode | None = None) -> Figures:
-    """Of the train step, or of writing texts."""
-    fn, arguments = _function(stage, how)
+def _figures(stage: Stage, data: str, setting: Setting, how: Decode | None = None) -> Figures:
+    """Of the train step on rows of a data set, or of writing texts about them."""
+    fn, arguments = _function(stage, data, how)
     loops = how.max_new if how else 1
-    traced = (jax.jit(fn) if how else stage.train_step()).trace(*arguments)
+    traced = (jax.jit(fn) if how else stage.jit_train_step()).trace(*arguments)
     if setting.topology.row.kind == "tpu":
         return of_compiler(setting.topology, traced, arguments, loops)
     accumulate = 1 if how else stage.config.accumulate
-    alone = stage.again(_one(), batch=ROWS * accumulate)
-    held = _held(alone, stage.mesh.shape, stage.config.batch // accumulate, how)
+    alone = stage.on(_one(), batch=ROWS * accumulate)
+    held = _held(alone, data, stage.mesh.shape, stage.config.batch // accumulate, how)
     return of_trace(setting.topology, traced, arguments, held, loops)
 
 
@@ -280,49 +264,52 @@ def _one() -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(), jax.devices("cpu")[:1])
 
 
-def _held(alone: Program, mesh: Mapping[str, int], rows: int, how: Decode | None = None) -> int:
+def _held(
+    alone: Stage, data: str, mesh: Mapping[str, int], rows: int, how: Decode | None = None
+) -> int:
     """Estimated bytes of temporaries on a device of the mesh.
 
     Args:
-      alone: the program on one device, with micro-batches of `ROWS`.
+      alone: the stage on one device, with micro-batches of `ROWS`.
+      data: the data set.
       rows: of a micro-batch on the mesh.
     """
-    fn, arguments = _function(alone, how)
+    fn, arguments = _function(alone, data, how)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     return estimate(fn, shapes, mesh, rows)
 
 
-def _function(stage: Program, how: Decode | None) -> tuple[Any, Any]:
+def _function(stage: Stage, data: str, how: Decode | None) -> tuple[Any, Any]:
     """The function and the shapes of its arguments."""
     if how is None:
-        return stage.step, stage.arguments()
-    trainable, frozen = stage.params
-    return stage.decode(how), (trainable | frozen, stage.batch_shapes())
+        return stage.train_step, stage.arguments(data)
+    trainable, frozen = stage.abstract_params()
+    return stage.decode(how), (trainable | frozen, stage.batch_shapes(data))
 
 
-def _rows(stage: Program, data: tuple[str, ...], train: Figures | None) -> Rows:
+def _rows(stage: Stage, data: tuple[str, ...], train: Figures | None) -> Rows:
     """What is said of one shape of batches."""
-    weights, batch = stage.config.data, stage.config.batch
-    each = flops.formula(stage.model, stage.learns, stage.sizes)
-    if train and not stage.repeats:
+    weights, batch, sizes = stage.config.data, stage.config.batch, stage.sizes(data[0])
+    each = flops.formula(stage.model, stage.trained, sizes)
+    specs = stage.recipe.components.values()
+    if train and all(spec.get("remat", "none") == "none" for spec in specs):
         counted = train.flops
-    else:
-        plain = stage.again(stage.mesh, batch=batch, remat="none")
-        counted = flops.count(plain.step, *stage.arguments())
+    else:  # what the backward pass repeats is not counted
+        plain = stage.on(stage.mesh, remat="none")
+        counted = flops.count(plain.train_step, *stage.arguments(data[0]))
     return Rows(
         data, sum(weights[name] for name in data) / sum(weights.values()),
-        stage.sizes.get("F", 0), on_one(stage.batch_shapes()),
+        sizes.get("F", 0), bytes_per_device(stage.batch_shapes(data[0])),
         flops=batch * sum(each.values()) if each else None,
         counted=counted, train=train,
     )  # fmt: skip
 
 
 def _described(
-    stage: Program, setting: Setting, rows: tuple[Rows, ...], texts: Texts | None,
+    stage: Stage, setting: Setting, rows: tuple[Rows, ...], texts: Texts | None,
     utilization: float,
 ) -> Plan:  # fmt: skip
     topology, config, recipe = setting.topology, stage.config, stage.recipe
-    state, _, _ = stage.arguments()
     modules = stage.model.modules
     needed = _mean(rows, lambda one: one.flops)
     counted = _mean(rows, lambda one: one.counted)
@@ -336,7 +323,7 @@ def _described(
         rows=rows,
         remat={part: modules[part].config.remat for part in able},  # type: ignore[attr-defined]
         int8=tuple(part for part in components(config) if recipe.components[part].get("int8")),
-        parts=_parts(stage), optimizer=on_one(state.opt_state),
+        parts=_parts(stage), optimizer=bytes_per_device(stage.abstract_state.opt_state),
         decode=texts,
         flops=needed, counted=counted or 0, estimated_ms=estimated,
         step_ms=1000 * least, utilization=utilization, utilized_ms=1000 * seconds,
@@ -355,11 +342,11 @@ def _mean(rows: tuple[Rows, ...], figure: Callable[[Rows], float | None]) -> flo
     return sum(one.share * (value or 0) for one, value in zip(rows, found, strict=True))
 
 
-def _parts(stage: Program) -> dict[str, Part]:
-    trainable, frozen = stage.params
+def _parts(stage: Stage) -> dict[str, Part]:
+    trainable, frozen = stage.abstract_params()
     both = trainable | frozen
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
     return {
-        part: Part(count(both[part]), part in trainable, on_one(both[part]))
+        part: Part(count(both[part]), part in trainable, bytes_per_device(both[part]))
         for part in components(stage.config)
     }

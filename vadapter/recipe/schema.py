@@ -342,6 +342,36 @@ def trained(stage: StageConfig) -> tuple[str, ...]:
     return tuple(name for part in STAGES[stage.kind].trains for name in parts[part])
 
 
+def resized(
+    recipe: Recipe, stage: str, *, batch: int = 0, frames: int = 0, remat: str = ""
+) -> Recipe:
+    """Return the recipe with other sizes of a stage; 0 and "" leave it as it is.
+
+    Args:
+      recipe: of the run.
+      stage: the stage's name.
+      batch: rows of its global batch.
+      frames: of every row of every data set, images and clips alike.
+      remat: of every component that names one.
+    """
+    config, components, data = recipe.stages[stage], recipe.components, recipe.data
+    if batch:
+        config = dataclasses.replace(config, batch=batch)
+    if remat:
+        components = {
+            name: {**spec, "remat": remat} if "remat" in spec else spec
+            for name, spec in components.items()
+        }
+    if frames:
+        data = {
+            name: dataclasses.replace(rows, frames=frames, media="clip")
+            for name, rows in data.items()
+        }
+    return dataclasses.replace(
+        recipe, stages={**recipe.stages, stage: config}, components=components, data=data
+    )
+
+
 def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> "AdapterModel | CoCa":
     """The stage's model; widths that the recipe leaves open follow from what comes next.
 

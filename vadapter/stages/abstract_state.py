@@ -1,16 +1,20 @@
-"""The parameters of a stage's model: drawn at random, or as shapes that know where they lie."""
+"""The parameters of a stage's model: random values, or shapes with shardings."""
 
+import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.extend
 import jax.numpy as jnp
 import optax
 
 from vadapter.data.batch import SPEC
 from vadapter.data.media.images import ImageTransform
-from vadapter.distributed.mesh import replicated, shardings
+from vadapter.distributed.compile import jit
+from vadapter.distributed.mesh import replicated, shardings, shardings_of
 from vadapter.models.adapter_model import AdapterModel, component_seed
 from vadapter.models.coca import CoCa
 from vadapter.stages.steps import init_state
@@ -19,12 +23,57 @@ Model = AdapterModel | CoCa
 
 
 def view_of(model: Model) -> ImageTransform | None:
-    """How the model's encoder wants its images; None for text only."""
+    """Return how the model's encoder wants its images; None for text only."""
     return model.modules[model.encoder].view if model.encoder else None  # type: ignore[attr-defined]
 
 
-def init_params(model: Model, rng: jax.Array) -> dict[str, Any]:
-    """Random parameters of every component, the encoder's included, in logical-axis boxes."""
+class Initializer:
+    """The init of a model, traced once.
+
+    Tracing takes seconds for a large model, and both the shapes of the parameters and their random
+    values need it: both are read from the one traced program.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+
+    def shapes(self, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+        """Return component -> tree of `jax.ShapeDtypeStruct` with shardings; computes nothing."""
+        return _with_shardings(self._traced[1], mesh)
+
+    def random(self, names: Iterable[str], rng: jax.Array, abstract: Any) -> dict[str, Any]:
+        """Return random parameters of some components.
+
+        Args:
+          names: the components; the values of each depend on `rng` and its name alone.
+          rng: key.
+          abstract: component -> shapes with the shardings and dtypes of the result.
+        """
+        out = {name: abstract[name] for name in names}
+        if not out:
+            return {}
+        jaxpr, boxed = self._traced
+        structure = jax.tree.structure(nn.meta.unbox(boxed))
+
+        def init(key: jax.Array) -> dict[str, Any]:
+            leaves = jax.extend.core.jaxpr_as_fun(jaxpr)(key)
+            params = jax.tree.unflatten(structure, leaves)
+            # The other components are never computed: XLA removes what no output needs.
+            return jax.tree.map(
+                lambda x, like: x.astype(like.dtype), {name: params[name] for name in out}, out
+            )
+
+        return jit(init, out_shardings=shardings_of(out))(rng)
+
+    @functools.cached_property
+    def _traced(self) -> tuple[Any, Any]:
+        """The init as a jaxpr, and the shapes that it returns, in logical-axis boxes."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return jax.make_jaxpr(functools.partial(_init, self.model), return_shape=True)(key)
+
+
+def _init(model: Model, rng: jax.Array) -> dict[str, Any]:
+    """Return random parameters of all components, the encoder's included, in logical-axis boxes."""
     view = view_of(model)
     size = view.size if view else 0
     frames = jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.uint8)
@@ -39,46 +88,46 @@ def init_params(model: Model, rng: jax.Array) -> dict[str, Any]:
     return {model.encoder: variables["params"], **model.init(rng, shape)}
 
 
-def abstract_params(model: Model, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Component -> tree of `jax.ShapeDtypeStruct` with shardings; nothing is computed."""
-    return _laid_out(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh)
-
-
 def abstract_encoder(encoder: nn.Module, mesh: jax.sharding.Mesh) -> Any:
-    """As `abstract_params`, of an encoder alone."""
+    """Return shapes with shardings of the parameters of an encoder alone."""
     size = encoder.view.size  # type: ignore[attr-defined]
     frames = jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.uint8)
-    return _laid_out(jax.eval_shape(encoder.init, jax.random.key(0), frames)["params"], mesh)
+    return _with_shardings(jax.eval_shape(encoder.init, jax.random.key(0), frames)["params"], mesh)
 
 
 def abstract_state(
     trainable: dict[str, Any], tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> Any:
-    """Shapes and shardings of the train state; optimizer moments lie as their parameters.
+    """Return shapes and shardings of the train state; moments are sharded as their parameters.
 
     Args:
-      learnt: of the trained components, from `abstract_params`.
+      trainable: shapes with shardings of the trainable components.
+      tx: their optimizer.
+      mesh: of the shardings.
     """
     state = jax.eval_shape(lambda p: init_state(p, tx), trainable)
-    whole = replicated(mesh)
-    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    everywhere = replicated(mesh)
+
+    def put(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
     opt = optax.tree_utils.tree_map_params(
         tx,
         lambda x, p: put(x, p.sharding),
         state.opt_state,
         trainable,
-        transform_non_params=lambda x: put(x, whole),
+        transform_non_params=lambda x: put(x, everywhere),
     )
     return state.replace(
         params=trainable,
         opt_state=opt,
-        step=put(state.step, whole),
-        skipped=put(state.skipped, whole),
+        step=put(state.step, everywhere),
+        skipped=put(state.skipped, everywhere),
     )
 
 
-def at_rest(frozen: Any, dtype: Any) -> Any:
-    """Shapes of frozen parameters as they lie on the devices, in the dtype of the computation."""
+def in_compute_dtype(frozen: Any, dtype: Any) -> Any:
+    """Return the shapes of frozen parameters as the devices hold them: floats in `dtype`."""
 
     def cast(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         floats = jnp.issubdtype(x.dtype, jnp.floating)
@@ -87,16 +136,16 @@ def at_rest(frozen: Any, dtype: Any) -> Any:
     return jax.tree.map(cast, frozen)
 
 
-def on_one(tree: Any) -> int:
-    """Bytes of shapes with shardings, on each device."""
-    shard = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
-    return sum(shard(x) for x in jax.tree.leaves(tree))
+def bytes_per_device(tree: Any) -> int:
+    """Return the bytes that shapes with shardings take on each device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def row_shapes(
     sizes: dict[str, int], *, visual: bool, rows: int = 1
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch.
+    """Return the shapes of a batch.
 
     Args:
       sizes: F, S, P, T and M, see `data.batch`; F and S only of images.
@@ -105,11 +154,13 @@ def row_shapes(
     """
     sizes = {**sizes, "B": rows, "C": 3}
     keys = [key for key in SPEC if key != "features" and (key != "frames" or visual)]
-    shape = lambda dims: tuple(sizes[d] for d in dims)  # noqa: E731
-    return {key: jax.ShapeDtypeStruct(shape(SPEC[key][1]), SPEC[key][0]) for key in keys}
+    return {
+        key: jax.ShapeDtypeStruct(tuple(sizes[dim] for dim in SPEC[key][1]), SPEC[key][0])
+        for key in keys
+    }
 
 
-def _laid_out(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
+def _with_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         nn.meta.unbox(boxed),

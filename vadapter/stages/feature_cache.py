@@ -27,7 +27,6 @@ from vadapter.data.batch import Row
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Example, Source
 from vadapter.data.features import FORMAT, SLACK_BYTES, Cache, FeatureSource, Stored
-from vadapter.data.media.frames import load_square
 from vadapter.data.media.images import BadMedia, ImageTransform
 from vadapter.data.pipeline import eval_batches
 from vadapter.distributed import hosts
@@ -232,6 +231,8 @@ def _pixels(
     item: Example, rng: Any = None, *, view: ImageTransform, frames: int, flip: bool
 ) -> Row:
     """frames u8[M,F,S,S,3] of an example, and whether they could not be read."""
+    from vadapter.data.media.frames import load_square  # with the readers of video
+
     weights, mirrored = np.ones(1, np.float32), (False, True)[: 1 + flip]
     try:
         pixels = load_square(item.media, view, frames=frames)

@@ -21,62 +21,22 @@ from vadapter.checkpoints.component_store import ComponentStore
 from vadapter.checkpoints.digest import leaf_paths
 from vadapter.checkpoints.manager import steps
 from vadapter.config import build, nearest, override, plain
-from vadapter.data.media.images import ImageTransform
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.tokenizers.pretrained import load_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import buckets, storage
-from vadapter.models.adapter_model import AdapterModel
-from vadapter.models.coca import CoCa
-from vadapter.recipe.schema import (
-    DTYPES,
-    STAGES,
-    Recipe,
-    StageConfig,
-    make_model,
-    read,
-    trained,
-)
+from vadapter.recipe.schema import STAGES, Recipe, StageConfig, read
 from vadapter.stages import initialization
-from vadapter.stages.abstract_state import abstract_params, view_of
 from vadapter.stages.initialization import STORE
 from vadapter.stages.run import tokenizer_path
+from vadapter.stages.stage import Stage
 from vadapter.weights.reference import PREFIX, Reference
 
 # What may be changed on the command line once a stage is trained; the rest is part of its result.
 OPEN = ("data", "evals", "mesh", "workers", "components.NAME.weights")
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A stage as its checkpoint has it.
-
-    Attributes:
-      workdir, stage, step: where it comes from.
-      recipe: of the run, with this stage and its components as they were trained.
-      model: the stage's model; params: of every component, on the mesh.
-      view: how the encoder wants its images; None for text only.
-      digests: of the frozen components, as in the component store.
-    """
-
-    workdir: Path
-    stage: str
-    step: int
-    recipe: Recipe
-    model: AdapterModel
-    params: dict[str, Any]
-    tokenizer: Tokenizer
-    mesh: jax.sharding.Mesh
-    view: ImageTransform | None
-    digests: dict[str, str]
-
-    @property
-    def config(self) -> StageConfig:
-        """The stage's row of the recipe."""
-        return self.recipe.stages[self.stage]
 
 
 def read_run(workdir: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -127,8 +87,8 @@ def open_run(
     *,
     step: int | None = None,
     overrides: Iterable[str] = (),
-) -> Loaded:
-    """Opens a stage of a run.
+) -> Stage:
+    """Return a trained stage of a run with its parameters.
 
     Args:
       workdir: the run directory; it may have been moved.
@@ -155,7 +115,7 @@ def open_run(
     mesh, damaged = _mesh(recipe.mesh), []
     for number in reversed(found) if step is None else [step]:
         try:
-            return _load(workdir, recipe, stage, number, tokenizer, mesh)
+            return _restored(workdir, recipe, stage, number, tokenizer, mesh)
         except DamagedError as error:
             log.warning("left out a damaged checkpoint: %s", error)
             damaged.append(str(error))
@@ -197,15 +157,15 @@ def _mesh(config: MeshConfig) -> jax.sharding.Mesh:
         return make_mesh(MeshConfig())
 
 
-def _load(
+def _restored(
     workdir: Path,
     recipe: Recipe,
-    stage: str,
+    name: str,
     step: int,
     tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
-) -> Loaded:
-    path = workdir / stage / "checkpoints" / str(step)
+) -> Stage:
+    path = workdir / name / "checkpoints" / str(step)
     meta = array_io.read_meta(path)
     if meta["step"] != step:
         raise DamagedError(f"{path}: holds step {meta['step']}")
@@ -214,25 +174,15 @@ def _load(
             f"{path} was trained with another tokenizer than the one in {workdir}; bring back "
             "that of this run"
         )
-    recipe = _as_trained(recipe, stage, meta)
-    config = recipe.stages[stage]
-    model = make_model(recipe, config, tokenizer.vocab_size)
-    assert not isinstance(model, CoCa)
-    abstract = abstract_params(model, mesh)
-    trainable = {name: abstract[name] for name in trained(config)}
-    state, _ = array_io.load(path, {"params": trainable}, subset=True)
-    digests = {name: meta["start"][name] for name in abstract if name not in trainable}
-    frozen = {
-        name: initialization.load(
-            _frozen(workdir, recipe, config, name, digest, abstract[name]), abstract[name], None,
-            DTYPES[recipe.dtype],
-        )
-        for name, digest in digests.items()
-    }  # fmt: skip
-    return Loaded(
-        workdir, stage, step, recipe, model, {**frozen, **state["params"]}, tokenizer, mesh,
-        view_of(model), digests,
-    )  # fmt: skip
+    recipe = _as_trained(recipe, name, meta)
+    stage = Stage(recipe, name, mesh, workdir=workdir, tokenizer=tokenizer)
+    frozen = {n: tree for n, tree in stage.abstract.items() if n not in stage.trained}
+    starts = {
+        n: _frozen(workdir, recipe, stage.config, n, meta["start"][n], tree)
+        for n, tree in frozen.items()
+    }
+    stage.restore(step, starts)
+    return stage
 
 
 def _frozen(

@@ -12,17 +12,17 @@ import numpy as np
 from vadapter import __version__
 from vadapter.config import differences, plain
 from vadapter.console import difference_table
-from vadapter.data.example import Source
-from vadapter.data.open import make_source, train_tokenizer
+from vadapter.data.open import train_tokenizer
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.distributed import hosts, memory
 from vadapter.distributed.mesh import make_mesh
+from vadapter.distributed.preemption import Stop
 from vadapter.errors import CheckpointError, Problems, UserError
 from vadapter.io import storage
 from vadapter.io.json_files import write_json
 from vadapter.recipe.schema import Recipe, StageConfig
 from vadapter.stages import initialization
-from vadapter.stages.preflight import Preflight
+from vadapter.stages.stage import Sources, Stage
 
 CONFIG = "config.json"
 TOKENIZER = (
@@ -33,11 +33,22 @@ TOKENIZER = (
 class Run:
     """A recipe in a run directory."""
 
-    def __init__(self, recipe: Recipe, workdir: Path):
+    def __init__(self, recipe: Recipe, workdir: Path, stop: Stop | None = None):
         self.recipe, self.workdir = recipe, storage.as_path(workdir)
         self.mesh = make_mesh(recipe.mesh)
-        self._sources: dict[str, Any] = {}
+        self.source = Sources(recipe)
+        self.stop = stop or Stop()
+        self._stages: dict[str, Stage] = {}
         self._tokenizers: dict[Path, Any] = {}  # or what is wrong with one
+
+    def stage(self, name: str) -> Stage:
+        """Return a stage of the run; its model is built and its init traced once per run."""
+        if name not in self._stages:
+            self._stages[name] = Stage(
+                self.recipe, name, self.mesh, workdir=self.workdir, source=self.source,
+                tokenizer=self.tokenizer(self.recipe.stages[name]), stop=self.stop,
+            )  # fmt: skip
+        return self._stages[name]
 
     def tokenizer(self, stage: StageConfig) -> Tokenizer:
         """The tokenizer of the stage's language model: its own if that is public, else the run's.
@@ -71,15 +82,14 @@ class Run:
           UserError: models that do not fit together, data that cannot be read, starts that are not
             there; all of them at once. What several hosts do not have in common.
         """
-        problems, coming = Problems(), {}  # what stages before will have trained
+        problems, earlier = Problems(), {}
         checked, limit = [], memory.limit(self.mesh)
         for name in self.recipe.chain:
             if (self.workdir / name / initialization.DONE).is_file():
                 continue
             with problems.gather(name):
-                tokenizer = self.tokenizer(self.recipe.stages[name])
-                stage = Preflight(self.recipe, name, self.workdir, tokenizer, self.mesh)
-                stage.check(self.source, coming, problems, limit)
+                stage = self.stage(name)
+                stage.check(earlier, problems, limit)
                 checked.append(stage)
         problems.settle()
         self._agree(checked)
@@ -88,7 +98,7 @@ class Run:
                 if not path.exists():
                     tokenizer.save(path)
 
-    def _agree(self, stages: list[Preflight]) -> None:
+    def _agree(self, stages: list[Stage]) -> None:
         """Refuses hosts whose data sets or tokenizers differ, in whatever stage they are used.
 
         Public weights are left to each stage's identity: their digest is that of all their bytes.
@@ -102,18 +112,12 @@ class Run:
         }
         hosts.require_same(facts, "data or tokenizers")
 
-    def record(self) -> None:
-        """Writes what is about to run; not before it is known to fit what ran before."""
-        if not hosts.first():
-            return
-        write_json(self.workdir / CONFIG, plain(self.recipe))
-        write_json(self.workdir / "env.json", environment())
 
-    def source(self, name: str) -> Source:
-        """The data set's source, made once."""
-        if name not in self._sources:
-            self._sources[name] = make_source(name, self.recipe.data[name])
-        return self._sources[name]
+def record(recipe: Recipe, workdir: Path) -> None:
+    """Write what is about to run; call it once that is known to fit what ran before."""
+    if hosts.first():
+        write_json(workdir / CONFIG, plain(recipe))
+        write_json(workdir / "env.json", environment())
 
 
 def read_tokenizer(recipe: Recipe, stage: StageConfig, workdir: Path) -> Tokenizer | None:

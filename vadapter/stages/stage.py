@@ -1,19 +1,28 @@
-"""A stage of a run, made ready: model, shardings, parameters, identity and data."""
+"""One stage of a recipe on a mesh: what it computes, what would stop it, and its parameters."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
-import optax
 
+from vadapter.checkpoints import array_io
 from vadapter.config import plain
-from vadapter.data.open import make_stream
-from vadapter.distributed.compile import jit
-from vadapter.distributed.mesh import shardings_of
+from vadapter.data.batch import EOS
+from vadapter.data.example import Source
+from vadapter.data.media.images import ImageTransform
+from vadapter.data.open import make_source, make_stream, prompt_len
+from vadapter.data.pipeline import require_usable
+from vadapter.data.tokenizers import Tokenizer
+from vadapter.distributed import memory
+from vadapter.distributed.mesh import batch_sharding, shardings_of, with_mesh
 from vadapter.distributed.preemption import Stop
-from vadapter.models.adapter_model import component_seed
+from vadapter.errors import ConfigError, Problems, UserError
+from vadapter.models.adapter_model import AdapterModel, component_seed
 from vadapter.models.coca import CoCa
+from vadapter.recipe.optim import make_optimizer
 from vadapter.recipe.schema import (
     DTYPES,
     STAGES,
@@ -21,122 +30,453 @@ from vadapter.recipe.schema import (
     StageConfig,
     components,
     make_model,
+    resized,
     trained,
 )
 from vadapter.stages import initialization
 from vadapter.stages.abstract_state import (
+    Initializer,
     Model,
-    abstract_params,
     abstract_state,
-    init_params,
+    bytes_per_device,
+    in_compute_dtype,
+    row_shapes,
     view_of,
 )
-from vadapter.stages.feature_cache import encoded
-from vadapter.stages.preflight import check_batch_size
-from vadapter.stages.run import Run
-from vadapter.stages.steps import CaptionObjective, CocaObjective, make_train_step, split
+from vadapter.stages.flow import Shapes, check_batch_size, check_room, flow, shape_errors
+from vadapter.stages.steps import (
+    CaptionObjective,
+    CocaObjective,
+    Objective,
+    make_train_step,
+    split,
+)
+
+if TYPE_CHECKING:
+    from vadapter.models.generate import Decode
+
+NO_RUN = Path("RUN")  # stands for a run directory where none is given: nothing is finished there
+PROMPT = 8  # P without a tokenizer: "Describe the following:" is 4 to 7 tokens in most vocabularies
+
+Earlier = dict[str, dict[str, Any]]  # stage -> component -> tree of shapes
 
 
-def stage_step(
-    recipe: Recipe, config: StageConfig, model: Model, tx: optax.GradientTransformation
-) -> Callable[..., Any]:
-    """The train step of a stage, see `steps.make_train_step`."""
-    coca = isinstance(model, CoCa)
-    objective = CocaObjective(model) if coca else CaptionObjective(model, config.chunk_rows)
-    return make_train_step(
-        objective, tx, seed=recipe.seed, accumulate=config.accumulate, dropout=config.dropout
-    )
+class Sources:
+    """The data sets of a recipe, each opened once; one that cannot be opened keeps its error."""
+
+    def __init__(self, recipe: Recipe):
+        self._recipe, self._opened = recipe, {}
+
+    def __call__(self, name: str) -> Source:
+        """Return the source of a data set, or raise what is wrong with it."""
+        if name not in self._opened:
+            try:
+                self._opened[name] = make_source(name, self._recipe.data[name])
+            except UserError as error:
+                self._opened[name] = error
+        if isinstance(self._opened[name], UserError):
+            raise self._opened[name]
+        return self._opened[name]
+
+
+@dataclasses.dataclass
+class Findings:
+    """What `Stage.check` learns from shapes and headers.
+
+    Attributes:
+      built: the model can be built; if not, only `sources` are filled in.
+      sources: data set -> its source, of those that can be opened.
+      rows: data set -> shapes of a batch of one row.
+      flow: component -> shapes of its input and output, for the largest of the rows.
+      starts: component -> where it starts, of those that have a start.
+      memory: bytes on each device that stay allocated while it trains, by what needs them.
+    """
+
+    built: bool = False
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+    rows: dict[str, Shapes] = dataclasses.field(default_factory=dict)
+    flow: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    starts: dict[str, initialization.Start] = dataclasses.field(default_factory=dict)
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Stage:
-    """One stage of a run: model, shardings, starts, and what identifies it when it resumes."""
+    """One stage of a recipe on a mesh; `train`, `check`, `plan`, `eval` and the hub all use it.
 
-    def __init__(self, run: Run, name: str, stop: Stop | None = None):
-        self.run, self.name, self.stop = run, name, stop or Stop()
-        self.recipe, self.mesh = run.recipe, run.mesh
+    It has three faces:
+
+    * static: the model, and the shapes and shardings of all that its train step reads and writes.
+      Needs the recipe alone and does no I/O, so the devices need not exist either.
+    * check: `check` collects whatever would stop the stage later. Reads headers, no tensors.
+    * load: `load_params` returns the parameters it starts from, `restore` those it ended with.
+
+    Everything is made when first used and kept: a model is built once and its init traced once.
+
+    Args:
+      recipe: of the run.
+      name: the stage's.
+      mesh: of devices that are present, or of a topology that is not.
+      workdir: the run directory.
+      tokenizer: of its language model; None: not trained yet, or of no interest.
+      vocab_size: V, or an upper bound without a tokenizer; 0: the tokenizer's.
+      source: opens a data set; by default each is opened once for this stage alone.
+      stop: interrupts what takes long.
+
+    Attributes:
+      config: the stage's section of the recipe.
+      directory: of the stage in the run directory.
+      params, step, digests: after `restore`, the parameters of every component, the number of steps
+        they were trained for, and the digests of the frozen ones.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        name: str,
+        mesh: jax.sharding.Mesh,
+        *,
+        workdir: Path = NO_RUN,
+        tokenizer: Tokenizer | None = None,
+        vocab_size: int = 0,
+        source: Callable[[str], Source] | None = None,
+        stop: Stop | None = None,
+    ):
+        self.recipe, self.name, self.mesh, self.workdir = recipe, name, mesh, workdir
+        self.config: StageConfig = recipe.stages[name]
+        self.directory = workdir / name
         self.at = "before its first step"  # what it is doing, for messages
-        self.config: StageConfig = run.recipe.stages[name]
-        self.directory = run.workdir / name
-        self.tokenizer = run.tokenizer(self.config)
-        self.model = make_model(run.recipe, self.config, self.tokenizer.vocab_size)
-        check_batch_size(name, self.config, self.mesh.size)
-        self.abstract = abstract_params(self.model, self.mesh)
-        self.view = view_of(self.model)
-        self.starts = initialization.plan(run.recipe, self.config, run.workdir, self.abstract)
+        self.source = source or Sources(recipe)
+        self.stop = stop or Stop()
+        self.params: dict[str, Any] = {}
+        self.step = 0
+        self.digests: dict[str, str] = {}
+        self._tokenizer, self._initializer = tokenizer, None
+        self.vocab_size = vocab_size or (tokenizer or recipe.tokenizer).vocab_size
 
-    # -- parameters ----------------------------------------------------------------------------
+    @property
+    def exact(self) -> bool:
+        """Its tokenizer is known; without one, numbers of tokens are upper bounds."""
+        return self._tokenizer is not None
 
-    def load_params(self, *, resumed: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(trained, frozen) parameters as the hand-over decided; frozen ones in compute dtype.
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer; without one a stand-in, for which no text has fewer tokens: bytes."""
+        if self._tokenizer is None:
+            from vadapter.data.tokenizers.bpe import BPETokenizer
+
+            return BPETokenizer.train(["a"], 259)
+        return self._tokenizer
+
+    # -- static --------------------------------------------------------------------------------
+
+    @property
+    def initializer(self) -> Initializer:
+        """The model with its traced init."""
+        if self._initializer is None:
+            model = make_model(self.recipe, self.config, self.vocab_size)
+            self._initializer = Initializer(model)
+        return self._initializer
+
+    @property
+    def model(self) -> Model:
+        """The model of the stage."""
+        return self.initializer.model
+
+    @property
+    def adapter_model(self) -> AdapterModel:
+        """The model of a stage that predicts text with a language model: any kind but `vision`."""
+        assert not isinstance(self.model, CoCa), f"stage {self.name} has no language model"
+        return self.model
+
+    @property
+    def view(self) -> ImageTransform | None:
+        """How the encoder wants its images; None for text only."""
+        return view_of(self.model)
+
+    @property
+    def captions(self) -> bool:
+        """Whether the stage writes text about images."""
+        return self.view is not None and not isinstance(self.model, CoCa)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The names of the components that it trains."""
+        return trained(self.config)
+
+    def data(self) -> tuple[str, ...]:
+        """Return the data sets that it trains on, measures losses on and evaluates on."""
+        evaluated = (self.recipe.evals[name].data for name in self.config.evals)
+        return tuple(dict.fromkeys((*self.config.data, *self.config.loss, *evaluated)))
+
+    def on(self, mesh: jax.sharding.Mesh, *, batch: int = 0, remat: str = "") -> "Stage":
+        """Return the stage on another mesh, with another batch size or rematerialization."""
+        other = Stage(
+            resized(self.recipe, self.name, batch=batch, remat=remat), self.name, mesh,
+            workdir=self.workdir, tokenizer=self._tokenizer, vocab_size=self.vocab_size,
+            source=self.source, stop=self.stop,
+        )  # fmt: skip
+        if not remat:  # the same model
+            other._initializer = self.initializer
+        return other
+
+    @functools.cached_property
+    def abstract(self) -> dict[str, Any]:
+        """Component -> tree of `jax.ShapeDtypeStruct` with shardings, in the dtype it is stored."""
+        return self.initializer.shapes(self.mesh)
+
+    def abstract_params(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return (trained, frozen) shapes as on the devices: frozen ones in compute dtype."""
+        trainable, frozen = split(self.abstract, self.trained)
+        return trainable, in_compute_dtype(frozen, DTYPES[self.recipe.dtype])
+
+    @functools.cached_property
+    def tx(self) -> Any:
+        """The optimizer of the trained components."""
+        return make_optimizer(self.config.optim, self.config.steps)
+
+    @functools.cached_property
+    def abstract_state(self) -> Any:
+        """Shapes and shardings of the train state."""
+        return abstract_state(self.abstract_params()[0], self.tx, self.mesh)
+
+    def sizes(self, data: str = "", *, kind: str = "", prompt: int = PROMPT) -> dict[str, int]:
+        """Return P, T and M of the rows of a data set, and F and S where the stage sees images.
 
         Args:
-          resumed: the trained ones come from a checkpoint: leave them out.
+          data: the data set; "": the first that it trains on.
+          kind: image or clip; "": as the data set says, image where it says nothing.
+          prompt: P, of tasks that have a prompt.
         """
-        starts = {
-            n: s for n, s in self.starts.items() if not (resumed and n in trained(self.config))
+        rows = self.recipe.data[data or next(iter(self.config.data))]
+        sizes = {"P": prompt, "T": rows.text_len, "M": rows.target_len or rows.text_len}
+        if rows.task == "document":
+            sizes["P"] = 0
+        if self.view is not None:
+            clip = (kind or rows.media) == "clip"
+            sizes |= {"F": rows.frames if clip else 1, "S": rows.view(self.view).size}
+        return sizes
+
+    def batch_shapes(self, data: str = "") -> Shapes:
+        """Return the shapes of a batch of a data set, with shardings."""
+        sizes, sharding = self.sizes(data), batch_sharding(self.mesh)
+        shapes = row_shapes(sizes, visual="S" in sizes, rows=self.config.batch)
+        return {
+            key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            for key, x in shapes.items()
         }
-        names = [n for n, s in starts.items() if s.fresh or s.source == "random"]
+
+    def arguments(self, data: str = "") -> tuple[Any, Any, Any]:
+        """Return (state, frozen, batch) of the train step, as shapes with shardings."""
+        return self.abstract_state, self.abstract_params()[1], self.batch_shapes(data)
+
+    @property
+    def objective(self) -> Objective:
+        """The loss that it minimizes."""
+        model = self.model
+        if isinstance(model, CoCa):
+            return CocaObjective(model)
+        return CaptionObjective(model, self.config.chunk_rows)
+
+    @functools.cached_property
+    def train_step(self) -> Callable[..., Any]:
+        """The train step, (state, frozen, batch) -> (state, metrics), see `steps`; not compiled."""
+        step = make_train_step(
+            self.objective, self.tx, seed=self.recipe.seed, accumulate=self.config.accumulate,
+            dropout=self.config.dropout,
+        )  # fmt: skip
+        return with_mesh(self.mesh, step)
+
+    def jit_train_step(self, step: Callable[..., Any] | None = None, jit: Any = jax.jit) -> Any:
+        """Return the train step jitted: the state keeps its shardings, its memory is reused.
+
+        Args:
+          step: a function around `train_step`, instead of it.
+          jit: instead of `jax.jit`.
+        """
+        out = (shardings_of(self.abstract_state), None)
+        return jit(step or self.train_step, donate_argnums=0, out_shardings=out)
+
+    def decode(self, how: "Decode") -> Callable[..., Any]:
+        """Return the function that generates texts: (params of all components, batch) -> texts."""
+        from vadapter.models.beam import decode
+
+        fn = functools.partial(decode, self.adapter_model, how=how, stop=(EOS,))
+        return with_mesh(self.mesh, fn)
+
+    # -- check ---------------------------------------------------------------------------------
+
+    def check(self, earlier: Earlier, problems: Problems, limit: int | None = None) -> Findings:
+        """Collect everything that would stop the stage, from shapes and headers.
+
+        No tensor is read, nothing is computed on a device and nothing is written.
+
+        Args:
+          earlier: what stages that run before this one will have trained; this one's is added.
+          problems: collects what is wrong.
+          limit: bytes that programs may use on a device; None: unknown.
+        """
+        found = Findings()
+        with problems.gather(self.name), self._shape_errors("its model cannot be built"):
+            found.built = bool(self.abstract)
+        with problems.gather(self.name):
+            check_batch_size(self.name, self.config, self.mesh.size)
+        for name in self.data():
+            with problems.gather(self.name):
+                found.sources[name] = self.source(name)
+        if not found.built:
+            with problems.gather(self.name):
+                initialization.check_sources(self.recipe, self.name, self.workdir)
+            return found
+        for name in self.data():
+            with problems.gather(self.name):
+                found.rows[name] = self._row(name, found.sources.get(name))
+        for name, row in sorted(found.rows.items(), key=lambda item: _elements(item[1])):
+            unfit = f"a row of data {name!r} does not go through its model"
+            with problems.gather(self.name), self._shape_errors(unfit):
+                found.flow |= flow(self.model, self.abstract, row, self.exact)
+        for name in components(self.config):
+            with problems.gather(f"{self.name}/{name}"):
+                found.starts[name] = initialization.find(
+                    self.recipe, self.config, self.workdir, name, self.abstract[name],
+                    coming=earlier, at_most=0 if self.exact else self.vocab_size,
+                )  # fmt: skip
+        with problems.gather(self.name):
+            found.memory = self._allocated(found.rows)
+            memory.require_room(f"stages.{self.name}", found.memory, limit)
+        earlier[self.name] = {name: self.abstract[name] for name in self.trained}
+        return found
+
+    def _shape_errors(self, problem: str) -> Any:
+        return shape_errors(f"stages.{self.name}: {problem}")
+
+    def _row(self, name: str, source: Source | None) -> Shapes:
+        """Return the shapes of a batch of one row of a data set; check that its rows are usable."""
+        data = self.recipe.data[name]
+        kind = source.kind if source else "clip"  # the larger of the two, if it is unknown
+        if self.view is not None and kind == "text":
+            raise ConfigError(f"data {name!r} has no images, which {self.name} needs")
+        prompt = 0 if data.task == "document" else prompt_len(data.task, self.tokenizer)
+        sizes = self.sizes(name, kind=kind, prompt=prompt)
+        if self.exact and source is not None:
+            items, transform = make_stream(name, data, source, self.tokenizer, self.view)
+            if name in self.config.data:
+                require_usable(items, self.config.batch, name)
+            if data.task != "document":
+                check_room(name, data.texts, transform)
+        return row_shapes(sizes, visual="S" in sizes)
+
+    def _allocated(self, rows: dict[str, Shapes]) -> dict[str, int]:
+        """Return the bytes on each device that stay allocated while it trains.
+
+        Of a batch, those of the largest of `rows`; without images where their tokens are cached.
+        """
+        trainable, frozen = self.abstract_params()
+        count = self.config.batch // (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        sizes = {"optimizer": bytes_per_device(self.abstract_state.opt_state), "batch": 0}
+        for name in (name for name in self.config.data if name in rows):
+            cached = ("frames",) if self.recipe.data[name].cache else ()
+            row = {key: x for key, x in rows[name].items() if key not in cached}
+            one = sum(x.size * x.dtype.itemsize for x in row.values())
+            sizes["batch"] = max(sizes["batch"], count * one)
+        parts = trainable | frozen
+        return {name: bytes_per_device(tree) for name, tree in parts.items()} | sizes
+
+    # -- load ----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def starts(self) -> dict[str, initialization.Start]:
+        """Where every component starts. Stages that it starts from must be finished."""
+        return initialization.plan(self.recipe, self.config, self.workdir, self.abstract)
+
+    def load_params(self, *, resumed: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the (trained, frozen) parameters that it starts from; frozen in compute dtype.
+
+        Args:
+          resumed: leave out the trained ones, which come from a checkpoint of this stage.
+        """
+        starts = {n: s for n, s in self.starts.items() if not (resumed and n in self.trained)}
         rng = jax.random.fold_in(jax.random.key(self.recipe.seed), component_seed(self.name))
-        make = lambda key: {n: nn.meta.unbox(init_params(self.model, key))[n] for n in names}  # noqa: E731
-        where = {n: shardings_of(self.abstract[n]) for n in names}
-        initial = jit(make, out_shardings=where)(rng)
-        learns = trained(self.config)
+        names = [n for n, start in starts.items() if start.fresh or start.source == "random"]
+        initial = self.initializer.random(names, rng, self.abstract)
         params = {
             name: initialization.load(
                 start, self.abstract[name], initial.get(name),
-                None if name in learns else DTYPES[self.recipe.dtype],
+                None if name in self.trained else DTYPES[self.recipe.dtype],
             )
             for name, start in starts.items()
         }  # fmt: skip
-        return split(params, tuple(n for n in learns if n in params))
+        return split(params, tuple(n for n in self.trained if n in params))
 
-    def abstract_state(self, tx: optax.GradientTransformation) -> Any:
-        """Shapes and shardings of the train state; optimizer moments lie as their parameters."""
-        trainable = {n: self.abstract[n] for n in trained(self.config)}
-        return abstract_state(trainable, tx, self.mesh)
+    def restore(self, step: int, starts: dict[str, initialization.Start]) -> None:
+        """Load what it trained from a checkpoint, and what was frozen from where it started.
+
+        Args:
+          step: of the checkpoint.
+          starts: of the frozen components.
+
+        Raises:
+          CheckpointError: a file is missing or corrupt, or does not fit.
+        """
+        path = self.directory / "checkpoints" / str(step)
+        trainable, frozen = split(self.abstract, self.trained)
+        state, _ = array_io.load(path, {"params": trainable}, subset=True)
+        dtype = DTYPES[self.recipe.dtype]
+        self.params = {
+            name: initialization.load(starts[name], frozen[name], None, dtype) for name in frozen
+        } | state["params"]
+        self.step = step
+        self.digests = {name: starts[name].digest for name in frozen}
 
     # -- identity ------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint of this stage to be resumed.
+        """Return what must be equal for a checkpoint of this stage to be resumed.
 
-        Data and starts count by their content, wherever they lie.
+        Data and starts count by their content, wherever they are stored.
         """
-        without = lambda group, keys: {k: v for k, v in plain(group).items() if k not in keys}  # noqa: E731
         names = components(self.config)
+        recipe = self.recipe
         return {
             "stage": self.name,
-            "config": without(self.config, (*StageConfig.FREE, "start")),
-            "components": {n: without(self.recipe.components[n], ("weights",)) for n in names},
-            "data": {
-                n: without(self.recipe.data[n], ("source", "cache_dir")) for n in self.config.data
-            },
-            "fingerprints": {n: self.run.source(n).fingerprint() for n in self.config.data},
+            "config": _without(self.config, *StageConfig.FREE, "start"),
+            "components": {n: _without(recipe.components[n], "weights") for n in names},
+            "data": {n: _without(recipe.data[n], "source", "cache_dir") for n in self.config.data},
+            "fingerprints": {n: self.source(n).fingerprint() for n in self.config.data},
             "tokenizer": self.tokenizer.digest,
             "start": {n: self.starts[n].digest for n in names},
-            "seed": self.recipe.seed,
-            "dtype": self.recipe.dtype,
+            "seed": recipe.seed,
+            "dtype": recipe.dtype,
         }
 
     # -- data ----------------------------------------------------------------------------------
 
     def stream(self, name: str, frozen: dict[str, Any]) -> tuple[Any, Any]:
-        """(items, transform) of a data set; with `cache`, over tokens of the frozen encoder."""
-        config, source = self.recipe.data[name], self.run.source(name)
+        """Return (items, transform) of a data set; with `cache`, over tokens of the encoder."""
+        config, source = self.recipe.data[name], self.source(name)
         if config.cache and STAGES[self.config.kind].visual and self.model.encoder in frozen:
             source = self.features(name, frozen)
         return make_stream(name, config, source, self.tokenizer, self.view)
 
-    def features(self, name: str, frozen: dict[str, Any]) -> Any:
-        """The data set's source with the frozen encoder's tokens in place of its images."""
+    def features(self, name: str, params: dict[str, Any]) -> Source:
+        """Return the data set's source with the frozen encoder's tokens instead of its images."""
         encoder = self.model.encoder
+        from vadapter.stages.feature_cache import encoded
+
         return encoded(
-            self.run.source(name),
+            self.source(name),
             self.recipe.data[name],
-            self.run.workdir,
+            self.workdir,
             encoder=self.model.modules[encoder],
-            params=frozen[encoder],
-            digest=self.starts[encoder].digest,
+            params=params[encoder],
+            digest=self.digests.get(encoder) or self.starts[encoder].digest,
             mesh=self.mesh,
             watch=lambda batches: self.stop.watch(batches, self.name, "features"),
         )
+
+
+def _without(group: Any, *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in plain(group).items() if key not in keys}
+
+
+def _elements(batch: Shapes) -> int:
+    return sum(leaf.size for leaf in batch.values())

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import optax
 from clu.parameter_overview import get_parameter_overview
 
 from vadapter.checkpoints.component_store import ComponentStore
@@ -30,11 +29,11 @@ from vadapter.errors import CheckpointError, NonFiniteError, Preempted, disk_err
 from vadapter.evaluate.evaluator import Evaluator
 from vadapter.io import buckets, storage
 from vadapter.io.json_files import write_json
-from vadapter.recipe.optim import learning_rate, make_optimizer
+from vadapter.recipe.optim import learning_rate
 from vadapter.recipe.schema import Recipe, trained
 from vadapter.stages import initialization
-from vadapter.stages.run import Run, made_with
-from vadapter.stages.stage import Stage, stage_step
+from vadapter.stages.run import Run, made_with, record
+from vadapter.stages.stage import Stage
 from vadapter.stages.steps import TrainState, init_state
 from vadapter.train.host_agreement import require_own_rows, shared_run
 from vadapter.train.metric_writer import MetricWriter, open_writer
@@ -63,13 +62,13 @@ def train(
         disk_errors(),
         signals() as stop,
     ):
-        run = Run(recipe, workdir)
+        run = Run(recipe, workdir, stop)
         require_own_rows(run.mesh)
         run.check()
         for name in recipe.chain:
             stop.check(name)
             before(name)
-            stage = Stage(run, name, stop)
+            stage = run.stage(name)
             with memory_errors(lambda stage=stage: f"{stage.name}, {stage.at}"):
                 train_stage(stage)
 
@@ -90,14 +89,13 @@ def train_stage(stage: Stage) -> None:
         return
     stage.stop.require_handlers()
     c, began = stage.config, time.monotonic()
-    tx = make_optimizer(c.optim, c.steps)
     checkpointer = Checkpointer(stage.directory / "checkpoints", keep=c.keep)
     with open_writer(stage.directory, stage.name, c.steps) as writer:
         writer.say(
             f"{c.kind}, {c.steps} steps of {c.batch}, mesh {dict(stage.mesh.shape)}\n"
             + initialization.report(stage.starts, c, stage.abstract)
         )
-        state, frozen = _begin(stage, tx, checkpointer, identity, writer)
+        state, frozen = _begin(stage, checkpointer, identity, writer)
         if hosts.first():
             table = get_parameter_overview(state.params | frozen, include_stats="sharding")
             storage.write_bytes(stage.directory / "parameters.txt", f"{table}\n".encode())
@@ -109,7 +107,7 @@ def train_stage(stage: Stage) -> None:
                 writer.flush()  # what a checkpoint knows is there
                 checkpointer.save(step, state, {**identity, "made_with": made_with(stage.mesh)})
 
-            state = _steps(stage, tx, state, frozen, evaluator, save, writer)
+            state = _steps(stage, state, frozen, evaluator, save, writer)
         except BaseException as error:
             # A save needs all hosts, and they are all here only for what all of them met.
             if hosts.count() == 1 or isinstance(error, NonFiniteError | Preempted):
@@ -139,18 +137,17 @@ def _check_done(stage: Stage, identity: dict[str, Any]) -> None:
 
 def _begin(
     stage: Stage,
-    tx: optax.GradientTransformation,
     checkpointer: Checkpointer,
     identity: dict[str, Any],
     writer: MetricWriter,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state of the newest checkpoint, or a fresh one; and the frozen components."""
-    abstract = stage.abstract_state(tx)
+    abstract = stage.abstract_state
     restored = checkpointer.restore(abstract, expect=identity)
-    stage.run.record()
+    record(stage.recipe, stage.workdir)
     trainable, frozen = stage.load_params(resumed=restored is not None)
     if restored is None:
-        begin = jit(lambda p: init_state(p, tx), out_shardings=shardings_of(abstract))
+        begin = jit(lambda p: init_state(p, stage.tx), out_shardings=shardings_of(abstract))
         return begin(trainable), frozen
     state, meta = restored
     writer.say(f"resumed at step {int(state.step)}")
@@ -166,7 +163,6 @@ def _begin(
 
 def _steps(
     stage: Stage,
-    tx: optax.GradientTransformation,
     state: TrainState,
     frozen: dict[str, Any],
     evaluator: Evaluator,
@@ -175,11 +171,11 @@ def _steps(
 ) -> TrainState:
     """Steps to the end, or to where a signal asks to stop; the state returned is saved."""
     c, stop, start = stage.config, stage.stop, int(state.step)
-    step_fn, loader = _step_fn(stage, tx, state), _loader(stage, frozen, start)
+    step_fn, loader = _step_fn(stage), _loader(stage, frozen, start)
     drawn = lambda step: Schedule(c.data)(step - 1)[0]  # noqa: E731
     journal = Monitor(
         writer, stage.name, c, learning_rate(c.optim, c.steps),
-        lambda step, i: describe(drawn(step), stage.run.source(drawn(step)), i),
+        lambda step, i: describe(drawn(step), stage.source(drawn(step)), i),
     )  # fmt: skip
     due = lambda step: c.eval_every and step % c.eval_every == 0 and 0 < step < c.steps  # noqa: E731
 
@@ -226,23 +222,18 @@ def _steps(
     return state
 
 
-def _step_fn(
-    stage: Stage, tx: optax.GradientTransformation, state: TrainState
-) -> Callable[..., Any]:
+def _step_fn(stage: Stage) -> Callable[..., Any]:
     """The compiled train step, which leaves the state where it is and reuses its memory.
 
     What the hosts sign a batch with (`Stop.sign`) comes out as a metric.
     """
-    train_step = stage_step(stage.recipe, stage.config, stage.model, tx)
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any]:
         rows = {name: x for name, x in batch.items() if name != "stop"}
-        state, metrics = train_step(state, frozen, rows)
+        state, metrics = stage.train_step(state, frozen, rows)
         return state, metrics | {"stop": batch["stop"].max()} if "stop" in batch else metrics
 
-    return jit(
-        with_mesh(stage.mesh, step), donate_argnums=0, out_shardings=(shardings_of(state), None)
-    )
+    return stage.jit_train_step(with_mesh(stage.mesh, step), jit)
 
 
 def _loader(stage: Stage, frozen: dict[str, Any], start: int) -> Iterator[Batch]:
@@ -282,7 +273,7 @@ def _hand_over(
     seconds: float,
 ) -> None:
     """Stores the trained components, then the record that they are complete."""
-    store = ComponentStore(stage.run.workdir / initialization.STORE)
+    store = ComponentStore(stage.workdir / initialization.STORE)
     digests = {n: store.put(n, state.params[n]) for n in trained(stage.config)}
     record = {"components": digests, "identity": plain(identity), "scores": scores,
               "steps": stage.config.steps, "seconds": round(seconds, 1)}  # fmt: skip

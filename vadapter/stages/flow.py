@@ -1,0 +1,114 @@
+"""Shapes on their way through a stage's model, and the sizes that do not fit together.
+
+Legend: B batch, F frames, S pixels per side, N visual tokens per frame, D encoder width, Q queries,
+E language model width, P prompt tokens, T text tokens, M targets, V vocabulary.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from vadapter.data.example import Example, Features, Question
+from vadapter.errors import ConfigError, UserError
+from vadapter.models.coca import CoCa
+from vadapter.models.lm import LM
+from vadapter.recipe.schema import StageConfig
+from vadapter.stages.abstract_state import Model
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+def flow(
+    model: Model, params: Mapping[str, Any], batch: Shapes, exact: bool = True
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Yield each component with the shapes of its input and output, in the order of the data flow.
+
+    The input of the last language model is {prompt, prefix, tokens}: i32[B,P], [B,Q,E], i32[B,T].
+
+    Args:
+      model: the stage's model.
+      params: shapes of every component's parameters.
+      batch: shapes.
+      exact: P in `batch` is exact, not an upper bound.
+
+    Raises:
+      ConfigError: a row is longer than a language model's max_len.
+    """
+    x: Any = batch.get("frames")
+    if isinstance(model, CoCa):
+        for name in (model.encoder, model.pooler):
+            y = jax.eval_shape(model.modules[name].apply, {"params": params[name]}, x)
+            yield name, (x, y)
+            x = y
+        tokens = batch["tokens"]
+        _check_length(model.text, model.modules[model.text], tokens.shape[1])
+        logits = jax.eval_shape(model, params, batch)[0]
+        yield model.text, (tokens, logits)
+        yield model.fusion, (x, logits)
+        return
+    if model.encoder:
+        y = jax.eval_shape(model.encode, params, batch)
+        yield model.encoder, (x, y)
+        x = y
+    for name in model.chain:
+        _check_length(name, model.modules[name], x.shape[1])
+        y = jax.eval_shape(dataclasses.replace(model, chain=(name,)).prefix, params, x)
+        yield name, (x, y)
+        x = y
+    prompt, prefix = batch["prompt"].shape[1], 0 if x is None else x.shape[1]
+    text = batch["tokens"].shape[1]
+    _check_length(model.lm, model.modules[model.lm], (prompt if exact else 0) + prefix + text)
+    states = jax.eval_shape(model.read, params, x, batch)
+    logits = jax.eval_shape(model.logits, params, states)
+    yield model.lm, ({"prompt": batch["prompt"], "prefix": x, "tokens": batch["tokens"]}, logits)
+
+
+def check_batch_size(name: str, stage: StageConfig, devices: int) -> None:
+    """Raise ConfigError unless the rows of every micro-batch divide over the devices."""
+    if stage.batch % (stage.accumulate * devices):
+        raise ConfigError(
+            f"stages.{name}.batch={stage.batch} does not divide over {devices} devices times "
+            f"accumulate={stage.accumulate}; make it a multiple of {stage.accumulate * devices}"
+        )
+
+
+def check_room(name: str, texts: int, transform: Callable[..., Any]) -> None:
+    """Raise ConfigError if the shortest possible text does not fit into a row of a data set.
+
+    Args:
+      name: the data set.
+      texts: captions or questions per row.
+      transform: makes a row of an example.
+    """
+    # Features need no decoding, and no words are shorter than these.
+    media = Features(np.zeros((1, 1, 1, 1), ml_dtypes.bfloat16))
+    questions = (Question("a", ("a",)),) * texts
+    row: Any = transform(Example("", media, ("a",) * texts, questions))
+    if row["bad"]:
+        raise ConfigError(f"data.{name}.text_len={len(row['tokens'])}: no room for a question")
+
+
+@contextlib.contextmanager
+def shape_errors(where: str) -> Iterator[None]:
+    """Turn any error about sizes that do not fit together into a ConfigError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Flax, jax and numpy each raise their own
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _check_length(name: str, module: Any, length: int) -> None:
+    """Raise ConfigError if a row is longer than a language model's max_len."""
+    if isinstance(module, LM) and length > module.config.max_len:
+        raise ConfigError(
+            f"{length} tokens in a row (prompt, visual tokens, texts), but components.{name} has "
+            f"max_len={module.config.max_len}; lower text_len or the number of visual tokens, or "
+            "set max_len where its positions are not learned"
+        )
