@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -22,6 +23,11 @@ os.environ.setdefault(
 # with no more threads than devices, those that wait for different ones wait forever.
 os.environ.setdefault("PJRT_NPROC", "32")
 
+# A shell starts background jobs with Ctrl-C ignored, and whatever they start ignores it too: bash
+# cannot even trap a signal that was ignored when it started.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 from support import paths
 
 # Programs are compiled once, whichever test or process needs them first. JAX reads the last two
@@ -36,7 +42,7 @@ from absl import flags
 from support.order import LONG_FILES
 from support.recipes import draw
 
-from vadapter.io.lock import waiting_lock
+from vadapter.io.lock import lock
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -95,7 +101,7 @@ def chain(tmp_path_factory) -> Path:
         root = root.parent  # shared by the workers
     folder = root / "chain"
     folder.mkdir(exist_ok=True)
-    with waiting_lock(folder / ".lock"):
+    with lock(folder / ".lock", wait=True):
         if not (folder / "log.txt").exists():
             (folder / "log.txt").write_text(_quickstart(folder))
     return folder

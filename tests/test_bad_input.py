@@ -18,13 +18,13 @@ from typing import Any
 import jax
 import pytest
 from PIL import Image
-from support import runs
+from support import faults, runs
 
 from vadapter.checkpoints.manager import steps
 from vadapter.cli import main
 from vadapter.distributed.mesh import make_mesh
 from vadapter.io.json_files import rows
-from vadapter.io.lock import run_lock
+from vadapter.io.lock import lock
 from vadapter.stages import run, stage
 
 RECIPE = """
@@ -111,10 +111,9 @@ def spoil(world, tmp_path, capsys):
 
 
 @pytest.fixture
-def half(train, monkeypatch):
+def half(train):
     """A command that was stopped after step 3."""
-    with monkeypatch.context() as patch:
-        patch.setenv("VADAPTER_FAULT", "TERM:decoder:step:3")
+    with faults.injected("TERM:decoder:step:3"):
         assert train()[0] == 75
     return train
 
@@ -199,7 +198,7 @@ def test_a_directory_that_cannot_be_written(train, tmp_path):
 
 
 def test_two_runs_in_one_directory(half):
-    with run_lock(half.workdir):
+    with lock(half.workdir / ".lock"):
         assert f"is in use by another run: process {os.getpid()} on " in half.refused()
     assert half()[0] == 0
 
@@ -246,9 +245,8 @@ def test_another_tokenizer_in_the_directory_of_a_run(half):
     assert re.search(r"  tokenizer +\| [0-9a-f]+ +\| [0-9a-f]+", half.refused(lines=20))
 
 
-def test_data_that_changed_under_a_run(spoil, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setenv("VADAPTER_FAULT", "TERM:decoder:step:3")
+def test_data_that_changed_under_a_run(spoil):
+    with faults.injected("TERM:decoder:step:3"):
         assert spoil()[0] == 75
     image = spoil.data / "shapes" / "00.png"
     image.write_bytes(image.read_bytes() + b"x")
@@ -372,7 +370,7 @@ def test_too_many_images_that_cannot_be_read_end_the_run_by_name(spoil):
     )
     assert len(message.splitlines()) == 1
     assert sum(f"'{name}'" in message for name in names) >= 5
-    assert "Mend or remove them, or allow more with --config.stages.decoder.max_bad=" in message
+    assert "Fix or remove them, or allow more with --config.stages.decoder.max_bad=" in message
     assert steps(spoil.workdir / "decoder/checkpoints")  # what was trained until then is there
 
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from support import faults, runs
 from support import hosts as drive
-from support import runs
 
 from vadapter.checkpoints.manager import steps
 from vadapter.cli import main
@@ -131,7 +131,7 @@ def test_a_step_that_runs_out_of_memory_is_named_and_what_was_saved_is_intact(
     folder, tmp_path, mesh, monkeypatch, capsys
 ):
     monkeypatch.setattr(stage, "make_train_step", runs.fake_step)
-    monkeypatch.setattr(loop, "fault", lambda *at: at == ("decoder", "step", 3) and use_all())
+    faults.at("decoder:step:3", use_all, monkeypatch.setattr)
     monkeypatch.setattr(main, "_prepare", lambda: None)
     config = f"--config={runs.write_recipe(folder, 'blind')}"
     assert main.main(["train", config, f"--workdir={tmp_path}"]) == USER_ERROR
@@ -139,7 +139,7 @@ def test_a_step_that_runs_out_of_memory_is_named_and_what_was_saved_is_intact(
     assert said.startswith("vadapter: decoder, step 3: cpu is out of memory (RESOURCE_EXHAUSTED: ")
     assert f"{PLAN}cpu:8` finds a setting that fits: a smaller batch" in said
     assert steps(tmp_path / "decoder/checkpoints") == [2]
-    monkeypatch.setattr(loop, "fault", lambda *at: at == ("decoder", "finish") and use_all())
+    faults.at("decoder:finish", use_all, monkeypatch.setattr)
     with pytest.raises(ConfigError, match=r"^decoder, evaluation at the end: cpu is out of memory"):
         train(read(runs.blind(folder)), tmp_path)
 

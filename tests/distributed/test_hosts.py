@@ -7,10 +7,13 @@ second host killed, hung, stopped and so on, one after the other, and goes on ea
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import signal
 import sys
 import threading
+import tomllib
+import types
 from pathlib import Path
 
 import jax
@@ -18,14 +21,14 @@ import numpy as np
 import pytest
 from jax._src.clusters import ClusterEnv
 from support import hosts as drive
-from support import runs
+from support import paths, runs
 from support.small_benchmarks import write_benchmarks
 
 from vadapter.checkpoints.manager import steps
 from vadapter.data.pipeline import make_loader
 from vadapter.distributed import hosts
 from vadapter.distributed.mesh import MeshConfig, make_mesh, to_mesh
-from vadapter.distributed.startup import answer, call
+from vadapter.distributed.startup import check_in, gather
 from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR, ConfigError, HostError
 from vadapter.io.json_files import history, rows
 from vadapter.recipe.schema import read
@@ -203,7 +206,10 @@ def test_one_process_goes_on_with_what_two_hosts_have_saved(
     assert seen == rows_after(7, recipe, tmp_path / "run")
     axes = "".join(f", mesh.{axis} {size} (now 1)" for axis, size in MESH.items())
     changed = "hosts 2 (now 1)" + (axes if devices == 1 else "")
-    assert f"llm: saved with {changed}: the same state, data and order" in capsys.readouterr().out
+    assert (
+        f"llm: saved with {changed}: resuming with the same state, data and order"
+        in capsys.readouterr().out
+    )
     went_on = [row for row in history(tmp_path / "run/llm/metrics.jsonl") if row["step"] > 7]
     whole = [row for row in history(done.whole.workdir / "llm/metrics.jsonl") if row["step"] > 7]
     assert len(went_on) == len(seen) == STEPS - 7
@@ -386,12 +392,15 @@ def test_hosts_with_different_data_under_the_same_name_are_refused(folder, tmp_p
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"VADAPTER_COORDINATOR": "a:1"}, "VADAPTER_COORDINATOR without VADAPTER_PROCESS"),
-        ({"VADAPTER_DISTRIBUTED": "yes"}, "VADAPTER_DISTRIBUTED='yes': auto, or not set"),
-        ({"VADAPTER_DISTRIBUTED": "auto"}, "JAX finds no cluster here"),
+        (
+            {"VADAPTER_COORDINATOR": "a:1"},
+            "VADAPTER_COORDINATOR is set without VADAPTER_PROCESSES, VADAPTER_PROCESS$",
+        ),
+        ({"VADAPTER_DISTRIBUTED": "yes"}, "VADAPTER_DISTRIBUTED='yes': must be auto, or not set"),
+        ({"VADAPTER_DISTRIBUTED": "auto"}, "JAX detects no cluster here"),
         (
             {"VADAPTER_COORDINATOR": "a", "VADAPTER_PROCESSES": "2", "VADAPTER_PROCESS": "2"},
-            "must be host:port, a number above 0, and one below that",
+            "must be host:port, a number of processes, and an index below it",
         ),
         ({"VADAPTER_DISTRIBUTED": "auto", "VADAPTER_DEADLINE": "soon"}, "must be seconds"),
     ],
@@ -411,6 +420,32 @@ def test_a_jax_that_does_not_tell_of_its_cluster_is_left_to_wait_itself(monkeypa
     monkeypatch.setenv("VADAPTER_DISTRIBUTED", "auto")
     hosts.start()
     assert "coordinator_address" not in asked[0]
+
+
+def test_a_jax_without_its_private_store_is_refused_with_the_versions_that_have_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax._src.distributed", types.ModuleType("distributed"))
+    with pytest.raises(ConfigError, match=r"has no key-value store .*pip install 'jax>=0\.9,<0\."):
+        hosts._client()
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)  # by the program itself
+    assert (hosts.index(), hosts.count()) == (0, 1)
+
+
+def test_the_supported_versions_of_jax_are_those_of_the_package():
+    requirements = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+    assert hosts.SUPPORTED_JAX in requirements["dependencies"]
+    bounds = hosts.SUPPORTED_JAX.removeprefix("jax")
+    for extra in ("tpu", "cuda"):
+        assert requirements["optional-dependencies"][extra][0].endswith(f"]{bounds}")
+
+
+def test_only_one_module_knows_private_parts_of_jax_or_who_the_hosts_are():
+    for path in (paths.ROOT / "vadapter").rglob("*.py"):
+        text = path.read_text()
+        if path.name != "hosts.py":
+            assert not re.search(r"jax\._src|multihost_utils|jax\.process_(index|count)", text), (
+                path
+            )
+        assert not re.search(r"^(from|import) jax\._src", text, re.MULTILINE), path
 
 
 def test_without_the_variables_nothing_is_started():
@@ -435,12 +470,12 @@ def roll_call(n, others, limit=5.0, at="127.0.0.1"):
             raised[i] = error
 
     threads = [
-        threading.Thread(target=attempt, args=(i, answer, "127.0.0.1", port, told, i, limit))
+        threading.Thread(target=attempt, args=(i, check_in, "127.0.0.1", port, told, i, limit))
         for i, told in others
     ]
     for thread in threads:
         thread.start()
-    attempt(0, call, at, port, n, limit)
+    attempt(0, gather, at, port, n, limit)
     for thread in threads:
         thread.join()
     return raised
@@ -455,20 +490,26 @@ def test_all_hosts_are_called_and_the_absent_ones_named_to_all():
 
 def test_hosts_that_were_started_differently_are_told():
     other = roll_call(3, [(1, 2)])
-    assert {str(e) for e in other.values()} == {"host 1 was told of 2 processes, host 0 of 3"}
+    assert {str(e) for e in other.values()} == {
+        "host 1 was started with 2 processes, host 0 with 3"
+    }
     assert isinstance(roll_call(3, [(0, 3)])[0], ConfigError)
-    with pytest.raises(HostError, match=r"host 0 of 2 did not come within 0\.3 s: nobody at 127"):
-        answer("127.0.0.1", drive.free_port(), 2, 1, 0.3)
+    with pytest.raises(
+        HostError, match=r"host 0 of 2 did not come within 0\.3 s: nothing listens at 127"
+    ):
+        check_in("127.0.0.1", drive.free_port(), 2, 1, 0.3)
 
 
 # --- How they end --------------------------------------------------------------------------------
 
 WORK = """
 import argparse, pathlib, sys, time
+from support import faults
 from vadapter.cli import main
 from vadapter.errors import DataError, NonFiniteError
 from vadapter.distributed import hosts, shutdown
 from vadapter.distributed.preemption import signals
+faults.install()
 def run(args):
     with signals() as stop:
         for i in stop.watch(range(400), "work"):
@@ -629,10 +670,10 @@ hosts.exchange("", "one ends")
 if me == 0:
     hosts.report_end({"code": 1, "reason": "follows"})
 hosts.exchange("", "both end")
-told(shutdown._news)
+told(shutdown._report)
 if me == 0:
     told(checkpointer.save, 9, {"w": jnp.ones(2)}, {})
-shutdown._go(0, "done", quiet=True)
+shutdown._exit(0, "done", quiet=True)
 """
 
 
@@ -663,7 +704,7 @@ def test_the_first_host_makes_what_the_others_find_and_its_error_is_theirs(talk)
 
 
 def test_hosts_that_save_different_steps_or_alone_are_an_error_and_not_a_hang(talk):
-    apart = "HostError the hosts do different things, which is a mistake in vadapter:"
+    apart = "HostError the hosts do different things, which is a bug in vadapter:"
     for lines in talk:
         assert lines[8:11] == [apart, "  host 0: place 0", "  host 1: place 1"]
         assert lines[11:14] == [apart, "  host 0: saving step 3", "  host 1: saving step 4"]

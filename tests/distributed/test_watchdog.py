@@ -55,12 +55,12 @@ def test_after_a_loop_one_process_may_take_its_time_and_several_may_not(limits, 
 
 def test_whoever_was_asked_to_end_gets_no_more_time_by_working_on(limits, monkeypatch):
     watchdog.beat()
-    watchdog.hurry(100)
+    watchdog.exit_within(100)
     monkeypatch.setattr(time, "monotonic", lambda: 1060.0)
     watchdog.beat(slow=True)
-    watchdog.rest()
+    watchdog.pause()
     assert limits == [600, 100, 40]
-    watchdog.off()
+    watchdog.disarm()
     watchdog.beat()
     assert limits[3:] == [None, 600]
 

@@ -10,8 +10,7 @@ from support import gcs
 from vadapter.errors import ConfigError
 from vadapter.io import gcs_lock as module
 from vadapter.io import storage
-from vadapter.io.gcs_lock import lease
-from vadapter.io.lock import run_lock
+from vadapter.io.lock import lock
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def bucket():
 @pytest.fixture
 def path(bucket, monkeypatch):
     """Of a lock, with a clock that runs fast."""
-    for name, seconds in (("BEAT", 0.05), ("STALE", 0.5), ("_LOOK", 0.05)):
+    for name, seconds in (("BEAT", 0.05), ("STALE", 0.5), ("_POLL", 0.05)):
         monkeypatch.setattr(module, name, seconds)
     bucket.objects.clear()
     return storage.as_path("gs://bucket/run/.lock")
@@ -35,18 +34,18 @@ def elsewhere(**who):
 
 
 def test_a_second_run_is_refused_while_the_first_one_lives_and_told_who_it_is(path, bucket):
-    with run_lock(path.parent):
+    with lock(path):
         assert json.loads(bucket.objects["run/.lock"])["pid"] == os.getpid()
         with pytest.raises(ConfigError, match=rf"in use by another run: process {os.getpid()} on"):
-            run_lock(path.parent).__enter__()
+            lock(path).__enter__()
     assert "run/.lock" not in bucket.objects
-    with run_lock(path.parent):
+    with lock(path):
         pass
 
 
 def test_the_lock_of_a_holder_that_no_longer_writes_it_is_taken_over(path, bucket, capsys):
     bucket.put("run/.lock", elsewhere())
-    with lease(path):
+    with lock(path):
         assert json.loads(bucket.objects["run/.lock"])["pid"] == os.getpid()
     assert "process 7 on far, started then; waiting up to" in capsys.readouterr().err
 
@@ -54,11 +53,11 @@ def test_the_lock_of_a_holder_that_no_longer_writes_it_is_taken_over(path, bucke
 def test_the_lock_of_a_process_of_this_machine_that_is_gone_is_taken_over_at_once(
     path, bucket, monkeypatch
 ):
-    monkeypatch.setattr(module, "_LOOK", None)  # to wait would be an error
+    monkeypatch.setattr(module, "_POLL", None)  # to wait would be an error
     ended = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(ended, 0)
-    bucket.put("run/.lock", elsewhere(pid=ended, machine=module._machine()))
-    with lease(path):
+    bucket.put("run/.lock", elsewhere(pid=ended, machine=module.machine()))
+    with lock(path):
         assert json.loads(bucket.objects["run/.lock"])["pid"] == os.getpid()
 
 
@@ -66,10 +65,10 @@ def test_who_waits_gets_the_lock_when_the_other_releases_it(path):
     got = threading.Event()
 
     def second():
-        with lease(path, wait=True):
+        with lock(path, wait=True):
             got.set()
 
-    with lease(path):
+    with lock(path):
         thread = threading.Thread(target=second)
         thread.start()
         assert not got.wait(0.3)
@@ -83,7 +82,7 @@ def test_a_run_whose_lock_was_taken_over_ends_and_leaves_it_to_the_other(
     ended = threading.Event()
     monkeypatch.setattr(module.os, "_exit", lambda code: ended.set() or exit(code))
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    with lease(path):
+    with lock(path):
         bucket.put("run/.lock", elsewhere())
         assert ended.wait(20)
     assert bucket.objects["run/.lock"] == elsewhere()

@@ -12,14 +12,14 @@ import pytest
 from support.paths import ROOT
 
 from vadapter.errors import ConfigError
-from vadapter.io.lock import run_lock, waiting_lock
+from vadapter.io.lock import lock
 
 HOLD = """
 import pathlib, sys, time
 from vadapter.errors import ConfigError
-from vadapter.io.lock import run_lock
+from vadapter.io.lock import lock
 try:
-    with run_lock(pathlib.Path(sys.argv[1])):
+    with lock(pathlib.Path(sys.argv[1]) / ".lock"):
         print("held", flush=True)
         sys.stdin.readline()
     print("released", flush=True)
@@ -59,7 +59,7 @@ def test_the_second_process_is_refused_and_told_who_holds_the_lock(tmp_path, hol
     assert refused.startswith(f"refused: {tmp_path} is in use by another run: process {first.pid} ")
     assert "Stop that run, or choose another directory." in refused
     assert first.communicate("go\n")[0] == "released\n"
-    with run_lock(tmp_path):
+    with lock(tmp_path / ".lock"):
         pass
 
 
@@ -68,30 +68,30 @@ def test_a_killed_holder_leaves_no_stale_lock(tmp_path, hold):
     assert holder.stdout.readline() == "held\n"
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with run_lock(tmp_path):
+    with lock(tmp_path / ".lock"):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
 def test_one_process_cannot_take_the_lock_twice_but_can_take_it_again(tmp_path):
-    with run_lock(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
-        run_lock(tmp_path).__enter__()
-    with pytest.raises(KeyError), run_lock(tmp_path):
+    with lock(tmp_path / ".lock"), pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
+        lock(tmp_path / ".lock").__enter__()
+    with pytest.raises(KeyError), lock(tmp_path / ".lock"):
         raise KeyError("an error in the run releases the lock and is not changed")
-    with run_lock(tmp_path / "sub"), run_lock(tmp_path):
+    with lock(tmp_path / "sub" / ".lock"), lock(tmp_path / ".lock"):
         pass
 
 
 def test_a_missing_directory_may_be_created_by_several_at_once(tmp_path):
     def enter(_):
         try:
-            lock = run_lock(tmp_path / "a" / "b" / "c")
-            lock.__enter__()
-            return lock
+            held = lock(tmp_path / "a" / "b" / "c" / ".lock")
+            held.__enter__()
+            return held
         except ConfigError:
             return None
 
     with ThreadPoolExecutor(8) as pool:
-        locks = [lock for lock in pool.map(enter, range(8)) if lock]
+        locks = [held for held in pool.map(enter, range(8)) if held]
     assert len(locks) == 1
     locks[0].__exit__(None, None, None)
 
@@ -99,17 +99,17 @@ def test_a_missing_directory_may_be_created_by_several_at_once(tmp_path):
 def test_what_cannot_be_written_is_named_before_anything_runs(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write .*file/run: Not a directory\. Choose"):
-        run_lock(tmp_path / "file" / "run").__enter__()
+        lock(tmp_path / "file" / "run" / ".lock").__enter__()
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ConfigError, match=r"cannot write .*: No space left on device"):
-        run_lock(tmp_path / "run").__enter__()
+        lock(tmp_path / "run" / ".lock").__enter__()
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]  # no probe stays
-    with run_lock(tmp_path / "run"):
+    with lock(tmp_path / "run" / ".lock"):
         pass
 
 
@@ -127,17 +127,17 @@ def test_a_directory_without_permission_is_refused(unprivileged):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o500)
         with pytest.raises(ConfigError, match=r"cannot write .*Permission denied"):
-            run_lock(Path(folder)).__enter__()
+            lock(Path(folder) / ".lock").__enter__()
         Path(folder).chmod(0o700)
 
 
 def test_an_unreadable_note_in_the_lock_file_does_not_matter(tmp_path):
     (tmp_path / ".lock").write_text("{not json, and longer than what will be written here" * 9)
-    with run_lock(tmp_path):
+    with lock(tmp_path / ".lock"):
         assert set(json.loads((tmp_path / ".lock").read_text())) == {"host", "pid", "started"}
         (tmp_path / ".lock").write_text("")
         with pytest.raises(ConfigError, match="in use by another run: see "):
-            run_lock(tmp_path).__enter__()
+            lock(tmp_path / ".lock").__enter__()
 
 
 def test_the_waiting_lock_lets_one_in_at_a_time(tmp_path):
@@ -145,7 +145,7 @@ def test_the_waiting_lock_lets_one_in_at_a_time(tmp_path):
 
     def work(_):
         nonlocal inside, most
-        with waiting_lock(tmp_path / "l"):
+        with lock(tmp_path / "l", wait=True):
             inside += 1
             most = max(most, inside)
             time.sleep(0.005)

@@ -158,11 +158,15 @@ def test_after_a_signal_all_have_saved_and_the_same_command_goes_on(begin, recip
 def test_the_supervisor_brings_a_job_whose_process_was_killed_to_its_end(begin, recipe, tmp_path):
     # The fault comes with the first start alone.
     once = """
-[[ $VADAPTER_PROCESS == 0 || -e $RUN/killed ]] || export VADAPTER_FAULT=KILL:llm:step:5
+[[ $VADAPTER_PROCESS == 0 || -e $RUN/killed ]] || export FAULT=KILL:llm:step:5
 [[ $VADAPTER_PROCESS == 0 ]] || touch "$RUN/killed"
 """
     supervise = (str(LAUNCH / "supervise.sh"), f"--workdir={tmp_path / 'run'}", "--pause=0", "--")
-    job = begin(once + REAL, *supervise, *train(recipe, tmp_path / "run"))
+    job = begin(
+        once + REAL.replace("-m vadapter", "-m support.faults"),
+        *supervise,
+        *train(recipe, tmp_path / "run"),
+    )
     code, out = end(job, drive.LIMIT)
     assert code == 0, out
     assert out.count("supervise: exit code 137: again in 0 s") == 1

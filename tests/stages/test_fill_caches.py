@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from support import runs
+from support import faults, runs
 
 from vadapter.config import load, override
 from vadapter.errors import PREEMPTED, ConfigError, UserError
@@ -19,9 +19,11 @@ from vadapter.stages.run import Run
 
 COMMAND = """
 import sys
+from support import faults
 from vadapter.cli.main import main
 from vadapter.data import features
-feature_cache.SHARD_BYTES, feature_cache.ROUND = 1, 4  # six files for the 24 images
+features.SHARD_BYTES, features.ROUND = 1, 4  # six files for the 24 images
+faults.install()
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -35,8 +37,8 @@ def recipe(tmp_path_factory):
 def start(recipe, *arguments, fault=""):
     env = {
         **os.environ,
-        "PYTHONPATH": str(runs.TESTS.parent),
-        "VADAPTER_FAULT": fault,
+        "PYTHONPATH": f"{runs.TESTS.parent}{os.pathsep}{runs.TESTS}",
+        faults.VARIABLE: fault,
         "XLA_FLAGS": "",
     }
     command = [sys.executable, "-c", COMMAND, "data", "cache", recipe, *arguments]
@@ -60,7 +62,7 @@ def test_a_command_that_is_killed_goes_on_behind_the_last_complete_file(recipe, 
         assert kept.items() <= shards(out).items()
         kept = shards(out)
         have.append(len(kept))
-    assert "images, features: stopped by SIGTERM; run the same command again to go on" in text
+    assert "images, features: stopped by SIGTERM; run the same command again to resume" in text
     assert have == [2, 3]
     with start(recipe, f"--out={out}") as process:
         text = process.communicate()[0]

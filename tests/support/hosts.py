@@ -111,7 +111,7 @@ class Job:
         """Starts `vadapter train`, or another command, on every host.
 
         Args:
-          faults: host -> VADAPTER_FAULT.
+          faults: host -> its fault, see `support.faults`.
           own: host -> overrides of this one alone; workdirs: host -> its run directory.
           variables: host -> variables of this one alone.
           only: hosts to start; the others stay away. (): all.

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-from support import tiny
+from support import faults, tiny
 from support.paths import TESTS
 from support.recipes import draw, tiny_recipe
 
@@ -164,7 +164,7 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     """Of a process of its own."""
     return {
         **os.environ,
-        "PYTHONPATH": str(TESTS.parent),
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         **more,
     }
@@ -185,8 +185,15 @@ def launch(
     more: Mapping[str, str] = {},
     **popen: Any,
 ) -> subprocess.Popen:
-    """Starts a command with both streams in one pipe; `more`: variables."""
-    env = environment(devices, VADAPTER_FAULT=fault, **more)
+    """Starts a command with both streams in one pipe.
+
+    Args:
+      fault: see `support.faults`; a command other than vadapter calls `faults.install` itself.
+      more: variables.
+    """
+    if fault and "vadapter" in command:
+        command = [word if word != "vadapter" else "support.faults" for word in command]
+    env = environment(devices, **{faults.VARIABLE: fault}, **more)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=env, **{**pipes, **popen})
 

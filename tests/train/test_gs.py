@@ -19,6 +19,7 @@ from vadapter.evaluate.describe import describe
 from vadapter.evaluate.partial_results import PartialResults
 from vadapter.io import buckets, gcs_lock, storage
 from vadapter.io.json_files import rows
+from vadapter.io.lock import lock
 from vadapter.models.registry import make_module
 from vadapter.recipe.schema import read
 from vadapter.report.plots import convergence
@@ -154,7 +155,7 @@ def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(bucket, saved, plac
 
 def test_a_second_run_in_the_same_directory_of_a_bucket_is_refused(bucket, here, monkeypatch):
     monkeypatch.setattr(gcs_lock, "BEAT", 0.1)
-    with gcs_lock.lease(storage.as_path("gs://bucket/held/.lock")):
+    with lock(storage.as_path("gs://bucket/held/.lock")):
         ended = runs.run(here[0], "gs://bucket/held")
     assert ended.returncode == 78
     assert re.search(r"gs://bucket/held is in use by another run: process \d+ on", ended.stdout)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from support import runs
+from support import faults, runs
 from support.recipes import tiny_recipe
 
 from vadapter.checkpoints import array_io
@@ -99,14 +99,14 @@ def test_the_first_loss_is_that_of_the_first_batch_at_the_first_parameters(folde
 
 
 def test_a_resumed_run_sees_the_batches_that_come_next_and_ends_alike(
-    folder, tmp_path, fake, batches, monkeypatch
+    folder, tmp_path, fake, batches
 ):
     recipe = read(runs.blind(folder, steps=7, save_every=3))
     train(recipe, tmp_path / "whole")
     whole = batches.copy()
     batches.clear()
-    monkeypatch.setenv("VADAPTER_FAULT", "TERM:decoder:step:4")  # an epoch ends with step 3
-    with pytest.raises(Preempted, match="decoder, step 4, saved: stopped by SIGTERM"):
+    stopped = pytest.raises(Preempted, match="decoder, step 4, saved: stopped by SIGTERM")
+    with faults.injected("TERM:decoder:step:4"), stopped:  # an epoch ends with step 3
         train(recipe, tmp_path / "cut")
     assert steps(tmp_path / "cut/decoder/checkpoints") == [3, 4]
     train(recipe, tmp_path / "cut")
@@ -170,11 +170,11 @@ def test_three_in_a_row_end_the_run_before_anything_more_is_saved(
     assert not (tmp_path / "decoder" / DONE).exists()
 
 
-def test_dropped_updates_are_counted_across_a_restart(folder, tmp_path, fake, batches, monkeypatch):
+def test_dropped_updates_are_counted_across_a_restart(folder, tmp_path, fake, batches):
     recipe = read(runs.blind(folder, steps=8))
     batches.spoil = dict.fromkeys((2, 3, 4), infinite)
-    monkeypatch.setenv("VADAPTER_FAULT", "INT:decoder:step:3")
-    with pytest.raises(Preempted, match="step 3, saved: stopped by SIGINT"):
+    stopped = pytest.raises(Preempted, match="step 3, saved: stopped by SIGINT")
+    with faults.injected("INT:decoder:step:3"), stopped:
         train(recipe, tmp_path)
     with pytest.raises(NonFiniteError, match="up to step 4"):
         train(recipe, tmp_path)
@@ -204,19 +204,15 @@ def test_a_stop_between_stages_and_before_the_first_is_honoured(
     folder, tmp_path, fake, monkeypatch
 ):
     recipe = read(runs.blind(folder, steps=2))
-    monkeypatch.setenv("VADAPTER_FAULT", "TERM:decoder:stored")  # too late for this stage
-    train(recipe, tmp_path)
-    monkeypatch.setattr(Run, "check", lambda self: loop.fault("check"))
-    monkeypatch.setenv("VADAPTER_FAULT", "TERM:check")
+    with faults.injected("TERM:decoder:stored"):  # too late for this stage
+        train(recipe, tmp_path)
+    monkeypatch.setattr(Run, "check", lambda self: faults.fault("TERM", "check"))
     with pytest.raises(Preempted, match=r"^decoder: stopped by SIGTERM"):
         train(recipe, tmp_path)
 
 
-def test_what_does_not_change_the_result_may_change_at_a_resume(
-    folder, tmp_path, fake, monkeypatch
-):
-    monkeypatch.setenv("VADAPTER_FAULT", "TERM:decoder:step:2")
-    with pytest.raises(Preempted):
+def test_what_does_not_change_the_result_may_change_at_a_resume(folder, tmp_path, fake):
+    with faults.injected("TERM:decoder:step:2"), pytest.raises(Preempted):
         train(read(runs.blind(folder)), tmp_path)
     free = {"save_every": 5, "keep": 1, "log_every": 3, "chunk_rows": 64, "eval_limit": 2}
     train(read(runs.blind(folder, **free)), tmp_path)
@@ -224,10 +220,9 @@ def test_what_does_not_change_the_result_may_change_at_a_resume(
     assert json.loads((tmp_path / "decoder" / DONE).read_text())["steps"] == runs.STEPS
 
 
-def test_data_may_move_to_another_folder_but_not_change(folder, tmp_path, fake, monkeypatch):
+def test_data_may_move_to_another_folder_but_not_change(folder, tmp_path, fake):
     first, second = (runs.prepare(tmp_path / name) for name in ("first", "second"))
-    monkeypatch.setenv("VADAPTER_FAULT", "TERM:decoder:step:2")
-    with pytest.raises(Preempted):
+    with faults.injected("TERM:decoder:step:2"), pytest.raises(Preempted):
         train(read(runs.blind(first)), tmp_path / "run")
     train(read(runs.blind(second)), tmp_path / "run")
     table = second / "shapes/images.jsonl"

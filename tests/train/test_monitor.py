@@ -169,7 +169,7 @@ def test_a_few_unusable_samples_are_tolerated_and_more_end_the_run_by_name():
     journal.flush()
     assert len(lines.said) == FEW_BAD
     journal.add(2, metrics(bad=1), [77])
-    with pytest.raises(DataError, match=r"stage: 11 of 16 samples .* 0\.1%: no 0; .*no 9\. Mend"):
+    with pytest.raises(DataError, match=r"stage: 11 of 16 samples .* 0\.1%: no 0; .*no 9\. Fix"):
         journal.flush()
 
 

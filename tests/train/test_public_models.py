@@ -182,7 +182,7 @@ def test_a_finished_run_is_recognized_and_a_changed_checkpoint_is_not(world, tmp
     told = capsys.readouterr().out
     assert re.search(r"/clip \[\w{12}\] 21 tensors; dropped: logit_scale, text_model\.emb", told)
     train(read(config), tmp_path / "run")
-    assert "decoder: done before" in capsys.readouterr().out
+    assert "decoder: already finished" in capsys.readouterr().out
     assert json.loads((tmp_path / "run/decoder" / DONE).read_text())["steps"] == 2
     weights = copy / "clip" / "model.safetensors"
     content = bytearray(weights.read_bytes())

@@ -85,7 +85,7 @@ def test_a_signal_is_told_in_one_line_and_without_a_traceback(done):
             kind, stage, *_ = point.split(":")
             last = output.stdout.splitlines()[-1]
             assert last.startswith(f"vadapter: {stage}, ")
-            assert last.endswith(f"stopped by SIG{kind}; run the same command again to go on")
+            assert last.endswith(f"stopped by SIG{kind}; run the same command again to resume")
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_a_finished_run_is_not_run_again(done):
     }
     again = runs.run(done.recipe, done.whole)
     assert again.returncode == 0
-    assert again.stdout.splitlines()[:3] == [f"{name}: done before" for name in runs.CHAIN]
+    assert again.stdout.splitlines()[:3] == [f"{name}: already finished" for name in runs.CHAIN]
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -166,7 +166,9 @@ def test_a_run_whose_signals_go_elsewhere_is_refused():
     with signals() as stop:
         stop.require_handlers()
         signal.signal(signal.SIGTERM, lambda *_: None)  # as a library may do
-        with pytest.raises(ConfigError, match=r"SIGTERM goes to <function .*would not be saved"):
+        with pytest.raises(
+            ConfigError, match=r"SIGTERM is handled by <function .*would not be saved"
+        ):
             stop.require_handlers()
 
 
@@ -175,7 +177,7 @@ def test_training_asks_where_signals_go_before_it_compiles(tmp_path):
         signal.signal(signal.SIGTERM, lambda *_: None)
 
     recipe = read(runs.text_only(runs.prepare(tmp_path)))
-    with pytest.raises(ConfigError, match="SIGTERM goes to"):
+    with pytest.raises(ConfigError, match="SIGTERM is handled by"):
         train(recipe, tmp_path / "run", before=take)
     assert not (tmp_path / "run/llm/checkpoints").exists()
 

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from support import runs
+from support import faults, runs
 
 from vadapter.checkpoints.manager import steps
 from vadapter.cli.main import main
 from vadapter.errors import USER_ERROR, CheckpointError, ConfigError
-from vadapter.io.lock import run_lock
+from vadapter.io.lock import lock
 from vadapter.recipe.schema import read
 from vadapter.train.loop import train
 from vadapter.train.rewind import rewind
@@ -20,12 +20,10 @@ def recipe(tmp_path):
 
 
 @pytest.fixture
-def stopped(recipe, tmp_path, monkeypatch):
+def stopped(recipe, tmp_path):
     """A run that ended in an error at its fifth step, with steps 2 and 4 saved."""
-    monkeypatch.setenv("VADAPTER_FAULT", "RAISE:llm:step:5")
-    with pytest.raises(RuntimeError, match="injected"):
+    with faults.injected("RAISE:llm:step:5"), pytest.raises(RuntimeError, match="injected"):
         train(recipe, tmp_path / "run")
-    monkeypatch.delenv("VADAPTER_FAULT")
     return tmp_path / "run"
 
 
@@ -48,15 +46,14 @@ def test_training_goes_on_from_the_step_gone_back_to_and_ends_in_the_same_bits(
     assert again == [(3, 2), (4, 2), (5, 2), (6, 2)]
     train(recipe, tmp_path / "whole")
     assert runs.handed_over(stopped, ("llm",)) == runs.handed_over(tmp_path / "whole", ("llm",))
-    with pytest.raises(CheckpointError, match="llm is finished, and what follows starts from its"):
+    with pytest.raises(CheckpointError, match="llm is finished, and later stages start from its"):
         rewind(stopped, 2)
 
 
-def test_a_step_that_is_put_aside_twice_is_there_twice(recipe, stopped, monkeypatch):
+def test_a_step_that_is_put_aside_twice_is_there_twice(recipe, stopped):
     assert rewind(stopped, 2, "llm") == ("llm", 2, [4])
     assert rewind(stopped, 2, "llm") == ("llm", 2, [])
-    monkeypatch.setenv("VADAPTER_FAULT", "RAISE:llm:step:5")
-    with pytest.raises(RuntimeError, match="injected"):
+    with faults.injected("RAISE:llm:step:5"), pytest.raises(RuntimeError, match="injected"):
         train(recipe, stopped)
     assert rewind(stopped, 2) == ("llm", 2, [4])
     aside = stopped / "llm/checkpoints/quarantine"
@@ -71,6 +68,6 @@ def test_what_cannot_be_gone_back_to_is_explained_and_nothing_moves(stopped, tmp
     }.items():
         assert main(["rewind", *map(str, argv)]) == USER_ERROR
         assert says in capsys.readouterr().err
-    with run_lock(stopped), pytest.raises(ConfigError, match="in use by another run"):
+    with lock(stopped / ".lock"), pytest.raises(ConfigError, match="in use by another run"):
         rewind(stopped, 2)
     assert steps(stopped / "llm/checkpoints") == [2, 4]

@@ -17,7 +17,7 @@ from vadapter.checkpoints.digest import combined, tree_digests
 from vadapter.distributed import hosts
 from vadapter.errors import CheckpointError
 from vadapter.io import storage
-from vadapter.io.lock import waiting_lock
+from vadapter.io.lock import lock
 
 PyTree = Any
 
@@ -65,7 +65,7 @@ class ComponentStore:
         try:
             if first:
                 self._root.mkdir(parents=True, exist_ok=True)
-            with waiting_lock(self._root / ".put") if first else contextlib.nullcontext():
+            with lock(self._root / ".put", wait=True) if first else contextlib.nullcontext():
                 if self._must_write(path, digest):
                     self._write(path, params, {"component": name})
         except CheckpointError:

@@ -63,7 +63,7 @@ def restore_step(
 class Checkpointer:
     """Saves in the background, keeps the last few, restores the newest that verifies.
 
-    One writer a directory (see `lock.run_lock`): leftovers of interrupted saves are removed at
+    One writer a directory (see `io.lock`): leftovers of interrupted saves are removed at
     once. On several hosts all of them make the same calls, with the directory on a shared file
     system.
 

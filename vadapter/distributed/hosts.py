@@ -1,15 +1,16 @@
-"""Several processes as one job: how they start, and what they tell each other.
+"""Several processes as one job: start them, and exchange values between them with a deadline.
 
-A launcher sets for each process, one a host or several on one host,
+A launcher sets for each process, of which a host may run one or several,
   VADAPTER_COORDINATOR  host:port of process 0, which listens there
-  VADAPTER_PROCESSES    how many there are
-  VADAPTER_PROCESS      which one this is, from 0
-or, where JAX knows the cluster (TPU pods, GKE, SLURM, Open MPI), VADAPTER_DISTRIBUTED=auto. Without
-either nothing is started. VADAPTER_DEADLINE (300) is how many seconds a host is waited for.
+  VADAPTER_PROCESSES    the number of processes
+  VADAPTER_PROCESS      the index of this one, from 0
+or, where JAX detects the cluster (TPU pods, GKE, SLURM, Open MPI), VADAPTER_DISTRIBUTED=auto.
+Without either nothing is started. Hosts wait VADAPTER_DEADLINE (300) seconds for each other.
 
-What hosts tell each other goes as JSON through the key-value store of JAX's coordinator and not
-over the devices, where nothing has a deadline and nobody knows who is missing. JAX's client of that
-store and its search for a cluster are private: only this file knows them.
+Values are exchanged as JSON through the key-value store of JAX's coordinator, not over the devices:
+a collective has no deadline, and a host that waits in one cannot say which host is missing. The
+client of that store and the detection of clusters are private parts of JAX; only `_client` and
+`_detect` use them.
 """
 
 import contextlib
@@ -22,34 +23,35 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed
 
 from vadapter.config import differences
 from vadapter.console import truncate
-from vadapter.distributed.startup import answer, call
+from vadapter.distributed.startup import check_in, gather
 from vadapter.errors import ConfigError, HostError, UserError
 
 T = TypeVar("T")
 
 _COORDINATOR = ("VADAPTER_COORDINATOR", "VADAPTER_PROCESSES", "VADAPTER_PROCESS")
-WORK = 12  # times the deadline: how long the others wait while one host works
-_numbers = itertools.count()
+SUPPORTED_JAX = "jax>=0.9,<0.13"
+WORK = 12  # deadlines that the other hosts wait while one host works
+_numbers = itertools.count()  # of exchanges, the same on every host
+_joined: tuple[int, int] | None = None  # (index, count) of this process, as `start` joined it
 
 
 def deadline() -> float:
-    """Seconds that a host is waited for.
+    """Return VADAPTER_DEADLINE: how many seconds hosts wait for each other.
 
     Raises:
-      ConfigError: the variable holds no number above 0.
+      ConfigError: the variable is not a number of at least 1.
     """
     return seconds("VADAPTER_DEADLINE", 300.0, least=1.0)
 
 
 def seconds(variable: str, default: float, least: float = 0.0) -> float:
-    """An environment variable that holds seconds.
+    """Return the value of an environment variable in seconds.
 
     Raises:
-      ConfigError: it holds something else.
+      ConfigError: it is not a number, or below `least`.
     """
     text = os.environ.get(variable) or str(default)
     with contextlib.suppress(ValueError):
@@ -62,26 +64,27 @@ def seconds(variable: str, default: float, least: float = 0.0) -> float:
 
 
 def start() -> None:
-    """Joins the other processes of the job, if the environment speaks of any.
+    """Join the other processes of the job, if the environment describes one.
 
-    Comes before anything that touches a device.
+    Call it before anything uses a device.
 
     Raises:
-      ConfigError: variables that make no sense.
-      HostError: a host that did not come, by its number.
+      ConfigError: invalid variables.
+      HostError: a host did not connect in time; the message has its index.
     """
-    told = [name for name in _COORDINATOR if os.environ.get(name)]
+    given = [name for name in _COORDINATOR if os.environ.get(name)]
     mode = os.environ.get("VADAPTER_DISTRIBUTED", "")
     if mode not in ("", "auto"):
-        raise ConfigError(f"VADAPTER_DISTRIBUTED={mode!r}: auto, or not set")
-    if told and len(told) < len(_COORDINATOR):
-        raise ConfigError(f"{', '.join(told)} without {', '.join({*_COORDINATOR} - {*told})}")
-    # Signals are the loop's (`train.interrupts`): JAX's own notice fires at one step number only,
-    # and not at all beside a Python handler.
+        raise ConfigError(f"VADAPTER_DISTRIBUTED={mode!r}: must be auto, or not set")
+    if given and len(given) < len(_COORDINATOR):
+        missing = [name for name in _COORDINATOR if name not in given]
+        raise ConfigError(f"{', '.join(given)} is set without {', '.join(missing)}")
+    # `preemption` handles signals: JAX's own service reports a signal at one step number only, and
+    # not at all beside a Python handler.
     jax.config.update("jax_enable_preemption_service", False)
-    if told or mode:
-        faulthandler.enable()  # JAX aborts a process whose peers are gone: it says where it was
-    if told:
+    if given or mode:
+        faulthandler.enable()  # JAX aborts a process whose peers are gone: print where it was
+    if given:
         _start_explicit()
     elif mode:
         _start_detected()
@@ -97,7 +100,7 @@ def _start_explicit() -> None:
     except ValueError:
         raise ConfigError(
             f"VADAPTER_COORDINATOR={address!r} VADAPTER_PROCESSES={hosts!r} VADAPTER_PROCESS="
-            f"{host!r}: must be host:port, a number above 0, and one below that"
+            f"{host!r}: must be host:port, a number of processes, and an index below it"
         ) from None
     _join(address, n, i)
 
@@ -105,30 +108,34 @@ def _start_explicit() -> None:
 def _start_detected() -> None:
     def late() -> None:
         _end(
-            f"no cluster, or not all of its hosts, within {deadline():g} s; look at the logs of "
-            "the others"
+            f"no cluster was detected, or not all of its hosts connected, within {deadline():g} "
+            "s; see the logs of the other hosts"
         )
 
     alarm = threading.Timer(deadline(), late)
     alarm.daemon = True
     alarm.start()
     try:
-        found = _detect()
-        if found is None:
-            _initialize()  # JAX looks, and waits, itself: it names nobody
+        cluster = _detect()
+        if cluster is None:
+            _initialize()  # without us JAX cannot say which host is missing
             return
     except ValueError as error:
         raise _no_cluster(f" ({error})") from None
     finally:
         alarm.cancel()
-    *job, devices = found
+    *job, devices = cluster
     if None in job:
         raise _no_cluster()
     _join(*job, local_device_ids=devices)
 
 
 def _detect() -> Any:
-    """(address, processes, index, devices), None for what JAX does not find; None: it changed."""
+    """Return (address, processes, index, devices) as JAX detects them, None for unknown ones.
+
+    Returns None where this version of JAX has no such function: `jax.distributed.initialize` then
+    detects the cluster itself.
+    """
     try:
         from jax._src.clusters import ClusterEnv
 
@@ -147,34 +154,36 @@ def _detect() -> Any:
 
 def _no_cluster(why: str = "") -> ConfigError:
     return ConfigError(
-        f"VADAPTER_DISTRIBUTED=auto: JAX finds no cluster here{why}; set "
+        f"VADAPTER_DISTRIBUTED=auto: JAX detects no cluster here{why}; set "
         f"{', '.join(_COORDINATOR)}, or none of them for a single process"
     )
 
 
 def _join(address: str, n: int, i: int, **settings: Any) -> None:
-    """Starts JAX's service once all are there: it would end without a word of who is missing."""
+    """Start JAX's service once all hosts have checked in: it does not say which one is missing."""
+    global _joined
     name, _, port = address.rpartition(":")
     local = name in ("127.0.0.1", "localhost")
     if n > 1:
         if i == 0:
-            call("127.0.0.1" if local else "", int(port), n, deadline())
+            gather("127.0.0.1" if local else "", int(port), n, deadline())
         else:
-            answer(name, int(port), n, i, deadline())
+            check_in(name, int(port), n, i, deadline())
     _initialize(
         coordinator_address=address,
         num_processes=n,
         process_id=i,
-        coordinator_bind_address=address if local else None,  # nobody else needs to reach it
+        coordinator_bind_address=address if local else None,  # no other machine needs to reach it
         cluster_detection_method="deactivate",
         **settings,
     )
+    _joined = (i, n)
 
 
 def _initialize(**settings: Any) -> None:
     limit = int(deadline())
     jax.distributed.initialize(
-        initialization_timeout=limit + 30,  # others speak up before it does
+        initialization_timeout=limit + 30,  # our own message comes first
         heartbeat_timeout_seconds=max(10, min(100, limit // 3)),
         shutdown_timeout_seconds=limit,
         **settings,
@@ -186,41 +195,78 @@ def _end(text: str) -> None:
     os._exit(HostError.exit_code)
 
 
-# -- who is there ------------------------------------------------------------------------------
+# -- identity ----------------------------------------------------------------------------------
 
 
 def count() -> int:
-    """How many processes the job has; 1 unless JAX's distributed service was started."""
-    return distributed.global_state.num_processes if jax.distributed.is_initialized() else 1
+    """Return the number of processes of the job; 1 unless JAX's distributed service is running."""
+    return _identity()[1]
 
 
 def index() -> int:
-    """Which of them this is."""
-    return distributed.global_state.process_id if jax.distributed.is_initialized() else 0
+    """Return the index of this process."""
+    return _identity()[0]
 
 
 def first() -> bool:
-    """Whether this is process 0, which writes all that is text."""
+    """Return whether this is process 0, the only one that writes text."""
     return index() == 0
 
 
+def _identity() -> tuple[int, int]:
+    """Return (index, count) without a device, unless the program connected the hosts itself."""
+    if not jax.distributed.is_initialized():
+        return 0, 1
+    return _joined or (jax.process_index(), jax.process_count())
+
+
+def require_connected() -> None:
+    """Refuse devices of several hosts that cannot exchange values.
+
+    Raises:
+      ConfigError: JAX sees more processes than this module does.
+    """
+    if jax.process_count() != count():
+        raise ConfigError(
+            f"JAX sees {jax.process_count()} hosts, but they are not connected: set "
+            "VADAPTER_DISTRIBUTED=auto on all of them"
+        )
+
+
 def _client() -> Any:
-    return distributed.global_state.client
+    """Return JAX's client of the coordinator's key-value store.
+
+    Raises:
+      ConfigError: this version of JAX does not have it where the supported versions do.
+    """
+    try:
+        from jax._src.distributed import global_state
+
+        client: Any = global_state.client
+        _ = client.key_value_set, client.key_value_dir_get, client.wait_at_barrier
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"JAX {jax.__version__} has no key-value store that vadapter can use on several hosts "
+            f"({error}); pip install '{SUPPORTED_JAX}'"
+        ) from None
+    return client
 
 
-# -- what they tell each other -----------------------------------------------------------------
+# -- exchange ----------------------------------------------------------------------------------
 
 
 def exchange(value: Any, what: str, *, patience: float = 1) -> list[Any]:
-    """A JSON value of every host, in order; all hosts make the same calls in the same order.
+    """Return a JSON value of every host, in order.
+
+    All hosts must make the same calls in the same order.
 
     Args:
       value: of this host.
-      what: what is being done, for messages; the same everywhere.
-      patience: times the deadline.
+      what: names the exchange in messages; the same on every host.
+      patience: how many deadlines to wait.
 
     Raises:
-      HostError: a host that did not come in time, or that was doing something else.
+      HostError: a host did not come in time, or called with another `what`.
     """
     if count() == 1:
         return [value]
@@ -232,48 +278,49 @@ def exchange(value: Any, what: str, *, patience: float = 1) -> list[Any]:
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
-        missing = [i for i in range(count()) if i not in _values(folder)]
+        present = _values(folder)
+        missing = [i for i in range(count()) if i not in present]
         raise HostError(
-            f"{hosts_of(missing)} of {count()} did not come within {wait:g} s: {what}. Look at the "
-            "log there; VADAPTER_DEADLINE says how long hosts wait for each other"
+            f"{host_names(missing)} of {count()} did not come within {wait:g} s: {what}. See the "
+            "log there; VADAPTER_DEADLINE sets how long hosts wait for each other"
         ) from None
-    told = _values(folder)
-    if first() and number:  # nobody reads what was told before
+    values = _values(folder)
+    if first() and number:  # every host has read the values of the exchange before
         client.key_value_delete(f"vadapter/{number - 1}/")
-    doing = {i: told[i][0] for i in range(count())}
-    if len(set(doing.values())) > 1:
-        lines = "".join(f"\n  host {i}: {text}" for i, text in doing.items())
-        raise HostError(f"the hosts do different things, which is a mistake in vadapter:{lines}")
-    return [told[i][1] for i in range(count())]
+    tasks = {i: values[i][0] for i in range(count())}
+    if len(set(tasks.values())) > 1:
+        lines = "".join(f"\n  host {i}: {text}" for i, text in tasks.items())
+        raise HostError(f"the hosts do different things, which is a bug in vadapter:{lines}")
+    return [values[i][1] for i in range(count())]
 
 
 def _values(folder: str) -> dict[int, Any]:
-    found = _client().key_value_dir_get(f"{folder}/")
-    return {int(key.rpartition("/")[2]): json.loads(text) for key, text in found}
+    pairs = _client().key_value_dir_get(f"{folder}/")
+    return {int(key.rpartition("/")[2]): json.loads(text) for key, text in pairs}
 
 
-def hosts_of(numbers: list[int]) -> str:
-    """`host 2`, or `hosts 2, 3`."""
+def host_names(numbers: list[int]) -> str:
+    """Return `host 2`, or `hosts 2, 3`."""
     return f"host{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
-def of_first(value: T, what: str) -> T:
-    """The first host's JSON value, on every host."""
-    return exchange(value if first() else None, what)[0]
+def of_first(value: T, what: str, *, patience: float = 1) -> T:
+    """Return the JSON value of the first host, on every host; see `exchange`."""
+    return exchange(value if first() else None, what, patience=patience)[0]
 
 
 def in_turn(make: Callable[[], T], what: str) -> T:
-    """What the first host makes, for which the others wait: they then find its files.
+    """Call `make` on the first host, then on the others, which read the files it has written.
 
     Raises:
-      UserError: of `make`; where it failed on the first host, on all.
+      UserError: from `make`; if it fails on the first host, on all of them.
     """
     if count() == 1:
         return make()
-    made, error = None, None
+    result, error = None, None
     if first():
         try:
-            made = make()
+            result = make()
         except UserError as failed:
             error = failed
     failure = exchange(str(error or ""), what, patience=WORK)[0]
@@ -281,23 +328,24 @@ def in_turn(make: Callable[[], T], what: str) -> T:
         raise error
     if failure:
         raise ConfigError(f"host 0: {failure}")
-    return made if first() else make()  # type: ignore[return-value]
+    return result if first() else make()  # type: ignore[return-value]
 
 
 def require_same(facts: Mapping[str, Any], what: str) -> None:
-    """Refuses hosts that would run different programs, which no collective would notice.
+    """Refuse hosts that would run different programs, which no collective would notice.
 
     Args:
       facts: nested dicts of JSON values.
+      what: names the facts in messages.
 
     Raises:
-      ConfigError: on all hosts; it names the keys that differ, and their values.
+      ConfigError: on all hosts; the message has the keys that differ, and their values.
     """
-    told = exchange(dict(facts), what)
+    values = exchange(dict(facts), what)
     rows = [
         f"host {i}: {key} = {here}, host 0: {there}"
-        for i, other in enumerate(told)
-        for key, there, here in differences(told[0], other)
+        for i, other in enumerate(values)
+        for key, there, here in differences(values[0], other)
     ]
     if rows:
         raise ConfigError(
@@ -307,35 +355,35 @@ def require_same(facts: Mapping[str, Any], what: str) -> None:
         )
 
 
-# -- what a host leaves behind -----------------------------------------------------------------
+# -- end ---------------------------------------------------------------------------------------
 
 
 def report_end(record: Mapping[str, Any]) -> None:
-    """Tells the others that, and how, this process ends."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was first: that stays
+    """Report to the other hosts that this process ends, and why."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host has reported before
         _client().key_value_set("cause/0", json.dumps([index(), dict(record)]))
     _client().key_value_set(f"ended/{index()}", "true", allow_overwrite=True)
 
 
 def first_to_end() -> tuple[int, dict[str, Any]] | None:
-    """The host whose report came first, and its record; None while all go on.
+    """Return the host that reported its end first, and its record; None if none has.
 
-    The coordinator keeps the order: the clocks of machines differ.
+    The coordinator decides which was first: clocks of machines differ.
 
     Raises:
       JaxRuntimeError: the coordinator is gone.
     """
-    found = _values("cause")
-    return tuple(found[0]) if found else None
+    reports = _values("cause")
+    return tuple(reports[0]) if reports else None
 
 
 def all_end() -> bool:
-    """Whether every host has reported its end."""
+    """Return whether every host has reported its end."""
     return len(_values("ended")) == count()
 
 
 @contextlib.contextmanager
 def if_connected() -> Iterator[None]:
-    """What the coordinator cannot be told any more is left untold."""
+    """Ignore that the coordinator cannot be reached any more."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         yield

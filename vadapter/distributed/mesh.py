@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -110,6 +110,26 @@ def to_mesh(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.
     return {
         k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()
     }
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """Return a whole global array, on every host; all of them must call it."""
+    if not x.is_fully_addressable:
+        mesh = cast(NamedSharding, x.sharding).mesh
+        x = jax.jit(_identity, out_shardings=replicated(cast(Mesh, mesh)))(x).addressable_data(0)
+    return np.asarray(x)
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """Return the rows on the devices of this host, of an array sharded as by `to_mesh`."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def shardings_of(tree: Any) -> Any:

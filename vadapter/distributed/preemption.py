@@ -1,10 +1,9 @@
-"""How a run is stopped from outside, and the hook by which tests do it at a chosen point."""
+"""Stop a run by SIGTERM or Ctrl-C, on all hosts at the same step, with its state saved."""
 
 import contextlib
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -18,109 +17,92 @@ T = TypeVar("T")
 
 
 class Stop:
-    """Set by a signal; whatever works for long looks at it where it can stop without loss.
+    """A request to stop, set by a signal and checked wherever stopping loses nothing.
 
-    On several hosts a signal to one of them stops all, at the same point: while training each host
-    signs its rows of a batch, and what the step makes of that, all of them read one step later;
-    elsewhere they ask each other.
+    On several hosts a signal to one of them stops all at the same point. While training, each host
+    marks its rows of a batch with the signal it has received, the step returns the maximum over all
+    rows, and every host reads it one step later. Elsewhere the hosts exchange their signals.
 
     Attributes:
-      signal: the number of the signal that this process got; 0: none.
+      signal: number of the signal that this process has received; 0: none.
     """
 
     signal = 0
-    _agreed = 0  # of any host, as all of them know
-    _flag: Any = None  # of the step under way
+    _agreed = 0  # signal of any host, once all hosts have seen it
+    _mark: Any = None  # result of the step that is running
     _handler: Any = None  # of SIGTERM
 
     @property
-    def asked(self) -> int:
-        """The number of the signal that stops the run here; 0: go on."""
+    def requested(self) -> int:
+        """The number of the signal that stops the run here; 0: continue."""
         return self.signal if hosts.count() == 1 else self._agreed
 
     def require_handlers(self) -> None:
-        """Refuses to train where a signal would not come here.
+        """Refuse to train if this object would not receive the signals.
 
         Raises:
-          ConfigError: something else has taken SIGTERM since `signals`.
+          ConfigError: something else has installed a handler of SIGTERM since `signals`.
         """
-        taken = signal.getsignal(signal.SIGTERM)
-        if self._handler is not None and taken is not self._handler:
+        handler = signal.getsignal(signal.SIGTERM)
+        if self._handler is not None and handler is not self._handler:
             raise ConfigError(
-                f"SIGTERM goes to {taken!r}, so a run that is asked to stop would not be saved: "
-                "take that handler away, or install it before the run"
+                f"SIGTERM is handled by {handler!r}, so a run that is asked to stop would not be "
+                "saved: remove that handler, or install it before the run"
             )
 
     def check(self, doing: str) -> None:
-        """Raises Preempted if a signal has come; for where there is nothing to save."""
-        if not self.asked and hosts.count() > 1:
+        """Raise Preempted if a signal was received; for places with nothing to save.
+
+        On several hosts all of them must call it.
+        """
+        if not self.requested and hosts.count() > 1:
             self._agreed = max(hosts.exchange(self.signal, doing))
-        if self.asked:
-            name = signal.Signals(self.asked).name
-            raise Preempted(f"{doing}: stopped by {name}; run the same command again to go on")
+        if self.requested:
+            name = signal.Signals(self.requested).name
+            raise Preempted(f"{doing}: stopped by {name}; run the same command again to resume")
 
     def watch(self, items: Iterable[T], *point: str) -> Iterator[T]:
-        """The items, until a signal comes; `point` says in words what is being done."""
+        """Yield the items under the watchdog, until a signal; `point` names the work in words."""
         for i, item in enumerate(watchdog.watch(items)):
-            fault(*point, i)
             self.check(", ".join(point))
             if not i:  # it compiles
                 watchdog.beat(slow=True)
             yield item
 
-    def sign(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch, with `stop` i32[B] on several hosts: the signal that this one got."""
+    def mark(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the batch, on several hosts with `stop` i32[B]: the signal of this host."""
         if hosts.count() == 1:
             return dict(batch)
         return {**batch, "stop": np.full(len(batch["id"]), self.signal, np.int32)}
 
-    def hear(self, flag: jax.Array | None) -> None:
-        """Takes the largest `stop` of a step under way; reads that of the step before."""
-        before, self._flag = self._flag, flag
+    def read_mark(self, mark: jax.Array | None) -> None:
+        """Keep the maximum of `stop` from the running step, and read that of the step before."""
+        before, self._mark = self._mark, mark
         if before is not None and not self._agreed:
             self._agreed = int(before)
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[Stop]:
-    """SIGTERM and the first Ctrl-C ask for a stop; the second Ctrl-C ends at once.
+    """Let SIGTERM and the first Ctrl-C request a stop; the second Ctrl-C exits at once.
 
-    A process that does not come to a point where it can stop, ends after VADAPTER_DEADLINE seconds.
+    A process that reaches no point where it can stop exits after VADAPTER_DEADLINE seconds.
     """
     stop, limit = Stop(), hosts.deadline()
 
-    def ask(number: int, _: Any) -> None:
+    def request(number: int, _: Any) -> None:
         if stop.signal and number == signal.SIGINT:
             os._exit(130)
         if not stop.signal:
             print("\nstopping after this step, saving (Ctrl-C again: at once)", file=sys.stderr)
-            watchdog.hurry(limit)
+            watchdog.exit_within(limit)
         stop.signal = number
 
-    stop._handler = ask
-    old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    stop._handler = request
+    old = {s: signal.signal(s, request) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        watchdog.off()
+        watchdog.disarm()
         for s, handler in old.items():
             signal.signal(s, handler)
-
-
-def fault(*point: str | int) -> None:
-    """Test hook: with `VADAPTER_FAULT=KILL:decoder:step:7` the process kills itself there.
-
-    TERM and INT, in place of KILL, are the signals of a scheduler and of Ctrl-C; RAISE is an error
-    that nobody foresaw, HANG one that nobody sees. The points:
-    STAGE:begin, STAGE:step:N (not yet saved), STAGE:saving:N (save in flight), STAGE:evaluate:I and
-    STAGE:features:I (batch I of these), STAGE:finish, STAGE:stored (components, but not done.json).
-    """
-    name, _, at = os.environ.get("VADAPTER_FAULT", "").partition(":")
-    if not name or at != ":".join(map(str, point)):
-        return
-    if name == "RAISE":
-        raise RuntimeError(f"injected at {at}")
-    if name == "HANG":
-        while True:
-            time.sleep(3600)
-    os.kill(os.getpid(), signal.Signals[f"SIG{name}"])

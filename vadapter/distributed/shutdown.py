@@ -1,9 +1,10 @@
-"""How a job of several processes ends: all of them, with one exit code, and soon.
+"""End a job of several processes: all of them soon, and with the same exit code.
 
-JAX's own way out waits for hosts that will never come, and then every process dies of a signal,
-whatever was wrong. So a process that ends early tells the others why and goes at once; they look
-for such news once a second, and follow with the same code. Process 0 goes last: it holds the news.
-Where nobody can say what to mend (code 1), each prints where all of its threads are.
+JAX's own shutdown waits for hosts that will never come, and then every process dies of a signal,
+whatever the reason was. So a process that fails reports the reason to the coordinator and exits at
+once; the others look for such a report every second and exit with the same code. Process 0 exits
+last, because the coordinator runs in it. If the reason is unknown (code 1), each process prints the
+stacks of all its threads.
 """
 
 import faulthandler
@@ -17,34 +18,34 @@ import jax
 from vadapter.distributed import hosts, watchdog
 from vadapter.errors import HostError
 
-_EVERY = 1.0  # seconds between two looks at the news
-_GRACE = 3.0  # seconds to find by oneself what another host has found
-_LINGER = 10.0  # seconds that process 0 waits for the others to follow
+_EVERY = 1.0  # seconds between two looks for a report
+_GRACE = 3.0  # seconds for this process to raise by itself what another host has reported
+_LINGER = 10.0  # seconds that process 0 waits for the others to exit
 
-_leaving = threading.Lock()  # taken once, by whoever ends this process
+_exiting = threading.Lock()  # acquired once, by the thread that ends this process
 _over = threading.Event()
 
 
 def follow() -> None:
-    """From now on this process ends when another one does, even while it waits for a device."""
+    """Start a thread that ends this process when another host fails, even during a step."""
     if hosts.count() > 1:
         _over.clear()
-        threading.Thread(target=_follow, name="news of other hosts", daemon=True).start()
+        threading.Thread(target=_follow, name="reports of other hosts", daemon=True).start()
 
 
 def _follow() -> None:
     try:
         while not _over.wait(_EVERY):
-            if of_another := _news():
+            if report := _report():
                 if not _over.wait(_GRACE):
-                    _go(*of_another)
+                    _exit(*report)
                 return
     except jax.errors.JaxRuntimeError:
         return  # the coordinator is gone: JAX ends this process
 
 
-def _news() -> tuple[int, str] | None:
-    """Exit code and reason of the host that was the first to end; None while all go on."""
+def _report() -> tuple[int, str] | None:
+    """Return exit code and reason of the host that failed first; None if none has."""
     if not (first := hosts.first_to_end()):
         return None
     i, record = first
@@ -52,52 +53,58 @@ def _news() -> tuple[int, str] | None:
 
 
 def end_job(code: int, reason: str = "") -> int:
-    """Ends a job of several processes; in a single one, and in success, it returns the code.
+    """End a job of several processes.
 
     Args:
-      code: the exit code, see `vadapter.errors`.
-      reason: for the other hosts.
+      code: the exit code of this process, see `vadapter.errors`.
+      reason: why it is not 0, for the other hosts.
+
+    Returns:
+      The code, if it is 0 or the process is the only one; otherwise the process exits.
     """
-    watchdog.off()
+    watchdog.disarm()
     if hosts.count() == 1:
         return code
     if code:
-        _go(code, reason, quiet=True)
+        _exit(code, reason, quiet=True)
     try:
         hosts.exchange("", "the end", patience=hosts.WORK)
     except (HostError, jax.errors.JaxRuntimeError) as error:
-        _go(HostError.exit_code, str(error))
+        _exit(HostError.exit_code, str(error))
     _over.set()
-    watchdog.hurry(hosts.deadline() + _LINGER)
+    watchdog.exit_within(hosts.deadline() + _LINGER)
     jax.distributed.shutdown()
-    watchdog.off()
+    watchdog.disarm()
     return code
 
 
 def cause(error: BaseException) -> tuple[int, str] | None:
-    """Exit code and reason of the host that broke a collective; None if it was not another host."""
+    """Return exit code and reason of the host that broke a collective; None if no host has failed.
+
+    When a host is gone, the collectives of the others fail with errors that do not say why.
+    """
     if hosts.count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
         return None
     end = time.monotonic() + _GRACE
     with hosts.if_connected():
         while time.monotonic() < end:
-            if of_another := _news():
-                return of_another
+            if report := _report():
+                return report
             time.sleep(_EVERY / 10)
     return None
 
 
-def _go(code: int, reason: str, *, quiet: bool = False) -> None:
-    if not _leaving.acquire(blocking=False):
+def _exit(code: int, reason: str, *, quiet: bool = False) -> None:
+    if not _exiting.acquire(blocking=False):
         time.sleep(_LINGER + hosts.deadline())  # another thread is ending this process
     if code == HostError.exit_code:
         sys.stderr.flush()
-        faulthandler.dump_traceback(file=2)  # whatever sys.stderr is by then
+        faulthandler.dump_traceback(file=2)  # sys.stderr may have been replaced
     if not quiet:
         print(f"vadapter: {reason}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    watchdog.hurry(_LINGER + _GRACE)
+    watchdog.exit_within(_LINGER + _GRACE)
     with hosts.if_connected():
         hosts.report_end({"code": code, "reason": reason})
         end = time.monotonic() + _LINGER

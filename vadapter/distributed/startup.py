@@ -1,8 +1,8 @@
-"""Who is there, before JAX starts: it ends a job that lacks a host without saying which one.
+"""Check that every host is there before JAX starts, which would not say which one is missing.
 
-Process 0 listens where JAX's coordinator will, takes every other process's number, and answers all
-of them once the last has come or the time is up: a line of JSON each way, {"host", "of"} and
-{"error"}, which is empty if JAX can start.
+Process 0 listens at the address of JAX's coordinator, receives the index of every other process,
+and replies to all of them once the last has connected or the time is over. Each message is a line
+of JSON: {"host", "of"} to process 0, {"error"} back, empty if JAX can start.
 """
 
 import contextlib
@@ -13,22 +13,23 @@ from typing import Any
 
 from vadapter.errors import ConfigError, HostError
 
-_PAUSE = 0.1  # seconds between two tries to reach process 0
-_PATIENCE = 10.0  # seconds for a line from somebody who is connected
+_PAUSE = 0.1  # seconds between two attempts to reach process 0
+_PATIENCE = 10.0  # seconds for a line from a peer that is connected
 
 
-def call(name: str, port: int, n: int, limit: float) -> None:
-    """Waits, as process 0, until processes 1 to n - 1 have come.
+def gather(name: str, port: int, n: int, limit: float) -> None:
+    """Wait, as process 0, until processes 1 to n - 1 have connected.
 
     Args:
-      name, port: where to listen; "": at every address.
-      limit: seconds.
+      name, port: the address to listen at; name "": every address.
+      n: number of processes.
+      limit: seconds to wait.
 
     Raises:
-      ConfigError: nothing can listen there, or the others were started differently.
-      HostError: hosts that did not come, by their numbers.
+      ConfigError: the port is taken, or the processes were started with different numbers.
+      HostError: processes that did not connect; the message has their indices.
     """
-    end, here = time.monotonic() + limit, {}
+    end, peers = time.monotonic() + limit, {}
     with contextlib.ExitStack() as stack:
         both = not name and socket.has_dualstack_ipv6()  # as JAX does
         family = socket.AF_INET6 if both else socket.AF_INET
@@ -38,49 +39,54 @@ def call(name: str, port: int, n: int, limit: float) -> None:
             )
         except OSError as error:
             raise ConfigError(
-                f"process 0 cannot listen at port {port} ({error.strerror}); choose another one, "
-                "in VADAPTER_COORDINATOR, which names the host that process 0 runs on, or, with "
-                "VADAPTER_DISTRIBUTED=auto, in JAX_COORDINATOR_PORT"
+                f"process 0 cannot listen on port {port} ({error.strerror}); choose another one in "
+                "VADAPTER_COORDINATOR, which has the address of process 0's host, or in "
+                "JAX_COORDINATOR_PORT with VADAPTER_DISTRIBUTED=auto"
             ) from None
         stack.enter_context(server)
-        told = ""
-        while len(here) < n - 1 and not told and (left := end - time.monotonic()) > 0:
+        mismatch = ""
+        while len(peers) < n - 1 and not mismatch and (left := end - time.monotonic()) > 0:
             server.settimeout(left)
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 peer = stack.enter_context(server.accept()[0])
                 peer.settimeout(min(_PATIENCE, limit))
-                told = _enter(here, peer, json.loads(_line(peer)), n)
-        missing = [i for i in range(1, n) if i not in here]
+                mismatch = _register(peers, peer, json.loads(_line(peer)), n)
+        missing = [i for i in range(1, n) if i not in peers]
         late = f"host{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {n} did not come "
         late += f"within {limit:g} s"
-        error = told or (late if missing else "")
-        for peer in here.values():
+        error = mismatch or (late if missing else "")
+        for peer in peers.values():
             with contextlib.suppress(OSError):
                 peer.sendall(json.dumps({"error": error}).encode() + b"\n")
                 peer.settimeout(_PATIENCE)
                 peer.recv(1)  # it closes first, which leaves the port free for JAX
     if error:
-        raise (ConfigError if told else HostError)(error)
+        raise (ConfigError if mismatch else HostError)(error)
 
 
-def _enter(here: dict[int, socket.socket], peer: socket.socket, said: Any, n: int) -> str:
-    """Takes down who has come; returns what is wrong with it."""
-    if said["of"] != n:
-        here.setdefault(-1, peer)
-        return f"host {said['host']} was told of {said['of']} processes, host 0 of {n}"
-    if said["host"] in here or said["host"] == 0:
-        here.setdefault(-1, peer)
-        return f"two processes were told that they are number {said['host']}"
-    here[said["host"]] = peer
-    return ""
+def _register(peers: dict[int, socket.socket], peer: socket.socket, message: Any, n: int) -> str:
+    """Add a peer under its index, or under -1 with an error, which is returned."""
+    host, of = message["host"], message["of"]
+    if of == n and host not in peers and host != 0:
+        peers[host] = peer
+        return ""
+    peers.setdefault(-1, peer)
+    if of != n:
+        return f"host {host} was started with {of} processes, host 0 with {n}"
+    return f"two processes were started with index {host}"
 
 
-def answer(name: str, port: int, n: int, i: int, limit: float) -> None:
-    """Tells process 0, as process i of n, that this one is there, and waits for the others.
+def check_in(name: str, port: int, n: int, i: int, limit: float) -> None:
+    """Report to process 0, as process i of n, and wait until all others have done so.
+
+    Args:
+      name, port: the address of process 0.
+      n, i: number of processes, index of this one.
+      limit: seconds to wait.
 
     Raises:
-      ConfigError: the processes were started differently.
-      HostError: process 0, or another one, did not come.
+      ConfigError: the processes were started with different numbers.
+      HostError: process 0, or another one, did not connect.
     """
     end = time.monotonic() + limit
     while (left := end - time.monotonic()) > 0:
@@ -90,17 +96,18 @@ def answer(name: str, port: int, n: int, i: int, limit: float) -> None:
                 # Process 0 may have begun to wait later than this one.
                 peer.settimeout(limit + _PATIENCE)
                 error = json.loads(_line(peer))["error"]
-        except (OSError, ValueError):  # not there yet, or something else listens there
+        except (OSError, ValueError):  # not listening yet, or something else listens there
             time.sleep(_PAUSE)
             continue
         if error:
             raise (HostError if "did not come" in error else ConfigError)(error)
         return
-    raise HostError(f"host 0 of {n} did not come within {limit:g} s: nobody at {name}:{port}")
+    address = f"{name}:{port}"
+    raise HostError(f"host 0 of {n} did not come within {limit:g} s: nothing listens at {address}")
 
 
 def _line(peer: socket.socket) -> bytes:
-    """Up to the end of the line, at most 1,000 bytes."""
+    """Receive up to the end of a line, at most 1,000 bytes."""
     text = b""
     while not text.endswith(b"\n"):
         part = peer.recv(1000 - len(text))

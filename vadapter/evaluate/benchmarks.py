@@ -100,7 +100,8 @@ def run(loaded: Stage, protocol: Protocol, data: Path, *, limit: int = 0, batch:
     })  # fmt: skip
     partial = PartialResults(directory / FILE, key)
     complete = hosts.first() and _is_complete(directory, record)
-    if hosts.of_first(complete, f"looking for results of {name}"):
+    what = f"looking for results of {name}"
+    if hosts.of_first(complete, what, patience=hosts.WORK):  # the first may be writing others
         _log(f"{name}: already complete; to run it again, delete {directory}")
         partial.remove()
         return directory

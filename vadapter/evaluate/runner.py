@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from vadapter.console import Progress
 from vadapter.data.config import DataConfig
@@ -22,7 +20,7 @@ from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.transforms import prompt_sample
 from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
-from vadapter.distributed.mesh import filled, to_mesh, with_mesh
+from vadapter.distributed.mesh import filled, to_host, to_mesh, with_mesh
 from vadapter.evaluate.partial_results import PartialResults
 from vadapter.io import storage
 from vadapter.io.json_files import write_json
@@ -82,18 +80,11 @@ class Decoder:
     def _detokenize(self, arrays: Batch, out: Any) -> list[Generation]:
         columns = (arrays["id"], arrays["bad"], out["tokens"], out["ended"])
         generations = []
-        for index, bad, tokens, ended in zip(*map(_fetch, columns), strict=True):
+        for index, bad, tokens, ended in zip(*map(to_host, columns), strict=True):
             if index >= 0:  # not padding of the last batch
                 text = None if bad else self.tokenizer.decode([int(t) for t in tokens]).strip()
                 generations.append(Generation(int(index), text, bool(ended)))
         return generations
-
-
-def _fetch(x: jax.Array) -> np.ndarray:
-    """Return the global array on every host."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def predict(
@@ -131,11 +122,12 @@ def predict(
       RuntimeError: some items have no generation, or several.
     """
     require_usable(items, 1)
+    hosts.require_connected()
     batch = filled(min(batch, len(items)), decoder.mesh)
     generations = partial.read(batch) if partial is not None else []
     start = min(len(generations), len(items))
     if partial is not None:  # only the first host reads the file: the others skip as many items
-        start = hosts.of_first(start, f"evaluation {title}")
+        start = hosts.of_first(start, f"evaluation {title}", patience=hosts.WORK)
     generations = generations[:start]
     title = title if hosts.first() else ""
     with Progress(title, len(items), start, file=sys.stderr) as progress:

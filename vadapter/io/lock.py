@@ -1,6 +1,7 @@
-"""One writer a directory: a lock that the kernel releases however its process ends.
+"""Lock files: one process at a time writes a directory.
 
-In a bucket, where no kernel helps, see `lease`.
+On a disk the kernel holds the lock (`flock`) and releases it however the process ends. For buckets,
+where nothing does that, see `gcs_lock`.
 """
 
 import contextlib
@@ -11,7 +12,9 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from vadapter.errors import ConfigError
 from vadapter.io import buckets, storage
@@ -19,83 +22,53 @@ from vadapter.io import buckets, storage
 log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def run_lock(directory: Path) -> Iterator[None]:
-    """Holds `directory` for this process, or refuses; creates it where it is missing.
+def lock(path: Path, *, wait: bool = False) -> AbstractContextManager[None]:
+    """Hold the lock file `path` within the context; create its directory if it is missing.
 
-    Two runs in one directory would both report successful saves and lose them. In a run of several
-    hosts the first one takes the lock. `flock` locks belong to the open file, so a second lock in
-    the same process is refused too, and no stale lock outlives a `kill -9`. The file `.lock` stays
-    behind: it says who held the lock, whether it is held only the kernel knows.
+    Two runs in one directory would both report successful saves and lose them. On several hosts the
+    first one takes the lock for all. A second lock in the same process is refused too. On a disk
+    the file stays afterwards and names the last holder.
+
+    Args:
+      path: of the lock file, such as `RUN/.lock`.
+      wait: wait for another holder, however long: for short writes of shared files. Otherwise
+        refuse, and check that the directory can be written.
 
     Raises:
-      ConfigError: another run holds the lock, or the directory cannot be written.
+      ConfigError: another process holds the lock, or the directory cannot be written.
     """
-    directory = storage.as_path(directory)
-    path = directory / ".lock"
-    if storage.remote(directory):
-        from vadapter.io.gcs_lock import lease
+    path = storage.as_path(path)
+    if not storage.remote(path):
+        return _hold_file(path, wait)
+    from vadapter.io.gcs_lock import hold_object
 
-        with lease(path):
-            yield
-        return
-    with _refuse_unwritable(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    with os.fdopen(descriptor, "r+") as file:
-        try:
-            _flock(file.fileno(), wait=False)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{directory} is in use by another run: {_holder(path)}. "
-                "Stop that run, or choose another directory."
-            ) from None
-        probe(directory)
-        with _refuse_unwritable(directory):
-            file.truncate()
-            me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}
-            file.write(json.dumps(me) + "\n")
-            file.flush()
-        yield
+    return hold_object(path, wait)
 
 
-@contextlib.contextmanager
-def waiting_lock(path: Path) -> Iterator[None]:
-    """Holds the lock file `path`, after waiting for whoever holds it: for short, shared writes."""
+def probe(directory: Path) -> None:
+    """Write a page through to the disk, so that missing permissions or space show up early.
+
+    Raises:
+      ConfigError: the directory cannot be written.
+    """
+    path = directory / f".probe-{socket.gethostname()}-{os.getpid()}"
     if storage.remote(path):
-        from vadapter.io.gcs_lock import lease
-
-        with lease(path, wait=True):
-            yield
+        with buckets.bucket_errors():
+            path.write_bytes(bytes(4096))
+            path.unlink()
         return
-    with open(path, "a") as file:
-        _flock(file.fileno(), wait=True)
-        yield
-
-
-def _flock(descriptor: int, *, wait: bool) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise
-    except OSError as e:  # some network file systems have no locks
-        log.warning("no file locks here (%s): make sure that only one run writes", e.strerror)
-
-
-def _holder(path: Path) -> str:
-    try:
-        who = json.loads(path.read_text())
-        return f"process {who['pid']} on {who['host']}, started {who['started']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"see {path}"  # it has the lock but has not yet written its name
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    with _write_errors(directory):
+        try:
+            with open(path, "wb") as file:
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _refuse_unwritable(directory: Path) -> Iterator[None]:
+def _write_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
@@ -105,23 +78,52 @@ def _refuse_unwritable(directory: Path) -> Iterator[None]:
         ) from e
 
 
-def probe(directory: Path) -> None:
-    """Writes a page through to the disk: permissions and space are known before compiling.
+def in_use(path: Path, holder: str) -> ConfigError:
+    """Return the error for a lock file that another process holds."""
+    return ConfigError(
+        f"{path.parent} is in use by another run: {holder}. "
+        "Stop that run, or choose another directory."
+    )
 
-    Raises:
-      ConfigError: it cannot.
-    """
-    path = directory / f".probe-{socket.gethostname()}-{os.getpid()}"
-    if storage.remote(path):
-        with buckets.bucket_errors():
-            path.write_bytes(bytes(4096))
-            path.unlink()
-        return
-    with _refuse_unwritable(directory):
+
+def this_process() -> dict[str, Any]:
+    """Return what a lock file records of its holder."""
+    started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
+
+
+def holder_name(holder: dict[str, Any]) -> str:
+    """Return what messages call the holder of a lock."""
+    values = [holder.get(key, "?") for key in ("pid", "host", "started")]
+    return "process {} on {}, started {}".format(*values)
+
+
+def parse_holder(text: bytes) -> dict[str, Any]:
+    """Return the record in a lock file; {} if it is empty or unreadable."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@contextlib.contextmanager
+def _hold_file(path: Path, wait: bool) -> Iterator[None]:
+    with _write_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+    with file:
         try:
-            with open(path, "wb") as file:
-                file.write(bytes(4096))
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            holder = parse_holder(path.read_bytes())  # empty until the holder has written its name
+            raise in_use(path, holder_name(holder) if holder else f"see {path}") from None
+        except OSError as e:  # some network file systems have no locks
+            log.warning("no file locks here (%s): make sure that only one run writes", e.strerror)
+        if not wait:
+            probe(path.parent)
+            with _write_errors(path.parent):
+                file.truncate()
+                file.write(json.dumps(this_process()) + "\n")
                 file.flush()
-                os.fsync(file.fileno())
-        finally:
-            path.unlink(missing_ok=True)
+        yield

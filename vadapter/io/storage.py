@@ -2,7 +2,7 @@
 
 `as_path` gives a `pathlib.Path` of a local path and an `etils.epath.Path` of a bucket's, which has
 the same methods over gcsfs. Object stores have no append, no rename of a folder and no locks; what
-needs these calls the functions here (the lock is in `vadapter.io.gcs_lock`). TensorStore and Orbax
+needs these calls the functions here (locks are in `vadapter.io.lock`). TensorStore and Orbax
 read and write arrays in buckets by themselves.
 
 An object is written as a whole or not at all. A folder exists while an object is below it.

@@ -17,7 +17,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from vadapter import console
 from vadapter.config import digest as digest_of
@@ -31,11 +30,11 @@ from vadapter.data.media.images import BadMedia, ImageTransform
 from vadapter.data.pipeline import eval_batches
 from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
-from vadapter.distributed.mesh import batch_sharding, to_mesh, with_mesh
+from vadapter.distributed.mesh import batch_sharding, local_rows, to_mesh, with_mesh
 from vadapter.errors import ConfigError, DataError
 from vadapter.io import storage
 from vadapter.io.json_files import write_json
-from vadapter.io.lock import waiting_lock
+from vadapter.io.lock import lock
 
 T = TypeVar("T")
 Watch = Callable[[Iterator[Any]], Iterator[Any]]
@@ -148,7 +147,7 @@ def _missing(cache: Cache) -> list[int]:
 def _alone(cache: Cache) -> Iterator[None]:
     """An evaluation, or another run, may want the same tokens meanwhile."""
     cache.folder.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(cache.folder / ".lock"):
+    with lock(cache.folder / ".lock", wait=True):
         yield
 
 
@@ -259,15 +258,14 @@ def _encode(
 
 
 def _run(step: Any, mesh: jax.sharding.Mesh, batch: Row) -> Any:
-    """The step's result for the rows of this host, not waited for."""
+    """The step's result, not waited for."""
     arrays = to_mesh({key: batch[key] for key in ("frames", "bad")}, mesh)
-    out = step(arrays["frames"], arrays["bad"])
-    return multihost_utils.global_array_to_host_local_array(out, mesh, batch_sharding(mesh).spec)
+    return step(arrays["frames"], arrays["bad"])
 
 
 def _records(out: Any, wanted: np.ndarray) -> list[bytes]:
-    """The records of the rows that are wanted."""
-    finite, parts = jax.device_get(out)
+    """The records of those rows of this host that are wanted."""
+    finite, parts = jax.tree.map(local_rows, out)
     if not finite[wanted].all():
         raise DataError("the encoder's tokens are not finite; mend its weights, or its dtype")
     return [b"".join(part[i].tobytes() for part in parts) for i in np.flatnonzero(wanted)]

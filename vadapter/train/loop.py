@@ -1,7 +1,11 @@
-"""The one loop: trains the stages of a recipe, each from its newest checkpoint to its end.
+"""The training loop: train the stages of a recipe, each from its newest checkpoint to its end.
 
-Order within a step, which resuming relies on: next batch → step → (metrics of the step before) →
-save → evaluate. Everything that a step depends on is a function of (recipe, step).
+A resumed run ends in the same bits because everything that a step depends on is a function of
+(recipe, step), and because the order within a step is fixed: next batch → step → metrics of the
+step before → save → evaluate. Metrics are read one step late, so that the devices never wait for
+the host; a save or an evaluation reads them first. Evaluation comes after the save: if it is cut
+short, the resumed run repeats it. Read `train`, `train_stage`, `_steps`; `supervisor` wraps the
+steps with what is not training.
 """
 
 import contextlib
@@ -17,14 +21,14 @@ from vadapter.checkpoints.digest import combined, tree_digests
 from vadapter.checkpoints.manager import Checkpointer
 from vadapter.config import differences, plain
 from vadapter.console import difference_table
-from vadapter.data.batch import Batch, check_batch
+from vadapter.data.batch import Batch
 from vadapter.data.open import describe
 from vadapter.data.pipeline import Schedule, make_loader
 from vadapter.distributed import hosts, watchdog
 from vadapter.distributed.compile import jit
 from vadapter.distributed.memory import memory_errors
 from vadapter.distributed.mesh import shardings_of, to_mesh, with_mesh
-from vadapter.distributed.preemption import fault, signals
+from vadapter.distributed.preemption import signals
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted, disk_errors
 from vadapter.evaluate.evaluator import Evaluator
 from vadapter.io import buckets, storage
@@ -38,21 +42,22 @@ from vadapter.stages.steps import TrainState, init_state
 from vadapter.train.host_agreement import require_own_rows, shared_run
 from vadapter.train.metric_writer import MetricWriter, open_writer
 from vadapter.train.monitor import Monitor
+from vadapter.train.supervisor import Supervisor
 
 
 def train(
     recipe: Recipe, workdir: Path, *, before: Callable[[str], None] = lambda name: None
 ) -> None:
-    """Runs the recipe's chain of stages in `workdir`, from wherever it stopped.
+    """Train the recipe's chain of stages in `workdir`, resuming where it stopped.
 
     Args:
-      recipe: what to run.
+      recipe: the stages, data and components.
       workdir: the run directory.
-      before: called with the name of each stage, done before or not, when its turn comes.
+      before: called with the name of each stage before it starts, or is skipped as finished.
 
     Raises:
-      UserError: something to mend in configuration, data or checkpoints.
-      Preempted: a signal came; the state is saved.
+      UserError: invalid configuration, data or checkpoints; the message says what to fix.
+      Preempted: stopped by a signal; the state is saved.
       NonFiniteError: the loss diverged.
     """
     workdir = storage.as_path(workdir)
@@ -74,18 +79,21 @@ def train(
 
 
 def train_stage(stage: Stage) -> None:
-    """Trains a stage to its end, from its newest checkpoint if there is one, unless it is done.
+    """Train a stage to its end from its newest checkpoint, if any; skip it if it is finished.
 
     Raises:
-      CheckpointError: what was done or saved before does not fit, or a frozen part changed.
+      CheckpointError: the finished stage or the checkpoint is of another configuration, or a frozen
+        component changed.
       DataError, Preempted, NonFiniteError: see `train`.
     """
     identity = stage.identity()
-    hosts.require_same(identity, f"what stage {stage.name} trains, and on what")
-    if hosts.of_first((stage.directory / initialization.DONE).is_file(), f"{stage.name}: done?"):
-        _check_done(stage, identity)
+    hosts.require_same(identity, f"the configuration or data of stage {stage.name}")
+    if hosts.of_first(
+        (stage.directory / initialization.DONE).is_file(), f"{stage.name}: finished?"
+    ):
+        _check_finished(stage, identity)
         if hosts.first():
-            print(f"{stage.name}: done before", flush=True)
+            print(f"{stage.name}: already finished", flush=True)
         return
     stage.stop.require_handlers()
     c, began = stage.config, time.monotonic()
@@ -99,33 +107,33 @@ def train_stage(stage: Stage) -> None:
         if hosts.first():
             table = get_parameter_overview(state.params | frozen, include_stats="sharding")
             storage.write_bytes(stage.directory / "parameters.txt", f"{table}\n".encode())
-        evaluator = Evaluator(stage, frozen)  # compiled once, for the looks on the way too
+        evaluator = Evaluator(stage, frozen)  # compiled once for all evaluations
         digests = _digests(frozen)
         try:
 
             def save(step: int, state: TrainState) -> None:
-                writer.flush()  # what a checkpoint knows is there
+                writer.flush()  # the rows of steps up to a checkpoint are never lost
+                watchdog.beat(slow=True)
                 checkpointer.save(step, state, {**identity, "made_with": made_with(stage.mesh)})
 
             state = _steps(stage, state, frozen, evaluator, save, writer)
         except BaseException as error:
-            # A save needs all hosts, and they are all here only for what all of them met.
+            # Closing waits for a save that needs all hosts; only these errors reach all of them.
             if hosts.count() == 1 or isinstance(error, NonFiniteError | Preempted):
-                with contextlib.suppress(CheckpointError):  # the first error is the one to tell
+                with contextlib.suppress(CheckpointError):  # report the first error
                     checkpointer.close()
             raise
         checkpointer.close()
         stage.stop.check(f"{stage.name}, step {int(state.step)}, saved")
         _check_frozen(stage, digests, _digests(frozen))
         stage.at = "evaluation at the end"
-        fault(stage.name, "finish")
         scores = evaluator(state.params, 0, stage.directory / "eval")
         if scores:
             writer.write(c.steps, scores, loud=True)
-        _hand_over(stage, state, identity, scores, time.monotonic() - began)
+        _store(stage, state, identity, scores, time.monotonic() - began)
 
 
-def _check_done(stage: Stage, identity: dict[str, Any]) -> None:
+def _check_finished(stage: Stage, identity: dict[str, Any]) -> None:
     before = initialization.finished(stage.directory)["identity"]
     if diff := differences(before, plain(identity)):
         raise CheckpointError(
@@ -141,7 +149,7 @@ def _begin(
     identity: dict[str, Any],
     writer: MetricWriter,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state of the newest checkpoint, or a fresh one; and the frozen components."""
+    """Return the state of the newest checkpoint, or a fresh one, and the frozen components."""
     abstract = stage.abstract_state
     restored = checkpointer.restore(abstract, expect=identity)
     record(stage.recipe, stage.workdir)
@@ -153,10 +161,10 @@ def _begin(
     writer.say(f"resumed at step {int(state.step)}")
     now = plain(made_with(stage.mesh))
     if diff := differences(meta.get("made_with", now), now):
-        was = ", ".join(f"{key} {there} (now {here})" for key, there, here in diff)
+        was = ", ".join(f"{key} {old} (now {new})" for key, old, new in diff)
         writer.say(
-            f"saved with {was}: the same state, data and order, but what follows equals that of "
-            "the old setting within rounding, not bit for bit"
+            f"saved with {was}: resuming with the same state, data and order, but results will "
+            "match those of the old setup up to rounding, not bit for bit"
         )
     return state, frozen
 
@@ -169,63 +177,57 @@ def _steps(
     save: Callable[[int, TrainState], Any],
     writer: MetricWriter,
 ) -> TrainState:
-    """Steps to the end, or to where a signal asks to stop; the state returned is saved."""
-    c, stop, start = stage.config, stage.stop, int(state.step)
+    """Train to the last step, or until a signal stops the run; the returned state is saved."""
+    c, start = stage.config, int(state.step)
     step_fn, loader = _step_fn(stage), _loader(stage, frozen, start)
-    drawn = lambda step: Schedule(c.data)(step - 1)[0]  # noqa: E731
-    journal = Monitor(
-        writer, stage.name, c, learning_rate(c.optim, c.steps),
-        lambda step, i: describe(drawn(step), stage.source(drawn(step)), i),
-    )  # fmt: skip
-    due = lambda step: c.eval_every and step % c.eval_every == 0 and 0 < step < c.steps  # noqa: E731
+    monitor = _monitor(stage, writer)
+    supervisor = Supervisor(stage, monitor)
 
-    def look(step: int) -> None:
+    def is_due(step: int) -> bool:
+        return bool(c.eval_every) and step % c.eval_every == 0 and 0 < step < c.steps
+
+    def evaluate(step: int) -> None:
         began, stage.at = time.monotonic(), f"evaluation at step {step}"
         writer.write(step, evaluator(state.params, c.eval_limit), loud=True)
-        journal.paused(time.monotonic() - began)
+        monitor.paused(time.monotonic() - began)
 
-    if due(start) and not hosts.of_first(writer.evaluated(start), f"evaluated at {start}?"):
-        look(start)
-    fault(stage.name, "begin")
-    shapes = set()
-    for step, batch in enumerate(watchdog.watch(loader), start + 1):
-        stage.at = f"step {step}"
-        shape = str({k: v.shape for k, v in batch.items()})
-        if new := shape not in shapes:
-            watchdog.beat(slow=True)
-            shapes.add(shape)
-            check_batch(batch, stage.tokenizer.vocab_size)
-            journal.flush()
-        began = time.monotonic()
-        state, metrics = step_fn(state, frozen, to_mesh(stop.sign(batch), stage.mesh))
-        if new:
-            journal.compiled(time.monotonic() - began)
-        asked = metrics.pop("stop", None)
-        journal.add(step, metrics, batch["id"][batch["bad"]])
-        stop.hear(asked)
-        if new:
-            journal.flush()
-        fault(stage.name, "step", step)
-        if step % c.save_every == 0 or step == c.steps or stop.asked:
-            journal.flush()
-            watchdog.beat(slow=True)
+    # A signal may have cut this evaluation short after the step was saved.
+    if is_due(start) and not hosts.of_first(writer.evaluated(start), f"evaluated at {start}?"):
+        evaluate(start)
+
+    for step, batch in supervisor.steps(loader, start):
+        state, metrics = step_fn(state, frozen, to_mesh(batch, stage.mesh))
+        supervisor.after(step, metrics)
+
+        if step % c.save_every == 0 or step == c.steps or supervisor.stopping:
+            monitor.flush()  # raises if this update must not be saved
             save(step, state)
-            fault(stage.name, "saving", step)
-        if due(step) and not stop.asked:
-            journal.flush()
-            with contextlib.suppress(Preempted):  # told once the state is saved
-                look(step)
-        if stop.asked:
-            save(step, state)  # unless it is already: the signal came after
+        if is_due(step) and not supervisor.stopping:
+            monitor.flush()
+            with contextlib.suppress(Preempted):  # raised again once the state is saved
+                evaluate(step)
+        if supervisor.stopping:
+            save(step, state)  # does nothing unless the signal came after the save above
             break
-    journal.flush()
+    monitor.flush()
     return state
 
 
-def _step_fn(stage: Stage) -> Callable[..., Any]:
-    """The compiled train step, which leaves the state where it is and reuses its memory.
+def _monitor(stage: Stage, writer: MetricWriter) -> Monitor:
+    c = stage.config
+    schedule = Schedule(c.data)
 
-    What the hosts sign a batch with (`Stop.sign`) comes out as a metric.
+    def describe_sample(step: int, index: int) -> str:
+        name, *_ = schedule(step - 1)
+        return describe(name, stage.source(name), index)
+
+    return Monitor(writer, stage.name, c, learning_rate(c.optim, c.steps), describe_sample)
+
+
+def _step_fn(stage: Stage) -> Callable[..., Any]:
+    """Compile the train step, which updates the state in place.
+
+    The marks of the hosts in the batch (`Stop.mark`) come out as a metric: their maximum.
     """
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any]:
@@ -237,7 +239,7 @@ def _step_fn(stage: Stage) -> Callable[..., Any]:
 
 
 def _loader(stage: Stage, frozen: dict[str, Any], start: int) -> Iterator[Batch]:
-    """This host's part of the batches after step `start`."""
+    """Return this host's rows of the batches after step `start`."""
     c = stage.config
     return make_loader(
         {name: (*stage.stream(name, frozen), weight) for name, weight in c.data.items()},
@@ -259,25 +261,24 @@ def _check_frozen(stage: Stage, before: dict[str, str], after: dict[str, str]) -
     for name in before:
         if after[name] != before[name]:
             raise CheckpointError(
-                f"{stage.name}: {name} is frozen but changed during training: the result is worth "
-                f"nothing. Move {stage.directory} away and train it again; if this comes back, "
-                "suspect the memory."
+                f"{stage.name}: {name} is frozen but changed during training: the result is "
+                f"invalid. Move {stage.directory} away and train it again; if this recurs, check "
+                "the machine's RAM."
             )
 
 
-def _hand_over(
+def _store(
     stage: Stage,
     state: TrainState,
     identity: dict[str, Any],
     scores: dict[str, float],
     seconds: float,
 ) -> None:
-    """Stores the trained components, then the record that they are complete."""
+    """Store the trained components, then the record that they are complete."""
     store = ComponentStore(stage.workdir / initialization.STORE)
     digests = {n: store.put(n, state.params[n]) for n in trained(stage.config)}
     record = {"components": digests, "identity": plain(identity), "scores": scores,
               "steps": stage.config.steps, "seconds": round(seconds, 1)}  # fmt: skip
-    fault(stage.name, "stored")
     if hosts.first():
         write_json(stage.directory / initialization.DONE, record)
-    hosts.exchange("", f"{stage.name}: handed over")
+    hosts.exchange("", f"{stage.name}: stored")

@@ -1,4 +1,4 @@
-"""What the steps say of themselves: read one step late, logged now and then, always acted upon."""
+"""Follow the metrics of the steps: read one step late, logged now and then, always acted upon."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -18,20 +18,20 @@ FEW_BAD = 10  # unusable samples that never stop a run, and that are reported on
 
 
 class Monitor:
-    """Follows the metrics of one attempt at a stage.
+    """The metrics of one attempt at a stage.
 
-    The metrics of a step are read when the next one is under way, so the devices never wait for the
-    host; whoever needs to know now calls `flush`. A line speaks of the steps since the line before:
-    the numbers of dropped updates and of unusable samples, which are acted upon at every step, and
-    the means of everything else over the updates that were made, duration included (that without
-    compilation and evaluation). Single batches say little: images and clips take turns.
+    The metrics of a step are read while the next one runs, so that the devices never wait for the
+    host; `flush` reads them at once. A row of metrics.jsonl covers the steps since the row before:
+    it counts dropped updates and unusable samples, which are acted upon at every step, and has the
+    means of everything else over the other updates, including the step time (without compilation
+    and evaluation). Single batches say little, because images and clips alternate.
 
     Args:
       writer: of the stage.
       name: of the stage, for messages.
-      config: its row of the recipe.
+      config: of the stage.
       rate: learning rate at each optimizer step, from 0.
-      describe: (step, id in the source) -> what an unusable sample is called.
+      describe: (step, id in the source) -> the name of an unusable sample.
     """
 
     def __init__(
@@ -44,33 +44,33 @@ class Monitor:
     ):
         self._writer, self._name, self._config = writer, name, config
         self._describe = describe
-        # Asked in the middle of a step, the device would answer behind it: so all at once, now.
+        # All at once, now: while a step runs, the device would compute a rate only after it.
         self._rates = np.asarray(jax.vmap(rate)(jnp.arange(config.steps)))
         self._pending: tuple[int, Any, Sequence[int]] | None = None
         self._seen, self._bad = 0, 0  # samples of this attempt
-        self._named: list[str] = []  # unusable ones
+        self._named: list[str] = []  # unusable samples
         self._new_line(time.monotonic())
 
     def _new_line(self, now: float) -> None:
         self._clock, self._steps = now, 0
         self._compile_s, self._sums = 0.0, {"skipped": 0, "bad": 0}
-        self._values: list[dict[str, float]] = []  # of the updates that were made
+        self._values: list[dict[str, float]] = []  # of the updates that were not dropped
 
     def compiled(self, seconds: float) -> None:
-        """Accounts for time that went into compiling a step, not into running it."""
+        """Exclude time that a step spent compiling from the step time, and report it."""
         self._compile_s += seconds
         self._clock += seconds
 
     def paused(self, seconds: float) -> None:
-        """Accounts for time that went into something else, such as an evaluation."""
+        """Exclude time spent on something else, such as an evaluation, from the step time."""
         self._clock += seconds
 
     def add(self, step: int, metrics: Any, bad: Sequence[int]) -> None:
-        """Takes the metrics of a step under way, and reads those of the step before.
+        """Take the metrics of a running step, and read those of the step before.
 
         Args:
           step: from 1.
-          metrics: of `steps.make_train_step`.
+          metrics: from `steps.make_train_step`.
           bad: ids of this host's unusable samples.
 
         Raises:
@@ -84,7 +84,7 @@ class Monitor:
             self._read(*previous)
 
     def flush(self) -> None:
-        """Waits for the last step and reads its metrics; raises as `add`."""
+        """Wait for the last step and read its metrics; raises as `add`."""
         previous, self._pending = self._pending, None
         if previous is not None:
             self._read(*previous)
@@ -111,20 +111,20 @@ class Monitor:
         if row >= MAX_SKIPPED:
             raise NonFiniteError(
                 f"{self._name}: gradients were not finite for {row} steps in a row, up to step "
-                f"{step}; the last checkpoint is finite. Lower optim.lr or look at the data of "
+                f"{step}; the last checkpoint is finite. Lower optim.lr or inspect the data of "
                 "these steps."
             )
         if self._bad > max(c.max_bad * self._seen, FEW_BAD):
             raise DataError(
                 f"{self._name}: {self._bad} of {self._seen} samples could not be used, more than "
-                f"{c.max_bad:.1%}: {'; '.join(self._named)}. Mend or remove them, or allow more "
+                f"{c.max_bad:.1%}: {'; '.join(self._named)}. Fix or remove them, or allow more "
                 f"with --config.stages.{self._name}.max_bad={self._bad / self._seen:.2g}"
             )
 
     def _log(self, step: int, last: dict[str, float]) -> None:
         now = time.monotonic()
-        made = self._values or [last]
-        values = {k: float(np.mean([v[k] for v in made])) for k in last} | self._sums
+        updates = self._values or [last]
+        values = {k: float(np.mean([v[k] for v in updates])) for k in last} | self._sums
         values["lr"] = float(self._rates[step - 1])
         values["step_ms"] = 1000 * (now - self._clock) / self._steps
         if self._compile_s:

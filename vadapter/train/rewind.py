@@ -1,4 +1,4 @@
-"""Back to an earlier checkpoint of a stage that is not finished, to train on from there."""
+"""Return to an earlier checkpoint of an unfinished stage, to train again from there."""
 
 from pathlib import Path
 
@@ -6,43 +6,43 @@ from vadapter.checkpoints.manager import put_aside, steps
 from vadapter.config import nearest
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import storage
-from vadapter.io.lock import run_lock
+from vadapter.io.lock import lock
 from vadapter.stages.initialization import DONE
 from vadapter.stages.restore import read_run
 
 
 def rewind(workdir: Path, step: int, stage: str | None = None) -> tuple[str, int, list[int]]:
-    """Puts the checkpoints after a step aside; the next `vadapter train` goes on before them.
+    """Move the checkpoints after a step to `quarantine/`; `vadapter train` resumes before.
 
     Args:
-      workdir: of a run that is stopped.
-      step: the newest that stays is the last up to it.
-      stage: its name; by default the first of the chain that is not finished.
+      workdir: run directory of a stopped run.
+      step: the newest checkpoint that is kept is the last one up to this step.
+      stage: its name; default: the first of the chain that is not finished.
 
     Returns:
-      The stage, the step that it goes on from, and the steps that lie in `quarantine/` now.
+      The stage, the step that it resumes from, and the steps that were moved.
 
     Raises:
       CheckpointError: no run, no such step, or the stage is finished.
-      ConfigError: an unknown stage, or the run is still going on.
+      ConfigError: an unknown stage, or the run is still running.
     """
     workdir = storage.absolute(workdir)
     chain = read_run(workdir).chain
     if stage is not None and stage not in chain:
         raise ConfigError(f"--stage={stage}: no such stage{nearest(stage, chain)}")
-    done = lambda name: (workdir / name / DONE).is_file()  # noqa: E731
-    stage = stage or next((name for name in chain if not done(name)), chain[-1])
-    with run_lock(workdir):
-        if done(stage):
+    finished = [name for name in chain if (workdir / name / DONE).is_file()]
+    stage = stage or next((name for name in chain if name not in finished), chain[-1])
+    with lock(workdir / ".lock"):
+        if stage in finished:
             raise CheckpointError(
-                f"{workdir / stage} is finished, and what follows starts from its result: there is "
-                "no way back. Train in another --workdir"
+                f"{workdir / stage} is finished, and later stages start from its result, so it "
+                "cannot be rewound. Train in another --workdir"
             )
         directory = workdir / stage / "checkpoints"
-        found = steps(directory)
-        stay = [one for one in found if one <= step]
-        if not stay:
-            raise CheckpointError(f"no step up to {step} in {directory}; steps there: {found}")
-        later = found[len(stay) :]
+        saved = steps(directory)
+        kept = [saved_step for saved_step in saved if saved_step <= step]
+        if not kept:
+            raise CheckpointError(f"no step up to {step} in {directory}; saved steps: {saved}")
+        later = saved[len(kept) :]
         put_aside(directory, later)
-    return stage, stay[-1], later
+    return stage, kept[-1], later

@@ -1,0 +1,65 @@
+"""What surrounds a train step without training: watchdog, stop signals, metrics, compile times."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from vadapter.data.batch import Batch, check_batch
+from vadapter.distributed import watchdog
+from vadapter.stages.stage import Stage
+from vadapter.train.monitor import Monitor
+
+
+class Supervisor:
+    """Wraps the steps of a stage.
+
+    A step that hangs ends the process (`watchdog`), a step that compiles may take longer, the
+    metrics of a step are read while the next one runs (`Monitor`), and a signal to any host stops
+    all of them after the same step (`Stop`).
+
+    Args:
+      stage: its `at` says what is being done, for error messages.
+      monitor: reads the metrics.
+    """
+
+    def __init__(self, stage: Stage, monitor: Monitor):
+        self.stage, self.monitor = stage, monitor
+        self._shapes: set[str] = set()  # of batches for which the step is compiled
+        self._compiles = False
+        self._batch: Batch | None = None
+        self._began = 0.0
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run stops after this step; every host gives the same answer."""
+        return bool(self.stage.stop.requested)
+
+    def steps(self, batches: Iterable[Batch], start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (step, batch) for the steps after `start`; each batch is marked for `Stop`."""
+        for step, batch in enumerate(watchdog.watch(batches), start + 1):
+            self.stage.at = f"step {step}"
+            shapes = str({name: x.shape for name, x in batch.items()})
+            if shapes not in self._shapes:
+                self._shapes.add(shapes)
+                self._compiles = True
+                watchdog.beat(slow=True)
+                check_batch(batch, self.stage.tokenizer.vocab_size)
+                self.monitor.flush()  # the step before would otherwise seem to take as long
+            self._batch, self._began = batch, time.monotonic()
+            yield step, self.stage.stop.mark(batch)
+
+    def after(self, step: int, metrics: dict[str, Any]) -> None:
+        """Take the metrics of a step that was started; read and act on those of the step before.
+
+        Raises:
+          NonFiniteError, DataError: see `Monitor.add`.
+        """
+        if self._compiles:
+            self.monitor.compiled(time.monotonic() - self._began)
+        assert self._batch is not None, "no step was started"
+        mark = metrics.pop("stop", None)
+        self.monitor.add(step, metrics, self._batch["id"][self._batch["bad"]])
+        self.stage.stop.read_mark(mark)
+        if self._compiles:
+            self._compiles = False
+            self.monitor.flush()
