@@ -1,8 +1,8 @@
-# Shared by the launchers, which source it: options, --dry-run, quoting, what a run has reached.
+# Shared by the launchers, which source it: options, --dry-run, quoting, progress of a run.
 #
-# A launcher sets `options` (all that it takes) and calls `parse "$@"`. Then ${opt[name]} is what
-# --name=… gave, `variables` what each --env=… gave, and `command` is what follows `--`: a verb of
-# vadapter and its arguments.
+# A launcher sets `options` (the names of all its options) and calls `parse "$@"`. Then ${opt[name]}
+# is the value of --name=…, `variables` are the values of all --env=…, and `command` is everything
+# after `--`: a verb of vadapter and its arguments.
 # shellcheck shell=bash disable=SC2034,SC2154 # its callers read what it sets, and set `options`
 set -euo pipefail
 
@@ -30,20 +30,20 @@ parse() {
       --dry-run) dry_run=1 ;;
       --*)
         key=${1%%=*} key=${key#--}
-        [[ " $options " == *" $key "* ]] || die "--$key is none of its options: $options"
+        [[ " $options " == *" $key "* ]] || die "--$key: unknown option; the options are: $options"
         if [[ $1 == *=* ]]; then opt[$key]=${1#*=}; else opt[$key]=1; fi
         if [[ $key == env ]]; then
           [[ ${opt[env]} =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || die "$1: must be --env=NAME=VALUE"
           variables+=("${opt[env]}")
         fi
         ;;
-      *) die "$1: options are --name=value; the vadapter command stands behind --" ;;
+      *) die "$1: options are --name=value; the vadapter command follows --" ;;
     esac
     shift
   done
 }
 
-# -- what must be there: gathered, and told at once by `complete` ------------------------------
+# -- required options: collected, and reported together by `complete` --------------------------
 
 need() {
   local name
@@ -54,7 +54,7 @@ need_command() { ((${#command[@]})) || missing+=("-- train --config=… --workdi
 
 complete() { ((${#missing[@]} == 0)) || die "missing: ${missing[*]} (see --help)"; }
 
-# Options that are counts; those that are not given are left.
+# Checks options that are counts, if they are given.
 counts() {
   local name
   for name in "$@"; do
@@ -65,7 +65,7 @@ counts() {
 
 # -- the command ---------------------------------------------------------------------------------
 
-# What the run directory of the command is; empty if it has none.
+# Prints the run directory of the command; nothing if it has none.
 workdir() {
   local i word
   for ((i = 0; i < ${#command[@]}; i++)); do
@@ -75,15 +75,15 @@ workdir() {
   done
 }
 
-# A recipe must be told of several slices; here it is, unless the command does so.
-tell_slices() {
+# Adds the number of slices to the recipe, unless the command sets it.
+add_slices() {
   local word
   ((${opt[slices]:-1} > 1)) || return 0
   for word in "${command[@]}"; do [[ $word != --config.mesh.slices=* ]] || return 0; done
   command+=("--config.mesh.slices=${opt[slices]}")
 }
 
-# The words as a shell would have to be given them.
+# Prints words quoted for a shell.
 quoted() {
   local word out=()
   for word in "$@"; do
@@ -97,21 +97,21 @@ run() {
   if [[ $dry_run ]]; then quoted "$@"; else "$@"; fi
 }
 
-# Where the logs of all hosts are.
+# Prints where the logs of all hosts are.
 say_logs() {
   if [[ $dry_run ]]; then echo "# logs: $*"; else echo "logs: $*" >&2; fi
 }
 
-# Waits for a child and returns its exit code: a signal with a trap ends `wait`, not the child.
+# Waits for a child and returns its exit code; a trapped signal ends `wait`, but not the child.
 hold() {
   while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
   wait "$1"
 }
 
-# -- what a run has reached ------------------------------------------------------------------------
+# -- progress of a run -----------------------------------------------------------------------------
 
-# Every checkpoint and finished stage of a run directory, a line each. What is still being written
-# is none of them: a folder under another name, in a bucket one without its last file.
+# Prints every checkpoint and finished stage of a run directory, one per line. A checkpoint that is
+# still being written does not count: its folder has another name, or in a bucket no last file yet.
 reached() {
   case $1 in
     gs://*)

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Several processes on this machine as one job: to try what a pod would do, or a GPU each.
+# Run several processes on this machine as one job, to try out a pod or to use a GPU each.
 #
 #   launch/local.sh --processes=2 --devices=2 [--logs=DIR] -- train --config=… --workdir=RUN
 #   launch/local.sh --processes=4 --gpus -- train --config=… --workdir=RUN
 #
-#   --processes  how many
+#   --processes  number of processes
 #   --devices    fake CPU devices of each process
-#   --gpus       instead: process I has GPU I
-#   --logs       where host-I.log goes (RUN/logs); the lines are printed too, with their host
+#   --gpus       use GPU I for process I instead
+#   --logs       folder for host-I.log (default: RUN/logs); the lines are printed too
 #
-# Ctrl-C and SIGTERM go to all of them. The exit code is that of the first process that failed.
-# None is left behind. For restarts:
+# Ctrl-C and SIGTERM are sent to all processes. The exit code is that of the first one that failed.
+# No process outlives the script. To restart after failures:
 #   launch/supervise.sh --workdir=RUN -- launch/local.sh … -- train …
-# Run on a CPU; --gpus was not run on real hardware.
+# Tested on CPUs; --gpus has not been run on real hardware.
 # https://docs.jax.dev/en/latest/multi_process.html
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -22,9 +22,9 @@ need processes
 [[ ${opt[devices]:-} || ${opt[gpus]:-} ]] || missing+=("--devices=… (or --gpus)")
 need_command
 run_dir=$(workdir)
-[[ $run_dir != *://* ]] || run_dir='' # a bucket takes no logs
+[[ $run_dir != *://* ]] || run_dir='' # logs cannot be appended in a bucket
 logs=${opt[logs]:-${run_dir:+$run_dir/logs}}
-[[ $logs || ${#command[@]} == 0 ]] || missing+=("--logs=… (--workdir is no folder here)")
+[[ $logs || ${#command[@]} == 0 ]] || missing+=("--logs=… (--workdir is not a local folder)")
 complete
 counts processes devices
 n=${opt[processes]}
@@ -59,15 +59,15 @@ mkdir -p "$logs"
 pipes=$(mktemp -d)
 children=() writers=()
 forward() { for pid in "${children[@]}"; do kill "-$1" "$pid" 2>/dev/null || true; done; }
-# What is left of them and of whatever they have started: each leads a group of its own.
+# Kills what is left of the processes and their children: each process leads its own group.
 kill_groups() { for pid in "${children[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done; }
-asked=''
-trap 'asked=TERM; forward TERM' TERM
-trap 'asked=INT; forward INT' INT
+stopped_by=''
+trap 'stopped_by=TERM; forward TERM' TERM
+trap 'stopped_by=INT; forward INT' INT
 trap 'kill_groups; rm -rf "$pipes"' EXIT
 say_logs "$logs/host-0.log to $logs/host-$((n - 1)).log"
 
-set -m # groups of their own: Ctrl-C at the terminal comes once, through `forward`
+set -m # own groups, so that Ctrl-C at the terminal arrives once, through `forward`
 for ((i = 0; i < n; i++)); do
   environment "$i"
   mkfifo "$pipes/$i"
@@ -77,7 +77,7 @@ for ((i = 0; i < n; i++)); do
   children+=($!)
 done
 set +m
-[[ -z $asked ]] || forward "$asked" # those that were started after it came
+[[ -z $stopped_by ]] || forward "$stopped_by" # processes that started after the signal
 
 first=0 waiting=("${children[@]}")
 while ((${#waiting[@]})); do
@@ -94,6 +94,6 @@ while ((${#waiting[@]})); do
   waiting=("${alive[@]}")
   sleep 0.2
 done
-kill_groups # so that the pipes end
+kill_groups # closes the pipes
 wait "${writers[@]}" || true
 exit "$first"

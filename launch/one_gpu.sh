@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One GPU (or none), to debug: a small batch, a few steps, little compiling, the first NaN named.
+# Debug on one GPU or on the CPU: a small batch, a few steps, fast compilation, errors at NaNs.
 #
 #   launch/one_gpu.sh [--gpu=0] [--stage=S --batch=2 --steps=4] [--quick] [--nans]
 #                     -- train --config=… --workdir=RUN
 #
-#   --gpu    which one; none: the CPU
-#   --batch, --steps   of --stage, which they need; its learning rate is not warmed up
-#   --quick  compiles with few optimizations: sooner ready, slower steps
-#   --nans   stops at the operation that makes the first NaN, with its traceback (slow)
+#   --gpu    index of the GPU; none: use the CPU
+#   --batch, --steps   of --stage, which is then required; --steps also sets warmup to 0
+#   --quick  compile with few optimizations: a faster start, slower steps
+#   --nans   stop at the operation that produces the first NaN, with its traceback (slow)
 #
-# Memory is taken as it is needed, so that nvidia-smi shows what a step takes. Not run on real hardware.
+# Memory is allocated on demand, so that nvidia-smi shows what a step needs. Not run on real hardware.
 # https://docs.jax.dev/en/latest/gpu_memory_allocation.html
 # https://docs.jax.dev/en/latest/debugging/flags.html
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -32,6 +32,6 @@ overrides=()
 for key in batch steps; do
   [[ ! ${opt[$key]:-} ]] || overrides+=("--config.stages.${opt[stage]}.$key=${opt[$key]}")
 done
-# So few steps are fewer than those of a recipe's warm-up.
+# A recipe's warmup may be longer than so few steps.
 [[ ! ${opt[steps]:-} ]] || overrides+=("--config.stages.${opt[stage]}.optim.warmup=0")
 run env "${extra[@]}" vadapter "${command[@]}" "${overrides[@]}"

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# GPUs through SLURM: one process a node, or a GPU; started again for as long as that may help.
+# Run on GPUs through SLURM: one process per node or per GPU, restarted while that may help.
 #
 #   launch/slurm.sh --nodes=N --gpus=G --time=HH:MM:SS --partition=P --logs=DIR [--per=node]
 #                   [--account=A] [--bin=ENV/bin] [--tries=5] -- train --config=… --workdir=RUN
 #
-#   --gpus     of a node
-#   --per      node: one process with all GPUs of its node; gpu: one with a single GPU
-#   --logs     JOB.log, and JOB-PROCESS.log of every process, over all its restarts
-#   --bin      folder with the `vadapter` to run, in PATH by default
-#   --tries    starts in a row without a new checkpoint, see supervise.sh
+#   --gpus     GPUs of a node
+#   --per      node: one process with all GPUs of its node; gpu: one process for each GPU
+#   --logs     folder for JOB.log, and JOB-PROCESS.log of every process, over all restarts
+#   --bin      folder with the `vadapter` to run (default: found in PATH)
+#   --tries    consecutive starts without a new checkpoint, see supervise.sh
 #
-# This folder, DIR and RUN must lie where all nodes see them. The variables of the shell that calls
-# it ($VADAPTER_DATA and the like) are those of all processes, as sbatch and srun do it. Within its
-# time the job starts again what was lost. Five minutes before its time is up it gets a SIGTERM and
-# saves; if there is a new checkpoint by then, it goes back to the queue. `scancel --signal=TERM
-# --batch JOB` does the same at once; `scancel JOB` ends it. Not run on real hardware.
+# This folder, DIR and RUN must be on a file system that all nodes share. sbatch and srun pass the
+# environment of the calling shell ($VADAPTER_DATA and so on) to all processes. The job restarts lost
+# processes within its time limit. Five minutes before the limit it receives SIGTERM and saves; if
+# there is a new checkpoint by then, it is requeued. `scancel --signal=TERM --batch JOB` does the
+# same at once; `scancel JOB` ends it. Not run on real hardware.
 # https://slurm.schedmd.com/sbatch.html (--signal, --requeue), https://slurm.schedmd.com/srun.html
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -23,18 +23,18 @@ parse "$@"
 need nodes gpus time partition logs
 need_command
 run_dir=$(workdir)
-[[ $run_dir || ${#command[@]} == 0 ]] || missing+=("--workdir=… behind --")
+[[ $run_dir || ${#command[@]} == 0 ]] || missing+=("--workdir=… after --")
 complete
 counts nodes gpus tries
 vadapter=${opt[bin]:+${opt[bin]}/}vadapter
-# shellcheck disable=SC2016 # a variable of the job
+# shellcheck disable=SC2016 # expanded in the job
 case ${opt[per]:-node} in
   node) tasks=1 device='' ;;
   gpu) tasks=${opt[gpus]} device=' CUDA_VISIBLE_DEVICES=$SLURM_LOCALID' ;;
-  *) die "--per=${opt[per]}: node or gpu" ;;
+  *) die "--per=${opt[per]}: must be node or gpu" ;;
 esac
 
-# $SLURM_… are the job's own.
+# Prints the job script; $SLURM_… are expanded in the job.
 script() {
   cat <<SCRIPT
 #!/usr/bin/env bash
@@ -55,7 +55,7 @@ source $(quoted "$here/common.sh")
 read -r first < <(scontrol show hostnames "\$SLURM_JOB_NODELIST")
 export VADAPTER_COORDINATOR=\$first:\$((20000 + SLURM_JOB_ID % 20000))
 
-# One start of all processes. srun answers a SIGTERM by killing them: scancel lets them save.
+# Starts all processes once. On SIGTERM srun would kill them; scancel lets them save.
 start() {
   trap 'scancel --signal=TERM "\$SLURM_JOB_ID"' TERM
   srun --kill-on-bad-exit=0 --wait=0 --cpu-bind=none \\
@@ -66,15 +66,15 @@ start() {
 }
 export -f start hold
 
-before=\$(reached $(quoted "$run_dir") | sort) asked='' supervisor=''
-trap 'asked=1; [[ -z \$supervisor ]] || kill -TERM "\$supervisor"' TERM
+before=\$(reached $(quoted "$run_dir") | sort) stopping='' supervisor=''
+trap 'stopping=1; [[ -z \$supervisor ]] || kill -TERM "\$supervisor"' TERM
 $(quoted "$here/supervise.sh" --workdir="$run_dir" --tries="${opt[tries]:-5}" -- bash -c start) &
 supervisor=\$!
-[[ -z \$asked ]] || kill -TERM "\$supervisor" # it came before
+[[ -z \$stopping ]] || kill -TERM "\$supervisor" # the signal came before
 code=0
 hold "\$supervisor" || code=\$?
-case \$code in 0 | 2 | 77 | 78) exit "\$code" ;; esac # finished, or something to mend
-[[ \$asked ]] || exit "\$code"
+case \$code in 0 | 2 | 77 | 78) exit "\$code" ;; esac # finished, or a user error
+[[ \$stopping ]] || exit "\$code"
 if [[ \$(comm -13 <(echo "\$before") <(reached $(quoted "$run_dir") | sort)) ]]; then
   scontrol requeue "\$SLURM_JOB_ID"
 else

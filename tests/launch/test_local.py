@@ -169,7 +169,7 @@ def test_the_supervisor_brings_a_job_whose_process_was_killed_to_its_end(begin, 
     )
     code, out = end(job, drive.LIMIT)
     assert code == 0, out
-    assert out.count("supervise: exit code 137: again in 0 s") == 1
+    assert out.count("supervise: exit code 137: restarting in 0 s") == 1
     assert "host 0: llm: resumed at step" in out
     assert not members(job.pid)
 

@@ -43,36 +43,36 @@ MISSING = [
     (("tpu_vm.sh", "create"), "--name=… --project=… --zone=… --type=… --runtime=… --provision=… "
      "--install=…"),
     (("tpu_vm.sh", "run", "--zone=z"), f"--name=… --project=… {NO_COMMAND}"),
-    (("tpu_vm.sh", "run", *VM, "--", "train"), "--workdir=… behind --, where all hosts see it"),
+    (("tpu_vm.sh", "run", *VM, "--", "train"), "--workdir=… after --, visible to all hosts"),
     (
         ("gke.sh",),
         "--context=… --namespace=… --account=… --name=… --image=… --accelerator=… --topology=… "
         f"--hosts=… --chips=… --restarts=… {NO_COMMAND}",
     ),
-    (("gke.sh", *GKE, "--", "train", "--workdir=runs/a"), "--workdir=gs://… behind --, as a "
-     "pod keeps nothing"),
+    (("gke.sh", *GKE, "--", "train", "--workdir=runs/a"), "--workdir=gs://… after --, "
+     "because a pod keeps no files"),
     (("slurm.sh",), f"--nodes=… --gpus=… --time=… --partition=… --logs=… {NO_COMMAND}"),
-    (("slurm.sh", *SLURM, "--", "train"), "--workdir=… behind --"),
+    (("slurm.sh", *SLURM, "--", "train"), "--workdir=… after --"),
     (("local.sh",), f"--processes=… --devices=… (or --gpus) {NO_COMMAND}"),
-    (("local.sh", *TRAIN), "--processes=… --devices=… (or --gpus) --logs=… (--workdir is no folder "
-     "here)"),
+    (("local.sh", *TRAIN), "--processes=… --devices=… (or --gpus) --logs=… (--workdir is not a "
+     "local folder)"),
     (("one_gpu.sh", "--batch=2"), f"{NO_COMMAND} --stage=…"),
     (("supervise.sh",), "--workdir=… -- COMMAND"),
 ]  # fmt: skip
 MISTAKES = [
-    (("tpu_vm.sh", "crate", *VM), "first: one of create install run logs stop delete (see --help)"),
+    (("tpu_vm.sh", "crate", *VM), "the first argument must be one of create install run logs stop"),
     (("tpu_vm.sh", "install", *VM, "--install=vadapter[tpu]"), "--install=vadapter[tpu]: must be "
      "pinned: NAME==VERSION, a wheel, or git+…@COMMIT"),
     (("tpu_vm.sh", "install", *VM, "--install=git+https://host/repository"), "must be pinned"),
     (("tpu_vm.sh", "create", *VM, *SLICE, "--provision=cheap"), "cheap: on-demand, spot"),
     (("tpu_vm.sh", "create", *VM, *SLICE, "--slices=two"), "two: must be a number above 0"),
-    (("gke.sh", "--nam=x", *TRAIN), "--nam is none of its options: context"),
-    (("gke.sh", *GKE, "--name=My run", *TRAIN), "--name=My run: must be small letters"),
+    (("gke.sh", "--nam=x", *TRAIN), "--nam: unknown option; the options are: context"),
+    (("gke.sh", *GKE, "--name=My run", *TRAIN), "--name=My run: must consist of lowercase"),
     (("gke.sh", *GKE, "--env=A-B=1", *TRAIN), "--env=A-B=1: must be --env=NAME=VALUE"),
     (("tpu_vm.sh", "run", *VM, "--env", *TRAIN), "--env: must be --env=NAME=VALUE"),
     (("gke.sh", *GKE, "--hosts=0", *TRAIN), "--hosts=0: must be a number above 0"),
     (("slurm.sh", "train"), "train: options are --name=value"),
-    (("slurm.sh", *SLURM, "--per=core", *TRAIN), "--per=core: node or gpu"),
+    (("slurm.sh", *SLURM, "--per=core", *TRAIN), "--per=core: must be node or gpu"),
     (("local.sh", "--processes=-1", "--gpus", *LOCAL), "--processes=-1: must be a number above 0"),
     (("supervise.sh", "--workdir=a", "--pause=soon", *TRAIN), "--pause=soon: must be seconds"),
 ]  # fmt: skip

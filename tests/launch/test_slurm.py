@@ -107,7 +107,7 @@ def starts(run, i):
 def test_every_process_is_told_of_the_others_and_what_was_lost_starts_again(submit):
     begin, run = submit
     assert begin("1", "0").wait(timeout=60) == 0
-    assert (run / "said").read_text() == "supervise: exit code 1: again in 10 s\n"
+    assert (run / "said").read_text() == "supervise: exit code 1: restarting in 10 s\n"
     for i in (0, 1):
         told = f"node-a:{20000 + JOB % 20000} 2 {i} all train --workdir={run}"
         assert starts(run, i) == [told, told]
@@ -120,7 +120,7 @@ def test_a_process_for_each_gpu_has_it_to_itself(submit):
     assert [starts(run, i)[0].split()[2:4] for i in (0, 1)] == [["0", "0"], ["1", "1"]]
 
 
-def test_what_is_to_be_mended_ends_the_job(submit):
+def test_a_user_error_ends_the_job(submit):
     begin, run = submit
     assert begin(str(USER_ERROR), "0").wait(timeout=60) == USER_ERROR
     assert len(starts(run, 0)) == 1

@@ -40,15 +40,15 @@ def supervise(run, *codes, tries=3, workdir=None, **options):
 
 
 @pytest.mark.parametrize("code", [0, 2, 77, 78, 130])
-def test_what_is_finished_or_is_to_be_mended_is_not_started_again(tmp_path, code):
+def test_a_finished_run_or_a_user_error_is_not_restarted(tmp_path, code):
     assert supervise(tmp_path / "run", str(code)) == (code, 1, "")
 
 
 @pytest.mark.parametrize("code", [75, 1, 134, 137, 143])
-def test_what_was_stopped_or_lost_is_started_again(tmp_path, code):
+def test_a_stopped_or_lost_run_is_restarted(tmp_path, code):
     ended, starts, said = supervise(tmp_path / "run", f"{code} 10", "0")
     assert (ended, starts) == (0, 2)
-    assert said == f"supervise: exit code {code}: again in 0 s\n"
+    assert said == f"supervise: exit code {code}: restarting in 0 s\n"
 
 
 def test_without_a_new_checkpoint_it_gives_up(tmp_path):
@@ -57,7 +57,7 @@ def test_without_a_new_checkpoint_it_gives_up(tmp_path):
     assert said.endswith("exit code 1 after 3 starts without a new checkpoint: giving up\n")
 
 
-def test_progress_counts_anew(tmp_path):
+def test_progress_resets_the_count(tmp_path):
     codes = ("1", "1", "1 10", "1", "1", "137 20", "1", "1", "75 30", "78")
     ended, starts, _ = supervise(tmp_path / "run", *codes)
     assert (ended, starts) == (78, len(codes))
@@ -67,12 +67,12 @@ def test_a_finished_stage_is_progress(tmp_path):
     assert supervise(tmp_path / "run", "1 10", "1", "1 done.json", "1")[:2] == (1, 6)
 
 
-def test_a_checkpoint_that_was_thrown_away_and_made_again_is_no_progress(tmp_path):
+def test_a_checkpoint_that_was_deleted_and_written_again_is_no_progress(tmp_path):
     codes = ("1 10", *["1 -10", "1 10"] * 5)
     assert supervise(tmp_path / "run", *codes)[:2] == (1, 4)
 
 
-def test_in_a_bucket_what_is_whole_is_progress(tmp_path):
+def test_in_a_bucket_a_complete_checkpoint_is_progress(tmp_path):
     # A stand-in that lists a folder as the bucket.
     gcloud = '[[ "$1 $2" == "storage ls" ]] && ls -d "$BUCKET"/${3#gs://bucket/run/}'
     path = put(tmp_path / "bin", gcloud=gcloud)
@@ -130,7 +130,7 @@ def test_a_signal_goes_to_the_command_which_is_not_started_again(begin, name):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_pause_is_cut_short_by_a_signal(begin, name):
     process = begin("bash", "-c", "exit 1")
-    assert "again in 1000 s" in process.stderr.readline()
+    assert "restarting in 1000 s" in process.stderr.readline()
     process.send_signal(signal.Signals[name])
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (1, f"supervise: stopped by {name}\n")

@@ -74,7 +74,7 @@ def test_create_gives_up_when_the_queue_does(vm):
     (home / "states").write_text("WAITING_FOR_RESOURCES\nFAILED\n")
     done = do("create", *SLICE)
     assert done.returncode == 1
-    assert done.stderr.startswith("the queue says FAILED; look at: gcloud compute tpus queued-")
+    assert done.stderr.startswith("the queued resource is FAILED; see: gcloud compute tpus queued-")
     assert "pip" not in (home / "asked").read_text()
 
 
@@ -87,7 +87,7 @@ def test_a_run_is_started_once_watched_and_stopped(vm):
     assert started.stderr.startswith("logs: vadapter.log in the home folder of every host: ")
     assert (home / "fifo").read_text() == "started\n"
     again = do("run", *TRAIN)
-    assert (again.returncode, again.stderr.splitlines()[0]) == (1, "runs already")
+    assert (again.returncode, again.stderr.splitlines()[0]) == (1, "already running")
     said = do("logs").stdout.splitlines()
     assert said[0].startswith("== ")
     assert said[1:] == [f"auto, gs://b/a c: {' '.join(TRAIN[1:])}"]

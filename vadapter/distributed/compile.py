@@ -1,4 +1,4 @@
-"""What makes short runs on a CPU fast, and split weights on a TPU: compiler options; CPU memory."""
+"""Compiler options for short runs on a CPU and for sharded weights on a TPU; CPU memory."""
 
 import contextlib
 import ctypes
@@ -13,36 +13,37 @@ import jax
 # XLA:CPU spends most of a short run optimizing code: these halve its compile time, and leave the
 # matrix products, which are library calls, as fast as they were (BUILD_NOTES, "Compile time").
 _CPU = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
-# Where weights are split over all chips, XLA:TPU cuts each product that gathers them into as many
+# Where weights are sharded over all chips, XLA:TPU cuts each product that gathers them into as many
 # small ones as there are chips: a step of 244 ms takes 321 (BUILD_NOTES, "Plan").
 TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6}
 
 
 @functools.cache
 def options() -> dict[str, Any] | None:
-    """Compiler options of the default backend, unless a variable sets them; None: the defaults."""
-    wanted = {"cpu": _CPU, "tpu": TPU}.get(jax.default_backend(), {})
+    """Return compiler options for the default backend; None if a variable sets one of them."""
+    preferred = {"cpu": _CPU, "tpu": TPU}.get(jax.default_backend(), {})
     flags = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
-    if not wanted or any(name in flags for name in wanted):
+    if not preferred or any(name in flags for name in preferred):
         return None
-    for known in (wanted, dict([next(iter(wanted.items()))])):  # other compilers lack the second
+    for subset in (preferred, dict([next(iter(preferred.items()))])):  # some compilers lack one
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.jit(lambda x: x + 1, compiler_options=known)(0)
-            return known
+            jax.jit(lambda x: x + 1, compiler_options=subset)(0)
+            return subset
     return None
 
 
 def jit(fn: Callable, **kwargs: Any) -> Any:
-    """As `jax.jit`."""
+    """Return `jax.jit(fn, **kwargs)` with these options."""
     return jax.jit(fn, compiler_options=options(), **kwargs)
 
 
 def keep_memory() -> None:
-    """Tells glibc to keep freed memory, where the CPU computes.
+    """Make glibc keep freed memory, if the CPU is the device.
 
-    XLA:CPU takes its temporaries from malloc at every step, and glibc gives blocks of that size
-    back to the kernel each time: page faults cost a small step a fifth of its CPU time. Elsewhere
-    the one arena is what the compiler's many threads wait for (BUILD_NOTES, "CPU memory").
+    XLA:CPU allocates its temporaries with malloc at every step, and glibc returns blocks of that
+    size to the kernel each time: page faults cost a small step a fifth of its CPU time. With other
+    devices the single arena would only slow down the compiler's many threads (BUILD_NOTES, "CPU
+    memory").
     """
     if not sys.platform.startswith("linux") or jax.default_backend() != "cpu":
         return
@@ -51,7 +52,7 @@ def keep_memory() -> None:
     except (OSError, AttributeError):  # another C library
         return
     mmap_threshold, trim_threshold, top_pad, arena_max = -3, -1, -2, -8  # malloc.h
-    mallopt(mmap_threshold, 32 << 20)  # the largest it takes
+    mallopt(mmap_threshold, 32 << 20)  # the largest value it accepts
     mallopt(trim_threshold, 2000 << 20)
     mallopt(top_pad, 256 << 20)
-    mallopt(arena_max, 1)  # the other arenas are made of mapped blocks
+    mallopt(arena_max, 1)  # other arenas consist of mapped blocks

@@ -1,4 +1,4 @@
-"""Device memory: how much there is, and what to do once it is used up."""
+"""Device memory: how much there is, and errors that say what to do when it is used up."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,40 +10,40 @@ from vadapter.errors import ConfigError
 
 
 def limit(mesh: jax.sharding.Mesh) -> int | None:
-    """Bytes that programs may use on each device of this host; None: the backend does not tell."""
-    told = [device.memory_stats() or {} for device in mesh.local_devices]
-    return min((stats["bytes_limit"] for stats in told if "bytes_limit" in stats), default=None)
+    """Return the bytes that programs may use on a device of this host; None if unknown."""
+    reports = [device.memory_stats() or {} for device in mesh.local_devices]
+    return min((stats["bytes_limit"] for stats in reports if "bytes_limit" in stats), default=None)
 
 
 def require_room(where: str, sizes: dict[str, int], limit: int | None) -> None:
-    """What stays on a device leaves room there.
+    """Refuse parameters and optimizer state that do not fit on a device.
 
     Args:
-      where: for the message.
-      sizes: what -> bytes of it on each device.
-      limit: bytes that programs may use; None: nobody knows.
+      where: the stage, for the message.
+      sizes: name -> bytes on each device.
+      limit: bytes that programs may use; None if unknown.
 
     Raises:
-      ConfigError: it does not.
+      ConfigError: the sum is above the limit.
     """
     if limit is None or (total := sum(sizes.values())) <= limit:
         return
     parts = ", ".join(f"{what} {size(used)}" for what, used in sizes.items())
     raise ConfigError(
-        f"{where}: {size(total)} stay on each device, activations not counted ({parts}), "
+        f"{where}: {size(total)} are needed on each device without activations ({parts}), "
         f"but {_device()} has {size(limit)} for programs. {advice()}"
     )
 
 
 @contextlib.contextmanager
 def memory_errors(where: Callable[[], str]) -> Iterator[None]:
-    """A program for which there is no memory is something to mend: it would fail again.
+    """Turn out-of-memory errors of devices into user errors: a restart would fail again.
 
     Args:
-      where: what was being done, once it is asked.
+      where: returns what was being done.
 
     Raises:
-      ConfigError: says what does fit.
+      ConfigError: says how to find what fits.
     """
     try:
         yield
@@ -54,18 +54,18 @@ def memory_errors(where: Callable[[], str]) -> Iterator[None]:
 
 
 def exhausted(error: BaseException) -> bool:
-    """The error says that the memory of a device is used up, in compiling or in running."""
+    """Return whether a device ran out of memory, while compiling or running."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def described(error: BaseException) -> str:
-    """What happened, and what to do."""
+    """Return a message: what happened, and what to do."""
     line = str(error).strip().splitlines()[0].rstrip(".")
     return f"{_device()} is out of memory ({line}). {advice()}"
 
 
 def advice() -> str:
-    """How to find what fits on devices as they are here."""
+    """Return how to find a setting that fits on the present devices."""
     from vadapter.distributed.topology import here
 
     return (

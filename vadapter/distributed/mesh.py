@@ -1,6 +1,6 @@
-"""Where arrays live: the device mesh, and one table from logical axes to mesh axes.
+"""The device mesh, and a table of which logical axes are sharded over which mesh axes.
 
-`W[embed_fsdp, mlp_tensor]` reads: the embed axis is split over `fsdp`, the mlp axis over `tensor`.
+`W[embed_fsdp, mlp_tensor]` reads: embed is sharded over `fsdp`, mlp over `tensor`.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from vadapter.console import size
 from vadapter.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
-# Every logical axis that `vadapter.models` names, and the mesh axes that it is split over. Of the
-# dimensions of one array, those named first here take theirs first; each mesh axis is taken once.
+# Every logical axis that `vadapter.models` names, and the mesh axes that it is sharded over. The
+# dimensions of an array take mesh axes in the order of this table; each mesh axis is taken once.
 RULES: dict[str, tuple[str, ...]] = {
-    "vocab": ("tensor", "fsdp"),  # a head's weights are never gathered: its few inputs are
+    "vocab": ("tensor", "fsdp"),  # gather the few inputs of a head, not its weights
     "batch": ("data", "fsdp"),
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -30,16 +30,16 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "norm": (),
 }
-LARGE = 2**20  # elements from which on a parameter counts as large
+LARGE = 2**20  # elements of a parameter that counts as large
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1: all that remain.
+    """The number of devices along each axis; one may be -1: all that remain.
 
     Attributes:
-      slices: groups of devices with a fast network within, such as TPU slices. Of the axes, `data`
-        alone crosses from one to another: it is a multiple of `slices`.
+      slices: groups of devices with a fast network within, such as TPU slices. Only `data` crosses
+        from one to another: it is a multiple of `slices`.
     """
 
     data: int = -1
@@ -49,7 +49,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
-    """The mesh over all devices, or over those given.
+    """Return the mesh over all devices, or over those given.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices, or do not fit the slices.
@@ -57,9 +57,9 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
     devices = np.asarray(jax.devices() if devices is None else devices).ravel()
     shape = [config.data, config.fsdp, config.tensor]
     if shape.count(-1) == 1:
-        known = -int(np.prod(shape))
-        if known and devices.size % known == 0:
-            shape[shape.index(-1)] = devices.size // known
+        others = -int(np.prod(shape))
+        if others and devices.size % others == 0:
+            shape[shape.index(-1)] = devices.size // others
     if int(np.prod(shape)) != devices.size or min(shape) < 1:
         raise ConfigError(
             f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not cover "
@@ -70,22 +70,25 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
 
 
 def arrange(devices: np.ndarray, shape: Sequence[int], slices: int) -> np.ndarray:
-    """Devices [n] in the order of a mesh of this shape, slices along its first axis.
+    """Arrange devices [n] as a mesh of this shape, with slices along its first axis.
 
     Within a slice, TPUs that are neighbors in the mesh are neighbors in the network.
 
     Raises:
-      ConfigError: the devices are in another number of slices, or `data` is no multiple of it.
+      ConfigError: the devices are in another number of slices, or `data` is not a multiple of it.
     """
     data, *rest = shape
-    there = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices < 1 or there not in (1, slices):
-        raise ConfigError(f"mesh.slices={slices}, but the devices are in {there}: set that")
+    present = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices < 1 or present not in (1, slices):
+        raise ConfigError(
+            f"mesh.slices={slices}, but the devices are in {present} slices: set "
+            f"mesh.slices={present}"
+        )
     if data % slices:
-        raise ConfigError(f"mesh data={data} is no multiple of slices={slices}, which it crosses")
+        raise ConfigError(f"mesh.data={data} must be a multiple of mesh.slices={slices}")
     if devices[0].platform != "tpu" or devices.size == 1:
         return devices.reshape(shape)
-    if there == 1:
+    if present == 1:
         return mesh_utils.create_device_mesh(
             shape, devices.tolist(), allow_split_physical_axes=True
         )
@@ -95,17 +98,17 @@ def arrange(devices: np.ndarray, shape: Sequence[int], slices: int) -> np.ndarra
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch, over `data` and `fsdp` together."""
+    """Return the sharding of a batch: rows over `data` and `fsdp` together."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def filled(rows: int, mesh: Mesh) -> int:
-    """The rows of a batch that splits evenly over the mesh: the next multiple of its devices."""
+    """Round rows up to a multiple of the devices, so that a batch divides evenly."""
     return -(-rows // mesh.size) * mesh.size
 
 
 def to_mesh(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Host rows -> global arrays, rows over all devices."""
+    """Make global arrays of the rows of all hosts, sharded over the devices."""
     sharding = batch_sharding(mesh)
     return {
         k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()
@@ -133,28 +136,28 @@ def local_rows(x: jax.Array) -> np.ndarray:
 
 
 def shardings_of(tree: Any) -> Any:
-    """The sharding of every leaf, of arrays or of shapes.
+    """Return the sharding of every leaf, an array or a shape.
 
-    A step whose state comes out where it went in is compiled once: left to itself, the compiler may
-    gather small leaves on the way.
+    A step whose state keeps its shardings is compiled once; the compiler alone may choose others
+    for small leaves.
     """
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """Return the sharding of an array that every device has in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def partition(
     names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """What `RULES` make of an array whose dimensions have these logical axes.
+    """Apply `RULES` to an array whose dimensions have these logical axes.
 
-    A dimension takes as many of its mesh axes, in their order, as it divides by.
+    A dimension takes each of its mesh axes, in order, by which it is divisible.
 
     Raises:
-      ValueError: a name that `RULES` do not have, or not one name per dimension.
+      ValueError: an unknown name, or not one name per dimension.
     """
     if unknown := set(names) - {None, *RULES}:
         raise ValueError(f"unknown logical axes {sorted(map(str, unknown))}; RULES has {[*RULES]}")
@@ -174,10 +177,10 @@ def partition(
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """One sharding per leaf of an abstract parameter tree with logical-axis boxes.
+    """Return the sharding of every leaf of an abstract parameter tree with logical axes.
 
     Raises:
-      ValueError: a leaf without a box, or with an axis that `RULES` do not have.
+      ValueError: a leaf without logical axes, or with an unknown one.
     """
 
     def one(path: Any, leaf: Any) -> NamedSharding:
@@ -185,7 +188,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
         if not _boxed(leaf):
             raise ValueError(
                 f"parameter {where} {leaf.shape} names no logical axes; define it with "
-                "`layers.partitioned(init, *axes)`, None for a dimension that stays whole"
+                "`layers.partitioned(init, *axes)`, None for a dimension that is not sharded"
             )
         try:
             return NamedSharding(mesh, partition(leaf.names, leaf.value.shape, mesh))
@@ -200,14 +203,14 @@ def _boxed(leaf: Any) -> bool:
 
 
 def poorly_sharded(tree: Any, at_least: int = LARGE) -> list[str]:
-    """Large leaves that are not split over `fsdp` and `tensor` entirely, one line each.
+    """Return a line for each large leaf that is not sharded over all of `fsdp` and `tensor`.
 
-    What is split less than it could be costs every device that much more memory: a vocabulary that
-    is odd, say. Adding rows to it, or another mesh, mends that.
+    Such a leaf, of a vocabulary with an odd size for example, costs every device more memory. More
+    rows, or another mesh, fix that.
 
     Args:
-      tree: arrays or shapes with shardings, as from `train.shapes`.
-      at_least: elements from which on a leaf counts.
+      tree: arrays or shapes with shardings, as from `abstract_state`.
+      at_least: elements of a large leaf.
     """
     lines = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -226,10 +229,11 @@ def poorly_sharded(tree: Any, at_least: int = LARGE) -> list[str]:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Tells the compiler how an activation lies; nothing where no mesh is active, see `on`.
+    """Constrain the sharding of an activation; do nothing if no mesh is active, see `with_mesh`.
 
     Args:
-      names: logical axes of the leading dimensions; the others, and those named None, stay whole.
+      x: the activation.
+      names: logical axes of the leading dimensions; the others, and None, are not sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -239,7 +243,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def with_mesh(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn` with this mesh active while it is traced; `fn` itself for a single device."""
+    """Return `fn` with this mesh active while it is traced; `fn` itself for a single device."""
     if mesh.size == 1:
         return fn
 

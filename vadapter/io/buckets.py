@@ -1,6 +1,6 @@
-"""The libraries that reach buckets, and what they say when something is wrong.
+"""The libraries that access buckets, and their errors.
 
-gcsfs reads and writes objects; google-cloud-storage, which comes with it, makes the requests with
+gcsfs reads and writes objects; google-cloud-storage, which it depends on, makes the requests with
 preconditions. Credentials are those of the machine, see Application Default Credentials.
 """
 
@@ -16,13 +16,13 @@ from typing import Any
 
 from vadapter.errors import ConfigError
 
-REACH = 30.0  # seconds in which a bucket has to answer
+REACH = 30.0  # seconds for a bucket to answer
 _LIBRARIES = {"aiohttp", "gcsfs", "google", "requests"}
 
 
 @functools.cache
 def prepare() -> None:
-    """Settles how the libraries behave.
+    """Configure the libraries, once.
 
     Raises:
       ConfigError: they are not installed.
@@ -31,18 +31,18 @@ def prepare() -> None:
         raise ConfigError("gs:// paths need gcsfs: pip install 'vadapter[gs]'")
     import fsspec.config
 
-    # One library, whether or not TensorFlow is there.
+    # etils would otherwise use TensorFlow where it is installed.
     os.environ.setdefault("EPATH_USE_TF", "0")
-    # With it each bucket's kind is asked for by another service; zonal buckets need it.
+    # It queries the kind of each bucket from another service; only zonal buckets need it.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    for name in ("gcsfs", "fsspec"):  # they log, with tracebacks, what they also raise
+    for name in ("gcsfs", "fsspec"):  # they also log, with tracebacks, what they raise
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    for name in ("gcs", "gs"):  # other hosts write, too: no listing is kept
+    for name in ("gcs", "gs"):  # other hosts write too, so listings go stale
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
 
 
 def filesystem() -> Any:
-    """gcsfs, of this process."""
+    """Return the gcsfs file system of this process."""
     prepare()
     import fsspec
 
@@ -50,7 +50,7 @@ def filesystem() -> Any:
 
 
 def refusal(error: BaseException) -> str:
-    """What a library of buckets has to say, as one line; "" if the error is not one of theirs."""
+    """Return the error of one of these libraries as a line; "" if it comes from elsewhere."""
     if not prepare.cache_info().currsize:
         return ""
     trace = error.__traceback__
@@ -63,18 +63,18 @@ def refusal(error: BaseException) -> str:
 
 
 def out_of_reach(error: BaseException) -> bool:
-    """Whether a bucket could not be asked, as opposed to not holding what was asked for."""
+    """Return whether a bucket did not answer, as opposed to not having an object."""
     if re.match(r"(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED)", str(error)):
-        return True  # TensorStore's
+        return True  # from TensorStore
     return bool(refusal(error)) and not isinstance(error, FileNotFoundError)
 
 
 @contextlib.contextmanager
 def bucket_errors() -> Iterator[None]:
-    """What goes wrong with a bucket, wherever it is met, is something to mend.
+    """Turn errors of the libraries into user errors.
 
     Raises:
-      ConfigError: says what the library said.
+      ConfigError: has the library's message.
     """
     try:
         yield
@@ -83,15 +83,15 @@ def bucket_errors() -> Iterator[None]:
             raise
         raise ConfigError(
             f"gs://: {text}. Check the bucket, this machine's permissions and its network, then "
-            "run the same command again: what was saved is intact."
+            "run the same command again: everything saved is intact."
         ) from error
 
 
 def require_bucket(path: Path) -> None:
-    """Asks for the bucket of a run directory, which Orbax does, too.
+    """Refuse a run directory whose bucket cannot be used, as Orbax would later.
 
     Raises:
-      ConfigError: it does not exist, may not be looked at, or cannot be reached.
+      ConfigError: the bucket does not exist, is not accessible, or does not answer.
     """
     if not os.fspath(path).startswith("gs://"):
         return
@@ -109,15 +109,15 @@ def require_bucket(path: Path) -> None:
             "bucket (storage.buckets.get) and to read and write its objects"
         ) from None
     except Exception as error:
-        said = " ".join(str(error).split())[:160]
+        message = " ".join(str(error).split())[:160]
         raise ConfigError(
-            f"{path}: cannot reach gs://{name} ({type(error).__name__}: {said}); check the network "
-            "and the credentials (`gcloud auth application-default login`)"
+            f"{path}: cannot reach gs://{name} ({type(error).__name__}: {message}); check the "
+            "network and the credentials (`gcloud auth application-default login`)"
         ) from error
 
 
 def client() -> Any:
-    """google-cloud-storage, for requests with preconditions, which gcsfs lacks."""
+    """Return a google-cloud-storage client, for requests with preconditions, which gcsfs lacks."""
     return _client(os.getpid())
 
 

@@ -1,4 +1,4 @@
-"""JSON and JSON lines files: written whole or not at all, read in spite of torn lines."""
+"""JSON and JSON lines files: written atomically, read in spite of torn lines."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from vadapter.io import storage
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON lines file in file order; lines torn by a kill are left out."""
+    """Yield the objects of a JSON lines file in order, without lines that a kill has torn."""
     if not path.exists():
         return
     with io.TextIOWrapper(path.open("rb"), encoding="utf-8", errors="replace") as file:
@@ -24,12 +24,12 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl in file order."""
+    """Yield the rows of a metrics.jsonl in order."""
     return (row for row in lines(path) if "step" in row)
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """The rows by step: where a resumed run repeated a step, its last attempt counts."""
+    """Return the rows by step; if a resumed run repeated a step, only its last attempt."""
     last: dict[tuple[int, bool], dict[str, Any]] = {}
     for row in rows(path):
         key = (row["step"], "loss" in row)
@@ -38,5 +38,5 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write JSON atomically: a reader sees the old file or the new one."""
     storage.write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -1,11 +1,11 @@
 """Paths on this machine and in buckets, `gs://BUCKET/NAME`, behind one interface.
 
-`as_path` gives a `pathlib.Path` of a local path and an `etils.epath.Path` of a bucket's, which has
-the same methods over gcsfs. Object stores have no append, no rename of a folder and no locks; what
-needs these calls the functions here (locks are in `vadapter.io.lock`). TensorStore and Orbax
-read and write arrays in buckets by themselves.
+`as_path` returns a `pathlib.Path` for a local path and an `etils.epath.Path`, which has the same
+methods over gcsfs, for a path in a bucket. Object stores cannot append, rename a folder or lock;
+the functions here do what needs that (locks are in `vadapter.io.lock`). TensorStore and Orbax read
+and write arrays in buckets by themselves.
 
-An object is written as a whole or not at all. A folder exists while an object is below it.
+An object is written as a whole or not at all. A folder exists while there is an object in it.
 """
 
 import contextlib
@@ -22,17 +22,17 @@ from typing import Any, cast
 from vadapter.errors import ConfigError
 from vadapter.io.buckets import filesystem, prepare, refusal
 
-COMMIT = "commit_success.txt"  # what Orbax writes last into a folder of a bucket
+COMMIT = "commit_success.txt"  # the file that Orbax writes last into a folder of a bucket
 
 
 def as_path(text: str | os.PathLike[str]) -> Path:
-    """The path that a user's text names.
+    """Return the path that a user has written.
 
     Returns:
-      A `pathlib.Path`, or of `gs://…` an `etils.epath.Path`, which is none but acts like one.
+      A `pathlib.Path`, or for `gs://…` an `etils.epath.Path`, which has the same methods.
 
     Raises:
-      ConfigError: gcsfs is missing, or it is a URL of another kind.
+      ConfigError: gcsfs is not installed, or the text is a URL of another kind.
     """
     if not isinstance(text, str | Path):
         return cast(Path, text)
@@ -42,7 +42,7 @@ def as_path(text: str | os.PathLike[str]) -> Path:
     if scheme[1] != "gs":
         raise ConfigError(f"{text}: paths are local or gs://BUCKET/NAME; copy or mount it")
     if not re.match(r"gs://[^/]", text):
-        raise ConfigError(f"{text}: names no bucket; give gs://BUCKET/NAME")
+        raise ConfigError(f"{text}: has no bucket name; write gs://BUCKET/NAME")
     prepare()
     from etils import epath
 
@@ -50,21 +50,21 @@ def as_path(text: str | os.PathLike[str]) -> Path:
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """As `as_path`; a local path from the root on."""
+    """Return `as_path(path)`, a local path made absolute."""
     path = as_path(path)
-    return path if remote(path) else path.absolute()  # epath takes gs: for a folder here
+    return path if remote(path) else path.absolute()  # epath would take gs: for a local folder
 
 
 def remote(path: Any) -> bool:
-    """Whether a path of `as_path` is in a bucket."""
-    return os.fspath(path).startswith("gs://")  # which no pathlib.Path does
+    """Return whether a path from `as_path` is in a bucket."""
+    return os.fspath(path).startswith("gs://")  # pathlib.Path turns // into /
 
 
 # -- files -------------------------------------------------------------------------------------
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half of it."""
+    """Write a file atomically: a reader sees the old file or the new one."""
     if remote(path):
         path.write_bytes(data)
         return
@@ -75,12 +75,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 class Uploaded:
-    """A file of a bucket that grows in memory and is uploaded whole by `flush`.
+    """A file in a bucket that grows in memory; `flush` uploads all of it.
 
-    What was written after the last `flush` is lost when the process is killed.
+    If the process is killed, everything written after the last `flush` is lost.
 
     Args:
-      path: in a bucket; content: what it starts with.
+      path: in a bucket.
+      content: the bytes that it starts with.
     """
 
     def __init__(self, path: Path, content: bytes):
@@ -88,16 +89,16 @@ class Uploaded:
         self._path, self._content, self._new = path, bytearray(content), False
 
     def write(self, data: bytes) -> int:
-        """Appends; returns the number of bytes, all of them."""
+        """Append bytes and return how many: all of them."""
         self._content += data
         self._new = self._new or bool(data)
         return len(data)
 
     def flush(self) -> None:
-        """Uploads what is new.
+        """Upload the file if it has grown.
 
         Raises:
-          OSError: it could not; nothing is lost, the next call tries again.
+          OSError: the upload failed; nothing is lost, the next call tries again.
         """
         if self._new:
             try:
@@ -111,24 +112,24 @@ class Uploaded:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there; a bucket that does not answer is an error, not a no."""
+    """Return whether a folder exists; a bucket that does not answer is an error, not False."""
     return path.exists() if remote(path) else path.is_dir()
 
 
 def committed(folder: Path) -> bool:
-    """Whether a folder that Orbax writes is complete: locally it is renamed, else marked."""
+    """Return whether a folder from Orbax is complete: renamed on a disk, marked in a bucket."""
     return (folder / COMMIT).exists() if remote(folder) else folder.is_dir()
 
 
 def files(folder: Path) -> dict[str, dict[str, Any]]:
-    """All files below a folder of a bucket: name relative to it -> facts, see `facts`."""
-    found = filesystem().find(str(folder), detail=True)
+    """Return all files below a folder of a bucket: relative name -> facts, see `facts`."""
+    objects = filesystem().find(str(folder), detail=True)
     base = str(folder).removeprefix("gs://").rstrip("/") + "/"
-    return {name.removeprefix(base): _facts(info) for name, info in found.items()}
+    return {name.removeprefix(base): _facts(info) for name, info in objects.items()}
 
 
 def remove_tree(folder: Path) -> None:
-    """Deletes a folder, if it is there, with all that is in it."""
+    """Delete a folder and everything in it; do nothing if there is none."""
     if remote(folder):
         with contextlib.suppress(FileNotFoundError):
             filesystem().rm(str(folder), recursive=True)
@@ -137,7 +138,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def move_tree(source: Path, target: Path) -> None:
-    """Renames a folder; one of a bucket file by file, on the server."""
+    """Rename a folder; in a bucket file by file, on the server."""
     if remote(source):
         filesystem().mv(str(source), str(target), recursive=True)
     else:
@@ -146,9 +147,10 @@ def move_tree(source: Path, target: Path) -> None:
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Copies a folder that Orbax wrote: `target` is complete or not `committed`.
+    """Copy a folder from Orbax; until it is complete, `target` is not `committed`.
 
     Args:
+      source: the folder.
       target: must not exist; its parent must.
     """
     part = target if remote(target) else target.with_name(f"{target.name}.part")
@@ -179,9 +181,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def kvstore(folder: Path) -> dict[str, str]:
-    """Where TensorStore finds a folder.
+    """Return the TensorStore spec of a folder.
 
-    No URL: in those, some characters of file names have a meaning.
+    It is not a URL, where some characters of file names have another meaning.
     """
     if not remote(folder):
         return {"driver": "file", "path": f"{folder}/"}
@@ -193,11 +195,12 @@ def kvstore(folder: Path) -> dict[str, str]:
 
 
 def facts(path: Path) -> dict[str, int]:
-    """`size` in bytes and `mtime_ns` of a file; an object has its generation instead of a time:
-    another one is another content.
+    """Return `size` in bytes and `mtime_ns` of a file.
+
+    For an object `mtime_ns` is its generation, which changes with its content.
 
     Raises:
-      OSError: there is none.
+      OSError: there is no such file.
     """
     if remote(path):
         return _facts(filesystem().info(str(path)))
@@ -210,16 +213,16 @@ def _facts(info: dict[str, Any]) -> dict[str, int]:
 
 
 def read_range(path: str, start: int, size: int, generation: int) -> bytes:
-    """Bytes of an object of that generation.
+    """Return `size` bytes from `start` of an object of that generation.
 
     Raises:
-      OSError: it is gone, or cannot be reached.
+      OSError: there is no such object, or the bucket does not answer.
     """
     return _fetch(path, generation, start, start + size)
 
 
 def read_object(path: str, generation: int) -> bytes:
-    """All bytes of an object, as `read_range`."""
+    """Return all bytes of an object; raises as `read_range`."""
     return _fetch(path, generation)
 
 
@@ -233,37 +236,37 @@ def _fetch(path: str, generation: int, *span: int) -> bytes:
 
 
 def local(text: str | os.PathLike[str], what: str) -> Path:
-    """A path that cannot be in a bucket.
+    """Return a path that must be local; `what` names the option in the message.
 
     Raises:
-      ConfigError: it is.
+      ConfigError: it is in a bucket.
     """
     path = as_path(text)
     if remote(path):
-        raise ConfigError(f"{what}={path}: has to be a local path; copy what is in the bucket")
+        raise ConfigError(f"{what}={path}: must be a local path; copy it from the bucket")
     return path
 
 
 @contextlib.contextmanager
 def written_locally(path: Path) -> Iterator[Path]:
-    """A file to write in place of `path`: itself, or one that is uploaded on leaving."""
+    """Yield a local file to write: `path` itself, or one that is then uploaded to `path`."""
     if not remote(path):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield (made := Path(folder) / path.name)
-        filesystem().put_file(str(made), str(path))
+        yield (written := Path(folder) / path.name)
+        filesystem().put_file(str(written), str(path))
 
 
 def cached(path: Path, suffix: str) -> Path:
-    """A file of this machine that stands for an object, in a folder of the user's own."""
+    """Return the path of a local file that caches something about an object."""
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vadapter" / "objects"
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     return root / f"{hashlib.sha256(str(path).encode()).hexdigest()[:24]}-{suffix}"
 
 
 def local_copy(path: Path) -> Path:
-    """A file to map into memory: the path itself, or this object downloaded once a machine."""
+    """Return a local file: the path itself, or the object downloaded once per machine."""
     if not remote(path):
         return path
     target = cached(path, f"{facts(path)['mtime_ns']}-{path.name}")

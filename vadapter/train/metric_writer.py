@@ -1,8 +1,8 @@
-"""What a run says and writes: metrics.jsonl is the truth; the screen and TensorBoard are views.
+"""Write the metrics of a stage: metrics.jsonl is the record, screen and TensorBoard show it.
 
-In a bucket metrics.jsonl is uploaded whole: before each save, with each loud line, every half
-minute and at the end. A kill loses the rows since, never those of steps before the newest
-checkpoint. There are no TensorBoard files there.
+In a bucket the whole of metrics.jsonl is uploaded before each save, with each evaluation, every
+half minute and at the end. A kill loses the rows since then, never those of steps before the
+newest checkpoint. There are no TensorBoard files in buckets.
 """
 
 import json
@@ -20,12 +20,12 @@ _UPLOAD_EVERY = 30.0  # seconds
 
 
 class MetricWriter:
-    """Writes one stage's metrics; a progress bar on a terminal, plain lines elsewhere.
+    """The metrics of one stage; a progress bar on a terminal, plain lines elsewhere.
 
     Args:
       directory: of the stage; metrics.jsonl is appended to.
-      title: shown in front of every line.
-      total: steps of the stage.
+      title: shown before every line.
+      total: number of steps of the stage.
     """
 
     def __init__(self, directory: Path, title: str, total: int):
@@ -34,15 +34,15 @@ class MetricWriter:
         before = list(rows(path))
         self._attempt = 1 + max((row.get("attempt", 0) for row in before), default=0)
         self._evaluated = {row["step"] for row in before if any("/" in key for key in row)}
-        known = path.read_bytes() if path.is_file() else b""
+        content = path.read_bytes() if path.is_file() else b""
         if storage.remote(path):
-            self._file: Any = storage.Uploaded(path, known)
+            self._file: Any = storage.Uploaded(path, content)
         else:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in __exit__
         self._flushed = time.monotonic()
-        self._unwritten = b""  # what a full disk did not take yet
-        if known and not known.endswith(b"\n"):
-            self._append(b"\n")  # a line torn by a kill stays a line of its own
+        self._unwritten = b""  # bytes that did not fit on the disk yet
+        if content and not content.endswith(b"\n"):
+            self._append(b"\n")  # end the line that a kill has torn
         self._title, self._total = title, total
         self._tensorboard = None if storage.remote(path) else _tensorboard(directory / "tb")
         self._bar: Progress | None = None
@@ -62,7 +62,7 @@ class MetricWriter:
         self._view(lambda tensorboard: tensorboard.close())
 
     def write(self, step: int, values: Mapping[str, Any], *, loud: bool = False) -> None:
-        """Appends a row; shows it if `loud`, at the end, or when some seconds have passed."""
+        """Append a row; print it if `loud`, at the last step, or every ten seconds."""
         values = {k: float(v) for k, v in values.items()}
         row = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **values}
         self._append(json.dumps(row).encode() + b"\n")
@@ -79,7 +79,7 @@ class MetricWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Makes what was written outlive the process; on a disk it does already."""
+        """Upload the file if it is in a bucket, so that its rows survive a kill."""
         self._flushed = time.monotonic()
         if not isinstance(self._file, storage.Uploaded):
             return
@@ -89,11 +89,11 @@ class MetricWriter:
             self.say(f"cannot write {self._file.name} ({error.strerror}); trying again later")
 
     def evaluated(self, step: int) -> bool:
-        """Whether an attempt before this one has written scores of that step."""
+        """Return whether an earlier attempt has written evaluation scores of that step."""
         return step in self._evaluated
 
     def _append(self, line: bytes) -> None:
-        """Writes what waits and a line. On a full disk both wait; the checkpoints end the run."""
+        """Write a line after those that did not fit on the disk ; a full disk is no error here."""
         waited, self._unwritten = bool(self._unwritten), self._unwritten + line
         try:
             while self._unwritten:
@@ -103,20 +103,20 @@ class MetricWriter:
                 self.say(f"cannot write {self._file.name} ({error.strerror}); trying again later")
 
     def _view(self, show: Callable[["_TensorBoard"], None]) -> None:
-        """TensorBoard files are a view: where they cannot be written, the run goes on without."""
+        """Write to TensorBoard; give up on the first error, since these files are only a view."""
         if self._tensorboard is not None:
             try:
                 show(self._tensorboard)
             except OSError as error:
                 self._tensorboard = None
-                self.say(f"cannot write TensorBoard files ({error.strerror}); going on without")
+                self.say(f"cannot write TensorBoard files ({error.strerror}); continuing")
 
     def tell(self, text: str) -> None:
-        """Prints a line about what this host alone knows."""
+        """Print a line about this host alone."""
         self.say(text)
 
     def say(self, text: str) -> None:
-        """Prints a line, above the progress bar if there is one."""
+        """Print a line, above the progress bar if there is one."""
         if self._bar is None:
             print(f"{self._title}: {text}", flush=True)
         else:
@@ -124,7 +124,7 @@ class MetricWriter:
 
 
 class SilentWriter(MetricWriter):
-    """What the other hosts of several have for a writer: the first one speaks for all."""
+    """The writer of all hosts but the first, which writes and prints for all of them."""
 
     def __init__(self, title: str):
         self._title, self._bar = title, None
@@ -136,25 +136,25 @@ class SilentWriter(MetricWriter):
         pass
 
     def write(self, step: int, values: Mapping[str, Any], *, loud: bool = False) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def flush(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def evaluated(self, step: int) -> bool:
-        """Nobody knows here."""
+        """Return False: only the first host knows, and it is asked."""
         return False
 
     def say(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def tell(self, text: str) -> None:
-        """Prints a line about what this host alone knows."""
+        """Print a line about this host alone."""
         print(f"{self._title}, host {hosts.index()}: {text}", flush=True)
 
 
 def open_writer(directory: Path, title: str, total: int) -> MetricWriter:
-    """The stage's writer, see `Writer`; on other hosts than the first one that writes nothing."""
+    """Return the writer of a stage; on all hosts but the first it writes nothing."""
     return MetricWriter(directory, title, total) if hosts.first() else SilentWriter(title)
 
 
