@@ -92,11 +92,11 @@ def test_more_than_a_device_has_is_refused_before_anything_is_compiled(
         train(recipe, tmp_path)
     assert not begun
     total = size(sum(stays.values()))
-    for part in (f"stages.decoder: {total} stay on each device", *stays, PLAN):
+    for part in (f"stages.decoder: {total} are needed on each device", *stays, PLAN):
         assert part in str(met.value)
     monkeypatch.setattr(memory, "limit", lambda mesh: 1)
     _, problems = check(lambda: recipe, tmp_path)
-    assert ["B stay on each device" in line for line in problems.lines()] == [True]
+    assert ["B are needed on each device" in line for line in problems.lines()] == [True]
 
 
 def test_the_limit_is_that_of_the_device_with_least_and_of_a_cpu_there_is_none():

@@ -114,5 +114,5 @@ def test_shards_that_a_bucket_lacks_are_named(bucket, tmp_path):
 
 
 def test_other_forms_are_refused_in_buckets(bucket):
-    with pytest.raises(ConfigError, match="has to be a local path; copy what is in the bucket"):
+    with pytest.raises(ConfigError, match="must be a local path; copy it from the bucket"):
         ParquetImages(FOLDER, "train")

@@ -133,5 +133,5 @@ def test_errors_that_are_not_of_a_bucket_stay_what_they_are(bucket):
 
 
 def test_an_export_is_not_written_to_a_bucket(bucket):
-    with pytest.raises(ConfigError, match="folder=gs://bucket/x: has to be a local path"):
+    with pytest.raises(ConfigError, match="folder=gs://bucket/x: must be a local path"):
         export(None, Path("gs://bucket/x"))  # type: ignore[arg-type]

@@ -282,7 +282,7 @@ def test_without_gcsfs_a_bucket_is_refused_with_the_extra_to_install(monkeypatch
         ("gs://bucket/run", r"GET /storage/v1/b/bucket$", "no permission for gs://bucket"),
         ("gs://bucket/run", r"POST", r"gs://: Forbidden: 403 .* Check the bucket"),
         ("s3://bucket/run", "", "paths are local or gs://BUCKET/NAME"),
-        ("gs:///run", "", "names no bucket"),
+        ("gs:///run", "", "has no bucket name"),
     ],
 )
 def test_a_bucket_that_cannot_be_used_is_told_before_anything_runs(
