@@ -185,8 +185,8 @@ def test_a_frozen_component_that_changes_is_an_error_and_nothing_is_handed_over(
 ):
     honest = loop._steps
 
-    def drift(stage, tx, state, frozen, *rest):
-        state = honest(stage, tx, state, frozen, *rest)
+    def drift(stage, state, frozen, *rest):
+        state = honest(stage, state, frozen, *rest)
         leaves, tree = jax.tree.flatten(frozen["encoder"])
         leaves[3] = leaves[3].at[(0,) * leaves[3].ndim].multiply(1 + 2**-20)
         frozen["encoder"] = jax.tree.unflatten(tree, leaves)
