@@ -186,10 +186,7 @@ def test_an_export_killed_between_its_renames_is_not_lost(own, exported, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "run"}
 
 
-def test_the_verb_prints_the_files_and_the_source_of_the_rest(
-    public, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(main, "_prepare", lambda: None)
+def test_the_verb_prints_the_files_and_the_source_of_the_rest(public, tmp_path, capsys):
     target = tmp_path / "adapter"
     assert main.main(["export", str(public), str(target)]) == 0
     out = capsys.readouterr().out

@@ -128,9 +128,8 @@ def test_a_moved_base_model_is_named_and_a_changed_one_is_refused(public, folder
 
 
 def test_the_verbs_accept_an_export_instead_of_a_run(
-    own, exported, public, folder, tmp_path, monkeypatch, capsys
+    own, exported, public, folder, tmp_path, capsys
 ):
-    monkeypatch.setattr(main, "_prepare", lambda: None)
     image = str(folder / "shapes" / "02.png")
 
     def say(*argv):

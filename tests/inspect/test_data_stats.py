@@ -1,11 +1,13 @@
 """Statistics of data sets equal independent counts."""
 
+import dataclasses
 import json
 
 import pytest
 from PIL import Image
 from support.opened import opened, prepare, recipe
 
+from vadapter.data.example import Source
 from vadapter.inspect.data_stats import as_text, stats
 from vadapter.inspect.open_data import open_data
 
@@ -93,16 +95,28 @@ def test_documents_are_counted_with_their_bos(root):
     assert facts["rows"] <= len(data.items)
 
 
-def test_a_limit_spreads_over_the_whole_set(root, monkeypatch):
+class Recording(Source):
+    """A source that records which examples are read."""
+
+    def __init__(self, source):
+        self.source, self.kind, self.seen = source, source.kind, set()
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        self.seen.add(index)
+        return self.source[index]
+
+
+def test_a_limit_spreads_over_the_whole_set(root):
     data = opened(root, "images")
-    seen = []
-    source = type(data.source)
-    words = source.__getitem__
-    monkeypatch.setattr(source, "__getitem__", lambda s, i: (seen.append(i), words(s, i))[1])
+    source = Recording(data.source)
+    data = dataclasses.replace(data, source=source, items=source)
     facts = stats(data, limit=4)
     assert facts["looked_at"] == facts["rows"] == 4
     assert facts["examples"] == 24
-    assert set(seen) == {0, 6, 12, 18}
+    assert source.seen == {0, 6, 12, 18}
     assert "24 examples (image, caption, as read by stage vision), 4 of them inspected" in as_text(
         facts
     )

@@ -211,11 +211,8 @@ def _names(folder: Path, ids: set[int]) -> dict[int, str]:
 
 
 def _data(stage: Stage, findings: Findings, name: str) -> Facts:
-    data, source, row = (
-        stage.recipe.data[name],
-        findings.sources.get(name),
-        findings.rows.get(name, {}),
-    )
+    data, source = stage.recipe.data[name], findings.sources.get(name)
+    row = findings.rows.get(name, {})
     sizes = {key: list(leaf.shape[1:]) for key, leaf in row.items()}
     return {
         "name": name,
