@@ -76,7 +76,7 @@ def test_a_shard_of_a_bucket_that_is_replaced_is_refused(bucket, tmp_path):
     bucket.put("pairs/train-000.tar", bucket.objects["pairs/train-000.tar"])
     with pytest.raises(DataError, match="gone or changed since it was indexed"):
         contents(source)
-    with pytest.raises(DataError, match=f"written to since; run `vadapter data index {FOLDER}`"):
+    with pytest.raises(DataError, match=f"modified since; run `vadapter data index {FOLDER}`"):
         CaptionTars(FOLDER, "train")
 
 
