@@ -15,17 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 from PIL import Image
 from support import faults, runs
+from support.patches import use_devices, use_fake_step
 
 from vadapter.checkpoints.manager import steps
 from vadapter.cli import main
-from vadapter.distributed.mesh import make_mesh
 from vadapter.io.json_files import rows
 from vadapter.io.lock import lock
-from vadapter.stages import run, stage
 
 RECIPE = """
 import sys
@@ -48,9 +46,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(main, "_prepare", lambda: None)
-    monkeypatch.setattr(stage, "make_train_step", runs.fake_step)
-    monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    use_fake_step(monkeypatch)
+    use_devices(monkeypatch, 1)
 
 
 class Command:
@@ -167,7 +164,7 @@ def test_weights_that_are_not_there(train):
 
 @pytest.mark.parametrize(("batch", "accumulate"), [(12, 1), (8, 2)])
 def test_a_batch_that_does_not_divide_over_eight_devices(train, monkeypatch, batch, accumulate):
-    monkeypatch.setattr(run, "make_mesh", make_mesh)
+    use_devices(monkeypatch, 8)
     train.change(f"config.stages.decoder.update(batch={batch}, accumulate={accumulate})")
     assert train.refused() == (
         f"stages.decoder.batch={batch} does not divide over 8 devices times "

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from support import faults, runs
 from support import hosts as drive
+from support.patches import use_devices, use_fake_step
 
 from vadapter.checkpoints.manager import steps
 from vadapter.cli import main
@@ -17,7 +18,6 @@ from vadapter.distributed.mesh import MeshConfig, make_mesh, to_mesh
 from vadapter.errors import USER_ERROR, ConfigError, Problems
 from vadapter.inspect.check import check
 from vadapter.recipe.schema import read
-from vadapter.stages import run, stage
 from vadapter.stages.run import Run
 from vadapter.stages.steps import init_state
 from vadapter.train import loop
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def mesh(monkeypatch):
     """Two devices, which split the weights."""
-    monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:2]))
+    use_devices(monkeypatch, 2)
 
 
 def halves(config):
@@ -130,9 +130,8 @@ def test_the_devices_that_are_here_have_the_name_that_plan_knows(
 def test_a_step_that_runs_out_of_memory_is_named_and_what_was_saved_is_intact(
     folder, tmp_path, mesh, monkeypatch, capsys
 ):
-    monkeypatch.setattr(stage, "make_train_step", runs.fake_step)
+    use_fake_step(monkeypatch)
     faults.at("decoder:step:3", use_all, monkeypatch.setattr)
-    monkeypatch.setattr(main, "_prepare", lambda: None)
     config = f"--config={runs.write_recipe(folder, 'blind')}"
     assert main.main(["train", config, f"--workdir={tmp_path}"]) == USER_ERROR
     said = capsys.readouterr().err.splitlines()[-1]
@@ -152,7 +151,6 @@ def test_other_errors_of_the_runtime_stay_what_they_are(monkeypatch):
 
 
 def test_every_verb_that_computes_says_so(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(main, "_prepare", lambda: None)
     monkeypatch.setattr("vadapter.hub.load.open_either", use_all)
     assert main.main(["caption", str(tmp_path), "photo.jpg"]) == USER_ERROR
     said = capsys.readouterr().err

@@ -22,12 +22,13 @@ import pytest
 from jax._src.clusters import ClusterEnv
 from support import hosts as drive
 from support import paths, runs
+from support.patches import use_devices
 from support.small_benchmarks import write_benchmarks
 
 from vadapter.checkpoints.manager import steps
 from vadapter.data.pipeline import make_loader
 from vadapter.distributed import hosts
-from vadapter.distributed.mesh import MeshConfig, make_mesh, to_mesh
+from vadapter.distributed.mesh import MeshConfig, to_mesh
 from vadapter.distributed.startup import check_in, gather
 from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR, ConfigError, HostError
 from vadapter.io.json_files import history, rows
@@ -169,7 +170,7 @@ def seen(monkeypatch):
         return to_mesh(batch, mesh)
 
     monkeypatch.setattr(loop, "to_mesh", record)
-    monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:4]))
+    use_devices(monkeypatch, 4)
     return batches
 
 
@@ -198,8 +199,7 @@ def test_one_process_goes_on_with_what_two_hosts_have_saved(
     done, tmp_path, monkeypatch, capsys, seen, devices
 ):
     if devices == 1:
-        one = lambda _: make_mesh(MeshConfig(), jax.devices()[:1])  # noqa: E731
-        monkeypatch.setattr(run, "make_mesh", one)
+        use_devices(monkeypatch, 1, MeshConfig())
     shutil.copytree(done.folder / "cut", tmp_path / "run")
     recipe = recipe_of(done.folder)
     train(recipe, tmp_path / "run")

@@ -3,16 +3,14 @@
 import json
 from pathlib import Path
 
-import jax
 import pytest
 from support import runs
+from support.patches import use_devices
 from support.public_models import write_model
 from support.public_tokenizers import llama2, neox
 
-from vadapter.distributed.mesh import make_mesh
 from vadapter.hub.write import export
 from vadapter.recipe.schema import read
-from vadapter.stages import run
 from vadapter.stages.restore import open_run
 from vadapter.train.loop import train
 
@@ -64,7 +62,7 @@ def _trained(config, workdir: Path) -> Path:
         for stage in config.stages.values():
             stage.update(steps=2, save_every=2, eval_every=0, eval_limit=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        use_devices(patch, 1)
         train(read(config), workdir)
     return workdir
 

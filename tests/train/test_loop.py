@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from support import faults, runs
+from support.patches import use_devices, use_fake_step
 from support.recipes import tiny_recipe
 
 from vadapter.checkpoints import array_io
 from vadapter.checkpoints.manager import steps
 from vadapter.data.open import make_stream
 from vadapter.data.pipeline import make_loader
-from vadapter.distributed.mesh import make_mesh
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted
 from vadapter.evaluate.runner import to_mesh
 from vadapter.io.json_files import rows
 from vadapter.recipe.schema import read
-from vadapter.stages import run, stage
 from vadapter.stages.initialization import DONE
 from vadapter.stages.run import Run
 from vadapter.train import loop
@@ -34,13 +33,13 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def fake(monkeypatch):
     """Steps without a model."""
-    monkeypatch.setattr(stage, "make_train_step", runs.fake_step)
+    use_fake_step(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Programs compile faster for one device than for eight."""
-    monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    use_devices(monkeypatch, 1)
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import pytest
 from support import guides, runs
+from support.patches import use_devices
 from support.paths import ROOT
 from support.public_models import write_model
 from support.public_tokenizers import llama2, neox
 
 from vadapter.cli import main
-from vadapter.distributed.mesh import make_mesh
 from vadapter.errors import CheckpointError
 from vadapter.io.json_files import rows
 from vadapter.recipe.schema import read
@@ -66,8 +66,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-    monkeypatch.setattr(main, "_prepare", lambda: None)
+    use_devices(monkeypatch, 1)
 
 
 def recipe(world, **encoder):
@@ -91,7 +90,7 @@ def trained(world, tmp_path_factory):
     """A run directory."""
     root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        use_devices(patch, 1)
         train(read(recipe(world)), root / "run")
     return root / "run"
 
