@@ -125,7 +125,7 @@ MISTAKES = {
     "components.encoder.patch=7": r"image_size=32 is not divisible by patch=7",
     "components.encoder.fit=squash": r"components\.encoder\.fit='squash': unknown; known: crop, pa",
     "components.encoder.crop_pct=87.5": r"crop_pct=87\.5: .*above 0 and at most 1",
-    "components.tlm.kv_heads=3": r"stages\.decoder: its model cannot be built: 2 heads do not div",
+    "components.tlm.kv_heads=3": r"stages\.decoder: its model cannot be built: heads=2 is not div",
     "stage.decoder.steps=3": r"--config\.stage: unknown key; did you mean 'stages'\?",
     "seed=one": r"--config\.seed=one: .*int",
     "seed": r"--config\.seed: needs a value, --config\.seed=VALUE",
