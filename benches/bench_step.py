@@ -24,7 +24,7 @@ from vadapter.distributed.memory import exhausted
 from vadapter.distributed.mesh import make_mesh, shardings_of
 from vadapter.models.generate import Decode
 from vadapter.plan import flops
-from vadapter.recipe.schema import read, resized
+from vadapter.recipe.schema import Recipe, read, resized
 from vadapter.stages.stage import Stage
 from vadapter.stages.steps import init_state
 
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [item for item in rest if not item.startswith("--config.")]:
         parser.error(f"unknown {' '.join(unknown)}")
     values = config.load(args.config)
-    config.override(values, [item.removeprefix("--config.") for item in rest])
+    config.override(values, [item.removeprefix("--config.") for item in rest], Recipe)
     recipe = read(values)
     name = args.stage or recipe.chain[-1]
     peak = matmul_peak()

@@ -106,7 +106,7 @@ def get_config(arg=None):
                     images_at_once=2,  # bounds the memory of activations
                     weights="$VADAPTER_DATA/weights/mobilenet",
                 ),
-                # dropout is active only in stages with dropout=True
+                # dropout is active only in stages with use_dropout=True
                 tlm={**lm, "width": 128, "depth": 4, "heads": 4, "mlp_dim": 384, "dropout": 0.1},
                 llm={**lm, "width": 192, "depth": 5, "heads": 6, "mlp_dim": 576},
                 resampler={**resampler, "layers": 1},

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from ml_collections import ConfigDict
@@ -236,3 +237,45 @@ def test_a_recipe_is_a_file_with_get_config(tmp_path: Path):
         config.load(str(tmp_path / "empty.py"))
     with pytest.raises(ConfigError, match="no such file"):
         config.load(str(tmp_path / "nowhere.py"))
+
+
+# -- renamed keys ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    RENAMED: ClassVar = {"old": "new"}
+    new: int = 0
+    other: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    groups: dict[str, Group]
+
+
+def test_a_renamed_key_still_works_and_says_its_new_name():
+    with pytest.warns(FutureWarning, match=r"c\.groups\.a\.old is now called new; the old name"):
+        assert config.build(Groups, {"groups": {"a": {"old": 3}}}, "c").groups["a"] == Group(3)
+    with pytest.raises(ConfigError, match=r"c\.groups\.a\.old is the old name of new: remove one"):
+        config.build(Groups, {"groups": {"a": {"old": 3, "new": 3}}}, "c")
+
+
+@pytest.mark.parametrize("written", ["old", "new"])
+@pytest.mark.parametrize("given", ["old", "new"])
+def test_an_override_finds_a_key_by_both_names(written, given):
+    values = ConfigDict({"groups": {"a": {written: 3}}})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config.override(values, [f"groups.a.{given}=4"], Groups)
+        assert config.build(Groups, values).groups["a"] == Group(4)
+    said = [str(warning.message).split(";")[0] for warning in caught]
+    assert said == ["--config.groups.a.old is now called new"] * (given == "old")
+
+
+def test_stored_values_are_read_under_new_names_without_a_warning():
+    stored = {"groups": {"a": {"old": 3, "other": 1}}, "unknown": [{"old": 1}]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new = config.with_new_keys(Groups, stored)
+    assert new == {"groups": {"a": {"new": 3, "other": 1}}, "unknown": [{"old": 1}]}

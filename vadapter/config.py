@@ -13,6 +13,7 @@ import os
 import re
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +29,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     """Build the dataclass `cls` from a mapping, recursively and strictly.
 
     Args:
-      cls: a dataclass; fields may be dataclasses, or dicts and tuples of them.
+      cls: a dataclass; fields may be dataclasses, or dicts and tuples of them. If it has a
+        `RENAMED: ClassVar[dict[str, str]]` of old to new keys, old ones still work, with a warning.
       values: a ConfigDict or a dict.
       where: dotted path of `values`, for messages.
 
@@ -37,6 +39,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    values = _with_new_keys(cls, values, where)
     for key in values:
         if key not in fields:
             raise ConfigError(f"{where}.{key}: unknown key{nearest(key, fields)}")
@@ -46,6 +49,54 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
         if required and name not in out:
             raise ConfigError(f"{where}.{name}: missing; it has no default")
     return cls(**out)
+
+
+def _with_new_keys(cls: type, values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return `values` with renamed keys under their new names, and warn of each.
+
+    Raises:
+      ConfigError: a key is given under both names.
+    """
+    renamed = {old: new for old, new in getattr(cls, "RENAMED", {}).items() if old in values}
+    for old, new in renamed.items():
+        if new in values:
+            raise ConfigError(f"{where}.{old} is the old name of {new}: remove one of the two")
+        _warn_renamed(f"{where}.{old}", new)
+    return {renamed.get(key, key): value for key, value in values.items()}
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    warnings.warn(
+        f"{old} is now called {new}; the old name will be removed in the next release",
+        FutureWarning,
+        stacklevel=2,
+    )
+
+
+def with_new_keys(hint: Any, value: Any) -> Any:
+    """Return a stored value with renamed keys under their new names, at all depths.
+
+    For files that earlier versions wrote: no warning, since nobody can be expected to edit them.
+
+    Args:
+      hint: the type of the value: a dataclass, or a dict of them; others are left as they are.
+      value: its content as dicts and lists.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    if dataclasses.is_dataclass(hint):
+        renamed = getattr(hint, "RENAMED", {})
+        value = {renamed.get(key, key): item for key, item in value.items()}
+    return {key: with_new_keys(_hint_of(hint, key), item) for key, item in value.items()}
+
+
+def _hint_of(hint: Any, key: str) -> Any:
+    """Return the type of a key of a dataclass or of a dict; None if it is neither."""
+    if dataclasses.is_dataclass(hint):
+        return typing.get_type_hints(hint).get(key)
+    if typing.get_origin(hint) in (dict, Mapping):
+        return typing.get_args(hint)[1]
+    return None
 
 
 def nearest(key: str, known: typing.Iterable[str]) -> str:
@@ -233,12 +284,19 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def override(config: ConfigDict, assignments: typing.Iterable[str]) -> None:
+def override(
+    config: ConfigDict, assignments: typing.Iterable[str], schema: type | None = None
+) -> None:
     """Apply `a.b=v` overrides in place.
 
     A value is JSON or a Python literal where it reads as one (`[1, 2]`, `("a",)`, `true`, `None`),
     else text; a list may also be given as `x,y`. The first group, `a`, must be in the recipe; what
     it leaves at its default below is added, and refused by `build` if there is no such key.
+
+    Args:
+      config: what `load` returns.
+      assignments: the overrides.
+      schema: the dataclass that `config` is read into; renamed keys still work, with a warning.
 
     Raises:
       ConfigError: an unknown group (with the nearest one) or a value of another type.
@@ -249,6 +307,7 @@ def override(config: ConfigDict, assignments: typing.Iterable[str]) -> None:
             raise ConfigError(f"--config.{key}: needs a value, --config.{key}=VALUE")
         *parents, leaf = key.split(".")
         node: Any = config
+        hint: Any = schema
         if parents and parents[0] not in config:
             first = parents[0]
             raise ConfigError(f"--config.{first}: unknown key{nearest(first, config.keys())}")
@@ -256,11 +315,25 @@ def override(config: ConfigDict, assignments: typing.Iterable[str]) -> None:
             if part not in node:  # a group that the recipe leaves out
                 with node.unlocked():
                     node[part] = ConfigDict()
-            node = node[part]
+            node, hint = node[part], _hint_of(hint, part)
             if not isinstance(node, ConfigDict):
                 where = ".".join([*parents, leaf][: i + 1])
                 raise ConfigError(f"--config.{where}: unknown key; {part} is not a group of keys")
-        _assign(node, leaf, text, key)
+        _assign(node, _new_leaf(node, hint, leaf, key), text, key)
+
+
+def _new_leaf(node: ConfigDict, hint: Any, leaf: str, key: str) -> str:
+    """Return the current name of a key that is overridden; rename it in the recipe, too."""
+    for old, new in getattr(hint, "RENAMED", {}).items():
+        if leaf == old:
+            _warn_renamed(f"--config.{key}", new)
+            leaf = new
+        if leaf == new and old in node:
+            value = node[old]
+            with node.unlocked():
+                del node[old]
+                node[new] = value
+    return leaf
 
 
 def _assign(node: ConfigDict, leaf: str, text: str, key: str) -> None:

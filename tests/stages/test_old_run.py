@@ -24,8 +24,11 @@ def old(tmp_path_factory):
         archive.extractall(folder, filter="data")
     # Evaluations are free to change, and compile as much as the whole rest.
     free = ("--config.stages.vadapter.evals=[]", "--config.stages.vadapter.eval_every=0")
-    log = vadapter_in(folder, "train", "--config=recipe.py:shapes", "--workdir=run", *free)
+    renamed = "--config.stages.vadapter.dropout=false"
+    log = vadapter_in(folder, "train", "--config=recipe.py:shapes", "--workdir=run", renamed, *free)
     assert "resumed at step 2" in log
+    assert "--config.stages.vadapter.dropout is now called use_dropout" in log
+    assert "config.stages.llm.dropout is now called use_dropout" in log
     return folder
 
 

@@ -96,7 +96,8 @@ def small(folder: Path) -> ConfigDict:
     every = {"steps": STEPS, "batch": 8, "save_every": 2, "log_every": 1}
     every["optim"] = {"lr": 1e-2, "warmup": 1}
     see = {**every, "data": {"images": 1.0}}
-    llm = {"kind": "lm", "lm": "llm", "data": {"documents": 1.0}, "accumulate": 2, "dropout": True}
+    llm = {"kind": "lm", "lm": "llm", "data": {"documents": 1.0}, "accumulate": 2}
+    llm["use_dropout"] = True
     decoder = {"kind": "decoder", "lm": "tlm", "chain": ("front",), "start": encoder}
     vadapter = {"kind": "adapter", "lm": "llm", "chain": ("front", "tlm", "fc_out")}
     vadapter |= {"start": encoder | inner, "evals": ("captions",), "eval_every": 3}
@@ -116,7 +117,7 @@ def text_only(folder: Path, **stage: Any) -> ConfigDict:
     with config.unlocked():
         config.chain = ("llm",)
         config.stages = {"llm": config.stages.llm}
-        config.stages.llm.update(accumulate=1, dropout=False)
+        config.stages.llm.update(accumulate=1, use_dropout=False)
         config.stages.llm.update(stage)
     return config
 

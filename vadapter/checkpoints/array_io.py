@@ -28,6 +28,7 @@ from vadapter.io import buckets, storage
 
 PyTree = Any
 T = TypeVar("T")
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 SCHEMA = 1  # raise it when the layout of `meta` changes
 TMP = ".orbax-checkpoint-tmp"  # in the name of a directory that is still being written
@@ -87,7 +88,12 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def load(
-    path: Path, abstract: PyTree, *, expect: Mapping[str, Any] | None = None, subset: bool = False
+    path: Path,
+    abstract: PyTree,
+    *,
+    expect: Mapping[str, Any] | None = None,
+    upgrade: Upgrade = dict,
+    subset: bool = False,
 ) -> tuple[PyTree, dict[str, Any]]:
     """Reads one directory into the shardings of `abstract` and verifies every leaf on the devices.
 
@@ -95,6 +101,7 @@ def load(
       path: directory of one checkpoint.
       abstract: tree of `jax.ShapeDtypeStruct` with shardings, or of arrays to take them from.
       expect: values that `meta` must hold, compared key by key, nested dicts included.
+      upgrade: turns the meta that an earlier version wrote into today's, before it is compared.
       subset: leaves of the checkpoint that `abstract` lacks are left on disk.
 
     Returns:
@@ -107,7 +114,7 @@ def load(
     targets = leaf_paths(abstract)
     if homeless := [name for name, x in targets.items() if getattr(x, "sharding", None) is None]:
         raise ValueError(f"leaves without a sharding to restore into: {homeless[:5]}")
-    meta = on_all_hosts(lambda: read_meta(path))
+    meta = upgrade(on_all_hosts(lambda: read_meta(path)))
     _check_fit(path, meta, targets, expect or {}, subset)
     leaves = on_all_hosts(lambda: _read_leaves(path, targets))
     found = tree_digests(leaves)

@@ -40,26 +40,6 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(p.name) for p in numbered if storage.committed(p))
 
 
-def restore_step(
-    directory: Path,
-    abstract_state: PyTree,
-    step: int | None = None,
-    *,
-    expect: Mapping[str, Any] | None = None,
-    subset: bool = False,
-) -> tuple[PyTree, dict[str, Any]]:
-    """Loads exactly one step, the newest if None, and changes nothing on disk: for evaluation.
-
-    Raises:
-      CheckpointError: as `array_io.load`, or there is no such step.
-    """
-    found = steps(directory)
-    step = max(found, default=None) if step is None else step
-    if step is None or step not in found:
-        raise CheckpointError(f"no checkpoint of step {step} in {directory}; steps there: {found}")
-    return array_io.load(directory / str(step), abstract_state, expect=expect, subset=subset)
-
-
 class Checkpointer:
     """Saves in the background, keeps the last few, restores the newest that verifies.
 
@@ -70,18 +50,14 @@ class Checkpointer:
     Args:
       directory: holds one directory a step; created if missing.
       keep: number of newest checkpoints to keep, at least 1.
-      keep_every: also keep every step that is a multiple of this number, forever.
     """
 
-    def __init__(self, directory: Path, *, keep: int, keep_every: int | None = None):
-        if keep < 1 or (keep_every is not None and keep_every < 1):
-            raise ConfigError(f"cannot keep {keep} checkpoints, every {keep_every} steps: use >= 1")
+    def __init__(self, directory: Path, *, keep: int):
+        if keep < 1:
+            raise ConfigError(f"cannot keep {keep} checkpoints: keep at least 1")
         self._directory = storage.absolute(directory)
-        policies: list[Any] = [ocm.LatestN(keep)]
-        if keep_every:
-            policies.append(ocm.EveryNSteps(keep_every))
         self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocm.AnyPreservationPolicy(policies),
+            preservation_policy=ocm.LatestN(keep),
             lightweight_initialize=True,  # do not read what may be damaged
             # Made at once, a directory that cannot be made is an error and not a 300 s wait.
             async_options=ocp.AsyncOptions(
@@ -175,12 +151,14 @@ class Checkpointer:
         abstract_state: PyTree,
         *,
         expect: Mapping[str, Any] | None = None,
+        upgrade: array_io.Upgrade = dict,
     ) -> tuple[PyTree, dict[str, Any]] | None:
         """Restores the newest checkpoint that verifies, and moves later ones to `quarantine/`.
 
         Args:
           abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
           expect: values that `meta` must hold.
+          upgrade: see `array_io.load`.
 
         Returns:
           State and meta, or None if there is no checkpoint at all.
@@ -196,7 +174,7 @@ class Checkpointer:
         for step in reversed(found):
             path = self._directory / str(step)
             try:
-                state, meta = array_io.load(path, abstract_state, expect=expect)
+                state, meta = array_io.load(path, abstract_state, expect=expect, upgrade=upgrade)
                 if meta["step"] != step:
                     raise DamagedError(f"{path}: holds step {meta['step']}")
             except DamagedError as e:

@@ -81,10 +81,10 @@ def recipe(args: argparse.Namespace) -> "Recipe":
       ConfigError: there is no such file, or a key or value is wrong.
     """
     from vadapter import config
-    from vadapter.recipe.schema import read
+    from vadapter.recipe.schema import Recipe, read
 
     values = config.load(args.config)
-    config.override(values, args.overrides)
+    config.override(values, args.overrides, Recipe)
     return read(values)
 
 

@@ -5,7 +5,7 @@ dataclasses and checks that the parts fit before anything is loaded or compiled.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -116,7 +116,7 @@ class StageConfig:
       loss: names of data sets whose loss is measured with the evaluations, on `loss_batches`.
       save_every, keep, log_every: checkpoints and log lines, in steps.
       max_bad: share of samples that may be unusable, beyond ten, before the run stops.
-      dropout: rate of the trained language models.
+      use_dropout: draw dropout masks in the language models, at the rates of their components.
       bidirectional: queries see each other both ways inside a language model of the chain.
       chunk_rows: see `steps.CaptionObjective`.
     """
@@ -143,13 +143,16 @@ class StageConfig:
     keep: int = 2
     log_every: int = 20
     max_bad: float = 0.001
-    dropout: bool = False
+    use_dropout: bool = False
     bidirectional: bool = False
     chunk_rows: int = 0
 
-    # Keys that do not change what is learnt: a run may be resumed with others.
-    FREE = ("evals", "eval_every", "eval_limit", "loss", "loss_batches", "save_every", "keep",
-            "log_every", "max_bad", "chunk_rows")  # fmt: skip
+    RENAMED: ClassVar = {"dropout": "use_dropout"}
+    # Keys that do not change what is trained: a run may be resumed with others.
+    FREE: ClassVar = (
+        "evals", "eval_every", "eval_limit", "loss", "loss_batches", "save_every", "keep",
+        "log_every", "max_bad", "chunk_rows",
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

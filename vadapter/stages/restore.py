@@ -20,7 +20,7 @@ from vadapter.checkpoints.array_io import DamagedError
 from vadapter.checkpoints.component_store import ComponentStore
 from vadapter.checkpoints.digest import leaf_paths
 from vadapter.checkpoints.manager import steps
-from vadapter.config import build, nearest, override, plain
+from vadapter.config import build, nearest, override, plain, with_new_keys
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.tokenizers.pretrained import load_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
@@ -28,6 +28,7 @@ from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import buckets, storage
 from vadapter.recipe.schema import STAGES, Recipe, StageConfig, read
 from vadapter.stages import initialization
+from vadapter.stages.identity import upgrade
 from vadapter.stages.initialization import STORE
 from vadapter.stages.run import tokenizer_path
 from vadapter.stages.stage import Stage
@@ -59,7 +60,8 @@ def read_run(workdir: Path, overrides: Iterable[str] = ()) -> Recipe:
             "of `vadapter train`"
         )
     try:
-        config = ConfigDict(_tuples(json.loads(path.read_text(encoding="utf-8"))))
+        values = with_new_keys(Recipe, json.loads(path.read_text(encoding="utf-8")))
+        config = ConfigDict(_tuples(values))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); bring back a copy") from None
     overrides = list(overrides)
@@ -70,7 +72,7 @@ def read_run(workdir: Path, overrides: Iterable[str] = ()) -> Recipe:
                 f"--config.{item}: part of what was trained; of a finished stage only "
                 f"{', '.join(OPEN)} can be changed"
             )
-    override(config, overrides)
+    override(config, overrides, Recipe)
     return read(config)
 
 
@@ -166,7 +168,7 @@ def _restored(
     mesh: jax.sharding.Mesh,
 ) -> Stage:
     path = workdir / name / "checkpoints" / str(step)
-    meta = array_io.read_meta(path)
+    meta = upgrade(array_io.read_meta(path))
     if meta["step"] != step:
         raise DamagedError(f"{path}: holds step {meta['step']}")
     if meta["tokenizer"] != tokenizer.digest:

@@ -44,6 +44,7 @@ from vadapter.stages.abstract_state import (
     view_of,
 )
 from vadapter.stages.flow import Shapes, check_batch_size, check_room, flow, shape_errors
+from vadapter.stages.identity import upgrade
 from vadapter.stages.steps import (
     CaptionObjective,
     CocaObjective,
@@ -282,7 +283,7 @@ class Stage:
         """The train step, (state, frozen, batch) -> (state, metrics), see `steps`; not compiled."""
         step = make_train_step(
             self.objective, self.tx, seed=self.recipe.seed, accumulate=self.config.accumulate,
-            dropout=self.config.dropout,
+            dropout=self.config.use_dropout,
         )  # fmt: skip
         return with_mesh(self.mesh, step)
 
@@ -436,7 +437,7 @@ class Stage:
         """
         names = components(self.config)
         recipe = self.recipe
-        return {
+        identity = {
             "stage": self.name,
             "config": _without(self.config, *StageConfig.FREE, "start"),
             "components": {n: _without(recipe.components[n], "weights") for n in names},
@@ -447,6 +448,7 @@ class Stage:
             "seed": recipe.seed,
             "dtype": recipe.dtype,
         }
+        return upgrade(identity)  # specs of components may have old names of keys
 
     # -- data ----------------------------------------------------------------------------------
 

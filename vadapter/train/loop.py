@@ -36,6 +36,7 @@ from vadapter.io.json_files import write_json
 from vadapter.recipe.optim import learning_rate
 from vadapter.recipe.schema import Recipe, trained
 from vadapter.stages import initialization
+from vadapter.stages.identity import upgrade
 from vadapter.stages.run import Run, made_with, record
 from vadapter.stages.stage import Stage
 from vadapter.stages.steps import TrainState, init_state
@@ -134,7 +135,7 @@ def train_stage(stage: Stage) -> None:
 
 
 def _check_finished(stage: Stage, identity: dict[str, Any]) -> None:
-    before = initialization.finished(stage.directory)["identity"]
+    before = upgrade(initialization.finished(stage.directory)["identity"])
     if diff := differences(before, plain(identity)):
         raise CheckpointError(
             f"{stage.directory} was finished with another configuration:\n"
@@ -151,7 +152,7 @@ def _begin(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Return the state of the newest checkpoint, or a fresh one, and the frozen components."""
     abstract = stage.abstract_state
-    restored = checkpointer.restore(abstract, expect=identity)
+    restored = checkpointer.restore(abstract, expect=identity, upgrade=upgrade)
     record(stage.recipe, stage.workdir)
     trainable, frozen = stage.load_params(resumed=restored is not None)
     if restored is None:
