@@ -122,7 +122,7 @@ def test_the_state_may_be_donated_while_it_is_being_written(tmp_path, n_devices)
         state = update(update(state))
     checkpointer.close()
     for step in range(3):
-        restored, _ = array_io.load(tmp_path / str(step), target)
+        restored, _ = load(tmp_path / str(step), target)
         assert float(restored["w"].min()) == float(restored["w"].max()) == 2 * step
 
 
@@ -158,13 +158,13 @@ def test_one_part_of_one_step_restores_for_evaluation_and_nothing_changes(run):
     leftover.mkdir()  # of a run that is still saving
     wanted = {"params": _abstract(_state())["params"]}
     for step in (5, 10):
-        part, meta = array_io.load(run / str(step), wanted, expect={"stage": "vision"}, subset=True)
+        part, meta = load(run / str(step), wanted, expect={"stage": "vision"}, subset=True)
         assert meta["step"] == step
         assert tree_digests(part) == tree_digests({"params": _state(step)["params"]})
     with pytest.raises(CheckpointError, match="does not fit this run"):
-        array_io.load(run / "5", wanted)  # a part counts as a part only when asked for
+        load(run / "5", wanted)  # a part counts as a part only when asked for
     with pytest.raises(DamagedError, match="no readable meta"):
-        array_io.load(run / "7", wanted, subset=True)
+        load(run / "7", wanted, subset=True)
     assert leftover.is_dir()
     Checkpointer(run, keep=1)
     assert not leftover.exists()
@@ -309,7 +309,7 @@ def test_if_all_are_damaged_the_run_stops_and_nothing_is_moved(run):
     assert len(str(error.value).splitlines()) <= 5
     assert steps(run) == [5, 10]
     with pytest.raises(DamagedError, match="cannot read"):
-        array_io.load(run / "10", _abstract(_state()))
+        load(run / "10", _abstract(_state()))
 
 
 def test_damage_is_reported_without_the_noise_of_libraries(run, capfd):

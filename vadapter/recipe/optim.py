@@ -11,13 +11,14 @@ from vadapter.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """The paper's recipe by default.
+    """AdamW and its learning rate; the defaults are the paper's.
 
     Attributes:
       lr: peak learning rate.
-      warmup: steps from 0 to `lr`.
+      warmup: steps in which the learning rate rises to `lr`.
       schedule: linear | cosine decay to 0 at the last step, or constant.
-      weight_decay: decoupled, on matrices and embeddings only.
+      b1, b2, eps: of Adam.
+      weight_decay: decoupled, of kernels and embeddings only.
       clip: global norm of the trained components' gradients; 0: off.
     """
 
@@ -32,7 +33,7 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """The learning rate at each optimizer step.
+    """Return the learning rate as a function of the optimizer step.
 
     Raises:
       ConfigError: unknown schedule, or warm-up longer than the run.
@@ -47,20 +48,20 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     }
     if config.schedule not in decays:
         raise ConfigError(f"optim.schedule={config.schedule!r}: one of {', '.join(decays)}")
-    # The first step already moves: warm-up counts from 1.
+    # Warm-up counts from 1, so that the first step already moves the parameters.
     warm = optax.linear_schedule(config.lr / (config.warmup + 1), config.lr, config.warmup)
     return optax.join_schedules([warm, decays[config.schedule]], [config.warmup])
 
 
 def decayed(params: Any) -> Any:
-    """True for the leaves that weight decay acts on: kernels and embeddings."""
+    """Return a tree that is True at the leaves with weight decay: kernels and embeddings."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: getattr(path[-1], "key", "") in ("kernel", "embedding"), params
     )
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """clip → AdamW on the schedule, for the tree of trained components."""
+    """Return the optimizer of the trained components: clipping, then AdamW on the schedule."""
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     adam = optax.adamw(
         learning_rate(config, steps),

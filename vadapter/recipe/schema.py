@@ -1,7 +1,7 @@
-"""What a run is made of: components, data, and stages that are rows of one table.
+"""The configuration of a run: components, data sets, and stages that are rows of one table.
 
-A recipe (`configs/*.py`) returns a ConfigDict of `Recipe`'s shape; `read` turns it into frozen
-dataclasses and checks that the parts fit before anything is loaded or compiled.
+A recipe (`configs/*.py`) returns a ConfigDict with the keys of `Recipe`. `read` turns it into
+frozen dataclasses and checks that its parts fit together, before anything is loaded or compiled.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A row of the stage table.
+    """A row of the table of stage kinds.
 
     Attributes:
       visual: the stage sees images.
-      trains: which of encoder, chain and lm it trains; "all" for CoCa's four components.
-      chain_drops: leaves of a language model that it does not need inside the chain, where it is
-        used through its hidden states.
+      trains: "chain" and "lm", those that it trains; "all": the four components of CoCa.
+      chain_drops: parameters that a language model does not need inside the chain, where only its
+        hidden states are used; they are dropped without being listed in `StageConfig.drop`.
     """
 
     visual: bool
@@ -53,13 +53,13 @@ STAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """A tokenizer trained on the texts of some data sets, once per run directory.
+    """The tokenizer that a run trains, once, for its language models without public weights.
 
     Attributes:
-      vocab_size: upper bound; language models with vocab_size=0 take the size reached.
-      lowercase: fold case, for small models scored without case.
-      data: names of data sets whose texts it is trained on.
-      texts: at most this many texts.
+      vocab_size: upper bound; language models with vocab_size=0 take the size that is reached.
+      lowercase: fold case; smaller models need it, and the metrics ignore case.
+      data: data sets whose texts it is trained on.
+      texts: maximum number of texts.
     """
 
     vocab_size: int = 4096
@@ -70,13 +70,15 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """An evaluation: captions or answers over a data set.
+    """An evaluation: captions or answers for a data set, and their scores.
 
     Attributes:
-      data: name of a data set with task caption or question.
-      max_new, min_new, beams, length_penalty: see `generate.Decode`.
-      batch: rows at a time.
-      limit: only the first so many examples; 0: all.
+      data: a data set with task caption or question.
+      max_new, min_new: maximum and minimum length of a generation in tokens.
+      batch: rows per batch.
+      limit: number of examples, from the first; 0: all.
+      beams: width of the beam search; 1: greedy.
+      length_penalty: exponent of the length that a beam's score is divided by.
     """
 
     data: str
@@ -89,7 +91,7 @@ class EvalConfig:
 
     @property
     def decode(self) -> "Decode":
-        """How its texts are written."""
+        """The settings of its generations."""
         from vadapter.models.generate import Decode
 
         return Decode(self.max_new, self.min_new, self.beams, self.length_penalty)
@@ -100,25 +102,32 @@ class StageConfig:
     """One stage of a run.
 
     Attributes:
-      kind: row of `STAGES`.
+      kind: a row of `STAGES`: what it trains.
+      steps: optimizer steps, one batch each.
+      batch: rows per step, on all devices together.
+      data: `{data set: weight}`; every batch is of one of them, drawn in proportion to the weights.
       lm: the component that predicts the text.
-      chain: components between encoder and lm.
-      encoder: the encoder's component.
-      start: where components start, `{component: STAGE | RUN_DIR/STAGE | weights | random}`; by
-        default weights where the component names some, else random for what trains. A frozen
-        component must start somewhere.
-      rename: `{component: name in the stage it starts from}` where they differ.
-      fresh: leaves (`component/path` prefixes) that may start random though others are loaded.
-      drop: leaves that may be left behind, beyond the table's.
-      steps, batch, accumulate: batches seen, global batch, micro-batches a step.
-      data: `{data set: weight}`, mixed by batch.
-      evals: run at the end, and every `eval_every` steps on their first `eval_limit` examples.
-      loss: names of data sets whose loss is measured with the evaluations, on `loss_batches`.
-      save_every, keep, log_every: checkpoints and log lines, in steps.
-      max_bad: share of samples that may be unusable, beyond ten, before the run stops.
+      chain: the components between encoder and lm, in order.
+      encoder: the component that encodes images.
+      start: initialization, `{component: STAGE | RUN_DIR/STAGE | weights | random}`. Default:
+        weights if the component has some, else random, which a frozen component cannot be.
+      rename: `{component: its name in the stage that it starts from}`, if they differ.
+      fresh: parameters (`component/path` prefixes) that may start random though others are loaded.
+      drop: parameters that may be left out of what is loaded, beyond the kind's `chain_drops`.
+      accumulate: micro-batches per step, whose gradients are added up to save memory.
+      optim: the optimizer.
+      evals: evaluations at the end, and every `eval_every` steps on fewer examples.
+      eval_every: steps between evaluations; 0: only at the end.
+      eval_limit: examples of each evaluation before the end.
+      loss: data sets whose loss is measured whenever the stage is evaluated.
+      loss_batches: batches that such a loss is measured on.
+      save_every: steps between checkpoints.
+      keep: number of checkpoints to keep.
+      log_every: steps between log lines.
+      max_bad: fraction of unusable samples, beyond the first ten, at which the run stops.
       use_dropout: draw dropout masks in the language models, at the rates of their components.
-      bidirectional: queries see each other both ways inside a language model of the chain.
-      chunk_rows: see `steps.CaptionObjective`.
+      bidirectional: inside a language model of the chain, queries attend in both directions.
+      chunk_rows: rows of logits that exist at a time, which saves memory; 0: all.
     """
 
     kind: str
@@ -157,15 +166,21 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A whole run.
+    """The configuration of a run.
 
     Attributes:
+      name: of the recipe, for reports.
       components: `{name: {size|kind: …, weights: FOLDER or hub id, fields…}}`; with weights alone,
-        kind and fields are those that the checkpoint's own config.json says.
-      chain: stages in order; a stage that is done is not run again.
-      tokenizer: of language models that are not public.
-      seed: of initialization, order, augmentation and dropout.
-      dtype: of the computation and of frozen parameters; trained ones are float32.
+        kind and fields follow from the checkpoint's config.json.
+      data: data sets by name.
+      stages: stages by name.
+      chain: the stages to run, in order; finished ones are skipped.
+      tokenizer: of language models without public weights.
+      evals: evaluations by name.
+      seed: of initialization, order of the data, augmentation and dropout.
+      dtype: float32 | bfloat16, of the computation and of frozen parameters; trained parameters are
+        always float32.
+      mesh: how the devices are arranged.
       workers: processes that read data; 0: threads of this process.
     """
 
@@ -183,11 +198,11 @@ class Recipe:
 
 
 def read(config: Any) -> Recipe:
-    """ConfigDict -> Recipe, checked.
+    """Return the recipe of a ConfigDict, checked.
 
     Raises:
-      ConfigError: naming the key, what is wrong with it and what is known.
-      CheckpointError: public checkpoints that are not there, all of them at once.
+      ConfigError: a key is wrong; says which, why, and what is allowed.
+      CheckpointError: public checkpoints are missing; lists all of them.
     """
     recipe = build(Recipe, config)
     components, problems = {}, Problems()
@@ -227,7 +242,7 @@ def _complete(name: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_int8(recipe: Recipe) -> None:
-    """What is int8 stays frozen in all stages of the chain, and qwix is there to make it so."""
+    """Check that int8 components are frozen in all stages of the chain and qwix is installed."""
     for name in (name for name, spec in recipe.components.items() if spec.get("int8")):
         for stage in recipe.chain:
             if name in trained(recipe.stages[stage]):
@@ -293,7 +308,7 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
 
 
 def _check_starts(recipe: Recipe, name: str, stage: StageConfig) -> None:
-    """Stages that others start from come before them; exceptions name components of the stage."""
+    """Check that stages come after those they start from, and that exceptions name components."""
     where = f"config.stages.{name}"
     for component, source in stage.start.items():
         if source in ("random", "weights") or "/" in source:
@@ -305,11 +320,11 @@ def _check_starts(recipe: Recipe, name: str, stage: StageConfig) -> None:
                 f"{where}.start.{component}={source!r}: that stage comes later in config.chain="
                 f"{','.join(recipe.chain)}; put it before {name}"
             )
-        there, wanted = trained(recipe.stages[source]), stage.rename.get(component, component)
-        if wanted not in there:
+        names, wanted = trained(recipe.stages[source]), stage.rename.get(component, component)
+        if wanted not in names:
             raise ConfigError(
-                f"{where}.start.{component}={source!r}: that stage trains {', '.join(there)}, not "
-                f"{wanted}; mend it, or name the component in rename.{component}"
+                f"{where}.start.{component}={source!r}: that stage trains {', '.join(names)}, not "
+                f"{wanted}; name the right stage, or the component's name there in rename.{component}"
             )
     for key in ("fresh", "drop"):
         for leaf in getattr(stage, key):
@@ -332,7 +347,7 @@ COCA = ("encoder", "pooler", "text", "fusion")
 
 
 def components(stage: StageConfig) -> tuple[str, ...]:
-    """Names of the stage's components, in the order of the data flow."""
+    """Return the names of the stage's components, in the order of the data flow."""
     if stage.kind == "vision":
         return COCA
     encoder = (stage.encoder,) if STAGES[stage.kind].visual else ()
@@ -340,7 +355,7 @@ def components(stage: StageConfig) -> tuple[str, ...]:
 
 
 def trained(stage: StageConfig) -> tuple[str, ...]:
-    """Names of the components that the stage trains."""
+    """Return the names of the components that the stage trains."""
     parts = {"lm": (stage.lm,), "chain": stage.chain, "all": COCA}
     return tuple(name for part in STAGES[stage.kind].trains for name in parts[part])
 
@@ -376,10 +391,10 @@ def resized(
 
 
 def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> "AdapterModel | CoCa":
-    """The stage's model; widths that the recipe leaves open follow from what comes next.
+    """Return the stage's model; a width of 0 becomes that of the language model that follows.
 
     Raises:
-      ConfigError: vocabularies or widths that do not fit.
+      ConfigError: vocabularies or widths do not fit together.
     """
     from vadapter.models.adapter_model import AdapterModel
     from vadapter.models.coca import CoCa
