@@ -324,7 +324,8 @@ def _check_starts(recipe: Recipe, name: str, stage: StageConfig) -> None:
         if wanted not in names:
             raise ConfigError(
                 f"{where}.start.{component}={source!r}: that stage trains {', '.join(names)}, not "
-                f"{wanted}; name the right stage, or the component's name there in rename.{component}"
+                f"{wanted}; name the right stage, or the component's name there in "
+                f"rename.{component}"
             )
     for key in ("fresh", "drop"):
         for leaf in getattr(stage, key):
