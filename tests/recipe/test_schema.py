@@ -127,7 +127,7 @@ MISTAKES = {
     ),
     "a stage that has not trained it": (
         "stages.vadapter.start.llm", "tlm",
-        "config.stages.vadapter.start.llm='tlm': that stage trains tlm, not llm; name the right stage",
+        "config.stages.vadapter.start.llm='tlm': that stage trains tlm, not llm; name the right",
     ),
     "an exception for nobody": (
         "stages.vadapter.drop", ("tml/embedding",),
