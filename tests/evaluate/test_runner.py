@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
+from support.patches import with_recipe
 from support.sources import ListSource
 
 from vadapter.data.config import DataConfig
@@ -143,7 +144,7 @@ def test_evaluations_are_chosen_by_name(loaded, run):
         choose(open_run(run, "tlm"))
     silent = dataclasses.replace(loaded.recipe, evals={}, stages=_without_evals(loaded.recipe))
     with pytest.raises(ConfigError, match="no evaluations"):
-        choose(dataclasses.replace(loaded, recipe=silent))
+        choose(with_recipe(loaded, silent))
 
 
 def _without_evals(recipe):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.patches import with_recipe
 
 from vadapter import VAdapter, console
 from vadapter.checkpoints.digest import combined, tree_digests
@@ -23,7 +24,6 @@ from vadapter.hub import write as module
 from vadapter.hub.load import open_export
 from vadapter.hub.record import read
 from vadapter.hub.write import export, report
-from vadapter.recipe.schema import make_model
 from vadapter.stages.restore import open_run
 
 
@@ -80,8 +80,8 @@ def test_frozen_components_of_a_bfloat16_stage_stay_in_bfloat16(own, folder, tmp
     recipe = dataclasses.replace(loaded.recipe, dtype="bfloat16")
     cast = {name: jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params[name])
             for name in loaded.digests}  # fmt: skip
-    model = make_model(recipe, loaded.config, loaded.tokenizer.vocab_size)
-    loaded = dataclasses.replace(loaded, recipe=recipe, model=model, params=loaded.params | cast)
+    loaded = with_recipe(loaded, recipe)
+    loaded.params |= cast
     export(loaded, tmp_path / "adapter")
     again = open_export(tmp_path / "adapter")
     assert digests(again) == digests(loaded)

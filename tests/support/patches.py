@@ -1,10 +1,11 @@
-"""What runs in the tests' own process do with less: fewer devices, a step without a model."""
+"""Runs in this process with less (devices, no model in a step), or with another recipe."""
 
 import jax
 import pytest
 from support.runs import fake_step
 
 from vadapter.distributed.mesh import MeshConfig, make_mesh
+from vadapter.recipe.schema import Recipe
 from vadapter.stages import run, stage
 
 
@@ -20,3 +21,12 @@ def use_devices(patch: pytest.MonkeyPatch, count: int, mesh: MeshConfig | None =
         return make_mesh(mesh or config, jax.devices()[:count])
 
     patch.setattr(run, "make_mesh", make)
+
+
+def with_recipe(loaded: stage.Stage, recipe: Recipe) -> stage.Stage:
+    """Return a restored stage with its parameters, as if its run had that recipe."""
+    other = stage.Stage(
+        recipe, loaded.name, loaded.mesh, workdir=loaded.workdir, tokenizer=loaded.tokenizer
+    )
+    other.params, other.step, other.digests = dict(loaded.params), loaded.step, loaded.digests
+    return other
