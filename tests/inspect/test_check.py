@@ -328,9 +328,9 @@ def no_table(made, world, tmp_path):
 
 
 FAULTS = {
-    "a frozen part that starts nowhere": (
+    "a frozen component without a source": (
         lambda m, w, t: m.stages.decoder.start.__delitem__("encoder"),
-        r"encoder is frozen .* nowhere"),
+        r"encoder is frozen .* no source of weights"),
     "a stage elsewhere that is not there": (elsewhere, r"nowhere/vision is not finished"),
     "a vocabulary below the tokenizer's": (
         small_vocabulary, r"tlm\.vocab_size=300 is smaller than the tokenizer's 320"),

@@ -1,8 +1,20 @@
-"""Where each component of a stage starts, tensor by tensor, with nothing left unaccounted for.
+"""The parameters that a stage starts from: where each component starts, and its tensors.
 
-Three ways, in this order: resume this stage's checkpoint (`loop`), load (a finished stage, or
-public weights), random. Stages are read from the run's component store, public weights from where
-they lie, both by digest.
+A component starts in one of three ways:
+
+    stage NAME     as a finished stage of this run or of another one trained it
+    weights PATH   from a public checkpoint
+    random         newly initialized; trained components only
+
+Usually a few leaves differ from what is stored. The tiny LM of stage 2 leaves embedding and head
+behind, for example, as it predicts no words there. So every leaf of both sides is accounted for: it
+is loaded, or it is dropped, or it starts random, and the last two only where the recipe allows
+them. A leaf that was silently left random, or a trained one that was silently left out, would train
+without any error to a worse result.
+
+`find` decides from shapes alone, `plan` adds digests and keeps the run directory self-contained,
+`load` reads the tensors. A run that resumes takes its trained components from its own checkpoint
+instead, see `train.loop`.
 """
 
 import dataclasses
@@ -13,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from vadapter.checkpoints import array_io
 from vadapter.checkpoints.component_store import ComponentStore
@@ -33,21 +44,23 @@ if TYPE_CHECKING:
 
 DONE = "done.json"
 STORE = "components"
-_SHOWN = 8  # tensors in a line
+_SHOWN = 8  # tensors in a line, lines in an error
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where one component starts.
+    """The start of one component.
 
     Attributes:
-      source: shown to people: random, weights PATH, stage NAME.
+      component: its name in this stage.
+      source: as reports show it: random, weights PATH, stage NAME.
       digest: of the stored content, or of the files of public weights; "" if random.
       weights: the public weights, if it starts from them.
-      name, root: the stored component's name and its store, if it starts from a stage.
-      report: what was made of public weights.
-      loaded, fresh: leaf paths; `fresh` starts random though the others are loaded.
-      dropped: leaf paths there that are not needed here; of public weights their names.
+      report: how their tensors match the component.
+      name, root: its name in the component store, and that store, if it starts from a stage.
+      loaded: leaf paths that are read.
+      dropped: stored leaf paths that are left out; of public weights, names of tensors.
+      fresh: leaf paths that start random although the others are read.
     """
 
     component: str
@@ -62,124 +75,19 @@ class Start:
     fresh: tuple[str, ...] = ()
 
 
-def plan(
-    recipe: Recipe, stage: StageConfig, workdir: Path, abstract: Mapping[str, Any]
-) -> dict[str, Start]:
-    """Decides forevery component of the stage where each of its leaves comes from.
-
-    Args:
-      abstract: component -> tree of shapes that the stage's model needs.
-
-    Raises:
-      ConfigError: a frozen component that starts nowhere.
-      CheckpointError: a stage that is not finished; leaves that neither match nor are listed as
-        dropped or fresh.
-    """
-    return {name: _start(recipe, stage, workdir, name, abstract[name]) for name in abstract}
-
-
-def _start(
-    recipe: Recipe, stage: StageConfig, workdir: Path, component: str, abstract: Any
-) -> Start:
-    """As `find`, with the digest of public weights and a copy of what is frozen elsewhere."""
-    start, ours = find(recipe, stage, workdir, component, abstract), workdir / STORE
-    if start.weights is not None:
-        digest = start.weights.digest(ours, write=hosts.first())
-        return dataclasses.replace(start, digest=digest)
-    elsewhere = start.name and not _same(start.root, ours)
-    if elsewhere and component not in trained(stage):
-        _keep(start.root, ours, start.name, start.digest)
-        return dataclasses.replace(start, root=ours)
-    return start
-
-
-def find(
-    recipe: Recipe,
-    stage: StageConfig,
-    workdir: Path,
-    component: str,
-    abstract: Any,
-    *,
-    coming: Mapping[str, Mapping[str, Any]] | None = None,
-    at_most: int = 0,
-) -> Start:
-    """Where one component starts, by what describes it: no tensor is read, nothing is written.
-
-    Args:
-      abstract: tree of shapes that the stage's model needs.
-      coming: stage -> component -> tree of shapes, of stages that are going to run before.
-      at_most: a size in `abstract` that may come out smaller, that of a vocabulary to be made.
-
-    Returns:
-      The start; without a digest where it is public weights or a stage that is coming.
-
-    Raises:
-      ConfigError, CheckpointError: as `plan`.
-    """
-    source = _source(recipe, stage, component)
-    if source == "random":
-        return Start(component, "random")
-    abstract = full_precision(abstract)  # as it lies there
-    if source == "weights":
-        weights = Reference.of(component, recipe.components[component])
-        found = weights.open().match(abstract)
-        return Start(
-            component, f"weights {weights.weights}", "", weights, found,
-            loaded=tuple(leaf_paths(abstract)), dropped=found.left_out,
-        )  # fmt: skip
-    if coming and source in coming:
-        start = Start(component, f"stage {source}")
-        tree = coming[source][stage.rename.get(component, component)]
-        have = {k: tuple(v.shape) for k, v in leaf_paths(tree).items()}
-    else:
-        directory = _directory(source, workdir)
-        name, digest = _stored(stage, component, directory)
-        root = directory.parent / STORE
-        start = Start(component, f"stage {source}", digest, name=name, root=root)
-        stored = ComponentStore(root).describe(name, digest)
-        have = {k: shape for k, (shape, _) in stored.items()}
-    return _match(stage, component, abstract, start, have, at_most)
-
-
-def _same(one: Path, other: Path) -> bool:
-    if storage.remote(one) or storage.remote(other):
-        return str(one) == str(other)
-    return one.resolve() == other.resolve()
-
-
-def _keep(theirs: Path, ours: Path, name: str, digest: str) -> None:
-    """Copies a frozen component of another run into this run's store: a run directory is whole."""
-    ComponentStore(theirs).describe(name, digest)  # it is there, and its record is intact
-    source, target = (ComponentStore(root).path(name, digest) for root in (theirs, ours))
-    if hosts.first() and not storage.committed(target):
-        try:
-            storage.copy_tree(source, target)
-        except Exception as e:
-            raise CheckpointError(f"could not copy {name} to {target}: {array_io.reason(e)}") from e
-    hosts.exchange("", f"copied {name}", patience=hosts.WORK)
-
-
-def _stored(stage: StageConfig, component: str, directory: Path) -> tuple[str, str]:
-    """Name and digest of what a component starts from, in a finished stage."""
-    name = stage.rename.get(component, component)
-    done = finished(directory)["components"]
-    if name not in done:
-        raise CheckpointError(
-            f"stage {directory} trained {', '.join(done)}, not {name}; mend start.{component} or "
-            f"rename.{component}"
-        )
-    return name, done[name]
+# -- which of the three ways ---------------------------------------------------------------------
 
 
 def _source(recipe: Recipe, stage: StageConfig, component: str) -> str:
-    """random, weights, or a stage."""
+    """Return random, weights, or the name or path of a stage."""
     weights = recipe.components[component].get("weights", "")
     frozen = component not in trained(stage)
     source = stage.start.get(component, "weights" if weights else "" if frozen else "random")
+    # A frozen component never improves: random values would stay random to the end.
     if not source:
         raise ConfigError(
-            f"{component} is frozen in this stage but starts nowhere: set start.{component} to a "
-            f"stage, or components.{component}.weights to a file"
+            f"{component} is frozen in this stage but has no source of weights: set "
+            f"start.{component} to a stage, or components.{component}.weights to a checkpoint"
         )
     if frozen and source == "random":
         raise ConfigError(f"{component} is frozen in this stage: it cannot start random")
@@ -187,10 +95,10 @@ def _source(recipe: Recipe, stage: StageConfig, component: str) -> str:
 
 
 def finished(directory: Path) -> dict[str, Any]:
-    """The record of a finished stage.
+    """Return the record of a finished stage.
 
     Raises:
-      CheckpointError: it is not finished, or not there.
+      CheckpointError: the stage is not finished, or its record is corrupt.
     """
     path = directory / DONE
     if not path.is_file():
@@ -201,15 +109,15 @@ def finished(directory: Path) -> dict[str, Any]:
             raise ValueError("empty")
         return record
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}); bring back a copy") from None
+        raise CheckpointError(f"{path} is corrupt ({error!r}); restore it from a backup") from None
 
 
 def check_sources(recipe: Recipe, stage: str, workdir: Path) -> None:
-    """Finds starts of a stage that no stage of this run will bring about, before it runs.
+    """Check the starts of a stage that no stage of this run will provide.
 
     Raises:
-      ConfigError: a frozen component that starts nowhere, weights that cannot be read.
-      CheckpointError: weights that are missing, a stage elsewhere that is not finished or has not
+      ConfigError: a frozen component has no source of weights; weights cannot be read.
+      CheckpointError: weights are missing; a stage of another run is not finished, or has not
         trained the component.
     """
     config = recipe.stages[stage]
@@ -225,95 +133,232 @@ def _directory(source: str, workdir: Path) -> Path:
     return storage.as_path(resolve(source)) if "/" in source else workdir / source
 
 
-def _match(
+def _stored(stage: StageConfig, component: str, directory: Path) -> tuple[str, str]:
+    """Return the name and digest that a component has in a finished stage."""
+    name = stage.rename.get(component, component)
+    digests = finished(directory)["components"]
+    if name not in digests:
+        raise CheckpointError(
+            f"stage {directory} trained {', '.join(digests)}, not {name}; fix start.{component} or "
+            f"rename.{component}"
+        )
+    return name, digests[name]
+
+
+# -- every leaf accounted for --------------------------------------------------------------------
+
+
+def find(
+    recipe: Recipe,
     stage: StageConfig,
+    workdir: Path,
     component: str,
     abstract: Any,
-    start: Start,
-    have: Mapping[str, tuple[int, ...]],
-    at_most: int,
+    *,
+    upcoming: Mapping[str, Mapping[str, Any]] | None = None,
+    vocab_bound: int = 0,
 ) -> Start:
-    """Accounts forevery leaf of both sides; shapes must agree."""
-    want = {k: tuple(v.shape) for k, v in leaf_paths(abstract).items()}
-    in_chain = component in stage.chain
-    drops = tuple(f"{component}/{d}" for d in STAGES[stage.kind].chain_drops) if in_chain else ()
-    listed = lambda leaf, names: any(  # noqa: E731
-        f"{component}/{leaf.replace('.', '/')}/".startswith(f"{n}/") for n in names
-    )
-    other = [k for k in want if k in have and not _alike(have[k], want[k], at_most)]
-    replaced = [k for k in other if listed(k, stage.fresh)]
-    missing = [k for k in want if k not in have]
-    extra = [k for k in have if k not in want]
-    wrong = [f"{k}: {have[k]} there, {want[k]} here" for k in other if k not in replaced]
-    wrong += [
-        f"{k}: not there (list {component}/{k.replace('.', '/')} in fresh to start random)"
-        for k in missing
-        if not listed(k, stage.fresh)
-    ]
-    wrong += [
-        f"{k}: not needed here (list {component}/{k.replace('.', '/')} in drop)"
-        for k in extra
-        if not listed(k, (*drops, *stage.drop))
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{component} from {start.source} does not fit:\n  " + "\n  ".join(truncate(wrong, 8))
+    """Return where a component starts; reads no tensor and writes nothing.
+
+    Args:
+      recipe: of the run.
+      stage: the stage.
+      workdir: the run directory.
+      component: its name in the stage.
+      abstract: tree of shapes that the stage's model needs.
+      upcoming: stage -> component -> tree of shapes, of stages that will run before this one.
+      vocab_bound: upper bound of the size of a vocabulary that is not trained yet: a stored
+        dimension may be smaller than one of this size.
+
+    Returns:
+      The start; without a digest for public weights and for upcoming stages.
+
+    Raises:
+      ConfigError, CheckpointError: as `plan`.
+    """
+    source = _source(recipe, stage, component)
+    if source == "random":
+        return Start(component, "random")
+    abstract = full_precision(abstract)  # int8 kernels are stored as floats
+    if source == "weights":
+        weights = Reference.of(component, recipe.components[component])
+        match = weights.open().match(abstract)
+        return Start(
+            component, f"weights {weights.weights}", weights=weights, report=match,
+            loaded=tuple(leaf_paths(abstract)), dropped=match.left_out,
+        )  # fmt: skip
+    if upcoming and source in upcoming:
+        start = Start(component, f"stage {source}")
+        tree = upcoming[source][stage.rename.get(component, component)]
+        stored = {path: tuple(x.shape) for path, x in leaf_paths(tree).items()}
+    else:
+        directory = _directory(source, workdir)
+        name, digest = _stored(stage, component, directory)
+        root = directory.parent / STORE
+        start = Start(component, f"stage {source}", digest, name=name, root=root)
+        leaves = ComponentStore(root).describe(name, digest)
+        stored = {path: shape for path, (shape, _) in leaves.items()}
+    return _account(stage, start, abstract, stored, vocab_bound)
+
+
+def _account(
+    stage: StageConfig,
+    start: Start,
+    abstract: Any,
+    stored: Mapping[str, tuple[int, ...]],
+    vocab_bound: int,
+) -> Start:
+    """Return the start with every needed and every stored leaf as loaded, dropped or fresh.
+
+    Raises:
+      CheckpointError: a leaf is missing, unexpected or of another shape, and not listed in the
+        stage's `fresh` or `drop`. Nothing is ever truncated or padded.
+    """
+    component = start.component
+    needed = {path: tuple(x.shape) for path, x in leaf_paths(abstract).items()}
+    drop = stage.drop
+    if component in stage.chain:  # a language model predicts no words there
+        drop = (*drop, *(f"{component}/{leaf}" for leaf in STAGES[stage.kind].chain_drops))
+
+    def key(path: str) -> str:
+        return f"{component}/{path.replace('.', '/')}"
+
+    def listed(path: str, prefixes: tuple[str, ...]) -> bool:
+        return any(f"{key(path)}/".startswith(f"{prefix}/") for prefix in prefixes)
+
+    def same_shape(path: str) -> bool:
+        have, want = stored[path], needed[path]
+        return len(have) == len(want) and all(
+            a == b or a < b == vocab_bound for a, b in zip(have, want, strict=True)
         )
-    loaded = tuple(k for k in want if k in have and k not in replaced)
-    dropped, fresh = (*extra, *replaced), (*missing, *replaced)
-    return dataclasses.replace(start, loaded=loaded, dropped=dropped, fresh=fresh)
 
-
-def _alike(have: tuple[int, ...], want: tuple[int, ...], at_most: int) -> bool:
-    return len(have) == len(want) and all(
-        a == b or a < b == at_most for a, b in zip(have, want, strict=True)
+    differing = [path for path in needed if path in stored and not same_shape(path)]
+    replaced = [path for path in differing if listed(path, stage.fresh)]
+    missing = [path for path in needed if path not in stored]
+    unexpected = [path for path in stored if path not in needed]
+    problems = [
+        *(
+            f"{path}: shape {stored[path]} is stored, but {needed[path]} is needed"
+            for path in differing
+            if path not in replaced
+        ),
+        *(
+            f"{path}: missing (list {key(path)} in fresh to start it random)"
+            for path in missing
+            if not listed(path, stage.fresh)
+        ),
+        *(
+            f"{path}: unexpected (list {key(path)} in drop to leave it out)"
+            for path in unexpected
+            if not listed(path, drop)
+        ),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{component} from {start.source} does not fit:\n  "
+            + "\n  ".join(truncate(problems, _SHOWN))
+        )
+    return dataclasses.replace(
+        start,
+        loaded=tuple(path for path in needed if path in stored and path not in replaced),
+        dropped=(*unexpected, *replaced),
+        fresh=(*missing, *replaced),
     )
+
+
+# -- the run directory ---------------------------------------------------------------------------
+
+
+def plan(
+    recipe: Recipe, stage: StageConfig, workdir: Path, abstract: Mapping[str, Any]
+) -> dict[str, Start]:
+    """Return where each component of a stage starts, with digests.
+
+    What is frozen and comes from another run is copied into this run's component store, so that the
+    run directory remains complete when the other run is deleted. Trained components end up in
+    this run's checkpoints anyway, and public weights are too large to copy: they stay where they
+    are, and their digest tells whether they have changed.
+
+    Args:
+      recipe: of the run.
+      stage: the stage.
+      workdir: the run directory.
+      abstract: component -> tree of shapes that the stage's model needs.
+
+    Raises:
+      ConfigError: a frozen component has no source of weights.
+      CheckpointError: a stage is not finished; leaves neither match nor are listed in the stage's
+        `fresh` or `drop`; a copy failed.
+    """
+    own, starts = workdir / STORE, {}
+    for component, tree in abstract.items():
+        start = find(recipe, stage, workdir, component, tree)
+        if start.weights is not None:
+            digest = start.weights.digest(own, write=hosts.first())
+            start = dataclasses.replace(start, digest=digest)
+        elif start.name and component not in trained(stage) and not _same(start.root, own):
+            _copy(start.root, own, start.name, start.digest)
+            start = dataclasses.replace(start, root=own)
+        starts[component] = start
+    return starts
+
+
+def _same(one: Path, other: Path) -> bool:
+    if storage.remote(one) or storage.remote(other):
+        return str(one) == str(other)
+    return one.resolve() == other.resolve()
+
+
+def _copy(other: Path, own: Path, name: str, digest: str) -> None:
+    """Copy a component from the store of another run to that of this one."""
+    ComponentStore(other).describe(name, digest)  # raises if it is missing or its record corrupt
+    source, target = (ComponentStore(root).path(name, digest) for root in (other, own))
+    if hosts.first() and not storage.committed(target):
+        try:
+            storage.copy_tree(source, target)
+        except Exception as e:
+            raise CheckpointError(f"could not copy {name} to {target}: {array_io.reason(e)}") from e
+    hosts.exchange("", f"copied {name}", patience=hosts.WORK)
+
+
+# -- tensors -------------------------------------------------------------------------------------
 
 
 def load(start: Start, abstract: Any, initial: Any | None, dtype: Any = None) -> Any:
-    """The component's parameters: loaded leaves from where they lie, the others from `initial`.
+    """Return the parameters of a component, verified leaf by leaf.
 
     Args:
-      abstract: tree of `jax.ShapeDtypeStruct` with shardings; what is int8 in it is made so here.
-      initial: random parameters; needed only where leaves are fresh or the start is random.
-      dtype: of the result; None: as `abstract` says.
+      start: from `find` or `plan`.
+      abstract: tree of `jax.ShapeDtypeStruct` with shardings; what is int8 is quantized after
+        reading.
+      initial: random parameters; needed only where the start is random or leaves are fresh.
+      dtype: of the result; None: that of `abstract`.
+
+    Raises:
+      CheckpointError: files are missing, corrupt, or have changed since the start was planned.
     """
     if start.source == "random":
         return initial
     full = full_precision(abstract)
     if start.weights is not None:
         return quantize(start.weights.open().leaves(full, dtype), abstract)
-    store = ComponentStore(start.root)
-    stored = store.get(start.name, start.digest, only(full, start.loaded), subset=True)
-    params = merge(initial, stored) if start.fresh else stored
-    flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
-    cast = lambda x: x if dtype is None else x.astype(dtype)  # noqa: E731
-    return quantize(((path, cast(x)) for path, x in flat.items()), abstract)
-
-
-def only(tree: Any, paths: tuple[str, ...]) -> Any:
-    """The part of a nested dict whose dotted leaf paths are listed."""
-
-    def walk(node: Any, prefix: str) -> Any:
-        if not isinstance(node, Mapping):
-            return node if prefix in paths else None
-        out = {k: walk(v, f"{prefix}.{k}" if prefix else k) for k, v in node.items()}
-        return {k: v for k, v in out.items() if v is not None} or None
-
-    return walk(tree, "")
-
-
-def merge(base: Any, over: Any) -> Any:
-    """`base` with the leaves of `over` in their places."""
-    if not isinstance(base, Mapping):
-        return over
-    return {k: merge(v, over[k]) if k in over else v for k, v in base.items()}
+    targets = {path: x for path, x in leaf_paths(full).items() if path in start.loaded}
+    stored = ComponentStore(start.root).get(start.name, start.digest, targets, subset=True)
+    leaves = (leaf_paths(initial) if start.fresh else {}) | stored
+    return quantize(
+        (
+            (path.replace(".", "/"), x if dtype is None else x.astype(dtype))
+            for path, x in leaves.items()
+        ),
+        abstract,
+    )
 
 
 def report(starts: Mapping[str, Start], stage: StageConfig, abstract: Mapping[str, Any]) -> str:
-    """The hand-over as a table: component, parameters, trained or frozen, source, exceptions.
+    """Return a table of the starts: component, parameters, trained or frozen, source, exceptions.
 
-    Below a component: what of it is not split as far as the mesh allows, see `mesh.whole`.
+    Large leaves that the mesh does not shard fully are listed below their component, see
+    `mesh.poorly_sharded`.
     """
     lines = []
     for name in components(stage):

@@ -339,7 +339,7 @@ class Stage:
             with problems.gather(f"{self.name}/{name}"):
                 found.starts[name] = initialization.find(
                     self.recipe, self.config, self.workdir, name, self.abstract[name],
-                    coming=earlier, at_most=0 if self.exact else self.vocab_size,
+                    upcoming=earlier, vocab_bound=0 if self.exact else self.vocab_size,
                 )  # fmt: skip
         with problems.gather(self.name):
             found.memory = self._allocated(found.rows)

@@ -1,12 +1,22 @@
-"""The train and evaluation steps: pure functions of (state, frozen, batch), no I/O.
+"""The train step: a pure function (state, frozen, batch) -> (state, metrics), without I/O.
 
-Gradients and optimizer state exist for the trained components alone: they are another argument
-than the frozen ones, so there is nothing to mask. The frozen encoder runs outside the gradient.
+A stage trains some components of the model in `models/adapter_model.py` and keeps the others
+frozen. One step, from top to bottom of `make_train_step`:
 
-Legend: B batch, A micro-batches, F frames, N visual tokens, D encoder width, M targets.
+    objective.prepare   frozen encoder, outside the gradient: images → visual tokens
+    objective.loss      trained chain and language model: visual tokens → loss
+    gradients           of the trained components alone, summed over micro-batches
+    update              dropped where a gradient is not finite
+
+Trained and frozen components are separate arguments. Gradients and optimizer moments then exist for
+the trained ones alone, with nothing to mask; the state, which is donated and written to every
+checkpoint, is small; and the frozen ones may be stored in bfloat16 or int8.
+
+Legend: B batch, A micro-batches, F frames, N visual tokens per frame, D encoder width, M targets.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -27,10 +37,10 @@ class TrainState:
     """Everything that a step changes.
 
     Attributes:
-      step: i32[], batches seen.
+      step: i32[], number of batches seen.
       params: trained components, float32.
-      opt_state: of the trained components.
-      skipped: i32[], updates in a row that were dropped for non-finite gradients.
+      opt_state: optimizer state of the trained components.
+      skipped: i32[], number of consecutive updates dropped for gradients that are not finite.
     """
 
     step: jax.Array
@@ -40,16 +50,26 @@ class TrainState:
 
 
 class Objective(Protocol):
-    """What a stage minimises."""
+    """The loss that a stage minimizes."""
 
     def prepare(self, frozen: Params, batch: Batch) -> jax.Array | None:
-        """Runs what needs no gradient: the frozen encoder."""
+        """Return what needs no gradient: visual tokens [B,F,N,D], or None."""
         ...
 
     def loss(
         self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
-        """Loss of (a part of) a batch whose targets weigh `total`; metrics that add up."""
+        """Return the loss of a batch or micro-batch, and its metrics.
+
+        Args:
+          params: of all components.
+          visual: from `prepare`.
+          batch: see `vadapter.data.batch`.
+          total: f32[], weight of the targets of the whole batch. Dividing by it, and not by the
+            weight of the micro-batch, makes losses and metrics of micro-batches add up to those of
+            the batch.
+          rng: key of the dropout masks; None turns dropout off.
+        """
         ...
 
 
@@ -58,20 +78,23 @@ class CaptionObjective:
     """Next-token loss over the targets, in every stage but `vision`.
 
     Attributes:
-      chunk_rows: at most so many rows of logits at a time; 0: all at once.
+      model: the stage's model.
+      chunk_rows: rows of logits that exist at a time; 0: all.
     """
 
     model: AdapterModel
     chunk_rows: int = 0
 
     def prepare(self, frozen: Params, batch: Batch) -> jax.Array | None:
+        """Return the visual tokens of the frozen encoder, [B,F,N,D]; None for text only."""
         return self.model.encode(frozen, batch)
 
     def loss(
         self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
+        """Return the cross entropy in nats per target, and the accuracy; see `Objective`."""
         states = self.model.hidden(params, visual, batch, rng)
-        head = lambda s: self.model.logits(params, s)  # noqa: E731
+        head = functools.partial(self.model.logits, params)
         targets, weights = batch["targets"], batch["weights"]
         if self.chunk_rows:
             nats, correct = chunked_xent(head, states, targets, weights, self.chunk_rows)
@@ -82,18 +105,19 @@ class CaptionObjective:
 
 @dataclasses.dataclass(frozen=True)
 class CocaObjective:
-    """CoCa's loss: captioning weighed against contrastive (arXiv 2205.01917: 2 to 1)."""
+    """Loss of CoCa: captioning and contrastive, weighted 2 to 1 (arXiv:2205.01917)."""
 
     model: CoCa
     caption_weight: float = 2.0
     contrastive_weight: float = 1.0
 
     def prepare(self, frozen: Params, batch: Batch) -> None:
-        return None
+        """Return nothing: the stage trains its encoder, so that nothing is frozen."""
 
     def loss(
         self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
+        """Return the weighted sum of both losses, and their metrics; see `Objective`."""
         logits, (image, text), temperature = self.model(params, batch, rng)
         nats, correct = token_xent(logits, batch["targets"], batch["weights"])
         pair, first = contrastive(image, text, temperature, batch["weights"].sum(1) > 0)
@@ -102,19 +126,29 @@ class CocaObjective:
 
 
 def split(params: Mapping[str, Any], names: tuple[str, ...]) -> tuple[dict, dict]:
-    """Divides components into (those named, the others): the whole mechanism of freezing."""
+    """Return (the named components, the others). This is the whole mechanism of freezing.
+
+    Raises:
+      ValueError: a name is not a component.
+    """
     if missing := set(names) - params.keys():
         raise ValueError(f"no components {sorted(missing)}; there are {sorted(params)}")
     return (
-        {k: v for k, v in params.items() if k in names},
-        {k: v for k, v in params.items() if k not in names},
+        {name: tree for name, tree in params.items() if name in names},
+        {name: tree for name, tree in params.items() if name not in names},
     )
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    """A fresh state around the trained components."""
-    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731 - two buffers: both are donated
-    return TrainState(step=zero(), params=params, opt_state=tx.init(params), skipped=zero())
+    """Return the state before the first step.
+
+    Args:
+      params: trained components.
+      tx: their optimizer.
+    """
+    # Two zeros, not one used twice: the state is donated, and a buffer can be donated only once.
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(step=step, params=params, opt_state=tx.init(params), skipped=skipped)
 
 
 def make_train_step(
@@ -125,67 +159,76 @@ def make_train_step(
     accumulate: int = 1,
     dropout: bool = False,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
-    """One optimizer step: (state, frozen, batch) -> (state, metrics).
+    """Return the train step, a pure function (state, frozen, batch) -> (state, metrics).
 
     Args:
       objective: the stage's loss.
       tx: optimizer of the trained components.
-      seed: of dropout; the key at each step depends on (seed, step) alone.
-      accumulate: A, micro-batches a step; gradients equal those of the whole batch.
-      dropout: whether to draw dropout masks at all.
-
-    Returns:
-      A pure function. An update with non-finite gradients is dropped and counted in `skipped`:
-      parameters and optimizer state keep their bits.
+      seed: of dropout.
+      accumulate: A, number of micro-batches per step; must divide B.
+      dropout: draw dropout masks.
     """
 
-    def grads_of(params, frozen, visual, batch, total, rng):
-        def loss_fn(params):
+    def gradients(
+        params: Params, frozen: Params, batch: Batch, total: jax.Array, rng: jax.Array | None
+    ) -> tuple[Any, Metrics]:
+        # The encoder runs outside the differentiated function: it is frozen, so that its
+        # activations need not be kept for a backward pass.
+        visual = objective.prepare(frozen, batch)
+
+        def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
             return objective.loss(frozen | params, visual, batch, total, rng)
 
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return grads, {"loss": loss} | metrics
 
+    def accumulated(
+        params: Params, frozen: Params, batch: Batch, total: jax.Array, rng: jax.Array | None
+    ) -> tuple[Any, Metrics]:
+        # Strided: micro-batch i holds rows i, A+i, 2A+i, … The rows of a batch are sharded in
+        # contiguous blocks, so that contiguous micro-batches would each be on a few devices, and
+        # the others idle.
+        parts = jax.tree.map(
+            lambda x: x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
+            batch,
+        )
+
+        def add(sums: Any, indexed: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            i, part = indexed
+            key = None if rng is None else jax.random.fold_in(rng, i)
+            return jax.tree.map(jnp.add, sums, gradients(params, frozen, part, total, key)), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(lambda part: gradients(params, frozen, part, total, rng), first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))[0]
+
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         frozen, batch = dict(frozen), batch.copy()
+        # The key depends on (seed, step) alone: a resumed run draws the masks of one that was never
+        # interrupted.
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
-        total = jnp.maximum(batch["weights"].sum(), 1.0)
-        if accumulate == 1:
-            visual = objective.prepare(frozen, batch)
-            grads, metrics = grads_of(state.params, frozen, visual, batch, total, rng)
-        else:
+        total = jnp.maximum(batch["weights"].sum(), 1.0)  # a batch may be all padding
+        grads_of_batch = gradients if accumulate == 1 else accumulated
+        grads, metrics = grads_of_batch(state.params, frozen, batch, total, rng)
 
-            def micro(carry, part):
-                i, part = part
-                key = None if rng is None else jax.random.fold_in(rng, i)
-                visual = objective.prepare(frozen, part)
-                out = grads_of(state.params, frozen, visual, part, total, key)
-                return jax.tree.map(jnp.add, carry, out), None
-
-            # Strided, so that every micro-batch spans all devices.
-            parts = jax.tree.map(
-                lambda x: x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
-                batch,
-            )
-            first = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(
-                lambda b: grads_of(
-                    state.params, frozen, objective.prepare(frozen, b), b, total, rng
-                ),
-                first,
-            )
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (grads, metrics), _ = jax.lax.scan(micro, zeros, (jnp.arange(accumulate), parts))
-
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+
+        # One gradient that is not finite would make every parameter NaN for good. Such an update is
+        # dropped: parameters and moments keep their bits, as if the batch had not been drawn, and
+        # the run stops after too many in a row (`train.monitor`).
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
         state = TrainState(
             step=state.step + 1,
-            params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
+            params=params,
+            opt_state=opt_state,
             skipped=jnp.where(finite, 0, state.skipped + 1),
         )
         return state, metrics | {
