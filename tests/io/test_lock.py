@@ -1,12 +1,11 @@
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from support.paths import ROOT
@@ -113,22 +112,23 @@ def test_what_cannot_be_written_is_named_before_anything_runs(tmp_path, monkeypa
         pass
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def unprivileged():
-    """Run as nobody where the tests run as root, to whom permissions do not apply."""
+    """Act as nobody where the tests run as root, to whom permissions do not apply."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
-    yield
-    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
-def test_a_directory_without_permission_is_refused(unprivileged):
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o500)
-        with pytest.raises(ConfigError, match=r"cannot write .*Permission denied"):
-            lock(Path(folder) / ".lock").__enter__()
-        Path(folder).chmod(0o700)
+def test_a_directory_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with unprivileged(), pytest.raises(ConfigError, match=r"cannot write .*Permission denied"):
+        lock(tmp_path / ".lock").__enter__()
+    tmp_path.chmod(0o700)
 
 
 def test_an_unreadable_note_in_the_lock_file_does_not_matter(tmp_path):

@@ -26,5 +26,10 @@ LONG_FILES = (
     "weights/test_hub.py",
     "stages/test_steps.py",
     "plan/test_flops.py",
+    "stages/test_old_run.py",
+    "evaluate/test_few_shot.py",
+    "distributed/test_collectives.py",
+    "distributed/test_device_memory.py",
+    "models/test_adapter_model.py",
     "train/test_rewind.py",
 )
