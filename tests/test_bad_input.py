@@ -218,7 +218,7 @@ def test_another_configuration_in_the_directory_of_a_run(half, override):
     message = half.refused(override, lines=20)
     assert re.search(r"does not fit this run, \d+ differences?:\n", message)
     assert any(re.search(CHANGES[override], line.strip()) for line in message.splitlines()), message
-    assert message.endswith("Use the configuration it was made with, or another run directory.")
+    assert message.endswith("that it was written with, or another run directory.")
     if override == "seed=1":
         assert half()[0] == 0
         message = half.refused(override, lines=20)
@@ -263,15 +263,15 @@ def test_checkpoints_of_another_stage(half):
     assert re.search(r"  config\.chain +\| \['front'\] +\| \['back'\]\n", message)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(half):
+def test_a_run_whose_checkpoints_are_all_corrupt_does_not_start_over(half):
     for path in half.workdir.glob("decoder/checkpoints/*/meta/metadata"):
         path.write_text("{}")
     message = half.refused(lines=8)
     assert "checkpoints can be used" in message or "can be used:" in message
-    assert "Bring back a copy, or move them away to start from the beginning." in message
+    assert "Restore one from a backup, or move them away to start from the beginning." in message
 
 
-def test_a_checkpoint_that_is_damaged_is_passed_over_for_the_one_before(half):
+def test_a_corrupt_checkpoint_is_skipped_for_the_previous_one(half):
     assert steps(half.workdir / "decoder/checkpoints") == [2, 3]
     (half.workdir / "decoder/checkpoints/3/meta/metadata").write_text("{}")
     assert half()[0] == 0
@@ -432,7 +432,7 @@ def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(train, tmp_path, kin
         lines = ended.stderr.splitlines()
         assert len(lines) <= 6, ended.stderr
         assert "3 saves in a row failed, the newest checkpoint is that of step" in lines[-1]
-        assert lines[-1].endswith("Free space and start again.")
+        assert lines[-1].endswith("Free space, then rerun the same command.")
         if enlarge:
             enlarge()
         kept = steps(train.workdir / "decoder/checkpoints")

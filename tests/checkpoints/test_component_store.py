@@ -40,7 +40,7 @@ def _tree(root):
     return {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
 
 
-def test_what_is_put_once_is_got_back_on_any_mesh(tmp_path):
+def test_a_stored_component_is_restored_on_any_mesh(tmp_path):
     store = ComponentStore(tmp_path / "components")
     digest = store.put("encoder", _params())
     assert digest == combined(tree_digests(_params()))
@@ -54,7 +54,7 @@ def test_what_is_put_once_is_got_back_on_any_mesh(tmp_path):
         )
 
 
-def test_putting_the_same_twice_writes_nothing(tmp_path):
+def test_storing_a_component_twice_writes_nothing(tmp_path):
     store = ComponentStore(tmp_path)
     digest = store.put("llm", _params())
     before = _tree(store.path("llm", digest))
@@ -78,7 +78,7 @@ def test_a_component_describes_itself_without_reading_arrays(tmp_path):
     }
 
 
-def test_a_missing_component_or_another_shape_is_an_error_with_a_remedy(tmp_path):
+def test_a_missing_component_or_another_shape_is_an_error_with_a_fix(tmp_path):
     store = ComponentStore(tmp_path)
     with pytest.raises(CheckpointError, match=r"llm-0{12} is missing: load the weights of llm"):
         store.get("llm", "0" * 64, _abstract(_params()))
@@ -91,7 +91,7 @@ def test_a_missing_component_or_another_shape_is_an_error_with_a_remedy(tmp_path
             store.path(name, wrong)
 
 
-def test_no_harmed_file_ever_gives_wrong_weights(tmp_path):
+def test_no_corrupt_file_ever_gives_wrong_weights(tmp_path):
     whole = ComponentStore(tmp_path / "whole")
     digest = whole.put("llm", _params())
     path = whole.path("llm", digest)
@@ -117,7 +117,7 @@ def test_no_harmed_file_ever_gives_wrong_weights(tmp_path):
     assert any(name.startswith("state/d/") for name in names)
 
 
-def test_other_content_under_the_right_name_is_found(tmp_path):
+def test_other_content_under_the_right_name_is_refused(tmp_path):
     store = ComponentStore(tmp_path)
     digest, other = store.put("llm", _params()), store.put("llm", _params(1))
     path = store.path("llm", digest)
@@ -127,9 +127,9 @@ def test_other_content_under_the_right_name_is_found(tmp_path):
         store.get("llm", digest, _abstract(_params()))
     shutil.rmtree(path)
     shutil.copytree(store.path("llm", other), path)
-    with pytest.raises(CheckpointError, match="holds other content than its name says"):
+    with pytest.raises(CheckpointError, match="does not match the digest in its name"):
         store.get("llm", digest, _abstract(_params()))
-    with pytest.raises(CheckpointError, match="holds other content"):
+    with pytest.raises(CheckpointError, match="does not match the digest"):
         store.describe("llm", digest)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.paths import ROOT
 
-from vadapter.checkpoints.array_io import DamagedError, load, read_meta
+from vadapter.checkpoints.array_io import CorruptError, load, read_meta
 from vadapter.checkpoints.digest import tree_digests
 from vadapter.checkpoints.manager import Checkpointer, steps
 from vadapter.errors import CheckpointError, ConfigError
@@ -60,7 +60,7 @@ def _abstract(state):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A run with steps 5 and 10, its state of step s being `_state(s)`: copy before harming."""
+    """A run with steps 5 and 10, its state of step s being `_state(s)`; work on a copy."""
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     checkpointer = Checkpointer(directory, keep=2)
     for step in (5, 10):
@@ -135,7 +135,7 @@ def test_the_newest_few_steps_are_kept(tmp_path):
     checkpointer.close()
 
 
-def test_a_step_is_saved_once_and_never_behind_a_later_one(run):
+def test_a_step_is_saved_once_and_never_after_a_later_one(run):
     checkpointer = Checkpointer(run, keep=5)
     with pytest.raises(CheckpointError, match=r"already has step 10, so step 7 cannot be saved"):
         checkpointer.save(7, _state(7), META)
@@ -162,8 +162,8 @@ def test_one_part_of_one_step_restores_for_evaluation_and_nothing_changes(run):
         assert meta["step"] == step
         assert tree_digests(part) == tree_digests({"params": _state(step)["params"]})
     with pytest.raises(CheckpointError, match="does not fit this run"):
-        load(run / "5", wanted)  # a part counts as a part only when asked for
-    with pytest.raises(DamagedError, match="no readable meta"):
+        load(run / "5", wanted)  # a subset is accepted only on request
+    with pytest.raises(CorruptError, match="no readable meta"):
         load(run / "7", wanted, subset=True)
     assert leftover.is_dir()
     Checkpointer(run, keep=1)
@@ -195,7 +195,7 @@ def test_another_tree_shape_dtype_or_config_is_a_table_and_not_an_older_step(run
     expect = {"stage": "adapter", "config": {"model": {"depth": 4, "width": 16}}, "new": (1, 2)}
     with pytest.raises(CheckpointError) as error:
         Checkpointer(run, keep=2).restore(target, expect=expect)
-    assert not isinstance(error.value, DamagedError)
+    assert not isinstance(error.value, CorruptError)
     lines = str(error.value).splitlines()
     rows = {tuple(cell.strip() for cell in line.split("|")) for line in lines if "|" in line}
     assert rows == {
@@ -209,11 +209,11 @@ def test_another_tree_shape_dtype_or_config_is_a_table_and_not_an_older_step(run
         ("params.table", "bfloat16[8, 4]", "float32[8, 4]"),
     }
     assert f"{run / '10'} does not fit this run, 7 differences" in lines[0]
-    assert "Use the configuration it was made with" in lines[-1]
+    assert "Use the configuration that it was written with" in lines[-1]
     assert steps(run) == [5, 10]
 
 
-def test_a_long_table_is_cut(run):
+def test_a_long_table_is_truncated(run):
     expect = {f"field_{i}": i for i in range(40)}
     with pytest.raises(CheckpointError, match=r"40 differences(.|\n)*… 28 more"):
         Checkpointer(run, keep=2).restore(_abstract(_state()), expect=expect)
@@ -225,7 +225,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_not_skipped(run, monkeyp
         Checkpointer(run, keep=2).restore(_abstract(_state()))
 
 
-# --- Damage --------------------------------------------------------------------------------------
+# --- Corruption --------------------------------------------------------------------------------
 
 
 def _files(saved):
@@ -243,7 +243,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(saved, tmp_path, caplog):
         step = _restored_step(run)
         assert step == 5 or not name.startswith(("meta/metadata", "state/manifest")), name
         if step == 5:
-            reasons = [r for r in caplog.messages if "skipped a damaged checkpoint" in r]
+            reasons = [r for r in caplog.messages if "skipped a corrupt checkpoint" in r]
             assert len(reasons) == 1
             assert len(reasons[0].splitlines()) == 1
             digest_found_it += "the digest of" in reasons[0]
@@ -279,7 +279,7 @@ def test_wrong_numbers_that_every_reader_accepts_are_found_by_their_digest(run, 
     assert "the digest of 1 of 14 leaves differs, first params.adapter.kernel" in caplog.text
 
 
-def test_meta_that_changed_on_disk_is_damage_and_not_another_configuration(run, caplog):
+def test_meta_that_changed_on_disk_is_corrupt_and_not_another_configuration(run, caplog):
     path = run / "10" / "meta" / "metadata"
     path.write_text(path.read_text().replace("vision", "visiom"))
     assert _restored_step(run) == 5
@@ -295,24 +295,24 @@ def test_interrupted_copies_and_renamed_steps_are_skipped_with_a_reason(run, cap
     reasons = [r.split(": ", 1)[1] for r in caplog.messages if "skipped" in r]
     assert len(reasons) == 3
     assert reasons[0].startswith(f"{run / '35'}: no readable meta")
-    assert reasons[1] == f"{run / '30'}: holds step 10"
+    assert reasons[1] == f"{run / '30'}: contains step 10"
     assert reasons[2].startswith(f"{run / '25'}: cannot read ")
     assert steps(run) == [5, 10]
     assert steps(run / "quarantine") == [25, 30, 35]
 
 
-def test_if_all_are_damaged_the_run_stops_and_nothing_is_moved(run):
+def test_if_all_are_corrupt_the_run_stops_and_nothing_is_moved(run):
     for step in (5, 10):
         (run / str(step) / "state" / "manifest.ocdbt").unlink()
     with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* can be used") as error:
         Checkpointer(run, keep=2).restore(_abstract(_state()))
     assert len(str(error.value).splitlines()) <= 5
     assert steps(run) == [5, 10]
-    with pytest.raises(DamagedError, match="cannot read"):
+    with pytest.raises(CorruptError, match="cannot read"):
         load(run / "10", _abstract(_state()))
 
 
-def test_damage_is_reported_without_the_noise_of_libraries(run, capfd):
+def test_corruption_is_reported_without_the_noise_of_libraries(run, capfd):
     (run / "10" / "state" / "manifest.ocdbt").write_bytes(b"not a manifest")
     assert _restored_step(run) == 5
     printed = capfd.readouterr()
@@ -414,7 +414,9 @@ def test_a_full_disk_is_survived_twice_in_a_row_and_the_third_time_stops(tmp_pat
     assert "STOP could not save step 7 in" in out[1]
     assert "3 saves in a row failed, the newest checkpoint is that of step 4" in out[1]
     assert out[2] == "COMMITTED [1, 4]"
-    warnings = [line for line in done.stderr.splitlines() if "going on without" in line]
+    warnings = [
+        line for line in done.stderr.splitlines() if "training continues without it" in line
+    ]
     assert [line.split(" in ")[0].split(":")[-1] for line in warnings] == [
         f"could not save step {step}" for step in (2, 3, 5, 6)
     ]
@@ -463,7 +465,7 @@ if host == 0:
     largest = max((directory / "10").rglob("d/*"), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-9])
     (directory / "20").mkdir()
-jax.experimental.multihost_utils.sync_global_devices("damaged")
+jax.experimental.multihost_utils.sync_global_devices("corrupt")
 checkpointer = Checkpointer(directory, keep=3)
 restored, meta = checkpointer.restore(abstract)
 assert tree_digests(restored) == tree_digests(state(5)) == meta["digests"]
@@ -479,7 +481,7 @@ print("DONE", steps(directory), steps(directory / "quarantine"), digest, flush=T
 
 
 @pytest.mark.slow
-def test_two_hosts_walk_back_together_and_go_on(tmp_path):
+def test_two_hosts_fall_back_to_the_same_checkpoint_and_continue(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

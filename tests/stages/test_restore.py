@@ -1,4 +1,4 @@
-"""A stage opens from its run directory alone, with the parameters it was trained to."""
+"""A trained stage is restored from its run directory alone, with its final parameters."""
 
 import json
 import logging
@@ -37,8 +37,8 @@ def digest(tree):
 def test_a_moved_run_opens_without_data_and_weights_as_it_was_trained(run):
     loaded = open_run(run)
     assert (loaded.name, loaded.step, loaded.view) == ("perceiver", 40, ImageTransform(32))
-    record = lambda stage: json.loads((run / stage / "done.json").read_text())  # noqa: E731
-    done = {stage: record(stage)["components"] for stage in loaded.recipe.chain}
+    records = {s: json.loads((run / s / "done.json").read_text()) for s in loaded.recipe.chain}
+    done = {stage: record["components"] for stage, record in records.items()}
     expected = {
         "encoder": done["vision"]["encoder"],
         "perceiver": done["perceiver"]["perceiver"],
@@ -49,13 +49,13 @@ def test_a_moved_run_opens_without_data_and_weights_as_it_was_trained(run):
     assert loaded.digests == {name: expected[name] for name in ("encoder", "llm")}
     assert loaded.mesh.size == 8  # it was trained on one device
     assert all(x.sharding.mesh == loaded.mesh for x in jax.tree.leaves(loaded.params))
-    assert loaded.tokenizer.digest == record("perceiver")["identity"]["tokenizer"]
+    assert loaded.tokenizer.digest == records["perceiver"]["identity"]["tokenizer"]
 
 
 def test_a_stage_is_opened_by_its_name_and_text_stages_have_no_images(run):
     loaded = open_run(run, "vadapter", step=40)
     assert set(loaded.params) == {"encoder", "resampler", "fc_in", "tlm", "fc_out", "llm"}
-    assert "embedding" not in loaded.params["tlm"]  # left behind at the hand-over
+    assert "embedding" not in loaded.params["tlm"]  # dropped at its initialization
     assert open_run(run, "tlm").view is None
 
 
@@ -64,12 +64,12 @@ def test_the_default_is_the_last_stage_that_has_a_checkpoint(run):
     assert open_run(run).name == "vadapter"
 
 
-def test_a_damaged_checkpoint_is_left_out_with_a_warning(run, caplog):
+def test_a_corrupt_checkpoint_is_skipped_with_a_warning(run, caplog):
     newer = run / "perceiver" / "checkpoints" / "50"
     shutil.copytree(newer.with_name("40"), newer)
     with caplog.at_level(logging.WARNING):
         assert open_run(run).step == 40
-    assert "50: holds step 40" in caplog.text
+    assert "50: contains step 40" in caplog.text
 
     for step in ("40", "50"):
         (newer.with_name(step) / "meta" / "metadata").write_text("{")
@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_left_out_with_a_warning(run, caplog):
         open_run(run)
 
 
-def test_the_checkpoint_knows_better_than_a_recipe_that_was_changed_since(run):
+def test_the_checkpoint_overrides_a_recipe_that_was_changed_afterwards(run):
     config = json.loads((run / "config.json").read_text())
     config["components"]["perceiver"]["layers"] = 6
     config["stages"]["perceiver"]["bidirectional"] = True
@@ -111,8 +111,8 @@ def test_a_stage_that_cannot_be_opened_is_explained(run, stage):
         open_run(run, stage)
 
 
-def test_what_is_missing_is_named(run, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7 .* steps there: \[40\]"):
+def test_a_missing_file_is_named(run, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7 .* there are steps \[40\]"):
         open_run(run, "decoder", step=7)
     with pytest.raises(CheckpointError, match=r"no run in .*: there is no config\.json"):
         open_run(tmp_path)
@@ -141,7 +141,7 @@ def test_overrides_reach_the_data_but_not_what_was_trained(run):
         read_run(run, ["data.held.taks=caption"])
 
 
-def test_a_run_keeps_the_frozen_parts_that_it_took_from_another(chain, tmp_path):
+def test_a_run_keeps_the_frozen_components_that_it_took_from_another(chain, tmp_path):
     other, own = tmp_path / "other", tmp_path / "own"
     for part in ("vision", "tlm", "components"):
         shutil.copytree(chain / "run" / part, other / part)
@@ -156,7 +156,7 @@ def test_a_run_keeps_the_frozen_parts_that_it_took_from_another(chain, tmp_path)
     assert [path.name.split("-")[0] for path in (own / "components").iterdir()] == ["encoder"]
 
     tlm = digest(initialization.load(starts["tlm"], abstract["tlm"], None))
-    assert tlm == starts["tlm"].digest  # what trains is read where it is, and not kept
+    assert tlm == starts["tlm"].digest  # a trained component is not copied
     shutil.rmtree(other)
     encoder = initialization.load(starts["encoder"], abstract["encoder"], None)
     assert digest(encoder) == starts["encoder"].digest

@@ -135,7 +135,7 @@ def saved(bucket):
     return lambda: Checkpointer(directory, keep=2).restore(like)
 
 
-def test_a_damaged_checkpoint_is_moved_aside_in_the_bucket(bucket, saved):
+def test_a_corrupt_checkpoint_is_moved_to_quarantine_in_the_bucket(bucket, saved):
     bucket.objects["saved/2/meta/metadata"] = b"{}"
     state, meta = saved()
     assert (meta["step"], state["w"].tolist()) == (1, [1] * 4)
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_moved_aside_in_the_bucket(bucket, saved):
 
 
 @pytest.mark.parametrize("place", ["meta/metadata", r"state/.*d/"])
-def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(bucket, saved, place):
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_corrupt(bucket, saved, place):
     bucket.forbidden = rf"GET .*/saved/2/{place}"
     with pytest.raises(CheckpointError, match=r"/2: (no readable meta|cannot read w)") as error:
         saved()

@@ -1,12 +1,17 @@
-"""One directory on disk that holds a tree of arrays, and proves it when it is read.
+"""A tree of arrays in a directory, verified leaf by leaf when it is read.
 
-Two Orbax items: `state`, the leaves under dotted paths, and `meta`, a JSON object that seals itself
-with a sha256 and holds the digest of every leaf. What cannot be read back as it was written is
-damaged (`DamagedError`); what is whole but was written for another configuration does not fit
-(`CheckpointError` with a table of the differences). Nothing is ever cast, padded or truncated.
+The directory holds two Orbax items: `state`, the leaves under dotted paths, and `meta`, a JSON
+object with the digest of every leaf and its own SHA-256. Orbax writes to a temporary name and
+renames it at the end, so that a directory is complete or absent.
+
+Two errors are told apart. A directory is corrupt (`CorruptError`) if what is read differs from what
+was written: another checkpoint may be tried. It does not fit (`CheckpointError`, with a table of
+the differences) if it was written for another configuration: no other checkpoint would fit either.
+Nothing is ever cast, padded or truncated.
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import logging
@@ -36,12 +41,12 @@ _RESERVED = ("schema", "digests", "sha256")
 _READERS = 16  # arrays read at the same time
 
 
-class DamagedError(CheckpointError):
-    """A checkpoint that cannot be read back as what was written."""
+class CorruptError(CheckpointError):
+    """A checkpoint whose content differs from what was written."""
 
 
 def handlers() -> dict[str, Any]:
-    """The Orbax handlers of the two items, with the file format that `load` reads."""
+    """Return the Orbax handlers of the two items, with the file format that `load` reads."""
     return {
         "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False),
         "meta": ocp.JsonCheckpointHandler(filename="metadata"),
@@ -49,36 +54,40 @@ def handlers() -> dict[str, Any]:
 
 
 def items(tree: PyTree, meta: Mapping[str, Any]) -> ocp.args.Composite:
-    """What Orbax shall write: the leaves of `tree`, and `meta` with their digests, sealed.
+    """Return what Orbax saves: the leaves of `tree`, and `meta` with digests and its SHA-256.
+
+    Args:
+      tree: of `jax.Array`, all on the same devices.
+      meta: JSON values.
 
     Raises:
       ValueError: `meta` uses a reserved key, or a leaf is empty, which Orbax cannot save.
     """
-    if taken := [key for key in _RESERVED if key in meta]:
-        raise ValueError(f"reserved keys in the meta of a checkpoint: {taken}")
+    if reserved := [key for key in _RESERVED if key in meta]:
+        raise ValueError(f"reserved keys in the meta of a checkpoint: {reserved}")
     leaves = leaf_paths(tree)
     if empty := [name for name, x in leaves.items() if x.size == 0]:
         raise ValueError(f"leaves without elements cannot be saved: {empty[:5]}")
     record = _as_json({**meta, "schema": SCHEMA, "digests": tree_digests(leaves)})
-    record["sha256"] = _seal(record)
+    record["sha256"] = _sha256(record)
     arrays = {name: jax.random.key_data(x) if is_key(x) else x for name, x in leaves.items()}
     return ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(record))
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON object saved beside the state in `path`, with `schema` and `digests`.
+    """Return the JSON object saved with the state in `path`, with `schema` and `digests`.
 
     Raises:
-      DamagedError: missing or not as written.
+      CorruptError: it is missing or was changed.
       CheckpointError: written by a newer version of this program.
     """
     try:
         meta = json.loads((path / "meta" / "metadata").read_text())
-        intact = meta.pop("sha256") == _seal(meta)
+        intact = meta.pop("sha256") == _sha256(meta)
     except Exception as e:
         raise _unreadable(f"{path}: no readable meta", e) from e
     if not intact:
-        raise DamagedError(f"{path}: meta was changed after it was written (sha256 differs)")
+        raise CorruptError(f"{path}: meta was changed after it was written (sha256 differs)")
     if meta["schema"] > SCHEMA:
         raise CheckpointError(
             f"{path} has schema {meta['schema']}, but this version of vadapter reads only up to "
@@ -95,31 +104,32 @@ def load(
     upgrade: Upgrade = dict,
     subset: bool = False,
 ) -> tuple[PyTree, dict[str, Any]]:
-    """Reads one directory into the shardings of `abstract` and verifies every leaf on the devices.
+    """Read a directory into the shardings of `abstract` and verify every leaf on the devices.
 
     Args:
-      path: directory of one checkpoint.
+      path: the directory.
       abstract: tree of `jax.ShapeDtypeStruct` with shardings, or of arrays to take them from.
       expect: values that `meta` must hold, compared key by key, nested dicts included.
-      upgrade: turns the meta that an earlier version wrote into today's, before it is compared.
-      subset: leaves of the checkpoint that `abstract` lacks are left on disk.
+      upgrade: converts meta that an earlier version wrote, before it is compared.
+      subset: ignore leaves of the checkpoint that `abstract` lacks.
 
     Returns:
       A tree like `abstract`, and the meta.
 
     Raises:
-      CheckpointError: another tree, shape, dtype or expected value; the table says which.
-      DamagedError: unreadable, or a digest differs.
+      CheckpointError: tree, shapes, dtypes or expected values differ; with a table.
+      CorruptError: a file cannot be read, or a digest differs.
+      ValueError: a leaf of `abstract` has no sharding.
     """
     targets = leaf_paths(abstract)
-    if homeless := [name for name, x in targets.items() if getattr(x, "sharding", None) is None]:
-        raise ValueError(f"leaves without a sharding to restore into: {homeless[:5]}")
+    if unsharded := [name for name, x in targets.items() if getattr(x, "sharding", None) is None]:
+        raise ValueError(f"leaves without a sharding to restore into: {unsharded[:5]}")
     meta = upgrade(on_all_hosts(lambda: read_meta(path)))
     _check_fit(path, meta, targets, expect or {}, subset)
     leaves = on_all_hosts(lambda: _read_leaves(path, targets))
-    found = tree_digests(leaves)
-    if wrong := [name for name in targets if found[name] != meta["digests"][name]]:
-        raise DamagedError(
+    digests = tree_digests(leaves)
+    if wrong := [name for name in targets if digests[name] != meta["digests"][name]]:
+        raise CorruptError(
             f"{path}: the digest of {len(wrong)} of {len(targets)} leaves differs, first {wrong[0]}"
         )
     tree = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in targets])
@@ -127,13 +137,17 @@ def load(
 
 
 def _read_leaves(path: Path, targets: Mapping[str, Any]) -> dict[str, jax.Array]:
-    # Read by TensorStore, not by Orbax, whose restore casts to the dtype it is asked for and, when
-    # a read fails, leaves the others running in a closed event loop (hundreds of lines of noise).
+    """Read arrays in parallel, by TensorStore.
+
+    Not by Orbax: its restore casts to the requested dtype and, when one read fails, leaves the
+    others running in a closed event loop, which logs hundreds of lines.
+    """
+
     def read(name: str) -> jax.Array:
         try:
             return _read_leaf(path, name, targets[name])
         except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # not the fault of the files
+            raise  # not the fault of the files: another checkpoint would fail as well
         except Exception as e:
             raise _unreadable(f"{path}: cannot read {name}", e) from e
 
@@ -142,13 +156,16 @@ def _read_leaves(path: Path, targets: Mapping[str, Any]) -> dict[str, jax.Array]
 
 
 def _unreadable(text: str, e: Exception) -> CheckpointError:
-    """Damaged; or in a bucket out of reach, which says nothing about what is there."""
-    kind = CheckpointError if buckets.out_of_reach(e) else DamagedError
+    """Return a CorruptError; a CheckpointError if a bucket cannot be reached.
+
+    A bucket out of reach says nothing about its content, and no checkpoint may be skipped for it.
+    """
+    kind = CheckpointError if buckets.out_of_reach(e) else CorruptError
     return kind(f"{text} ({reason(e)})")
 
 
 def _read_leaf(path: Path, name: str, target: Any) -> jax.Array:
-    """One array, of which each host reads the shards of its own devices, every shard once."""
+    """Return one array; each host reads the shards of its own devices, each of them once."""
     stored = jax.eval_shape(jax.random.key_data, target) if is_key(target) else target
     spec = {
         "driver": "zarr",
@@ -162,19 +179,19 @@ def _read_leaf(path: Path, name: str, target: Any) -> jax.Array:
     store = ts.open(spec, open=True, read=True).result()
     if store.shape != stored.shape or store.dtype.numpy_dtype != stored.dtype:
         raise ValueError(f"holds {store.dtype.name}{list(store.shape)}")
-    parts: dict[str, Any] = {}
+    shards: dict[str, Any] = {}  # JAX asks once per device, also where devices hold the same shard
 
     def shard(index: Any) -> np.ndarray:
         key = str(index)
-        if key not in parts:
-            parts[key] = store[index].read().result()
-        return parts[key]
+        if key not in shards:
+            shards[key] = store[index].read().result()
+        return shards[key]
 
     array = jax.make_array_from_callback(stored.shape, target.sharding, shard)
     if is_key(target):
-        kind: list[Any] = []
-        jax.eval_shape(lambda key: kind.append(jax.random.key_impl(key)), target)
-        return jax.random.wrap_key_data(array, impl=kind[0])
+        impl: list[Any] = []
+        jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), target)
+        return jax.random.wrap_key_data(array, impl=impl[0])
     return array
 
 
@@ -185,27 +202,26 @@ def _check_fit(
     expect: Mapping[str, Any],
     subset: bool,
 ) -> None:
-    """Raises CheckpointError with a table of all differences between the checkpoint and the run."""
+    """Raise CheckpointError with a table of all differences between the checkpoint and the run."""
     expect = _as_json(dict(expect))
-    theirs = _flat({key: meta[key] for key in expect if key in meta})
-    ours = _flat(expect)
+    stored = _flat({key: meta[key] for key in expect if key in meta})
+    needed = _flat(expect)
     for name, (shape, dtype, _) in meta["digests"].items():
         if name in targets or not subset:
-            theirs[name] = f"{dtype}{shape}"
+            stored[name] = f"{dtype}{shape}"
     for name, x in targets.items():
-        ours[name] = f"{x.dtype}{list(x.shape)}"
+        needed[name] = f"{x.dtype}{list(x.shape)}"
     rows = [
-        (name, theirs.get(name, "—"), ours.get(name, "—"))
-        for name in {**ours, **theirs}
-        if name not in ours or name not in theirs or theirs[name] != ours[name]
+        (name, stored.get(name, "—"), needed.get(name, "—"))
+        for name in {**needed, **stored}
+        if name not in needed or name not in stored or stored[name] != needed[name]
     ]
-    if not rows:
-        return
-    raise CheckpointError(
-        f"{path} does not fit this run, {len(rows)} differences:\n"
-        + difference_table(rows, ("leaf or field", "checkpoint", "this run"))
-        + "\nUse the configuration it was made with, or another run directory."
-    )
+    if rows:
+        raise CheckpointError(
+            f"{path} does not fit this run, {len(rows)} differences:\n"
+            + difference_table(rows, ("leaf or field", "checkpoint", "this run"))
+            + "\nUse the configuration that it was written with, or another run directory."
+        )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -221,57 +237,52 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _seal(meta: Mapping[str, Any]) -> str:
+def _sha256(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def reason(e: BaseException) -> str:
+    """Return an error's type and message in one short line."""
     return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
 
 
 def on_all_hosts(read: Callable[[], T]) -> T:
-    """Runs `read` on every host; if it fails on one, it fails on all, so that none waits."""
+    """Run `read` on every host. If it fails on one, it fails on all, so that none waits forever."""
     result, error = None, None
     try:
         result = read()
     except Exception as e:
         error = e
-    told = hosts.exchange(error and reason(error), "reading", patience=hosts.WORK)
-    for i, failure in enumerate(told):
+    failures = hosts.exchange(error and reason(error), "reading", patience=hosts.WORK)
+    for i, failure in enumerate(failures):
         if error is None and failure is not None:
-            error = DamagedError(f"unreadable on host {i}: {failure}")
+            error = CorruptError(f"unreadable on host {i}: {failure}")
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
 
 
-def hush_orbax() -> None:
-    """Orbax logs hundreds of lines about errors that it also raises; the raised ones suffice.
+@functools.cache
+def quiet_orbax() -> None:
+    """Drop what Orbax logs about errors that it also raises, hundreds of lines for one failed save.
 
-    Where one array of a save fails, the others report to an event loop that is closed by then, or
-    to nobody.
+    Where one array fails, the others report to an event loop that is closed by then, or to nobody.
     """
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_worth_telling)
-    if not isinstance(sys.unraisablehook, _Hook):
-        sys.unraisablehook = _Hook(sys.unraisablehook)
+        logging.getLogger(name).addFilter(_worth_logging)
+    hook = sys.unraisablehook
 
-
-class _Hook:
-    """What Python does with errors that nobody can catch, but for those of closed event loops."""
-
-    def __init__(self, honest: Callable[[Any], Any]):
-        self._honest = honest
-
-    def __call__(self, unraisable: Any) -> None:
+    def without_closed_loops(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
-            self._honest(unraisable)
+            hook(unraisable)
+
+    sys.unraisablehook = without_closed_loops
 
 
-def _worth_telling(record: logging.LogRecord) -> bool:
-    """Not what Orbax logs, nor what asyncio logs about a task of it whose error nobody fetched.
+def _worth_logging(record: logging.LogRecord) -> bool:
+    """Return False for records of Orbax, and of asyncio about errors of tasks that nobody awaits.
 
-    Some of these do not name Orbax, but nobody else has such tasks.
+    The latter do not always name Orbax, but nothing else here has such tasks.
     """
     if record.levelno >= logging.CRITICAL:
         return True

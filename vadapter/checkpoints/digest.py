@@ -19,7 +19,7 @@ _GOLDEN = 2654435761  # 2**32 / golden ratio: spreads neighboring indices
 
 
 def leaf_digest(x: jax.Array) -> jax.Array:
-    """Sums the bits of `x`, each element weighted by its index, modulo 2**32.
+    """Return the sum of the bits of `x`, each element weighted by its index, modulo 2**32.
 
     Elementwise work and one sum: no reshape and no gather, so a sharded array stays sharded, and an
     integer sum is the same in any order. The weights are odd, hence invertible modulo 2**32, so one
@@ -46,12 +46,12 @@ def leaf_digest(x: jax.Array) -> jax.Array:
 
 
 def is_key(x: Any) -> bool:
-    """True for arrays of typed PRNG keys, which files and arithmetic know only as uint32."""
+    """Return whether `x` is an array of typed PRNG keys; files and arithmetic need its uint32."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """`x` as uint32, one word an element; 8-byte elements get a trailing axis of 2 words."""
+    """Return `x` as uint32, one word per element; two, on a trailing axis, for 8-byte elements."""
     if is_key(x):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
@@ -67,7 +67,7 @@ _leaf_digests = jax.jit(lambda leaves: [leaf_digest(x) for x in leaves])
 
 
 def leaf_paths(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by dotted path, such as `params.adapter.block_0.kernel`.
+    """Return the leaves of a tree by dotted path, such as `params.adapter.block_0.kernel`.
 
     Raises:
       ValueError: two leaves would have the same path (a key that itself contains a dot).
@@ -82,10 +82,10 @@ def leaf_paths(tree: PyTree) -> dict[str, Any]:
 
 
 def tree_digests(tree: PyTree) -> Digests:
-    """`{path: [shape, dtype, digest]}` of all leaves, in one compiled program for the whole tree.
+    """Return `{path: [shape, dtype, digest]}` of all leaves, computed by one compiled program.
 
-    All leaves must live on the same set of devices. On several hosts every host calls it, and every
-    host gets the same answer.
+    All leaves must be on the same set of devices. On several hosts all make the call, and all get
+    the same result.
     """
     leaves = leaf_paths(tree)
     values = jax.device_get(_leaf_digests(list(leaves.values())))
@@ -96,6 +96,6 @@ def tree_digests(tree: PyTree) -> Digests:
 
 
 def combined(digests: Digests) -> str:
-    """One sha256 (hex) over paths, shapes, dtypes and digests, independent of their order."""
+    """Return one SHA-256 (hex) over paths, shapes, dtypes and digests, in any order."""
     text = json.dumps(digests, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,9 +1,12 @@
-"""The checkpoints of a run: whole and verified, or not used.
+"""The checkpoints of a stage: saved in the background, verified when restored.
 
-One directory `<step>/` a checkpoint (see `snapshot`). Three things can be wrong, and each has its
-own answer: a checkpoint does not fit this run (an error with a table of the differences), it is
-damaged (a resume takes the one before it and says so), or the disk failed while it was written
-(training goes on without it, for a while). No run ever starts from zero because of a bad file.
+Each checkpoint is a directory `<step>/`, see `array_io`. Three things can go wrong:
+
+    it does not fit this run       an error with a table of the differences
+    it is corrupt                  a warning; the previous one is restored
+    it could not be written        a warning; training continues, until too many fail in a row
+
+No run ever starts from the beginning because of a bad file.
 """
 
 import logging
@@ -15,7 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as ocm
 
 from vadapter.checkpoints import array_io
-from vadapter.checkpoints.array_io import DamagedError
+from vadapter.checkpoints.array_io import CorruptError
 from vadapter.distributed import hosts
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import storage
@@ -29,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 def steps(directory: Path) -> list[int]:
-    """Committed steps, ascending: directories named by a number, as Orbax renames them at the end,
-    or marks them in a bucket.
+    """Return the committed steps, ascending.
 
-    They may still be damaged: an interrupted copy of a run directory looks committed.
+    Orbax commits a checkpoint by an atomic rename to its number; in a bucket, by a marker. It may
+    still be corrupt: an interrupted copy of a run directory looks committed.
     """
     if not storage.is_folder(directory):
         return []
@@ -41,14 +44,14 @@ def steps(directory: Path) -> list[int]:
 
 
 class Checkpointer:
-    """Saves in the background, keeps the last few, restores the newest that verifies.
+    """The checkpoints of one stage: the newest few are kept, the newest intact one is restored.
 
-    One writer a directory (see `io.lock`): leftovers of interrupted saves are removed at
-    once. On several hosts all of them make the same calls, with the directory on a shared file
+    There is one writer per directory (see `io.lock`), so that leftovers of interrupted saves are
+    removed at once. On several hosts all make the same calls, with the directory on a shared file
     system.
 
     Args:
-      directory: holds one directory a step; created if missing.
+      directory: holds one directory per step; created if missing.
       keep: number of newest checkpoints to keep, at least 1.
     """
 
@@ -58,8 +61,8 @@ class Checkpointer:
         self._directory = storage.absolute(directory)
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=ocm.LatestN(keep),
-            lightweight_initialize=True,  # do not read what may be damaged
-            # Made at once, a directory that cannot be made is an error and not a 300 s wait.
+            lightweight_initialize=True,  # do not read what may be corrupt
+            # Otherwise a directory that cannot be created is a wait of 300 s instead of an error.
             async_options=ocp.AsyncOptions(
                 timeout_secs=600, create_directories_asynchronously=False
             ),
@@ -68,26 +71,27 @@ class Checkpointer:
         self._in_flight: int | None = None
         self._own: set[int] = set()  # steps this object has saved or restored
         self._failures = 0  # in a row
-        array_io.hush_orbax()
+        array_io.quiet_orbax()
         self._remove_leftovers()
 
     def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> bool:
-        """Starts to save; returns when the arrays are copied, so they may be donated after.
+        """Start to save. The arrays are copied before it returns, so that they may be donated.
 
         Args:
-          step: number of finished updates.
+          step: number of finished steps.
           state: tree of `jax.Array`, all on the same devices.
-          meta: JSON values a resume needs and checks: stage, configuration, data position, ...
+          meta: JSON values that a resume needs and checks: stage, configuration, data position, …
 
         Returns:
-          False if this object has that step already, or if the save failed at once.
+          False if the step was saved or restored by this object before, or if the save failed at
+          once.
 
         Raises:
-          CheckpointError: too many failed saves in a row, or a checkpoint of a later step exists;
-            on several hosts also a save that could not even begin.
-          HostError: hosts that save another step, or none.
+          CheckpointError: too many saves failed in a row, or a checkpoint of a later step exists;
+            on several hosts also if the save could not begin.
+          HostError: other hosts save another step, or none.
         """
-        hosts.exchange("", f"saving step {step}")  # all of them, or none: Orbax would wait forever
+        hosts.exchange("", f"saving step {step}")  # if one host is missing, Orbax waits forever
         self._settle()
         if step in self._own:
             return False
@@ -104,7 +108,7 @@ class Checkpointer:
             self._manager = manager
             manager.save(step, args=args, force=True)
         except Exception as e:
-            if hosts.count() > 1:  # the others may be waiting within Orbax
+            if hosts.count() > 1:  # the others may be waiting inside Orbax
                 raise CheckpointError(
                     f"could not save step {step} in {self._directory} ({array_io.reason(e)})"
                 ) from e
@@ -115,25 +119,26 @@ class Checkpointer:
         return True
 
     def committed(self) -> list[int]:
-        """Steps safely on disk, ascending; a save still in flight is not among them."""
-        parts = ("state", "meta")
+        """Return the steps on disk, ascending, without a save that is still in progress."""
         return [
             step
             for step in steps(self._directory)
-            if all(storage.is_folder(self._directory / str(step) / part) for part in parts)
+            if all(
+                storage.is_folder(self._directory / str(step) / item) for item in ("state", "meta")
+            )
         ]
 
     def wait(self) -> int | None:
-        """Waits for the save in flight and returns the newest committed step.
+        """Wait for the save in progress; return the newest committed step, None if there is none.
 
         Raises:
-          CheckpointError: too many failed saves in a row.
+          CheckpointError: too many saves failed in a row.
         """
         self._settle()
         return max(self.committed(), default=None)
 
     def close(self) -> None:
-        """Waits and releases the threads.
+        """Wait for the save in progress and release the threads.
 
         Raises:
           CheckpointError: the last save failed, so the end of the run is not on disk.
@@ -153,7 +158,7 @@ class Checkpointer:
         expect: Mapping[str, Any] | None = None,
         upgrade: array_io.Upgrade = dict,
     ) -> tuple[PyTree, dict[str, Any]] | None:
-        """Restores the newest checkpoint that verifies, and moves later ones to `quarantine/`.
+        """Restore the newest intact checkpoint, and move later ones to `quarantine/`.
 
         Args:
           abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
@@ -161,41 +166,38 @@ class Checkpointer:
           upgrade: see `array_io.load`.
 
         Returns:
-          State and meta, or None if there is no checkpoint at all.
+          State and meta; None if there are no checkpoints.
 
         Raises:
-          CheckpointError: the newest readable one does not fit this run, or none is readable.
+          CheckpointError: the newest intact one does not fit this run, or all are corrupt.
         """
         self._settle()
-        found = self._agreed_steps()
-        if not found:
+        # The steps that the first host sees: a network file system may show others fewer.
+        committed = hosts.of_first(steps(self._directory), f"steps in {self._directory.name}")
+        if not committed:
             return None
         reasons = []
-        for step in reversed(found):
+        for step in reversed(committed):
             path = self._directory / str(step)
             try:
                 state, meta = array_io.load(path, abstract_state, expect=expect, upgrade=upgrade)
                 if meta["step"] != step:
-                    raise DamagedError(f"{path}: holds step {meta['step']}")
-            except DamagedError as e:
-                log.warning("skipped a damaged checkpoint: %s", e)
+                    raise CorruptError(f"{path}: contains step {meta['step']}")
+            except CorruptError as e:
+                log.warning("skipped a corrupt checkpoint: %s", e)
                 reasons.append(str(e))
                 continue
-            self._set_aside([later for later in found if later > step])
+            self._set_aside([later for later in committed if later > step])
             self._own = {step}
             return state, meta
         raise CheckpointError(
             f"none of the {len(reasons)} checkpoints in {self._directory} can be used:\n  "
             + "\n  ".join(reasons[:3])
-            + "\nBring back a copy, or move them away to start from the beginning."
+            + "\nRestore one from a backup, or move them away to start from the beginning."
         )
 
-    def _agreed_steps(self) -> list[int]:
-        """The steps that the first host sees: network file systems may show others less."""
-        return hosts.of_first(steps(self._directory), f"steps in {self._directory.name}")
-
     def _settle(self) -> None:
-        """Waits for the save in flight; only then is it known to have succeeded."""
+        """Wait for the save in progress and record whether it succeeded on all hosts."""
         if self._in_flight is None or self._manager is None:
             return
         step, self._in_flight = self._in_flight, None
@@ -203,11 +205,11 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
             if hosts.first() and step not in steps(self._directory):
-                raise OSError("the step did not appear")
+                raise OSError("no such directory afterwards")
         except Exception as e:
             error = e
-        told = hosts.exchange(error and array_io.reason(error), f"saved step {step}")
-        for i, reason in enumerate(told):
+        failures = hosts.exchange(error and array_io.reason(error), f"saved step {step}")
+        for i, reason in enumerate(failures):
             if error is None and reason is not None:
                 error = OSError(f"host {i}: {reason}")
         if error is None:
@@ -217,16 +219,19 @@ class Checkpointer:
             self._failed(step, error)
 
     def _failed(self, step: int, e: Exception) -> None:
+        """Count a failed save; raise CheckpointError if too many failed in a row."""
         self._failures += 1
-        self._drop_manager()  # it believes that the step exists
-        self._remove_leftovers()  # or a full disk would stay full
+        self._drop_manager()  # Orbax assumes that the step exists
+        self._remove_leftovers()  # otherwise a full disk would stay full
         message = f"could not save step {step} in {self._directory} ({array_io.reason(e)})"
         if self._failures > MAX_FAILURES:
             raise CheckpointError(
                 f"{message}; {self._failures} saves in a row failed, the newest checkpoint is that "
-                f"of step {max(self.committed(), default=None)}. Free space and start again."
+                f"of step {max(self.committed(), default=None)}. Free space, then rerun the same "
+                "command."
             ) from e
-        log.warning("%s; going on without, %d of %d", message, self._failures, MAX_FAILURES)
+        count = f"{self._failures} of at most {MAX_FAILURES} failures in a row"
+        log.warning("%s; training continues without it (%s)", message, count)
 
     def _drop_manager(self) -> None:
         manager, self._manager = self._manager, None
@@ -251,7 +256,7 @@ class Checkpointer:
 
 
 def put_aside(directory: Path, later: list[int]) -> None:
-    """Moves steps to `quarantine/`, beside those of the same number that are there."""
+    """Move steps to `quarantine/`, without overwriting those of the same number there."""
     for step in later:
         target = directory / QUARANTINE / str(step)
         copy = 0
@@ -261,7 +266,7 @@ def put_aside(directory: Path, later: list[int]) -> None:
 
 
 def _leftovers(directory: Path) -> list[Path]:
-    """What interrupted saves left."""
+    """Return the directories of interrupted saves."""
     if not storage.remote(directory):
         return list(directory.glob(f"*{array_io.TMP}*"))
     if not storage.is_folder(directory):

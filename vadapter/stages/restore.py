@@ -1,8 +1,8 @@
-"""A trained stage, ready to use, from its run directory alone.
+"""A trained stage, restored for use from its run directory alone.
 
-What trained comes from the stage's newest checkpoint that verifies; what was frozen comes from the
-run's component store or from public weights, by the digests which that checkpoint names. The data
-and other runs may be gone. Nothing is written, so a run may be opened while it trains.
+Its trained components come from its newest intact checkpoint, its frozen ones from the run's
+component store or from public weights, by the digests in that checkpoint. Data and other runs are
+not needed. Nothing is written, so that a run may be opened while it trains.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vadapter.checkpoints import array_io
-from vadapter.checkpoints.array_io import DamagedError
+from vadapter.checkpoints.array_io import CorruptError
 from vadapter.checkpoints.component_store import ComponentStore
 from vadapter.checkpoints.digest import leaf_paths
 from vadapter.checkpoints.manager import steps
@@ -34,36 +34,35 @@ from vadapter.stages.run import tokenizer_path
 from vadapter.stages.stage import Stage
 from vadapter.weights.reference import PREFIX, Reference
 
-# What may be changed on the command line once a stage is trained; the rest is part of its result.
+# Keys that may be overridden after a stage is trained; all others are part of its result.
 OPEN = ("data", "evals", "mesh", "workers", "components.NAME.weights")
 
 log = logging.getLogger(__name__)
 
 
 def read_run(workdir: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe that a run was started with.
+    """Return the recipe that a run was started with.
 
     Args:
       workdir: the run directory.
       overrides: `a.b=VALUE`, of the keys in `OPEN`.
 
     Raises:
-      CheckpointError: there is no run.
-      ConfigError: an override that is unknown, or not possible any more.
+      CheckpointError: there is no run, or its config.json is corrupt.
+      ConfigError: an override is unknown, or of a key that is part of what was trained.
     """
     workdir = storage.as_path(workdir)
     buckets.require_bucket(workdir)
     path = workdir / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"no run in {workdir}: there is no {path.name}. Give the directory that was --workdir "
-            "of `vadapter train`"
+            f"no run in {workdir}: there is no {path.name}. Give the --workdir of `vadapter train`"
         )
     try:
         values = with_new_keys(Recipe, json.loads(path.read_text(encoding="utf-8")))
         config = ConfigDict(_tuples(values))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); bring back a copy") from None
+        raise CheckpointError(f"{path} is corrupt ({error}); restore it from a backup") from None
     overrides = list(overrides)
     for item in overrides:
         group, *keys = item.partition("=")[0].split(".")
@@ -77,7 +76,7 @@ def read_run(workdir: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as tuples, which is what a recipe has, so that overrides meet the same types."""
+    """Return JSON's lists as tuples, which recipes use and overrides are checked against."""
     if isinstance(value, dict):
         return {k: _tuples(v) for k, v in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
@@ -94,49 +93,52 @@ def open_run(
 
     Args:
       workdir: the run directory; it may have been moved.
-      stage: its name; by default the last of the chain that sees images and has a checkpoint.
-      step: of the checkpoint; by default the newest that verifies.
+      stage: its name; by default the last of the chain that writes about images and has a
+        checkpoint.
+      step: of the checkpoint; by default the newest intact one.
       overrides: see `read_run`.
 
     Returns:
-      The model with its parameters on a mesh over all devices: the recipe's, or plain data
-      parallelism where that does not fit this machine.
+      The stage on the recipe's mesh, or with data parallelism where that does not fit this machine.
 
     Raises:
-      CheckpointError: no run, no checkpoint (yet), damaged or missing files.
-      ConfigError: an unknown stage, or one that has no model which writes text about images.
+      CheckpointError: there is no run or no checkpoint yet; files are missing or corrupt.
+      ConfigError: the stage is unknown or of kind `vision`.
     """
     workdir = storage.absolute(workdir)
     recipe = read_run(workdir, overrides)
     stage = _choose(recipe, workdir, stage)
     directory = workdir / stage / "checkpoints"
-    found = steps(directory)
-    if step is not None and step not in found:
-        raise CheckpointError(f"no checkpoint of step {step} in {directory}; steps there: {found}")
+    committed = steps(directory)
+    if step is not None and step not in committed:
+        raise CheckpointError(
+            f"no checkpoint of step {step} in {directory}; there are steps {committed}"
+        )
     tokenizer = load_tokenizer(tokenizer_path(recipe, recipe.stages[stage], workdir))
-    mesh, damaged = _mesh(recipe.mesh), []
-    for number in reversed(found) if step is None else [step]:
+    mesh, reasons = _mesh(recipe.mesh), []
+    for number in reversed(committed) if step is None else [step]:
         try:
             return _restored(workdir, recipe, stage, number, tokenizer, mesh)
-        except DamagedError as error:
-            log.warning("left out a damaged checkpoint: %s", error)
-            damaged.append(str(error))
-    raise CheckpointError(f"no checkpoint of {stage} can be used:\n  " + "\n  ".join(damaged))
+        except CorruptError as error:
+            log.warning("skipped a corrupt checkpoint: %s", error)
+            reasons.append(str(error))
+    raise CheckpointError(f"no checkpoint of {stage} can be used:\n  " + "\n  ".join(reasons))
 
 
 def describing(recipe: Recipe) -> list[str]:
-    """The stages of the chain whose model writes text about images."""
-    kinds = {n: recipe.stages[n].kind for n in recipe.chain}
-    return [n for n, kind in kinds.items() if STAGES[kind].visual and kind != "vision"]
+    """Return the stages of the chain whose model writes text about images."""
+    kinds = {name: recipe.stages[name].kind for name in recipe.chain}
+    return [name for name, kind in kinds.items() if STAGES[kind].visual and kind != "vision"]
 
 
 def _choose(recipe: Recipe, workdir: Path, stage: str | None) -> str:
+    """Return the name of the stage to restore, see `open_run`."""
     names = describing(recipe)
     if stage is None:
         ready = [n for n in names if steps(workdir / n / "checkpoints")]
         if not ready:
             raise CheckpointError(
-                f"no checkpoint yet in {workdir}, of any stage that writes about images "
+                f"no checkpoint yet in {workdir} of a stage that writes about images "
                 f"({', '.join(names) or 'the chain has none'}): train first"
             )
         return ready[-1]
@@ -154,7 +156,7 @@ def _choose(recipe: Recipe, workdir: Path, stage: str | None) -> str:
 def _mesh(config: MeshConfig) -> jax.sharding.Mesh:
     try:
         return make_mesh(config)
-    except ConfigError as error:  # trained on other machines
+    except ConfigError as error:  # it was trained on other machines
         log.warning("%s; using data parallelism over all devices instead", error)
         return make_mesh(MeshConfig())
 
@@ -167,56 +169,63 @@ def _restored(
     tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
 ) -> Stage:
+    """Return the stage with the parameters of one checkpoint."""
     path = workdir / name / "checkpoints" / str(step)
     meta = upgrade(array_io.read_meta(path))
     if meta["step"] != step:
-        raise DamagedError(f"{path}: holds step {meta['step']}")
+        raise CorruptError(f"{path}: contains step {meta['step']}")
     if meta["tokenizer"] != tokenizer.digest:
         raise CheckpointError(
-            f"{path} was trained with another tokenizer than the one in {workdir}; bring back "
-            "that of this run"
+            f"{path} was trained with another tokenizer than the one in {workdir}; restore the "
+            "tokenizer of this run from a backup"
         )
     recipe = _as_trained(recipe, name, meta)
     stage = Stage(recipe, name, mesh, workdir=workdir, tokenizer=tokenizer)
-    frozen = {n: tree for n, tree in stage.abstract.items() if n not in stage.trained}
-    starts = {
-        n: _frozen(workdir, recipe, stage.config, n, meta["start"][n], tree)
-        for n, tree in frozen.items()
-    }
-    stage.restore(step, starts)
+    stage.restore(
+        step,
+        {
+            component: _frozen_start(stage, component, meta["start"][component], tree)
+            for component, tree in stage.abstract.items()
+            if component not in stage.trained
+        },
+    )
     return stage
 
 
-def _frozen(
-    workdir: Path, recipe: Recipe, config: StageConfig, name: str, digest: str, abstract: Any
-) -> initialization.Start:
-    """Where a frozen component lies: public weights, or the run's store, under its own name or
-    that of before."""
-    leaves = tuple(leaf_paths(abstract))
+def _frozen_start(stage: Stage, name: str, digest: str, abstract: Any) -> initialization.Start:
+    """Return the start of a frozen component: public weights, or the run's component store.
+
+    In the store it has its own name, or that of the stage that it was taken from.
+    """
+    leaves, root = tuple(leaf_paths(abstract)), stage.workdir / STORE
     if digest.startswith(PREFIX):
-        weights = Reference.of(name, recipe.components[name])
-        weights.expect(digest, workdir / STORE)
+        weights = Reference.of(name, stage.recipe.components[name])
+        weights.expect(digest, root)
         return initialization.Start(
             name, f"weights {weights.weights}", digest, weights, loaded=leaves
         )
-    store = ComponentStore(workdir / STORE)
-    for stored in (config.rename.get(name, name), name):
+    store = ComponentStore(root)
+    for stored in (stage.config.rename.get(name, name), name):
         if storage.committed(store.path(stored, digest)):
             return initialization.Start(
-                name, "store", digest, name=stored, root=workdir / STORE, loaded=leaves
+                name, "store", digest, name=stored, root=root, loaded=leaves
             )
     raise CheckpointError(
-        f"{store.path(name, digest)} is missing: the run's {STORE} directory holds the frozen "
-        "parts and must be copied with it"
+        f"{store.path(name, digest)} is missing: the run's {STORE} directory holds its frozen "
+        "components and must be copied with it"
     )
 
 
 def _as_trained(recipe: Recipe, stage: str, meta: dict[str, Any]) -> Recipe:
-    """The recipe with the stage and its components as the checkpoint records them."""
+    """Return the recipe with the stage and its components as the checkpoint records them.
+
+    Except for the locations of public weights, which may have moved.
+    """
     config = build(StageConfig, plain(recipe.stages[stage]) | meta["config"], f"stages.{stage}")
-    where = {n: {"weights": spec["weights"]} for n, spec in recipe.components.items()
-             if spec.get("weights")}  # fmt: skip
-    trained = {n: spec | where.get(n, {}) for n, spec in meta["components"].items()}
+    trained = {}
+    for name, spec in meta["components"].items():
+        weights = recipe.components.get(name, {}).get("weights")
+        trained[name] = spec | ({"weights": weights} if weights else {})
     return dataclasses.replace(
         recipe,
         components=recipe.components | trained,
