@@ -60,7 +60,7 @@ def test_formula_and_count_are_equal_for_small_models(name):
     ("stage=2,encoder=b,llm=1b", 1.81), ("stage=2,encoder=l,llm=1b", 1.93),
     ("stage=2,encoder=g,llm=1b", 2.30), ("stage=2,encoder=g,llm=8b", 12.4),
 ])  # fmt: skip
-def test_the_formula_gives_what_was_worked_out_on_paper_for_a_image(arg, tera):
+def test_the_formula_gives_what_was_worked_out_on_paper_for_an_image(arg, tera):
     """4·N·tokens for a frozen language model, 6·N for a trained one, 2·N for the encoder."""
     assert formula(paper(arg)) / ROWS / 1e12 == pytest.approx(tera, rel=0.05)
 

@@ -20,8 +20,8 @@ from support.paths import ROOT, TESTS
 
 from vadapter import config
 from vadapter.distributed.topology import CHIPS, parse
-from vadapter.plan.compiled_stats import Figures
-from vadapter.plan.plan import Setting, plan
+from vadapter.plan.compiled_stats import ProgramStats
+from vadapter.plan.estimate import Setting, plan
 from vadapter.recipe.schema import read
 
 RECORD = TESTS / "plan" / "planned.json"
@@ -62,7 +62,7 @@ def make(chip: str) -> None:
             add([row(arg, json.loads(Path(made.name).read_text()))])
 
 
-def gated(row: dict[str, Any]) -> Figures:
+def gated(row: dict[str, Any]) -> ProgramStats:
     """The train step of a row of the gate: a config on a topology, as it is planned now."""
     values = config.load(f"{ROOT}/{row['config']}")
     config.override(values, row["overrides"])
@@ -71,7 +71,7 @@ def gated(row: dict[str, Any]) -> Figures:
     return plan(made, made.chain[-1], setting, decode=0).train
 
 
-def measured(found: Figures) -> dict[str, Any]:
+def measured(found: ProgramStats) -> dict[str, Any]:
     """What the gate holds of a step: the compiler's cycles, bytes needed and sent."""
     sent = {kind: sent.bytes for kind, sent in found.collectives.items()}
     return {"cycles": found.cycles, "peak": found.peak, "sent": sent}

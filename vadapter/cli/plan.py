@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vadapter.cli.common import RECIPE, Verb, at_least, recipe
 
 if TYPE_CHECKING:
-    from vadapter.plan.plan import Plan
+    from vadapter.plan.estimate import Plan
 
 MAX_GPUS = 512  # among which the smallest number is searched for
 
@@ -57,8 +57,8 @@ def _plan(args: argparse.Namespace) -> None:
     from vadapter.distributed.topology import parse, require_compiler, reserve, smallest
     from vadapter.errors import ConfigError
     from vadapter.plan import search
-    from vadapter.plan.plan import Plan, Setting, guess, plan
-    from vadapter.plan.plan_text import as_text
+    from vadapter.plan.estimate import Plan, Setting, estimate_peak, plan
+    from vadapter.plan.text import as_text
 
     least = smallest(args.topology)
     setting = Setting(least or parse(args.topology), args.batch, args.frames)
@@ -82,7 +82,7 @@ def _plan(args: argparse.Namespace) -> None:
     if least is None:
         planned = attempt(setting)
     else:
-        estimate = functools.partial(guess, config, name)
+        estimate = functools.partial(estimate_peak, config, name)
         most = None if tpu else MAX_GPUS
         setting, planned = search.smallest(config, name, setting, attempt, estimate, say, most)
     print(as_text(planned))
@@ -90,7 +90,7 @@ def _plan(args: argparse.Namespace) -> None:
     if not planned.fits:
         closest = search.search(config, name, setting, planned, attempt, say)
     if closest:
-        change = search.described(config, name, setting, closest[0])
+        change = search.overrides(config, name, setting, closest[0])
         print(f"\nfits with {change}:\n\n{as_text(closest[1])}")
     if args.json:
         record = _record(planned) | {"change": change}
@@ -106,7 +106,12 @@ def _plan(args: argparse.Namespace) -> None:
 def _record(plan: "Plan") -> dict[str, Any]:
     import dataclasses
 
-    return dataclasses.asdict(plan) | {"parameters": plan.parameters, "fits": plan.fits}
+    record = dataclasses.asdict(plan) | {"parameters": plan.parameters, "fits": plan.fits}
+    # The names of 0.1.0 remain beside the new ones for one release.
+    record |= {"utilisation": plan.utilization, "utilised_ms": plan.utilized_ms}
+    if plan.decode:
+        record["decode"]["made"] = record["decode"]["stats"]
+    return record
 
 
 VERBS = (

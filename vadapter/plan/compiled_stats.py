@@ -1,15 +1,16 @@
-"""Memory, traffic and estimated time of one program on accelerators that are not here.
+"""Memory, communication and time of one program on accelerators that are not present.
 
-Of TPUs they are those of the program that the TPU compiler makes. Other compilers are not here:
-their memory is estimated from the trace, and what is sent is what the same program sends when it
-is compiled for as many devices of this host's CPU. `Figures.how` says which.
+For TPUs, the TPU compiler compiles the program and reports them. For other accelerators, memory is
+estimated from the trace, and communication is that of the same program compiled for as many CPU
+devices. `ProgramStats.how` says which.
 """
 
 import contextlib
 import dataclasses
+import functools
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,28 +19,27 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from vadapter.distributed.compile import TPU
 from vadapter.distributed.topology import Topology
-from vadapter.plan import flops, hlo, liveness
+from vadapter.plan import flops, hlo
 from vadapter.stages.abstract_state import bytes_per_device
-
-ROWS = 1009  # of a traced micro-batch: a prime, so that no other dimension has it as a factor
 
 
 @dataclasses.dataclass(frozen=True)
-class Figures:
-    """A program on one device, in bytes.
+class ProgramStats:
+    """Memory in bytes per device, work and communication of a program.
 
     Attributes:
-      how: where these figures come from.
-      arguments: what is there before: weights, optimizer, batch.
-      temporaries: activations, gradients, logits; None where the compiler stopped before.
-      peak: the most at a time; of a program that the compiler stopped at, what it needs.
-      limit: what programs may use.
-      flops: of the traced program on all devices, recomputed products included.
-      compiled_flops: the same in the compiled one; None where nothing was compiled.
-      collectives: kind -> what is sent.
-      cycles: the compiler's estimate, see `hlo.Work`; estimated_ms: at the chip's clock.
-      unestimated: of `compiled_flops`, those without an estimate; in `cycles` at the chip's peak.
-      compile_s: None where nothing was compiled.
+      how: how the numbers were obtained.
+      arguments: weights, optimizer state and batch.
+      temporaries: activations, gradients, logits; None if the compiler ran out of memory.
+      peak: largest use of memory; if the compiler ran out of memory, what it reports as needed.
+      limit: memory that programs may use.
+      flops: FLOPs of the traced program on all devices, with recomputation.
+      collectives: kind -> count and bytes.
+      compiled_flops: FLOPs of the compiled program on all devices; None if none was compiled.
+      cycles: the compiler's estimate, see `hlo.Work`; operations without one count at the peak.
+      estimated_ms: `cycles` at the chip's clock rate.
+      compile_s: duration of the compilation; None if nothing was compiled.
+      unestimated: part of `compiled_flops` for which the compiler has no estimate of cycles.
     """
 
     how: str
@@ -60,40 +60,55 @@ class Figures:
         return self.peak <= self.limit
 
 
-def of_compiler(topology: Topology, traced: Any, arguments: Any, loops: int = 1) -> Figures:
-    """Those of the TPU compiler.
+def tpu_stats(topology: Topology, traced: Any, arguments: Any, loops: int = 1) -> ProgramStats:
+    """Return what the TPU compiler reports about a program.
 
     Args:
-      traced: a program for the topology's devices, from `jax.jit(fn).trace(*arguments)`.
-      loops: how often the body of a `while` runs.
+      topology: TPUs to compile for.
+      traced: result of `jax.jit(fn).trace(*arguments)`, for the devices of the topology.
+      arguments: arrays or abstract arrays, with shardings.
+      loops: iterations of each `while` loop.
     """
-    limit, how = int(topology.row.hbm), f"compiled for {topology} by libtpu {versions()['libtpu']}"
-    total = flops.count_traced(traced.jaxpr.jaxpr, loops)
-    began = time.perf_counter()
+    chip, start = topology.row, time.perf_counter()
+    stats = functools.partial(
+        ProgramStats,
+        how=f"compiled for {topology} by libtpu {versions().get('libtpu', '')}",
+        limit=int(chip.hbm),
+        flops=flops.count_traced(traced.jaxpr.jaxpr, loops),
+    )
     try:
-        with _uncached():
+        with _no_compilation_cache():
             compiled = traced.lower().compile(compiler_options=TPU)
     except jax.errors.JaxRuntimeError as error:
-        if (needs := memory_needed(str(error))) is None:
+        if (needed := memory_needed(str(error))) is None:
             raise
-        spent = time.perf_counter() - began
-        kept = bytes_per_device(arguments)
-        return Figures(how, kept, None, needs, limit, total, {}, compile_s=spent)
-    seconds = time.perf_counter() - began
+        return stats(
+            arguments=bytes_per_device(arguments),
+            temporaries=None,
+            peak=needed,
+            collectives={},
+            compile_s=time.perf_counter() - start,
+        )
+    seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
-    work, row = hlo.walk(compiled.as_text() or ""), topology.row
-    cycles = work.cycles + round(work.unestimated / row.peak * row.clock)
-    return Figures(
-        how, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-        memory.peak_memory_in_bytes, limit, total, work.collectives,
-        work.flops * topology.chips, cycles, 1000 * cycles / row.clock, seconds,
-        work.unestimated * topology.chips,
-    )  # fmt: skip
+    work = hlo.walk(compiled.as_text() or "")
+    cycles = work.cycles + round(work.unestimated / chip.peak * chip.clock)
+    return stats(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        collectives=work.collectives,
+        compiled_flops=work.flops * topology.chips,
+        cycles=cycles,
+        estimated_ms=1000 * cycles / chip.clock,
+        compile_s=seconds,
+        unestimated=work.unestimated * topology.chips,
+    )
 
 
 @contextlib.contextmanager
-def _uncached() -> Iterator[None]:
-    """Without jax's cache on disk: a program for devices that are not here cannot be read back."""
+def _no_compilation_cache() -> Iterator[None]:
+    """Disable JAX's cache on disk, which cannot read programs for devices that are not present."""
     before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     jax.config.update("jax_compilation_cache_dir", None)
     reset_cache()
@@ -104,58 +119,52 @@ def _uncached() -> Iterator[None]:
         reset_cache()
 
 
-def of_trace(topology: Topology, traced: Any, arguments: Any, held: int, loops: int = 1) -> Figures:
-    """Those of an analysis; something is compiled only where there are several chips.
+def traced_stats(
+    topology: Topology, traced: Any, arguments: Any, temporaries: int, loops: int = 1
+) -> ProgramStats:
+    """Return an analysis of a trace; compile, for CPU devices, only if there are several chips.
 
     Args:
-      traced, arguments, loops: as of `of_compiler`, for as many devices of this host's CPU.
-      held: bytes of temporaries, from `estimate`.
+      topology: accelerators to estimate for.
+      traced, arguments, loops: see `tpu_stats`; the devices are CPU devices of this host.
+      temporaries: estimated bytes per device.
     """
     work, seconds = None, None
-    how = "memory estimated from the trace (of TPUs 13 % under to 61 % over the compiler's)"
+    how = "memory estimated from the trace (for TPUs, 13 % below to 61 % above the compiler's)"
     if topology.chips > 1:
-        began = time.perf_counter()
+        start = time.perf_counter()
         compiled = traced.lower().compile()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         work = hlo.walk(compiled.as_text() or "")
-        how += f", collectives from compiling for {topology.chips} devices of this host's CPU"
-    kept, limit = bytes_per_device(arguments), int(topology.row.hbm)
-    total = flops.count_traced(traced.jaxpr.jaxpr, loops)
-    return Figures(
-        how, kept, held, kept + held, limit, total, work.collectives if work else {},
-        work and work.flops * topology.chips, compile_s=seconds,
-    )  # fmt: skip
-
-
-def estimate(fn: Callable[..., Any], arguments: Any, mesh: Mapping[str, int], rows: int) -> int:
-    """Bytes of temporaries on a device.
-
-    Args:
-      fn, arguments: the program for one device and micro-batches of `ROWS`.
-      mesh: axis -> devices, of the mesh that it will run on.
-      rows: of its micro-batches, on all devices together.
-    """
-    scale = rows / (mesh["data"] * mesh["fsdp"]) / ROWS
-    share = 1 / (mesh["fsdp"] * mesh["tensor"])
-    return liveness.temporaries(fn, *arguments, rows=ROWS, scale=scale, share=share)
+        how += f", collectives from compiling for {topology.chips} CPU devices"
+    state = bytes_per_device(arguments)
+    return ProgramStats(
+        how=how,
+        arguments=state,
+        temporaries=temporaries,
+        peak=state + temporaries,
+        limit=int(topology.row.hbm),
+        flops=flops.count_traced(traced.jaxpr.jaxpr, loops),
+        collectives=work.collectives if work else {},
+        compiled_flops=work.flops * topology.chips if work else None,
+        compile_s=seconds,
+    )
 
 
 def memory_needed(message: str) -> int | None:
-    """Bytes that the TPU compiler says a program needs; None if it stopped for something else."""
+    """Return the bytes needed according to the TPU compiler's message; None: another error."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     for pattern in (r"\(([\d.]+)([KMGT]?)\) exceeds", r"Used ([\d.]+)([KMGT]?) of"):
-        if found := re.search(pattern, message):
-            return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+        if match := re.search(pattern, message):
+            return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
     return None
 
 
 def versions() -> dict[str, str]:
-    """Of what plans depend on; without libtpu where that is not installed."""
-    found = {}
+    """Return the versions of the packages that plans depend on and that are installed."""
+    installed = {}
     for name in ("vadapter", "jax", "libtpu"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed

@@ -1,10 +1,7 @@
 """FLOPs of matrix products and convolutions: counted in a program, and by formula from sizes.
 
-A multiply-add is two. Everything else a step computes (norms, softmax, optimizer) is left out, as
-is usual, and so is attention's causality: the program computes the whole square.
-
-Legend: F frames, S pixels a side, N visual tokens a frame, D encoder width, Q queries, E language
-model width, P prompt tokens, T text tokens, M targets, V vocabulary, R tokens in a row.
+A multiply-add is two FLOPs. As is usual, everything else (norms, softmax, optimizer) is left out.
+Causal attention counts in full, since the program computes the whole square of scores.
 """
 
 import math
@@ -26,18 +23,18 @@ from vadapter.models.vit import ViT
 
 
 def count(fn: Callable, *args: Any, loops: int = 1) -> int:
-    """FLOPs of a function, read from its program; nothing is computed.
+    """Return the FLOPs of a function, read from its trace; nothing is computed.
 
     Args:
-      fn: any function of arrays, or of shapes.
-      args: its arguments; shapes will do.
-      loops: how often the body of a `while` runs, which the program does not tell.
+      fn: a function of arrays.
+      args: its arguments, arrays or abstract arrays.
+      loops: iterations of each `while` loop, which the trace does not contain.
     """
     return count_traced(jax.make_jaxpr(fn)(*args).jaxpr, loops)
 
 
 def count_traced(jaxpr: Any, loops: int = 1) -> int:
-    """As `count`, of a program that is traced already."""
+    """Return the FLOPs of a traced program, see `count`."""
     total = 0
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
@@ -53,29 +50,28 @@ def count_traced(jaxpr: Any, loops: int = 1) -> int:
             total += max(count_traced(branch.jaxpr, loops) for branch in params["branches"])
         else:
             times = {"scan": params.get("length", 1), "while": loops}.get(name, 1)
-            total += times * sum(count_traced(inner, loops) for inner in programs_in(params))
+            total += times * sum(count_traced(inner, loops) for inner in subprograms(params))
     return total
 
 
-def programs_in(params: Mapping[str, Any]) -> list[Any]:
-    """The programs among an operation's parameters."""
-    found = []
+def subprograms(params: Mapping[str, Any]) -> list[Any]:
+    """Return the programs among an operation's parameters."""
+    jaxprs = []
     for value in params.values():
         for item in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                found.append(item.jaxpr)
-            elif isinstance(item, core.Jaxpr):
-                found.append(item)
-    return found
+            if isinstance(item, core.ClosedJaxpr | core.Jaxpr):
+                jaxprs.append(getattr(item, "jaxpr", item))
+    return jaxprs
 
 
 class Work(NamedTuple):
-    """Forward FLOPs of a part of a row.
+    """Forward FLOPs of a component for one row.
 
     Attributes:
-      weights: of products with parameters.
-      first: of those, the first, whose input needs no gradient where everything before is frozen.
-      mixing: of products of activations with each other (attention).
+      weights: FLOPs of products with parameters.
+      first: part of `weights` in the first layer, whose input needs no gradient if all components
+        before are frozen.
+      mixing: FLOPs of products of activations with each other (attention).
     """
 
     weights: int = 0
@@ -83,47 +79,47 @@ class Work(NamedTuple):
     mixing: int = 0
 
     def forward(self) -> int:
-        """FLOPs of the forward pass."""
+        """Return the FLOPs of the forward pass."""
         return self.weights + self.mixing
 
-    def step(self, *, learns: bool, crossed: bool) -> int:
-        """FLOPs of forward and backward.
+    def step(self, *, trained: bool, crossed: bool) -> int:
+        """Return the FLOPs of forward and backward pass.
 
         Args:
-          learns: its parameters are trained.
-          crossed: gradients go through it to something trained before it.
+          trained: whether the component is trained.
+          crossed: whether gradients pass through it to a trained component before it.
         """
-        if not (learns or crossed):
+        if not (trained or crossed):
             return self.forward()
         inputs = self.weights if crossed else self.weights - self.first
-        return self.forward() + inputs + learns * self.weights + 2 * self.mixing
+        return self.forward() + inputs + trained * self.weights + 2 * self.mixing
 
 
 def formula(
-    model: AdapterModel | CoCa, learns: Collection[str], sizes: Mapping[str, int]
+    model: AdapterModel | CoCa, trained: Collection[str], sizes: Mapping[str, int]
 ) -> dict[str, int] | None:
-    """FLOPs of a training step for each row and component, without recomputation.
+    """Return the FLOPs of a training step by component, without recomputation.
 
     Args:
-      model: of a stage.
-      learns: the components that it trains.
+      model: the model of a stage.
+      trained: the components that the stage trains.
       sizes: F, S, P, T and M of the batch, see `data.batch`.
 
     Returns:
-      Component -> FLOPs a row; None for a model with a part that has no formula (MobileNet, CoCa).
+      Component -> FLOPs per row; None if a component has no formula (MobileNet, CoCa).
     """
     work = forward_work(model, sizes)
     if work is None:
         return None
-    before, flops = False, {}
-    for name, part in work.items():
-        flops[name] = part.step(learns=name in learns, crossed=before)
-        before = before or name in learns
+    crossed, flops = False, {}
+    for name, component in work.items():
+        flops[name] = component.step(trained=name in trained, crossed=crossed)
+        crossed = crossed or name in trained
     return flops
 
 
 def forward_work(model: AdapterModel | CoCa, sizes: Mapping[str, int]) -> dict[str, Work] | None:
-    """The work of each component for one row, in the order of the data flow."""
+    """Return the work of each component for one row, in the order of the data flow."""
     if not isinstance(model, AdapterModel):
         return None
     frames, tokens, width = sizes.get("F", 0), 0, 0
@@ -146,11 +142,8 @@ def forward_work(model: AdapterModel | CoCa, sizes: Mapping[str, int]) -> dict[s
             tokens, width = c.queries, c.width
         elif isinstance(module, MlpAdapter):
             tokens = tokens // frames * min(c.frames, frames)
-            first, second = (
-                _linear(tokens, width, c.hidden_dim),
-                _linear(tokens, c.hidden_dim, c.width),
-            )
-            work[name] = Work(first + second, first)
+            first = _linear(tokens, width, c.hidden_dim)
+            work[name] = Work(first + _linear(tokens, c.hidden_dim, c.width), first)
             width = c.width
         elif isinstance(module, Projection):
             product = _linear(tokens, width, c.width)
@@ -169,6 +162,7 @@ def forward_work(model: AdapterModel | CoCa, sizes: Mapping[str, int]) -> dict[s
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:
+    """Return the FLOPs of a product with a matrix."""
     return 2 * rows * inputs * outputs
 
 
@@ -184,12 +178,12 @@ def _vit(encoder: ViT, frames: int) -> Work:
 
 def _resampler(c: Any, tokens: int, frames: int, width: int) -> Work:
     first = _linear(tokens, width, c.query_dim)
-    seen = tokens // frames * c.frames if c.time_embed else tokens
-    seen += c.queries * c.concat_queries
+    attended = tokens // frames * c.frames if c.time_embed else tokens
+    attended += c.queries * c.concat_queries
     layer = 2 * _linear(c.queries, c.query_dim, c.hidden_dim)
-    layer += 2 * _linear(seen, c.query_dim, c.hidden_dim)
+    layer += 2 * _linear(attended, c.query_dim, c.hidden_dim)
     layer += c.ffn * 2 * _linear(c.queries, c.query_dim, 4 * c.hidden_dim)
-    mixing = 4 * c.queries * seen * c.hidden_dim
+    mixing = 4 * c.queries * attended * c.hidden_dim
     return Work(first + c.layers * layer, first, c.layers * mixing)
 
 
@@ -200,10 +194,10 @@ def _pooler(c: Any, tokens: int, width: int) -> Work:
 
 
 def _stack(c: LMConfig, rows: int, last: int) -> Work:
-    """All layers of a language model over R tokens, the last one for `last` of them."""
+    """Return the work of a language model's layers over a row, the last one for `last` tokens."""
     size = c.head_dim or c.width // c.heads
     inner, keys = c.heads * size, (c.kv_heads or c.heads) * size
     each = 2 * c.width * inner + (3 if c.mlp in GATED else 2) * c.width * c.mlp_dim
-    asked = (c.depth - 1) * rows + last  # tokens over all layers
-    weights = 2 * asked * each + c.depth * 2 * _linear(rows, c.width, keys)
-    return Work(weights, 0, asked * 4 * rows * inner)
+    queries = (c.depth - 1) * rows + last  # tokens, summed over layers
+    weights = 2 * queries * each + c.depth * 2 * _linear(rows, c.width, keys)
+    return Work(weights, 0, queries * 4 * rows * inner)

@@ -1,6 +1,6 @@
-"""What a compiled program does, read from its text: products, collectives, estimated cycles.
+"""Work of a compiled program, read from its HLO text: products, collectives, estimated cycles.
 
-The compiler's own count takes the body of a loop once; here a loop counts as often as it runs.
+XLA's own cost analysis counts the body of a loop once; here it counts once per iteration.
 """
 
 import dataclasses
@@ -11,17 +11,18 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-BITS = {"pred": 8, "token": 0, "opaque": 0}  # others end with their number of bits: bf16, f8e4m3fn
+# Names of other types contain their number of bits: bf16, f8e4m3fn.
+BITS = {"pred": 8, "token": 0, "opaque": 0}
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
-NO_ESTIMATE = 2**63 - 1  # what the compiler writes where it has none
+NO_ESTIMATE = 2**63 - 1  # what the compiler writes for an operation that it has no estimate of
 Shape = tuple[str, tuple[int, ...]]  # dtype, dimensions
 
 
 class Sent(NamedTuple):
-    """Collectives of a kind: how many, and bytes on each device, see `_bytes_sent`."""
+    """Number of collectives of a kind, and their bytes on each device, see `_bytes_sent`."""
 
     count: int
     bytes: int
@@ -29,14 +30,14 @@ class Sent(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a program does on one device.
+    """Work of a program on one device.
 
     Attributes:
-      flops: of matrix products and convolutions, a multiply-add is two.
-      cycles: the compiler's estimates of operations, summed; 0 if it makes none, as for CPUs.
-        Collectives and hand-written kernels are not among them.
-      collectives: kind -> what is sent.
-      unestimated: of `flops`, those of operations whose cycles the compiler could not estimate.
+      flops: FLOPs of matrix products and convolutions; a multiply-add is two.
+      cycles: sum of the compiler's estimates, without collectives and hand-written kernels; 0 if
+        it makes none, as for CPUs.
+      collectives: kind -> count and bytes.
+      unestimated: part of `flops` in operations for which the compiler has no estimate of cycles.
     """
 
     flops: int
@@ -46,7 +47,7 @@ class Work:
 
 
 class Instruction(NamedTuple):
-    """A line: `%name = shapes op(operands), rest`."""
+    """A line of a computation: `%name = shapes op(operands), rest`."""
 
     name: str
     shapes: tuple[Shape, ...]
@@ -54,12 +55,21 @@ class Instruction(NamedTuple):
     operands: tuple[str, ...]
     rest: str
 
+    def match(self, pattern: str) -> str:
+        """Return the first group of a pattern in the attributes of the instruction, or ""."""
+        match = re.search(pattern, self.rest)
+        return match[1] if match else ""
+
+    def computations(self, key: str) -> list[str]:
+        """Return the names of the computations in an attribute."""
+        return re.findall(rf"(?:{key})=%?([\w.\-]+)", self.rest)
+
 
 def walk(text: str) -> Work:
-    """The work of an optimized HLO module.
+    """Return the work of an optimized HLO module.
 
-    Loops count as often as the compiler knows, or as the largest number that their condition
-    compares with: a loop that may end early counts in full.
+    The number of iterations of a loop is the one that the compiler knows, or else the largest
+    number that the loop's condition compares with: a loop that may end early counts in full.
     """
     program = _Program(text)
     totals = program.total(program.entry)
@@ -73,15 +83,15 @@ def walk(text: str) -> Work:
 
 
 class _Program:
-    """Computations by name; each is summed once."""
+    """Computations by name; the totals of each are computed once."""
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
-        self._read(text.splitlines())
+        self._parse(text.splitlines())
         self.total = functools.cache(self._total)
 
-    def _read(self, lines: list[str]) -> None:
+    def _parse(self, lines: list[str]) -> None:
         current = None
         for line, following in zip(lines, [*lines[1:], ""], strict=True):
             if current is None:
@@ -90,29 +100,29 @@ class _Program:
                     self.entry = begin[2] if begin[1] else self.entry
             elif line == "}" and not following.strip():  # a kernel's text may have a lone brace
                 current = None
-            elif found := _instruction(line):
-                current[found.name] = found
+            elif instruction := _instruction(line):
+                current[instruction.name] = instruction
 
     def _total(self, name: str) -> Counter[str]:
-        out: Counter[str] = Counter()
+        totals: Counter[str] = Counter()
         for line in self.computations[name].values():
             flops = self._products(name, line)
-            for inner, times in self._inside(line):
+            for inner, times in self._called(line):
                 for key, value in self.total(inner).items():
                     if key == "flops":
                         flops += times * value
-                    elif line.op != "fusion":  # its own line has the estimate of all that is in it
-                        out[key] += times * value
-            out["flops"] += flops
-            if cycles := re.search(r'"estimated_cycles":"(\d+)"', line.rest):
-                if (count := int(cycles[1])) == NO_ESTIMATE:
-                    out["unestimated"] += flops
+                    elif line.op != "fusion":  # a fusion's own line has the estimate of its content
+                        totals[key] += times * value
+            totals["flops"] += flops
+            if cycles := line.match(r'"estimated_cycles":"(\d+)"'):
+                if int(cycles) == NO_ESTIMATE:
+                    totals["unestimated"] += flops
                 else:
-                    out["cycles"] += count
+                    totals["cycles"] += int(cycles)
         for kind, size in self._collectives(name):
-            out[f"count {kind}"] += 1
-            out[f"bytes {kind}"] += size
-        return out
+            totals[f"count {kind}"] += 1
+            totals[f"bytes {kind}"] += size
+        return totals
 
     def _products(self, name: str, line: Instruction) -> int:
         if line.op not in ("dot", "convolution"):
@@ -121,67 +131,59 @@ class _Program:
         return _dot(line, left) if line.op == "dot" else _convolution(line, left, right)
 
     def _collectives(self, name: str) -> Iterator[tuple[str, int]]:
-        """(kind, bytes) of what a computation and its fusions send, without its loops and calls.
+        """Yield (kind, bytes) of the collectives of a computation and its fusions.
 
-        TPU programs fuse a collective with products that run meanwhile: its begin, its parts and
-        its end are then in several fusions, all with the number of the same channel.
+        Those of its loops and calls are not included. TPU programs fuse a collective with products
+        that run meanwhile: its begin, parts and end are then in several fusions, all with the same
+        channel, and count once.
         """
-        seen: set[str] = set()
-        for line, lines in self._fused(name):
+        channels: set[str] = set()
+        for line, siblings in self._fused(name):
             kind = line.op.removesuffix("-start")
-            if kind not in COLLECTIVES:
+            channel = line.match(r"channel_id=(\d+)")
+            if kind not in COLLECTIVES or channel in channels:
                 continue
-            channel = re.search(r"channel_id=(\d+)", line.rest)
-            if channel and channel[1] in seen:
-                continue
-            seen |= {channel[1]} if channel else set()
-            read = [
-                s for operand in line.operands if operand in lines for s in lines[operand].shapes
-            ]
-            yield kind, _bytes_sent(line, read)
+            channels |= {channel} - {""}
+            operands = [siblings[operand] for operand in line.operands if operand in siblings]
+            yield kind, _bytes_sent(line, [shape for one in operands for shape in one.shapes])
 
     def _fused(self, name: str) -> Iterator[tuple[Instruction, dict[str, Instruction]]]:
-        """The instructions of a computation and of its fusions, each with those beside it."""
+        """Yield the instructions of a computation and its fusions, each with its computation."""
         lines = self.computations[name]
         for line in lines.values():
             yield line, lines
             if line.op == "fusion":
-                for inner, _ in self._inside(line):
+                for inner, _ in self._called(line):
                     yield from self._fused(inner)
 
-    def _inside(self, line: Instruction) -> Iterator[tuple[str, int]]:
-        """Computations that an instruction runs, and how often."""
-        named = lambda key: re.findall(rf"{key}=%?([\w.\-]+)", line.rest)  # noqa: E731
+    def _called(self, line: Instruction) -> Iterator[tuple[str, int]]:
+        """Yield the computations that an instruction runs, and the number of times."""
         if line.op == "while":
-            yield named("body")[0], self._times(line, named("condition")[0])
+            condition = line.computations("condition")[0]
+            known = line.match(r'"known_trip_count":\{"n":"(\d+)"\}')
+            times = int(known) if known else max(self._constants(condition), default=1)
+            yield line.computations("body")[0], times
         elif line.op == "conditional":
-            branches = re.search(r"branch_computations=\{(.*?)\}", line.rest)
-            names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
-            names += named("true_computation") + named("false_computation")
+            names = re.findall(r"[\w.\-]+", line.match(r"branch_computations=\{(.*?)\}"))
+            names += line.computations("true_computation|false_computation")
             yield max(names, key=lambda name: self.total(name)["flops"]), 1
-        elif line.op in ("fusion", "async-start"):
-            yield from ((name, 1) for name in named("calls"))
-        elif line.op == "call":
-            yield from ((name, 1) for name in named("to_apply"))
-
-    def _times(self, line: Instruction, condition: str) -> int:
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line.rest)
-        return int(known[1]) if known else max(self._constants(condition), default=1)
+        elif key := {"fusion": "calls", "async-start": "calls", "call": "to_apply"}.get(line.op):
+            yield from ((name, 1) for name in line.computations(key))
 
     def _constants(self, name: str) -> Iterator[int]:
-        """The integers in a condition, and in what it calls."""
+        """Yield the integers in a condition and in the computations that it calls."""
         for line in self.computations[name].values():
             if line.op == "constant" and line.shapes[0][0] in ("s32", "u32", "s64"):
                 yield from map(int, line.operands)
-            for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line.rest):
+            for called in line.computations("calls|to_apply"):
                 yield from self._constants(called)
 
 
 def _instruction(line: str) -> Instruction | None:
-    found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)
-    if not found:
+    match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)
+    if not match:
         return None
-    text = found[2]
+    text = match[2]
     end = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
     shapes, text = _shapes(text[:end]), text[end:].lstrip()
     op, bracket, _ = text.partition("(")
@@ -190,23 +192,23 @@ def _instruction(line: str) -> Instruction | None:
     end = _closing(text, len(op))
     inside = text[len(op) + 1 : end]
     operands = re.findall(r"%([\w.\-]+)", inside) or re.findall(r"[\w.\-]+", inside)
-    return Instruction(found[1], shapes, op, tuple(operands), text[end + 1 :])
+    return Instruction(match[1], shapes, op, tuple(operands), text[end + 1 :])
 
 
 def _closing(text: str, start: int) -> int:
-    """The index of the parenthesis that closes the one at `start`."""
+    """Return the index of the parenthesis that closes the one at `start`."""
     depth = 0
-    for at in re.finditer(r"[()]", text[start:]):
-        depth += 1 if at[0] == "(" else -1
+    for bracket in re.finditer(r"[()]", text[start:]):
+        depth += 1 if bracket[0] == "(" else -1
         if not depth:
-            return start + at.start()
+            return start + bracket.start()
     return len(text)
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
-    """The arrays of a shape: several of a tuple."""
-    found = re.findall(r"([a-z]\w*)\[([\d,]*)\]", text)
-    return tuple((kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in found)
+    """Return the shapes in a text; a tuple has several."""
+    matches = re.findall(r"([a-z]\w*)\[([\d,]*)\]", text)
+    return tuple((kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in matches)
 
 
 def _size(shape: Shape) -> int:
@@ -217,53 +219,50 @@ def _size(shape: Shape) -> int:
 
 
 def _bytes_sent(line: Instruction, operands: list[Shape]) -> int:
-    """The larger of what a collective reads and makes: the gathered array, the unreduced one."""
-    made, read = sum(map(_size, line.shapes)), sum(map(_size, operands))
+    """Return the larger of a collective's input and output: gathered or not yet reduced."""
+    result, read = sum(map(_size, line.shapes)), sum(map(_size, operands))
     if line.op in ("all-gather-start", "collective-permute-start"):
-        made -= read  # its result names its operands, too
-    return max(made, read)
-
-
-def _numbers(key: str, line: Instruction) -> list[int]:
-    found = re.search(rf"{key}=\{{([\d,]*)\}}", line.rest)
-    return [int(n) for n in found[1].split(",") if n] if found else []
+        result -= read  # its result contains its operands
+    return max(result, read)
 
 
 def _dot(line: Instruction, left: Shape) -> int:
-    contracted = math.prod(left[1][i] for i in _numbers("lhs_contracting_dims", line))
+    dims = line.match(r"lhs_contracting_dims=\{([\d,]*)\}")
+    contracted = math.prod(left[1][int(i)] for i in dims.split(",") if i)
     return 2 * math.prod(line.shapes[0][1]) * contracted
 
 
 def _convolution(line: Instruction, left: Shape, kernel: Shape) -> int:
-    """FLOPs of a convolution; the TPU compiler writes matrix products as such, with batches as
-    dilated windows, of which most positions meet nothing (as in XLA's HloCostAnalysis).
+    """Return the FLOPs of a convolution.
+
+    The TPU compiler writes matrix products as convolutions, with batches as dilated windows: most
+    positions of the kernel meet no input and do not count (as in XLA's HloCostAnalysis).
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.rest)
     assert labels is not None
-    of = lambda key, names, shape: shape[1][names.index(key)]  # noqa: E731
+    left_dims, kernel_dims, output_dims = (
+        dict(zip(names, shape[1], strict=True))
+        for names, shape in zip(labels.groups(), (left, kernel, line.shapes[0]), strict=True)
+    )
     pairs = 1
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", _window(line)))
-    for i in (c for c in labels[3] if c.isdigit()):
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", line.match(r"window=\{(.*?)\}")))
+    for i in filter(str.isdigit, output_dims):
         pairs *= _pairs(
-            of(i, labels[3], line.shapes[0]), of(i, labels[1], left), of(i, labels[2], kernel),
+            output_dims[i],
+            left_dims[i],
+            kernel_dims[i],
             {key: value.split("x")[int(i)] for key, value in window.items()},
-        )  # fmt: skip
-    grouped = re.search(r"batch_group_count=(\d+)", line.rest)
-    batch = of("b", labels[1], left) // (int(grouped[1]) if grouped else 1)
-    return 2 * batch * of("o", labels[2], kernel) * of("i", labels[2], kernel) * pairs
-
-
-def _window(line: Instruction) -> str:
-    found = re.search(r"window=\{(.*?)\}", line.rest)
-    return found[1] if found else ""
+        )
+    batch = left_dims["b"] // int(line.match(r"batch_group_count=(\d+)") or 1)
+    return 2 * batch * kernel_dims["o"] * kernel_dims["i"] * pairs
 
 
 def _pairs(outputs: int, inputs: int, size: int, window: dict[str, str]) -> int:
-    """Pairs of an output and a place of the kernel, along a dimension, that meet an input."""
+    """Return the number of pairs of output and kernel position that meet an input, for one axis."""
     stride, spread = int(window.get("stride", 1)), int(window.get("rhs_dilate", 1))
     gap, before = int(window.get("lhs_dilate", 1)), int(window.get("pad", "0_0").split("_")[0])
     if size == 1 and stride == gap == 1 and not before:
         return min(outputs, inputs)
     last = (inputs - 1) * gap
-    places = (o * stride + k * spread - before for o in range(outputs) for k in range(size))
-    return sum(0 <= place <= last and place % gap == 0 for place in places)
+    positions = (o * stride + k * spread - before for o in range(outputs) for k in range(size))
+    return sum(0 <= position <= last and position % gap == 0 for position in positions)

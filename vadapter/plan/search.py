@@ -1,4 +1,4 @@
-"""The nearest setting that fits, where the one asked for does not."""
+"""Search for a setting that fits: the closest to a requested one, or the smallest slice."""
 
 import dataclasses
 import importlib.util
@@ -6,118 +6,136 @@ from collections.abc import Callable, Iterator
 
 from vadapter.distributed.topology import Topology, larger
 from vadapter.errors import ConfigError
-from vadapter.plan.plan import Plan, Setting, with_field
+from vadapter.plan.estimate import Plan, Setting, with_field
 from vadapter.recipe.schema import Recipe, trained
 
-Try = Callable[[Setting], Plan]
-MORE = 3  # larger topologies that are tried
-SPLITS = (4, 8)  # chips that weights are split over where whole ones do not fit
-SURELY = 2  # a guess of so many times the memory is not tried
+Attempt = Callable[[Setting], Plan]
+Report = Callable[[str], object]
+LARGER = 3  # larger topologies to try
+SHARDS = (4, 8)  # chips to shard the parameters over if they do not fit replicated
+HOPELESS = 2  # a setting is skipped if its estimated peak is this many times the memory
 
 
 def search(
-    recipe: Recipe, name: str, setting: Setting, planned: Plan, attempt: Try,
-    say: Callable[[str], object] = lambda line: None,
-) -> tuple[Setting, Plan] | None:  # fmt: skip
-    """The first setting that fits: rematerialization, weights that are split, more chips, int8 with
-    all these chips or those asked for, and last a smaller batch.
+    recipe: Recipe,
+    name: str,
+    setting: Setting,
+    planned: Plan,
+    attempt: Attempt,
+    report: Report = lambda line: None,
+) -> tuple[Setting, Plan] | None:
+    """Return the first of the `easier` settings that fits, and its plan; None if none does.
 
     Args:
-      planned: at `setting`; attempt: plans another one.
-      say: is told what is tried.
-
-    Returns:
-      The setting and its plan; None if nothing fits.
+      recipe: the recipe.
+      name: the stage.
+      setting: the requested setting, which does not fit.
+      planned: its plan.
+      attempt: plans a setting.
+      report: called with a line for each attempt.
     """
     for change in easier(recipe, name, setting, planned):
-        say(f"does not fit; trying {described(recipe, name, setting, change)}")
+        report(f"does not fit; trying {overrides(recipe, name, setting, change)}")
         try:
-            found = attempt(change)
-        except ConfigError as error:  # the batch does not divide over these chips, say
-            say(str(error))
+            plan = attempt(change)
+        except ConfigError as error:  # the batch is not divisible by this number of chips
+            report(str(error))
             continue
-        if found.fits:
-            return change, found
+        if plan.fits:
+            return change, plan
     return None
 
 
 def smallest(
-    recipe: Recipe, name: str, setting: Setting, attempt: Try, guess: Callable[[Setting], int],
-    say: Callable[[str], object] = lambda line: None, most: int | None = None,
-) -> tuple[Setting, Plan]:  # fmt: skip
-    """The smallest slice that the stage fits as it is, its weights whole or else split.
+    recipe: Recipe,
+    name: str,
+    setting: Setting,
+    attempt: Attempt,
+    estimate: Callable[[Setting], int],
+    report: Report = lambda line: None,
+    limit: int | None = None,
+) -> tuple[Setting, Plan]:
+    """Return the smallest slice on which the stage fits, with replicated or sharded parameters.
 
     Args:
-      setting: with the smallest slice there is.
-      attempt: plans a setting; guess: about its peak, at once.
-      say: is told what is tried.
-      most: chips that are tried; None: as many as a step has rows.
+      recipe: the recipe.
+      name: the stage.
+      setting: the setting with the generation's smallest slice.
+      attempt: plans a setting.
+      estimate: estimates the peak of a setting in seconds.
+      report: called with a line for each attempt.
+      limit: largest number of chips to try; None: the rows of a micro-batch.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: the stage fits no slice.
     """
-    stage, own = recipe.stages[name], recipe.mesh
+    stage, mesh = recipe.stages[name], recipe.mesh
     rows = (setting.batch or stage.batch) // stage.accumulate
     topology: Topology | None = setting.topology
-    while topology is not None and topology.chips <= min(rows, most or rows):
-        for fsdp in (0, *(n for n in SPLITS if n > own.fsdp)):
+    while topology is not None and topology.chips <= min(rows, limit or rows):
+        chips = topology.chips
+        for fsdp in (0, *(n for n in SHARDS if n > mesh.fsdp)):
             change = dataclasses.replace(setting, topology=topology, fsdp=fsdp)
-            whole = topology.chips % ((fsdp or own.fsdp) * own.tensor) == 0 == rows % topology.chips
-            if not whole or guess(change) > SURELY * topology.row.hbm:
+            if chips % ((fsdp or mesh.fsdp) * mesh.tensor) or rows % chips:
                 continue
-            say(f"trying {topology}" + (f", weights split over {fsdp} chips" if fsdp else ""))
-            found = attempt(change)
-            if found.fits:
-                return change, found
+            if estimate(change) > HOPELESS * topology.row.hbm:
+                continue
+            sharded = f", parameters sharded over {fsdp} chips" if fsdp else ""
+            report(f"trying {topology}{sharded}")
+            plan = attempt(change)
+            if plan.fits:
+                return change, plan
         topology = larger(topology)
-    raise ConfigError(f"stage {name} fits no {setting.topology.chip}, with whole weights or split")
+    raise ConfigError(
+        f"stage {name} fits no {setting.topology.chip} slice, with replicated or sharded parameters"
+    )
 
 
 def easier(recipe: Recipe, name: str, setting: Setting, planned: Plan) -> Iterator[Setting]:
-    """Settings that need less and less memory a chip."""
-    now, parts = setting, recipe.stages[name].accumulate
-    kinds = set(planned.remat.values()) if planned.train.arguments < planned.train.limit else set()
-    for remat, more in (("names", {"none"}), ("full", {"none", "dots", "names"})):
-        if kinds & more:  # and what stays leaves room
-            now = dataclasses.replace(now, remat=remat)
-            yield now
-    able = planned.chips // setting.topology.slices // planned.mesh["tensor"]
-    for fsdp in sorted({min(8, able), able}):
+    """Yield settings that need less and less memory per chip, those with the least cost first.
+
+    Rematerialization, sharded parameters, more chips, int8, and last a smaller batch.
+    """
+    stage, topology = recipe.stages[name], setting.topology
+    kinds = set(planned.remat.values())
+    for remat, lighter in (("names", {"none"}), ("full", {"none", "dots", "names"})):
+        # Rematerialization helps only if the arguments leave room.
+        if kinds & lighter and planned.train.arguments < planned.train.limit:
+            setting = dataclasses.replace(setting, remat=remat)
+            yield setting
+    shards = planned.chips // topology.slices // planned.mesh["tensor"]
+    for fsdp in sorted({min(8, shards), shards}):
         if fsdp > planned.mesh["fsdp"]:
-            now = dataclasses.replace(now, fsdp=fsdp)
-            yield now
-    topology = larger(setting.topology)
-    for _ in range(MORE):
-        if topology is None or planned.batch % (topology.chips * parts):
-            break
-        yield dataclasses.replace(now, topology=topology)
+            setting = dataclasses.replace(setting, fsdp=fsdp)
+            yield setting
+    for _ in range(LARGER):
         topology = larger(topology)
-    lm = recipe.stages[name].lm
+        if topology is None or planned.batch % (topology.chips * stage.accumulate):
+            break
+        yield dataclasses.replace(setting, topology=topology)
     if (
-        lm in with_field(recipe, name, "int8")
-        and lm not in trained(recipe.stages[name])
-        and lm not in planned.int8
+        stage.lm in with_field(recipe, name, "int8")
+        and stage.lm not in (*trained(stage), *planned.int8)
         and importlib.util.find_spec("qwix")
     ):
-        now = dataclasses.replace(now, int8=True)
-        yield now
+        setting = dataclasses.replace(setting, int8=True)
+        yield setting
     batch = planned.batch // 2
-    while batch and batch % (planned.chips * parts) == 0:
-        yield dataclasses.replace(now, batch=batch)
+    while batch and batch % (planned.chips * stage.accumulate) == 0:
+        yield dataclasses.replace(setting, batch=batch)
         batch //= 2
 
 
-def described(recipe: Recipe, name: str, old: Setting, new: Setting) -> str:
-    """What differs, as one writes it on the command line, for `vadapter train` as well."""
-    changed = lambda key: getattr(old, key) != getattr(new, key)  # noqa: E731
-    words = [f"--topology={new.topology}"] * changed("topology")
+def overrides(recipe: Recipe, name: str, old: Setting, new: Setting) -> str:
+    """Return the command-line options that change one setting into another."""
     values = {}
-    if changed("remat"):
+    if new.remat != old.remat:
         values |= {f"components.{n}.remat": new.remat for n in with_field(recipe, name, "remat")}
-    if changed("fsdp"):
+    if new.fsdp != old.fsdp:
         values |= {"mesh.fsdp": new.fsdp, "mesh.data": -1}
-    if changed("int8"):
+    if new.int8 != old.int8:
         values[f"components.{recipe.stages[name].lm}.int8"] = True
-    if changed("batch"):
+    if new.batch != old.batch:
         values[f"stages.{name}.batch"] = new.batch
-    return " ".join([*words, *(f"--config.{key}={value}" for key, value in values.items())])
+    options = [f"--topology={new.topology}"] if new.topology != old.topology else []
+    return " ".join(options + [f"--config.{key}={value}" for key, value in values.items()])

@@ -1,0 +1,387 @@
+"""Estimate of what a stage needs on accelerators that are not present: memory, time, communication.
+
+`plan` builds the stage on a mesh of the topology's devices and takes `ProgramStats` of its train
+step, for every shape of batch, and of generation as its evaluations run it.
+"""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from vadapter.distributed.mesh import MeshConfig, filled, make_mesh
+from vadapter.distributed.topology import Topology, devices
+from vadapter.errors import ConfigError
+from vadapter.models.generate import Decode
+from vadapter.models.registry import expand, load_kind
+from vadapter.plan import flops, liveness
+from vadapter.plan.compiled_stats import ProgramStats, tpu_stats, traced_stats, versions
+from vadapter.recipe.schema import EvalConfig, Recipe, components, resized, trained
+from vadapter.stages.abstract_state import bytes_per_device
+from vadapter.stages.flow import check_batch_size
+from vadapter.stages.stage import Stage
+
+ROWS = 1009  # rows of a traced micro-batch: a prime, so that no other dimension is a multiple of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Topology to plan for, and changes to the recipe that reduce memory.
+
+    Attributes:
+      topology: the accelerators.
+      batch: rows per step; 0: the stage's.
+      frames: F of all rows; 0: the data sets'.
+      remat: rematerialization of all components that support it; "": their own.
+      fsdp: devices to shard the parameters over; 0: the recipe's.
+      int8: whether the frozen language model's weights are int8.
+    """
+
+    topology: Topology
+    batch: int = 0
+    frames: int = 0
+    remat: str = ""
+    fsdp: int = 0
+    int8: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Size of a component: number of parameters, and bytes on each device."""
+
+    parameters: int
+    trained: bool
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Steps whose batches have the same shape; the data sets of a stage alternate.
+
+    Attributes:
+      data: names of the data sets with batches of this shape.
+      share: their share of the stage's steps.
+      frames: F; 0: no images.
+      batch_bytes: bytes of a batch on each device.
+      flops: FLOPs of a step on all devices by formula, without recomputation; None: no formula.
+      counted: the same, counted in the trace.
+      train: the train step; None: not planned, as a step that needs more memory does not fit.
+    """
+
+    data: tuple[str, ...]
+    share: float
+    frames: int
+    batch_bytes: int
+    flops: int | None
+    counted: int
+    train: ProgramStats | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Generation for one batch, as an evaluation runs it.
+
+    Attributes:
+      data: name of the data set with the prompts.
+      rows: rows at a time on all devices.
+      max_new: tokens to generate per row.
+      beams: beams per row; 1: greedy.
+      stats: the program.
+    """
+
+    data: str
+    rows: int
+    max_new: int
+    beams: int
+    stats: ProgramStats
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Estimate of a stage on a topology. `vadapter plan --json` writes these fields.
+
+    Attributes:
+      rows: the steps by shape of batch, largest first.
+      optimizer: bytes of the optimizer state on each device.
+      decode: generation; None: not planned.
+      flops, counted: means per step, see `Rows`.
+      estimated_ms: mean duration of a step by the compiler's cycles; None: no estimate.
+      step_ms: duration of `flops` at the chips' peak FLOP/s.
+      utilization: assumed share of the peak FLOP/s.
+      utilized_ms: duration of a step at `utilization`.
+      share: share of the peak FLOP/s at `estimated_ms`.
+      days, chip_hours: duration of all steps at `utilized_ms`, without evaluations and checkpoints.
+      rows_s: rows per second that each host reads at `utilized_ms`.
+    """
+
+    stage: str
+    kind: str
+    topology: str
+    chips: int
+    hosts: int
+    mesh: dict[str, int]
+    steps: int
+    batch: int
+    rows: tuple[Rows, ...]
+    remat: dict[str, str]
+    int8: tuple[str, ...]
+    parts: dict[str, Part]
+    optimizer: int
+    decode: Generation | None
+    flops: float | None
+    counted: float
+    estimated_ms: float | None
+    step_ms: float
+    utilization: float
+    utilized_ms: float
+    share: float | None
+    days: float
+    chip_hours: float
+    rows_s: float
+    versions: dict[str, str]
+
+    @property
+    def train(self) -> ProgramStats:
+        """Return the train step with the largest peak."""
+        return max((rows.train for rows in self.rows if rows.train), key=lambda stats: stats.peak)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Return the number of parameters: total, trained, frozen."""
+        total = sum(part.parameters for part in self.parts.values())
+        trained = sum(part.parameters for part in self.parts.values() if part.trained)
+        return {"total": total, "trained": trained, "frozen": total - trained}
+
+    @property
+    def fits(self) -> bool:
+        return self.train.fits and (self.decode is None or self.decode.stats.fits)
+
+
+def plan(
+    recipe: Recipe,
+    name: str,
+    setting: Setting,
+    *,
+    decode: int | None = None,
+    utilization: float = 0.4,
+) -> Plan:
+    """Estimate what a stage needs; the programs are compiled or analyzed, not run.
+
+    Args:
+      recipe: the recipe.
+      name: the stage.
+      setting: the topology, and changes to the recipe.
+      decode: tokens to generate; 0: no generation; None: that of the stage's evaluations, if it
+        generates and its train step fits.
+      utilization: assumed share of the peak FLOP/s.
+
+    Raises:
+      ConfigError: batch, mesh and topology do not match, or the compiler is not installed.
+    """
+    recipe = applied(recipe, name, setting)
+    stage = Stage(recipe, name, make_mesh(recipe.mesh, devices(setting.topology)))
+    check_batch_size(name, stage.config, stage.mesh.size)
+    if decode and not stage.captions:
+        raise ConfigError(
+            f"stages.{name}: a stage of kind {stage.config.kind} does not generate; omit --decode"
+        )
+    fits, rows = True, []
+    for data in by_shape(stage):
+        train = _program_stats(stage, data[0], setting) if fits else None
+        fits = train is not None and train.fits
+        rows.append(_rows(stage, data, train))
+    generates = fits and stage.captions if decode is None else bool(decode)
+    generation = _generation(stage, setting, decode or 0) if generates else None
+    return _plan(stage, setting, tuple(rows), generation, utilization)
+
+
+def by_shape(stage: Stage) -> list[tuple[str, ...]]:
+    """Return the data sets of the stage grouped by the shape of their rows, the largest first."""
+    groups = defaultdict(list)
+    for data in stage.config.data:
+        groups[tuple(sorted(stage.sizes(data).items()))].append(data)
+    order = sorted(groups, key=lambda shape: math.prod(n or 1 for _, n in shape), reverse=True)
+    return [tuple(groups[shape]) for shape in order]
+
+
+def applied(recipe: Recipe, name: str, setting: Setting) -> Recipe:
+    """Return the recipe with the setting's mesh, sizes, rematerialization and int8."""
+    recipe = resized(recipe, name, batch=setting.batch, frames=setting.frames)
+    stage, specs = recipe.stages[name], dict(recipe.components)
+    for part in with_field(recipe, name, "remat") if setting.remat else ():
+        specs[part] = {**specs[part], "remat": setting.remat}
+    if setting.int8 and stage.lm not in trained(stage):
+        specs[stage.lm] = {**specs[stage.lm], "int8": True}
+    mesh = dataclasses.replace(recipe.mesh, slices=setting.topology.slices)
+    if setting.fsdp:
+        mesh = dataclasses.replace(mesh, fsdp=setting.fsdp, data=-1)
+    return dataclasses.replace(recipe, components=specs, mesh=mesh)
+
+
+def with_field(recipe: Recipe, name: str, field: str) -> tuple[str, ...]:
+    """Return the components of a stage whose config has a field, without a frozen encoder.
+
+    A frozen encoder has no backward pass, so `remat` has no effect in it.
+    """
+    stage, names = recipe.stages[name], []
+    for part in components(stage):
+        config = load_kind(expand(part, recipe.components[part])["kind"])[0]
+        backward = part != stage.encoder or part in trained(stage)
+        if backward and field in (each.name for each in dataclasses.fields(config)):
+            names.append(part)
+    return tuple(names)
+
+
+def estimate_peak(recipe: Recipe, name: str, setting: Setting) -> int:
+    """Estimate the peak of the train step on a device from its trace, without compiling.
+
+    Takes seconds. For TPUs it is 13 % below to 61 % above what the compiler reports.
+    """
+    recipe = applied(recipe, name, setting)
+    config = recipe.stages[name]
+    sharding = {"fsdp": recipe.mesh.fsdp, "tensor": recipe.mesh.tensor}
+    shards = math.prod(sharding.values())
+    mesh = {"data": setting.topology.chips // shards, **sharding}
+    recipe = resized(recipe, name, batch=ROWS * config.accumulate)
+    stage = Stage(recipe, name, _one_device())
+    state = bytes_per_device((stage.abstract_state, stage.abstract_params()[1])) // shards
+    rows = config.batch // config.accumulate
+    return state + max(_temporaries(stage, data[0], mesh, rows) for data in by_shape(stage))
+
+
+def _generation(stage: Stage, setting: Setting, max_new: int) -> Generation:
+    """Plan the stage's largest evaluation, or one with the defaults if it has none."""
+    evals = [stage.recipe.evals[name] for name in stage.config.evals]
+    default = EvalConfig(next(iter(stage.config.data)))
+    config = max(evals or [default], key=lambda each: each.batch * each.beams)
+    decode = dataclasses.replace(config.decode, max_new=max_new or config.max_new)
+    rows = filled(config.batch, stage.mesh)
+    stats = _program_stats(stage.on(stage.mesh, batch=rows), config.data, setting, decode)
+    return Generation(config.data, rows, decode.max_new, decode.beams, stats)
+
+
+def _program_stats(
+    stage: Stage, data: str, setting: Setting, decode: Decode | None = None
+) -> ProgramStats:
+    """Return the stats of the train step, or of generation, on rows of a data set."""
+    fn, arguments = _function(stage, data, decode)
+    traced = (jax.jit(fn) if decode else stage.jit_train_step()).trace(*arguments)
+    loops = decode.max_new if decode else 1
+    if setting.topology.row.kind == "tpu":
+        return tpu_stats(setting.topology, traced, arguments, loops)
+    accumulate = 1 if decode else stage.config.accumulate
+    single = stage.on(_one_device(), batch=ROWS * accumulate)
+    rows = stage.config.batch // accumulate
+    temporaries = _temporaries(single, data, stage.mesh.shape, rows, decode)
+    return traced_stats(setting.topology, traced, arguments, temporaries, loops)
+
+
+def _one_device() -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(), jax.devices("cpu")[:1])
+
+
+def _temporaries(
+    stage: Stage, data: str, mesh: Mapping[str, int], rows: int, decode: Decode | None = None
+) -> int:
+    """Estimate the bytes of temporaries on a device of a mesh, for micro-batches of `rows`.
+
+    The stage is on one device, with micro-batches of `ROWS`.
+    """
+    fn, arguments = _function(stage, data, decode)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    scale = rows / (mesh["data"] * mesh["fsdp"]) / ROWS
+    share = 1 / (mesh["fsdp"] * mesh["tensor"])
+    return liveness.temporaries(fn, *shapes, rows=ROWS, scale=scale, share=share)
+
+
+def _function(stage: Stage, data: str, decode: Decode | None) -> tuple[Any, Any]:
+    """Return the train step, or generation, and its abstract arguments."""
+    if decode is None:
+        return stage.train_step, stage.arguments(data)
+    trainable, frozen = stage.abstract_params()
+    return stage.decode(decode), (trainable | frozen, stage.batch_shapes(data))
+
+
+def _rows(stage: Stage, data: tuple[str, ...], train: ProgramStats | None) -> Rows:
+    weights, sizes = stage.config.data, stage.sizes(data[0])
+    per_row = flops.formula(stage.model, stage.trained, sizes)
+    specs = stage.recipe.components.values()
+    if train and all(spec.get("remat", "none") == "none" for spec in specs):
+        counted = train.flops
+    else:  # without what the backward pass recomputes
+        plain = stage.on(stage.mesh, remat="none")
+        counted = flops.count(plain.train_step, *stage.arguments(data[0]))
+    return Rows(
+        data=data,
+        share=sum(weights[name] for name in data) / sum(weights.values()),
+        frames=sizes.get("F", 0),
+        batch_bytes=bytes_per_device(stage.batch_shapes(data[0])),
+        flops=stage.config.batch * sum(per_row.values()) if per_row else None,
+        counted=counted,
+        train=train,
+    )
+
+
+def _plan(
+    stage: Stage,
+    setting: Setting,
+    rows: tuple[Rows, ...],
+    generation: Generation | None,
+    utilization: float,
+) -> Plan:
+    topology, config, recipe = setting.topology, stage.config, stage.recipe
+    modules: Mapping[str, Any] = stage.model.modules
+    with_remat = with_field(recipe, stage.name, "remat")
+    by_formula = _mean(rows, lambda each: each.flops)
+    counted = _mean(rows, lambda each: each.counted)
+    estimated_ms = _mean(rows, lambda each: each.train and each.train.estimated_ms)
+    at_peak = (by_formula or counted or 0) / (topology.row.peak * topology.chips)
+    seconds = at_peak / utilization
+    return Plan(
+        stage=stage.name,
+        kind=config.kind,
+        topology=str(topology),
+        chips=topology.chips,
+        hosts=topology.hosts,
+        mesh=dict(stage.mesh.shape),
+        steps=config.steps,
+        batch=config.batch,
+        rows=rows,
+        remat={name: modules[name].config.remat for name in with_remat},
+        int8=tuple(name for name in components(config) if recipe.components[name].get("int8")),
+        parts=_parts(stage),
+        optimizer=bytes_per_device(stage.abstract_state.opt_state),
+        decode=generation,
+        flops=by_formula,
+        counted=counted or 0,
+        estimated_ms=estimated_ms,
+        step_ms=1000 * at_peak,
+        utilization=utilization,
+        utilized_ms=1000 * seconds,
+        share=1000 * at_peak / estimated_ms if estimated_ms else None,
+        days=seconds * config.steps / 86400,
+        chip_hours=seconds * config.steps / 3600 * topology.chips,
+        rows_s=config.batch / seconds / topology.hosts,
+        versions=versions(),
+    )
+
+
+def _mean(rows: tuple[Rows, ...], value_of: Callable[[Rows], float | None]) -> float | None:
+    """Return the mean of a value over the steps; None if some rows have no value."""
+    values = [value_of(each) for each in rows]
+    if any(value is None for value in values):
+        return None
+    return sum(each.share * (value or 0) for each, value in zip(rows, values, strict=True))
+
+
+def _parts(stage: Stage) -> dict[str, Part]:
+    trainable, frozen = stage.abstract_params()
+    parts = {}
+    for name in components(stage.config):
+        params = (trainable | frozen)[name]
+        count = sum(x.size for x in jax.tree.leaves(params))
+        parts[name] = Part(count, name in trainable, bytes_per_device(params))
+    return parts
