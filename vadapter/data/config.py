@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any, Literal
 
-from vadapter.data.features import Stored
-from vadapter.data.media.images import Fit, ImageTransform
+from vadapter.data.image_transform import Fit, ImageTransform
+
+Stored = Literal["bfloat16", "int8"]  # dtype of cached features
 
 
 @dataclasses.dataclass(frozen=True)

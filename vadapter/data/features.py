@@ -21,17 +21,16 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import grain
 import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from vadapter.data.config import Stored
 from vadapter.data.example import Example, Features, Source
 from vadapter.errors import ConfigError, DataError
-
-Stored = Literal["bfloat16", "int8"]
 
 # Part of a cache's key; increase it when the layout of a folder changes.
 FORMAT = 1

@@ -17,7 +17,7 @@ from typing import Any
 
 from vadapter.config import build
 from vadapter.data.config import DataConfig
-from vadapter.data.media.images import ImageTransform
+from vadapter.data.image_transform import ImageTransform
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import buckets, storage

@@ -8,7 +8,7 @@ from typing import Any
 from vadapter.config import nearest
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Source
-from vadapter.data.media.images import ImageTransform
+from vadapter.data.image_transform import ImageTransform
 from vadapter.data.open import make_source, make_stream
 from vadapter.data.pipeline import Stream
 from vadapter.data.tokenizers import Tokenizer

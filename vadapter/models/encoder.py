@@ -8,7 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from vadapter.data.media.images import Fit, ImageTransform, Interpolation
+from vadapter.data.image_transform import Fit, ImageTransform, Interpolation
 
 HALF = (0.5, 0.5, 0.5)
 

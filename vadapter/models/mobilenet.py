@@ -21,7 +21,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float, Num
 
-from vadapter.data.media.images import ImageTransform
+from vadapter.data.image_transform import ImageTransform
 from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
 from vadapter.models.encoder import EncoderConfig, normalize_pixels

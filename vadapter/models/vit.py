@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Num
 
-from vadapter.data.media.images import ImageTransform
+from vadapter.data.image_transform import ImageTransform
 from vadapter.errors import ConfigError
 from vadapter.models.adapters.pooler import Pooler, PoolerConfig
 from vadapter.models.encoder import HALF, EncoderConfig, normalize_pixels

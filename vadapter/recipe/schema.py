@@ -13,7 +13,6 @@ from vadapter.config import build, nearest
 from vadapter.data.config import DataConfig
 from vadapter.distributed.mesh import MeshConfig
 from vadapter.errors import ConfigError, Problems
-from vadapter.models.registry import expand, make_module
 from vadapter.recipe.optim import OptimConfig, learning_rate
 
 if TYPE_CHECKING:
@@ -204,6 +203,9 @@ def read(config: Any) -> Recipe:
       ConfigError: a key is wrong; says which, why, and what is allowed.
       CheckpointError: public checkpoints are missing; lists all of them.
     """
+    # Here and below: what describes a recipe is loaded without the models that it describes.
+    from vadapter.models.registry import expand
+
     recipe = build(Recipe, config)
     components, problems = {}, Problems()
     for name, spec in recipe.components.items():
@@ -400,6 +402,7 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> "AdapterM
     from vadapter.models.adapter_model import AdapterModel
     from vadapter.models.coca import CoCa
     from vadapter.models.lm import LM
+    from vadapter.models.registry import make_module
 
     dtype = DTYPES[recipe.dtype]
     modules: dict[str, nn.Module] = {}
@@ -425,6 +428,8 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> "AdapterM
 
 
 def _derived(recipe: Recipe, name: str, vocab_size: int, width: int) -> dict[str, int]:
+    from vadapter.models.registry import expand
+
     kind = expand(name, recipe.components[name])["kind"]
     return {"lm": {"vocab_size": vocab_size}, "fc": {"width": width}, "mlp": {"width": width}}.get(
         kind, {}

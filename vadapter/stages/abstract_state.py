@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from vadapter.data.batch import SPEC
-from vadapter.data.media.images import ImageTransform
+from vadapter.data.image_transform import ImageTransform
 from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import replicated, shardings, shardings_of
 from vadapter.models.adapter_model import AdapterModel, component_seed

@@ -12,7 +12,7 @@ from vadapter.checkpoints import array_io
 from vadapter.config import plain
 from vadapter.data.batch import EOS
 from vadapter.data.example import Source
-from vadapter.data.media.images import ImageTransform
+from vadapter.data.image_transform import ImageTransform
 from vadapter.data.open import make_source, make_stream, prompt_len
 from vadapter.data.pipeline import require_usable
 from vadapter.data.tokenizers import Tokenizer

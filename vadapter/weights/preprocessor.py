@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vadapter.config import nearest, plain
-from vadapter.data.media.images import Fit, ImageTransform, Interpolation
+from vadapter.data.image_transform import Fit, ImageTransform, Interpolation
 from vadapter.errors import CheckpointError
 
 # image processor -> whether it crops the center if its file does not say

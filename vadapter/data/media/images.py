@@ -17,23 +17,20 @@ accelerator: bytes are a quarter of the traffic of floats, and every checkpoint 
 Legend: F frames, H height, W width, S side of the encoder's square.
 """
 
-import dataclasses
 import io
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from vadapter.errors import ConfigError, DataError
+from vadapter.data.image_transform import ImageTransform
+from vadapter.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 CLIP_SUFFIXES = frozenset({".avi", ".mp4", ".webm", ".mkv", ".mov", ".gif"})
 MAX_PIXELS = 25_000_000
-
-Fit = Literal["crop", "stretch", "pad"]
-Interpolation = Literal["bicubic", "bilinear"]
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _MAX_RATIO = 16  # of an image's sides; of a longer one only the center is resized
@@ -141,45 +138,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(white, over)
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageTransform:
-    """The transform of an image on the host, into a square of pixels.
-
-    Attributes:
-      size: S, pixels a side.
-      fit: "crop" (resize the short side, cut out the center), "stretch" (ignore the aspect ratio)
-        or "pad" (fit all of it, centered on gray).
-      interpolation: "bicubic" or "bilinear".
-      crop_pct: fraction of the short side that "crop" keeps, in 0..1, as in timm.
-      floor: "crop" rounds half of an odd margin down, like `transformers`, instead of to even, like
-        torchvision; they differ by one pixel in every fourth image.
-
-    Raises:
-      ConfigError: an unknown `fit` or `interpolation`, or a number out of range.
-    """
-
-    size: int
-    fit: Fit = "crop"
-    interpolation: Interpolation = "bicubic"
-    crop_pct: float = 1.0
-    floor: bool = False
-
-    def __post_init__(self) -> None:
-        for key, known in (("fit", get_args(Fit)), ("interpolation", tuple(_RESAMPLE))):
-            if getattr(self, key) not in known:
-                raise ConfigError(f"{key}={getattr(self, key)!r}: one of {', '.join(known)}")
-        if self.size < 1 or not 0 < self.crop_pct <= 1:
-            raise ConfigError(
-                f"image_size={self.size}, crop_pct={self.crop_pct}: image_size must be at least 1, "
-                "crop_pct above 0 and at most 1"
-            )
-
-    @property
-    def short(self) -> int:
-        """The length to which "crop" resizes the short side; S or more."""
-        return int(self.size / self.crop_pct + 1e-6)
 
 
 def resize(frames: np.ndarray, view: ImageTransform, *, flip: bool = False) -> np.ndarray:
