@@ -126,15 +126,15 @@ def _saving(reach: Callable[..., None], patch: Callable[..., None]) -> None:
 
 
 def _finish(reach: Callable[..., None], patch: Callable[..., None]) -> None:
-    from vadapter.train import loop
+    from vadapter.evaluate import evaluator
 
-    class Evaluator(loop.Evaluator):
+    class Evaluator(evaluator.Evaluator):
         def __call__(self, trainable: Any, limit: int, directory: Any = None) -> Any:
             if directory is not None:
                 reach(self.stage.name, "finish")
             return super().__call__(trainable, limit, directory)
 
-    patch(loop, "Evaluator", Evaluator)
+    patch(evaluator, "Evaluator", Evaluator)
 
 
 def _stored(reach: Callable[..., None], patch: Callable[..., None]) -> None:

@@ -26,7 +26,6 @@ import jax
 
 from vadapter.config import differences
 from vadapter.console import truncate
-from vadapter.distributed.startup import check_in, gather
 from vadapter.errors import ConfigError, HostError, UserError
 
 T = TypeVar("T")
@@ -165,6 +164,8 @@ def _join(address: str, n: int, i: int, **settings: Any) -> None:
     name, _, port = address.rpartition(":")
     local = name in ("127.0.0.1", "localhost")
     if n > 1:
+        from vadapter.distributed.startup import check_in, gather  # only several hosts need it
+
         if i == 0:
             gather("127.0.0.1" if local else "", int(port), n, deadline())
         else:

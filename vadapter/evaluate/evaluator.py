@@ -1,9 +1,10 @@
 """Held-out losses and evaluations of a stage, while it trains and at its end."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -12,8 +13,12 @@ from vadapter.data.pipeline import eval_batches
 from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import to_mesh, with_mesh
+from vadapter.evaluate.image_ablation import image_ablation_scores, make_image_ablation
 from vadapter.models.coca import CoCa
 from vadapter.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from vadapter.evaluate.runner import Decoder
 
 
 class Evaluator:
@@ -25,14 +30,19 @@ class Evaluator:
     """
 
     def __init__(self, stage: Stage, frozen: dict[str, Any]):
-        # Decoding and scoring are loaded with the first evaluator, not with the training loop.
-        from vadapter.evaluate.image_ablation import make_image_ablation
+        self.stage, self.frozen = stage, frozen
+
+    @functools.cached_property
+    def _decoder(self) -> "Decoder":
+        # Decoding and scorers are loaded only for stages that have evaluations.
         from vadapter.evaluate.runner import Decoder
 
-        self.stage, self.frozen = stage, frozen
-        if not isinstance(stage.model, CoCa):
-            self._decoder = Decoder(stage.model, stage.tokenizer, stage.mesh, self._watch)
-            self._ablation = jit(with_mesh(stage.mesh, make_image_ablation(stage.model)))
+        stage = self.stage
+        return Decoder(stage.adapter_model, stage.tokenizer, stage.mesh, self._watch)
+
+    @functools.cached_property
+    def _ablation(self) -> Callable[..., Any]:
+        return jit(with_mesh(self.stage.mesh, make_image_ablation(self.stage.adapter_model)))
 
     def _watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         return self.stage.stop.watch(batches, self.stage.name, "evaluate")
@@ -47,9 +57,6 @@ class Evaluator:
           limit: number of items per evaluation; 0: as the recipe says.
           directory: receives predictions and scores; None: nothing is written.
         """
-        from vadapter.evaluate.image_ablation import image_ablation_scores
-        from vadapter.evaluate.runner import evaluate, save_result
-
         stage, config = self.stage, self.stage.config
         if isinstance(stage.model, CoCa):  # contrastive pretraining has no generations to score
             return {}
@@ -67,6 +74,8 @@ class Evaluator:
             ]
             scores |= {f"{name}/{k}": v for k, v in image_ablation_scores(sums).items()}
         for name in config.evals:
+            from vadapter.evaluate.runner import evaluate, save_result
+
             spec = stage.recipe.evals[name]
             limits = [n for n in (limit, spec.limit) if n]
             spec = dataclasses.replace(spec, limit=min(limits, default=0))

@@ -12,8 +12,8 @@ import jax
 from vadapter.console import Progress
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Source
-from vadapter.data.items import Slice, items_of
 from vadapter.data.image_transform import ImageTransform
+from vadapter.data.items import Slice, items_of
 from vadapter.data.pipeline import Transform, eval_batches, require_usable
 from vadapter.data.prompts import CAPTION
 from vadapter.data.tokenizers import Tokenizer

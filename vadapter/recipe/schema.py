@@ -203,7 +203,7 @@ def read(config: Any) -> Recipe:
       ConfigError: a key is wrong; says which, why, and what is allowed.
       CheckpointError: public checkpoints are missing; lists all of them.
     """
-    # Here and below: what describes a recipe is loaded without the models that it describes.
+    # Imported in functions, here and below: reading a recipe's types needs no model code.
     from vadapter.models.registry import expand
 
     recipe = build(Recipe, config)

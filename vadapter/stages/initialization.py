@@ -35,12 +35,11 @@ from vadapter.distributed import hosts
 from vadapter.distributed.mesh import poorly_sharded
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import storage
-from vadapter.models.quantize import full_precision, quantize
 from vadapter.recipe.schema import STAGES, Recipe, StageConfig, components, trained
-from vadapter.weights.reference import PREFIX, Reference
 
 if TYPE_CHECKING:
     from vadapter.weights.hf_checkpoint import Report
+    from vadapter.weights.reference import Reference
 
 DONE = "done.json"
 STORE = "components"
@@ -66,7 +65,7 @@ class Start:
     component: str
     source: str
     digest: str = ""
-    weights: Reference | None = None
+    weights: "Reference | None" = None
     report: "Report | None" = None
     name: str = ""
     root: Path = Path()
@@ -124,9 +123,17 @@ def check_sources(recipe: Recipe, stage: str, workdir: Path) -> None:
     for component in components(config):
         source = _source(recipe, config, component)
         if source == "weights":
-            Reference.of(component, recipe.components[component])
+            _reference(recipe, component)
         elif source != "random" and source not in recipe.chain:
             _stored(config, component, _directory(source, workdir))
+
+
+def _reference(recipe: Recipe, component: str) -> "Reference":
+    """Return the public weights of a component."""
+    # Most recipes name none, and do without the modules that read them.
+    from vadapter.weights.reference import Reference
+
+    return Reference.of(component, recipe.components[component])
 
 
 def _directory(source: str, workdir: Path) -> Path:
@@ -179,9 +186,11 @@ def find(
     source = _source(recipe, stage, component)
     if source == "random":
         return Start(component, "random")
+    from vadapter.models.quantize import full_precision
+
     abstract = full_precision(abstract)  # int8 kernels are stored as floats
     if source == "weights":
-        weights = Reference.of(component, recipe.components[component])
+        weights = _reference(recipe, component)
         match = weights.open().match(abstract)
         return Start(
             component, f"weights {weights.weights}", weights=weights, report=match,
@@ -339,6 +348,8 @@ def load(start: Start, abstract: Any, initial: Any | None, dtype: Any = None) ->
     """
     if start.source == "random":
         return initial
+    from vadapter.models.quantize import full_precision, quantize
+
     full = full_precision(abstract)
     if start.weights is not None:
         return quantize(start.weights.open().leaves(full, dtype), abstract)
@@ -367,7 +378,7 @@ def report(starts: Mapping[str, Start], stage: StageConfig, abstract: Mapping[st
         state = "trained" if name in trained(stage) else "frozen"
         line = f"  {name:<10} {count:>13,}  {state:<8} {start.source}"
         if start.digest:
-            digest = start.digest.removeprefix(PREFIX)
+            digest = start.digest.rpartition(":")[2]  # without "sha256:"
             line += f" [{digest[:12]}] {len(start.loaded)} tensors"
         for word, paths in (("dropped", start.dropped), ("fresh", start.fresh)):
             if paths:

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clu.parameter_overview import get_parameter_overview
 
@@ -22,7 +22,6 @@ from vadapter.checkpoints.manager import Checkpointer
 from vadapter.config import differences, plain
 from vadapter.console import difference_table
 from vadapter.data.batch import Batch
-from vadapter.data.open import describe
 from vadapter.data.pipeline import Schedule, make_loader
 from vadapter.distributed import hosts, watchdog
 from vadapter.distributed.compile import jit
@@ -30,20 +29,22 @@ from vadapter.distributed.memory import memory_errors
 from vadapter.distributed.mesh import shardings_of, to_mesh, with_mesh
 from vadapter.distributed.preemption import signals
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted, disk_errors
-from vadapter.evaluate.evaluator import Evaluator
 from vadapter.io import buckets, storage
 from vadapter.io.json_files import write_json
 from vadapter.recipe.optim import learning_rate
 from vadapter.recipe.schema import Recipe, trained
 from vadapter.stages import initialization
-from vadapter.stages.identity import upgrade
-from vadapter.stages.run import Run, made_with, record
-from vadapter.stages.stage import Stage
-from vadapter.stages.steps import TrainState, init_state
 from vadapter.train.host_agreement import require_own_rows, shared_run
 from vadapter.train.metric_writer import MetricWriter, open_writer
 from vadapter.train.monitor import Monitor
 from vadapter.train.supervisor import Supervisor
+
+# A run loads what its own stages need: `Run`, `Stage` and `Evaluator`, which import the code of
+# models, data formats and scores, are therefore imported by the functions below, when it starts.
+if TYPE_CHECKING:
+    from vadapter.evaluate.evaluator import Evaluator
+    from vadapter.stages.stage import Stage
+    from vadapter.stages.steps import TrainState
 
 
 def train(
@@ -68,6 +69,8 @@ def train(
         disk_errors(),
         signals() as stop,
     ):
+        from vadapter.stages.run import Run
+
         run = Run(recipe, workdir, stop)
         require_own_rows(run.mesh)
         run.check()
@@ -79,7 +82,7 @@ def train(
                 train_stage(stage)
 
 
-def train_stage(stage: Stage) -> None:
+def train_stage(stage: "Stage") -> None:
     """Train a stage to its end from its newest checkpoint, if any; skip it if it is finished.
 
     Raises:
@@ -96,6 +99,9 @@ def train_stage(stage: Stage) -> None:
         if hosts.first():
             print(f"{stage.name}: already finished", flush=True)
         return
+    from vadapter.evaluate.evaluator import Evaluator
+    from vadapter.stages.run import made_with
+
     stage.stop.require_handlers()
     c, began = stage.config, time.monotonic()
     checkpointer = Checkpointer(stage.directory / "checkpoints", keep=c.keep)
@@ -112,7 +118,7 @@ def train_stage(stage: Stage) -> None:
         digests = _digests(frozen)
         try:
 
-            def save(step: int, state: TrainState) -> None:
+            def save(step: int, state: "TrainState") -> None:
                 writer.flush()  # the rows of steps up to a checkpoint are never lost
                 watchdog.beat(slow=True)
                 checkpointer.save(step, state, {**identity, "made_with": made_with(stage.mesh)})
@@ -134,7 +140,9 @@ def train_stage(stage: Stage) -> None:
         _store(stage, state, identity, scores, time.monotonic() - began)
 
 
-def _check_finished(stage: Stage, identity: dict[str, Any]) -> None:
+def _check_finished(stage: "Stage", identity: dict[str, Any]) -> None:
+    from vadapter.stages.identity import upgrade
+
     before = upgrade(initialization.finished(stage.directory)["identity"])
     if diff := differences(before, plain(identity)):
         raise CheckpointError(
@@ -145,12 +153,16 @@ def _check_finished(stage: Stage, identity: dict[str, Any]) -> None:
 
 
 def _begin(
-    stage: Stage,
+    stage: "Stage",
     checkpointer: Checkpointer,
     identity: dict[str, Any],
     writer: MetricWriter,
-) -> tuple[TrainState, dict[str, Any]]:
+) -> "tuple[TrainState, dict[str, Any]]":
     """Return the state of the newest checkpoint, or a fresh one, and the frozen components."""
+    from vadapter.stages.identity import upgrade
+    from vadapter.stages.run import made_with, record
+    from vadapter.stages.steps import init_state
+
     abstract = stage.abstract_state
     restored = checkpointer.restore(abstract, expect=identity, upgrade=upgrade)
     record(stage.recipe, stage.workdir)
@@ -171,13 +183,13 @@ def _begin(
 
 
 def _steps(
-    stage: Stage,
-    state: TrainState,
+    stage: "Stage",
+    state: "TrainState",
     frozen: dict[str, Any],
-    evaluator: Evaluator,
-    save: Callable[[int, TrainState], Any],
+    evaluator: "Evaluator",
+    save: "Callable[[int, TrainState], Any]",
     writer: MetricWriter,
-) -> TrainState:
+) -> "TrainState":
     """Train to the last step, or until a signal stops the run; the returned state is saved."""
     c, start = stage.config, int(state.step)
     step_fn, loader = _step_fn(stage), _loader(stage, frozen, start)
@@ -214,24 +226,26 @@ def _steps(
     return state
 
 
-def _monitor(stage: Stage, writer: MetricWriter) -> Monitor:
+def _monitor(stage: "Stage", writer: MetricWriter) -> Monitor:
     c = stage.config
     schedule = Schedule(c.data)
 
     def describe_sample(step: int, index: int) -> str:
+        from vadapter.data.open import describe
+
         name, *_ = schedule(step - 1)
         return describe(name, stage.source(name), index)
 
     return Monitor(writer, stage.name, c, learning_rate(c.optim, c.steps), describe_sample)
 
 
-def _step_fn(stage: Stage) -> Callable[..., Any]:
+def _step_fn(stage: "Stage") -> Callable[..., Any]:
     """Compile the train step, which updates the state in place.
 
     The marks of the hosts in the batch (`Stop.mark`) come out as a metric: their maximum.
     """
 
-    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any]:
+    def step(state: "TrainState", frozen: Any, batch: Any) -> "tuple[TrainState, Any]":
         rows = {name: x for name, x in batch.items() if name != "stop"}
         state, metrics = stage.train_step(state, frozen, rows)
         return state, metrics | {"stop": batch["stop"].max()} if "stop" in batch else metrics
@@ -239,7 +253,7 @@ def _step_fn(stage: Stage) -> Callable[..., Any]:
     return stage.jit_train_step(with_mesh(stage.mesh, step), jit)
 
 
-def _loader(stage: Stage, frozen: dict[str, Any], start: int) -> Iterator[Batch]:
+def _loader(stage: "Stage", frozen: dict[str, Any], start: int) -> Iterator[Batch]:
     """Return this host's rows of the batches after step `start`."""
     c = stage.config
     return make_loader(
@@ -258,7 +272,7 @@ def _digests(frozen: dict[str, Any]) -> dict[str, str]:
     return {name: combined(tree_digests(tree)) for name, tree in frozen.items()}
 
 
-def _check_frozen(stage: Stage, before: dict[str, str], after: dict[str, str]) -> None:
+def _check_frozen(stage: "Stage", before: dict[str, str], after: dict[str, str]) -> None:
     for name in before:
         if after[name] != before[name]:
             raise CheckpointError(
@@ -269,8 +283,8 @@ def _check_frozen(stage: Stage, before: dict[str, str], after: dict[str, str]) -
 
 
 def _store(
-    stage: Stage,
-    state: TrainState,
+    stage: "Stage",
+    state: "TrainState",
     identity: dict[str, Any],
     scores: dict[str, float],
     seconds: float,

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vadapter.data.batch import Batch, check_batch
 from vadapter.distributed import watchdog
-from vadapter.stages.stage import Stage
 from vadapter.train.monitor import Monitor
+
+if TYPE_CHECKING:
+    from vadapter.stages.stage import Stage
 
 
 class Supervisor:
@@ -22,7 +24,7 @@ class Supervisor:
       monitor: reads the metrics.
     """
 
-    def __init__(self, stage: Stage, monitor: Monitor):
+    def __init__(self, stage: "Stage", monitor: Monitor):
         self.stage, self.monitor = stage, monitor
         self._shapes: set[str] = set()  # of batches for which the step is compiled
         self._compiles = False
