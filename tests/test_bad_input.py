@@ -229,7 +229,7 @@ def test_another_configuration_in_the_directory_of_a_run(half, override):
 
 def test_another_tokenizer_in_the_directory_of_a_run(half):
     message = half.refused("tokenizer.vocab_size=310", lines=4)
-    assert "tokenizer.json was made with another configuration:\n" in message
+    assert "tokenizer.json was trained with another configuration:\n" in message
     assert re.search(r"tokenizer\.vocab_size +\| 320 +\| 310", message)
     path = half.workdir / "tokenizer.json"
     other = half.folder / "other"

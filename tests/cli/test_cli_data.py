@@ -159,7 +159,7 @@ def test_cache_writes_and_says_how_to_use_it(call, cached, tmp_path):
     [
         (["--data=imags"], "--data=imags: unknown; did you mean 'images'"),
         (["--config.data.images.cache=false"], "no data set of the recipe has cache=True"),
-        ([], "data.images: nowhere to write; give --out=DIR"),
+        ([], "data.images: no folder to write to; give --out=DIR"),
         (["--out={file}/features"], "{file}/features/"),
         (["--out={file}"], "{file}"),
     ],

@@ -1,4 +1,4 @@
-"""Tokens of the frozen encoder, computed once: the same training, and never half a cache."""
+"""Cached visual tokens: training is the same, and a cache is never incomplete."""
 
 import contextlib
 import dataclasses
@@ -147,7 +147,7 @@ def test_the_loss_on_cached_tokens_is_that_on_images(cache, encoder, images, rec
     assert abs(float(loss(params, other)) - losses[2]) > 1e-3  # the images do matter
 
 
-def test_what_is_there_is_not_computed_again(cache, images, monkeypatch):
+def test_cached_tokens_are_not_computed_again(cache, images, monkeypatch):
     first = cache(images)
     monkeypatch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed again"))
     assert np.array_equal(cache(images)[3].media.tokens, first[3].media.tokens)
@@ -165,7 +165,7 @@ def test_several_devices_compute_the_same_tokens(cache, images, small_shards, tm
         )
 
 
-def test_of_two_that_want_the_same_tokens_one_computes_them(cache, images, monkeypatch):
+def test_of_two_runs_that_need_the_same_tokens_one_computes_them(cache, images, monkeypatch):
     calls, compute = [], feature_cache._compute
     monkeypatch.setattr(feature_cache, "_compute", lambda *args: (calls.append(1), compute(*args)))
     made = []
@@ -216,7 +216,7 @@ def complete(shards):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_computation_that_stops_midway_goes_on_behind_the_last_complete_file(
+def test_an_interrupted_computation_resumes_after_the_last_complete_file(
     cache, images, tmp_path, small_shards, flip, capsys
 ):
     stop, batch = Stop(), 4 * (1 + flip)
@@ -243,7 +243,7 @@ def test_a_computation_that_stops_midway_goes_on_behind_the_last_complete_file(
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
-def test_a_image_that_cannot_be_read_becomes_a_bad_row_and_the_others_stay(cache, tmp_path, stored):
+def test_an_unreadable_image_becomes_an_unusable_row_and_the_others_stay(cache, tmp_path, stored):
     folder = draw(tmp_path / "shapes")
     data = read(tiny_recipe(folder)).data["images"]
     (folder / "01.png").write_bytes(b"not an image")
@@ -269,7 +269,7 @@ def test_tokens_that_are_not_finite_are_an_error(cache, encoder, images, tmp_pat
 
 
 @pytest.mark.parametrize(("stored", "size"), [("bfloat16", 24 * 16 * 32), ("int8", 24 * 16 * 20)])
-def test_the_size_is_told_before_anything_is_computed_and_must_fit(
+def test_the_size_is_printed_before_anything_is_computed_and_must_fit(
     cache, images, monkeypatch, capsys, small_shards, stored, size
 ):
     free = types.SimpleNamespace(free=size + 3 * files.SLACK_BYTES - 1)
@@ -280,8 +280,8 @@ def test_the_size_is_told_before_anything_is_computed_and_must_fit(
             cache(images, stored=stored)
     free.free += 1
     made = cache(images, stored=stored)
-    told = f"24 of 24 examples × 1 × 1 × 16 tokens × 16 {stored}: {size:,} bytes"
-    assert told in capsys.readouterr().out
+    line = f"24 of 24 examples × 1 × 1 × 16 tokens × 16 {stored}: {size:,} bytes"
+    assert line in capsys.readouterr().out
     records = sum(len(record) for i in range(24) for record in [made._records._source[i]])
     assert records == size
     assert size < sum(p.stat().st_size for p in made.cache.folder.iterdir()) <= free.free
@@ -313,7 +313,7 @@ def flipped(path, at):
     path.write_bytes(data)
 
 
-def test_a_flipped_bit_is_found_and_named_and_the_file_alone_made_again(
+def test_a_flipped_bit_names_the_file_and_that_file_alone_is_computed_again(
     cache, images, small_shards, recipe, tmp_path
 ):
     made = cache(images)

@@ -51,7 +51,7 @@ def shards(folder):
 
 
 @pytest.mark.slow
-def test_a_command_that_is_killed_goes_on_behind_the_last_complete_file(recipe, tmp_path):
+def test_a_killed_command_resumes_after_the_last_complete_file(recipe, tmp_path):
     out = tmp_path / "killed"
     have, kept = [], {}
     # Six files, a batch each; a batch is written once the next has begun.
@@ -69,8 +69,8 @@ def test_a_command_that_is_killed_goes_on_behind_the_last_complete_file(recipe, 
     assert process.returncode == 0, text
     (folder,) = out.iterdir()
     size = 12 * 2 * 16 * 32
-    told = f"12 of 24 examples × 2 × 1 × 16 tokens × 16 bfloat16: {size:,} bytes"
-    assert told in text
+    line = f"12 of 24 examples × 2 × 1 × 16 tokens × 16 bfloat16: {size:,} bytes"
+    assert line in text
     assert "features: 12/12" in text
     assert f"images: {folder}\n  --config.data.images.cache=True --config.data.images" in text
     with start(recipe, f"--out={tmp_path / 'whole'}") as process:
@@ -117,27 +117,27 @@ def test_training_reads_what_the_command_wrote(recipe, tmp_path, monkeypatch, ca
         assert not (tmp_path / workdir / "features").exists()
         identities.append(stage.identity())
         override(values, [f"data.images.cache_dir={(tmp_path / 'shared').resolve()}/."])
-    assert identities[0] == identities[1]  # where it lies does not count
+    assert identities[0] == identities[1]  # the folder is not part of the identity
 
 
-def test_a_run_directory_gets_the_caches_that_its_stages_look_for(recipe, tmp_path):
+def test_a_run_directory_gets_the_caches_of_its_stages(recipe, tmp_path):
     made = [m for _, _, m in write_caches(read(load(str(recipe))), workdir=tmp_path / "run")]
     assert [m.cache.folder.parent for m in made] == [tmp_path / "run" / "features"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["features"]
 
 
 @pytest.mark.parametrize(
-    ("names", "changes", "told"),
+    ("names", "changes", "message"),
     [
         (("imegas",), (), "--data=imegas: unknown; did you mean 'images'"),
         ((), ("data.images.cache=false",), "no data set of the recipe has cache=True"),
-        (("documents",), (), "data.documents: no stage of the recipe's chain sees it, encoder fr"),
-        (("clips",), (), "data.clips: no stage of the recipe's chain sees it, encoder frozen"),
+        (("documents",), (), "data.documents: no stage of the recipe's chain uses it with a"),
+        (("clips",), (), "data.clips: no stage of the recipe's chain uses it with a f"),
         ((), ("stages.decoder.start.encoder=vision",), "RUN/vision is not finished"),
         ((), ("data.images.cache_dir=$NOWHERE_AT_ALL",), "NOWHERE_AT_ALL is not set"),
     ],
 )
-def test_what_cannot_be_cached_is_told(recipe, tmp_path, names, changes, told):
+def test_what_cannot_be_cached_is_an_error(recipe, tmp_path, names, changes, message):
     values = load(str(recipe))
     with values.unlocked():
         vision = {"kind": "vision", "steps": 1, "batch": 8, "data": {"images": 1.0}}
@@ -145,12 +145,12 @@ def test_what_cannot_be_cached_is_told(recipe, tmp_path, names, changes, told):
         values.chain = ("vision", "decoder")
     override(values, changes)
     out = None if "cache_dir" in str(changes) else tmp_path
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         list(write_caches(read(values), names, out=out))
 
 
 def test_somewhere_to_write_must_be_named(recipe):
-    with pytest.raises(ConfigError, match=r"data\.images: nowhere to write; give --out"):
+    with pytest.raises(ConfigError, match=r"data\.images: no folder to write to; give --out"):
         list(write_caches(read(load(str(recipe)))))
 
 

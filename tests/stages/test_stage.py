@@ -1,4 +1,4 @@
-"""A stage builds its model once and traces its init once, whatever is asked of it."""
+"""A stage builds its model once and traces its init once, whatever it is used for."""
 
 from collections import Counter
 

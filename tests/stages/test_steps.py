@@ -1,4 +1,4 @@
-"""The train step: what is frozen stays, what is saved is really saved, many devices equal one."""
+"""The train step: frozen components stay, their cost is saved, many devices equal one."""
 
 import dataclasses
 
@@ -148,7 +148,10 @@ def test_logits_are_computed_at_targets_alone():
         batch = batch_of(text_len=32, frames=0)
         for key in ("target_at", "targets", "weights"):
             batch[key] = batch[key][:, :targets]
-        loss = lambda p: CaptionObjective(model).loss(p, None, batch, jnp.float32(1), None)[0]  # noqa: E731
+
+        def loss(params):
+            return CaptionObjective(model).loss(params, None, batch, jnp.float32(1), None)[0]
+
         return jax.jit(loss).lower(shapes).compile().cost_analysis()["flops"]
 
     assert flops(4) < 0.25 * flops(32)
@@ -263,9 +266,9 @@ def one_device(stage1, sgd_step):
 def test_eight_devices_take_the_steps_of_one(stage1, one_device, config):
     mesh = make_mesh(config)
     boxed = tiny.boxed(STAGE1)
-    where = shardings(boxed, mesh)
-    assert jax.tree.structure(where) == jax.tree.structure(nn.unbox(boxed))
-    trained, frozen = split(jax.device_put(stage1, where), ("resampler", "tlm"))
+    targets = shardings(boxed, mesh)
+    assert jax.tree.structure(targets) == jax.tree.structure(nn.unbox(boxed))
+    trained, frozen = split(jax.device_put(stage1, targets), ("resampler", "tlm"))
     state = jax.jit(lambda p: init_state(p, SGD))(trained)
     if config.fsdp > 1:
         kernel = state.params["tlm"]["stack"]["blocks"]["mlp"]["up"]["kernel"]

@@ -1,7 +1,9 @@
-"""The frozen encoder's tokens of a data set, computed once and kept; `data.features` has the files.
+"""Visual tokens of a data set, computed once by the frozen encoder and cached on disk.
 
-Legend: n examples, M the image and its mirror image, F frames, N visual tokens a frame, D encoder
-width, S pixels a side, B images at a time.
+`data.features` reads and writes the files.
+
+Legend: M the image and its mirror image, F frames, N visual tokens per frame, D encoder width,
+S pixels per side, B images per batch.
 """
 
 import contextlib
@@ -53,19 +55,25 @@ def encoded(
     mesh: jax.sharding.Mesh,
     watch: Watch = iter,
 ) -> FeatureSource:
-    """A data set's source as a stage's frozen encoder sees it, cached as the data set says.
+    """Return a data set with visual tokens instead of images, cached as its configuration says.
 
     Args:
+      source: of the data set.
       config: of the data set.
       workdir: the run directory.
-      encoder, params, digest: the frozen encoder's module and what identifies it.
-      watch, and the errors: see `cached`.
+      encoder, params, digest: the frozen encoder's module, its parameters and their digest.
+      mesh: to compute on.
+      watch: see `cached`.
+
+    Raises:
+      ConfigError: the cache would be in a bucket; else as `cached`.
+      DataError: as `cached`.
     """
     folder = resolve(config.cache_dir, "cache_dir") if config.cache_dir else workdir / "features"
     if storage.remote(root := storage.as_path(folder)):
         raise ConfigError(
-            f"cached tokens cannot lie in a bucket ({root}): set data.NAME.cache_dir to a folder "
-            "on a disk that all hosts share, or data.NAME.cache=False"
+            f"visual tokens cannot be cached in a bucket ({root}): set data.NAME.cache_dir to a "
+            "folder on a disk that all hosts share, or data.NAME.cache=False"
         )
     return cached(
         source,
@@ -97,24 +105,26 @@ def cached(
     batch: int = 32,
     watch: Watch = iter,
 ) -> FeatureSource:
-    """The source with its images encoded; what `folder` lacks of their tokens is computed first.
+    """Return a source with visual tokens instead of images; missing shards are computed first.
 
     Several runs may share a folder: one computes, the others wait. On several hosts all make the
-    same call, with the folder on a shared file system, and each writes shards of its own.
+    same call, with the folder on a shared file system, and each writes its own shards.
 
     Args:
-      folder: of any number of caches, each in a folder that is named by its key.
-      encode, params, digest: the frozen encoder and what identifies it.
-      view, frames: of the pictures, see `transforms.caption_sample`.
-      flip: also of the mirror image.
-      stored: as bfloat16, or as int8 with a scale a token.
-      batch: images at a time.
-      watch: passes the batches on, or raises to stop; the next call then goes on behind the last
-        complete shard.
+      source: of the images or clips.
+      folder: holds any number of caches, each in a folder named by its key.
+      encode, params, digest: the frozen encoder's module, its parameters and their digest.
+      view, frames: how the encoder sees an example, see `transforms.caption_sample`.
+      flip: also cache the tokens of the mirror image.
+      mesh: to compute on.
+      stored: bfloat16, or int8 with one scale per token.
+      batch: B.
+      watch: yields the batches, or raises to stop; the next call resumes after the last complete
+        shard.
 
     Raises:
-      ConfigError: no space for them.
-      DataError: tokens that are not finite; a shard that is damaged, see `Cache.read`.
+      ConfigError: the disk has too little space.
+      DataError: tokens are not finite; a shard is corrupt, see `Cache.read`.
     """
     frames_of_one = np.zeros((1, frames, view.size, view.size, 3), np.uint8)
     tokens: Any = jax.eval_shape(encode.apply, {"params": params}, frames_of_one)
@@ -128,34 +138,33 @@ def cached(
         with _alone(cache) if first else contextlib.nullcontext():
             if missing := _missing(cache):
                 row = functools.partial(_pixels, view=view, frames=frames, flip=flip)
-                where = batch_sharding(mesh)
-                step = with_mesh(mesh, functools.partial(_encode, encode, stored))
-                step = jit(step, out_shardings=where)
-                step = functools.partial(_run, functools.partial(step, params), mesh)
+                encode_fn = with_mesh(mesh, functools.partial(_encode, encode, stored))
+                encode_fn = jit(encode_fn, out_shardings=batch_sharding(mesh))
+                step = functools.partial(_run, functools.partial(encode_fn, params), mesh)
                 _announce(cache, missing, key)
                 _compute(cache, missing, source, row, step, mesh.size, batch, watch)
     return FeatureSource(source, cache)
 
 
 def _missing(cache: Cache) -> list[int]:
-    """Shards that are not there, as the first host sees it."""
+    """Return the missing shards, as seen by the first host."""
     missing = [int(shard) for shard in cache.missing()]
     return hosts.exchange(missing, f"features {cache.key}", patience=hosts.WORK)[0]
 
 
 @contextlib.contextmanager
 def _alone(cache: Cache) -> Iterator[None]:
-    """An evaluation, or another run, may want the same tokens meanwhile."""
+    """Lock the cache: another run, or an evaluation, may compute the same tokens."""
     cache.folder.mkdir(parents=True, exist_ok=True)
     with lock(cache.folder / ".lock", wait=True):
         yield
 
 
 def _announce(cache: Cache, missing: list[int], key: Any) -> None:
-    """Says what will be written, and refuses what the disk has no room for.
+    """Print what will be written.
 
     Raises:
-      ConfigError: it has not.
+      ConfigError: the disk has too little space.
     """
     if not hosts.first():
         return
@@ -170,7 +179,7 @@ def _announce(cache: Cache, missing: list[int], key: Any) -> None:
     )
     if free < size + len(missing) * SLACK_BYTES:
         raise ConfigError(
-            f"{cache.folder}: the cached tokens need {size:,} bytes ({console.size(size)}), and "
+            f"{cache.folder}: the visual tokens need {size:,} bytes ({console.size(size)}), and "
             f"{console.size(free)} are free. Free space, choose another cache_dir or "
             "cache_dtype=int8, or set cache=False."
         )
@@ -181,7 +190,7 @@ def _compute(
     cache: Cache, missing: list[int], source: Source, row: Any, step: Any, devices: int, batch: int,
     watch: Watch,
 ) -> None:  # fmt: skip
-    """Writes this host's share of the missing shards; all hosts take the same number of steps."""
+    """Write this host's share of the missing shards; all hosts take the same number of steps."""
     host, count = hosts.index(), hosts.count()
     mine = [cache.span(shard) for shard in missing[host::count]]
     # Each shard begins a batch, so that its bits do not depend on which others are missing.
@@ -189,32 +198,32 @@ def _compute(
     batch = (batch + -batch % devices) // count
     padded = [np.resize(span, len(span) + -len(span) % batch) for span in mine]
     real = [np.arange(len(rows)) < len(span) for rows, span in zip(padded, mine, strict=True)]
-    steps_of = lambda shard: -(-len(cache.span(shard)) // batch)  # noqa: E731
-    longest = batch * max(sum(map(steps_of, missing[i::count])) for i in range(count))
+    steps_of = [-(-len(cache.span(shard)) // batch) for shard in missing]
+    longest = batch * max(sum(steps_of[i::count]) for i in range(count))
     fill = np.zeros(max(longest - sum(map(len, padded)), 0), int)
     items = _Picked(source, np.concatenate([*padded, fill]))
-    wanted = np.concatenate([*real, fill > 0])
+    stored = np.concatenate([*real, fill > 0])
 
     steps = ((step(rows), rows["id"]) for rows in watch(eval_batches(items, row, batch)))
-    with Progress("" if host else "features", int(wanted.sum()), every=_PROGRESS_EVERY) as progress:
+    with Progress("" if host else "features", int(stored.sum()), every=_PROGRESS_EVERY) as progress:
 
         def records_of(steps: Iterator[Any]) -> Iterator[bytes]:
             for out, ids in _ahead(steps):
-                if batch_records := _records(out, wanted[ids]):
+                if batch_records := _records(out, stored[ids]):
                     progress.advance(len(batch_records))
                     yield from batch_records
 
         records = records_of(steps)
         for shard in missing[host::count]:
             cache.write(shard, records)
-        for _ in records:  # the others have more
+        for _ in records:  # other hosts may have more shards
             pass
     hosts.exchange("", f"features {cache.key} written", patience=hosts.WORK)
 
 
 @dataclasses.dataclass
 class _Picked:
-    """Some of a source's examples."""
+    """Selected examples of a source."""
 
     source: Source
     indices: np.ndarray
@@ -229,7 +238,7 @@ class _Picked:
 def _pixels(
     item: Example, rng: Any = None, *, view: ImageTransform, frames: int, flip: bool
 ) -> Row:
-    """frames u8[M,F,S,S,3] of an example, and whether they could not be read."""
+    """Return frames u8[M,F,S,S,3] of an example, and in `bad` whether they could not be read."""
     from vadapter.data.media.frames import load_square  # with the readers of video
 
     weights, mirrored = np.ones(1, np.float32), (False, True)[: 1 + flip]
@@ -245,11 +254,19 @@ def _pixels(
 def _encode(
     encode: nn.Module, stored: Stored, params: Any, frames: jax.Array, bad: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """What `data.features` stores of u8[B,M,F,S,S,3], part by part; and where it is finite."""
+    """Return what `data.features` stores of frames u8[B,M,F,S,S,3], after which rows are finite.
+
+    Returns:
+      bool[B], and the tokens bfloat16[B,M,F,N,D] or (scales float32[B,M,F,N], int8[B,M,F,N,D]).
+    """
     both: Any = encode.apply({"params": params}, frames.reshape(-1, *frames.shape[2:]))
     tokens = both.reshape(*frames.shape[:2], *both.shape[1:]).astype(jnp.float32)
     finite = jnp.isfinite(tokens).all((1, 2, 3, 4)) | bad
-    masked = lambda x: jnp.where(bad.reshape(-1, *[1] * (x.ndim - 1)), jnp.nan, x)  # noqa: E731
+
+    def masked(x: jax.Array) -> jax.Array:
+        """Return NaN for unusable rows: `data.features` recognizes them by that."""
+        return jnp.where(bad.reshape(-1, *[1] * (x.ndim - 1)), jnp.nan, x)
+
     if stored == "bfloat16":
         return finite, (masked(tokens).astype(jnp.bfloat16),)
     scales = jnp.abs(tokens).max(-1) / 127
@@ -258,23 +275,27 @@ def _encode(
 
 
 def _run(step: Any, mesh: jax.sharding.Mesh, batch: Row) -> Any:
-    """The step's result, not waited for."""
+    """Return the result of the step, without waiting for it."""
     arrays = to_mesh({key: batch[key] for key in ("frames", "bad")}, mesh)
     return step(arrays["frames"], arrays["bad"])
 
 
-def _records(out: Any, wanted: np.ndarray) -> list[bytes]:
-    """The records of those rows of this host that are wanted."""
-    finite, parts = jax.tree.map(local_rows, out)
-    if not finite[wanted].all():
-        raise DataError("the encoder's tokens are not finite; mend its weights, or its dtype")
-    return [b"".join(part[i].tobytes() for part in parts) for i in np.flatnonzero(wanted)]
+def _records(out: Any, stored: np.ndarray) -> list[bytes]:
+    """Return the records of this host's rows that are to be stored, bool[B]; the rest is padding.
+
+    Raises:
+      DataError: tokens are not finite.
+    """
+    finite, arrays = jax.tree.map(local_rows, out)
+    if not finite[stored].all():
+        raise DataError("the encoder's tokens are not finite; fix its weights, or its dtype")
+    return [b"".join(array[i].tobytes() for array in arrays) for i in np.flatnonzero(stored)]
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, each when the next has been asked for: the devices never wait for the disk."""
-    before = list(itertools.islice(items, 1))
+    """Yield each item after the next was dispatched, so that devices never wait for the disk."""
+    pending = list(itertools.islice(items, 1))
     for item in items:
-        yield before.pop()
-        before.append(item)
-    yield from before
+        yield pending.pop()
+        pending.append(item)
+    yield from pending

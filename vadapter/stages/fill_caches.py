@@ -1,4 +1,4 @@
-"""The feature caches of a recipe, made before any stage trains on them."""
+"""The feature caches of a recipe, filled before any stage trains on them."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ from vadapter.recipe.schema import DTYPES, STAGES, Recipe, StageConfig, trained
 from vadapter.stages import initialization
 from vadapter.stages.abstract_state import abstract_encoder
 from vadapter.stages.feature_cache import Watch, encoded
+from vadapter.stages.stage import NO_RUN
 
 
 def write_caches(
@@ -27,20 +28,21 @@ def write_caches(
     stored: Stored | None = None,
     watch: Callable[[str], Watch] = lambda name: iter,
 ) -> Iterator[tuple[str, DataConfig, FeatureSource]]:
-    """Encodes data sets with the frozen encoders that will see them, unless that is done already.
+    """Encode data sets with the frozen encoders of the stages that use them; skip complete caches.
 
     Args:
+      recipe: of the run.
       names: of data sets; by default those with `cache`.
-      workdir: the run directory, where an encoder that the run has trained lies.
-      out, stored: instead of the recipe's `cache_dir` and `cache_dtype`.
-      watch: for a data set, see `features.cached`.
+      workdir: the run directory; needed if the run trains the encoder.
+      out, stored: replace the recipe's `cache_dir` and `cache_dtype`.
+      watch: for a data set, see `feature_cache.cached`.
 
     Yields:
-      The data set, its configuration, and the source that reads what was written.
+      The data set's name, its configuration, and the source that reads the cache.
 
     Raises:
-      ConfigError: an unknown data set, one that no frozen encoder sees, nowhere to write.
-      CheckpointError, DataError: an encoder or data that are not there.
+      ConfigError: a data set is unknown or used with no frozen encoder; no folder is given.
+      CheckpointError, DataError: an encoder or data are missing.
     """
     names = names or tuple(name for name, data in recipe.data.items() if data.cache)
     if not names:
@@ -53,7 +55,7 @@ def write_caches(
         folder = str(out or config.cache_dir or (workdir / "features" if workdir else ""))
         if not folder:
             raise ConfigError(
-                f"data.{name}: nowhere to write; give --out=DIR, --workdir=RUN or cache_dir"
+                f"data.{name}: no folder to write to; give --out=DIR, --workdir=RUN or cache_dir"
             )
         config = dataclasses.replace(
             config, cache=True, cache_dir=folder, cache_dtype=stored or config.cache_dtype
@@ -61,7 +63,7 @@ def write_caches(
         for component, stage in _encoders(recipe, name):
             module: Any = make_module(component, recipe.components[component], dtype=dtype)
             abstract = abstract_encoder(module, mesh)
-            root = workdir or Path("RUN")  # only looked into where a stage trains the encoder
+            root = workdir or NO_RUN
             start = initialization.find(recipe, stage, root, component, abstract)
             digest = start.digest
             if start.weights is not None:
@@ -73,18 +75,20 @@ def write_caches(
 
 
 def _encoders(recipe: Recipe, data: str) -> list[tuple[str, StageConfig]]:
-    """The frozen encoders that a data set is seen by: component, and the first stage with it.
+    """Return the frozen encoders that a data set is used with, each with its first stage.
 
     Raises:
       ConfigError: there is none.
     """
-    found: dict[tuple[str, str], tuple[str, StageConfig]] = {}
+    encoders: dict[tuple[str, str], tuple[str, StageConfig]] = {}
     for name in recipe.chain:
         stage = recipe.stages[name]
-        seen = {*stage.data, *stage.loss, *(recipe.evals[ev].data for ev in stage.evals)}
-        if STAGES[stage.kind].visual and stage.encoder not in trained(stage) and data in seen:
+        used = {*stage.data, *stage.loss, *(recipe.evals[ev].data for ev in stage.evals)}
+        if STAGES[stage.kind].visual and stage.encoder not in trained(stage) and data in used:
             start = stage.start.get(stage.encoder, "")
-            found.setdefault((stage.encoder, start), (stage.encoder, stage))
-    if not found:
-        raise ConfigError(f"data.{data}: no stage of the recipe's chain sees it, encoder frozen")
-    return list(found.values())
+            encoders.setdefault((stage.encoder, start), (stage.encoder, stage))
+    if not encoders:
+        raise ConfigError(
+            f"data.{data}: no stage of the recipe's chain uses it with a frozen encoder"
+        )
+    return list(encoders.values())

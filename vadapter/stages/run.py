@@ -1,4 +1,4 @@
-"""What the stages of a run share: mesh, data sources, tokenizer, and the record of what runs."""
+"""A run: what its stages share (mesh, data sources, tokenizers), and the record of its setup."""
 
 import json
 import platform
@@ -25,9 +25,7 @@ from vadapter.stages import initialization
 from vadapter.stages.stage import Sources, Stage
 
 CONFIG = "config.json"
-TOKENIZER = (
-    "tokenizer.json"  # trained on the run's texts; those of public models lie in tokenizers/
-)
+TOKENIZER = "tokenizer.json"  # trained by the run; those of public models are in tokenizers/
 
 
 class Run:
@@ -39,7 +37,7 @@ class Run:
         self.source = Sources(recipe)
         self.stop = stop or Stop()
         self._stages: dict[str, Stage] = {}
-        self._tokenizers: dict[Path, Any] = {}  # or what is wrong with one
+        self._tokenizers: dict[Path, Tokenizer | UserError] = {}  # an error is raised every time
 
     def stage(self, name: str) -> Stage:
         """Return a stage of the run; its model is built and its init traced once per run."""
@@ -51,36 +49,41 @@ class Run:
         return self._stages[name]
 
     def tokenizer(self, stage: StageConfig) -> Tokenizer:
-        """The tokenizer of the stage's language model: its own if that is public, else the run's.
+        """Return the tokenizer of the stage's language model: that of public weights, or the run's.
 
-        The run's is trained once, by the first host, and from then on read from the run directory.
+        The latter is trained once, by the first host, and then read from the run directory.
+
+        Raises:
+          UserError: it cannot be read or trained.
         """
         path = tokenizer_path(self.recipe, stage, self.workdir)
         if path not in self._tokenizers:
-            make = lambda: self._tokenizer(stage, path)  # noqa: E731
+
+            def read_or_train() -> Tokenizer:
+                tokenizer = read_tokenizer(self.recipe, stage, self.workdir)
+                return self._train_tokenizer(path) if tokenizer is None else tokenizer
+
             try:
-                self._tokenizers[path] = hosts.in_turn(make, f"tokenizer {path.name}")
+                self._tokenizers[path] = hosts.in_turn(read_or_train, f"tokenizer {path.name}")
             except UserError as error:
                 self._tokenizers[path] = error
-        if isinstance(found := self._tokenizers[path], UserError):
-            raise found
-        return found
+        tokenizer = self._tokenizers[path]
+        if isinstance(tokenizer, UserError):
+            raise tokenizer
+        return tokenizer
 
-    def _tokenizer(self, stage: StageConfig, path: Path) -> Tokenizer:
-        tokenizer = read_tokenizer(self.recipe, stage, self.workdir)
-        return self._trained(path) if tokenizer is None else tokenizer
-
-    def _trained(self, path: Path) -> Tokenizer:
-        write_json(made_how(path), plain(self.recipe.tokenizer))  # first
+    def _train_tokenizer(self, path: Path) -> Tokenizer:
+        # Its configuration first: a tokenizer in the run directory then always has one.
+        write_json(_config_path(path), plain(self.recipe.tokenizer))
         sources = {n: self.source(n) for n in dict.fromkeys(self.recipe.tokenizer.data)}
         return train_tokenizer(self.recipe.tokenizer, sources, path)
 
     def check(self) -> None:
-        """Finds what a later stage would stumble over before the first one is paid for.
+        """Check all stages that are not finished before the first one trains.
 
         Raises:
-          UserError: models that do not fit together, data that cannot be read, starts that are not
-            there; all of them at once. What several hosts do not have in common.
+          UserError: models do not fit together, data cannot be read, starts are missing: all
+            problems of all stages at once. Hosts have different data or tokenizers.
         """
         problems, earlier = Problems(), {}
         checked, limit = [], memory.limit(self.mesh)
@@ -99,12 +102,12 @@ class Run:
                     tokenizer.save(path)
 
     def _agree(self, stages: list[Stage]) -> None:
-        """Refuses hosts whose data sets or tokenizers differ, in whatever stage they are used.
+        """Raise UserError if hosts differ in the data sets or tokenizers of any stage.
 
-        Public weights are left to each stage's identity: their digest is that of all their bytes.
+        Public weights are compared later, with each stage's identity: their digest takes longer.
         """
         if hosts.count() == 1:
-            return  # fingerprints take their time
+            return  # fingerprints take time
         names = dict.fromkeys(name for stage in stages for name in stage.data())
         facts = {
             "fingerprints": {name: self.source(name).fingerprint() for name in names},
@@ -114,17 +117,17 @@ class Run:
 
 
 def record(recipe: Recipe, workdir: Path) -> None:
-    """Write what is about to run; call it once that is known to fit what ran before."""
+    """Write the recipe and the environment; call it after the recipe is known to fit the run."""
     if hosts.first():
         write_json(workdir / CONFIG, plain(recipe))
         write_json(workdir / "env.json", environment())
 
 
 def read_tokenizer(recipe: Recipe, stage: StageConfig, workdir: Path) -> Tokenizer | None:
-    """The tokenizer of the stage's language model; None: it is yet to be trained on texts.
+    """Return the tokenizer of the stage's language model; None if the run has yet to train it.
 
     Raises:
-      CheckpointError: the run directory holds one of another model or another configuration.
+      CheckpointError: that of the run directory is of another model or configuration.
       DataError: it cannot be read.
     """
     path = tokenizer_path(recipe, stage, workdir)
@@ -132,41 +135,42 @@ def read_tokenizer(recipe: Recipe, stage: StageConfig, workdir: Path) -> Tokeniz
         from vadapter.data.tokenizers.pretrained import PretrainedTokenizer, load_tokenizer
         from vadapter.weights.hf_checkpoint import locate
 
-        where, weights = f"components.{stage.lm}.weights", recipe.components[stage.lm]["weights"]
-        tokenizer = PretrainedTokenizer.load(locate(weights, where).path)
+        key, weights = f"components.{stage.lm}.weights", recipe.components[stage.lm]["weights"]
+        tokenizer = PretrainedTokenizer.load(locate(weights, key).path)
         if path.exists() and load_tokenizer(path).digest != tokenizer.digest:
             raise CheckpointError(
-                f"{path} is not the tokenizer of {where}={weights}: this run was made with another "
-                "model. Use another --workdir."
+                f"{path} is not the tokenizer of {key}={weights}: this run was started with "
+                "another model. Use another --workdir."
             )
         return tokenizer
     if not path.exists():
         return None
-    how, now = made_how(path), plain(recipe.tokenizer)
-    if diff := differences(json.loads(how.read_text()) if how.is_file() else now, now, "tokenizer"):
+    config, now = _config_path(path), plain(recipe.tokenizer)
+    before = json.loads(config.read_text()) if config.is_file() else now
+    if diff := differences(before, now, "tokenizer"):
         raise CheckpointError(
-            f"{path} was made with another configuration:\n"
+            f"{path} was trained with another configuration:\n"
             + difference_table(diff)
-            + "\nUse another --workdir, or the configuration of before."
+            + "\nUse another --workdir, or the previous configuration."
         )
     from vadapter.data.tokenizers.bpe import BPETokenizer
 
     return BPETokenizer.load(path)
 
 
-def made_how(path: Path) -> Path:
-    """Where the configuration of a trained tokenizer lies."""
+def _config_path(path: Path) -> Path:
+    """Return the file with the configuration of a trained tokenizer."""
     return path.with_suffix(".config.json")
 
 
 def tokenizer_path(recipe: Recipe, stage: StageConfig, workdir: Path) -> Path:
-    """Where the tokenizer of the stage's language model lies in the run directory."""
+    """Return the file of the stage's tokenizer in the run directory."""
     public = recipe.components.get(stage.lm, {}).get("weights")
     return workdir / "tokenizers" / f"{stage.lm}.json" if public else workdir / TOKENIZER
 
 
 def made_with(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """What the last bits of a result depend on, beside the recipe, its data and its start."""
+    """Return what the last bits of a result depend on, besides recipe, data and initialization."""
     return {
         "mesh": dict(mesh.shape),
         "hosts": hosts.count(),
@@ -176,7 +180,7 @@ def made_with(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and command line, for the record."""
+    """Return versions, devices and command line, for the record."""
     return {
         "vadapter": __version__,
         "python": platform.python_version(),
