@@ -322,11 +322,11 @@ def _check_starts(recipe: Recipe, name: str, stage: StageConfig) -> None:
                 f"{where}.start.{component}={source!r}: that stage comes later in config.chain="
                 f"{','.join(recipe.chain)}; put it before {name}"
             )
-        names, wanted = trained(recipe.stages[source]), stage.rename.get(component, component)
-        if wanted not in names:
+        names, name_there = trained(recipe.stages[source]), stage.rename.get(component, component)
+        if name_there not in names:
             raise ConfigError(
                 f"{where}.start.{component}={source!r}: that stage trains {', '.join(names)}, not "
-                f"{wanted}; name the right stage, or the component's name there in "
+                f"{name_there}; name the right stage, or the component's name there in "
                 f"rename.{component}"
             )
     for key in ("fresh", "drop"):
@@ -366,7 +366,7 @@ def trained(stage: StageConfig) -> tuple[str, ...]:
 def resized(
     recipe: Recipe, stage: str, *, batch: int = 0, frames: int = 0, remat: str = ""
 ) -> Recipe:
-    """Return the recipe with other sizes of a stage; 0 and "" leave it as it is.
+    """Return the recipe with other sizes of a stage; 0 and "" keep the recipe's.
 
     Args:
       recipe: of the run.

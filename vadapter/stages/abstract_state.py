@@ -23,7 +23,7 @@ Model = AdapterModel | CoCa
 
 
 def view_of(model: Model) -> ImageTransform | None:
-    """Return how the model's encoder wants its images; None for text only."""
+    """Return the transform of the encoder's images; None for text only."""
     return model.modules[model.encoder].view if model.encoder else None  # type: ignore[attr-defined]
 
 

@@ -56,7 +56,7 @@ from vadapter.stages.steps import (
 if TYPE_CHECKING:
     from vadapter.models.generate import Decode
 
-NO_RUN = Path("RUN")  # stands for a run directory where none is given: nothing is finished there
+NO_RUN = Path("RUN")  # a run directory where none is given: nothing is finished there
 PROMPT = 8  # P without a tokenizer: "Describe the following:" is 4 to 7 tokens in most vocabularies
 
 Earlier = dict[str, dict[str, Any]]  # stage -> component -> tree of shapes
@@ -82,15 +82,15 @@ class Sources:
 
 @dataclasses.dataclass
 class Findings:
-    """What `Stage.check` learns from shapes and headers.
+    """Results of `Stage.check`, from shapes and headers.
 
     Attributes:
       built: the model can be built; if not, only `sources` are filled in.
       sources: data set -> its source, of those that can be opened.
       rows: data set -> shapes of a batch of one row.
       flow: component -> shapes of its input and output, for the largest of the rows.
-      starts: component -> where it starts, of those that have a start.
-      memory: bytes on each device that stay allocated while it trains, by what needs them.
+      starts: component -> its start, of those that have one.
+      memory: bytes on each device that stay allocated while it trains, by component or use.
     """
 
     built: bool = False
@@ -121,7 +121,7 @@ class Stage:
       tokenizer: of its language model; None: not trained yet, or of no interest.
       vocab_size: V, or an upper bound without a tokenizer; 0: the tokenizer's.
       source: opens a data set; by default each is opened once for this stage alone.
-      stop: interrupts what takes long.
+      stop: interrupts long computations.
 
     Attributes:
       config: the stage's section of the recipe.
@@ -156,12 +156,12 @@ class Stage:
 
     @property
     def exact(self) -> bool:
-        """Its tokenizer is known; without one, numbers of tokens are upper bounds."""
+        """Whether it has its tokenizer; without one, numbers of tokens are upper bounds."""
         return self._tokenizer is not None
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer; without one a stand-in, for which no text has fewer tokens: bytes."""
+        """The tokenizer; without one, a stand-in over bytes that gives the most tokens."""
         if self._tokenizer is None:
             from vadapter.data.tokenizers.bpe import BPETokenizer
 
@@ -191,7 +191,7 @@ class Stage:
 
     @property
     def view(self) -> ImageTransform | None:
-        """How the encoder wants its images; None for text only."""
+        """The transform of the encoder's images; None for text only."""
         return view_of(self.model)
 
     @property
@@ -201,7 +201,7 @@ class Stage:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The names of the components that it trains."""
+        """Names of the components that it trains."""
         return trained(self.config)
 
     def data(self) -> tuple[str, ...]:
@@ -298,7 +298,7 @@ class Stage:
         return jit(step or self.train_step, donate_argnums=0, out_shardings=out)
 
     def decode(self, how: "Decode") -> Callable[..., Any]:
-        """Return the function that generates texts: (params of all components, batch) -> texts."""
+        """Return the function that generates: (params of all components, batch) -> generations."""
         from vadapter.models.beam import decode
 
         fn = functools.partial(decode, self.adapter_model, how=how, stop=(EOS,))
@@ -312,40 +312,40 @@ class Stage:
         No tensor is read, nothing is computed on a device and nothing is written.
 
         Args:
-          earlier: what stages that run before this one will have trained; this one's is added.
+          earlier: components that stages before this one will have trained; this one adds its own.
           problems: collects what is wrong.
           limit: bytes that programs may use on a device; None: unknown.
         """
-        found = Findings()
+        findings = Findings()
         with problems.gather(self.name), self._shape_errors("its model cannot be built"):
-            found.built = bool(self.abstract)
+            findings.built = bool(self.abstract)
         with problems.gather(self.name):
             check_batch_size(self.name, self.config, self.mesh.size)
         for name in self.data():
             with problems.gather(self.name):
-                found.sources[name] = self.source(name)
-        if not found.built:
+                findings.sources[name] = self.source(name)
+        if not findings.built:
             with problems.gather(self.name):
                 initialization.check_sources(self.recipe, self.name, self.workdir)
-            return found
+            return findings
         for name in self.data():
             with problems.gather(self.name):
-                found.rows[name] = self._row(name, found.sources.get(name))
-        for name, row in sorted(found.rows.items(), key=lambda item: _elements(item[1])):
+                findings.rows[name] = self._row(name, findings.sources.get(name))
+        for name, row in sorted(findings.rows.items(), key=lambda item: _elements(item[1])):
             unfit = f"a row of data {name!r} does not go through its model"
             with problems.gather(self.name), self._shape_errors(unfit):
-                found.flow |= flow(self.model, self.abstract, row, self.exact)
+                findings.flow |= flow(self.model, self.abstract, row, self.exact)
         for name in components(self.config):
             with problems.gather(f"{self.name}/{name}"):
-                found.starts[name] = initialization.find(
+                findings.starts[name] = initialization.find(
                     self.recipe, self.config, self.workdir, name, self.abstract[name],
                     upcoming=earlier, vocab_bound=0 if self.exact else self.vocab_size,
                 )  # fmt: skip
         with problems.gather(self.name):
-            found.memory = self._allocated(found.rows)
-            memory.require_room(f"stages.{self.name}", found.memory, limit)
+            findings.memory = self._allocated(findings.rows)
+            memory.require_room(f"stages.{self.name}", findings.memory, limit)
         earlier[self.name] = {name: self.abstract[name] for name in self.trained}
-        return found
+        return findings
 
     def _shape_errors(self, problem: str) -> Any:
         return shape_errors(f"stages.{self.name}: {problem}")
