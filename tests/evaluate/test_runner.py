@@ -80,7 +80,7 @@ def test_an_evaluation_reproduces_the_scores_of_training(run, loaded):
     assert [row["prediction"] for row in result.rows] == [row["prediction"] for row in rows]
     assert result.scores == pytest.approx(scores)
     assert result.scores["n"] == len(rows) == 12
-    assert scores["cider"] > 0.05  # it has learnt something: equal zeros would prove little
+    assert scores["cider"] > 0.05  # it is trained: equal zeros would prove little
     assert json.loads((before / "score.json").read_text())["scores"] == pytest.approx(scores)
 
 

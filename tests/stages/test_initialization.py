@@ -21,7 +21,7 @@ VOCAB = 300
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A run directory in which tlm, llm, vision and decoder are finished, and its recipe."""
-    folder = tmp_path_factory.mktemp("handover")
+    folder = tmp_path_factory.mktemp("initialization")
     config = tiny_recipe(draw(folder / "shapes"))
     recipe, stages = read(config), {}
     for seed, name in enumerate(("tlm", "llm", "vision", "decoder")):

@@ -66,7 +66,7 @@ def _image(color: str, shape: str, ground: str, offset: int = 0) -> Image.Image:
 
 
 def get_config(arg: str) -> ConfigDict:
-    """The recipe over the folder that `draw` filled, trained until it has learnt something."""
+    """The recipe over the folder that `draw` filled, trained until it writes captions."""
     return tiny_recipe(Path(arg), steps=40)
 
 

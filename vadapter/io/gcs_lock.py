@@ -1,8 +1,8 @@
 """Lock objects in buckets, which no kernel releases when their holder is killed.
 
 The holder creates the object and writes it again every `BEAT` seconds, but only if nobody else
-has. Whoever sees it unchanged for `STALE` seconds, by its own clock, takes it over; on the holder's
-machine it is enough that the process is gone.
+has. A process that sees it unchanged for `STALE` seconds, by its own clock, takes it over; on the
+holder's machine it is enough that the process is gone.
 """
 
 import contextlib

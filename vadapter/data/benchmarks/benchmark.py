@@ -44,7 +44,7 @@ class File(NamedTuple):
     """An official annotation file.
 
     Attributes:
-      name: its official name; `{split}` stands for the split's value in `splits`.
+      name: its official name; `{split}` is replaced by the split's value in `splits`.
       page: the official page that offers it.
       splits: split that needs the file -> replacement of `{split}`.
       archives: official zips that may contain it, as glob patterns; they are read in place.

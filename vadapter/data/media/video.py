@@ -5,7 +5,7 @@ nearest to (i + 0.5) / F * D, the earlier one of two equally near.
 
   first and last        the middles of F equal parts: neither the very first frame nor the very last
                         (titles, fades), unless the clip has little else
-  fewer frames than F   they repeat, in order: each stands for the parts it is nearest to
+  fewer frames than F   they repeat, in order: each represents the parts it is nearest to
   variable frame rate   times are the file's own time stamps (in AVI, time slots), never a count
   D                     from the first frame to the end of the last one, as read from the packets:
                         headers may be wrong
