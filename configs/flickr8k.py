@@ -136,7 +136,7 @@ def get_config(arg=None):
                     lm="tlm",
                     chain=("resampler", "fc_in"),
                     start=dict(tlm="tlm"),
-                    dropout=True,
+                    use_dropout=True,
                     **see(4000, 1.5e-3),
                 ),
                 vadapter=dict(

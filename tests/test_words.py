@@ -28,7 +28,7 @@ PRODUCT = {
     r"at rest|in vain": (),
     r"stands? (there|in|for|behind|beside|before)": (),
     r"lies? (there|in|on|beside|behind|below|under|at|where)": (),
-    r"is told|are told|was told|were told|whoever|wants? to be": (),
+    r"is told|are told(?! apart)|was told|were told|whoever|wants? to be": (),
 }
 REPLACED = EVERYWHERE | {pattern: (*paths, "tests/") for pattern, paths in PRODUCT.items()}
 WRITTEN = (".py", ".md", ".sh", ".yaml", ".toml", ".yml")

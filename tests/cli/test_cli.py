@@ -57,7 +57,7 @@ def test_the_quickstart_again_reuses_what_is_done(chain, run, call):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("checkpoints/*/state/*")}
     code, out, _ = call("quickstart", f"--config={recipe}:{chain / 'shapes'}", f"--workdir={run}")
     assert code == 0
-    assert sum(line.endswith(": done before") for line in out) == 6
+    assert sum(line.endswith(": already finished") for line in out) == 6
     assert {p: p.stat().st_mtime_ns for p in run.rglob("checkpoints/*/state/*")} == before
     assert str(run / "gallery.html") in out
 

@@ -110,7 +110,10 @@ def test_stats_of_zero_looks_at_all(look):
     [
         (["--data=image"], r"config\.data: unknown 'image'; did you mean 'images'"),
         (["--data=images", "--stage=decodr"], r"config\.stages: unknown 'decodr'; did you mean"),
-        (["--data=questions"], r"config\.data\.questions: no stage .* name one .* --stage"),
+        (
+            ["--data=questions"],
+            r"config\.data\.questions: no stage .* reads it; pass the stage .* --stage",
+        ),
         (["--config.data.imags.size=3"], r"imags"),
     ],
 )
@@ -125,10 +128,10 @@ def test_without_a_tokenizer_show_stops_and_stats_tells_the_rest(call, root):
     recipe = f"{RECIPES}:{root / 'shapes'}"
     code, _, err = call("show", recipe, "--data=images")
     assert code == USER_ERROR
-    assert "name a run that has one with --workdir=RUN" in err
+    assert "pass a run that has it, --workdir=RUN" in err
     code, out, err = call("stats", recipe, "--data=images")
     assert (code, err) == (0, "")
-    assert "no lengths in tokens, no rows" in out
+    assert "no lengths in tokens and no rows" in out
 
 
 def test_a_page_that_cannot_be_written_is_told(look, tmp_path):
@@ -136,7 +139,7 @@ def test_a_page_that_cannot_be_written_is_told(look, tmp_path):
     for path in (tmp_path / "file" / "page.html", tmp_path):
         code, out, err = look("show", "--data=images", "--n=1", f"--out={path}")
         assert (code, out) == (USER_ERROR, "")
-        assert f"vadapter: {path}: " in err
+        assert f"vadapter: {path} cannot be written: " in err
         assert err.count("\n") == 1
 
 

@@ -126,7 +126,7 @@ def test_ones_own_images_are_seen_as_those_of_training(folder, tokenizer, monkey
     monkeypatch.setattr(describe, "Decoder", lambda *_: Seen(tokenizer, seen))
     data = {"images": dataclasses.replace(ONE, fit=fit)}
     loaded = types.SimpleNamespace(
-        view=VIEW, stage="s", tokenizer=tokenizer, model=tiny.stage2(), params={},
+        view=VIEW, name="s", tokenizer=tokenizer, adapter_model=tiny.stage2(), params={},
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]), config=types.SimpleNamespace(data=data),
         recipe=types.SimpleNamespace(data=data),
     )  # fmt: skip

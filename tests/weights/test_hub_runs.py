@@ -39,7 +39,7 @@ try:
             config.tokenizer.data = ()
         made = run.Run(read(config), folder / "run")
         made.check()
-        made.record()
+        run.record(made.recipe, made.workdir)
     print(read_run(folder / "run").components["llm"]["width"])
 except CheckpointError as error:
     print(error)
