@@ -18,7 +18,7 @@ from typing import Any
 
 from vadapter.errors import USER_ERROR
 from vadapter.io import buckets
-from vadapter.io.lock import holder_name, in_use, parse_holder, this_process
+from vadapter.io.lock_holder import holder_name, in_use, parse_holder, this_process
 
 BEAT = 15.0
 STALE = 60.0

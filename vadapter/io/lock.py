@@ -10,11 +10,9 @@ import json
 import logging
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from vadapter.errors import ConfigError
 from vadapter.io import buckets, storage
@@ -78,37 +76,10 @@ def _write_errors(directory: Path) -> Iterator[None]:
         ) from e
 
 
-def in_use(path: Path, holder: str) -> ConfigError:
-    """Return the error for a lock file that another process holds."""
-    return ConfigError(
-        f"{path.parent} is in use by another run: {holder}. "
-        "Stop that run, or choose another directory."
-    )
-
-
-def this_process() -> dict[str, Any]:
-    """Return what a lock file records of its holder."""
-    started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
-
-
-def holder_name(holder: dict[str, Any]) -> str:
-    """Return what messages call the holder of a lock."""
-    values = [holder.get(key, "?") for key in ("pid", "host", "started")]
-    return "process {} on {}, started {}".format(*values)
-
-
-def parse_holder(text: bytes) -> dict[str, Any]:
-    """Return the record in a lock file; {} if it is empty or unreadable."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 @contextlib.contextmanager
 def _hold_file(path: Path, wait: bool) -> Iterator[None]:
+    from vadapter.io.lock_holder import holder_name, in_use, parse_holder, this_process
+
     with _write_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
