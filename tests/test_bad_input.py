@@ -418,7 +418,7 @@ def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(train, tmp_path, kin
     # under the limit, which cuts the file that holds `front`.
     train.change(
         "config.components.front.hidden_dim = 1024;"
-        "config.stages.decoder.update(save_every=1, keep=20)"
+        "config.stages.decoder.update(save_every=1, keep=20, steps=12)"
     )
     train.workdir = tmp_path / "whole"
     assert train()[0] == 0
@@ -441,4 +441,4 @@ def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(train, tmp_path, kin
         assert (f"decoder: resumed at step {max(kept, default=0)}" in train.out) == bool(kept)
         assert bool(kept) == (kind == "disk")
         assert runs.handed_over(train.workdir, ("decoder",)) == whole
-        assert {row["step"] for row in train.metrics()} == set(range(1, 7))
+        assert {row["step"] for row in train.metrics()} == set(range(1, 13))

@@ -177,7 +177,7 @@ def make_train_step(
         visual = objective.prepare(frozen, batch)
 
         def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
-            return objective.loss(frozen | params, visual, batch, total, rng)
+            return objective.loss({**frozen, **params}, visual, batch, total, rng)
 
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return grads, {"loss": loss} | metrics
