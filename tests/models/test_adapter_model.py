@@ -85,7 +85,7 @@ def test_words_are_looked_up_once_so_their_gradient_is_written_once():
         for eqn in program.eqns:
             if eqn.primitive.name.startswith("scatter"):
                 yield eqn.outvars[0].aval.shape
-            for inner in flops.programs_in(eqn.params):
+            for inner in flops.subprograms(eqn.params):
                 yield from scatters(inner)
 
     assert list(scatters(traced.jaxpr)).count((tiny.V, E)) == 1
