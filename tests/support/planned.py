@@ -1,8 +1,8 @@
 """What is recorded of plans: the README's table, and a few programs that must not grow.
 
-python tests/study/planned.py v5e v6e    # plans what planned.json lacks: minutes a cell
-python tests/study/planned.py            # writes the README's table from planned.json
-python tests/study/planned.py gate       # plans the rows of estimated_cycles.json again
+PYTHONPATH=tests python tests/support/planned.py v5e v6e  # plans what planned.json lacks: minutes a cell
+PYTHONPATH=tests python tests/support/planned.py          # writes the README's table from planned.json
+PYTHONPATH=tests python tests/support/planned.py gate     # plans the rows of estimated_cycles.json again
 
 The table: every scale of the paper on the smallest slice it fits.
 """

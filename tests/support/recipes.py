@@ -4,7 +4,7 @@
     shapes = draw(tmp_path / "shapes")
     train(read(tiny_recipe(shapes)), tmp_path / "run")
 
-or `vadapter train --config=tests/recipes.py:FOLDER --workdir=RUN`.
+or `vadapter train --config=tests/support/recipes.py:FOLDER --workdir=RUN`.
 """
 
 import itertools
