@@ -1,8 +1,10 @@
-"""What is recorded of plans: the README's table, and a few programs that must not grow.
+"""What is recorded of plans: the table of scales, and a few programs that must not grow.
 
-PYTHONPATH=tests python tests/support/planned.py v5e v6e  # plans what planned.json lacks: minutes a cell
-PYTHONPATH=tests python tests/support/planned.py          # writes the README's table from planned.json
-PYTHONPATH=tests python tests/support/planned.py gate     # plans the rows of estimated_cycles.json again
+With PYTHONPATH=tests in the environment:
+
+python tests/support/planned.py v5e v6e  # plans what planned.json lacks: minutes a cell
+python tests/support/planned.py          # writes the table of vadapter/plan/README.md
+python tests/support/planned.py gate     # plans the rows of estimated_cycles.json again
 
 The table: every scale of the paper on the smallest slice it fits.
 """
