@@ -4,6 +4,7 @@ import io
 import math
 
 import pytest
+from support.patches import use_clock
 
 from vadapter import console
 from vadapter.console import Progress
@@ -97,9 +98,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    return now
+    return use_clock(monkeypatch, 100.0)
 
 
 def test_lines_are_rare_and_earlier_work_does_not_count_as_speed(clock):

@@ -1,14 +1,15 @@
 """The input benchmark counts the samples that each side has read, and both read the same."""
 
-import builtins
 import collections
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.clips import clip, image, numbers
+from support.patches import use_clock
 
 from benches import bench_input
 from benches.bench_input import CAPTION, NEEDS, as_text, bench, main, photos
@@ -50,21 +51,16 @@ def reader(tmp_path):
 @pytest.fixture
 def clock(monkeypatch):
     """CPU seconds, which pass only where a test adds them to `clock[0]`."""
-    now = [0.0]
-    monkeypatch.setattr(bench_input.time, "process_time", lambda: now[0])
-    return now
+    return use_clock(monkeypatch, name="process_time")
 
 
 @pytest.fixture
-def no_torch(monkeypatch):
-    known = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "torch":
-            raise ImportError("No module named 'torch'")
-        return known(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def no_torch(monkeypatch, tmp_path_factory):
+    """Importing torch fails as where it is not installed."""
+    folder = tmp_path_factory.mktemp("no_torch")
+    (folder / "torch.py").write_text("raise ImportError(\"No module named 'torch'\")\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
 
 
 def test_a_rate_is_what_was_read_by_its_time_and_the_first_round_does_not_count(clock):

@@ -82,8 +82,8 @@ def test_more_than_a_device_has_is_refused_before_anything_is_compiled(
     begun = []
     monkeypatch.setattr(loop, "train_stage", begun.append)
     stays = Run(recipe, tmp_path).stage("decoder").check({}, Problems()).memory
-    limit = sum(stays.values()) + spare
-    monkeypatch.setattr(memory, "limit", lambda mesh: limit)
+    limits = [sum(stays.values()) + spare]
+    monkeypatch.setattr(memory, "limit", lambda mesh: limits[0])
     if spare == 0:
         train(recipe, tmp_path)
         assert len(begun) == 1
@@ -94,7 +94,7 @@ def test_more_than_a_device_has_is_refused_before_anything_is_compiled(
     total = size(sum(stays.values()))
     for part in (f"stages.decoder: {total} are needed on each device", *stays, PLAN):
         assert part in str(met.value)
-    monkeypatch.setattr(memory, "limit", lambda mesh: 1)
+    limits[0] = 1
     _, problems = check(lambda: recipe, tmp_path)
     assert ["B are needed on each device" in line for line in problems.lines()] == [True]
 

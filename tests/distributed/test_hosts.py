@@ -22,19 +22,18 @@ import pytest
 from jax._src.clusters import ClusterEnv
 from support import hosts as drive
 from support import paths, runs
-from support.patches import use_devices
+from support.patches import use_batches, use_devices, use_host_count
 from support.small_benchmarks import write_benchmarks
 
 from vadapter.checkpoints.manager import steps
 from vadapter.data.pipeline import make_loader
 from vadapter.distributed import hosts
-from vadapter.distributed.mesh import MeshConfig, to_mesh
+from vadapter.distributed.mesh import MeshConfig
 from vadapter.distributed.startup import check_in, gather
 from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR, ConfigError, HostError
 from vadapter.io.json_files import history, rows
 from vadapter.recipe.schema import read
 from vadapter.stages import run
-from vadapter.train import loop
 from vadapter.train.host_agreement import require_own_rows
 from vadapter.train.loop import train
 
@@ -165,11 +164,11 @@ def seen(monkeypatch):
     """The rows of every batch that training in this process, on four devices, sees."""
     batches = []
 
-    def record(batch, mesh):
+    def record(batch):
         batches.append(batch["id"].tolist())
-        return to_mesh(batch, mesh)
+        return batch
 
-    monkeypatch.setattr(loop, "to_mesh", record)
+    use_batches(monkeypatch, record)
     use_devices(monkeypatch, 4)
     return batches
 
@@ -730,7 +729,7 @@ def test_a_mesh_that_gives_hosts_the_same_rows_is_refused(monkeypatch):
             owners = np.repeat([Device(0), Device(1)], 4)
             self.devices = owners.reshape(*shape.values())
 
-    monkeypatch.setattr(hosts, "count", lambda: 2)
+    use_host_count(monkeypatch, 2)
     require_own_rows(Mesh(data=2, fsdp=2, tensor=2))
     require_own_rows(Mesh(data=1, fsdp=2, tensor=4))
     with pytest.raises(ConfigError, match=r"mesh.tensor must divide the devices of a host"):

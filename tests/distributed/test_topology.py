@@ -1,10 +1,10 @@
 """Names of accelerators, and the devices that are made of them."""
 
 import math
+import sys
 
 import pytest
 
-from vadapter.distributed import topology
 from vadapter.distributed.topology import CHIPS, Topology, devices, larger, parse, smallest
 from vadapter.errors import ConfigError
 
@@ -107,7 +107,7 @@ def test_more_cpu_devices_than_the_process_has_are_refused():
 
 
 def test_a_tpu_without_its_compiler_is_refused_with_the_extra_to_install(monkeypatch):
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "libtpu", None)  # as if not installed
     with pytest.raises(ConfigError, match=r"pip install 'vadapter\[tpu\]'"):
         devices(parse("v5e:4x4"))
 

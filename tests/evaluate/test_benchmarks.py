@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from support import official_files
+from support.patches import wrap_generate
 from support.paths import TESTS
 from support.small_benchmarks import PHOTOS, QUESTIONS, write_benchmarks
 
@@ -18,7 +19,6 @@ from vadapter.config import digest
 from vadapter.data.benchmarks.source import open_benchmark
 from vadapter.data.benchmarks.table import BENCHMARKS
 from vadapter.errors import USER_ERROR
-from vadapter.evaluate import runner
 from vadapter.evaluate.protocols import PROTOCOLS
 
 PAPER = PROTOCOLS["paper"]
@@ -184,16 +184,16 @@ def count_generations(monkeypatch, stop_after=None):
     Args:
       stop_after: raise KeyboardInterrupt after so many, as Ctrl-C does.
     """
-    generate, generations = runner.Decoder.generate, []
+    generations = []
 
-    def counting(*args, **kwargs):
+    def counting(generate, *args, **kwargs):
         for group in generate(*args, **kwargs):
             generations.extend(group)
             if len(generations) == stop_after:
                 raise KeyboardInterrupt
             yield group
 
-    monkeypatch.setattr(runner.Decoder, "generate", counting)
+    wrap_generate(monkeypatch, counting)
     return generations
 
 
@@ -293,10 +293,9 @@ def test_eight_devices_generate_the_same_as_one(run, data, evaluate):
 
 @pytest.mark.parametrize("spoil", ["missing", "double"])
 def test_generations_that_are_not_one_per_item_are_an_error(evaluate, spoil, monkeypatch):
-    generate = runner.Decoder.generate
     change = {"missing": lambda g: g[:-1], "double": lambda g: [*g, g[0]]}[spoil]
-    monkeypatch.setattr(
-        runner.Decoder, "generate", lambda *args, **kwargs: map(change, generate(*args, **kwargs))
+    wrap_generate(
+        monkeypatch, lambda generate, *args, **kwargs: map(change, generate(*args, **kwargs))
     )
     with pytest.raises(RuntimeError, match="expected one generation for each"):
         evaluate("--benchmarks=flickr8k", "--config.protocol.decode.max_new=4")

@@ -6,13 +6,13 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from support.patches import wrap_generate
 from support.paths import ROOT
 
 from vadapter import VAdapter
 from vadapter.data.media.images import decode_image, resize
 from vadapter.data.media.video import decode_clip
 from vadapter.errors import CheckpointError, ConfigError, DataError
-from vadapter.evaluate.runner import Decoder
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +52,14 @@ def test_a_single_question_or_image_is_combined_with_each_of_the_other_list(mode
 @pytest.fixture
 def batches(monkeypatch):
     """The batches that are decoded from now on."""
-    decoded, generate = [], Decoder.generate
+    decoded = []
 
-    def recording(self, params, batches, how, shown=None):
+    def recording(generate, decoder, params, batches, how, shown=None):
         batches = list(batches)
         decoded.extend(batches)
-        return generate(self, params, iter(batches), how, shown)
+        return generate(decoder, params, iter(batches), how, shown)
 
-    monkeypatch.setattr(Decoder, "generate", recording)
+    wrap_generate(monkeypatch, recording)
     return decoded
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 
 import pytest
-from support import guides, hub_server
+from support import guides
 from support.hub_server import NEW, Hub
 from support.paths import ROOT
 
@@ -29,6 +29,8 @@ REPO = "owner/name"
 
 class Giving(Hub):
     """The answers that an upload needs: it asks for no large files, so all come in the commit."""
+
+    repos = (REPO,)
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -56,9 +58,8 @@ class Giving(Hub):
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub():
     """The server: `files` is what it has, `created` what its repository was made with."""
-    monkeypatch.setattr(hub_server, "REPOS", (REPO,))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Giving)
     server.asked, server.files, server.main, server.created = [], {}, NEW, None
     server.endpoint = f"http://127.0.0.1:{server.server_port}"

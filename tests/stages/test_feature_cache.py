@@ -82,6 +82,11 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(files, "ROUND", 8)
 
 
+def refuse(batches):
+    """Fail: no token may be computed."""
+    pytest.fail("computed")
+
+
 def pixels(source, index, flip=False):
     """u8[M,1,S,S,3]."""
     return feature_cache._pixels(source[index], view=ImageTransform(SIZE), frames=1, flip=flip)[
@@ -147,10 +152,9 @@ def test_the_loss_on_cached_tokens_is_that_on_images(cache, encoder, images, rec
     assert abs(float(loss(params, other)) - losses[2]) > 1e-3  # the images do matter
 
 
-def test_cached_tokens_are_not_computed_again(cache, images, monkeypatch):
+def test_cached_tokens_are_not_computed_again(cache, images):
     first = cache(images)
-    monkeypatch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed again"))
-    assert np.array_equal(cache(images)[3].media.tokens, first[3].media.tokens)
+    assert np.array_equal(cache(images, watch=refuse)[3].media.tokens, first[3].media.tokens)
 
 
 def test_several_devices_compute_the_same_tokens(cache, images, small_shards, tmp_path):
@@ -165,11 +169,17 @@ def test_several_devices_compute_the_same_tokens(cache, images, small_shards, tm
         )
 
 
-def test_of_two_runs_that_need_the_same_tokens_one_computes_them(cache, images, monkeypatch):
-    calls, compute = [], feature_cache._compute
-    monkeypatch.setattr(feature_cache, "_compute", lambda *args: (calls.append(1), compute(*args)))
-    made = []
-    threads = [threading.Thread(target=lambda: made.append(cache(images))) for _ in "12"]
+def test_of_two_runs_that_need_the_same_tokens_one_computes_them(cache, images):
+    calls, made = [], []
+
+    def watch(batches):
+        calls.append(1)
+        return batches
+
+    def run():
+        made.append(cache(images, watch=watch))
+
+    threads = [threading.Thread(target=run) for _ in "12"]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -178,7 +188,9 @@ def test_of_two_runs_that_need_the_same_tokens_one_computes_them(cache, images, 
     assert len(calls) == 1
 
 
-def test_another_encoder_or_preprocessing_is_another_cache(cache, encoder, images, recipe):
+def test_another_encoder_or_preprocessing_is_another_cache(
+    cache, encoder, images, recipe, tmp_path
+):
     module, _ = encoder
     held = make_source("held", recipe.data["held"])
     deeper = type(module)(dataclasses.replace(module.config, depth=2))
@@ -196,13 +208,18 @@ def test_another_encoder_or_preprocessing_is_another_cache(cache, encoder, image
         {"encode": deeper, "params": tiny.init(deeper, jnp.zeros((1, 1, SIZE, SIZE, 3)))},
     ]
     folders = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_cache, "_compute", lambda *_: None)
-        patch.setattr(feature_cache, "FeatureSource", lambda source, cache: cache.folder)
-        for change in ({}, *changes, {}):
-            folders.append(cache(**{"source": images, **change}))
-    assert folders[0] == folders[-1]
-    assert len(set(folders)) == len(changes) + 1
+
+    def stop(batches):
+        raise KeyboardInterrupt
+
+    for number, change in enumerate(({}, *changes, {})):
+        place = tmp_path / str(number)
+        with pytest.raises(KeyboardInterrupt):  # its key is written first
+            cache(**{"source": images, "folder": place, "watch": stop, **change})
+        folders.extend(place.iterdir())
+    assert len(folders) == len(changes) + 2
+    assert folders[0].name == folders[-1].name
+    assert len({folder.name for folder in folders}) == len(changes) + 1
     keys = [json.loads((folder / "key.json").read_text()) for folder in folders]
     assert [digest(key)[:16] for key in keys] == [folder.name for folder in folders]
 
@@ -274,10 +291,8 @@ def test_the_size_is_printed_before_anything_is_computed_and_must_fit(
 ):
     free = types.SimpleNamespace(free=size + 3 * files.SLACK_BYTES - 1)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: free)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed"))
-        with pytest.raises(ConfigError, match=f"need {size:,} bytes .* and .* are free. Free "):
-            cache(images, stored=stored)
+    with pytest.raises(ConfigError, match=f"need {size:,} bytes .* and .* are free. Free "):
+        cache(images, stored=stored, watch=refuse)
     free.free += 1
     made = cache(images, stored=stored)
     line = f"24 of 24 examples × 1 × 1 × 16 tokens × 16 {stored}: {size:,} bytes"

@@ -13,7 +13,6 @@ from support import faults, runs
 from vadapter.config import load, override
 from vadapter.errors import PREEMPTED, ConfigError, UserError
 from vadapter.recipe.schema import read
-from vadapter.stages import feature_cache
 from vadapter.stages.fill_caches import write_caches
 from vadapter.stages.run import Run
 
@@ -100,13 +99,13 @@ def test_kills_at_random_times_leave_nothing_but_complete_files(recipe, tmp_path
     assert shards(out) == whole
 
 
-def test_training_reads_what_the_command_wrote(recipe, tmp_path, monkeypatch, capsys):
+def test_training_reads_what_the_command_wrote(recipe, tmp_path, capsys):
     values = load(str(recipe))
     override(values, [f"data.images.cache_dir={tmp_path / 'shared'}"])
     ((name, config, made),) = write_caches(read(values), stored="int8")
     assert (name, config.cache_dtype, config.flip) == ("images", "int8", True)
     override(values, ["data.images.cache_dtype=int8", "chain=decoder"])
-    monkeypatch.setattr(feature_cache, "_compute", lambda *_: pytest.fail("computed again"))
+    assert "features: 24 of 24 examples" in capsys.readouterr().out
     identities = []
     for workdir in ("a", "b"):  # two runs, one folder
         stage = Run(read(values), tmp_path / workdir).stage("decoder")
@@ -117,6 +116,7 @@ def test_training_reads_what_the_command_wrote(recipe, tmp_path, monkeypatch, ca
         assert not (tmp_path / workdir / "features").exists()
         identities.append(stage.identity())
         override(values, [f"data.images.cache_dir={(tmp_path / 'shared').resolve()}/."])
+    assert "features:" not in capsys.readouterr().out  # nothing is computed again
     assert identities[0] == identities[1]  # the folder is not part of the identity
 
 

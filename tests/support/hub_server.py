@@ -15,13 +15,13 @@ FILES = {
     "onnx/config.json": b"{}",
 }
 WANTED = {"config.json", "model.safetensors", "merges.txt"}
-REPOS = ("owner/model", "owner/gated-info", "owner/gated-files")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """The few answers of huggingface.co that a download needs, and its errors."""
 
     protocol_version = "HTTP/1.1"
+    repos = ("owner/model", "owner/gated-info", "owner/gated-files")
 
     def do_GET(self):
         url = urlsplit(self.path)
@@ -31,11 +31,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if token == "Bearer expired":
             return self.error(401, None, "Invalid credentials in Authorization header")
         if part[:2] == ["api", "models"] and len(part) == 2:
-            return self.json([{"id": repo} for repo in REPOS if self.asks_for(repo, url.query)])
+            asked = [repo for repo in self.repos if self.asks_for(repo, url.query)]
+            return self.json([{"id": repo} for repo in asked])
         repo, rest = "/".join(part[2:4]), part[4:]
         if part[0] != "api":
             repo, rest = "/".join(part[:2]), part[2:]
-        if repo not in REPOS:
+        if repo not in self.repos:
             return self.error(404 if token else 401, "RepoNotFound" if token else None)
         granted = token == "Bearer granted"
         if not granted and (repo == "owner/gated-info" or (part[0] != "api" and "gated" in repo)):

@@ -1,9 +1,9 @@
 """Runs in a bucket: trained, killed, resumed, evaluated and restored as on a disk."""
 
-import importlib.util
 import json
 import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -266,10 +266,7 @@ def test_texts_of_an_evaluation_in_a_bucket_go_on_behind_the_last_batch(bucket, 
 
 def test_without_gcsfs_a_bucket_is_refused_with_the_extra_to_install(monkeypatch, capsys):
     buckets.prepare.cache_clear()
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find(name)
-    )
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if not installed
     assert main(["train", "--config=x.py", "--workdir=gs://bucket/run"]) == 78
     said = capsys.readouterr().err
     assert said == "vadapter: gs:// paths need gcsfs: pip install 'vadapter[gs]'\n"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from support import faults, runs
-from support.patches import use_devices, use_fake_step
+from support.patches import use_batches, use_devices, use_fake_step
 from support.recipes import tiny_recipe
 
 from vadapter.checkpoints import array_io
@@ -16,7 +16,6 @@ from vadapter.checkpoints.manager import steps
 from vadapter.data.open import make_stream
 from vadapter.data.pipeline import make_loader
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted
-from vadapter.evaluate.runner import to_mesh
 from vadapter.io.json_files import rows
 from vadapter.recipe.schema import read
 from vadapter.stages.initialization import DONE
@@ -54,11 +53,11 @@ def batches(monkeypatch):
 
     seen = Seen()
 
-    def record(batch, mesh):
+    def record(batch):
         seen.append((batch["id"].tolist(), batch["targets"].tolist()))
-        return to_mesh(seen.spoil.get(len(seen), lambda b: b)(batch), mesh)
+        return seen.spoil.get(len(seen), lambda b: b)(batch)
 
-    monkeypatch.setattr(loop, "to_mesh", record)
+    use_batches(monkeypatch, record)
     return seen
 
 

@@ -1,4 +1,3 @@
-import builtins
 import json
 import os
 import pty
@@ -6,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from support.patches import use_clock
 
 from vadapter.io.json_files import history, rows, write_json
-from vadapter.train import metric_writer as writer_module
 from vadapter.train.metric_writer import MetricWriter
 
 
@@ -107,22 +106,16 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
 
 
 def test_without_tensorboard_nothing_is_missing_but_its_files(tmp_path, monkeypatch):
-    honest = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("tensorboard"):
-            raise ImportError(name)
-        return honest(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    loaded = {name for name in sys.modules if name.startswith("tensorboard.")}
+    for name in ("tensorboard", *loaded):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
     write(tmp_path, 1, loss=3.0)
     assert [row["loss"] for row in rows(tmp_path / "metrics.jsonl")] == [3.0]
     assert not (tmp_path / "tb").exists()
 
 
 def test_lines_are_few_and_begin_with_the_stage(tmp_path, capsys, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(writer_module.time, "monotonic", lambda: now[0])
+    now = use_clock(monkeypatch, 100.0)
     with MetricWriter(tmp_path, "stage", 10) as writer:
         for step in range(1, 11):
             now[0] += 3

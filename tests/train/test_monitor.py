@@ -2,10 +2,10 @@ import math
 
 import jax.numpy as jnp
 import pytest
+from support.patches import use_clock
 
 from vadapter.errors import DataError, NonFiniteError
 from vadapter.recipe.schema import StageConfig
-from vadapter.train import monitor as journal_module
 from vadapter.train.monitor import FEW_BAD, Monitor
 
 
@@ -27,9 +27,7 @@ class Lines:
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that the test moves."""
-    now = [0.0]
-    monkeypatch.setattr(journal_module.time, "monotonic", lambda: now[0])
-    return now
+    return use_clock(monkeypatch)
 
 
 def make(lines, *, steps=100, log_every=4, batch=8, **more):

@@ -2,11 +2,11 @@
 
 import io
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 from support.clips import CODINGS, SIZE, Coding, clip, image
+from support.patches import forbid_decoding
 
 from vadapter.data.media.images import BadMedia
 from vadapter.data.media.media_header import probe
@@ -23,14 +23,14 @@ def encoded(format: str, count: int = 1) -> bytes:
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP"])
 def test_an_image_tells_its_size_and_nothing_is_decoded(format, monkeypatch):
     data = encoded(format)
-    monkeypatch.setattr(Image.Image, "load", None)
+    forbid_decoding(monkeypatch)
     assert probe(data, clip=False) == (SIZE[1], SIZE[0], 1, 0.0)
 
 
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda c: f"{c.container}-{c.codec}-{c.options}")
 def test_a_clip_tells_its_frames_and_seconds_and_nothing_is_decoded(coding, monkeypatch):
     data = clip([image(i) for i in range(12)], coding)
-    monkeypatch.setattr(av.container.InputContainer, "decode", None, raising=False)
+    forbid_decoding(monkeypatch)
     found = probe(data, clip=True)
     assert found[:3] == (SIZE[1], SIZE[0], 12)
     assert found.seconds == pytest.approx(1.2, abs=0.03)

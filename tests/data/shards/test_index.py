@@ -119,10 +119,15 @@ def test_the_index_may_lie_elsewhere(tmp_path):
         read(folder, index=out)
 
 
-def scanned(monkeypatch) -> list[str]:
-    """The names of shards that are read from now on."""
+def scanned(monkeypatch, change=lambda name, made: made) -> list[str]:
+    """The names of shards that are read from now on; `change` alters what was read."""
     names, scan = [], index.scan
-    monkeypatch.setattr(index, "scan", lambda folder, n: names.append(n) or scan(folder, n))
+
+    def record(folder, name):
+        names.append(name)
+        return change(name, scan(folder, name))
+
+    monkeypatch.setattr(index, "scan", record)
     return names
 
 
@@ -271,12 +276,11 @@ def test_nothing_but_the_index_is_written(tmp_path):
 
 
 def test_a_shard_that_changes_while_it_is_read_is_not_indexed(tmp_path, monkeypatch):
-    folder, scan = pairs(tmp_path), index.scan
+    folder = pairs(tmp_path)
 
-    def slow(folder, name):
-        made = scan(folder, name)
+    def older(name, made):
         return dataclasses.replace(made, mtime_ns=made.mtime_ns - (name == "00002.tar"))
 
-    monkeypatch.setattr(index, "scan", slow)
+    scanned(monkeypatch, older)
     with pytest.raises(DataError, match=r"00002\.tar: changed while it was read"):
         index.build(folder, **silent)
