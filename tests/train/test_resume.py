@@ -198,10 +198,13 @@ def test_a_signal_while_it_compiles_is_heeded_after_the_first_step(tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_kills_at_random_times_change_nothing(done, tmp_path, seed):
     rng, killed = random.Random(seed), 0
+    began = time.monotonic()
+    assert runs.run(done.recipe, tmp_path / "uninterrupted").returncode == 0
+    length = time.monotonic() - began  # with the programs compiled before
     for _ in range(12):
         with runs.start(done.recipe, tmp_path / "run") as process:
             try:
-                process.communicate(timeout=rng.uniform(3, 12))
+                process.communicate(timeout=rng.uniform(0.2, 0.6) * length)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
