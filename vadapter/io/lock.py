@@ -78,6 +78,7 @@ def _write_errors(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hold_file(path: Path, wait: bool) -> Iterator[None]:
+    # Imported when a lock is taken, as `gcs_lock` is: importing the loop loads neither.
     from vadapter.io.lock_holder import holder_name, in_use, parse_holder, this_process
 
     with _write_errors(path.parent):

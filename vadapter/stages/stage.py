@@ -151,7 +151,7 @@ class Stage:
         self.params: dict[str, Any] = {}
         self.step = 0
         self.digests: dict[str, str] = {}
-        self._tokenizer, self._initializer = tokenizer, None
+        self._tokenizer = tokenizer
         self.vocab_size = vocab_size or (tokenizer or recipe.tokenizer).vocab_size
 
     @property
@@ -159,7 +159,7 @@ class Stage:
         """Whether it has its tokenizer; without one, numbers of tokens are upper bounds."""
         return self._tokenizer is not None
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; without one, a stand-in over bytes that gives the most tokens."""
         if self._tokenizer is None:
@@ -170,13 +170,10 @@ class Stage:
 
     # -- static --------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def initializer(self) -> Initializer:
         """The model with its traced init."""
-        if self._initializer is None:
-            model = make_model(self.recipe, self.config, self.vocab_size)
-            self._initializer = Initializer(model)
-        return self._initializer
+        return Initializer(make_model(self.recipe, self.config, self.vocab_size))
 
     @property
     def model(self) -> Model:
@@ -217,7 +214,7 @@ class Stage:
             source=self.source, stop=self.stop,
         )  # fmt: skip
         if not remat:  # the same model
-            other._initializer = self.initializer
+            other.initializer = self.initializer
         return other
 
     @functools.cached_property
