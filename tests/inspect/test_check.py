@@ -69,22 +69,6 @@ def small(world):
     return made
 
 
-def public(world, **encoder):
-    """decoder → vadapter, every pretrained part a public checkpoint."""
-    made = runs.small(world)
-    with made.unlocked():
-        made.components.encoder = {"weights": str(world / "clip"), **encoder}
-        made.components.tlm = {"weights": str(world / "tlm")}
-        made.components.llm = {"weights": str(world / "llm")}
-        made.chain = ("decoder", "vadapter")
-        made.stages = {name: made.stages[name] for name in made.chain}
-        made.tokenizer.data = ()
-        made.data.images.update(text_len=80, target_len=78)
-        made.stages.decoder.start = {}
-        made.stages.vadapter.start = {"front": "decoder", "tlm": "decoder"}
-    return made
-
-
 def checked(config, workdir=None):
     """Facts and problems of a ConfigDict."""
     return check(lambda: read(config), workdir)[0]
@@ -171,7 +155,7 @@ def test_the_papers_other_rows_go_through_their_models(arg, tmp_path, monkeypatc
 
 
 def test_public_checkpoints_are_described_by_their_headers(world):
-    facts = checked(public(world))
+    facts = checked(runs.public(world))
     assert facts["problems"] == []
     stage = stages(facts)["vadapter"]
     start = parts(stage)["encoder"]["start"]
@@ -189,7 +173,7 @@ def test_public_checkpoints_are_described_by_their_headers(world):
 
 
 def test_the_text_is_aligned_narrow_and_has_the_same_facts(world):
-    text = as_text(checked(public(world)))
+    text = as_text(checked(runs.public(world)))
     assert max(map(len, text.splitlines())) < 100
     assert re.search(r"\n  encoder +vit +u8\[B,1,32,32,3\] +[\d,]+ +frozen +…?\S+clip\n", text)
     assert re.search(r"\n +→ \[B,1,16,16\] +1 file, \d+\.?\d* kB\n", text)
@@ -200,7 +184,7 @@ def test_the_text_is_aligned_narrow_and_has_the_same_facts(world):
 
 
 def test_int8_halves_the_memory_of_the_frozen_llm(world):
-    made = public(world)
+    made = runs.public(world)
     whole = stages(checked(made))["vadapter"]["memory"]["frozen"]
     with made.unlocked():
         made.components.llm.int8 = True
@@ -213,7 +197,7 @@ def test_int8_halves_the_memory_of_the_frozen_llm(world):
 
 
 def test_memory_is_also_reported_per_device(world):
-    made = public(world)
+    made = runs.public(world)
     with made.unlocked():
         made.mesh = {"data": 1, "fsdp": 4, "tensor": 2}
     memory = stages(checked(made))["vadapter"]["memory"]
@@ -261,7 +245,7 @@ def test_nothing_is_written_anywhere(world, tmp_path, monkeypatch, capsys):
     there = state(tmp_path)
     assert main(["check", f"--config={recipe}", ONE, f"--workdir={tmp_path / 'run'}"]) == 0
     assert main(["check", f"--config={recipe}", ONE]) == 0
-    checked(public(world), tmp_path / "other")
+    checked(runs.public(world), tmp_path / "other")
     assert (state(world), state(tmp_path)) == (before, there)
     assert "llm: lm, 6 steps of 8, float32, mesh data=8 fsdp=1 tensor=1, finished" in (
         capsys.readouterr().out
@@ -273,7 +257,7 @@ def test_no_program_is_compiled(world):
     listen = lambda name, *_, **__: compiled.append(name) if "compile" in name else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        checked(public(world))
+        checked(runs.public(world))
     finally:
         jax.monitoring.clear_event_listeners()
     assert [name for name in compiled if "backend" in name] == []
@@ -393,7 +377,7 @@ PUBLIC_FAULTS = {
 @pytest.mark.parametrize("kind", PUBLIC_FAULTS)
 def test_faults_of_public_checkpoints_are_reported(kind, world, tmp_path):
     spoil, message = PUBLIC_FAULTS[kind]
-    made = public(world)
+    made = runs.public(world)
     with made.unlocked():
         spoil(made, world, tmp_path)
     facts = checked(made)
@@ -425,7 +409,7 @@ def test_a_problem_is_reported_once_with_every_component_that_has_it():
 
 
 def test_several_broken_components_are_reported_together(world):
-    made = public(world)
+    made = runs.public(world)
     with made.unlocked():
         made.components.encoder.weights = "/nowhere/clip"
         made.components.llm.weights = "/nowhere/llm"
@@ -446,7 +430,7 @@ def test_json_has_the_same_facts(world, capsys):
 
 
 def test_training_checks_the_same(world, tmp_path):
-    made = public(world)
+    made = runs.public(world)
     with made.unlocked():
         made.components.llm.max_len = 96
     (problem,) = checked(made)["problems"]

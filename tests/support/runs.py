@@ -111,6 +111,27 @@ def small(folder: Path) -> ConfigDict:
     return config
 
 
+def public(world: Path, **encoder: Any) -> ConfigDict:
+    """decoder (front → tiny LM) → vadapter (front → tiny LM → LLM) of public checkpoints.
+
+    Args:
+      world: what `prepare` filled, with the checkpoints clip/, tlm/ and llm/ beside it.
+      encoder: keys of the encoder beside its weights.
+    """
+    config = small(world)
+    with config.unlocked():
+        config.components.encoder = {"weights": str(world / "clip"), **encoder}
+        config.components.tlm = {"weights": str(world / "tlm")}
+        config.components.llm = {"weights": str(world / "llm")}
+        config.chain = ("decoder", "vadapter")
+        config.stages = {name: config.stages[name] for name in config.chain}
+        config.tokenizer.data = ()
+        config.data.images.update(text_len=80, target_len=78)
+        config.stages.decoder.start = {}
+        config.stages.vadapter.start = {"front": "decoder", "tlm": "decoder"}
+    return config
+
+
 def text_only(folder: Path, **stage: Any) -> ConfigDict:
     """The first stage of `small` alone, without its micro-batches and dropout."""
     config = small(folder)

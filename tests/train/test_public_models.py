@@ -69,34 +69,18 @@ def one_device(monkeypatch):
     use_devices(monkeypatch, 1)
 
 
-def recipe(world, **encoder):
-    """decoder (front → tiny LM) → vadapter (front → tiny LM → LLM), nothing pretrained here."""
-    config = runs.small(world)
-    with config.unlocked():
-        config.components.encoder = {"weights": str(world / "clip"), **encoder}
-        config.components.tlm = {"weights": str(world / "tlm")}
-        config.components.llm = {"weights": str(world / "llm")}
-        config.chain = ("decoder", "vadapter")
-        config.stages = {name: config.stages[name] for name in config.chain}
-        config.tokenizer.data = ()
-        config.data.images.update(text_len=80, target_len=78)
-        config.stages.decoder.start = {}
-        config.stages.vadapter.start = {"front": "decoder", "tlm": "decoder"}
-    return config
-
-
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory):
     """A run directory."""
     root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         use_devices(patch, 1)
-        train(read(recipe(world)), root / "run")
+        train(read(runs.public(world)), root / "run")
     return root / "run"
 
 
 def test_sizes_follow_from_the_checkpoint_and_keys_of_the_recipe_override_them(world):
-    components = read(recipe(world, tap="penultimate")).components
+    components = read(runs.public(world, tap="penultimate")).components
     spec = components["encoder"]
     assert (spec["kind"], spec["width"], spec["depth"], spec["patch"]) == ("vit", 16, 2, 8)
     assert (spec["mlp"], spec["pre_norm"], spec["mean"]) == ("quick_gelu", True, tuple(MEAN))
@@ -173,7 +157,7 @@ def test_weights_may_move_but_must_be_what_the_run_was_made_with(world, trained,
 
 def test_a_finished_run_is_recognized_and_a_changed_checkpoint_is_not(world, tmp_path, capsys):
     copy = shutil.copytree(world, tmp_path / "copy")
-    config = recipe(copy)
+    config = runs.public(copy)
     with config.unlocked():
         config.chain = ("decoder",)
         config.stages.decoder.steps = 2
@@ -192,7 +176,7 @@ def test_a_finished_run_is_recognized_and_a_changed_checkpoint_is_not(world, tmp
 
 
 def test_the_tokenizer_of_another_model_is_not_taken_for_this_ones(world, tmp_path):
-    first, second = recipe(world), recipe(world)
+    first, second = runs.public(world), runs.public(world)
     with second.unlocked():
         second.components.tlm.weights = str(world / "llm")
     run.Run(read(first), tmp_path).check()
@@ -206,13 +190,13 @@ def test_a_folder_that_is_not_there_or_not_a_model_is_named_by_its_key(world, tm
         (tmp_path, r"components\.encoder\.weights: No weights file 'config\.json'"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            read(recipe(world, weights=str(folder)))
+            read(runs.public(world, weights=str(folder)))
 
 
 @pytest.mark.data
 def test_a_real_file_of_llama2c_is_an_llm(world, data_root, tmp_path, capsys):
     folder = data_root / "weights" / "stories260k"
-    config = recipe(world)
+    config = runs.public(world)
     with config.unlocked():
         config.components.llm.weights = str(folder)
         config.chain = ("vadapter",)
@@ -236,7 +220,7 @@ def test_a_real_file_of_llama2c_is_an_llm(world, data_root, tmp_path, capsys):
 
 
 def test_an_int8_llm_trains_resumes_and_reads_like_the_one_it_was_made_of(world, trained, tmp_path):
-    config = recipe(world)
+    config = runs.public(world)
     with config.unlocked():
         config.components.llm.int8 = True
         config.stages.vadapter.start = {"front": f"{trained}/decoder", "tlm": f"{trained}/decoder"}
@@ -308,7 +292,7 @@ def test_readmes_components_are_a_recipes(world):
     code = guides.blocks(section, "python")[0].replace("    ...\n", "")
     found = {}
     exec(code, found)
-    config = recipe(world)
+    config = runs.public(world)
     with config.unlocked():
         for name, folder in (("encoder", "clip"), ("tlm", "tlm"), ("llm", "llm")):
             spec = found["components"][name] | {"weights": str(world / folder)}

@@ -4,11 +4,11 @@ import io
 import os
 import pickle
 import tarfile
-import threading
 import warnings
 
 import pytest
 from support.image_files import spoil_header, write_tar
+from support.threads import run_in_threads
 
 from vadapter.data.shards import tar
 from vadapter.errors import DataError
@@ -52,11 +52,7 @@ def test_threads_read_the_right_bytes_from_one_handle(tmp_path):
             if index.read(name) != files[name]:
                 wrong.append(name)
 
-    threads = [threading.Thread(target=read, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(read, 8)
     assert not wrong
 
 

@@ -4,13 +4,13 @@ import io
 import os
 import pickle
 import random
-import threading
 import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
+from support.threads import run_in_threads
 
 from vadapter.data.shards import zips
 from vadapter.errors import DataError
@@ -147,11 +147,7 @@ def test_threads_and_pickled_copies_read_the_right_bytes(tmp_path):
             if index.shard.read(name) != files[name]:
                 wrong.append(name)
 
-    threads = [threading.Thread(target=read, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(read, 8)
     assert not wrong
 
 

@@ -4,13 +4,13 @@ import json
 import pickle
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.image_files import contents, image
+from support.threads import run_in_threads
 
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Question
@@ -162,11 +162,7 @@ def test_threads_and_pickled_copies_read_the_right_rows(tmp_path):
             if source[at].captions != (f"number {at}",):
                 wrong.append(at)
 
-    threads = [threading.Thread(target=read, args=(n,)) for n in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(read, 6)
     assert not wrong
 
 
