@@ -1,6 +1,8 @@
-"""What the verbs of the command line share: rows of a table of verbs, options, printing."""
+"""What the verbs of the command line share: a function as a verb, its arguments, printing."""
 
 import argparse
+import inspect
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,80 +14,79 @@ if TYPE_CHECKING:
 OVERRIDES = "override a key of the recipe"
 WEIGHTS = "set the folder of public weights: components.NAME.weights=FOLDER"
 
-# Keyword arguments of `add_argument` that several verbs use.
-RUN: dict[str, Any] = {
-    "type": as_path,
-    "metavar": "RUN",
-    "help": "run directory, the --workdir of `vadapter train`",
-}
-STAGE: dict[str, Any] = {
-    "metavar": "S",
-    "help": "stage of the run (default: the last trained stage)",
-}
-RECIPE: dict[str, Any] = {"metavar": "FILE.py[:ARGS]", "help": "the recipe"}
-
-# Renamed options: {verb: {old: new}}. Old names work for one release, with a warning.
-RENAMED = {"plan": {"--utilisation": "--utilization"}}
+Argument = Callable[[Any], Any]  # adds itself to a parser, or to a group of one
 
 
 class Verb(NamedTuple):
-    """A verb, or a subverb of `data`.
+    """A verb, or a subverb of `data`; its help is the docstring of `run`.
 
     Attributes:
-      name: the word on the command line.
-      text: its help; the first sentence is the summary.
-      example: what follows the name on the command line.
-      add_arguments: adds its arguments to a parser.
       run: takes the parsed arguments (with `overrides`, the `--config.…` items) and returns an
         exit code, None for 0. It imports what it needs, so that `--help` stays fast.
+      arguments: see `arg`.
+      name: the word on the command line.
+      example: what follows the name on the command line.
       computes: whether it joins the other hosts and needs the compilation cache.
       overrides: help of `--config.a.b=VALUE`; "" for verbs that take no recipe.
     """
 
-    name: str
-    text: str
-    example: str
-    add_arguments: Callable[[argparse.ArgumentParser], Any]
     run: Callable[[argparse.Namespace], int | None]
+    arguments: tuple[Argument, ...]
+    name: str
+    example: str
     computes: bool = True
     overrides: str = OVERRIDES
 
 
-def add_verbs(parsers: Any, verbs: tuple[Verb, ...], prefix: str) -> None:
-    """Add a parser for each verb.
+def verb(*arguments: Argument, name: str = "", **settings: Any) -> Callable[[Callable], Verb]:
+    """Make a function a verb, by default of its own name, see `Verb`."""
+    return lambda run: Verb(run, arguments, name or run.__name__, **settings)
 
-    Args:
-      parsers: result of `add_subparsers`.
-      verbs: rows of the table.
-      prefix: command before the verb, for its example.
-    """
-    for verb in verbs:
-        options = f"  --config.a.b=VALUE    {verb.overrides}\n\n" if verb.overrides else ""
+
+def add_verbs(parsers: Any, verbs: tuple[Verb, ...], prefix: str) -> None:
+    """Add a parser for each verb to the result of `add_subparsers`, after a prefix in examples."""
+    for row in verbs:
+        text = inspect.getdoc(row.run) or ""
+        options = f"  --config.a.b=VALUE    {row.overrides}\n\n" if row.overrides else ""
         parser = parsers.add_parser(
-            verb.name,
-            help=verb.text.split(":")[0].split(".")[0],
-            description=verb.text,
-            epilog=f"{options}example:\n  {prefix} {verb.name} {verb.example}",
+            row.name,
+            help=text.split(":")[0].split(".")[0],
+            description=text,
+            epilog=f"{options}example:\n  {prefix} {row.name} {row.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        overridable = bool(verb.overrides)
-        parser.set_defaults(run=verb.run, computes=verb.computes, overridable=overridable)
-        verb.add_arguments(parser)
+        parser.set_defaults(row=row)
+        for argument in row.arguments:
+            argument(parser)
 
 
-def recipe(args: argparse.Namespace) -> "Recipe":
-    """Return the recipe of `--config` with its overrides.
+def arg(*names: str, **options: Any) -> Argument:
+    """Return an argument of a verb, given as to `ArgumentParser.add_argument`."""
+    return lambda parser: parser.add_argument(*names, **options)
 
-    Raises:
-      ConfigError: there is no such file, or a key or value is wrong.
-    """
-    from vadapter import config
-    from vadapter.recipe.schema import Recipe, read
 
-    values = config.load(args.config)
-    config.override(values, args.overrides, Recipe)
-    return read(values)
+def either(*arguments: Argument) -> Argument:
+    """Return arguments of which only one may be given."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_mutually_exclusive_group()
+        for argument in arguments:
+            argument(group)
+
+    return add
+
+
+class Renamed(argparse.Action):
+    """The old name of an option, which still works for one release, with a warning."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        print(
+            f"vadapter: {option_string} is now --{self.dest}; the old name will be removed in the "
+            "next release",
+            file=sys.stderr,
+        )
+        setattr(namespace, self.dest, values)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -102,6 +103,29 @@ def at_least(least: int) -> Callable[[str], int]:
 def names(text: str) -> tuple[str, ...]:
     """Return the names in `a,b`, as an argument type."""
     return tuple(filter(None, text.split(",")))
+
+
+# Arguments of several verbs.
+RUN = arg(
+    "workdir", type=as_path, metavar="RUN", help="run directory, the --workdir of `vadapter train`"
+)
+STAGE = arg("--stage", metavar="S", help="stage of the run (default: the last trained stage)")
+RECIPE = "FILE.py[:ARGS]"
+CONFIG = arg("--config", required=True, metavar=RECIPE, help="the recipe")
+
+
+def recipe(args: argparse.Namespace) -> "Recipe":
+    """Return the recipe of `args.config` with its overrides.
+
+    Raises:
+      ConfigError: there is no such file, or a key or value is wrong.
+    """
+    from vadapter import config
+    from vadapter.recipe.schema import Recipe, read
+
+    values = config.load(args.config)
+    config.override(values, args.overrides, Recipe)
+    return read(values)
 
 
 def say(text: object = "") -> None:

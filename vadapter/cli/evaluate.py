@@ -3,34 +3,36 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from vadapter.cli.common import RUN, STAGE, Verb, at_least, say
+from vadapter.cli.common import RUN, STAGE, arg, at_least, either, say, verb
 from vadapter.console import table
 
 
-def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("workdir", **RUN)
-    parser.add_argument("--stage", **STAGE)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--evals", default="", metavar="A,B",
-        help="evaluations of the recipe, or all (default: those of the stage)",
-    )  # fmt: skip
-    what.add_argument("--benchmarks", metavar="A,B", help="benchmarks instead, or all")
-    parser.add_argument("--protocol", metavar="P", help="protocol of the benchmarks (paper)")
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR",
-        help="folder with the official files of each benchmark in DIR/BENCHMARK (default: data)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--limit", type=at_least(1), default=0, metavar="N",
-        help="score only the first N items; results are written to NAME-first-N",
-    )  # fmt: skip
-    parser.add_argument("--batch", type=at_least(1), default=0, metavar="N", help="rows per batch")
+@verb(
+    RUN,
+    STAGE,
+    either(
+        arg("--evals", default="", metavar="A,B",
+            help="evaluations of the recipe, or all (default: those of the stage)"),
+        arg("--benchmarks", metavar="A,B", help="benchmarks instead, or all"),
+    ),
+    arg("--protocol", metavar="P", help="protocol of the benchmarks (paper)"),
+    arg("--data", type=Path, metavar="DIR",
+        help="folder with the official files of each benchmark in DIR/BENCHMARK (default: data)"),
+    arg("--limit", type=at_least(1), default=0, metavar="N",
+        help="score only the first N items; results are written to NAME-first-N"),
+    arg("--batch", type=at_least(1), default=0, metavar="N", help="rows per batch"),
+    name="eval",
+    example="runs/flickr8k --benchmarks=flickr8k,daquar --data=/data/benchmarks",
+    overrides="override data, evals, mesh, workers, components.NAME.weights; protocol",
+)  # fmt: skip
+def evaluate(args: argparse.Namespace) -> None:
+    """Score a trained stage: the recipe's evaluations, or benchmarks.
 
-
-def _evaluate(args: argparse.Namespace) -> None:
+    Uses the newest checkpoint. Writes predictions.jsonl, score.json and gallery.html in
+    RUN/STAGE/eval/NAME, and for benchmarks the file for their evaluation server. Rerun the same
+    command to resume; finished benchmarks are skipped.
+    """
     from vadapter.stages.restore import open_run
 
     protocol = [item for item in args.overrides if item.startswith("protocol.")]
@@ -71,9 +73,9 @@ def _evals(args: argparse.Namespace, protocol: list[str], open_stage: Callable) 
     from vadapter.evaluate.recipe_evals import as_table, choose, run_eval
     from vadapter.report.gallery import read_section, write_gallery
 
-    options: dict[str, Any] = {"--protocol": args.protocol, "--data": args.data}
-    given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    for option in [*given, *(f"--config.{item}" for item in protocol)]:
+    options = {"--protocol": args.protocol, "--data": args.data}
+    misplaced = [f"{name}={value}" for name, value in options.items() if value is not None]
+    for option in [*misplaced, *(f"--config.{item}" for item in protocol)]:
         raise ConfigError(f"{option}: applies only to benchmarks; add --benchmarks=A,B or all")
     loaded, results = open_stage(), {}
     say(f"{loaded.name}, step {loaded.step}")
@@ -84,18 +86,3 @@ def _evals(args: argparse.Namespace, protocol: list[str], open_stage: Callable) 
             section = read_section(loaded.recipe, name, paths)
             print(write_gallery(folder / "gallery.html", f"{loaded.name}: {name}", [section]))
     say(f"\n{as_table(results)}")
-
-
-VERBS = (
-    Verb(
-        "eval",
-        "Score a trained stage: the recipe's evaluations, or benchmarks.\n"
-        "Uses the newest checkpoint. Writes predictions.jsonl, score.json and gallery.html in\n"
-        "RUN/STAGE/eval/NAME, and for benchmarks the file for their evaluation server. Rerun the\n"
-        "same command to resume; finished benchmarks are skipped.",
-        "runs/flickr8k --benchmarks=flickr8k,daquar --data=/data/benchmarks",
-        _arguments,
-        _evaluate,
-        overrides="override data, evals, mesh, workers, components.NAME.weights; protocol",
-    ),
-)

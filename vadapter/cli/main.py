@@ -10,23 +10,20 @@ import stat
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
-from vadapter import __version__
+from vadapter import __version__, errors
 from vadapter.cli import data, evaluate, plan, train, use
-from vadapter.cli.common import RENAMED, add_verbs
-from vadapter.errors import (
-    LOST,
-    USER_ERROR,
-    ConfigError,
-    HostError,
-    NonFiniteError,
-    Preempted,
-    UserError,
-    disk_errors,
-)
+from vadapter.cli.common import add_verbs
 from vadapter.io.buckets import bucket_errors
 
-VERBS = (*train.VERBS, *evaluate.VERBS, *use.VERBS, *plan.VERBS)
+VERBS = (
+    train.quickstart, train.train, train.rewind, train.check, evaluate.evaluate, use.caption,
+    use.ask, use.export, plan.plan,
+)  # fmt: skip
+DATA = "Inspect and prepare data sets."
+SUBVERBS = (data.cache, data.doctor, data.prepare, data.index, data.show, data.stats)
+FAILURES = (errors.UserError, errors.NonFiniteError, errors.Preempted, errors.HostError)
 EXIT_CODES = (
     "exit codes: 0 success, 1 a host died or hung, or an internal error, 2 invalid command line,\n"
     "75 stopped by a signal with its state saved: rerun the same command, 77 training diverged,\n"
@@ -36,28 +33,25 @@ EXIT_CODES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb and return its exit code, see `vadapter.errors`.
-
-    Args:
-      argv: words of the command line; those of the process if None.
+    """Run a verb, by default that of this process, and return its exit code, see `vadapter.errors`.
 
     Raises:
       SystemExit: with 2 for a mistake in the command line, with 0 after `--help`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, also in a log file
+        sys.stdout.reconfigure(line_buffering=True)  # a log file gets its lines as they are printed
     parser, overrides, rest = _parser(), [], []
-    for word in _with_new_names(sys.argv[1:] if argv is None else argv):
+    for word in sys.argv[1:] if argv is None else argv:
         (overrides if word.startswith("--config.") else rest).append(word)
     try:
         args = parser.parse_args(rest)
-    except UserError as error:  # an invalid path
+    except errors.UserError as error:  # an invalid path
         return _failed(error)
-    if overrides and not args.overridable:
+    if overrides and not args.row.overrides:
         parser.error(f"{args.verb} takes no recipe: {overrides[0]}")
     args.overrides = [word.removeprefix("--config.") for word in overrides]
     code, reason = _attempt(args)
-    if not args.computes:
+    if not args.row.computes:
         return code
     from vadapter.distributed.shutdown import end_job
 
@@ -75,37 +69,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     add_verbs(verbs, VERBS, "vadapter")
-    group = verbs.add_parser(
-        "data", help=data.TEXT.rstrip("."), description=data.TEXT, allow_abbrev=False
-    )
+    group = verbs.add_parser("data", help=DATA.rstrip("."), description=DATA, allow_abbrev=False)
     subverbs = group.add_subparsers(dest="subverb", required=True, metavar="SUBVERB")
-    add_verbs(subverbs, data.SUBVERBS, "vadapter data")
+    add_verbs(subverbs, SUBVERBS, "vadapter data")
     return parser
-
-
-def _with_new_names(words: list[str]) -> list[str]:
-    """Return the command line with renamed options under their new names, and warn of them."""
-    renamed, new_words = RENAMED.get(words[0], {}) if words else {}, []
-    for word in words:
-        option, equals, value = word.partition("=")
-        if new := renamed.get(option):
-            print(
-                f"vadapter: {option} is now {new}; the old name will be removed in the next "
-                "release",
-                file=sys.stderr,
-            )
-        new_words.append(f"{new or option}{equals}{value}")
-    return new_words
 
 
 def _attempt(args: argparse.Namespace) -> tuple[int, str]:
     """Run the verb; return the exit code, and the reason if it is not 0."""
     try:
-        if args.computes:
+        if args.row.computes:
             _prepare()
-        with bucket_errors(), disk_errors():
-            return args.run(args) or 0, ""
-    except (UserError, NonFiniteError, Preempted, HostError) as error:
+        with bucket_errors(), errors.disk_errors():
+            return args.row.run(args) or 0, ""
+    except FAILURES as error:
         return _failed(error), str(error)
     except KeyboardInterrupt:
         print("vadapter: stopped", file=sys.stderr)
@@ -114,12 +91,12 @@ def _attempt(args: argparse.Namespace) -> tuple[int, str]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13, "the reader of its output has exited"
     except Exception as error:
-        if not args.computes:
+        if not args.row.computes:
             raise
         return _unexpected(error)
 
 
-def _failed(error: UserError | NonFiniteError | Preempted | HostError) -> int:
+def _failed(error: Any) -> int:
     print(f"vadapter: {error}", file=sys.stderr)
     return error.exit_code
 
@@ -136,14 +113,14 @@ def _unexpected(error: Exception) -> tuple[int, str]:
     if memory.exhausted(error):
         reason = memory.described(error)
         print(f"vadapter: {reason}", file=sys.stderr)
-        return USER_ERROR, reason
+        return errors.USER_ERROR, reason
     if hosts.count() == 1:
         raise error
     if cause := shutdown.cause(error):  # another host failed first
         print(f"vadapter: {cause[1]}", file=sys.stderr)
         return cause
     traceback.print_exception(error)
-    return LOST, f"{type(error).__name__}: {error}"
+    return errors.LOST, f"{type(error).__name__}: {error}"
 
 
 def _prepare() -> None:
@@ -169,7 +146,7 @@ def _prepare() -> None:
         return  # no writable home: compile again
     info = cache.stat()
     if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(
+        raise errors.ConfigError(
             f"{cache}: other users can write to the compilation cache, and so run code as you; "
             "chmod 700 it, or set VADAPTER_COMPILE_CACHE to a directory of your own"
         )

@@ -7,41 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vadapter.cli.common import RECIPE, Verb, at_least, recipe
+from vadapter.cli.common import CONFIG, Renamed, arg, at_least, recipe, verb
 
 if TYPE_CHECKING:
     from vadapter.plan.estimate import Plan
 
 MAX_GPUS = 512  # among which the smallest number is searched for
-
-
-def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, **RECIPE)
-    parser.add_argument(
-        "--topology", required=True, metavar="T",
-        help="v4, v5e, v5p or v6e as v5e:4x4, 2*v5e:4x4 (slices), v5e-16 (chips) or v5p-128 "
-        "(cores, two per chip; also for v4); h100:8, h200:1, a100:8, cpu:4; a generation alone, "
-        "v5e, finds the smallest slice that fits",
-    )  # fmt: skip
-    parser.add_argument(
-        "--stage", default="", metavar="S", help="stage (default: the last of the chain)"
-    )
-    parser.add_argument(
-        "--batch", type=at_least(1), default=0, metavar="N", help="rows (default: the stage's)"
-    )
-    parser.add_argument(
-        "--frames", type=at_least(1), default=0, metavar="F",
-        help="frames of every row (default: those of the data)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--decode", type=at_least(0), metavar="N",
-        help="also plan generation of N tokens (default: as in the stage's evaluations); 0: none",
-    )  # fmt: skip
-    parser.add_argument(
-        "--utilization", type=_share, default=0.4, metavar="U",
-        help="assumed share of the peak FLOP/s (default: 0.4)",
-    )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan as JSON")
 
 
 def _share(text: str) -> float:
@@ -50,18 +21,44 @@ def _share(text: str) -> float:
     return value
 
 
-def _plan(args: argparse.Namespace) -> None:
+@verb(
+    CONFIG,
+    arg("--topology", required=True, metavar="T",
+        help="v4, v5e, v5p or v6e as v5e:4x4, 2*v5e:4x4 (slices), v5e-16 (chips) or v5p-128 "
+        "(cores, two per chip; also for v4); h100:8, h200:1, a100:8, cpu:4; a generation alone, "
+        "v5e, finds the smallest slice that fits"),
+    arg("--stage", default="", metavar="S", help="stage (default: the last of the chain)"),
+    arg("--batch", type=at_least(1), default=0, metavar="N", help="rows (default: the stage's)"),
+    arg("--frames", type=at_least(1), default=0, metavar="F",
+        help="frames of every row (default: those of the data)"),
+    arg("--decode", type=at_least(0), metavar="N",
+        help="also plan generation of N tokens (default: as in the stage's evaluations); 0: none"),
+    arg("--utilization", type=_share, default=0.4, metavar="U",
+        help="assumed share of the peak FLOP/s (default: 0.4)"),
+    arg("--utilisation", dest="utilization", type=_share, action=Renamed,
+        default=argparse.SUPPRESS, help=argparse.SUPPRESS),
+    arg("--json", type=Path, metavar="FILE", help="also write the plan as JSON"),
+    example="--config=configs/paper.py:stage=2,encoder=l,llm=1b --topology=v5e:16x16",
+    computes=False,
+)  # fmt: skip
+def plan(args: argparse.Namespace) -> None:
+    """Estimate memory, step time and communication of a stage on a TPU or GPU topology.
+
+    No accelerator, data or weights are needed. TPU programs are compiled on this machine (pip
+    install 'vadapter[tpu]', one to three minutes); GPU and CPU programs are analyzed. If the stage
+    does not fit, the output ends with the closest setting that does, or with exit code 78 if there
+    is none.
+    """
     import jax
 
     from vadapter.config import nearest
     from vadapter.distributed.topology import parse, require_compiler, reserve, smallest
     from vadapter.errors import ConfigError
-    from vadapter.plan import search
-    from vadapter.plan.estimate import Plan, Setting, estimate_peak, plan
+    from vadapter.plan import estimate, search
     from vadapter.plan.text import as_text
 
     least = smallest(args.topology)
-    setting = Setting(least or parse(args.topology), args.batch, args.frames)
+    setting = estimate.Setting(least or parse(args.topology), args.batch, args.frames)
     tpu = setting.topology.row.kind == "tpu"
     if tpu:
         require_compiler(setting.topology)
@@ -73,28 +70,26 @@ def _plan(args: argparse.Namespace) -> None:
     if name not in config.stages:
         raise ConfigError(f"--stage={name}: no such stage{nearest(name, config.stages)}")
 
-    def attempt(setting: Setting) -> Plan:
-        return plan(config, name, setting, decode=args.decode, utilization=args.utilization)
-
-    def say(line: str) -> None:
-        print(f"vadapter: {line}", file=sys.stderr)
-
+    attempt = functools.partial(
+        estimate.plan, config, name, decode=args.decode, utilization=args.utilization
+    )
+    say = functools.partial(print, "vadapter:", file=sys.stderr)
     if least is None:
         planned = attempt(setting)
     else:
-        estimate = functools.partial(estimate_peak, config, name)
+        peak = functools.partial(estimate.estimate_peak, config, name)
         most = None if tpu else MAX_GPUS
-        setting, planned = search.smallest(config, name, setting, attempt, estimate, say, most)
+        setting, planned = search.smallest(config, name, setting, attempt, peak, say, most)
     print(as_text(planned))
-    closest, change = None, ""
+    record = _record(planned) | {"change": "", "nearest": None}
+    closest = None
     if not planned.fits:
         closest = search.search(config, name, setting, planned, attempt, say)
     if closest:
         change = search.overrides(config, name, setting, closest[0])
         print(f"\nfits with {change}:\n\n{as_text(closest[1])}")
+        record |= {"change": change, "nearest": _record(closest[1])}
     if args.json:
-        record = _record(planned) | {"change": change}
-        record["nearest"] = _record(closest[1]) if closest else None
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if not planned.fits and not closest:
         raise ConfigError(
@@ -112,19 +107,3 @@ def _record(plan: "Plan") -> dict[str, Any]:
     if plan.decode:
         record["decode"]["made"] = record["decode"]["stats"]
     return record
-
-
-VERBS = (
-    Verb(
-        "plan",
-        "Estimate memory, step time and communication of a stage on a TPU or GPU topology.\n"
-        "No accelerator, data or weights are needed. TPU programs are compiled on this machine\n"
-        "(pip install 'vadapter[tpu]', one to three minutes); GPU and CPU programs are analyzed.\n"
-        "If the stage does not fit, the output ends with the closest setting that does, or with\n"
-        "exit code 78 if there is none.",
-        "--config=configs/paper.py:stage=2,encoder=l,llm=1b --topology=v5e:16x16",
-        _arguments,
-        _plan,
-        computes=False,
-    ),
-)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vadapter.cli.common import RECIPE, RUN, Verb, at_least, recipe, say
+from vadapter.cli.common import CONFIG, RECIPE, RUN, arg, at_least, recipe, say, verb
 from vadapter.console import duration
 from vadapter.io.storage import as_path
 
@@ -22,21 +22,21 @@ STAGES = {
 }
 
 
-def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workdir", type=as_path, default=Path("runs/quickstart"), metavar="DIR",
-        help="run directory (default: runs/quickstart)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--config", default="configs/quickstart.py", metavar=RECIPE["metavar"],
-        help="another recipe",
-    )  # fmt: skip
+@verb(
+    arg("--workdir", type=as_path, default=Path("runs/quickstart"), metavar="DIR",
+        help="run directory (default: runs/quickstart)"),
+    arg("--config", default="configs/quickstart.py", metavar=RECIPE, help="another recipe"),
+    example="--workdir=runs/quickstart",
+)  # fmt: skip
+def quickstart(args: argparse.Namespace) -> None:
+    """Train the whole method on generated scenes, with nothing to download.
 
+    Trains one stage after the other, then prints a table of results and writes a plot and a
+    gallery. Rerun the same command to resume; finished stages are skipped.
+    """
+    from vadapter.train import loop
 
-def _quickstart(args: argparse.Namespace) -> None:
-    from vadapter.train.loop import train
-
-    began, config = time.monotonic(), recipe(args)
+    start, config = time.monotonic(), recipe(args)
     chain = config.chain
     say(f"{config.name}: {len(chain)} stages in {args.workdir}.")
     say("Finished stages are skipped. Stop with Ctrl-C; rerun the same command to resume.")
@@ -44,10 +44,10 @@ def _quickstart(args: argparse.Namespace) -> None:
     def announce(name: str) -> None:
         say(f"\n[{chain.index(name) + 1}/{len(chain)}] {name}: {_sentence(config, name)}.")
 
-    train(config, args.workdir, before=announce)
+    loop.train(config, args.workdir, before=announce)
     _report(args.workdir, config)
-    took = duration(time.monotonic() - began)
-    say(f"\nTook {took}. Now try: vadapter caption {args.workdir} IMAGE")
+    elapsed = duration(time.monotonic() - start)
+    say(f"\nTook {elapsed}. Now try: vadapter caption {args.workdir} IMAGE")
 
 
 def _sentence(config: "Recipe", name: str) -> str:
@@ -72,32 +72,39 @@ def _report(workdir: Path, config: "Recipe") -> None:
         print(f"\n{report.text}\n", *report.files(), sep="\n")
 
 
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, **RECIPE)
-    parser.add_argument("--workdir", required=True, type=as_path, metavar="RUN",
-                        help="run directory, created if it does not exist")  # fmt: skip
+@verb(
+    CONFIG,
+    arg("--workdir", required=True, type=as_path, metavar="RUN",
+        help="run directory, created if it does not exist"),
+    example="--config=configs/flickr8k.py --workdir=runs/flickr8k --config.seed=1",
+)  # fmt: skip
+def train(args: argparse.Namespace) -> None:
+    """Train the stages of a recipe.
 
-
-def _train(args: argparse.Namespace) -> None:
-    from vadapter.train.loop import train
+    Finished stages are skipped and an interrupted stage resumes from its last checkpoint. If the
+    recipe has evaluations, writes table.md, plots/ and gallery.html in RUN.
+    """
+    from vadapter.train import loop
 
     config = recipe(args)
-    train(config, args.workdir)
+    loop.train(config, args.workdir)
     if any(config.stages[name].evals for name in config.chain):
         _report(args.workdir, config)
 
 
-def _rewind_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("workdir", **RUN)
-    parser.add_argument(
-        "--step", type=at_least(0), required=True, metavar="N", help="keep checkpoints up to step N"
-    )
-    parser.add_argument(
-        "--stage", metavar="S", help="stage of the run (default: the first unfinished stage)"
-    )
+@verb(
+    RUN,
+    arg("--step", type=at_least(0), required=True, metavar="N",
+        help="keep checkpoints up to step N"),
+    arg("--stage", metavar="S", help="stage of the run (default: the first unfinished stage)"),
+    example="runs/flickr8k --step=4000", computes=False, overrides="",
+)  # fmt: skip
+def rewind(args: argparse.Namespace) -> None:
+    """Return a stopped run to an earlier checkpoint.
 
-
-def _rewind(args: argparse.Namespace) -> None:
+    Later checkpoints are moved to `quarantine/`; the next `vadapter train` resumes from the
+    checkpoint that is kept.
+    """
     from vadapter.train.rewind import rewind
 
     stage, step, later = rewind(args.workdir, args.step, args.stage)
@@ -105,60 +112,21 @@ def _rewind(args: argparse.Namespace) -> None:
     print(f"{stage}: will resume from step {step}; moved to quarantine/: {moved}")
 
 
-def _check_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, **RECIPE)
-    parser.add_argument(
-        "--workdir", type=as_path, metavar="RUN", help="run directory, for its finished stages"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+@verb(
+    CONFIG,
+    arg("--workdir", type=as_path, metavar="RUN", help="run directory, for its finished stages"),
+    arg("--json", action="store_true", help="print one JSON object"),
+    example="--config=configs/flickr8k.py --workdir=runs/flickr8k",
+    computes=False,
+)
+def check(args: argparse.Namespace) -> None:
+    """Validate a recipe: shapes, parameters, weights, tokenizers, data, memory.
 
-
-def _check(args: argparse.Namespace) -> None:
+    Lists every problem at once. Reads no tensors and writes nothing.
+    """
     from vadapter.inspect.check import check
     from vadapter.inspect.check_text import as_text
 
     facts, problems = check(lambda: recipe(args), args.workdir)
     print(json.dumps(facts, indent=1) if args.json else as_text(facts))
     problems.settle()
-
-
-VERBS = (
-    Verb(
-        "quickstart",
-        "Train the whole method on generated scenes, with nothing to download.\n"
-        "Trains one stage after the other, then prints a table of results and writes a plot and a\n"
-        "gallery. Rerun the same command to resume; finished stages are skipped.",
-        "--workdir=runs/quickstart",
-        _quickstart_arguments,
-        _quickstart,
-    ),
-    Verb(
-        "train",
-        "Train the stages of a recipe.\n"
-        "Finished stages are skipped and an interrupted stage resumes from its last checkpoint.\n"
-        "If the recipe has evaluations, writes table.md, plots/ and gallery.html in RUN.",
-        "--config=configs/flickr8k.py --workdir=runs/flickr8k --config.seed=1",
-        _train_arguments,
-        _train,
-    ),
-    Verb(
-        "rewind",
-        "Return a stopped run to an earlier checkpoint.\n"
-        "Later checkpoints are moved to `quarantine/`; the next `vadapter train` resumes from the\n"
-        "checkpoint that is kept.",
-        "runs/flickr8k --step=4000",
-        _rewind_arguments,
-        _rewind,
-        computes=False,
-        overrides="",
-    ),
-    Verb(
-        "check",
-        "Validate a recipe: shapes, parameters, weights, tokenizers, data, memory.\n"
-        "Lists every problem at once. Reads no tensors and writes nothing.",
-        "--config=configs/flickr8k.py --workdir=runs/flickr8k",
-        _check_arguments,
-        _check,
-        computes=False,
-    ),
-)
