@@ -161,13 +161,13 @@ def test_every_verb_that_computes_says_so(monkeypatch, capsys, tmp_path):
 ONE = """
 import argparse, sys, time
 import jax.numpy as jnp
-from vadapter.cli import main
+from vadapter.cli import common, main
 from vadapter.distributed import hosts, shutdown
 def run(args):
     if hosts.index() == 1:
         jnp.zeros((1 << 50,), jnp.uint8)
     hosts.exchange("", "a step")
-code, reason = main._attempt(argparse.Namespace(computes=True, run=run))
+code, reason = main._attempt(argparse.Namespace(row=common.verb(example="")(run)))
 sys.exit(shutdown.end_job(code, reason))
 """
 

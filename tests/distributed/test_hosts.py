@@ -504,7 +504,7 @@ def test_hosts_that_were_started_differently_are_told():
 WORK = """
 import argparse, pathlib, sys, time
 from support import faults
-from vadapter.cli import main
+from vadapter.cli import common, main
 from vadapter.errors import DataError, NonFiniteError
 from vadapter.distributed import hosts, shutdown
 from vadapter.distributed.preemption import signals
@@ -519,7 +519,7 @@ def run(args):
             if sys.argv[1] == "one" and i == 2 and hosts.index() == 1:
                 raise DataError("no file here")
             time.sleep(0.05)
-code, reason = main._attempt(argparse.Namespace(computes=True, run=run))
+code, reason = main._attempt(argparse.Namespace(row=common.verb(example="")(run)))
 sys.exit(shutdown.end_job(code, reason))
 """
 LIMITS = {"deadline": 30, "VADAPTER_WATCHDOG": "600"}  # seconds; the second is lower for a hang
