@@ -87,7 +87,7 @@ def prepare(args: argparse.Namespace) -> None:
 
     Reads its official files. Evaluation does not need this: it reads the official files.
     """
-    from vadapter.data.benchmarks.prepare import prepare
+    from vadapter.data.benchmarks.builders import prepare
 
     print(prepare(args.benchmark, args.dir or Path("data", args.benchmark), args.out))
 

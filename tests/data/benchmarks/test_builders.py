@@ -10,7 +10,7 @@ from support.plain_files import write_json
 
 from vadapter.cli.main import main
 from vadapter.data.benchmarks import builders
-from vadapter.data.benchmarks.prepare import prepare
+from vadapter.data.benchmarks.builders import prepare
 from vadapter.data.benchmarks.source import open_benchmark
 from vadapter.data.benchmarks.table import BENCHMARKS
 from vadapter.data.sources.tfds import TfdsSource
@@ -112,7 +112,7 @@ def test_neither_building_nor_reading_needs_tensorflow(tmp_path):
     MAKERS["textvqa"](tmp_path / "official")
     program = f"""
 import sys
-from vadapter.data.benchmarks.prepare import prepare
+from vadapter.data.benchmarks.builders import prepare
 import tensorflow_datasets as tfds
 path = prepare("textvqa", r"{tmp_path / "official"}", r"{tmp_path / "out"}")
 rows = tfds.builder_from_directory(str(path)).as_data_source("val")

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vadapter.data.example import Question
@@ -86,32 +85,25 @@ class Benchmark:
 
     Attributes:
       name: on the command line and in result files.
-      task: "caption" or "question".
-      media: "image" or "clip".
       splits: name -> official counts.
-      default_split: the split that is scored by default.
       homepage: the official page.
       files: the annotation files.
       media_sets: the sets of images or clips; a split needs every set that names it.
       reader: a function of `formats`: (folder, split, *files) -> records.
-      training: the split whose questions serve as examples in few-shot prompts; "" if none.
+      default_split: the split that is scored by default.
     """
 
     name: str
     task: Literal["caption", "question"]
     media: Literal["image", "clip"]
     splits: Mapping[str, Counts]
-    default_split: str
     homepage: str
     files: tuple[File, ...]
     media_sets: tuple[MediaSet, ...]
     reader: Callable[..., Iterator[Record]]
-    training: str = ""
+    default_split: str = "test"
 
-    def read(self, folder: Path, split: str) -> Iterator[Record]:
-        """Yield the records of a split in the order of the official files.
-
-        Raises:
-          DataError: a file is missing or not in the official format.
-        """
-        return self.reader(folder, split, *self.files)
+    @property
+    def training(self) -> str:
+        """The split whose questions serve as examples in few-shot prompts; "" if none."""
+        return "train" if self.task == "question" else ""

@@ -49,28 +49,21 @@ class BenchmarkBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     BENCHMARK: Benchmark
 
     def _info(self) -> tfds.core.DatasetInfo:
-        texts = tfds.features.Sequence(tfds.features.Text())
-        question = {
-            "text": tfds.features.Text(),
-            "answer": tfds.features.Text(),
-            "kind": tfds.features.Text(),
-            "id": tfds.features.Text(),
-            "answers": tfds.features.Scalar(np.int32),
+        text = tfds.features.Text()
+        question = dict.fromkeys(("text", "answer", "kind", "id"), text)
+        features = {
+            "id": text,
+            self.BENCHMARK.media: tfds.features.Scalar(np.object_),
+            "captions": tfds.features.Sequence(text),
+            "qa": tfds.features.Sequence(question | {"answers": tfds.features.Scalar(np.int32)}),
+            "all_answers": tfds.features.Sequence(text),
         }
         return tfds.core.DatasetInfo(
             builder=self,
             description=f"{self.BENCHMARK.name}, read by vadapter from its official files.",
             homepage=self.BENCHMARK.homepage,
             metadata=tfds.core.MetadataDict(),
-            features=tfds.features.FeaturesDict(
-                {
-                    "id": tfds.features.Text(),
-                    self.BENCHMARK.media: tfds.features.Scalar(np.object_),
-                    "captions": texts,
-                    "qa": tfds.features.Sequence(question),
-                    "all_answers": texts,
-                }
-            ),
+            features=tfds.features.FeaturesDict(features),
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -124,27 +117,22 @@ def _texts(values: Iterable[bytes]) -> list[str]:
     return [value.decode() for value in values]
 
 
-def _instructions(benchmark: Benchmark) -> str:
-    lines = [f"{file.name} from {file.page}" for file in benchmark.files]
-    lines += [f"{' or '.join(each.folders)} from {each.page}" for each in benchmark.media_sets]
-    return "manual_dir holds the official files under their official names: " + "; ".join(lines)
-
-
 def _class(benchmark: Benchmark) -> type[BenchmarkBuilder]:
     # Prefixed: TFDS has a `coco` and others of its own, with other splits.
     name = "Vadapter" + "".join(part.capitalize() for part in benchmark.name.split("_"))
+    files = [f"{file.name} from {file.page}" for file in benchmark.files]
+    files += [f"{' or '.join(each.folders)} from {each.page}" for each in benchmark.media_sets]
+    instructions = "manual_dir holds the official files under their official names: "
     members = {
         "__module__": __name__,
         "__doc__": f"{benchmark.name} from its official files.",
         "BENCHMARK": benchmark,
-        "MANUAL_DOWNLOAD_INSTRUCTIONS": _instructions(benchmark),
+        "MANUAL_DOWNLOAD_INSTRUCTIONS": instructions + "; ".join(files),
     }
     return type(name, (BenchmarkBuilder,), members)
 
 
-BUILDERS: dict[str, type[BenchmarkBuilder]] = {
-    name: _class(benchmark) for name, benchmark in BENCHMARKS.items()
-}
+BUILDERS = {name: _class(benchmark) for name, benchmark in BENCHMARKS.items()}
 
 
 def make_builder(name: str, data_dir: str | Path) -> BenchmarkBuilder:
@@ -155,3 +143,24 @@ def make_builder(name: str, data_dir: str | Path) -> BenchmarkBuilder:
     """
     find_benchmark(name)
     return BUILDERS[name](data_dir=str(data_dir), file_format="array_record")
+
+
+def prepare(name: str, folder: str | Path, out: str | Path) -> Path:
+    """Write the splits of a benchmark whose official files are in `folder`.
+
+    This is `vadapter data prepare`. Splits that are already in `out`, TFDS's `data_dir`, are kept.
+
+    Returns:
+      The folder for `tfds.builder_from_directory`.
+
+    Raises:
+      ConfigError: no benchmark of that name.
+      DataError: all splits are missing, or one cannot be read.
+    """
+    benchmark, folder = find_benchmark(name), Path(folder)
+    if not any(is_present(benchmark, folder, split) for split in benchmark.splits):
+        BenchmarkSource(benchmark, folder)  # raises the error that names what is missing
+    builder = make_builder(name, out)
+    config = tfds.download.DownloadConfig(manual_dir=folder)
+    builder.download_and_prepare(download_config=config)
+    return Path(builder.data_dir)

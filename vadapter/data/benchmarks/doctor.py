@@ -1,15 +1,10 @@
 """`vadapter data doctor`: which official files of a benchmark are present, and what they hold."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from vadapter.data.benchmarks import files as official
 from vadapter.data.benchmarks.benchmark import Benchmark
-from vadapter.data.benchmarks.files import (
-    find_holders,
-    locate,
-    media_sets,
-    missing_file,
-    missing_media,
-)
 from vadapter.data.benchmarks.source import BenchmarkSource
 from vadapter.data.benchmarks.table import BENCHMARKS, find_benchmark
 from vadapter.errors import DataError
@@ -26,11 +21,7 @@ def list_benchmarks() -> list[str]:
 
 
 def diagnose(name: str, folder: Path) -> tuple[list[str], bool]:
-    """Report which files of a benchmark are present, and which are missing with their pages.
-
-    Args:
-      name: name of the benchmark.
-      folder: folder of its official files.
+    """Report which official files of a benchmark `folder` has, and the pages of the missing ones.
 
     Returns:
       Lines to print, and whether the default split can be scored: its files are present and in the
@@ -46,10 +37,10 @@ def diagnose(name: str, folder: Path) -> tuple[list[str], bool]:
     for split in benchmark.splits:
         needed = split == benchmark.default_split
         lines.append(f"{split}{' (the split that is scored)' * needed}:")
-        files, media = _files(benchmark, folder, split), _media(benchmark, folder, split)
-        complete = all(present for present, _ in files + media)
-        for present, line in files + media:
-            lines.append(f"  {'present' if present else 'MISSING'} {line}")
+        files = list(_files(benchmark, folder, split))
+        parts = [*files, *_media(benchmark, folder, split)]
+        complete = all(present for present, _ in parts)
+        lines += [f"  {'present' if present else 'MISSING'} {line}" for present, line in parts]
         if split == benchmark.training:
             usable &= all(present for present, _ in files)
         if complete:
@@ -59,30 +50,23 @@ def diagnose(name: str, folder: Path) -> tuple[list[str], bool]:
     return lines, usable
 
 
-def _files(benchmark: Benchmark, folder: Path, split: str) -> list[tuple[bool, str]]:
-    """Return, for each annotation file, whether it is present, and its location or remedy."""
-    lines = []
+def _files(benchmark: Benchmark, folder: Path, split: str) -> Iterator[tuple[bool, str]]:
+    """Yield, for each annotation file, whether it is present, and its location or remedy."""
     for file in benchmark.files:
         if split in file.splits:
             try:
-                located = locate(folder, file, split)
+                stored = official.locate(folder, file, split)
             except DataError as error:  # a corrupt archive
-                lines.append((False, str(error)))
-                continue
-            if located is None:
-                lines.append((False, missing_file(folder, file, split)))
+                yield False, str(error)
             else:
-                lines.append((True, ": ".join(filter(None, map(str, located)))))
-    return lines
+                yield stored is not None, str(stored or official.missing_file(folder, file, split))
 
 
-def _media(benchmark: Benchmark, folder: Path, split: str) -> list[tuple[bool, str]]:
-    """Return, for each set of images or clips, what `_files` returns for a file."""
-    lines = []
-    for media_set in media_sets(benchmark, split):
-        holders = ", ".join(map(str, find_holders(folder, media_set, split)))
-        lines.append((bool(holders), holders or missing_media(folder, media_set, split)))
-    return lines
+def _media(benchmark: Benchmark, folder: Path, split: str) -> Iterator[tuple[bool, str]]:
+    """Yield, for each set of images or clips, what `_files` yields for a file."""
+    for media_set in official.media_sets(benchmark, split):
+        holders = ", ".join(map(str, official.find_holders(folder, media_set, split)))
+        yield bool(holders), holders or official.missing_media(folder, media_set, split)
 
 
 def _contents(benchmark: Benchmark, folder: Path, split: str) -> tuple[bool, str]:

@@ -1,6 +1,6 @@
 """The official files: side by side, in their folders, or in archives, which are read in place.
 
-Annotations are JSON, JSON lines or CSV; images and clips are found by name.
+Annotations are JSON, CSV or text; images and clips are found by name.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ _MAX_TEXT = 2 << 30  # bytes; the largest official annotation file has 0.4 GB
 _MEDIA = IMAGE_SUFFIXES | CLIP_SUFFIXES
 
 
-class ArchivedMedia(NamedTuple):
-    """An image or clip in an archive.
+class ArchivedFile(NamedTuple):
+    """A file in an archive.
 
     Attributes:
       shard: the archive.
@@ -34,90 +34,71 @@ class ArchivedMedia(NamedTuple):
     name: str
     position: tuple[Any, ...]
 
-    def read(self) -> bytes:
+    def __str__(self) -> str:
+        return f"{self.shard.path}: {self.name}"
+
+    def read_bytes(self) -> bytes:
         """Return the content, uncompressed. Raises DataError if it is corrupt."""
         if isinstance(self.shard, zips.ZipShard):
             return self.shard.read(self.name)
         return self.shard.read(*self.position)
 
 
-def locate(folder: Path, file: File, split: str) -> tuple[Path, str] | None:
-    """Return (path, "") of an annotation file, (archive, its name in it), or None if missing."""
+Stored = Path | ArchivedFile
+
+
+def locate(folder: Path, file: File, split: str) -> Stored | None:
+    """Return where an annotation file is stored, None if it is missing."""
     for name in file.names(split):
         for inner in ("", *file.folders):
             if (path := folder / inner / name).is_file():
-                return path, ""
+                return path
         for pattern in file.archives:
             for path in sorted(folder.glob(pattern)):
                 index = zips.scan(path, {Path(name).suffix}, max_bytes=_MAX_TEXT)
-                for member in index.members:
+                for member, position in index.members.items():
                     if member.rpartition("/")[2] == name:
-                        return path, member
+                        return ArchivedFile(index.shard, member, position)
     return None
 
 
-def read_text(folder: Path, file: File, split: str) -> tuple[str, str]:
-    """Return the location of an annotation file, for messages, and its text.
-
-    Raises:
-      DataError: it is missing (names its official page), unreadable or not UTF-8.
-    """
-    located = locate(folder, file, split)
-    if located is None:
-        raise DataError(missing_file(folder, file, split))
-    path, member = located
-    location = f"{path}: {member}" if member else str(path)
-    try:
-        if member:
-            index = zips.scan(path, {Path(member).suffix}, max_bytes=_MAX_TEXT)
-            data = index.shard.read(member)
-        else:
-            data = path.read_bytes()
-        return location, data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        problem = f"not UTF-8 ({error})"
-    except OSError as error:
-        problem = f"cannot be read ({error})"
-    raise DataError(f"{location}: {problem}; download it again: {file.page}")
+def _csv_rows(text: str) -> list[dict[str, Any]]:
+    return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
-def read_json(folder: Path, file: File, split: str) -> tuple[str, Any]:
-    """Return the location and the parsed JSON of an annotation file, as `read_text`.
-
-    Raises:
-      DataError: as `read_text`, or it is not JSON.
-    """
-    location, text = read_text(folder, file, split)
-    try:
-        return location, json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{location}: not JSON ({error}); download it again: {file.page}"
-        ) from error
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def read_csv(folder: Path, file: File, split: str) -> tuple[str, list[dict[str, Any]]]:
-    """Return the location of an annotation file, and its rows as column -> cell, as `read_text`.
-
-    Raises:
-      DataError: as `read_text`, or it is not CSV.
-    """
-    location, text = read_text(folder, file, split)
-    try:
-        return location, list(csv.DictReader(io.StringIO(text, newline="")))
-    except csv.Error as error:
-        raise DataError(f"{location}: not CSV ({error}); download it again: {file.page}") from error
+_PARSERS: dict[str, Callable[[str], Any]] = {".csv": _csv_rows, ".txt": _lines}
 
 
 @contextlib.contextmanager
-def official_format(location: str) -> Iterator[None]:
-    """Turn errors of a reader in the block into a DataError that names the file."""
+def opened(folder: Path, file: File, split: str) -> Iterator[tuple[str, Any]]:
+    """Yield the location of an annotation file, for messages, and its content.
+
+    The content is a list of rows {column: cell} for .csv, a list of the stripped lines that are not
+    blank for .txt, and otherwise the parsed JSON.
+
+    Raises:
+      DataError: the file is missing, unreadable, not UTF-8 or not in its format (names its official
+        page), or its content raises an error in the block.
+    """
+    if (stored := locate(folder, file, split)) is None:
+        raise DataError(missing_file(folder, file, split))
+    suffix = Path(str(stored)).suffix
     try:
-        yield
+        content = _PARSERS.get(suffix, json.loads)(stored.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else suffix[1:].upper()
+        problem = "cannot be read" if isinstance(error, OSError) else f"not {kind}"
+        raise DataError(f"{stored}: {problem} ({error}); download it again: {file.page}") from error
+    try:
+        yield str(stored), content
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         problem = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(
-            f"{location}: not in the official format ({problem}); download the official file again"
+            f"{stored}: not in the official format ({problem}); download the official file again"
         ) from error
 
 
@@ -136,13 +117,13 @@ def missing_media(folder: Path, media_set: MediaSet, split: str) -> str:
     return f"{folder}: no {' or '.join(names)}; put it there, from {media_set.page}"
 
 
-def find_media(benchmark: Benchmark, folder: Path, split: str) -> dict[str, Path | ArchivedMedia]:
+def find_media(benchmark: Benchmark, folder: Path, split: str) -> dict[str, Stored]:
     """Return all images or clips of a split that are present, by file name without suffix.
 
     Raises:
       DataError: a set of them is missing, or an archive is corrupt.
     """
-    media: dict[str, Path | ArchivedMedia] = {}
+    media: dict[str, Stored] = {}
     for media_set in media_sets(benchmark, split):
         holders = find_holders(folder, media_set, split)
         if not holders:
@@ -157,7 +138,7 @@ def find_media(benchmark: Benchmark, folder: Path, split: str) -> dict[str, Path
             else:
                 index = (zips if path.suffix.lower() == ".zip" else tar).scan(path, _MEDIA)
                 for name, position in index.members.items():
-                    archived = ArchivedMedia(index.shard, name, position)
+                    archived = ArchivedFile(index.shard, name, position)
                     media.setdefault(PurePosixPath(name).stem, archived)
     return media
 

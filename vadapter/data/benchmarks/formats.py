@@ -1,49 +1,27 @@
 """Readers of the official annotation formats.
 
 A reader takes (folder, split, *files), the files being those of the benchmark's row in `table`, and
-yields the records of the split in the order of the files. It raises DataError for a file that is
+returns the records of the split in the order of the files. It raises DataError for a file that is
 missing or not in the format of its docstring.
 """
 
-import functools
+import collections
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from vadapter.data.annotations import annotation_tables
 from vadapter.data.benchmarks.benchmark import File, Record
-from vadapter.data.benchmarks.files import (
-    locate,
-    official_format,
-    read_csv,
-    read_json,
-    read_text,
-)
+from vadapter.data.benchmarks.files import locate, opened
 from vadapter.data.example import Question
 from vadapter.errors import DataError
 
-Reader = Callable[..., Iterator[Record]]
+# (id, media) of an image or clip -> its questions, in order of appearance
+_Questions = collections.defaultdict[tuple[str, str], list[Question]]
 
 
-def _document(parse: Callable[..., Iterable[Record]]) -> Reader:
-    """Turn a function of a parsed JSON document and the split into a reader."""
-
-    @functools.wraps(parse)
-    def reader(folder: Path, split: str, file: File) -> Iterator[Record]:
-        path, document = read_json(folder, file, split)
-        with official_format(path):
-            yield from parse(document, split)
-
-    return reader
-
-
-def _by_media(questions: Iterable[tuple[str, str, Question]]) -> Iterator[Record]:
-    """Yield a record per image or clip, in order of appearance, from (id, media, question)."""
-    gathered: dict[tuple[str, str], list[Question]] = {}
-    for id_, media, question in questions:
-        gathered.setdefault((id_, media), []).append(question)
-    for (id_, media), qa in gathered.items():
+def _records(questions: _Questions) -> Iterator[Record]:
+    for (id_, media), qa in questions.items():
         yield Record(id_, media, qa=tuple(qa))
 
 
@@ -65,53 +43,48 @@ def karpathy(
     if rows_path := _rows_path(folder, split, file):
         yield from _rows(rows_path, split)
         return
-    path, document = read_json(folder, file, split)
-    wanted = (values or {}).get(split, (split,))
-    with official_format(path):
+    names = (values or {}).get(split, (split,))
+    with opened(folder, file, split) as (_, document):
         for image in document["images"]:
-            if image["split"] in wanted:
+            if image["split"] in names:
                 captions = tuple(sentence["raw"] for sentence in image["sentences"])
                 name = image["filename"]
                 yield Record(str(image.get("cocoid", name)), PurePosixPath(name).stem, captions)
 
 
-@_document
-def msrvtt(document: Any, split: str) -> Iterator[Record]:
+def msrvtt(folder: Path, split: str, file: File) -> Iterator[Record]:
     """Read `videodatainfo.json` of MSR-VTT.
 
     {"videos": [{"video_id", "split", …}], "sentences": [{"video_id", "caption", …}], …}
     """
-    theirs = "validate" if split == "val" else split
-    captions: dict[str, list[str]] = {
-        video["video_id"]: [] for video in document["videos"] if video["split"] == theirs
-    }
-    for sentence in document["sentences"]:
-        if sentence["video_id"] in captions:
-            captions[sentence["video_id"]].append(sentence["caption"])
-    for name, texts in captions.items():
-        yield Record(name, name, tuple(texts))
+    with opened(folder, file, split) as (_, document):
+        official_split = "validate" if split == "val" else split
+        captions: dict[str, list[str]] = {
+            video["video_id"]: []
+            for video in document["videos"]
+            if video["split"] == official_split
+        }
+        for sentence in document["sentences"]:
+            if sentence["video_id"] in captions:
+                captions[sentence["video_id"]].append(sentence["caption"])
+        for name, texts in captions.items():
+            yield Record(name, name, tuple(texts))
 
 
-@_document
-def vatex(document: Any, split: str) -> Iterator[Record]:
+def vatex(folder: Path, split: str, file: File) -> Iterator[Record]:
     """Read a file of VATEX: [{"videoID", "enCap": […], …}, …]."""
-    del split
-    for clip in document:
-        yield Record(clip["videoID"], clip["videoID"], tuple(clip["enCap"]))
+    with opened(folder, file, split) as (_, document):
+        for clip in document:
+            yield Record(clip["videoID"], clip["videoID"], tuple(clip["enCap"]))
 
 
 # -- questions about images --------------------------------------------------------------------
 
 
 def vqa(
-    folder: Path,
-    split: str,
-    questions: File,
-    annotations: File,
-    *,
-    images: Mapping[str, str],
+    folder: Path, split: str, questions: File, annotations: File, *, images: Mapping[str, str],
     kind: str,
-) -> Iterator[Record]:
+) -> Iterator[Record]:  # fmt: skip
     """Read questions and annotations in visualqa.org's format.
 
     {"questions": [{"image_id", "question", "question_id"}], …} and
@@ -129,28 +102,23 @@ def vqa(
     """
     answered = split in annotations.splits
     answers = _vqa_answers(folder, split, annotations, kind) if answered else {}
-    path, document = read_json(folder, questions, split)
-
-    def parse() -> Iterator[tuple[str, str, Question]]:
+    qa = _Questions(list)
+    with opened(folder, questions, split) as (location, document):
         for item in document["questions"]:
             key, image = item["question_id"], item["image_id"]
             if answered and key not in answers:
                 raise DataError(
-                    f"{path}: question {key} is not in {annotations.names(split)[0]}; download "
+                    f"{location}: question {key} is not in {annotations.names(split)[0]}; download "
                     f"both files again: {annotations.page}"
                 )
-            given, value = answers.pop(key, ((), ""))
-            question = Question(item["question"], given, value, str(key))
-            yield str(image), f"COCO_{images[split]}_{image:012d}", question
-
-    with official_format(path):
-        records = list(_by_media(parse()))
+            question = Question(item["question"], *answers.pop(key, ((), "")), str(key))
+            qa[str(image), f"COCO_{images[split]}_{image:012d}"].append(question)
     if answers:
         raise DataError(
-            f"{path}: lacks {len(answers):,} annotated questions, such as {next(iter(answers))}; "
-            f"download both files again: {questions.page}"
+            f"{location}: lacks {len(answers):,} annotated questions, such as "
+            f"{next(iter(answers))}; download both files again: {questions.page}"
         )
-    yield from records
+    return _records(qa)
 
 
 def _vqa_answers(
@@ -158,49 +126,42 @@ def _vqa_answers(
 ) -> dict[int, tuple[tuple[str, ...], str]]:
     """Return id of a question -> (its answers, its value of `kind`)."""
     answers: dict[int, tuple[tuple[str, ...], str]] = {}
-    path, document = read_json(folder, annotations, split)
-    with official_format(path):
+    with opened(folder, annotations, split) as (location, document):
         names = document.get("question_types", {})  # of OK-VQA; VQAv2 has a list of other things
         names = names if isinstance(names, dict) else {}
         for item in document["annotations"]:
-            if item["question_id"] in answers:
-                raise DataError(f"{path}: question {item['question_id']} is listed twice")
-            given = tuple(answer["answer"] for answer in item["answers"])
-            answers[item["question_id"]] = given, str(names.get(item[kind], item[kind]))
+            key, words = item["question_id"], tuple(answer["answer"] for answer in item["answers"])
+            if key in answers:
+                raise DataError(f"{location}: question {key} is listed twice")
+            answers[key] = words, str(names.get(item[kind], item[kind]))
     return answers
 
 
-@_document
-def textvqa(document: Any, split: str) -> Iterator[Record]:
+def textvqa(folder: Path, split: str, file: File) -> Iterator[Record]:
     """Read a file of TextVQA.
 
     {"data": [{"image_id", "question", "question_id", "answers": […] (not of test), …}], …}
     """
-    del split
-    return _by_media(
-        (
-            item["image_id"],
-            item["image_id"],
-            Question(
-                item["question"], tuple(item.get("answers", ())), "", str(item["question_id"])
-            ),
-        )
-        for item in document["data"]
-    )
+    qa = _Questions(list)
+    with opened(folder, file, split) as (_, document):
+        for item in document["data"]:
+            answers, image = tuple(item.get("answers", ())), item["image_id"]
+            question = Question(item["question"], answers, id=str(item["question_id"]))
+            qa[image, image].append(question)
+    return _records(qa)
 
 
-@_document
-def vizwiz(document: Any, split: str) -> Iterator[Record]:
+def vizwiz(folder: Path, split: str, file: File) -> Iterator[Record]:
     """Read a file of VizWiz-VQA, whose questions are named after their images.
 
     [{"image", "question", "answers": [{"answer", …}] and "answer_type" (not of test)}, …]
     """
-    del split
-    for item in document:
-        answers = tuple(answer["answer"] for answer in item.get("answers", ()))
-        name = item["image"]
-        question = Question(item["question"], answers, item.get("answer_type", ""), name)
-        yield Record(name, PurePosixPath(name).stem, qa=(question,))
+    with opened(folder, file, split) as (_, document):
+        for item in document:
+            answers = tuple(answer["answer"] for answer in item.get("answers", ()))
+            name = item["image"]
+            question = Question(item["question"], answers, item.get("answer_type", ""), name)
+            yield Record(name, PurePosixPath(name).stem, qa=(question,))
 
 
 _DAQUAR_IMAGE = re.compile(r" in (?:the |this )?(image\d+)\b")
@@ -215,19 +176,16 @@ def daquar(folder: Path, split: str, file: File) -> Iterator[Record]:
     """
     if rows_path := _rows_path(folder, split, file):
         for record in _rows(rows_path, split):
-            qa = (q._replace(answers=(", ".join(q.answers),)) for q in record.qa)
-            yield record._replace(qa=tuple(qa))
+            joined = (q._replace(answers=(", ".join(q.answers),)) for q in record.qa)
+            yield record._replace(qa=tuple(joined))
         return
-    path, text = read_text(folder, file, split)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-
-    def parse() -> Iterator[tuple[str, str, Question]]:
+    qa = _Questions(list)
+    with opened(folder, file, split) as (_, lines):
         for n, (question, answer) in enumerate(zip(lines[::2], lines[1::2], strict=True)):
             image = _DAQUAR_IMAGE.findall(question)[-1]
-            yield image, image, Question(_DAQUAR_IMAGE.sub("", question), (answer,), "", str(n))
-
-    with official_format(path):
-        yield from _by_media(parse())
+            text = _DAQUAR_IMAGE.sub("", question)
+            qa[image, image].append(Question(text, (answer,), id=str(n)))
+    yield from _records(qa)
 
 
 # -- questions about clips ---------------------------------------------------------------------
@@ -243,28 +201,20 @@ def video_qa(folder: Path, split: str, file: File, mapping: File | None = None) 
       mapping: a file whose lines "<file name> vid<number>" name the clips; None where they are
         called video<number>.
     """
-    names = None if mapping is None else _video_names(folder, split, mapping)
-    path, document = read_json(folder, file, split)
-
-    def parse() -> Iterator[tuple[str, str, Question]]:
+    names, prefix, qa = {}, "video", _Questions(list)
+    if mapping is not None:
+        prefix = "vid"
+        with opened(folder, mapping, split) as (_, lines):
+            names = {int(id_.removeprefix("vid")): name for name, id_ in map(str.split, lines)}
+    with opened(folder, file, split) as (_, document):
         for item in document:
             number, text = item["video_id"], item["question"]
-            kind = text.split(" ")[0].lower()
-            question = Question(text, (item["answer"],), kind, str(item["id"]))
-            if names is None:
-                yield f"video{number}", f"video{number}", question
-            else:
-                yield f"vid{number}", names[number], question
-
-    with official_format(path):
-        yield from _by_media(parse())
-
-
-def _video_names(folder: Path, split: str, mapping: File) -> dict[int, str]:
-    path, text = read_text(folder, mapping, split)
-    with official_format(path):
-        pairs = [line.split() for line in text.splitlines() if line.strip()]
-        return {int(number.removeprefix("vid")): name for name, number in pairs}
+            name = f"{prefix}{number}"
+            question = Question(
+                text, (item["answer"],), text.split(" ")[0].lower(), str(item["id"])
+            )
+            qa[name, names[number] if mapping else name].append(question)
+    return _records(qa)
 
 
 def ivqa(folder: Path, split: str, file: File) -> Iterator[Record]:
@@ -272,17 +222,13 @@ def ivqa(folder: Path, split: str, file: File) -> Iterator[Record]:
 
     CSV with the columns video_id, start, end, question, answer1 … answer5.
     """
-    path, rows = read_csv(folder, file, split)
-
-    def parse() -> Iterator[tuple[str, str, Question]]:
+    qa = _Questions(list)
+    with opened(folder, file, split) as (_, rows):
         for n, row in enumerate(rows):
             name = f"{row['video_id']}_{row['start']}_{row['end']}"
-            given = (row[f"answer{k}"] for k in range(1, 6))
-            answers = tuple(answer for answer in given if answer)
-            yield name, name, Question(row["question"], answers, "", str(n))
-
-    with official_format(path):
-        yield from _by_media(parse())
+            answers = tuple(answer for k in range(1, 6) if (answer := row[f"answer{k}"]))
+            qa[name, name].append(Question(row["question"], answers, id=str(n)))
+    return _records(qa)
 
 
 # -- rows beside tar shards --------------------------------------------------------------------
@@ -290,15 +236,15 @@ def ivqa(folder: Path, split: str, file: File) -> Iterator[Record]:
 
 def _rows_path(folder: Path, split: str, file: File) -> Path | None:
     """Return the path of the JSON lines beside tar shards, None if the official file is used."""
-    located = locate(folder, file, split)
-    return located[0] if located is not None and located[0].suffix == ".jsonl" else None
+    stored = locate(folder, file, split)
+    return stored if isinstance(stored, Path) and stored.suffix == ".jsonl" else None
 
 
 def _rows(path: Path, split: str) -> Iterator[Record]:
     """Read JSON lines beside tar shards, see `annotation_tables`."""
     rows = (
-        (place, annotation_tables.media_name(place, row), row)
-        for place, row in annotation_tables.read_rows(path, split)
+        (location, annotation_tables.media_name(location, row), row)
+        for location, row in annotation_tables.read_rows(path, split)
     )
     for name, (captions, qa) in annotation_tables.gather(rows).items():
         yield Record(name, PurePosixPath(name).stem, captions, qa)

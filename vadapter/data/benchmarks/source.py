@@ -1,5 +1,6 @@
 """A split of a benchmark as a data source, read straight from the official files."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -7,10 +8,12 @@ from pathlib import Path
 
 from vadapter.config import nearest
 from vadapter.data.benchmarks.benchmark import Benchmark, Record
-from vadapter.data.benchmarks.files import ArchivedMedia, find_media
+from vadapter.data.benchmarks.files import ArchivedFile, Stored, find_media
 from vadapter.data.benchmarks.table import find_benchmark
 from vadapter.data.example import Example, Question, Source
 from vadapter.errors import ConfigError, DataError
+
+_AGAIN = "download the official files again"
 
 
 class NoMediaError(DataError):
@@ -25,8 +28,8 @@ class BenchmarkSource(Source):
 
     Args:
       benchmark: a row of `table.BENCHMARKS`.
-      directory: folder with the official files under their official names.
-      split: name of the split; the benchmark's default if "".
+      folder: folder with the official files under their official names.
+      split: the benchmark's default if "".
 
     Attributes:
       kind: "image" or "clip".
@@ -40,18 +43,18 @@ class BenchmarkSource(Source):
         clips are missing.
     """
 
-    def __init__(self, benchmark: Benchmark, directory: str | Path, split: str = ""):
-        directory = Path(directory)
+    def __init__(self, benchmark: Benchmark, folder: str | Path, split: str = ""):
+        folder = Path(folder)
         split = split or benchmark.default_split
-        records = list(checked_records(benchmark, directory, split))
-        media = find_media(benchmark, directory, split)
+        records = list(_checked_records(benchmark, folder, split))
+        media = find_media(benchmark, folder, split)
         self.kind: str = benchmark.media
         self.missing = tuple(record.media for record in records if record.media not in media)
         self._records = [record for record in records if record.media in media]
         self._media = [media[record.media] for record in self._records]
         if not self._records:
             raise NoMediaError(
-                f"{directory}: none of the {len(records):,} {self.kind}s of {benchmark.name} "
+                f"{folder}: none of the {len(records):,} {self.kind}s of {benchmark.name} "
                 f"{split} is here, such as {self.missing[0]}; download them from "
                 f"{benchmark.media_sets[0].page}"
             )
@@ -63,37 +66,32 @@ class BenchmarkSource(Source):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        stored = self._media[index]
-        media = stored.read() if isinstance(stored, ArchivedMedia) else stored
-        record = self._records[index]
-        return Example(record.id, media, record.captions, record.qa)
+        media = self._media[index]
+        if isinstance(media, ArchivedFile):
+            media = media.read_bytes()
+        return dataclasses.replace(self.text_only(index), media=media)
 
     def text_only(self, index: int) -> Example:
         """Return the example without its image or clip."""
-        record = self._records[index]
-        return Example(record.id, None, record.captions, record.qa)
+        id_, _, captions, qa = self._records[index]
+        return Example(id_, None, captions, qa)
 
     def fingerprint(self) -> str:
         """Return a digest of names, sizes and texts, but not of the pixels or the folder."""
         return self._digest
 
 
-def open_benchmark(name: str, directory: str | Path, split: str = "") -> BenchmarkSource:
-    """Return a split of a benchmark, read from the folder of its official files.
-
-    Args:
-      name: name of the benchmark.
-      directory: folder with the official files under their official names.
-      split: name of the split; the one that is scored by default if "".
+def open_benchmark(name: str, folder: str | Path, split: str = "") -> BenchmarkSource:
+    """Return a split of the benchmark `name`, see `BenchmarkSource`.
 
     Raises:
       ConfigError: no benchmark or split of that name.
       DataError: a file is missing, or not in the official format.
     """
-    return BenchmarkSource(find_benchmark(name), directory, split)
+    return BenchmarkSource(find_benchmark(name), folder, split)
 
 
-def training_questions(name: str, directory: str | Path) -> list[Question]:
+def training_questions(name: str, folder: str | Path) -> list[Question]:
     """Return the questions of the training split with their answers, in the order of the files.
 
     Only annotation files are read: neither images nor clips have to be present. A question that
@@ -106,11 +104,11 @@ def training_questions(name: str, directory: str | Path) -> list[Question]:
     benchmark = find_benchmark(name)
     if not benchmark.training:
         raise ConfigError(f"benchmark {name!r}: a {benchmark.task} benchmark has no questions")
-    records = checked_records(benchmark, Path(directory), benchmark.training)
+    records = _checked_records(benchmark, Path(folder), benchmark.training)
     return [question for record in records for question in record.qa if question.answer.strip()]
 
 
-def checked_records(benchmark: Benchmark, directory: Path, split: str) -> Iterator[Record]:
+def _checked_records(benchmark: Benchmark, folder: Path, split: str) -> Iterator[Record]:
     """Yield the records of a split, each checked for its texts and for a unique id.
 
     Texts stay unchanged, blank ones too, since the official scorers keep them; but one caption or
@@ -126,43 +124,42 @@ def checked_records(benchmark: Benchmark, directory: Path, split: str) -> Iterat
             f"benchmark {benchmark.name!r}: no split {split!r}{nearest(split, benchmark.splits)}; "
             f"choose from {', '.join(benchmark.splits)}"
         )
-    if not directory.is_dir():
+    if not folder.is_dir():
         raise DataError(
-            f"{directory}: no such folder; download the official files of {benchmark.name} to it, "
+            f"{folder}: no such folder; download the official files of {benchmark.name} to it, "
             f"from {benchmark.homepage}; `vadapter data doctor {benchmark.name}` lists them"
         )
-    where = f"{directory}: {benchmark.name} {split}"
+    location = f"{folder}: {benchmark.name} {split}"
     blank_answers = benchmark.splits[split].per_item == 0 or split == benchmark.training
-    ids: set[str] = set()
-    question_ids: set[str] = set()
-    for record in benchmark.read(directory, split):
-        _require_new(record.id, ids, f"{where}: {benchmark.media}")
+    seen: set[tuple[str, str]] = set()
+    for record in benchmark.reader(folder, split, *benchmark.files):
+        _require_new(benchmark.media, record.id, seen, location)
         if benchmark.task == "caption":
-            _require_texts(record.captions, f"{where}: {record.id}", "caption")
+            _require_texts(record.captions, "caption", f"{location}: {record.id}")
         for question in record.qa:
-            _require_new(question.id, question_ids, f"{where}: question")
-            place = f"{where}: question {question.id}"
-            _require_texts((question.text,), place, "text", blank=True)
-            _require_texts(question.answers, place, "answer", blank=blank_answers)
+            _require_new("question", question.id, seen, location)
+            name = f"{location}: question {question.id}"
+            _require_texts((question.text,), "text", name, blank=True)
+            _require_texts(question.answers, "answer", name, blank=blank_answers)
         yield record
-    if not ids:
-        raise DataError(f"{where}: no records; download the official files again")
+    if not seen:
+        raise DataError(f"{location}: no records; {_AGAIN}")
 
 
-def _require_new(id_: str, seen: set[str], where: str) -> None:
-    if id_ in seen:
-        raise DataError(f"{where} {id_} is listed twice; download the official files again")
-    seen.add(id_)
+def _require_new(kind: str, id_: str, seen: set[tuple[str, str]], location: str) -> None:
+    if (kind, id_) in seen:
+        raise DataError(f"{location}: {kind} {id_} is listed twice; {_AGAIN}")
+    seen.add((kind, id_))
 
 
-def _require_texts(values: tuple[str, ...], where: str, what: str, *, blank: bool = False) -> None:
+def _require_texts(
+    values: tuple[str, ...], kind: str, location: str, *, blank: bool = False
+) -> None:
     for value in values:
         if not isinstance(value, str):
-            raise DataError(
-                f"{where} has the {what} {value!r:.60}; download the official files again"
-            )
+            raise DataError(f"{location} has the {kind} {value!r:.60}; {_AGAIN}")
     if not blank and not any(value.strip() for value in values):
-        raise DataError(f"{where} has no {what}; download the official files again")
+        raise DataError(f"{location} has no {kind}; {_AGAIN}")
 
 
 def _differences(
@@ -189,10 +186,10 @@ def _differences(
     return f"not the complete official {benchmark.name} {split} split: {'; '.join(parts)}"
 
 
-def _digest(kind: str, records: list[Record], media: list[Path | ArchivedMedia]) -> str:
+def _digest(kind: str, records: list[Record], media: list[Stored]) -> str:
     digest = hashlib.sha256(kind.encode())
     for record, stored in zip(records, media, strict=True):
-        archived = isinstance(stored, ArchivedMedia)
+        archived = isinstance(stored, ArchivedFile)
         position = stored.position if archived else stored.stat().st_size
         digest.update(json.dumps((record, position)).encode())
     return digest.hexdigest()

@@ -61,12 +61,8 @@ _ROWS = (
     # Karpathy's split, with the "restval" images in train; a few images have more than five
     # captions.
     Benchmark(
-        name="coco",
-        task="caption",
-        media="image",
+        name="coco", task="caption", media="image", homepage=KARPATHY,
         splits=_counts(None, train=(113_287, 566_747), val=(5_000, 25_010), test=(5_000, 25_010)),
-        default_split="test",
-        homepage=KARPATHY,
         files=(File("dataset_coco.json", KARPATHY, THREE, ("caption_datasets.zip",)),),
         media_sets=(
             MediaSet(("val2014",), COCO, THREE, ("val2014.zip",)),
@@ -76,229 +72,138 @@ _ROWS = (
     ),
     # License: for research. The page's download links come and go.
     Benchmark(
-        name="msrvtt",
-        task="caption",
-        media="clip",
+        name="msrvtt", task="caption", media="clip", homepage=MSRVTT,
         splits=_counts(20, train=(6_513, 130_260), val=(497, 9_940), test=(2_990, 59_800)),
-        default_split="test",
-        homepage=MSRVTT,
         files=(
-            File(
-                "{split}_videodatainfo.json",
-                MSRVTT,
-                {"train": "train_val", "val": "train_val", "test": "test"},
-                ("train_val_annotation.zip", "test_videodatainfo*.zip"),
-            ),
+            File("{split}_videodatainfo.json", MSRVTT,
+                 {"train": "train_val", "val": "train_val", "test": "test"},
+                 ("train_val_annotation.zip", "test_videodatainfo*.zip")),
         ),
-        media_sets=MSRVTT_CLIPS,
-        reader=formats.msrvtt,
+        media_sets=MSRVTT_CLIPS, reader=formats.msrvtt,
     ),
     # English captions. Clips are the user's own, named by "videoID": <YouTube id>_<start>_<end>,
     # six digits each.
     Benchmark(
-        name="vatex",
-        task="caption",
-        media="clip",
+        name="vatex", task="caption", media="clip", homepage=VATEX,
         splits=_counts(10, train=(25_991, 259_910), val=(3_000, 30_000), test=(6_000, 60_000)),
-        default_split="test",
-        homepage=VATEX,
         files=(
-            File(
-                "vatex_{split}.json",
-                VATEX,
-                {
-                    "train": "training_v1.0",
-                    "val": "validation_v1.0",
-                    "test": "public_test_english_v1.1",
-                },
-            ),
+            File("vatex_{split}.json", VATEX,
+                 {"train": "training_v1.0", "val": "validation_v1.0",
+                  "test": "public_test_english_v1.1"}),
         ),
-        media_sets=(MediaSet(("videos",), VATEX, THREE),),
-        reader=formats.vatex,
+        media_sets=(MediaSet(("videos",), VATEX, THREE),), reader=formats.vatex,
     ),
     # Answers of test-dev and test are not public: the challenge's server scores the submission
     # file. Scores are broken down by "answer_type".
     Benchmark(
-        name="vqav2",
-        task="question",
-        media="image",
+        name="vqav2", task="question", media="image", homepage=VQA, default_split="val",
         splits=_counts(10, train=(82_783, 443_757), val=(40_504, 214_354))
         | _counts(0, **{"test-dev": (36_807, 107_394), "test": (81_434, 447_793)}),
-        default_split="val",
-        homepage=VQA,
         files=(
-            File(
-                "v2_OpenEnded_mscoco_{split}_questions.json",
-                VQA,
-                {**TRAIN_VAL, "test-dev": "test-dev2015", "test": "test2015"},
-                ("v2_Questions_*_mscoco.zip",),
-            ),
-            File(
-                "v2_mscoco_{split}_annotations.json",
-                VQA,
-                TRAIN_VAL,
-                ("v2_Annotations_*_mscoco.zip",),
-            ),
+            File("v2_OpenEnded_mscoco_{split}_questions.json", VQA,
+                 {**TRAIN_VAL, "test-dev": "test-dev2015", "test": "test2015"},
+                 ("v2_Questions_*_mscoco.zip",)),
+            File("v2_mscoco_{split}_annotations.json", VQA, TRAIN_VAL,
+                 ("v2_Annotations_*_mscoco.zip",)),
         ),
         media_sets=(MediaSet(("{split}",), VQA, VQA_IMAGES, ("{split}.zip",)),),
         reader=partial(formats.vqa, images=VQA_IMAGES, kind="answer_type"),
-        training="train",
     ),
     # Version 0.5.1. Some images (of Open Images, CC BY 2.0) are stored rotated and are read as
     # stored; OCR tokens are not read. Answers of test are not public.
     Benchmark(
-        name="textvqa",
-        task="question",
-        media="image",
+        name="textvqa", task="question", media="image", homepage=TEXTVQA, default_split="val",
         splits=_counts(10, train=(21_953, 34_602), val=(3_166, 5_000))
         | _counts(0, test=(3_289, 5_734)),
-        default_split="val",
-        homepage=TEXTVQA,
         files=(File("TextVQA_0.5.1_{split}.json", TEXTVQA, THREE),),
         media_sets=(
             MediaSet(("train_images",), TEXTVQA, _same("train", "val"), ("train_val_images.zip",)),
             MediaSet(("test_images",), TEXTVQA, _same("test"), ("test_images.zip",)),
         ),
         reader=formats.textvqa,
-        training="train",
     ),
     # Photos of blind people, one question each. "unanswerable" is an answer like any other, and a
     # few answers are blank. Answers of test are not public.
     Benchmark(
-        name="vizwiz",
-        task="question",
-        media="image",
+        name="vizwiz", task="question", media="image", homepage=VIZWIZ, default_split="val",
         splits=_counts(10, train=(20_523, 20_523), val=(4_319, 4_319))
         | _counts(0, test=(8_000, 8_000)),
-        default_split="val",
-        homepage=VIZWIZ,
         files=(
-            File(
-                "{split}.json", VIZWIZ, THREE, ("Annotations.zip",), ("Annotations", "annotations")
-            ),
+            File("{split}.json", VIZWIZ, THREE, ("Annotations.zip",),
+                 ("Annotations", "annotations")),
         ),
         media_sets=(MediaSet(("{split}",), VIZWIZ, THREE, ("{split}.zip",)),),
         reader=formats.vizwiz,
-        training="train",
     ),
     # The ten answers are those of five annotators, stemmed, each twice, as in the official files
     # ("raw_answer" is not read). Scores are broken down by "question_type".
     Benchmark(
-        name="okvqa",
-        task="question",
-        media="image",
+        name="okvqa", task="question", media="image", homepage=OKVQA, default_split="val",
         splits=_counts(10, train=(8_998, 9_009), val=(5_033, 5_046)),
-        default_split="val",
-        homepage=OKVQA,
         files=(
-            File(
-                "OpenEnded_mscoco_{split}_questions.json",
-                OKVQA,
-                TRAIN_VAL,
-                ("OpenEnded_mscoco_*.json.zip",),
-            ),
-            File(
-                "mscoco_{split}_annotations.json",
-                OKVQA,
-                TRAIN_VAL,
-                ("mscoco_*_annotations.json.zip",),
-            ),
+            File("OpenEnded_mscoco_{split}_questions.json", OKVQA, TRAIN_VAL,
+                 ("OpenEnded_mscoco_*.json.zip",)),
+            File("mscoco_{split}_annotations.json", OKVQA, TRAIN_VAL,
+                 ("mscoco_*_annotations.json.zip",)),
         ),
         media_sets=(MediaSet(("{split}",), OKVQA, TRAIN_VAL, ("{split}.zip",)),),
         reader=partial(formats.vqa, images=TRAIN_VAL, kind="question_type"),
-        training="train",
     ),
     # License: for research. One answer of one word.
     Benchmark(
-        name="msrvtt_qa",
-        task="question",
-        media="clip",
+        name="msrvtt_qa", task="question", media="clip", homepage=VIDEO_QA,
         splits=_counts(1, train=(6_513, 158_581), val=(497, 12_278), test=(2_990, 72_821)),
-        default_split="test",
-        homepage=VIDEO_QA,
         files=(File("{split}_qa.json", VIDEO_QA, THREE),),
-        media_sets=MSRVTT_CLIPS,
-        reader=formats.video_qa,
-        training="train",
+        media_sets=MSRVTT_CLIPS, reader=formats.video_qa,
     ),
     # License: for research. One answer of one word. The counts are of clips that have questions.
     Benchmark(
-        name="msvd_qa",
-        task="question",
-        media="clip",
+        name="msvd_qa", task="question", media="clip", homepage=VIDEO_QA,
         splits=_counts(1, train=(1_161, 30_933), val=(245, 6_415), test=(504, 13_157)),
-        default_split="test",
-        homepage=VIDEO_QA,
         files=(
             File("{split}_qa.json", VIDEO_QA, THREE),
             File("youtube_mapping.txt", VIDEO_QA, THREE),
         ),
         media_sets=(MediaSet(("YouTubeClips",), MSVD, THREE, ("YouTubeClips.tar",)),),
         reader=formats.video_qa,
-        training="train",
     ),
     # License: for research. Clips are the user's own, cut and named <video_id>_<start>_<end>.
     Benchmark(
-        name="ivqa",
-        task="question",
-        media="clip",
+        name="ivqa", task="question", media="clip", homepage=IVQA,
         splits=_counts(None, train=(5_994, 5_994), val=(2_000, 2_000), test=(2_000, 2_000)),
-        default_split="test",
-        homepage=IVQA,
         files=(File("{split}.csv", IVQA, THREE),),
-        media_sets=(MediaSet(("video",), IVQA, THREE),),
-        reader=formats.ivqa,
-        training="train",
+        media_sets=(MediaSet(("video",), IVQA, THREE),), reader=formats.ivqa,
     ),
     # License: captions for non-commercial research and education. Karpathy's file has the splits
     # of the authors.
     Benchmark(
-        name="flickr8k",
-        task="caption",
-        media="image",
+        name="flickr8k", task="caption", media="image", homepage=FLICKR8K,
         splits=_counts(5, train=(6_000, 30_000), val=(1_000, 5_000), test=(1_000, 5_000)),
-        default_split="test",
-        homepage=FLICKR8K,
         files=(
-            File(
-                "captions.jsonl",
-                KARPATHY,
-                THREE,
-                ("caption_datasets.zip",),
-                aliases=("dataset_flickr8k.json",),
-            ),
+            File("captions.jsonl", KARPATHY, THREE, ("caption_datasets.zip",),
+                 aliases=("dataset_flickr8k.json",)),
         ),
         media_sets=(
-            MediaSet(
-                ("Flicker8k_Dataset",), FLICKR8K, THREE, ("{split}-*.tar", "Flickr8k_Dataset.zip")
-            ),
+            MediaSet(("Flicker8k_Dataset",), FLICKR8K, THREE,
+                     ("{split}-*.tar", "Flickr8k_Dataset.zip")),
         ),
         reader=formats.karpathy,
     ),
     # The full set, about indoor photos of NYU Depth v2. License: for research. The counts are those
     # of the files; the paper counts 6,794 and 5,674 questions.
     Benchmark(
-        name="daquar",
-        task="question",
-        media="image",
+        name="daquar", task="question", media="image", homepage=DAQUAR,
         splits=_counts(1, train=(794, 6_795), test=(653, 5_673)),
-        default_split="test",
-        homepage=DAQUAR,
         files=(
             File("qa.jsonl", DAQUAR, _same("train", "test"), aliases=("qa.894.raw.{split}.txt",)),
         ),
         media_sets=(
-            MediaSet(
-                ("nyu_depth_images",),
-                DAQUAR,
-                _same("train", "test"),
-                ("{split}-*.tar", "nyu_depth_images.tar"),
-            ),
+            MediaSet(("nyu_depth_images",), DAQUAR, _same("train", "test"),
+                     ("{split}-*.tar", "nyu_depth_images.tar")),
         ),
         reader=formats.daquar,
-        training="train",
     ),
-)
+)  # fmt: skip
 
 BENCHMARKS: dict[str, Benchmark] = {row.name: row for row in _ROWS}
 
