@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from vadapter.data.example import Example, Question
 from vadapter.data.media.frames import load_media
-from vadapter.data.media.images import CLIP_SUFFIXES, BadMedia, ImageTransform, pixels_of, resize
+from vadapter.data.media.images import CLIP_SUFFIXES, BadMedia, ImageTransform, resize, upright
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.transforms import prompt_sample
@@ -183,4 +183,5 @@ def _is_clip(media: Media) -> bool:
 
 def _load(media: Media, frames: int) -> np.ndarray:
     """Return u8[F,H,W,3]; raise BadMedia if it is unusable."""
-    return load_media(pixels_of(media) if isinstance(media, Image) else media, frames=frames)
+    pixels = np.array(upright(media)) if isinstance(media, Image) else media
+    return load_media(pixels, frames=frames)

@@ -8,63 +8,41 @@ from pathlib import Path
 import numpy as np
 
 from vadapter.data.example import Features, Media
-from vadapter.data.media.images import (
-    CLIP_SUFFIXES,
-    BadMedia,
-    ImageTransform,
-    decode_image,
-    head,
-    read_image,
-    resize,
-    square,
-)
+from vadapter.data.media import images
+from vadapter.data.media.images import BadMedia, ImageTransform
 from vadapter.data.media.video import decode_clip
 
 
 def load_media(media: Media | None, *, frames: int) -> np.ndarray:
-    """Return the frames of an example's media.
+    """Return the frames of an example's media, u8[F,H,W,3], not to be written to.
 
-    Args:
-      media: an encoded image or clip, raw frames u8[F,H,W,3] or u8[H,W,3], or a path.
-      frames: F. Those of a clip are uniform in time; a still image is repeated.
-
-    Returns:
-      u8[F,H,W,3], not to be written to: the frames of a still image share its memory.
+    The frames of a clip are uniform in time; those of a still image share its memory.
 
     Raises:
       BadMedia: the media cannot be used.
     """
     media = _with_pixels(media)
     if isinstance(media, np.ndarray):
-        return _from_array(media, frames)
+        middles = (2 * np.arange(frames) + 1) * len(media) // (2 * frames)
+        return media[middles]
     if _is_clip(media, frames):
         return decode_clip(media, frames)
-    image = decode_image(media)
+    image = images.decode_image(media)
     return np.broadcast_to(image, (frames, *image.shape))
 
 
 def load_square(
     media: Media | None, view: ImageTransform, *, frames: int, flip: bool = False
 ) -> np.ndarray:
-    """Return `images.resize` of `load_media`, without a copy of an encoded image in between.
-
-    Args:
-      media, frames: as in `load_media`.
-      view, flip: as in `images.resize`.
-
-    Returns:
-      u8[F,S,S,3].
-
-    Raises:
-      BadMedia: the media cannot be used.
-    """
+    """Return `images.resize` of `load_media`, u8[F,S,S,3], without copying an encoded image."""
     media = _with_pixels(media)
     if isinstance(media, np.ndarray) or _is_clip(media, frames):
-        return resize(load_media(media, frames=frames), view, flip=flip)
-    return np.stack([square(read_image(media), view, flip=flip)] * frames)
+        return images.resize(load_media(media, frames=frames), view, flip=flip)
+    return np.stack([images.square(images.read_image(media), view, flip=flip)] * frames)
 
 
 def _with_pixels(media: Media | None) -> bytes | np.ndarray | Path:
+    """Return encoded media, or raw frames as u8[F,H,W,3]."""
     if media is None:
         raise BadMedia("there is no image")
     if isinstance(media, Features):
@@ -73,21 +51,17 @@ def _with_pixels(media: Media | None) -> bytes | np.ndarray | Path:
             if media.readable
             else "could not be decoded when its features were computed"
         )
+    if isinstance(media, np.ndarray):
+        media = media[None] if media.ndim == 3 else media
+        if media.dtype != np.uint8 or media.ndim != 4 or media.shape[-1] != 3 or not media.size:
+            raise BadMedia(f"raw frames must be u8[F,H,W,3], got {media.dtype}{list(media.shape)}")
     return media
-
-
-def _from_array(media: np.ndarray, frames: int) -> np.ndarray:
-    media = media[None] if media.ndim == 3 else media
-    if media.dtype != np.uint8 or media.ndim != 4 or media.shape[-1] != 3 or not media.size:
-        raise BadMedia(f"raw frames must be u8[F,H,W,3], got {media.dtype}{list(media.shape)}")
-    middles = (2 * np.arange(frames) + 1) * len(media) // (2 * frames)
-    return media[middles]
 
 
 def _is_clip(media: bytes | Path, frames: int) -> bool:
     """Return whether to decode as a clip: by content, since names mislead and bytes have none."""
-    start = head(media)
+    start = images.head(media)
     if start[:4] == b"GIF8" or (start[:4] == b"RIFF" and start[8:12] == b"WEBP"):
         return frames > 1
     video = start[:4] in (b"\x1aE\xdf\xa3", b"RIFF") or start[4:8] in (b"ftyp", b"moov", b"mdat")
-    return video or (isinstance(media, Path) and media.suffix.lower() in CLIP_SUFFIXES)
+    return video or (isinstance(media, Path) and media.suffix.lower() in images.CLIP_SUFFIXES)

@@ -59,17 +59,10 @@ class BadMedia(DataError):  # noqa: N818 - a property of one file, which a pipel
 
 
 def decode_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode one image.
-
-    Args:
-      data: the encoded image, or its file.
-      max_pixels: the most pixels (height x width) to decode.
-
-    Returns:
-      u8[H,W,3], writable.
+    """Decode one image, encoded or in a file, to u8[H,W,3], writable.
 
     Raises:
-      BadMedia: not an image of a supported format, too large, truncated or corrupt.
+      BadMedia: not an image of a supported format, larger than `max_pixels`, truncated or corrupt.
     """
     return np.array(read_image(data, max_pixels=max_pixels))
 
@@ -92,14 +85,14 @@ def read_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Ima
 
 def upright(image: Image.Image) -> Image.Image:
     """Load an opened image of any mode and return it as RGB, rotated as its EXIF says."""
-    turn = _TURNS.get(_orientation(image))
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except MemoryError:
+        raise
+    except Exception:  # photos with corrupt EXIF are common and otherwise fine
+        orientation = None
     rgb = to_rgb(image)
-    return rgb if turn is None else rgb.transpose(turn)
-
-
-def pixels_of(image: Image.Image) -> np.ndarray:
-    """Return the pixels of an opened image of any mode, upright: u8[H,W,3], writable."""
-    return np.array(upright(image))
+    return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
 
 
 def open_media(data: bytes | Path) -> BinaryIO:
@@ -117,16 +110,6 @@ def head(data: bytes | Path) -> bytes:
         return file.read(16)
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (upright) if none can be read."""
-    try:
-        return image.getexif().get(_ORIENTATION, 1)
-    except MemoryError:
-        raise
-    except Exception:  # photos with corrupt EXIF are common and otherwise fine
-        return 1
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Load an image in any mode of the supported formats and convert it to RGB."""
     if image.mode.startswith("I"):
@@ -141,32 +124,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize(frames: np.ndarray, view: ImageTransform, *, flip: bool = False) -> np.ndarray:
-    """Resize every frame to a square, see `square`.
+    """Resize every frame of u8[F,H,W,3] to a square, mirrored if `flip`: u8[F,S,S,3].
 
     Frames that share their memory, like those of a still image, are resized once.
-
-    Args:
-      frames: u8[F,H,W,3].
-      view: the fit and the size.
-      flip: mirror left and right.
-
-    Returns:
-      u8[F,S,S,3].
     """
-    different = frames[:1] if not frames.strides[0] else frames
-    out = np.stack([square(Image.fromarray(frame), view, flip=flip) for frame in different])
-    return out if len(different) == len(frames) else np.repeat(out, len(frames), axis=0)
+    if len(frames) > 1 and not frames.strides[0]:
+        return np.repeat(resize(frames[:1], view, flip=flip), len(frames), axis=0)
+    return np.stack([square(Image.fromarray(frame), view, flip=flip) for frame in frames])
 
 
 def square(image: Image.Image, view: ImageTransform, *, flip: bool = False) -> np.ndarray:
-    """Resize an RGB image to a square, antialiased.
+    """Resize an RGB image to a square, antialiased: u8[S,S,3].
 
     The resampling is Pillow's, with which the public encoders were trained. If one side is more
     than 16 times the other, "crop" computes only the center, so that an image of 1 x 10,000 pixels
     costs no more than another; Pillow may then sum in another order (a few levels in 255).
-
-    Returns:
-      u8[S,S,3].
     """
     width, height = image.size
     size, short = view.size, view.short

@@ -1,8 +1,6 @@
-"""Facts about an encoded image or clip, read without decoding a pixel.
+"""Facts about an encoded image or clip, read without decoding a pixel."""
 
-Legend: F frames, H height, W width.
-"""
-
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,17 +10,11 @@ from PIL import Image
 
 from vadapter.data.example import Features, Media
 from vadapter.data.media.images import FORMATS, BadMedia, open_media
-from vadapter.data.media.timeline import open_container, read_timeline, video_stream
+from vadapter.data.media.timeline import open_stream, read_timeline
 
 
 class Probe(NamedTuple):
-    """The facts of a header.
-
-    Attributes:
-      width, height: pixels as stored, before any rotation.
-      frames: 1 for an image.
-      seconds: 0.0 for an image, and for raw frames.
-    """
+    """The facts of a header: pixels as stored, before any rotation; 0.0 seconds for images."""
 
     width: int
     height: int
@@ -31,11 +23,7 @@ class Probe(NamedTuple):
 
 
 def probe(media: Media, *, clip: bool) -> Probe:
-    """Read the header of an image, or the packets of a clip.
-
-    Args:
-      media: encoded, raw frames u8[F,H,W,3] or u8[H,W,3], or a path.
-      clip: whether its source is one of clips.
+    """Read the header of an image, or the packets of a clip (if the source is one of clips).
 
     Raises:
       BadMedia: neither an image nor a clip, or truncated or too large.
@@ -45,12 +33,10 @@ def probe(media: Media, *, clip: bool) -> Probe:
     if isinstance(media, np.ndarray):
         frames = media[None] if media.ndim == 3 else media
         return Probe(frames.shape[2], frames.shape[1], len(frames))
-    if not clip:
-        return _image(media)
-    try:
-        return _clip(media)
-    except (av.FFmpegError, BadMedia):
-        return _image(media)  # a still, or an animation that FFmpeg does not read
+    if clip:
+        with contextlib.suppress(av.FFmpegError, BadMedia):
+            return _clip(media)
+    return _image(media)  # in a source of clips a still, or what FFmpeg does not read
 
 
 def _image(media: bytes | Path) -> Probe:
@@ -66,8 +52,7 @@ def _image(media: bytes | Path) -> Probe:
 def _clip(media: bytes | Path) -> Probe:
     with open_media(media) as file:
         timeline = read_timeline(file)
-        with open_container(file) as container:
-            context = video_stream(container).codec_context
-            size = context.width, context.height
+        with open_stream(file) as stream:
+            size = stream.width, stream.height
     frames = sum(packet.stamp is not None for packet in timeline.packets)
     return Probe(*size, frames=frames, seconds=float(timeline.duration))

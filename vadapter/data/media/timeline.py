@@ -7,6 +7,7 @@ FFmpeg open further files or addresses are not among them.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import io
 from collections.abc import Iterator, Sequence
@@ -24,32 +25,23 @@ _COMPLETE = 0.75  # a file shorter than this fraction of its declared length is 
 
 
 class Packet(NamedTuple):
-    """One coded frame; packets are in the order of the file, which is the decoding order.
+    """One coded frame; packets are in the order of the file, which is the decoding order."""
 
-    Attributes:
-      stamp: the presentation time in the stream's units, in AVI the time slot; None: not shown.
-      key: whether the file says that decoding may start here.
-    """
-
-    stamp: int | None
-    key: bool
+    stamp: int | None  # presentation time in the stream's units, AVI's time slot; None: not shown
+    key: bool  # whether the file says that decoding may start here
 
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """The packets of a clip's video stream.
+    """The packets of a clip's video stream, of which at least one is shown.
 
-    Attributes:
-      packets: all packets; at least one is shown.
-      unit: the unit of stamps, in seconds.
-      duration: seconds from the first frame to the end of the last one.
-      avi: AVI has time slots instead of time stamps: the n-th frame shown has the n-th slot.
-        FFmpeg guesses stamps, wrongly if H.264 reorders frames.
+    AVI has time slots instead of time stamps: the n-th frame shown has the n-th slot. FFmpeg
+    guesses stamps, wrongly if H.264 reorders frames.
     """
 
     packets: Sequence[Packet]
-    unit: Fraction
-    duration: Fraction
+    unit: Fraction  # of stamps, in seconds
+    duration: Fraction  # seconds from the first frame to the end of the last one
     avi: bool
 
     @property
@@ -59,17 +51,8 @@ class Timeline:
         (first, _), *_ = ordered = sorted(stamps)
         return (((stamp - first) * self.unit, i) for stamp, i in ordered)
 
-    @property
-    def slots(self) -> list[Fraction] | None:
-        """For AVI, the time in seconds of every frame in presentation order; else None."""
-        return [time for time, _ in self.shown] if self.avi else None
-
     def seekable(self, *, reordered: bool) -> bool:
-        """Return whether each packet can be matched to its frame.
-
-        Args:
-          reordered: the codec stores some frames before others that are shown earlier.
-        """
+        """Return whether each packet can be matched to its frame; B-frames are `reordered`."""
         complete = self.packets[0].key and all(p.stamp is not None for p in self.packets)
         return complete and next(self.shown)[1] == 0 and not (self.avi and reordered)
 
@@ -91,49 +74,34 @@ class Timeline:
             runs.append((start, stop))
         return runs
 
-    def agrees(self, index: int, nth: int, stamp: int | None) -> bool:
-        """Return whether a decoded frame has the time of its packet.
 
-        Args:
-          index: of its packet.
-          nth: what the index is if all frames come in the order of their packets.
-          stamp: of the frame.
-        """
-        return index == nth if self.avi else stamp == self.packets[index].stamp
+@contextlib.contextmanager
+def open_stream(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Iterator[av.VideoStream]:
+    """Open a clip from its beginning, in one of `CONTAINERS`, and return the stream to show.
 
-
-def open_container(file: BinaryIO) -> av.container.InputContainer:
-    """Open a clip from its beginning as one of `CONTAINERS`."""
+    Raises:
+      BadMedia: it has no video, or its frames are too large.
+    """
     file.seek(0)
-    return av.open(file, mode="r", options={"format_whitelist": CONTAINERS})
-
-
-def video_stream(
-    container: av.container.InputContainer, max_pixels: int = MAX_PIXELS
-) -> av.VideoStream:
-    """Return the stream to show; raise BadMedia if there is none or its frames are too large."""
-    stream = container.streams.best("video")
-    if not isinstance(stream, av.VideoStream):
-        raise BadMedia("no video stream")
-    context = stream.codec_context
-    if context.width * context.height > max_pixels:
-        raise BadMedia(f"{context.width}x{context.height} pixels, more than {max_pixels}")
-    context.options = {"max_pixels": str(max_pixels)}  # a stream may change its size later
-    context.thread_count = 1  # the pipeline's workers are the parallelism
-    return stream
+    with av.open(file, mode="r", options={"format_whitelist": CONTAINERS}) as container:
+        stream = container.streams.best("video")
+        if not isinstance(stream, av.VideoStream):
+            raise BadMedia("no video stream")
+        context = stream.codec_context
+        if context.width * context.height > max_pixels:
+            raise BadMedia(f"{context.width}x{context.height} pixels, more than {max_pixels}")
+        context.options = {"max_pixels": str(max_pixels)}  # a stream may change its size later
+        context.thread_count = 1  # the pipeline's workers are the parallelism
+        yield stream
 
 
 def read_timeline(
     file: BinaryIO, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES
 ) -> Timeline:
-    """Read all packets once.
-
-    Raises:
-      BadMedia: no video, no time stamps, truncated, too large or too long.
-    """
+    """Read all packets; raise BadMedia without video or times, or if truncated or too large."""
     packets, stamps, end = [], [], 0
-    with open_container(file) as container:
-        stream = video_stream(container, max_pixels)
+    with open_stream(file, max_pixels) as stream:
+        container = stream.container
         avi = container.format.name == "avi"
         for packet in container.demux(stream):
             if packet.is_corrupt:  # the file ended inside it
@@ -150,8 +118,10 @@ def read_timeline(
                 raise BadMedia(f"more than {max_frames} frames; cut it into clips")
         if not stamps or stream.time_base is None:
             raise BadMedia("no frames with a time stamp")
-        if container.format.name == "gif" and not _tail(file).endswith(b";"):
-            raise BadMedia("truncated: a GIF without its end mark")
+        if container.format.name == "gif":
+            file.seek(max(0, file.seek(0, io.SEEK_END) - 64))
+            if not file.read().rstrip(b"\0\r\n ").endswith(b";"):  # some writers add padding
+                raise BadMedia("truncated: a GIF without its end mark")
         unit, declared = stream.time_base, _declared(container, stream)
     first, last = min(stamps), max(stamps)
     if end <= last and len(stamps) > 1:  # assume the average duration for the last frame
@@ -161,12 +131,6 @@ def read_timeline(
             f"truncated: declares {float(declared):.1f} s, has {float(end * unit):.1f} s"
         )
     return Timeline(packets, unit, (max(end, last) - first) * unit, avi)
-
-
-def _tail(file: BinaryIO) -> bytes:
-    """Return the last bytes of a file without the padding that some writers add."""
-    file.seek(max(0, file.seek(0, io.SEEK_END) - 64))
-    return file.read().rstrip(b"\0\r\n ")
 
 
 def _declared(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction:

@@ -33,19 +33,12 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import av
-import av.container
 import numpy as np
 from av.codec.context import Flags
 from PIL import Image
 
 from vadapter.data.media.images import MAX_PIXELS, BadMedia, open_media, to_rgb
-from vadapter.data.media.timeline import (
-    MAX_FRAMES,
-    Timeline,
-    open_container,
-    read_timeline,
-    video_stream,
-)
+from vadapter.data.media.timeline import MAX_FRAMES, Timeline, open_stream, read_timeline
 
 T = TypeVar("T")
 
@@ -57,16 +50,7 @@ def decode_clip(
     max_pixels: int = MAX_PIXELS,
     max_frames: int = MAX_FRAMES,
 ) -> np.ndarray:
-    """Decode F frames of a clip.
-
-    Args:
-      data: an encoded clip (AVI, MP4, MOV, Matroska, WebM, GIF or animated WebP), or its file.
-      frames: F.
-      max_pixels: the most pixels (height x width) a frame may have.
-      max_frames: the most frames a clip may have.
-
-    Returns:
-      u8[F,H,W,3]; H and W are those of the first frame, after rotation.
+    """Decode F frames of a clip, u8[F,H,W,3]; H and W are those of the first, after rotation.
 
     Raises:
       BadMedia: not a clip, no usable frame, truncated, corrupt, too large or too long.
@@ -93,7 +77,7 @@ def frame_times(duration: Fraction, frames: int) -> list[Fraction]:
 def nearest(timed: Iterable[tuple[Fraction, T]], targets: list[Fraction]) -> list[T]:
     """Return for each target time the nearest item, the earlier of two; both are ascending.
 
-    It reads no more items than necessary, and keeps one besides those it returns.
+    No more items are read than necessary, and one is kept besides those that are returned.
     """
     chosen: list[T] = []
     last: tuple[Fraction, T] | None = None
@@ -113,28 +97,21 @@ def _decode_stream(file: BinaryIO, frames: int, max_pixels: int, max_frames: int
     timeline = read_timeline(file, max_pixels, max_frames)
     targets = frame_times(timeline.duration, frames)
     for choose in (_decode_runs, _decode_all):
-        with open_container(file) as container:
-            stream = video_stream(container, max_pixels)
-            if (chosen := choose(container, stream, timeline, targets)) is not None:
+        with open_stream(file, max_pixels) as stream:
+            if (chosen := choose(stream, timeline, targets)) is not None:
                 return _images(chosen)
     raise BadMedia("no frame could be decoded")
 
 
 def _decode_all(
-    container: av.container.InputContainer,
-    stream: av.VideoStream,
-    timeline: Timeline,
-    targets: list[Fraction],
+    stream: av.VideoStream, timeline: Timeline, targets: list[Fraction]
 ) -> list[av.VideoFrame]:
     """Return the frames nearest to the targets, decoding everything up to the last of them."""
-    return nearest(_timed(container.decode(stream), timeline.slots), targets)
+    return nearest(_timed(stream.container.decode(stream), timeline), targets)
 
 
 def _decode_runs(
-    container: av.container.InputContainer,
-    stream: av.VideoStream,
-    timeline: Timeline,
-    targets: list[Fraction],
+    stream: av.VideoStream, timeline: Timeline, targets: list[Fraction]
 ) -> list[av.VideoFrame] | None:
     """Return the same frames, decoding only from key frames to chosen frames.
 
@@ -147,7 +124,7 @@ def _decode_runs(
         return None
     chosen = nearest(timeline.shown, targets)
     context.flags |= Flags.copy_opaque
-    packets = (packet for packet in container.demux(stream) if packet.size)
+    packets = (packet for packet in stream.container.demux(stream) if packet.size)
     frames: dict[int, av.VideoFrame] = {}
     position = 0
     try:
@@ -155,12 +132,14 @@ def _decode_runs(
             context.flush_buffers()
             run = itertools.islice(packets, start - position, stop - position)
             needed = range(start, stop) if timeline.avi else chosen  # AVI's frames are counted
-            for n, frame in enumerate(_decoded(context, run, start, needed)):
+            for nth, frame in enumerate(_decoded(context, run, start, needed), start):
                 index = frame.opaque
-                starts_well = n or (index == start and frame.key_frame)
-                if not isinstance(index, int) or not starts_well:
+                if not isinstance(index, int):
                     return None
-                if not timeline.agrees(index, start + n, frame.pts):
+                if nth == start and not (index == start and frame.key_frame):
+                    return None
+                stamp = timeline.packets[index].stamp
+                if index != nth if timeline.avi else frame.pts != stamp:
                     return None
                 if index in chosen:
                     if index in frames or frame.is_corrupt:
@@ -199,12 +178,12 @@ def _images(chosen: list[av.VideoFrame]) -> np.ndarray:
 
 
 def _timed(
-    frames: Iterable[av.VideoFrame], slots: list[Fraction] | None
-) -> Iterable[tuple[Fraction, av.VideoFrame]]:
+    frames: Iterable[av.VideoFrame], timeline: Timeline
+) -> Iterator[tuple[Fraction, av.VideoFrame]]:
     """Yield decoded frames, which come in presentation order, with their time in seconds."""
-    first = None
+    slots, first = [time for time, _ in timeline.shown], None
     for index, frame in enumerate(frames):
-        if slots is not None:
+        if timeline.avi:
             yield slots[min(index, len(slots) - 1)], frame
             continue
         if frame.pts is None or frame.time_base is None:
@@ -227,10 +206,7 @@ def _pixels(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
 
 def _decode_webp(file: BinaryIO, frames: int, max_pixels: int) -> np.ndarray:
     """Decode animated WebP, which FFmpeg cannot read."""
-    times, end = [], Fraction(0)
-    for duration in _webp_durations(file):
-        times.append(end)
-        end += duration
+    *times, end = itertools.accumulate(_webp_durations(file), initial=Fraction(0))
     file.seek(0)
     with Image.open(file, formats=("WEBP",)) as image:
         if image.width * image.height > max_pixels:
