@@ -74,7 +74,7 @@ def test_a_shard_of_a_bucket_that_is_replaced_is_refused(bucket, tmp_path):
     index.build(storage.as_path(FOLDER), say=lambda _: None)
     source = CaptionTars(FOLDER, "train")
     bucket.put("pairs/train-000.tar", bucket.objects["pairs/train-000.tar"])
-    with pytest.raises(DataError, match="gone or changed since it was indexed"):
+    with pytest.raises(DataError, match="missing or changed since it was indexed"):
         contents(source)
     with pytest.raises(DataError, match=f"modified since; run `vadapter data index {FOLDER}`"):
         CaptionTars(FOLDER, "train")

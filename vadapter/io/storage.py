@@ -121,8 +121,11 @@ def committed(folder: Path) -> bool:
     return (folder / COMMIT).exists() if remote(folder) else folder.is_dir()
 
 
-def files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return all files below a folder of a bucket: relative name -> facts, see `facts`."""
+def files(folder: Path) -> dict[str, dict[str, int]]:
+    """Return all files below a folder: relative name -> facts, see `facts`."""
+    if not remote(folder):
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): facts(path) for path in paths}
     objects = filesystem().find(str(folder), detail=True)
     base = str(folder).removeprefix("gs://").rstrip("/") + "/"
     return {name.removeprefix(base): _facts(info) for name, info in objects.items()}
@@ -156,11 +159,7 @@ def copy_tree(source: Path, target: Path) -> None:
     part = target if remote(target) else target.with_name(f"{target.name}.part")
     remove_tree(part)  # of an interrupted copy
     try:
-        if remote(source):
-            names = list(files(source))
-        else:
-            names = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()]
-        for name in sorted(names, key=lambda name: name == COMMIT):
+        for name in sorted(files(source), key=lambda name: name == COMMIT):
             _copy(source / name, part / name)
         if remote(target):
             (target / COMMIT).touch()
@@ -212,21 +211,12 @@ def _facts(info: dict[str, Any]) -> dict[str, int]:
     return {"size": int(info["size"]), "mtime_ns": int(info.get("generation") or 0)}
 
 
-def read_range(path: str, start: int, size: int, generation: int) -> bytes:
-    """Return `size` bytes from `start` of an object of that generation.
+def read_object(path: str, generation: int, *span: int) -> bytes:
+    """Return the bytes of an object of that generation: all, or those of `span`, (start, stop).
 
     Raises:
       OSError: there is no such object, or the bucket does not answer.
     """
-    return _fetch(path, generation, start, start + size)
-
-
-def read_object(path: str, generation: int) -> bytes:
-    """Return all bytes of an object; raises as `read_range`."""
-    return _fetch(path, generation)
-
-
-def _fetch(path: str, generation: int, *span: int) -> bytes:
     try:
         return filesystem().cat_file(path, *span, generation=str(generation))
     except OSError:
@@ -248,14 +238,22 @@ def local(text: str | os.PathLike[str], what: str) -> Path:
 
 
 @contextlib.contextmanager
-def written_locally(path: Path) -> Iterator[Path]:
-    """Yield a local file to write: `path` itself, or one that is then uploaded to `path`."""
-    if not remote(path):
-        yield path
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a local file to write, which then takes the place of `path` atomically."""
+    if remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (part := Path(folder) / path.name)
+            filesystem().put_file(str(part), str(path))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        yield (written := Path(folder) / path.name)
-        filesystem().put_file(str(written), str(path))
+    part = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        yield part
+        with part.open("r+b") as file:
+            os.fsync(file.fileno())
+        part.chmod(0o644)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def cached(path: Path, suffix: str) -> Path:

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from vadapter.console import Progress, quantity, size
 from vadapter.data.shards import mmap_table
@@ -29,16 +29,12 @@ Say = Callable[[str], Any]
 
 
 def build(folder: Path, out: Path | None = None, *, say: Say = print, every: float = 2.0) -> str:
-    """Index all shards below a folder.
+    """Index all .tar and .parquet files below a folder and return a summary.
 
     Args:
-      folder: searched for .tar and .parquet files, at any depth.
+      folder: folder of the shards.
       out: the index file, `index.vadapter` in the folder if None.
-      say: receives lines of progress.
-      every: seconds between them.
-
-    Returns:
-      A summary: counts, what was left out, and pairs that will be masked.
+      say: receives lines of progress, `every` so many seconds.
 
     Raises:
       DataError: no shards, or unreadable shards, which are reported together after the others are
@@ -48,34 +44,32 @@ def build(folder: Path, out: Path | None = None, *, say: Say = print, every: flo
     out = out or folder / INDEX
     if not storage.remote(out) and out.is_dir():
         raise ConfigError(f"{out} is a folder; name the file to write")
-    names = _shards(folder)
+    sizes = _shards(folder)
     journal = out.with_name(f"{out.name}.part")
     journal = storage.cached(out, journal.name) if storage.remote(out) else journal
     with _locked(journal) as file:
         if not journal.stat().st_size:
             _copy_index(out, file)
-        entries = _entries(file)
-        todo = [name for name in names if not _unchanged(folder / name, entries.get(name))]
+        lines = _valid_lines(folder, file)
+        todo = {name: size for name, size in sizes.items() if name not in lines}
         problems = Problems()
-        for name in _with_progress(folder, todo, len(names), say, every):
+        for name in _with_progress(folder, todo, len(sizes), say, every):
             with problems.gather():
-                entries[name] = _append(file, _scan_and_hash(folder, name))
+                lines[name] = _append(file, _scan_and_hash(folder, name))
         problems.settle()
-        columns, facts = assemble(_read(file, entries[name]) for name in names)
+        columns, facts = assemble(_read(file, lines[name]) for name in sizes)
         mmap_table.write(out, columns, {"version": VERSION, "shards": facts})
         journal.unlink()
     members, pairs, bad, skips = (
         sum(fact[key] for fact in facts) for key in ("members", "pairs", "bad", "skips")
     )
     text = (
-        f"{out}: {quantity(len(names), 'shard')} ({len(todo)} read now), "
+        f"{out}: {quantity(len(sizes), 'shard')} ({len(todo)} read now), "
         f"{quantity(members, 'member')}, {quantity(pairs, 'pair')} with texts in them"
     )
     if skips:
-        reasons = (reason for fact in facts for reason in fact["skipped"].items())
-        text += "\n{} left out, for example {}: {}".format(
-            quantity(skips, "member"), *next(reasons, ("", ""))
-        )
+        name, reason = next(item for fact in facts for item in fact["skipped"].items())
+        text += f"\n{quantity(skips, 'member')} left out, for example {name}: {reason}"
     if bad:
         first = next(fact["first_bad"] for fact in facts if fact["bad"])
         text += f"\n{quantity(bad, 'pair')} without usable text, to be masked, the first: {first}"
@@ -90,9 +84,10 @@ def verify(folder: Path, out: Path | None = None, *, say: Say = print) -> str:
     """
     out = out or folder / INDEX
     _, metadata = mmap_table.read(out)
+    sizes = {fact["name"]: fact["size"] for fact in metadata["shards"]}
     digests = {fact["name"]: fact["sha256"] for fact in metadata["shards"]}
     problems = Problems()
-    for name in _with_progress(folder, list(digests), len(digests), say):
+    for name in _with_progress(folder, sizes, len(sizes), say):
         with problems.gather():
             if _sha256(folder / name) != digests[name]:
                 raise DataError(
@@ -100,37 +95,33 @@ def verify(folder: Path, out: Path | None = None, *, say: Say = print) -> str:
                     "mismatch); restore the file or index again"
                 )
     problems.settle()
-    return f"{out}: {quantity(len(digests), 'shard')} unchanged"
+    return f"{out}: {quantity(len(sizes), 'shard')} unchanged"
 
 
-def _shards(folder: Path) -> list[str]:
+def _shards(folder: Path) -> dict[str, int]:
+    """Return name -> size in bytes of all shards below a folder."""
     if not storage.is_folder(folder):
         raise DataError(f"{folder}: no such folder; check the path")
-    if storage.remote(folder):
-        names = sorted(name for name in storage.files(folder) if name.endswith(".tar"))
-    else:
-        names = sorted(
-            path.relative_to(folder).as_posix()
-            for path in folder.rglob("*")
-            if path.suffix in SCANNERS and path.is_file()
-        )
-    if not names:
+    suffixes = (".tar",) if storage.remote(folder) else tuple(SCANNERS)
+    files = storage.files(folder)
+    sizes = {name: files[name]["size"] for name in sorted(files) if name.endswith(suffixes)}
+    if not sizes:
         raise DataError(f"{folder}: no {' or '.join(SCANNERS)} files; check the path")
-    return names
+    return sizes
 
 
 def _scan_and_hash(folder: Path, name: str) -> Scan:
     scanned = scan(folder, name)
     scanned.sha256 = _sha256(folder / name)
-    if (change := differs(folder / name, dataclasses.asdict(scanned))) is not None:
+    if change := differs(folder / name, vars(scanned)):
         raise DataError(f"{folder / name}: changed while it was read, {change}; run this again")
     return scanned
 
 
 def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
     try:
         with path.open("rb") as file:
+            total = hashlib.sha256()
             while chunk := file.read(_CHUNK):
                 total.update(chunk)
     except OSError as error:
@@ -153,42 +144,35 @@ def _locked(journal: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-class _Entry(NamedTuple):
-    """The byte offset of a shard's line in the journal, and the size and time of its file."""
+def _valid_lines(folder: Path, file: BinaryIO) -> dict[str, int]:
+    """Return name -> byte offset of the journal's scans of shards that have not changed since.
 
-    place: int
-    size: int
-    mtime_ns: int
-
-
-def _entries(file: BinaryIO) -> dict[str, _Entry]:
-    """Return the entries of a journal; end a line that was cut short, so that the next is valid."""
+    A line that was cut short is ended, so that the next one is valid.
+    """
     file.seek(0)
-    entries, place, line = {}, 0, b"\n"
+    offsets, offset, line = {}, 0, b"\n"
     for line in file:
         with contextlib.suppress(ValueError, TypeError):
             scanned = Scan(**json.loads(line))
-            entries[scanned.name] = _Entry(place, scanned.size, scanned.mtime_ns)
-        place += len(line)
+            if not differs(folder / scanned.name, vars(scanned)):
+                offsets[scanned.name] = offset
+        offset += len(line)
     if not line.endswith(b"\n"):
         file.write(b"\n")
-    return entries
+    return offsets
 
 
-def _append(file: BinaryIO, scanned: Scan) -> _Entry:
-    place = file.seek(0, os.SEEK_END)
+def _append(file: BinaryIO, scanned: Scan) -> int:
+    """Write a line to the journal and return its byte offset."""
+    offset = file.seek(0, os.SEEK_END)
     file.write(json.dumps(dataclasses.asdict(scanned)).encode() + b"\n")
     file.flush()
-    return _Entry(place, scanned.size, scanned.mtime_ns)
+    return offset
 
 
-def _read(file: BinaryIO, entry: _Entry) -> Scan:
-    file.seek(entry.place)
+def _read(file: BinaryIO, offset: int) -> Scan:
+    file.seek(offset)
     return Scan(**json.loads(file.readline()))
-
-
-def _unchanged(path: Path, entry: _Entry | None) -> bool:
-    return entry is not None and differs(path, entry._asdict()) is None
 
 
 def _copy_index(out: Path, file: BinaryIO) -> None:
@@ -216,15 +200,13 @@ def _copy_index(out: Path, file: BinaryIO) -> None:
 
 
 def _with_progress(
-    folder: Path, names: list[str], total: int, say: Say, every: float = 2.0
+    folder: Path, sizes: dict[str, int], total: int, say: Say, every: float = 2.0
 ) -> Iterator[str]:
-    """Yield the names one by one, and report the progress."""
-    paths = {name: folder / name for name in names}
-    sizes = {n: storage.facts(path)["size"] for n, path in paths.items() if path.is_file()}
-    before = total - len(names)
+    """Yield the names of `sizes` one by one, and report the progress."""
+    before = total - len(sizes)
     if before:
         say(f"resuming: {before:,} of {quantity(total, 'shard')} already done")
     progress = Progress(str(folder), sum(sizes.values()), every=every, say=say, amount=size)
-    for number, name in enumerate(names, before + 1):
+    for number, name in enumerate(sizes, before + 1):
         yield name
-        progress.advance(sizes.get(name, 0), f"{number:,}/{total:,} shards")
+        progress.advance(sizes[name], f"{number:,}/{total:,} shards")

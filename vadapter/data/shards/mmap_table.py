@@ -9,8 +9,7 @@ it; the header holds the table's metadata and the SHA-256 of everything.
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ class Strings:
     def __init__(self, data: np.ndarray, ends: np.ndarray):
         self.data, self.ends = data, ends
 
-    @classmethod
-    def pack(cls, items: Iterable[bytes]) -> "Strings":
-        """Return byte strings as columns; the iterable is read once."""
-        data, ends = bytearray(), []
-        for item in items:
-            data += item
-            ends.append(len(data))
-        return cls(np.frombuffer(bytes(data), np.uint8), np.array(ends, np.int64))
-
     def __len__(self) -> int:
         return len(self.ends)
 
@@ -50,40 +40,20 @@ class Strings:
 
 
 def write(path: Path, columns: Columns, metadata: Mapping[str, Any]) -> None:
-    """Write a file of columns atomically, so that a killed process leaves no part of one.
-
-    Args:
-      columns: u8, u64 or i64 arrays of one dimension.
-      metadata: JSON values.
-    """
-    with storage.written_locally(path) as file:
-        _write(file, columns, metadata)
-
-
-def _write(path: Path, columns: Columns, metadata: Mapping[str, Any]) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.new")
-    words = json.dumps(metadata)
+    """Write a file of columns (u8, u64 or i64, of one dimension) and JSON values, atomically."""
     # "words" is the metadata as text, since the digest is of these exact bytes.
-    header = {"sha256": digest(columns, words), "words": words}
-    try:
+    words = json.dumps(metadata)
+    header = {"sha256": _digest(columns, words), "words": words}
+    with storage.replacing(path) as file:
         # One key: safetensors does not keep the order of several.
-        save_file(columns, part, metadata={"index": json.dumps(header)})
-        with open(part, "r+b") as file:
-            os.fsync(file.fileno())
-        part.chmod(0o644)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        save_file(columns, file, metadata={"index": json.dumps(header)})
 
 
 def read(path: Path, *, verify: bool = True) -> tuple[Columns, dict[str, Any]]:
     """Return (columns, metadata) of a file; the columns are memory-mapped.
 
-    A file in a bucket is first copied to a cache on this machine's disk.
-
-    Args:
-      path: the file.
-      verify: compare the digest, which reads the file once.
+    A file in a bucket is first copied to a cache on this machine's disk. To `verify` the digest
+    reads the file once.
 
     Raises:
       DataError: missing, of another format, truncated or corrupt.
@@ -96,11 +66,9 @@ def read(path: Path, *, verify: bool = True) -> tuple[Columns, dict[str, Any]]:
                 raise ValueError("no header")
             header = json.loads(file.read(length))
         stored = json.loads(header.pop("__metadata__")["index"])
-        columns = {
-            name: _map(copy, _DTYPES[entry["dtype"]], 8 + length, entry)
-            for name, entry in header.items()
-        }
-        if verify and digest(columns, stored["words"]) != stored["sha256"]:
+        data = np.memmap(copy, np.uint8, "r")[8 + length :]
+        columns = {name: _column(data, entry) for name, entry in header.items()}
+        if verify and _digest(columns, stored["words"]) != stored["sha256"]:
             raise ValueError("SHA-256 mismatch")
         metadata = json.loads(stored["words"])
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
@@ -108,7 +76,7 @@ def read(path: Path, *, verify: bool = True) -> tuple[Columns, dict[str, Any]]:
     return columns, metadata
 
 
-def digest(columns: Columns, words: str) -> str:
+def _digest(columns: Columns, words: str) -> str:
     """Return the SHA-256 (hex) of the columns' names and contents and of the metadata."""
     total = hashlib.sha256(words.encode())
     for name in sorted(columns):
@@ -117,13 +85,9 @@ def digest(columns: Columns, words: str) -> str:
     return total.hexdigest()
 
 
-def _map(path: Path, dtype: Any, base: int, entry: dict[str, Any]) -> np.ndarray:
-    start, end = entry["data_offsets"]
-    (count,) = entry["shape"]
-    if end - start != count * np.dtype(dtype).itemsize or start < 0:
-        raise ValueError("the length of a column contradicts the header")
-    if not count:  # an empty file region cannot be mapped
-        return np.zeros(0, dtype)
-    if base + end > path.stat().st_size:
-        raise ValueError("truncated")
-    return np.memmap(path, dtype, "r", base + start, (count,))
+def _column(data: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
+    (start, end), (count,) = entry["data_offsets"], entry["shape"]
+    column = data[start:end].view(_DTYPES[entry["dtype"]])
+    if start < 0 or len(column) != count:
+        raise ValueError("truncated, or the length of a column contradicts the header")
+    return column

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from vadapter.data.shards.tar import Shard
 from vadapter.errors import DataError
 
 MAX_GROUP_BYTES = 1 << 30
@@ -38,41 +39,33 @@ def column_names(path: Path) -> list[str]:
     return list(_open(path).schema_arrow.names)
 
 
-def read_row(path: str, version: tuple[int, int], group: int, row: int, names: tuple[str, ...]):
-    """Return the columns `names` of one row.
-
-    Args:
-      path: the file.
-      version: (size, mtime_ns) of the file when its row groups were counted.
-      group: number of the row group.
-      row: number of the row in it.
-      names: columns to read.
+def read_row(file: Shard, group: int, row: int, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the columns `names` of row `row` of a row group.
 
     Raises:
       DataError: the file is missing, has changed or is corrupt.
     """
     with _lock:
-        table = _group(path, version, group, names)
+        table = _group(file, group, names)
     return {name: table.column(name)[row].as_py() for name in names}
 
 
 @functools.lru_cache(maxsize=_CACHED_GROUPS)
-def _group(path: str, version: tuple[int, int], group: int, names: tuple[str, ...]) -> Any:
+def _group(file: Shard, group: int, names: tuple[str, ...]) -> Any:
     try:
-        status = Path(path).stat()
-        if (status.st_size, status.st_mtime_ns) != version:
-            raise DataError(f"{path}: changed since it was indexed; restart to use it")
-        return _file(path, version).read_row_group(group, columns=list(names), use_threads=False)
+        status = Path(file.path).stat()
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise DataError(f"{file.path}: changed since it was indexed; restart to use it")
+        return _file(file).read_row_group(group, columns=list(names), use_threads=False)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise DataError(
-            f"{path}: row group {group} cannot be read ({error}); restore the file"
+            f"{file.path}: row group {group} cannot be read ({error}); restore the file"
         ) from error
 
 
 @functools.lru_cache(maxsize=64)
-def _file(path: str, version: tuple[int, int]) -> Any:
-    del version
-    return _open(Path(path))
+def _file(file: Shard) -> Any:
+    return _open(Path(file.path))
 
 
 def _open(path: Path) -> Any:

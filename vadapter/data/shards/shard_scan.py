@@ -11,8 +11,8 @@ offset, the number of rows that of the size.
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +20,7 @@ from vadapter.data.annotations import annotation_tables
 from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from vadapter.data.shards import tar
 from vadapter.errors import DataError
+from vadapter.io import storage
 
 MEDIA = IMAGE_SUFFIXES | CLIP_SUFFIXES
 _MAX_REASONS = 100  # per shard; the others are only counted
@@ -34,13 +35,11 @@ class Scan:
       size, mtime_ns: of the file; if they differ, it is another file.
       sha256: of all its bytes, "" where they were not read.
       members: (name, offset, size), in the order of the shard.
-      skipped: name -> why the member is not in `members`, at most `_MAX_REASONS` of them.
-      skips: number of members that were skipped.
+      skipped: name -> why the member is not in `members`, at most `_MAX_REASONS` of `skips`.
       pairs: (index of the media in `members`, or -1; JSON of [key, captions, questions, fault]).
         The texts of a pair with a fault are empty: it keeps its place, and is masked.
       suffixes: suffixes of the pairs' media.
-      bad: number of pairs with a fault.
-      first_bad: the first such fault.
+      bad, first_bad: number of pairs with a fault, and the first such fault.
       fault: why the shard has no pairs, or ambiguous ones; "" if it has pairs.
       digest: the SHA-256 of members and pairs.
     """
@@ -73,14 +72,9 @@ def scan(folder: Path, name: str) -> Scan:
 
 def _scan_tar(path: Path, name: str) -> Scan:
     index = tar.scan(path, MEDIA | {".txt", ".json"})
-    result = Scan(
-        name,
-        index.shard.size,
-        index.shard.mtime_ns,
-        members=[(member, *span) for member, span in index.members.items()],
-        skipped=dict(list(index.skipped.items())[:_MAX_REASONS]),
-        skips=len(index.skipped),
-    )
+    result = Scan(name, index.shard.size, index.shard.mtime_ns, skips=len(index.skipped))
+    result.members = [(member, *span) for member, span in index.members.items()]
+    result.skipped = dict(itertools.islice(index.skipped.items(), _MAX_REASONS))
     _pair(result, index, str(path))
     return result
 
@@ -98,27 +92,35 @@ def _pair(result: Scan, index: tar.TarIndex, path: str) -> None:
     if groups and all(group.keys() == {"media"} for group in groups.values()):
         result.fault = _missing_half(path, *next(iter(groups.items())))  # images alone: no entries
         return
-    place = {name: number for number, name in enumerate(index.members)}
+    rows = {name: row for row, name in enumerate(index.members)}
     for key, group in groups.items():
         captions, qa, fault = _texts(index, path, key, group)
         if fault:
             result.bad += 1
             result.first_bad = result.first_bad or fault
-        media = place[group["media"]] if "media" in group else -1
-        result.pairs.append((media, json.dumps([key, captions, qa, fault])))
-    names = (PurePosixPath(group["media"]) for group in groups.values() if "media" in group)
-    result.suffixes = sorted({name.suffix.lower() for name in names})
+        row = rows[group["media"]] if "media" in group else -1
+        result.pairs.append((row, json.dumps([key, captions, qa, fault])))
+    media = (PurePosixPath(group["media"]) for group in groups.values() if "media" in group)
+    result.suffixes = sorted({name.suffix.lower() for name in media})
 
 
 def _texts(index: tar.TarIndex, path: str, key: str, group: dict[str, str]) -> Any:
-    text = group.get(".txt", group.get(".json", ""))
-    if not text or "media" not in group:
+    """Return (captions, questions, fault) of a pair."""
+    name = group.get(".txt", group.get(".json", ""))
+    if not name or "media" not in group:
         return (), (), _missing_half(path, key, group)
-    location = f"{path}: {text}"
+    location = f"{path}: {name}"
     try:
-        if index.members[text][1] > annotation_tables.MAX_TEXT_BYTES:
+        if index.members[name][1] > annotation_tables.MAX_TEXT_BYTES:
             raise DataError(f"{location}: longer than {annotation_tables.MAX_TEXT_BYTES} bytes")
-        return *annotation_tables.texts(location, _row(index.read(text), location, text)), ""
+        data = index.read(name)
+        if name.lower().endswith(".json"):
+            row = annotation_tables.parse(data, location)
+        else:
+            row = {"caption": data.decode("utf-8-sig")}
+        return *annotation_tables.texts(location, row), ""
+    except UnicodeDecodeError as error:
+        return (), (), f"{location}: not UTF-8 ({error}); write the shard again"
     except DataError as error:
         return (), (), str(error)
 
@@ -130,29 +132,16 @@ def _missing_half(path: str, key: str, group: dict[str, str]) -> str:
     )
 
 
-def _row(data: bytes, location: str, name: str) -> dict[str, Any]:
-    if name.lower().endswith(".json"):
-        return annotation_tables.parse(data, location)
-    try:
-        return {"caption": data.decode("utf-8-sig")}
-    except UnicodeDecodeError as error:
-        raise DataError(f"{location}: not UTF-8 ({error}); write the shard again") from error
-
-
 def _scan_parquet(path: Path, name: str) -> Scan:
     from vadapter.data.shards.parquet_rows import row_groups
 
-    status = path.stat() if path.is_file() else None
-    if status is None:
+    if not path.is_file():
         raise DataError(f"{path}: no such file; check the path")
-    members, first = [], 0
+    result, first = Scan(name, **storage.facts(path)), 0
     for number, rows in enumerate(row_groups(path)):
-        members.append((f"{name}/{number}", first, rows))
+        result.members.append((f"{name}/{number}", first, rows))
         first += rows
-    return Scan(name, status.st_size, status.st_mtime_ns, members=members)
+    return result
 
 
-SCANNERS: dict[str, Callable[[Path, str], Scan]] = {
-    ".tar": _scan_tar,
-    ".parquet": _scan_parquet,
-}
+SCANNERS = {".tar": _scan_tar, ".parquet": _scan_parquet}

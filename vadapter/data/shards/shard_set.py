@@ -5,12 +5,12 @@ Without an index the shards are scanned whenever a source is built. With one, wr
 give the same source, with the same fingerprint.
 """
 
+import array
 import collections
 import dataclasses
 import hashlib
-import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,7 @@ def find(folder: Path, suffix: str, split: str | None, pattern: str | None) -> l
     """Return the names of the shards of a split, or of a pattern, in order.
 
     Args:
-      folder: folder of the shards.
-      suffix: ".tar" or ".parquet".
+      folder, suffix: the files in question; ".tar" or ".parquet".
       split: shards `<split>-NNN` or `<split>-NNN-of-NNN`; a missing number is an error.
       pattern: instead of a split, a glob, which matches existing files; or a range such as
         `{00000..00099}.tar`, all of which must exist.
@@ -48,27 +47,25 @@ def find(folder: Path, suffix: str, split: str | None, pattern: str | None) -> l
     if split is None:
         raise ConfigError(f"{folder}: name the split, or the shards by a pattern such as *{suffix}")
     named = re.compile(rf"{re.escape(split)}-(\d+)(?:-of-(\d+))?(?:-[0-9a-f]+)?{suffix}")
-    found = sorted(
+    shards = sorted(
         (int(match[1]), int(match[2] or 0), path.name)
         for path in folder.glob(f"*{suffix}")
         if (match := named.fullmatch(path.name))
     )
-    if not found:
-        there = {re.split(r"-\d+\b", path.name)[0] for path in folder.glob(f"*-*{suffix}")}
-        raise DataError(
-            f"{folder}: no shards {split}-NNN{suffix}; "
-            + (f"splits in the folder: {', '.join(sorted(there))}" if there else "check the path")
-        )
-    numbers = collections.Counter(number for number, _, _ in found)
-    first = min(found[0][0], 1)
-    for number in range(first, max(found[-1][0] + 1, first + found[0][1])):
+    if not shards:
+        splits = {re.split(r"-\d+\b", path.name)[0] for path in folder.glob(f"*-*{suffix}")}
+        hint = f"splits in the folder: {', '.join(sorted(splits))}" if splits else "check the path"
+        raise DataError(f"{folder}: no shards {split}-NNN{suffix}; {hint}")
+    numbers = collections.Counter(number for number, _, _ in shards)
+    first = min(shards[0][0], 1)
+    for number in range(first, max(shards[-1][0] + 1, first + shards[0][1])):
         if numbers[number] != 1:
             raise DataError(
                 f"{folder}: shard number {number} of {split!r} is "
-                f"{'duplicated' if numbers[number] else 'missing'} ({len(found)} exist); "
+                f"{'duplicated' if numbers[number] else 'missing'} ({len(shards)} exist); "
                 "restore it, or select shards by a pattern"
             )
-    return [name for _, _, name in found]
+    return [name for _, _, name in shards]
 
 
 def _matching(folder: Path, pattern: str) -> list[str]:
@@ -82,10 +79,9 @@ def _matching(folder: Path, pattern: str) -> list[str]:
             names.append(name)
     if not names:
         raise DataError(f"{folder}: no shards {pattern}; check the path")
-    if lost := [name for name in names if not (folder / name).is_file()]:
-        raise DataError(
-            f"{folder}: no shard {lost[0]} ({len(lost)} of {len(names)} are missing); restore it"
-        )
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        count = f"{len(missing)} of {len(names)}"
+        raise DataError(f"{folder}: no shard {missing[0]} ({count} are missing); restore it")
     return names
 
 
@@ -94,44 +90,42 @@ def _expand(pattern: str) -> Iterator[str]:
     if not (match := _RANGE.search(pattern)):
         yield pattern
         return
+    before, after = pattern[: match.start()], pattern[match.end() :]
     for number in range(int(match[1]), int(match[2]) + 1):
-        yield from _expand(
-            f"{pattern[: match.start()]}{number:0{len(match[1])}d}{pattern[match.end() :]}"
-        )
+        yield from _expand(f"{before}{number:0{len(match[1])}d}{after}")
 
 
 def assemble(scans: Iterable[Scan]) -> tuple[Columns, list[dict[str, Any]]]:
     """Return (columns, facts of each shard) of scanned shards; the iterable is read once."""
-    facts, arrays, before = [], [], 0
+    names, hashes, texts = bytearray(), bytearray(), bytearray()
+    name_ends, offsets, sizes, media, text_ends = (array.array("q") for _ in range(5))
+    facts = []
     for shard in scans:
-        names = [name.encode() for name, _, _ in shard.members]
-        spans = np.array([span for _, *span in shard.members], np.int64).reshape(-1, 2)
-        packed = Strings.pack(names)
-        texts = Strings.pack(text.encode() for _, text in shard.pairs)
-        arrays.append({
-            "names": packed.data, "name_ends": packed.ends, "hashes": _hashes(names),
-            "offsets": spans[:, 0], "sizes": spans[:, 1],
-            "media": np.array([before + m if m >= 0 else m for m, _ in shard.pairs], np.int64),
-            "texts": texts.data, "text_ends": texts.ends,
-        })  # fmt: skip
-        counts = {"members": len(names), "pairs": len(shard.pairs)}
+        before = len(sizes)
+        for name, offset, size in shard.members:
+            names += name.encode()
+            hashes += _hash(name)
+            name_ends.append(len(names))
+            offsets.append(offset)
+            sizes.append(size)
+        for row, text in shard.pairs:
+            texts += text.encode()
+            text_ends.append(len(texts))
+            media.append(before + row if row >= 0 else -1)
+        counts = {"members": len(shard.members), "pairs": len(shard.pairs)}
         facts.append({key: getattr(shard, key) for key in _FACTS} | counts)
-        before += len(names)
-    joined = {key: np.concatenate([a[key] for a in arrays]) for key in arrays[0]} if arrays else {}
-    _shift(joined, "name_ends", [len(a["names"]) for a in arrays], [f["members"] for f in facts])
-    _shift(joined, "text_ends", [len(a["texts"]) for a in arrays], [f["pairs"] for f in facts])
-    return joined, facts
+    columns = {
+        "names": np.frombuffer(names, np.uint8), "name_ends": np.frombuffer(name_ends, np.int64),
+        "hashes": np.frombuffer(hashes, "<u8").astype(np.uint64),
+        "offsets": np.frombuffer(offsets, np.int64), "sizes": np.frombuffer(sizes, np.int64),
+        "texts": np.frombuffer(texts, np.uint8), "text_ends": np.frombuffer(text_ends, np.int64),
+        "media": np.frombuffer(media, np.int64),
+    }  # fmt: skip
+    return columns, facts
 
 
-def _shift(joined: Columns, key: str, lengths: list[int], counts: list[int]) -> None:
-    """Turn ends relative to each shard into ends relative to the first, in place."""
-    if joined:
-        joined[key] += np.repeat(np.cumsum([0, *lengths[:-1]]), counts)
-
-
-def _hashes(names: Sequence[bytes]) -> np.ndarray:
-    joined = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
-    return np.frombuffer(joined, "<u8").astype(np.uint64)
+def _hash(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=8).digest()
 
 
 @dataclasses.dataclass
@@ -140,15 +134,14 @@ class ShardSet:
 
     Attributes:
       folder: folder of the shards.
-      facts: the fields of each shard's `Scan`, with the numbers of its members and pairs.
-      rows: for each shard, the rows of its first member and of its first pair in `columns`.
+      facts: the fields of each shard's `Scan`, with the numbers of its "members" and "pairs" and
+        their first rows in `columns`, "first_member" and "first_pair".
       columns: columns of the index or of the scans.
       index: the index file, None if the shards were scanned.
     """
 
     folder: Path
     facts: list[dict[str, Any]]
-    rows: list[tuple[int, int]]
     columns: Columns
     index: Path | None = None
 
@@ -160,7 +153,7 @@ class ShardSet:
         ]
         # Sorted by first row, to find the shard of a member; of shards with one start all but the
         # last are empty.
-        starts = np.array([first for first, _ in self.rows], np.int64)
+        starts = np.array([f["first_member"] for f in self.facts], np.int64)
         self._order = np.lexsort(([f["members"] for f in self.facts], starts))
         self._starts = starts[self._order]
 
@@ -175,15 +168,15 @@ class ShardSet:
 
     def members(self) -> np.ndarray:
         """Return the rows of all members, i64[n], in the order of the shards."""
-        return _ranges((first, f["members"]) for (first, _), f in self._both())
+        return self._rows("first_member", "members")
 
     def pairs(self) -> np.ndarray:
         """Return the rows of all pairs, i64[n], in the order of the shards."""
-        return _ranges((first, f["pairs"]) for (_, first), f in self._both())
+        return self._rows("first_pair", "pairs")
 
-    def media(self, pair: int) -> int:
-        """Return the row of the member with a pair's media, -1 if it has none."""
-        return int(self.columns["media"][pair])
+    def _rows(self, first: str, count: str) -> np.ndarray:
+        ranges = (np.arange(f[first], f[first] + f[count]) for f in self.facts)
+        return np.concatenate([np.zeros(0, np.int64), *ranges])
 
     def name(self, member: int) -> str:
         """Return the name of a member."""
@@ -195,50 +188,38 @@ class ShardSet:
         return shard, int(self.columns["offsets"][member]), int(self.columns["sizes"][member])
 
     def read(self, member: int) -> bytes:
-        """Return the bytes of a member.
-
-        Raises:
-          DataError: the shard is missing or has changed.
-        """
+        """Return the bytes of a member. Raises DataError if its shard is missing or has changed."""
         shard, offset, size = self.span(member)
         return self.shards[shard].read(offset, size)
 
     def find(self, names: Sequence[str]) -> list[int]:
         """Return the row of each name's member, -1 where there is none."""
-        rows = self.members()
-        hashes = self.columns["hashes"][rows]
-        order = np.argsort(hashes, kind="stable")
-        sought = [name.encode() for name in names]
-        places = np.searchsorted(hashes[order], _hashes(sought))
-        return [
-            self._at(rows[order[place : place + 8]], name)
-            for place, name in zip(places, sought, strict=True)
-        ]
-
-    def _at(self, candidates: np.ndarray, name: bytes) -> int:
-        return next((int(row) for row in candidates if self.names[row] == name), -1)
+        rows, hashes = self._by_hash()
+        sought = np.frombuffer(b"".join(map(_hash, names)), "<u8")
+        members = []
+        for name, first in zip(names, np.searchsorted(hashes, sought), strict=True):
+            # No more than a few names share a hash.
+            same = (int(row) for row in rows[first : first + 8] if self.name(row) == name)
+            members.append(next(same, -1))
+        return members
 
     def require_unique(self) -> None:
-        """Raises DataError if two members have one name."""
-        rows = self.members()
-        order = np.argsort(self.columns["hashes"][rows], kind="stable")
-        hashes = self.columns["hashes"][rows][order]
+        """Raise DataError if two members have one name."""
+        rows, hashes = self._by_hash()
         for place in np.flatnonzero(hashes[1:] == hashes[:-1]):
-            one, two = sorted(int(row) for row in rows[order[place : place + 2]])
+            one, two = sorted(int(row) for row in rows[place : place + 2])
             if self.names[one] == self.names[two]:
                 first, second = (self.shards[self.span(row)[0]].path for row in (one, two))
                 raise DataError(
                     f"{second}: {self.name(one)!r} is in {first} too; give each example one name"
                 )
 
-    def _both(self) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-        return zip(self.rows, self.facts, strict=True)
-
-
-def _ranges(pieces: Iterable[tuple[int, int]]) -> np.ndarray:
-    return np.concatenate(
-        [np.zeros(0, np.int64), *(np.arange(first, first + n) for first, n in pieces)]
-    )
+    def _by_hash(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of all members and the hashes of their names, sorted by hash."""
+        rows = self.members()
+        hashes = self.columns["hashes"][rows]
+        order = np.argsort(hashes, kind="stable")
+        return rows[order], hashes[order]
 
 
 def open_shards(folder: Path, names: list[str], index: str | Path | None) -> ShardSet:
@@ -256,40 +237,34 @@ def open_shards(folder: Path, names: list[str], index: str | Path | None) -> Sha
     path = storage.as_path(index) if index else folder / INDEX
     if not index and not path.is_file():
         columns, facts = assemble(scan(folder, name) for name in names)
-        return ShardSet(folder, facts, _firsts(facts), columns)
+        return ShardSet(folder, list(_with_first_rows(facts)), columns)
     columns, metadata = mmap_table.read(path)
     remedy = f"run `vadapter data index {folder}{f' --out {path}' if index else ''}`"
     if metadata.get("version") != VERSION:
         raise DataError(f"{path}: written by another version; {remedy}")
-    facts = metadata["shards"]
-    indexed = {fact["name"]: (fact, row) for fact, row in zip(facts, _firsts(facts), strict=True)}
+    indexed = {fact["name"]: fact for fact in _with_first_rows(metadata["shards"])}
     for name in names:
         if name not in indexed:
             raise DataError(f"{path}: has no shard {name}; {remedy}")
-        if (change := differs(folder / name, indexed[name][0])) is not None:
+        if change := differs(folder / name, indexed[name]):
             raise DataError(f"{path}: does not match {folder / name}, {change}; {remedy}")
-    chosen = [indexed[name] for name in names]
-    return ShardSet(folder, [f for f, _ in chosen], [r for _, r in chosen], columns, path)
+    return ShardSet(folder, [indexed[name] for name in names], columns, path)
 
 
-def differs(path: Path, fact: dict[str, Any]) -> str | None:
-    """Return how the size or time of a file differs from its facts, None if they agree.
-
-    Args:
-      path: the file.
-      fact: its "size" and "mtime_ns" when it was indexed.
-    """
+def differs(path: Path, fact: Mapping[str, Any]) -> str:
+    """Return how a file's size or time differs from the indexed "size" and "mtime_ns", or ""."""
     if not path.is_file():
         return "which is missing"
     now = storage.facts(path)
     if now["size"] != fact["size"]:
         return f"which has {now['size']} bytes and had {fact['size']}"
-    if now["mtime_ns"] != fact["mtime_ns"]:
-        return "which was modified since"
-    return None
+    return "which was modified since" if now["mtime_ns"] != fact["mtime_ns"] else ""
 
 
-def _firsts(facts: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    members = itertools.accumulate((f["members"] for f in facts), initial=0)
-    pairs = itertools.accumulate((f["pairs"] for f in facts), initial=0)
-    return list(zip(members, pairs, strict=True))[: len(facts)]
+def _with_first_rows(facts: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the facts of shards with the rows of their first member and pair."""
+    member = pair = 0
+    for fact in facts:
+        yield fact | {"first_member": member, "first_pair": pair}
+        member += fact["members"]
+        pair += fact["pairs"]

@@ -8,12 +8,12 @@ requested byte ranges are fetched.
 Format: POSIX.1-1988 ustar, with pax and GNU long names, uncompressed.
 """
 
-import dataclasses
 import functools
 import os
 import tarfile
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from vadapter.errors import DataError
 from vadapter.io import storage
@@ -43,8 +43,7 @@ def _handle(path: str, size: int, mtime_ns: int) -> _Handle:
     return _Handle(path)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """Bytes of one tar file by position. Holds no open file: pickle, fork and threads are safe.
 
     Attributes:
@@ -63,31 +62,24 @@ class Shard:
         Raises:
           DataError: the file is missing, unreadable, or has changed since it was indexed.
         """
-        if storage.remote(self.path):
-            return self._fetch(offset, size)
         try:
-            handle = _handle(self.path, self.size, self.mtime_ns)
+            if storage.remote(self.path):
+                return storage.read_object(self.path, self.mtime_ns, offset, offset + size)
+            handle = _handle(*self)
             data = os.pread(handle.fd, size, offset)
             now = os.fstat(handle.fd)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error}); restore the shard") from error
-        if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns) or len(data) != size:
+            if storage.remote(self.path) and isinstance(error, FileNotFoundError):
+                problem = "missing or changed since it was indexed; restart to use it"
+            else:
+                problem = f"cannot be read ({error}); restore the shard"
+            raise DataError(f"{self.path}: {problem}") from error
+        if (now.st_size, now.st_mtime_ns) != self[1:] or len(data) != size:
             raise DataError(f"{self.path}: changed since it was indexed; restart to use it")
         return data
 
-    def _fetch(self, offset: int, size: int) -> bytes:
-        try:
-            return storage.read_range(self.path, offset, size, self.mtime_ns)
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{self.path}: gone or changed since it was indexed; restart to use it"
-            ) from error
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error})") from error
 
-
-@dataclasses.dataclass(frozen=True)
-class TarIndex:
+class TarIndex(NamedTuple):
     """The members of one shard.
 
     Attributes:
@@ -108,10 +100,10 @@ class TarIndex:
 def scan(
     path: str | Path, suffixes: Collection[str], *, max_bytes: int = MAX_MEMBER_BYTES
 ) -> TarIndex:
-    """Index a tar file by reading its headers only.
+    """Index an uncompressed tar file by reading its headers only.
 
     Args:
-      path: an uncompressed tar file.
+      path: the archive.
       suffixes: allowed suffixes in lower case, such as ".jpg"; case is ignored in names.
       max_bytes: size above which a member is left out.
 
@@ -122,15 +114,10 @@ def scan(
     if not path.is_file():  # also keeps a FIFO from blocking the open
         raise DataError(f"{path}: no such file; check the path and the name of the split")
     facts = storage.facts(path)
-    members: dict[str, tuple[int, int]] = {}
-    skipped: dict[str, str] = {}
+    members, skipped = {}, {}
     try:
-        with (
-            path.open("rb") as file,
-            tarfile.open(
-                fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
-            ) as archive,
-        ):
+        form = {"mode": "r:", "encoding": "utf-8", "errors": "surrogateescape"}
+        with path.open("rb") as file, tarfile.open(fileobj=file, **form) as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore  # tarfile keeps 1 kB per member
                 if member.isdir():
@@ -174,16 +161,14 @@ def file_refusal(name: str, size: int, suffixes: Collection[str], max_bytes: int
         return "its name climbs out of the archive"
     if path.suffix.lower() not in suffixes:
         return f"files of type {path.suffix or '(none)'} are not read"
-    if size > max_bytes:
-        return f"{size} bytes, more than the {max_bytes} allowed"
-    return ""
+    return f"{size} bytes, more than the {max_bytes} allowed" if size > max_bytes else ""
 
 
 def _ends_in_zeros(path: Path, end: int) -> bool:
     """Return whether the file continues at `end` with at least one block of zeros and no more."""
+    length = 0
     with path.open("rb") as file:
         file.seek(end)
-        length = 0
         while chunk := file.read(1 << 20):
             if chunk.count(0) != len(chunk):
                 return False

@@ -4,7 +4,6 @@ Nothing is ever extracted. Members that are neither stored nor deflated, encrypt
 that climb out of the archive are left out of the index, with the reason.
 """
 
-import dataclasses
 import functools
 import os
 import threading
@@ -12,9 +11,11 @@ import zipfile
 import zlib
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from vadapter.data.shards.tar import MAX_MEMBER_BYTES, file_refusal
 from vadapter.errors import DataError
+from vadapter.io import storage
 
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # What zipfile raises for members that it cannot read.
@@ -34,15 +35,8 @@ def _archive(
     return zipfile.ZipFile(path), threading.Lock()
 
 
-@dataclasses.dataclass(frozen=True)
-class ZipShard:
-    """Members of one zip archive by name. Holds no open file: pickle, fork and threads are safe.
-
-    Attributes:
-      path: path of the archive.
-      size: its size in bytes when it was indexed.
-      mtime_ns: its modification time then.
-    """
+class ZipShard(NamedTuple):
+    """Members of one zip archive by name. The fields are those of `tar.Shard`; as safe to share."""
 
     path: str
     size: int
@@ -57,9 +51,9 @@ class ZipShard:
         """
         try:
             status = os.stat(self.path)
-            if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            if (status.st_size, status.st_mtime_ns) != self[1:]:
                 raise DataError(f"{self.path}: changed since it was indexed; restart to index it")
-            archive, lock = _archive(self.path, self.size, self.mtime_ns, os.getpid())
+            archive, lock = _archive(*self, os.getpid())
             with lock, archive.open(name) as member:
                 size = archive.getinfo(name).file_size
                 data = member.read(size + 1)  # bounded: a stream may unpack to more than it claims
@@ -74,15 +68,11 @@ class ZipShard:
         return data
 
 
-@dataclasses.dataclass(frozen=True)
-class ZipIndex:
-    """The members of an archive.
+class ZipIndex(NamedTuple):
+    """The members of an archive, as `tar.TarIndex`.
 
-    Attributes:
-      shard: the archive.
-      members: name -> (offset of its header, compressed size, size, deflated, CRC-32), which
-        identify the content.
-      skipped: name -> why the member is not in `members`.
+    What identifies the content of a member is (offset of its header, compressed size, size,
+    deflated, CRC-32).
     """
 
     shard: ZipShard
@@ -90,39 +80,29 @@ class ZipIndex:
     skipped: dict[str, str]
 
 
-def scan(
-    path: str | Path, suffixes: Collection[str], *, max_bytes: int = MAX_MEMBER_BYTES
-) -> ZipIndex:
-    """Index a zip archive by reading its directory only.
-
-    Args:
-      path: the archive.
-      suffixes: allowed suffixes in lower case, such as ".jpg"; case is ignored in names.
-      max_bytes: size above which a member is left out.
+def scan(path: Path, suffixes: Collection[str], *, max_bytes: int = MAX_MEMBER_BYTES) -> ZipIndex:
+    """Index a zip archive by reading its directory only; the arguments are those of `tar.scan`.
 
     Raises:
       DataError: not a zip archive, or truncated.
     """
-    path = Path(path)
     try:
-        status = path.stat()
+        facts = storage.facts(path)
         with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
+            infos = [info for info in archive.infolist() if not info.is_dir()]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DataError(
             f"{path}: not a readable zip archive ({error}); download it again"
         ) from error
     members, skipped = {}, {}
     for info in infos:
-        if info.is_dir():
-            continue
         if reason := _refusal(info, suffixes, max_bytes):
             skipped[info.filename] = reason
         else:
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
             position = info.header_offset, info.compress_size, info.file_size, deflated, info.CRC
             members[info.filename] = position
-    return ZipIndex(ZipShard(str(path), status.st_size, status.st_mtime_ns), members, skipped)
+    return ZipIndex(ZipShard(str(path), **facts), members, skipped)
 
 
 def _refusal(info: zipfile.ZipInfo, suffixes: Collection[str], max_bytes: int) -> str:

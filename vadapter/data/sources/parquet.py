@@ -102,7 +102,7 @@ class ParquetImages(Source):
         row = index - (int(self._ends[place]) - count)
         group = int(self._shards.name(member).rpartition("/")[2])
         file = self._shards.shards[shard]
-        data = parquet_rows.read_row(file.path, (file.size, file.mtime_ns), group, row, names)
+        data = parquet_rows.read_row(file, group, row, names)
         data = {
             key: v
             for key, v in annotation_tables.rename(data, self._renamed).items()

@@ -147,7 +147,9 @@ class _PairRows:
     def __getitem__(self, index: int) -> tuple[Example, int]:
         pair, key, captions, qa, _ = self._read(index)
         questions = tuple(Question(q, tuple(answers), kind, id_) for q, answers, kind, id_ in qa)
-        return Example(key, None, tuple(captions), questions), self._shards.media(pair)
+        return Example(key, None, tuple(captions), questions), int(
+            self._shards.columns["media"][pair]
+        )
 
     def fault(self, index: int) -> str:
         return self._read(index)[-1]
