@@ -117,7 +117,7 @@ def test_the_devices_that_are_here_have_the_name_that_plan_knows(
 ):
     made = [SimpleNamespace(device_kind=kind, slice_index=i % slices) for i in range(n)]
     monkeypatch.setattr(jax, "devices", lambda: made)
-    assert topology.here() == name
+    assert topology.present() == name
     if name:
         assert topology.smallest(name) or topology.parse(name).chips == n
 

@@ -38,12 +38,11 @@ def jit(fn: Callable, **kwargs: Any) -> Any:
 
 
 def keep_memory() -> None:
-    """Make glibc keep freed memory, if the CPU is the device.
+    """Make glibc keep freed memory, if the CPU is the device (BUILD_NOTES, "CPU memory").
 
     XLA:CPU allocates its temporaries with malloc at every step, and glibc returns blocks of that
     size to the kernel each time: page faults cost a small step a fifth of its CPU time. With other
-    devices the single arena would only slow down the compiler's many threads (BUILD_NOTES, "CPU
-    memory").
+    devices the single arena would only slow down the compiler's many threads.
     """
     if not sys.platform.startswith("linux") or jax.default_backend() != "cpu":
         return

@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -38,20 +38,12 @@ _joined: tuple[int, int] | None = None  # (index, count) of this process, as `st
 
 
 def deadline() -> float:
-    """Return VADAPTER_DEADLINE: how many seconds hosts wait for each other.
-
-    Raises:
-      ConfigError: the variable is not a number of at least 1.
-    """
+    """Return VADAPTER_DEADLINE: how many seconds hosts wait for each other."""
     return seconds("VADAPTER_DEADLINE", 300.0, least=1.0)
 
 
 def seconds(variable: str, default: float, least: float = 0.0) -> float:
-    """Return the value of an environment variable in seconds.
-
-    Raises:
-      ConfigError: it is not a number, or below `least`.
-    """
+    """Return an environment variable in seconds; ConfigError if it is below `least` or invalid."""
     text = os.environ.get(variable) or str(default)
     with contextlib.suppress(ValueError):
         if float(text) >= least:
@@ -71,22 +63,19 @@ def start() -> None:
       ConfigError: invalid variables.
       HostError: a host did not connect in time; the message has its index.
     """
-    given = [name for name in _COORDINATOR if os.environ.get(name)]
+    present = [name for name in _COORDINATOR if os.environ.get(name)]
     mode = os.environ.get("VADAPTER_DISTRIBUTED", "")
     if mode not in ("", "auto"):
         raise ConfigError(f"VADAPTER_DISTRIBUTED={mode!r}: must be auto, or not set")
-    if given and len(given) < len(_COORDINATOR):
-        missing = [name for name in _COORDINATOR if name not in given]
-        raise ConfigError(f"{', '.join(given)} is set without {', '.join(missing)}")
+    if present and len(present) < len(_COORDINATOR):
+        missing = [name for name in _COORDINATOR if name not in present]
+        raise ConfigError(f"{', '.join(present)} is set without {', '.join(missing)}")
     # `preemption` handles signals: JAX's own service reports a signal at one step number only, and
     # not at all beside a Python handler.
     jax.config.update("jax_enable_preemption_service", False)
-    if given or mode:
+    if present or mode:
         faulthandler.enable()  # JAX aborts a process whose peers are gone: print where it was
-    if given:
-        _start_explicit()
-    elif mode:
-        _start_detected()
+        (_start_explicit if present else _start_detected)()
 
 
 def _start_explicit() -> None:
@@ -105,19 +94,20 @@ def _start_explicit() -> None:
 
 
 def _start_detected() -> None:
-    def late() -> None:
-        _end(
-            f"no cluster was detected, or not all of its hosts connected, within {deadline():g} "
-            "s; see the logs of the other hosts"
-        )
+    limit = deadline()
 
-    alarm = threading.Timer(deadline(), late)
+    def end() -> None:
+        problem = f"no cluster was detected, or not all of its hosts connected, within {limit:g} s"
+        os.write(2, f"vadapter: {problem}; see the logs of the other hosts\n".encode())
+        os._exit(HostError.exit_code)
+
+    alarm = threading.Timer(limit, end)
     alarm.daemon = True
     alarm.start()
     try:
         cluster = _detect()
         if cluster is None:
-            _initialize()  # without us JAX cannot say which host is missing
+            _initialize()  # JAX alone cannot say which host is missing
             return
     except ValueError as error:
         raise _no_cluster(f" ({error})") from None
@@ -164,12 +154,12 @@ def _join(address: str, n: int, i: int, **settings: Any) -> None:
     name, _, port = address.rpartition(":")
     local = name in ("127.0.0.1", "localhost")
     if n > 1:
-        from vadapter.distributed.startup import check_in, gather  # only several hosts need it
+        from vadapter.distributed import startup  # only several hosts need it
 
         if i == 0:
-            gather("127.0.0.1" if local else "", int(port), n, deadline())
+            startup.gather("127.0.0.1" if local else "", int(port), n, deadline())
         else:
-            check_in(name, int(port), n, i, deadline())
+            startup.check_in(name, int(port), n, i, deadline())
     _initialize(
         coordinator_address=address,
         num_processes=n,
@@ -189,11 +179,6 @@ def _initialize(**settings: Any) -> None:
         shutdown_timeout_seconds=limit,
         **settings,
     )
-
-
-def _end(text: str) -> None:
-    os.write(2, f"vadapter: {text}\n".encode())
-    os._exit(HostError.exit_code)
 
 
 # -- identity ----------------------------------------------------------------------------------
@@ -222,11 +207,7 @@ def _identity() -> tuple[int, int]:
 
 
 def require_connected() -> None:
-    """Refuse devices of several hosts that cannot exchange values.
-
-    Raises:
-      ConfigError: JAX sees more processes than this module does.
-    """
+    """Raise ConfigError if JAX sees hosts that this module cannot exchange values with."""
     if jax.process_count() != count():
         raise ConfigError(
             f"JAX sees {jax.process_count()} hosts, but they are not connected: set "
@@ -235,11 +216,7 @@ def require_connected() -> None:
 
 
 def _client() -> Any:
-    """Return JAX's client of the coordinator's key-value store.
-
-    Raises:
-      ConfigError: this version of JAX does not have it where the supported versions do.
-    """
+    """Return JAX's client of the coordinator's key-value store; ConfigError if it has none."""
     try:
         from jax._src.distributed import global_state
 
@@ -257,14 +234,12 @@ def _client() -> Any:
 
 
 def exchange(value: Any, what: str, *, patience: float = 1) -> list[Any]:
-    """Return a JSON value of every host, in order.
-
-    All hosts must make the same calls in the same order.
+    """Return the JSON values of all hosts, which must make the same calls in the same order.
 
     Args:
       value: of this host.
-      what: names the exchange in messages; the same on every host.
-      patience: how many deadlines to wait.
+      what: name of the exchange in messages; the same on every host.
+      patience: number of deadlines to wait.
 
     Raises:
       HostError: a host did not come in time, or called with another `what`.
@@ -300,9 +275,9 @@ def _values(folder: str) -> dict[int, Any]:
     return {int(key.rpartition("/")[2]): json.loads(text) for key, text in pairs}
 
 
-def host_names(numbers: list[int]) -> str:
+def host_names(indices: list[int]) -> str:
     """Return `host 2`, or `hosts 2, 3`."""
-    return f"host{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+    return f"host{'s' * (len(indices) > 1)} {', '.join(map(str, indices))}"
 
 
 def of_first(value: T, what: str, *, patience: float = 1) -> T:
@@ -322,10 +297,10 @@ def in_turn(make: Callable[[], T], what: str) -> T:
     if first():
         try:
             result = make()
-        except UserError as failed:
-            error = failed
-    failure = exchange(str(error or ""), what, patience=WORK)[0]
-    if error is not None:
+        except UserError as raised:
+            error = raised
+    failure = of_first(str(error or ""), what, patience=WORK)
+    if error:
         raise error
     if failure:
         raise ConfigError(f"host 0: {failure}")
@@ -337,16 +312,16 @@ def require_same(facts: Mapping[str, Any], what: str) -> None:
 
     Args:
       facts: nested dicts of JSON values.
-      what: names the facts in messages.
+      what: name of the facts in messages.
 
     Raises:
-      ConfigError: on all hosts; the message has the keys that differ, and their values.
+      ConfigError: on all hosts, with the keys that differ, and their values.
     """
     values = exchange(dict(facts), what)
     rows = [
-        f"host {i}: {key} = {here}, host 0: {there}"
+        f"host {i}: {key} = {own}, host 0: {first_value}"
         for i, other in enumerate(values)
-        for key, there, here in differences(values[0], other)
+        for key, first_value, own in differences(values[0], other)
     ]
     if rows:
         raise ConfigError(
@@ -369,10 +344,7 @@ def report_end(record: Mapping[str, Any]) -> None:
 def first_to_end() -> tuple[int, dict[str, Any]] | None:
     """Return the host that reported its end first, and its record; None if none has.
 
-    The coordinator decides which was first: clocks of machines differ.
-
-    Raises:
-      JaxRuntimeError: the coordinator is gone.
+    The coordinator decides which was first: clocks of machines differ. JaxRuntimeError: it is gone.
     """
     reports = _values("cause")
     return tuple(reports[0]) if reports else None
@@ -381,10 +353,3 @@ def first_to_end() -> tuple[int, dict[str, Any]] | None:
 def all_end() -> bool:
     """Return whether every host has reported its end."""
     return len(_values("ended")) == count()
-
-
-@contextlib.contextmanager
-def if_connected() -> Iterator[None]:
-    """Ignore that the coordinator cannot be reached any more."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        yield

@@ -15,42 +15,29 @@ def limit(mesh: jax.sharding.Mesh) -> int | None:
     return min((stats["bytes_limit"] for stats in reports if "bytes_limit" in stats), default=None)
 
 
-def require_room(where: str, sizes: dict[str, int], limit: int | None) -> None:
-    """Refuse parameters and optimizer state that do not fit on a device.
-
-    Args:
-      where: the stage, for the message.
-      sizes: name -> bytes on each device.
-      limit: bytes that programs may use; None if unknown.
-
-    Raises:
-      ConfigError: the sum is above the limit.
-    """
+def require_room(stage: str, sizes: dict[str, int], limit: int | None) -> None:
+    """Raise ConfigError if the bytes per device of a stage's arrays, by name, exceed the limit."""
     if limit is None or (total := sum(sizes.values())) <= limit:
         return
-    parts = ", ".join(f"{what} {size(used)}" for what, used in sizes.items())
+    parts = ", ".join(f"{name} {size(count)}" for name, count in sizes.items())
     raise ConfigError(
-        f"{where}: {size(total)} are needed on each device without activations ({parts}), "
-        f"but {_device()} has {size(limit)} for programs. {advice()}"
+        f"{stage}: {size(total)} are needed on each device without activations ({parts}), "
+        f"but {_device()} has {size(limit)} for programs. {_advice()}"
     )
 
 
 @contextlib.contextmanager
-def memory_errors(where: Callable[[], str]) -> Iterator[None]:
-    """Turn out-of-memory errors of devices into user errors: a restart would fail again.
+def memory_errors(activity: Callable[[], str]) -> Iterator[None]:
+    """Turn out-of-memory errors of devices into ConfigError, since a restart would fail again.
 
-    Args:
-      where: returns what was being done.
-
-    Raises:
-      ConfigError: says how to find what fits.
+    The message begins with what `activity` returns, and says how to find a setting that fits.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not exhausted(error):
             raise
-        raise ConfigError(f"{where()}: {described(error)}") from error
+        raise ConfigError(f"{activity()}: {described(error)}") from error
 
 
 def exhausted(error: BaseException) -> bool:
@@ -61,15 +48,14 @@ def exhausted(error: BaseException) -> bool:
 def described(error: BaseException) -> str:
     """Return a message: what happened, and what to do."""
     line = str(error).strip().splitlines()[0].rstrip(".")
-    return f"{_device()} is out of memory ({line}). {advice()}"
+    return f"{_device()} is out of memory ({line}). {_advice()}"
 
 
-def advice() -> str:
-    """Return how to find a setting that fits on the present devices."""
-    from vadapter.distributed.topology import here
+def _advice() -> str:
+    from vadapter.distributed.topology import present  # training does not need it
 
     return (
-        f"`vadapter plan --config=… --topology={here() or '…'}` finds a setting that fits: a "
+        f"`vadapter plan --config=… --topology={present() or '…'}` finds a setting that fits: a "
         "smaller batch, more accumulate, components.NAME.remat=full, a larger mesh.fsdp"
     )
 

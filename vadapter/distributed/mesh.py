@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import keystr
 
 from vadapter.console import size
 from vadapter.errors import ConfigError
@@ -49,7 +50,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
-    """Return the mesh over all devices, or over those given.
+    """Return the mesh over some devices, by default all of them.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices, or do not fit the slices.
@@ -72,10 +73,8 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
 def arrange(devices: np.ndarray, shape: Sequence[int], slices: int) -> np.ndarray:
     """Arrange devices [n] as a mesh of this shape, with slices along its first axis.
 
-    Within a slice, TPUs that are neighbors in the mesh are neighbors in the network.
-
-    Raises:
-      ConfigError: the devices are in another number of slices, or `data` is not a multiple of it.
+    Within a slice, TPUs that are neighbors in the mesh are neighbors in the network. ConfigError if
+    the devices are in another number of slices, or `data` is not a multiple of it.
     """
     data, *rest = shape
     present = len({getattr(device, "slice_index", 0) for device in devices})
@@ -88,13 +87,11 @@ def arrange(devices: np.ndarray, shape: Sequence[int], slices: int) -> np.ndarra
         raise ConfigError(f"mesh.data={data} must be a multiple of mesh.slices={slices}")
     if devices[0].platform != "tpu" or devices.size == 1:
         return devices.reshape(shape)
+    split = {"allow_split_physical_axes": True}
     if present == 1:
-        return mesh_utils.create_device_mesh(
-            shape, devices.tolist(), allow_split_physical_axes=True
-        )
-    return mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *rest), (slices, 1, 1), devices.tolist(), allow_split_physical_axes=True
-    )
+        return mesh_utils.create_device_mesh(shape, devices.tolist(), **split)
+    local, across = (data // slices, *rest), (slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(local, across, devices.tolist(), **split)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -107,7 +104,7 @@ def filled(rows: int, mesh: Mesh) -> int:
     return -(-rows // mesh.size) * mesh.size
 
 
-def to_mesh(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+def to_mesh(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """Make global arrays of the rows of all hosts, sharded over the devices."""
     sharding = batch_sharding(mesh)
     return {
@@ -122,8 +119,8 @@ def _identity(x: jax.Array) -> jax.Array:
 def to_host(x: jax.Array) -> np.ndarray:
     """Return a whole global array, on every host; all of them must call it."""
     if not x.is_fully_addressable:
-        mesh = cast(NamedSharding, x.sharding).mesh
-        x = jax.jit(_identity, out_shardings=replicated(cast(Mesh, mesh)))(x).addressable_data(0)
+        everywhere = replicated(cast(Any, x.sharding).mesh)
+        x = jax.jit(_identity, out_shardings=everywhere)(x).addressable_data(0)
     return np.asarray(x)
 
 
@@ -136,11 +133,7 @@ def local_rows(x: jax.Array) -> np.ndarray:
 
 
 def shardings_of(tree: Any) -> Any:
-    """Return the sharding of every leaf, an array or a shape.
-
-    A step whose state keeps its shardings is compiled once; the compiler alone may choose others
-    for small leaves.
-    """
+    """Return the sharding of every leaf, an array or a shape."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
@@ -183,19 +176,19 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
       ValueError: a leaf without logical axes, or with an unknown one.
     """
 
-    def one(path: Any, leaf: Any) -> NamedSharding:
-        where = "/".join(str(getattr(part, "key", part)) for part in path)
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = keystr(path, simple=True, separator="/")
         if not _boxed(leaf):
             raise ValueError(
-                f"parameter {where} {leaf.shape} names no logical axes; define it with "
+                f"parameter {name} {leaf.shape} names no logical axes; define it with "
                 "`layers.partitioned(init, *axes)`, None for a dimension that is not sharded"
             )
         try:
             return NamedSharding(mesh, partition(leaf.names, leaf.value.shape, mesh))
         except ValueError as error:
-            raise ValueError(f"parameter {where}: {error}") from error
+            raise ValueError(f"parameter {name}: {error}") from error
 
-    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=_boxed)
+    return jax.tree.map_with_path(sharding, boxed, is_leaf=_boxed)
 
 
 def _boxed(leaf: Any) -> bool:
@@ -203,27 +196,20 @@ def _boxed(leaf: Any) -> bool:
 
 
 def poorly_sharded(tree: Any, at_least: int = LARGE) -> list[str]:
-    """Return a line for each large leaf that is not sharded over all of `fsdp` and `tensor`.
+    """Return a line for each leaf of `at_least` elements that `fsdp` and `tensor` do not divide.
 
     Such a leaf, of a vocabulary with an odd size for example, costs every device more memory. More
-    rows, or another mesh, fix that.
-
-    Args:
-      tree: arrays or shapes with shardings, as from `abstract_state`.
-      at_least: elements of a large leaf.
+    rows, or another mesh, fix that. The leaves are arrays or shapes, with shardings.
     """
     lines = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        mesh = leaf.sharding.mesh
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        mesh, name = leaf.sharding.mesh, keystr(path, simple=True, separator="/")
         parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
-        mine = math.prod(leaf.sharding.shard_shape(leaf.shape))
-        if leaf.size >= at_least and mine * parts > leaf.size:
-            where = "/".join(
-                str(getattr(part, "key", getattr(part, "name", part))) for part in path
-            )
+        shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        if leaf.size >= at_least and shard * parts > leaf.size:
             lines.append(
-                f"{where} {leaf.dtype}{[*leaf.shape]}: {leaf.size // mine} parts instead of "
-                f"{parts}, {size(mine * leaf.dtype.itemsize)} on every device"
+                f"{name} {leaf.dtype}{[*leaf.shape]}: {leaf.size // shard} parts instead of "
+                f"{parts}, {size(shard * leaf.dtype.itemsize)} on every device"
             )
     return lines
 
@@ -231,9 +217,7 @@ def poorly_sharded(tree: Any, at_least: int = LARGE) -> list[str]:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrain the sharding of an activation; do nothing if no mesh is active, see `with_mesh`.
 
-    Args:
-      x: the activation.
-      names: logical axes of the leading dimensions; the others, and None, are not sharded.
+    The names are logical axes of its leading dimensions; the others, and None, are not sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -38,11 +38,7 @@ class Stop:
         return self.signal if hosts.count() == 1 else self._agreed
 
     def require_handlers(self) -> None:
-        """Refuse to train if this object would not receive the signals.
-
-        Raises:
-          ConfigError: something else has installed a handler of SIGTERM since `signals`.
-        """
+        """Raise ConfigError if another handler of SIGTERM has been installed since `signals`."""
         handler = signal.getsignal(signal.SIGTERM)
         if self._handler is not None and handler is not self._handler:
             raise ConfigError(
@@ -51,10 +47,7 @@ class Stop:
             )
 
     def check(self, doing: str) -> None:
-        """Raise Preempted if a signal was received; for places with nothing to save.
-
-        On several hosts all of them must call it.
-        """
+        """Raise Preempted if a signal was received, with nothing to save; all hosts call it."""
         if not self.requested and hosts.count() > 1:
             self._agreed = max(hosts.exchange(self.signal, doing))
         if self.requested:
@@ -62,7 +55,7 @@ class Stop:
             raise Preempted(f"{doing}: stopped by {name}; run the same command again to resume")
 
     def watch(self, items: Iterable[T], *point: str) -> Iterator[T]:
-        """Yield the items under the watchdog, until a signal; `point` names the work in words."""
+        """Yield the items under the watchdog, until a signal; `point` is the work, for messages."""
         for i, item in enumerate(watchdog.watch(items)):
             self.check(", ".join(point))
             if not i:  # it compiles

@@ -7,6 +7,7 @@ last, because the coordinator runs in it. If the reason is unknown (code 1), eac
 stacks of all its threads.
 """
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -22,6 +23,7 @@ _EVERY = 1.0  # seconds between two looks for a report
 _GRACE = 3.0  # seconds for this process to raise by itself what another host has reported
 _LINGER = 10.0  # seconds that process 0 waits for the others to exit
 
+_IGNORE_LOST_COORDINATOR = contextlib.suppress(jax.errors.JaxRuntimeError)
 _exiting = threading.Lock()  # acquired once, by the thread that ends this process
 _over = threading.Event()
 
@@ -34,33 +36,27 @@ def follow() -> None:
 
 
 def _follow() -> None:
-    try:
+    with _IGNORE_LOST_COORDINATOR:  # then JAX ends this process
         while not _over.wait(_EVERY):
             if report := _report():
                 if not _over.wait(_GRACE):
                     _exit(*report)
                 return
-    except jax.errors.JaxRuntimeError:
-        return  # the coordinator is gone: JAX ends this process
 
 
 def _report() -> tuple[int, str] | None:
     """Return exit code and reason of the host that failed first; None if none has."""
-    if not (first := hosts.first_to_end()):
-        return None
-    i, record = first
-    return record["code"], f"host {i} of {hosts.count()} stopped: {record['reason']}"
+    if end := hosts.first_to_end():
+        i, record = end
+        return record["code"], f"host {i} of {hosts.count()} stopped: {record['reason']}"
+    return None
 
 
 def end_job(code: int, reason: str = "") -> int:
-    """End a job of several processes.
+    """End a job with the exit code of this process, see `vadapter.errors`.
 
-    Args:
-      code: the exit code of this process, see `vadapter.errors`.
-      reason: why it is not 0, for the other hosts.
-
-    Returns:
-      The code, if it is 0 or the process is the only one; otherwise the process exits.
+    Returns the code if it is 0 or the process is the only one; otherwise the process exits, after
+    it has reported the reason to the other hosts.
     """
     watchdog.disarm()
     if hosts.count() == 1:
@@ -86,7 +82,7 @@ def cause(error: BaseException) -> tuple[int, str] | None:
     if hosts.count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
         return None
     end = time.monotonic() + _GRACE
-    with hosts.if_connected():
+    with _IGNORE_LOST_COORDINATOR:
         while time.monotonic() < end:
             if report := _report():
                 return report
@@ -105,7 +101,7 @@ def _exit(code: int, reason: str, *, quiet: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     watchdog.exit_within(_LINGER + _GRACE)
-    with hosts.if_connected():
+    with _IGNORE_LOST_COORDINATOR:
         hosts.report_end({"code": code, "reason": reason})
         end = time.monotonic() + _LINGER
         while hosts.first() and time.monotonic() < end and not hosts.all_end():

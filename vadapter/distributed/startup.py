@@ -52,9 +52,9 @@ def gather(name: str, port: int, n: int, limit: float) -> None:
                 peer.settimeout(min(_PATIENCE, limit))
                 mismatch = _register(peers, peer, json.loads(_line(peer)), n)
         missing = [i for i in range(1, n) if i not in peers]
-        late = f"host{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {n} did not come "
-        late += f"within {limit:g} s"
-        error = mismatch or (late if missing else "")
+        names = f"host{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        absent = f"{names} of {n} did not come within {limit:g} s" if missing else ""
+        error = mismatch or absent
         for peer in peers.values():
             with contextlib.suppress(OSError):
                 peer.sendall(json.dumps({"error": error}).encode() + b"\n")
@@ -77,17 +77,7 @@ def _register(peers: dict[int, socket.socket], peer: socket.socket, message: Any
 
 
 def check_in(name: str, port: int, n: int, i: int, limit: float) -> None:
-    """Report to process 0, as process i of n, and wait until all others have done so.
-
-    Args:
-      name, port: the address of process 0.
-      n, i: number of processes, index of this one.
-      limit: seconds to wait.
-
-    Raises:
-      ConfigError: the processes were started with different numbers.
-      HostError: process 0, or another one, did not connect.
-    """
+    """Report to process 0 as process i of n, and wait until all have done so; see `gather`."""
     end = time.monotonic() + limit
     while (left := end - time.monotonic()) > 0:
         try:
@@ -110,8 +100,8 @@ def _line(peer: socket.socket) -> bytes:
     """Receive up to the end of a line, at most 1,000 bytes."""
     text = b""
     while not text.endswith(b"\n"):
-        part = peer.recv(1000 - len(text))
-        if not part:
+        received = peer.recv(1000 - len(text))
+        if not received:
             raise ValueError("no line")
-        text += part
+        text += received
     return text

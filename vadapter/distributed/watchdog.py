@@ -55,7 +55,7 @@ def watch(items: Iterable[T]) -> Iterator[T]:
 
 
 def exit_within(limit: float) -> None:
-    """Exit in so many seconds, whatever progress is reported, unless `disarm` is called."""
+    """Exit after `limit` seconds, whatever progress is reported, unless `disarm` is called."""
     global _end
     _end = min(_end, time.monotonic() + limit)
     _arm(limit)
