@@ -178,7 +178,7 @@ def test_the_text_is_aligned_narrow_and_has_the_same_facts(world):
     assert re.search(r"\n  encoder +vit +u8\[B,1,32,32,3\] +[\d,]+ +frozen +…?\S+clip\n", text)
     assert re.search(r"\n +→ \[B,1,16,16\] +1 file, \d+\.?\d* kB\n", text)
     assert "37 tensors" in text
-    assert "2 left out" in text
+    assert "2 unused" in text
     assert re.search(r"eos 2 </s>, stop 2 </s>; llm has \d+ rows, 7\s+unused", text)
     assert re.search(r"\n  images +caption +train 1 +24  1 × 32 px, prompt \d+, text 80", text)
 

@@ -26,28 +26,19 @@ SPARE = 8  # CPU devices to reserve, as a multiple of those needed: larger topol
 class Chip:
     """A generation of accelerators.
 
-    Attributes:
-      kind: tpu | gpu | cpu.
-      peak: FLOP/s of bfloat16 products.
-      hbm: bytes that programs may use: of TPUs, the compiler's limit; of GPUs, the whole memory, of
-        which JAX takes 3/4 (XLA_PYTHON_CLIENT_MEM_FRACTION).
-      device_kinds: its names in JAX; of GPUs, how they begin.
-      per_host: chips of a host.
-      clock: Hz of the compiler's cycles; 0 if it estimates none.
-      shapes: chips -> shape of the slices that exist; none of GPUs, which come in any number.
-      cores: of a chip; the number in an accelerator type (`v5p-128`) counts them.
-      options: for `get_topology_desc`, so that a chip is one device.
+    Programs may use `hbm` bytes: of TPUs, up to the compiler's limit; of GPUs, that is the whole
+    memory, of which JAX takes 3/4 (XLA_PYTHON_CLIENT_MEM_FRACTION).
     """
 
-    kind: str
-    peak: float
+    kind: str  # tpu | gpu | cpu
+    peak: float  # FLOP/s of bfloat16 products
     hbm: float
-    device_kinds: tuple[str, ...]
-    per_host: int = 4
-    clock: float = 0.0
-    shapes: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    cores: int = 1
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    device_kinds: tuple[str, ...]  # its names in JAX; of GPUs, how they begin
+    per_host: int = 4  # chips of a host
+    clock: float = 0.0  # Hz of the compiler's cycles; 0: it estimates none
+    shapes: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # by chips
+    cores: int = 1  # of a chip; the number in an accelerator type (`v5p-128`) counts them
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # so a chip is one device
 
     def fills_hosts(self, chips: int) -> bool:
         """Return whether the chips are part of one host, or all chips of several."""

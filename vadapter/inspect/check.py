@@ -1,14 +1,14 @@
 """Validation of a recipe from shapes and headers alone: what it trains and what would stop it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from vadapter.data.example import Source
 from vadapter.data.open import require_texts
 from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.tokenizers.files import read_spec
@@ -17,10 +17,10 @@ from vadapter.distributed import memory
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import Problems
 from vadapter.models.registry import expand
-from vadapter.recipe.schema import DTYPES, Recipe, StageConfig, components, trained
+from vadapter.recipe.schema import Recipe, StageConfig, components, trained
 from vadapter.stages import initialization
 from vadapter.stages.run import read_tokenizer
-from vadapter.stages.stage import NO_RUN, Earlier, Findings, Sources, Stage
+from vadapter.stages.stage import NO_RUN, Findings, Sources, Stage
 from vadapter.weights.hf_checkpoint import locate
 
 Facts = dict[str, Any]
@@ -39,70 +39,66 @@ def check(load: Callable[[], Recipe], workdir: Path | None = None) -> tuple[Fact
     """
     problems, facts = Problems(), {"stages": []}
     with problems.gather():
-        facts |= _stages(load(), workdir or NO_RUN, problems)
+        facts |= _facts(load(), workdir or NO_RUN, problems)
     return {**facts, "problems": problems.lines()}, problems
 
 
-def _stages(recipe: Recipe, workdir: Path, problems: Problems) -> Facts:
-    mesh, shape = make_mesh(MeshConfig(), jax.devices()[:1]), None
+def _facts(recipe: Recipe, workdir: Path, problems: Problems) -> Facts:
+    mesh, shape, limit = make_mesh(MeshConfig(), jax.devices()[:1]), None, None
     with problems.gather("mesh"):
         mesh = make_mesh(recipe.mesh)
-        shape = dict(mesh.shape)
+        shape, limit = dict(mesh.shape), memory.limit(mesh)
     source, stages, earlier = Sources(recipe), [], {}
-    limit = None if shape is None else memory.limit(mesh)
     for name in recipe.chain:
         done = (workdir / name / initialization.DONE).is_file()
         # A finished stage is not run again, so its data and weights may be gone.
         reported = Problems() if done else problems
-        stage = _stage(recipe, name, workdir, mesh, source, earlier, reported, limit)
-        stages.append(stage | {"done": done})
+        stage = _stage(recipe, name, workdir, mesh, source, reported)
+        stages.append(_stage_facts(stage, stage.check(earlier, reported, limit)) | {"done": done})
         if done:
             earlier.pop(name, None)
-    for stage in stages if shape is None else ():
-        stage["memory"].pop("per_device", None)
+        if shape is None:
+            stages[-1]["memory"].pop("per_device")
     return {"recipe": recipe.name, "dtype": recipe.dtype, "mesh": shape, "stages": stages}
 
 
 def _stage(
-    recipe: Recipe,
-    name: str,
-    workdir: Path,
-    mesh: jax.sharding.Mesh,
-    source: Callable[[str], Source],
-    earlier: Earlier,
-    problems: Problems,
-    limit: int | None,
-) -> Facts:
-    config = recipe.stages[name]
-    tokenizer = None
+    recipe: Recipe, name: str, workdir: Path, mesh: Mesh, source: Sources, problems: Problems
+) -> Stage:
+    """Return a stage with its tokenizer, or with an upper bound of the vocabulary's size."""
+    config, tokenizer = recipe.stages[name], None
     with problems.gather(name):
         tokenizer = read_tokenizer(recipe, config, workdir)
         if tokenizer is None:
             require_texts(recipe.tokenizer)
             BPETokenizer.train(["a"], recipe.tokenizer.vocab_size)  # raises if it is too small
-    # The language model's public weights come with their own tokenizer.
-    own = recipe.components.get(config.lm, {}).get("weights", "")
+    own = _weights(recipe, config)  # public weights come with their own tokenizer
     if tokenizer is None and not own:
         for data in dict.fromkeys(recipe.tokenizer.data):
             with problems.gather(name):
                 source(data)
     at_most = 1 if own else recipe.tokenizer.vocab_size
-    stage = Stage(
-        recipe, name, mesh, workdir=workdir, source=source, tokenizer=tokenizer,
-        vocab_size=0 if tokenizer else at_most,
-    )  # fmt: skip
-    findings = stage.check(earlier, problems, limit)
+    size = 0 if tokenizer else at_most
+    return Stage(
+        recipe, name, mesh, workdir=workdir, source=source, tokenizer=tokenizer, vocab_size=size
+    )
+
+
+def _weights(recipe: Recipe, config: StageConfig) -> str:
+    """Return the public weights of the stage's language model; "": none."""
+    return recipe.components.get(config.lm, {}).get("weights", "")
+
+
+def _stage_facts(stage: Stage, findings: Findings) -> Facts:
+    config = stage.config
     return {
-        "name": name,
-        "kind": config.kind,
-        "steps": config.steps,
-        "batch": config.batch,
+        "name": stage.name, "kind": config.kind, "steps": config.steps, "batch": config.batch,
         "components": [_component(stage, findings, part) for part in components(config)],
         "parameters": _parameters(stage, findings),
         "memory": _memory(stage, findings),
-        "tokenizer": _tokenizer(stage, findings, own),
+        "tokenizer": _tokenizer(stage, findings),
         "data": [_data(stage, findings, data) for data in stage.data()],
-    }
+    }  # fmt: skip
 
 
 def _component(stage: Stage, findings: Findings, name: str) -> Facts:
@@ -139,36 +135,25 @@ def _start(stage: Stage, findings: Findings, name: str) -> Facts:
         return out
     files = start.weights.open().stamps()
     return out | {
-        "weights": start.weights.weights,
-        "path": str(start.weights.path),
-        "files": len(files),
-        "bytes": sum(size for size, _ in files.values()),
-        "tensors": start.report.tensors,
-    }
+        "weights": start.weights.weights, "path": str(start.weights.path), "files": len(files),
+        "bytes": sum(size for size, _ in files.values()), "tensors": start.report.tensors,
+    }  # fmt: skip
 
 
 def _parameters(stage: Stage, findings: Findings) -> Facts:
-    abstract = stage.abstract if findings.built else {}
-    counts = {name: _count(tree) for name, tree in abstract.items()}
-    trainable = sum(counts[name] for name in trained(stage.config) if name in counts)
-    total = sum(counts.values())
-    return {"total": total, "trained": trainable, "frozen": total - trainable}
+    trainable, frozen = map(_count, stage.abstract_params() if findings.built else ({}, {}))
+    return {"total": trainable + frozen, "trained": trainable, "frozen": frozen}
 
 
 def _memory(stage: Stage, findings: Findings) -> Facts:
-    """Return the bytes of parameters and moments, in total and per device.
-
-    Activations and gradients are not included.
-    """
-    abstract, dtype = stage.abstract if findings.built else {}, DTYPES[stage.recipe.dtype]
-    trainable = jax.tree.leaves([tree for n, tree in abstract.items() if n in stage.trained])
-    frozen = jax.tree.leaves([tree for n, tree in abstract.items() if n not in stage.trained])
-    itemsizes = [jnp.dtype(x.dtype if x.dtype == jnp.int8 else dtype).itemsize for x in frozen]
+    """Return the bytes of parameters and moments in total and per device, but not activations."""
+    params = stage.abstract_params() if findings.built else ({}, {})
+    trainable, frozen = map(jax.tree.leaves, params)
 
     def bytes_of(count: Callable[[Any], int]) -> Facts:
         parameters = sum(map(count, trainable))
         return {
-            "frozen": sum(count(x) * n for x, n in zip(frozen, itemsizes, strict=True)),
+            "frozen": sum(count(x) * jnp.dtype(x.dtype).itemsize for x in frozen),
             "trained": 4 * parameters,
             "moments": 8 * parameters,
         }
@@ -178,8 +163,8 @@ def _memory(stage: Stage, findings: Findings) -> Facts:
     }
 
 
-def _tokenizer(stage: Stage, findings: Findings, own: str) -> Facts:
-    tokenizer = stage.tokenizer
+def _tokenizer(stage: Stage, findings: Findings) -> Facts:
+    tokenizer, own = stage.tokenizer, _weights(stage.recipe, stage.config)
     name = stage.config.lm or ("text" if stage.config.kind == "vision" else "")
     rows = getattr(_config(stage, findings, name), "vocab_size", None)
     ids = {"bos": [tokenizer.bos_id], "eos": [tokenizer.eos_id], "stop": [*tokenizer.stop_ids]}
@@ -187,18 +172,16 @@ def _tokenizer(stage: Stage, findings: Findings, own: str) -> Facts:
     if isinstance(tokenizer, PretrainedTokenizer):
         folder = locate(own, f"components.{name}.weights").path
         names = _names(folder, {i for group in ids.values() for i in group})
-    return {
-        "of": name if own else "run",
-        "vocab_size": stage.vocab_size,
-        "exact": stage.exact,
-        "embedding": name,
-        "rows": rows,
+    facts: Facts = {
+        "of": name if own else "run", "vocab_size": stage.vocab_size, "exact": stage.exact,
+        "embedding": name, "rows": rows,
         "padding_rows": None if rows is None else rows - stage.vocab_size,
-    } | ({} if own and not stage.exact else {k: _named(v, names) for k, v in ids.items()})
-
-
-def _named(ids: Iterable[int], names: Mapping[int, str]) -> list[Facts]:
-    return [{"id": i, "token": names.get(i, "")} for i in ids]
+    }  # fmt: skip
+    if own and not stage.exact:
+        return facts
+    return facts | {
+        kind: [{"id": i, "token": names.get(i, "")} for i in group] for kind, group in ids.items()
+    }
 
 
 def _names(folder: Path, ids: set[int]) -> dict[int, str]:
@@ -215,15 +198,11 @@ def _data(stage: Stage, findings: Findings, name: str) -> Facts:
     row = findings.rows.get(name, {})
     sizes = {key: list(leaf.shape[1:]) for key, leaf in row.items()}
     return {
-        "name": name,
-        "task": data.task,
-        "use": _uses(stage.recipe, stage.config, name),
-        "examples": None if source is None else len(source),
-        "frames": sizes.get("frames"),
-        "prompt": sizes["prompt"][0] if row else None,
-        "text": data.text_len,
+        "name": name, "task": data.task, "use": _uses(stage.recipe, stage.config, name),
+        "examples": None if source is None else len(source), "frames": sizes.get("frames"),
+        "prompt": sizes["prompt"][0] if row else None, "text": data.text_len,
         "targets": data.target_len or data.text_len,
-    }
+    }  # fmt: skip
 
 
 def _uses(recipe: Recipe, config: StageConfig, name: str) -> list[str]:

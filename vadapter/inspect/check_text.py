@@ -19,10 +19,8 @@ def as_text(facts: Facts) -> str:
 
 
 def _stage(facts: Facts, stage: Facts) -> str:
-    mesh = (
-        " ".join(f"{k}={n}" for k, n in (facts["mesh"] or {}).items())
-        or "does not fit these devices"
-    )
+    axes = " ".join(f"{axis}={n}" for axis, n in (facts["mesh"] or {}).items())
+    mesh = axes or "does not fit these devices"
     head = f"{stage['name']}: {stage['kind']}, {stage['steps']:,} steps of {stage['batch']:,}"
     done = ", finished" if stage["done"] else ""
     parts = [_part(stage, part) for part in stage["components"]]
@@ -75,30 +73,21 @@ def _shape(leaf: Facts) -> str:
 
 def _start(start: Facts) -> Iterator[str]:
     if not start["found"]:
-        yield from (f"{start['from'][-_START:]}", "(see below)")
+        yield from (start["from"][-_START:], "(see below)")
         return
-    if "weights" not in start:
-        yield _short(start["from"])
-        if start["tensors"]:
-            yield f"{start['tensors']} tensors"
-    else:
-        yield _short(_pinned(start["weights"]))
-        files = quantity(start["files"], "file")
-        yield f"{files}, {size(start['bytes'])}"
+    source = start.get("weights", start["from"])
+    repo_id, separator, commit = source.rpartition("@")
+    if "weights" in start and separator and "/" not in commit:  # a hub id with its commit
+        source = f"{repo_id}@{commit[:8]}"
+    yield source if len(source) <= _START else "…" + source[1 - _START :]
+    if "weights" in start:
+        yield f"{quantity(start['files'], 'file')}, {size(start['bytes'])}"
+    if start["tensors"] or "weights" in start:
         yield f"{start['tensors']} tensors"
-    for word in ("left_out", "fresh"):
-        if start[word]:
-            yield f"{len(start[word])} {word.replace('_', ' ')}"
-
-
-def _pinned(weights: str) -> str:
-    """Return a hub id with the first characters of its commit."""
-    repo_id, separator, commit = weights.rpartition("@")
-    return f"{repo_id}@{commit[:8]}" if separator and "/" not in commit else weights
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _START else "…" + text[1 - _START :]
+    if start["left_out"]:
+        yield f"{len(start['left_out'])} unused"
+    if start["fresh"]:
+        yield f"{len(start['fresh'])} fresh"
 
 
 def _totals(facts: Facts, stage: Facts) -> Iterator[str]:
@@ -126,15 +115,13 @@ def _tokenizer(facts: Facts) -> str:
     name = "tokenizer of the run" if facts["of"] == "run" else f"tokenizer of {facts['of']}"
     if "bos" not in facts:
         return f"{name}: cannot be read"
-    vocabulary = f"{facts['vocab_size']:,} ids"
+    vocabulary, rows = f"{facts['vocab_size']:,} ids", ""
     if not facts["exact"]:
         name, vocabulary = f"{name}, not trained yet", f"at most {vocabulary}"
     ids = ", ".join(f"{kind} {_ids(facts[kind])}" for kind in ("bos", "eos", "stop"))
-    rows = ""
     if facts["rows"] is not None:
-        rows = (
-            f"; {facts['embedding']} has {facts['rows']:,} rows, {facts['padding_rows']:,} unused"
-        )
+        unused = f"{facts['padding_rows']:,} unused"
+        rows = f"; {facts['embedding']} has {facts['rows']:,} rows, {unused}"
     return f"{name}: {vocabulary}, {ids}{rows}"
 
 
@@ -152,10 +139,4 @@ def _data(stage: Facts, data: Facts) -> tuple[str, ...]:
     if data["prompt"]:
         parts.append(f"prompt {at_most}{data['prompt']}")
     parts.append(f"text {data['text']}, {data['targets']} targets")
-    return (
-        data["name"],
-        data["task"],
-        "\n".join(data["use"]),
-        examples,
-        ", ".join(parts),
-    )
+    return data["name"], data["task"], "\n".join(data["use"]), examples, ", ".join(parts)

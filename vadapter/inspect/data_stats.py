@@ -15,7 +15,7 @@ import numpy as np
 from vadapter.console import table
 from vadapter.data.example import Example
 from vadapter.data.media.images import BadMedia
-from vadapter.data.media.media_header import Probe, probe
+from vadapter.data.media.media_header import probe
 from vadapter.data.open import describe, prompt_len
 from vadapter.data.prompts import CAPTION, QUESTION, text_piece
 from vadapter.inspect.open_data import OpenData, without_tokenizer
@@ -29,7 +29,6 @@ def stats(data: OpenData, limit: int = 0) -> Facts:
     """Return statistics over examples of a data set, evenly spread over it.
 
     Args:
-      data: the data set.
       limit: maximum number of examples; 0: all.
 
     Returns:
@@ -66,8 +65,7 @@ def _spread(count: int, limit: int) -> list[int]:
 def _media(data: OpenData, indices: Sequence[int]) -> Facts:
     """Return the sizes of images and the lengths of clips, from their headers."""
     clip = data.source.kind == "clip"
-    probes: list[Probe] = []
-    unreadable = 0
+    probes, unreadable = [], 0
     for index in indices:
         try:
             media = data.source[index].media
@@ -106,9 +104,8 @@ def _tokens(data: OpenData, examples: Sequence[Example]) -> Facts:
     facts: Facts = {"prompt_tokens": _lengths([prompt_len(task, data.tokenizer)])}
     if task == "question":
         questions = [q for e in examples for q in e.qa]
-        facts["question_tokens"] = _lengths(
-            [len(encode(QUESTION.after(q.text))) for q in questions]
-        )
+        before = [len(encode(QUESTION.after(q.text))) for q in questions]
+        facts["question_tokens"] = _lengths(before)
         texts = [q.answer for q in questions if q.answer]
     else:
         texts = [caption for e in examples for caption in e.captions]
@@ -119,19 +116,17 @@ def _rows(data: OpenData, indices: Sequence[int]) -> Facts:
     """Make the rows of the examples and count what is lost on the way."""
     if data.config.task == "document":  # items are windows over several examples
         indices = _spread(len(data.items), len(indices))
-    bad, faults, text_tokens, prompt_tokens, spent = 0, [], 0, 0, 0.0
+    bad, text_tokens, prompt_tokens, seconds = [], 0, 0, 0.0
     kept = cut = total = 0  # texts
     for index in indices:
         start = time.perf_counter()
         row = data.transform(data.items[index], rng=None)
-        spent += time.perf_counter() - start
+        seconds += time.perf_counter() - start
         lengths = np.bincount(row["segments"])[1:].tolist()
         text_tokens += sum(lengths)
         prompt_tokens += int((row["prompt"] >= 0).sum())
         if row["bad"]:
-            bad += 1
-            if len(faults) < FIRST:
-                faults.append(describe(data.name, data.source, index))
+            bad.append(index)
         if data.config.task != "document":
             expected = _segment_lengths(data, data.source.text_only(index))
             uncut = [length for length in expected if length]
@@ -140,9 +135,10 @@ def _rows(data: OpenData, indices: Sequence[int]) -> Facts:
     facts: Facts = {
         "rows": len(indices),
         "fill": text_tokens / max(1, len(indices) * data.config.text_len),
-        "bad": _share(bad, len(indices)) | {"first": faults},
-        "rows_a_second": len(indices) / max(spent, 1e-9),
-        "tokens_a_second": (text_tokens + prompt_tokens) / max(spent, 1e-9),
+        "bad": _share(len(bad), len(indices))
+        | {"first": [describe(data.name, data.source, index) for index in bad[:FIRST]]},
+        "rows_a_second": len(indices) / max(seconds, 1e-9),
+        "tokens_a_second": (text_tokens + prompt_tokens) / max(seconds, 1e-9),
     }
     if data.config.task == "document":
         return facts
@@ -167,10 +163,8 @@ def _segment_lengths(data: OpenData, example: Example) -> list[int]:
 
 
 def _lengths(values: Sequence[float]) -> Facts:
-    if not values:
-        return {"min": 0, "median": 0, "p95": 0, "max": 0, "sum": 0}
-    ordered = sorted(values)
-    median, p95 = (ordered[max(0, math.ceil(q * len(ordered)) - 1)] for q in (0.5, 0.95))
+    ordered = sorted(values) or [0]
+    median, p95 = (ordered[math.ceil(q * len(ordered)) - 1] for q in (0.5, 0.95))
     return {"min": ordered[0], "median": median, "p95": p95, "max": ordered[-1],
             "sum": sum(ordered)}  # fmt: skip
 

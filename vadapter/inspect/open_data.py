@@ -1,7 +1,7 @@
 """Data sets of a recipe, opened as one of its stages reads them, without its parameters."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +21,18 @@ from vadapter.stages.stage import NO_RUN
 
 @dataclasses.dataclass(frozen=True)
 class OpenData:
-    """A data set, opened for a stage.
-
-    Attributes:
-      name: of the data set.
-      config: of the data set.
-      source: of the data set.
-      stage: name of the stage.
-      trains: whether the stage trains on it, and not only measures a loss or evaluates.
-      tokenizer: of the stage; None if it has not been trained yet: then there are no rows.
-      view: the stage's image transform for this data set; None for text.
-      items, transform: see `data.open.make_stream`.
-      seed: of the run.
-    """
+    """A data set, opened for a stage."""
 
     name: str
     config: DataConfig
     source: Source
     stage: str
-    trains: bool
-    tokenizer: Tokenizer | None
-    view: ImageTransform | None
-    items: Any
-    transform: Any
-    seed: int
+    trains: bool  # the stage trains on it, and does not only measure a loss or evaluate
+    tokenizer: Tokenizer | None  # of the stage; None: not trained yet, so there are no rows
+    view: ImageTransform | None  # the stage's image transform for this data set; None for text
+    items: Any  # see `data.open.make_stream`
+    transform: Any  # see `data.open.make_stream`
+    seed: int  # of the run
 
     def row(self, n: int) -> tuple[int, dict[str, Any]]:
         """Return the index in `items` of the n-th row that the stage draws, and the row."""
@@ -61,7 +49,6 @@ def open_data(
     """Open data sets of a recipe; never trains a tokenizer.
 
     Args:
-      recipe: the recipe.
       workdir: the run directory with the tokenizer, if the run trains one.
       stage: whose image transform and tokenizer to use. By default the first stage that reads the
         data set, or without `names` the last of the chain.
@@ -76,10 +63,13 @@ def open_data(
             raise ConfigError(f"config.data: unknown {name!r}{nearest(name, recipe.data)}")
     if stage and stage not in recipe.stages:
         raise ConfigError(f"config.stages: unknown {stage!r}{nearest(stage, recipe.stages)}")
+    if not names:
+        reader = stage or recipe.chain[-1]
+        return _open(recipe, workdir, reader, recipe.stages[reader].data)
     return [
         data
-        for name in names or [""]
-        for data in _open(recipe, workdir, stage or _reader(recipe, name), name)
+        for name in names
+        for data in _open(recipe, workdir, stage or _reader(recipe, name), [name])
     ]
 
 
@@ -92,12 +82,7 @@ def without_tokenizer(data: OpenData) -> str:
 
 
 def _reader(recipe: Recipe, name: str) -> str:
-    """Return the first stage that trains on a data set, or else evaluates on it.
-
-    Without a name it is the last stage of the chain.
-    """
-    if not name:
-        return recipe.chain[-1]
+    """Return the first stage that trains on a data set, or else measures or evaluates on it."""
     for stage in recipe.chain:
         if name in recipe.stages[stage].data:
             return stage
@@ -111,30 +96,23 @@ def _reader(recipe: Recipe, name: str) -> str:
     )
 
 
-def _open(recipe: Recipe, workdir: Path | None, stage: str, name: str) -> list[OpenData]:
+def _open(recipe: Recipe, workdir: Path | None, stage: str, names: Iterable[str]) -> list[OpenData]:
     config = recipe.stages[stage]
-    tokenizer = read_tokenizer(recipe, config, workdir or NO_RUN)
-    view = None
+    tokenizer, view = read_tokenizer(recipe, config, workdir or NO_RUN), None
     if tokenizer is not None:
         view = view_of(make_model(recipe, config, tokenizer.vocab_size))
     opened = []
-    for each in [name] if name else config.data:
-        data, source = recipe.data[each], make_source(each, recipe.data[each])
+    for name in names:
+        data, source = recipe.data[name], make_source(name, recipe.data[name])
         items, transform = source, None
         if tokenizer is not None:
-            items, transform = make_stream(each, data, source, tokenizer, view)
+            items, transform = make_stream(name, data, source, tokenizer, view)
+        own_view = None if view is None or data.task == "document" else data.view(view)
+        trains = name in config.data
         opened.append(
             OpenData(
-                name=each,
-                config=data,
-                source=source,
-                stage=stage,
-                trains=each in config.data,
-                tokenizer=tokenizer,
-                view=None if view is None or data.task == "document" else data.view(view),
-                items=items,
-                transform=transform,
-                seed=recipe.seed,
+                name, data, source, stage, trains, tokenizer, own_view, items, transform,
+                recipe.seed,
             )
-        )
+        )  # fmt: skip
     return opened

@@ -27,91 +27,55 @@ _CODES = {"context": "36", "target": "1;32", "padding": "2", "bad": "1;31"}
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A token of a row.
+    """A token of a row."""
 
-    Attributes:
-      text: what it decodes to; special tokens are written in ⟨⟩. If a character has several
-        tokens, the last one has all of it.
-      id: in the vocabulary.
-      role: "target" if the loss counts it, "context" if the model only reads it, or "padding".
-      segment, position: in the row; 0 and -1 for the prompt.
-      read: whether it is in the model's input; the end of a text is only a target.
-    """
-
-    text: str
+    text: str  # decoded; of a character with several tokens, in the last; special tokens in ⟨⟩
     id: int
-    role: Role
-    segment: int = 0
-    position: int = -1
-    read: bool = True
+    role: Role  # target: the loss counts it; context: the model only reads it
+    segment: int = 0  # 0: the prompt
+    position: int = -1  # in the row; -1: the prompt
+    read: bool = True  # whether it is in the model's input; the end of a text is only a target
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A row.
-
-    Attributes:
-      data: name of the data set.
-      index: of the item in it.
-      name: of the example.
-      frames: u8[F,S,S,3], or None for text; the encoder normalizes them on the device.
-      mirrored: whether left and right are swapped.
-      bad: why the row does not count; "" if it does.
-      prompt: tokens before the visual tokens.
-      texts: tokens after them, by segment.
-      padding: number of padding tokens of the prompt and of the text.
-    """
+    """A row of a data set."""
 
     data: str
-    index: int
-    name: str
-    frames: np.ndarray | None
-    mirrored: bool
-    bad: str
-    prompt: Sequence[Token]
-    texts: Sequence[Sequence[Token]]
-    padding: tuple[int, int]
+    index: int  # of the item in the data set
+    name: str  # of the example
+    frames: np.ndarray | None  # u8[F,S,S,3]; None for text; the encoder normalizes them
+    mirrored: bool  # left and right are swapped
+    bad: str  # why the row does not count; "" if it does
+    prompt: Sequence[Token]  # before the visual tokens
+    texts: Sequence[Sequence[Token]]  # after the visual tokens, by segment
+    padding: tuple[int, int]  # number of padding tokens of the prompt and of the text
 
 
 def shown(data: OpenData, count: int) -> Iterator[Shown]:
-    """Yield the first rows that a stage trains on, or evaluates on.
-
-    Raises:
-      ConfigError: the tokenizer has not been trained yet.
-    """
+    """Yield the first rows that a stage reads; ConfigError if its tokenizer is not trained yet."""
     if data.tokenizer is None:
         raise ConfigError(without_tokenizer(data))
     for n in range(count if data.trains else min(count, len(data.items))):
         index, row = data.row(n)
         example = data.source[index] if data.config.task != "document" else None
         yield Shown(
-            data=data.name,
-            index=index,
+            data=data.name, index=index, frames=row.get("frames"),
             name=f"window {index}" if example is None else example.id,
-            frames=row.get("frames"),
             mirrored=example is not None and _mirrored(data, example.media, row),
             bad=describe(data.name, data.source, index) if row["bad"] else "",
             prompt=_prompt(row, data.tokenizer),
             texts=list(texts_of(row, data.tokenizer)),
             padding=(int((row["prompt"] < 0).sum()), int((row["segments"] == 0).sum())),
-        )
+        )  # fmt: skip
 
 
 def texts_of(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> Iterator[list[Token]]:
-    """Yield the tokens of each segment of a row.
-
-    Args:
-      row: one row of a batch.
-      tokenizer: of the row's tokens.
-    """
+    """Yield the tokens of each segment of a row of a batch."""
+    counted = row["weights"] > 0
     # Position in the row -> the token that must be predicted there.
-    targets = {
-        int(position): int(target)
-        for position, target, weight in zip(
-            row["target_at"], row["targets"], row["weights"], strict=True
-        )
-        if weight > 0
-    }
+    positions = row["target_at"][counted].tolist()
+    targets = dict(zip(positions, row["targets"][counted].tolist(), strict=True))
     for segment in range(1, int(row["segments"].max(initial=0)) + 1):
         positions = np.flatnonzero(row["segments"] == segment)
         ids = [int(i) for i in row["tokens"][positions]]
@@ -135,17 +99,17 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
         names[tokenizer.eos_id] = "⟨bos/eos⟩"
     texts: list[str] = []
     run: list[int] = []  # ids since the last special token
-    done = ""  # text of all complete characters of the run
+    decoded = ""  # text of all complete characters of the run
     for token in ids:
         if token in names:
             texts.append(names[token])
-            run, done = [], ""
+            run, decoded = [], ""
             continue
         run.append(token)
         text = tokenizer.decode(run)
         complete = not text.endswith("\N{REPLACEMENT CHARACTER}")  # else more tokens follow
-        texts.append(text[len(done) :] if complete else "")
-        done = text if complete else done
+        texts.append(text[len(decoded) :] if complete else "")
+        decoded = text if complete else decoded
     return texts
 
 

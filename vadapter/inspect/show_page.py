@@ -14,16 +14,7 @@ _LOSSLESS = 160  # pixels per side up to which images are PNG
 
 
 def write_page(path: Path, title: str, rows: Iterable[Shown]) -> Path:
-    """Write the page.
-
-    Args:
-      path: of the file.
-      title: its heading.
-      rows: in order.
-
-    Raises:
-      ConfigError: the file cannot be written.
-    """
+    """Write the page; ConfigError if that fails."""
     body = _LEGEND + "\n".join(_card(row) for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

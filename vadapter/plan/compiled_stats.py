@@ -7,7 +7,6 @@ devices. `ProgramStats.how` says which.
 
 import contextlib
 import dataclasses
-import functools
 import re
 import time
 from collections.abc import Iterator
@@ -25,35 +24,20 @@ from vadapter.stages.abstract_state import bytes_per_device
 
 @dataclasses.dataclass(frozen=True)
 class ProgramStats:
-    """Memory in bytes per device, work and communication of a program.
+    """Memory in bytes per device, work and communication of a program."""
 
-    Attributes:
-      how: how the numbers were obtained.
-      arguments: weights, optimizer state and batch.
-      temporaries: activations, gradients, logits; None if the compiler ran out of memory.
-      peak: largest use of memory; if the compiler ran out of memory, what it reports as needed.
-      limit: memory that programs may use.
-      flops: FLOPs of the traced program on all devices, with recomputation.
-      collectives: kind -> count and bytes.
-      compiled_flops: FLOPs of the compiled program on all devices; None if none was compiled.
-      cycles: the compiler's estimate, see `hlo.Work`; operations without one count at the peak.
-      estimated_ms: `cycles` at the chip's clock rate.
-      compile_s: duration of the compilation; None if nothing was compiled.
-      unestimated: part of `compiled_flops` for which the compiler has no estimate of cycles.
-    """
-
-    how: str
-    arguments: int
-    temporaries: int | None
-    peak: int
-    limit: int
-    flops: int
-    collectives: dict[str, hlo.Sent]
-    compiled_flops: int | None = None
-    cycles: int = 0
-    estimated_ms: float | None = None
-    compile_s: float | None = None
-    unestimated: int = 0
+    how: str  # how the numbers were obtained
+    arguments: int  # weights, optimizer state and batch
+    temporaries: int | None  # activations, gradients, logits; None: the compiler ran out of memory
+    peak: int  # largest use; if the compiler ran out of memory, what it reports as needed
+    limit: int  # memory that programs may use
+    flops: int  # FLOPs of the traced program on all devices, with recomputation
+    collectives: dict[str, hlo.Sent] = dataclasses.field(default_factory=dict)  # by kind
+    compiled_flops: int | None = None  # of the compiled program, on all devices
+    cycles: int = 0  # the compiler's, see `hlo.Work`; operations without any count at the peak
+    estimated_ms: float | None = None  # `cycles` at the chip's clock rate
+    compile_s: float | None = None  # duration of the compilation; None: nothing was compiled
+    unestimated: int = 0  # part of `compiled_flops` for which the compiler estimates no cycles
 
     @property
     def fits(self) -> bool:
@@ -70,40 +54,33 @@ def tpu_stats(topology: Topology, traced: Any, arguments: Any, loops: int = 1) -
       loops: iterations of each `while` loop.
     """
     chip, start = topology.row, time.perf_counter()
-    stats = functools.partial(
-        ProgramStats,
-        how=f"compiled for {topology} by libtpu {versions().get('libtpu', '')}",
-        limit=int(chip.hbm),
-        flops=flops.count_traced(traced.jaxpr.jaxpr, loops),
-    )
+    common: dict[str, Any] = {
+        "how": f"compiled for {topology} by libtpu {versions().get('libtpu', '')}",
+        "limit": int(chip.hbm),
+        "flops": flops.count_traced(traced.jaxpr.jaxpr, loops),
+    }
     try:
         with _no_compilation_cache():
             compiled = traced.lower().compile(compiler_options=TPU)
     except jax.errors.JaxRuntimeError as error:
         if (needed := memory_needed(str(error))) is None:
             raise
-        return stats(
-            arguments=bytes_per_device(arguments),
-            temporaries=None,
-            peak=needed,
-            collectives={},
-            compile_s=time.perf_counter() - start,
+        seconds = time.perf_counter() - start
+        state = bytes_per_device(arguments)
+        return ProgramStats(
+            **common, arguments=state, temporaries=None, peak=needed, compile_s=seconds
         )
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     work = hlo.walk(compiled.as_text() or "")
     cycles = work.cycles + round(work.unestimated / chip.peak * chip.clock)
-    return stats(
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
-        collectives=work.collectives,
-        compiled_flops=work.flops * topology.chips,
-        cycles=cycles,
-        estimated_ms=1000 * cycles / chip.clock,
-        compile_s=seconds,
+    return ProgramStats(
+        **common, arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes, collectives=work.collectives,
+        compiled_flops=work.flops * topology.chips, cycles=cycles,
+        estimated_ms=1000 * cycles / chip.clock, compile_s=seconds,
         unestimated=work.unestimated * topology.chips,
-    )
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -124,39 +101,30 @@ def traced_stats(
 ) -> ProgramStats:
     """Return an analysis of a trace; compile, for CPU devices, only if there are several chips.
 
-    Args:
-      topology: accelerators to estimate for.
-      traced, arguments, loops: see `tpu_stats`; the devices are CPU devices of this host.
-      temporaries: estimated bytes per device.
+    The arguments are those of `tpu_stats`, and an estimate of the temporaries in bytes per device.
     """
-    work, seconds = None, None
     how = "memory estimated from the trace (for TPUs, 13 % below to 61 % above the compiler's)"
+    compiled: dict[str, Any] = {}
     if topology.chips > 1:
         start = time.perf_counter()
-        compiled = traced.lower().compile()
-        seconds = time.perf_counter() - start
-        work = hlo.walk(compiled.as_text() or "")
+        program = traced.lower().compile()
+        compiled["compile_s"] = time.perf_counter() - start
+        work = hlo.walk(program.as_text() or "")
+        compiled["collectives"] = work.collectives
+        compiled["compiled_flops"] = work.flops * topology.chips
         how += f", collectives from compiling for {topology.chips} CPU devices"
     state = bytes_per_device(arguments)
     return ProgramStats(
-        how=how,
-        arguments=state,
-        temporaries=temporaries,
-        peak=state + temporaries,
-        limit=int(topology.row.hbm),
-        flops=flops.count_traced(traced.jaxpr.jaxpr, loops),
-        collectives=work.collectives if work else {},
-        compiled_flops=work.flops * topology.chips if work else None,
-        compile_s=seconds,
-    )
+        how=how, arguments=state, temporaries=temporaries, peak=state + temporaries,
+        limit=int(topology.row.hbm), flops=flops.count_traced(traced.jaxpr.jaxpr, loops),
+        **compiled,
+    )  # fmt: skip
 
 
 def memory_needed(message: str) -> int | None:
     """Return the bytes needed according to the TPU compiler's message; None: another error."""
-    if "RESOURCE_EXHAUSTED" not in message:
-        return None
     for pattern in (r"\(([\d.]+)([KMGT]?)\) exceeds", r"Used ([\d.]+)([KMGT]?) of"):
-        if match := re.search(pattern, message):
+        if "RESOURCE_EXHAUSTED" in message and (match := re.search(pattern, message)):
             return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
     return None
 

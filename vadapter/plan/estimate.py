@@ -7,7 +7,7 @@ step, for every shape of batch, and of generation as its evaluations run it.
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,23 +29,14 @@ ROWS = 1009  # rows of a traced micro-batch: a prime, so that no other dimension
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Topology to plan for, and changes to the recipe that reduce memory.
-
-    Attributes:
-      topology: the accelerators.
-      batch: rows per step; 0: the stage's.
-      frames: F of all rows; 0: the data sets'.
-      remat: rematerialization of all components that support it; "": their own.
-      fsdp: devices to shard the parameters over; 0: the recipe's.
-      int8: whether the frozen language model's weights are int8.
-    """
+    """Topology to plan for, and changes to the recipe; 0 and "" leave the recipe's own values."""
 
     topology: Topology
-    batch: int = 0
-    frames: int = 0
-    remat: str = ""
-    fsdp: int = 0
-    int8: bool = False
+    batch: int = 0  # rows per step
+    frames: int = 0  # F of all rows
+    remat: str = ""  # rematerialization of all components that support it
+    fsdp: int = 0  # devices to shard the parameters over
+    int8: bool = False  # whether the frozen language model's weights are int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,38 +50,20 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Steps whose batches have the same shape; the data sets of a stage alternate.
+    """Steps whose batches have the same shape; the data sets of a stage alternate."""
 
-    Attributes:
-      data: names of the data sets with batches of this shape.
-      share: their share of the stage's steps.
-      frames: F; 0: no images.
-      batch_bytes: bytes of a batch on each device.
-      flops: FLOPs of a step on all devices by formula, without recomputation; None: no formula.
-      counted: the same, counted in the trace.
-      train: the train step; None: not planned, as a step that needs more memory does not fit.
-    """
-
-    data: tuple[str, ...]
-    share: float
-    frames: int
-    batch_bytes: int
-    flops: int | None
-    counted: int
-    train: ProgramStats | None
+    data: tuple[str, ...]  # data sets with batches of this shape
+    share: float  # of the stage's steps
+    frames: int  # F; 0: no images
+    batch_bytes: int  # of a batch on each device
+    flops: int | None  # of a step on all devices by formula, without recomputation, if there is one
+    counted: int  # the same, counted in the trace
+    train: ProgramStats | None  # None: not planned, as a step that needs more memory does not fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Generation for one batch, as an evaluation runs it.
-
-    Attributes:
-      data: name of the data set with the prompts.
-      rows: rows at a time on all devices.
-      max_new: tokens to generate per row.
-      beams: beams per row; 1: greedy.
-      stats: the program.
-    """
+    """Generation of `max_new` tokens for a batch of rows on all devices; 1 beam: greedy."""
 
     data: str
     rows: int
@@ -101,21 +74,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Estimate of a stage on a topology. `vadapter plan --json` writes these fields.
-
-    Attributes:
-      rows: the steps by shape of batch, largest first.
-      optimizer: bytes of the optimizer state on each device.
-      decode: generation; None: not planned.
-      flops, counted: means per step, see `Rows`.
-      estimated_ms: mean duration of a step by the compiler's cycles; None: no estimate.
-      step_ms: duration of `flops` at the chips' peak FLOP/s.
-      utilization: assumed share of the peak FLOP/s.
-      utilized_ms: duration of a step at `utilization`.
-      share: share of the peak FLOP/s at `estimated_ms`.
-      days, chip_hours: duration of all steps at `utilized_ms`, without evaluations and checkpoints.
-      rows_s: rows per second that each host reads at `utilized_ms`.
-    """
+    """Estimate of a stage on a topology. `vadapter plan --json` writes these fields."""
 
     stage: str
     kind: str
@@ -125,22 +84,22 @@ class Plan:
     mesh: dict[str, int]
     steps: int
     batch: int
-    rows: tuple[Rows, ...]
+    rows: tuple[Rows, ...]  # the steps by shape of batch, largest first
     remat: dict[str, str]
     int8: tuple[str, ...]
     parts: dict[str, Part]
-    optimizer: int
-    decode: Generation | None
-    flops: float | None
-    counted: float
-    estimated_ms: float | None
-    step_ms: float
-    utilization: float
-    utilized_ms: float
-    share: float | None
-    days: float
+    optimizer: int  # bytes of the optimizer state on each device
+    decode: Generation | None  # None: not planned
+    flops: float | None  # mean of a step, see `Rows`
+    counted: float  # mean of a step, see `Rows`
+    estimated_ms: float | None  # mean of a step by the compiler's cycles; None: no estimate
+    step_ms: float  # duration of `flops` at the chips' peak FLOP/s
+    utilization: float  # assumed share of the peak FLOP/s
+    utilized_ms: float  # duration of a step at `utilization`
+    share: float | None  # of the peak FLOP/s at `estimated_ms`
+    days: float  # of all steps at `utilized_ms`, without evaluations and checkpoints
     chip_hours: float
-    rows_s: float
+    rows_s: float  # rows per second that each host reads at `utilized_ms`
     versions: dict[str, str]
 
     @property
@@ -171,9 +130,6 @@ def plan(
     """Estimate what a stage needs; the programs are compiled or analyzed, not run.
 
     Args:
-      recipe: the recipe.
-      name: the stage.
-      setting: the topology, and changes to the recipe.
       decode: tokens to generate; 0: no generation; None: that of the stage's evaluations, if it
         generates and its train step fits.
       utilization: assumed share of the peak FLOP/s.
@@ -181,24 +137,46 @@ def plan(
     Raises:
       ConfigError: batch, mesh and topology do not match, or the compiler is not installed.
     """
-    recipe = applied(recipe, name, setting)
-    stage = Stage(recipe, name, make_mesh(recipe.mesh, devices(setting.topology)))
-    check_batch_size(name, stage.config, stage.mesh.size)
+    recipe, topology = _applied(recipe, name, setting), setting.topology
+    stage = Stage(recipe, name, make_mesh(recipe.mesh, devices(topology)))
+    config, modules = stage.config, dict[str, Any](stage.model.modules)
+    check_batch_size(name, config, stage.mesh.size)
     if decode and not stage.captions:
         raise ConfigError(
-            f"stages.{name}: a stage of kind {stage.config.kind} does not generate; omit --decode"
+            f"stages.{name}: a stage of kind {config.kind} does not generate; omit --decode"
         )
     fits, rows = True, []
-    for data in by_shape(stage):
-        train = _program_stats(stage, data[0], setting) if fits else None
+    for data in _by_shape(stage):
+        train = _program_stats(stage, data[0], topology) if fits else None
         fits = train is not None and train.fits
         rows.append(_rows(stage, data, train))
     generates = fits and stage.captions if decode is None else bool(decode)
-    generation = _generation(stage, setting, decode or 0) if generates else None
-    return _plan(stage, setting, tuple(rows), generation, utilization)
+    by_formula = _mean(rows, [each.flops for each in rows])
+    counted = _mean(rows, [each.counted for each in rows]) or 0
+    estimated_ms = _mean(rows, [each.train and each.train.estimated_ms for each in rows])
+    at_peak = (by_formula or counted) / (topology.row.peak * topology.chips)  # seconds
+    seconds = at_peak / utilization
+    return Plan(
+        stage=name, kind=config.kind, topology=str(topology), chips=topology.chips,
+        hosts=topology.hosts, mesh=dict(stage.mesh.shape), steps=config.steps, batch=config.batch,
+        rows=tuple(rows),
+        remat={part: modules[part].config.remat for part in with_field(recipe, name, "remat")},
+        int8=tuple(part for part in components(config) if recipe.components[part].get("int8")),
+        parts=_parts(stage),
+        optimizer=bytes_per_device(stage.abstract_state.opt_state),
+        decode=_generation(stage, topology, decode or 0) if generates else None,
+        flops=by_formula, counted=counted, estimated_ms=estimated_ms,
+        step_ms=1000 * at_peak,
+        utilization=utilization, utilized_ms=1000 * seconds,
+        share=1000 * at_peak / estimated_ms if estimated_ms else None,
+        days=seconds * config.steps / 86400,
+        chip_hours=seconds * config.steps / 3600 * topology.chips,
+        rows_s=config.batch / seconds / topology.hosts,
+        versions=versions(),
+    )  # fmt: skip
 
 
-def by_shape(stage: Stage) -> list[tuple[str, ...]]:
+def _by_shape(stage: Stage) -> list[tuple[str, ...]]:
     """Return the data sets of the stage grouped by the shape of their rows, the largest first."""
     groups = defaultdict(list)
     for data in stage.config.data:
@@ -207,7 +185,7 @@ def by_shape(stage: Stage) -> list[tuple[str, ...]]:
     return [tuple(groups[shape]) for shape in order]
 
 
-def applied(recipe: Recipe, name: str, setting: Setting) -> Recipe:
+def _applied(recipe: Recipe, name: str, setting: Setting) -> Recipe:
     """Return the recipe with the setting's mesh, sizes, rematerialization and int8."""
     recipe = resized(recipe, name, batch=setting.batch, frames=setting.frames)
     stage, specs = recipe.stages[name], dict(recipe.components)
@@ -236,47 +214,41 @@ def with_field(recipe: Recipe, name: str, field: str) -> tuple[str, ...]:
 
 
 def estimate_peak(recipe: Recipe, name: str, setting: Setting) -> int:
-    """Estimate the peak of the train step on a device from its trace, without compiling.
+    """Estimate the peak of the train step on a device from its trace, in seconds, not minutes.
 
-    Takes seconds. For TPUs it is 13 % below to 61 % above what the compiler reports.
+    For TPUs it is 13 % below to 61 % above what the compiler reports.
     """
-    recipe = applied(recipe, name, setting)
-    config = recipe.stages[name]
-    sharding = {"fsdp": recipe.mesh.fsdp, "tensor": recipe.mesh.tensor}
-    shards = math.prod(sharding.values())
-    mesh = {"data": setting.topology.chips // shards, **sharding}
-    recipe = resized(recipe, name, batch=ROWS * config.accumulate)
+    recipe = _applied(recipe, name, setting)
+    fsdp, tensor = recipe.mesh.fsdp, recipe.mesh.tensor
+    mesh = {"data": setting.topology.chips // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
     stage = Stage(recipe, name, _one_device())
-    state = bytes_per_device((stage.abstract_state, stage.abstract_params()[1])) // shards
-    rows = config.batch // config.accumulate
-    return state + max(_temporaries(stage, data[0], mesh, rows) for data in by_shape(stage))
+    state = bytes_per_device((stage.abstract_state, stage.abstract_params()[1]))
+    temporaries = max(_temporaries(stage, data[0], mesh) for data in _by_shape(stage))
+    return state // (fsdp * tensor) + temporaries
 
 
-def _generation(stage: Stage, setting: Setting, max_new: int) -> Generation:
+def _generation(stage: Stage, topology: Topology, max_new: int) -> Generation:
     """Plan the stage's largest evaluation, or one with the defaults if it has none."""
     evals = [stage.recipe.evals[name] for name in stage.config.evals]
     default = EvalConfig(next(iter(stage.config.data)))
     config = max(evals or [default], key=lambda each: each.batch * each.beams)
     decode = dataclasses.replace(config.decode, max_new=max_new or config.max_new)
     rows = filled(config.batch, stage.mesh)
-    stats = _program_stats(stage.on(stage.mesh, batch=rows), config.data, setting, decode)
+    stats = _program_stats(stage.on(stage.mesh, batch=rows), config.data, topology, decode)
     return Generation(config.data, rows, decode.max_new, decode.beams, stats)
 
 
 def _program_stats(
-    stage: Stage, data: str, setting: Setting, decode: Decode | None = None
+    stage: Stage, data: str, topology: Topology, decode: Decode | None = None
 ) -> ProgramStats:
     """Return the stats of the train step, or of generation, on rows of a data set."""
     fn, arguments = _function(stage, data, decode)
     traced = (jax.jit(fn) if decode else stage.jit_train_step()).trace(*arguments)
     loops = decode.max_new if decode else 1
-    if setting.topology.row.kind == "tpu":
-        return tpu_stats(setting.topology, traced, arguments, loops)
-    accumulate = 1 if decode else stage.config.accumulate
-    single = stage.on(_one_device(), batch=ROWS * accumulate)
-    rows = stage.config.batch // accumulate
-    temporaries = _temporaries(single, data, stage.mesh.shape, rows, decode)
-    return traced_stats(setting.topology, traced, arguments, temporaries, loops)
+    if topology.row.kind == "tpu":
+        return tpu_stats(topology, traced, arguments, loops)
+    temporaries = _temporaries(stage, data, stage.mesh.shape, decode)
+    return traced_stats(topology, traced, arguments, temporaries, loops)
 
 
 def _one_device() -> jax.sharding.Mesh:
@@ -284,15 +256,14 @@ def _one_device() -> jax.sharding.Mesh:
 
 
 def _temporaries(
-    stage: Stage, data: str, mesh: Mapping[str, int], rows: int, decode: Decode | None = None
+    stage: Stage, data: str, mesh: Mapping[str, int], decode: Decode | None = None
 ) -> int:
-    """Estimate the bytes of temporaries on a device of a mesh, for micro-batches of `rows`.
-
-    The stage is on one device, with micro-batches of `ROWS`.
-    """
-    fn, arguments = _function(stage, data, decode)
+    """Estimate the bytes of temporaries on a device of a mesh, from a trace for one device."""
+    accumulate = 1 if decode else stage.config.accumulate
+    single = stage.on(_one_device(), batch=ROWS * accumulate)
+    fn, arguments = _function(single, data, decode)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-    scale = rows / (mesh["data"] * mesh["fsdp"]) / ROWS
+    scale = stage.config.batch // accumulate / (mesh["data"] * mesh["fsdp"]) / ROWS
     share = 1 / (mesh["fsdp"] * mesh["tensor"])
     return liveness.temporaries(fn, *shapes, rows=ROWS, scale=scale, share=share)
 
@@ -325,53 +296,8 @@ def _rows(stage: Stage, data: tuple[str, ...], train: ProgramStats | None) -> Ro
     )
 
 
-def _plan(
-    stage: Stage,
-    setting: Setting,
-    rows: tuple[Rows, ...],
-    generation: Generation | None,
-    utilization: float,
-) -> Plan:
-    topology, config, recipe = setting.topology, stage.config, stage.recipe
-    modules: Mapping[str, Any] = stage.model.modules
-    with_remat = with_field(recipe, stage.name, "remat")
-    by_formula = _mean(rows, lambda each: each.flops)
-    counted = _mean(rows, lambda each: each.counted)
-    estimated_ms = _mean(rows, lambda each: each.train and each.train.estimated_ms)
-    at_peak = (by_formula or counted or 0) / (topology.row.peak * topology.chips)
-    seconds = at_peak / utilization
-    return Plan(
-        stage=stage.name,
-        kind=config.kind,
-        topology=str(topology),
-        chips=topology.chips,
-        hosts=topology.hosts,
-        mesh=dict(stage.mesh.shape),
-        steps=config.steps,
-        batch=config.batch,
-        rows=rows,
-        remat={name: modules[name].config.remat for name in with_remat},
-        int8=tuple(name for name in components(config) if recipe.components[name].get("int8")),
-        parts=_parts(stage),
-        optimizer=bytes_per_device(stage.abstract_state.opt_state),
-        decode=generation,
-        flops=by_formula,
-        counted=counted or 0,
-        estimated_ms=estimated_ms,
-        step_ms=1000 * at_peak,
-        utilization=utilization,
-        utilized_ms=1000 * seconds,
-        share=1000 * at_peak / estimated_ms if estimated_ms else None,
-        days=seconds * config.steps / 86400,
-        chip_hours=seconds * config.steps / 3600 * topology.chips,
-        rows_s=config.batch / seconds / topology.hosts,
-        versions=versions(),
-    )
-
-
-def _mean(rows: tuple[Rows, ...], value_of: Callable[[Rows], float | None]) -> float | None:
+def _mean(rows: Sequence[Rows], values: Sequence[float | None]) -> float | None:
     """Return the mean of a value over the steps; None if some rows have no value."""
-    values = [value_of(each) for each in rows]
     if any(value is None for value in values):
         return None
     return sum(each.share * (value or 0) for each, value in zip(rows, values, strict=True))

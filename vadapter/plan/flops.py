@@ -23,12 +23,9 @@ from vadapter.models.vit import ViT
 
 
 def count(fn: Callable, *args: Any, loops: int = 1) -> int:
-    """Return the FLOPs of a function, read from its trace; nothing is computed.
+    """Return the FLOPs of a function of arrays, read from its trace; nothing is computed.
 
-    Args:
-      fn: a function of arrays.
-      args: its arguments, arrays or abstract arrays.
-      loops: iterations of each `while` loop, which the trace does not contain.
+    A trace does not say how often a `while` loop runs: `loops` times.
     """
     return count_traced(jax.make_jaxpr(fn)(*args).jaxpr, loops)
 
@@ -56,27 +53,17 @@ def count_traced(jaxpr: Any, loops: int = 1) -> int:
 
 def subprograms(params: Mapping[str, Any]) -> list[Any]:
     """Return the programs among an operation's parameters."""
-    jaxprs = []
-    for value in params.values():
-        for item in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(item, core.ClosedJaxpr | core.Jaxpr):
-                jaxprs.append(getattr(item, "jaxpr", item))
-    return jaxprs
+    lists = [v if isinstance(v, list | tuple) else (v,) for v in params.values()]
+    kinds = (core.ClosedJaxpr, core.Jaxpr)
+    return [getattr(x, "jaxpr", x) for items in lists for x in items if isinstance(x, kinds)]
 
 
 class Work(NamedTuple):
-    """Forward FLOPs of a component for one row.
+    """Forward FLOPs of a component for one row."""
 
-    Attributes:
-      weights: FLOPs of products with parameters.
-      first: part of `weights` in the first layer, whose input needs no gradient if all components
-        before are frozen.
-      mixing: FLOPs of products of activations with each other (attention).
-    """
-
-    weights: int = 0
-    first: int = 0
-    mixing: int = 0
+    weights: int = 0  # of products with parameters
+    first: int = 0  # part of `weights` in the first layer: no gradient if all before is frozen
+    mixing: int = 0  # of products of activations with each other (attention)
 
     def forward(self) -> int:
         """Return the FLOPs of the forward pass."""
@@ -85,9 +72,7 @@ class Work(NamedTuple):
     def step(self, *, trained: bool, crossed: bool) -> int:
         """Return the FLOPs of forward and backward pass.
 
-        Args:
-          trained: whether the component is trained.
-          crossed: whether gradients pass through it to a trained component before it.
+        Gradients cross a component if they pass through it to a trained one before it.
         """
         if not (trained or crossed):
             return self.forward()
@@ -98,15 +83,10 @@ class Work(NamedTuple):
 def formula(
     model: AdapterModel | CoCa, trained: Collection[str], sizes: Mapping[str, int]
 ) -> dict[str, int] | None:
-    """Return the FLOPs of a training step by component, without recomputation.
+    """Return component -> FLOPs of a training step for one row, without recomputation.
 
-    Args:
-      model: the model of a stage.
-      trained: the components that the stage trains.
-      sizes: F, S, P, T and M of the batch, see `data.batch`.
-
-    Returns:
-      Component -> FLOPs per row; None if a component has no formula (MobileNet, CoCa).
+    The sizes are F, S, P, T and M of the batch, see `data.batch`. Returns None if a component has
+    no formula (MobileNet, CoCa).
     """
     work = forward_work(model, sizes)
     if work is None:
@@ -162,7 +142,6 @@ def forward_work(model: AdapterModel | CoCa, sizes: Mapping[str, int]) -> dict[s
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:
-    """Return the FLOPs of a product with a matrix."""
     return 2 * rows * inputs * outputs
 
 
@@ -194,7 +173,7 @@ def _pooler(c: Any, tokens: int, width: int) -> Work:
 
 
 def _stack(c: LMConfig, rows: int, last: int) -> Work:
-    """Return the work of a language model's layers over a row, the last one for `last` tokens."""
+    """Return the work of a language model's layers on a row, in the last one for `last` tokens."""
     size = c.head_dim or c.width // c.heads
     inner, keys = c.heads * size, (c.kv_heads or c.heads) * size
     each = 2 * c.width * inner + (3 if c.mlp in GATED else 2) * c.width * c.mlp_dim

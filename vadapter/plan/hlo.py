@@ -3,7 +3,6 @@
 XLA's own cost analysis counts the body of a loop once; here it counts once per iteration.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -13,10 +12,8 @@ from typing import NamedTuple
 
 # Names of other types contain their number of bits: bf16, f8e4m3fn.
 BITS = {"pred": 8, "token": 0, "opaque": 0}
-COLLECTIVES = (
-    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
-    "ragged-all-to-all", "collective-broadcast",
-)  # fmt: skip
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+               "ragged-all-to-all", "collective-broadcast")  # fmt: skip
 NO_ESTIMATE = 2**63 - 1  # what the compiler writes for an operation that it has no estimate of
 Shape = tuple[str, tuple[int, ...]]  # dtype, dimensions
 
@@ -28,22 +25,13 @@ class Sent(NamedTuple):
     bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Work of a program on one device.
+class Work(NamedTuple):
+    """Work of a program on one device."""
 
-    Attributes:
-      flops: FLOPs of matrix products and convolutions; a multiply-add is two.
-      cycles: sum of the compiler's estimates, without collectives and hand-written kernels; 0 if
-        it makes none, as for CPUs.
-      collectives: kind -> count and bytes.
-      unestimated: part of `flops` in operations for which the compiler has no estimate of cycles.
-    """
-
-    flops: int
-    cycles: int
-    collectives: dict[str, Sent]
-    unestimated: int = 0
+    flops: int  # of matrix products and convolutions; a multiply-add is two
+    cycles: int  # the compiler's, without collectives and hand-written kernels; 0: no estimates
+    collectives: dict[str, Sent]  # by kind
+    unestimated: int = 0  # part of `flops` in operations for which the compiler estimates no cycles
 
 
 class Instruction(NamedTuple):
@@ -68,8 +56,8 @@ class Instruction(NamedTuple):
 def walk(text: str) -> Work:
     """Return the work of an optimized HLO module.
 
-    The number of iterations of a loop is the one that the compiler knows, or else the largest
-    number that the loop's condition compares with: a loop that may end early counts in full.
+    A loop has the number of iterations that the compiler knows, or else the largest number in its
+    condition: a loop that may end early counts in full.
     """
     program = _Program(text)
     totals = program.total(program.entry)
@@ -88,11 +76,8 @@ class _Program:
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
-        self._parse(text.splitlines())
         self.total = functools.cache(self._total)
-
-    def _parse(self, lines: list[str]) -> None:
-        current = None
+        current, lines = None, text.splitlines()
         for line, following in zip(lines, [*lines[1:], ""], strict=True):
             if current is None:
                 if begin := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line.rstrip()):
@@ -244,15 +229,11 @@ def _convolution(line: Instruction, left: Shape, kernel: Shape) -> int:
         dict(zip(names, shape[1], strict=True))
         for names, shape in zip(labels.groups(), (left, kernel, line.shapes[0]), strict=True)
     )
-    pairs = 1
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", line.match(r"window=\{(.*?)\}")))
+    pairs = 1
     for i in filter(str.isdigit, output_dims):
-        pairs *= _pairs(
-            output_dims[i],
-            left_dims[i],
-            kernel_dims[i],
-            {key: value.split("x")[int(i)] for key, value in window.items()},
-        )
+        axis = {key: value.split("x")[int(i)] for key, value in window.items()}
+        pairs *= _pairs(output_dims[i], left_dims[i], kernel_dims[i], axis)
     batch = left_dims["b"] // int(line.match(r"batch_group_count=(\d+)") or 1)
     return 2 * batch * kernel_dims["o"] * kernel_dims["i"] * pairs
 

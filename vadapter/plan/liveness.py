@@ -33,8 +33,7 @@ def temporaries(
     Results replace donated arguments, so they need no memory of their own.
 
     Args:
-      fn: a function of arrays.
-      arguments: its arguments, arrays or abstract arrays.
+      fn, arguments: a function of arrays, and arrays or abstract arrays.
       rows: B, a number that no other dimension has as a factor: arrays with it belong to the batch.
       scale: rows of a device, as a multiple of B.
       share: share of a device in all other arrays.
@@ -48,7 +47,6 @@ def temporaries(
 
 
 def _peak(jaxpr: Any, size: Callable[[Any], float]) -> float:
-    """Return the largest number of bytes in use, without arguments and results."""
     last, free = _last_reads(jaxpr)
     used, peak = 0.0, 0.0
     released: dict[int, float] = {}  # operation -> bytes that are released after it

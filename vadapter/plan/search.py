@@ -24,15 +24,15 @@ def search(
     attempt: Attempt,
     report: Report = lambda line: None,
 ) -> tuple[Setting, Plan] | None:
-    """Return the first of the `easier` settings that fits, and its plan; None if none does.
+    """Return the first setting that is `easier` than one that does not fit, and its plan.
 
     Args:
-      recipe: the recipe.
-      name: the stage.
-      setting: the requested setting, which does not fit.
-      planned: its plan.
+      setting, planned: the setting that does not fit, and its plan.
       attempt: plans a setting.
       report: called with a line for each attempt.
+
+    Returns:
+      None if no setting fits.
     """
     for change in easier(recipe, name, setting, planned):
         report(f"does not fit; trying {overrides(recipe, name, setting, change)}")
@@ -58,11 +58,9 @@ def smallest(
     """Return the smallest slice on which the stage fits, with replicated or sharded parameters.
 
     Args:
-      recipe: the recipe.
-      name: the stage.
       setting: the setting with the generation's smallest slice.
       attempt: plans a setting.
-      estimate: estimates the peak of a setting in seconds.
+      estimate: estimates the peak of a setting, in less time.
       report: called with a line for each attempt.
       limit: largest number of chips to try; None: the rows of a micro-batch.
 
