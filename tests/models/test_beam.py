@@ -10,8 +10,7 @@ from support import tiny
 
 from vadapter.data.batch import PAD
 from vadapter.models.adapter_model import AdapterModel
-from vadapter.models.beam import beam, decode
-from vadapter.models.generate import Decode, greedy
+from vadapter.models.generate import Decode, Decoder, beam, decode
 from vadapter.models.lm import LM
 
 VOCAB, STOP, LENGTHS = 6, (2,), (1, 4, 2)
@@ -37,7 +36,8 @@ def language():
 
 def search(language, how, **options):
     model, params, batch = language
-    return jax.device_get(jax.jit(lambda p, b: beam(model, p, b, how, **options))(params, batch))
+    run = jax.jit(lambda p, b: beam(Decoder(model, p, how, **options), b))
+    return jax.device_get(run(params, batch))
 
 
 def log_probability(language, b, texts):
@@ -99,7 +99,7 @@ def test_a_width_of_the_vocabulary_is_exhaustive_for_two_tokens(language):
 def test_one_beam_is_greedy(language, min_new):
     model, params, batch = language
     out = search(language, Decode(8, min_new, 1, 0.0))
-    run = lambda p, b: greedy(model, p, b, 8, min_new=min_new)  # noqa: E731
+    run = lambda p, b: decode(model, p, b, Decode(8, min_new))  # noqa: E731
     same = jax.jit(run)(params, batch)
     np.testing.assert_array_equal(out["tokens"], same["tokens"])
     np.testing.assert_array_equal(out["ended"], same["ended"])

@@ -12,7 +12,7 @@ from vadapter.data.batch import BOS, EOS, PAD
 from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.adapters.projection import Projection, ProjectionConfig
 from vadapter.models.adapters.resampler import Resampler
-from vadapter.models.generate import greedy
+from vadapter.models.generate import Decode, decode
 from vadapter.models.lm import LM
 from vadapter.models.vit import ViT
 
@@ -103,7 +103,7 @@ def test_cached_decoding_equals_recomputing_the_whole_sequence_for_every_token(c
     visual, lm = CASES[case]
     model, params = make(visual, **lm)
     batch = make_batch(visual)
-    out = jax.jit(lambda p, b: greedy(model, p, b, NEW))(params, batch)
+    out = jax.jit(lambda p, b: decode(model, p, b, Decode(NEW)))(params, batch)
     tokens, logprob = recompute(model, params, batch)
     np.testing.assert_array_equal(out["tokens"], tokens)
     np.testing.assert_allclose(out["logprob"], logprob, atol=1e-4)
@@ -114,7 +114,7 @@ def test_cached_decoding_equals_recomputing_the_whole_sequence_for_every_token(c
 @pytest.fixture(scope="module")
 def decoder():
     model, params = make(True)
-    return model, params, jax.jit(lambda p, b: greedy(model, p, b, NEW))
+    return model, params, jax.jit(lambda p, b: decode(model, p, b, Decode(NEW)))
 
 
 def with_end_bias(params, strength):
@@ -156,7 +156,7 @@ def test_decoding_stops_once_every_row_has_ended(monkeypatch, word, turns):
         return loop(cond, turn, carry)
 
     monkeypatch.setattr(jax.lax, "while_loop", counted)
-    out = jax.jit(lambda p: greedy(model, p, make_batch(False), 4))(params)
+    out = jax.jit(lambda p: decode(model, p, make_batch(False), Decode(4)))(params)
     jax.effects_barrier()
     assert len(seen) == turns, "the first token comes from the prefill"
     expected = [EOS, PAD, PAD, PAD] if word == EOS else [word] * 4
@@ -169,7 +169,7 @@ def test_any_of_several_ids_ends_a_text(decoder):
     batch = make_batch(True)
     first = np.asarray(run(params, batch)["tokens"])[:, 0]
     stops = (VOCAB - 1, *(int(token) for token in first[:2]))
-    out = jax.jit(lambda p, b: greedy(model, p, b, NEW, stop=stops))(params, batch)
+    out = jax.jit(lambda p, b: decode(model, p, b, Decode(NEW), stop=stops))(params, batch)
     np.testing.assert_array_equal(out["tokens"][:2, 0], first[:2])
     assert (out["tokens"][:2, 1:] == PAD).all()
     assert out["ended"][:2].all()
@@ -180,12 +180,12 @@ def test_rows_of_the_embedding_that_are_no_tokens_are_never_produced(decoder):
     batch, limit = make_batch(True), 5
     free = np.asarray(run(params, batch)["tokens"])
     assert free.max() >= limit, "it must occur for this test to say anything"
-    out = jax.jit(lambda p, b: greedy(model, p, b, NEW, vocab=limit))(params, batch)
+    out = jax.jit(lambda p, b: decode(model, p, b, Decode(NEW), vocab=limit))(params, batch)
     assert np.asarray(out["tokens"]).max() < limit
     kernel = params["llm"]["head"]["kernel"].copy()
     kernel[:, limit:] = 0
     other = params | {"llm": params["llm"] | {"head": {"kernel": kernel}}}
-    same = jax.jit(lambda p, b: greedy(model, p, b, NEW, vocab=limit))(other, batch)
+    same = jax.jit(lambda p, b: decode(model, p, b, Decode(NEW), vocab=limit))(other, batch)
     np.testing.assert_array_equal(out["tokens"], same["tokens"])
 
 
@@ -213,7 +213,7 @@ def test_one_new_token_is_the_likeliest_next_word():
         "segments": np.ones((1, 2), np.int32),
         "positions": np.array([[0, 1]], np.int32),
     }
-    out = jax.jit(lambda p: greedy(model, p, batch, 1))(params)
+    out = jax.jit(lambda p: decode(model, p, batch, Decode(1)))(params)
     lm = model.modules["llm"]
     logits = jax.jit(lm.apply)({"params": params["llm"]}, batch["tokens"])[0, -1]
     assert out["tokens"].shape == (1, 1)

@@ -8,7 +8,7 @@ from support.paths import TESTS
 SCRIPT = """
 import jaxtyping
 with jaxtyping.install_import_hook("vadapter.models", "beartype.beartype"):
-    import vadapter.models.beam, vadapter.models.losses, vadapter.models.generate
+    import vadapter.models.losses, vadapter.models.generate
     from vadapter.models.registry import KINDS, load_kind, make_module
     for kind in KINDS:
         load_kind(kind)
@@ -16,8 +16,7 @@ import dataclasses, functools, jax, jax.numpy as jnp
 from support import tiny
 from vadapter.data.batch import fake_batch
 from vadapter.models.adapter_model import AdapterModel
-from vadapter.models.beam import decode
-from vadapter.models.generate import Decode
+from vadapter.models.generate import Decode, decode
 from vadapter.models.losses import chunked_xent
 
 ADAPTERS = {

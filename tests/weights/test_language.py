@@ -16,8 +16,7 @@ from support.public_models import Counting, write_model
 from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings
 from vadapter.errors import CheckpointError
 from vadapter.models.adapter_model import AdapterModel
-from vadapter.models.beam import beam
-from vadapter.models.generate import Decode, greedy
+from vadapter.models.generate import Decode, decode
 from vadapter.models.registry import make_module
 from vadapter.models.transformer import text_mask
 from vadapter.weights.families.language import FAMILIES
@@ -140,7 +139,7 @@ def test_cached_greedy_decoding_equals_the_originals(case, pair, originals):
         "positions": np.tile(np.arange(6, dtype=np.int32), (2, 1)),
     }
     lm = AdapterModel({"llm": module}, lm="llm")
-    ours = jax.jit(lambda p, b: greedy(lm, p, b, 20)["tokens"])({"llm": params}, batch)
+    ours = jax.jit(lambda p, b: decode(lm, p, b, Decode(20))["tokens"])({"llm": params}, batch)
     np.testing.assert_array_equal(ours, theirs)
 
 
@@ -166,7 +165,7 @@ def test_beam_search_equals_the_originals(penalty, pair, originals):
             "positions": np.tile(np.arange(6, dtype=np.int32), (8, 1)),
         }
         lm, how = AdapterModel({"llm": module}, lm="llm"), Decode(G, min_new, beams, penalty)
-        ours = jax.jit(lambda p, b: beam(lm, p, b, how, stop=(2, 90)))({"llm": params}, batch)  # noqa: B023
+        ours = jax.jit(lambda p, b: decode(lm, p, b, how, stop=(2, 90)))({"llm": params}, batch)  # noqa: B023
         for row, other in zip(np.asarray(ours["tokens"]), theirs, strict=True):
             end = next((i + 1 for i, token in enumerate(row) if token in (2, 90)), G)
             assert row[:end].tolist() == other[:end].tolist()  # they pad with the end token

@@ -17,7 +17,7 @@ from vadapter.data.tokenizers.pretrained import PretrainedTokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings
 from vadapter.errors import CheckpointError
 from vadapter.models.adapter_model import AdapterModel
-from vadapter.models.generate import greedy
+from vadapter.models.generate import Decode, decode
 from vadapter.models.registry import make_module
 from vadapter.weights import llama2c
 from vadapter.weights.hf_checkpoint import Checkpoint
@@ -103,7 +103,9 @@ def continued(module, params, ids, count):
     batch = {"prompt": np.zeros((1, 0), np.int32), "tokens": ids, "segments": np.ones_like(ids),
              "positions": np.arange(ids.size, dtype=np.int32)[None]}  # fmt: skip
     lm = AdapterModel({"llm": module}, lm="llm")
-    return jax.jit(lambda p, b: greedy(lm, p, b, count)["tokens"])({"llm": params}, batch)[0]
+    return jax.jit(lambda p, b: decode(lm, p, b, Decode(count))["tokens"])({"llm": params}, batch)[
+        0
+    ]
 
 
 # -- the real one ------------------------------------------------------------------------------

@@ -26,8 +26,7 @@ from vadapter.io import storage
 from vadapter.io.json_files import write_json
 from vadapter.metrics.scoring import METRICS, Generation, Result, score_generations
 from vadapter.models.adapter_model import AdapterModel, Batch, Params
-from vadapter.models.beam import decode
-from vadapter.models.generate import Decode
+from vadapter.models.generate import Decode, decode
 from vadapter.recipe.schema import EvalConfig
 
 MAX_QUESTION = 40  # tokens of a question with its prompt; longer questions count as wrong

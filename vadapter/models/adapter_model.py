@@ -26,19 +26,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vadapter.data.batch import Batch
-from vadapter.models.component import Params, apply_component, component_key, component_seed
+from vadapter.models.component import Components, Params, component_key, component_seed
 from vadapter.models.lm import LM
-from vadapter.models.transformer import causal_mask, row_positions, text_mask
+from vadapter.models.transformer import text_mask, unpadded_rows
 
 __all__ = ["AdapterModel", "Batch", "Params", "component_seed"]
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterModel:
+class AdapterModel(Components):
     """The model of one stage: modules by component name, and how they are joined.
 
     Attributes:
-      modules: component name -> Flax module, for every component in `encoder`, `chain`, `lm`.
       lm: the component that predicts the text.
       chain: components between encoder and `lm`, in order.
       encoder: the vision encoder's component; "" for text only.
@@ -48,7 +47,6 @@ class AdapterModel:
         text alone, as nothing reads those of the prefix.
     """
 
-    modules: Mapping[str, nn.Module]
     lm: str
     chain: tuple[str, ...] = ()
     encoder: str = ""
@@ -68,7 +66,7 @@ class AdapterModel:
         if "features" in batch:  # a frozen encoder's tokens, computed once before training
             return jnp.asarray(batch["features"])
         assert "frames" in batch
-        tokens = self._apply(params, self.encoder, batch["frames"])
+        tokens = self.apply(params, self.encoder, batch["frames"])
         # The encoder is never trained here: without this, its activations would be kept.
         return jax.lax.stop_gradient(tokens)
 
@@ -78,10 +76,14 @@ class AdapterModel:
         """Return the prefix of the language model: visual tokens passed through the chain."""
         x = visual
         for name in self.chain:
-            if isinstance(self.modules[name], LM):
-                x = self._adapt(params, name, x, rng)
+            if isinstance(self.modules[name], LM):  # as an adapter: its states, one per query
+                positions, causal = unpadded_rows(*x.shape[:2])
+                mask = None if self.bidirectional else causal
+                x, _ = self.apply(
+                    params, name, x, rng=rng, method="hidden", positions=positions, mask=mask
+                )
             else:
-                x = self._apply(params, name, x)
+                x = self.apply(params, name, x)
         return x
 
     def hidden(
@@ -91,14 +93,7 @@ class AdapterModel:
         batch: Batch,
         rng: jax.Array | None = None,
     ) -> Float[Array, "B M E"]:
-        """Return the language model's states that predict the targets.
-
-        Args:
-          params: of every component but the encoder.
-          visual: from `encode`.
-          batch: see `vadapter.data.batch`.
-          rng: turns dropout on.
-        """
+        """Return the language model's states that predict the targets; `rng` turns dropout on."""
         prefix = None if visual is None else self.prefix(params, visual, rng)
         return self.read(params, prefix, batch, rng)
 
@@ -112,16 +107,10 @@ class AdapterModel:
         """Return the same as `hidden`, given the prefix instead of the visual tokens."""
         x, segments, positions = self.layout(params, prefix, batch)
         text_len = batch["tokens"].shape[1]
-        states, _ = self._apply(
-            params,
-            self.lm,
-            x,
-            rng=rng,
-            method="hidden",
-            positions=positions,
-            mask=text_mask(segments),
-            last=text_len if self.frozen_lm else 0,
-        )
+        states, _ = self.apply(
+            params, self.lm, x, rng=rng, method="hidden", positions=positions,
+            mask=text_mask(segments), last=text_len if self.frozen_lm else 0,
+        )  # fmt: skip
         # Only the states at targets go on to the output head, whose logits are the largest array
         # of a step.
         text = states[:, -text_len:]
@@ -129,7 +118,7 @@ class AdapterModel:
 
     def logits(self, params: Params, states: Float[Array, "*n E"]) -> Float[Array, "*n V"]:
         """Return the scores of the next token, see `LM.logits`."""
-        return self._apply(params, self.lm, states, method="logits")
+        return self.apply(params, self.lm, states, method="logits")
 
     def layout(
         self, params: Params, prefix: Float[Array, "B Q E"] | None, batch: Batch
@@ -145,7 +134,7 @@ class AdapterModel:
         prompt, tokens = batch["prompt"], batch["tokens"]
         # One lookup for both: the gradient of each is as large as the vocabulary.
         ids = jnp.concatenate([jnp.maximum(prompt, 0), tokens], axis=1)
-        words = self._apply(params, self.lm, ids, method="embed")
+        words = self.apply(params, self.lm, ids, method="embed")
         parts = jnp.split(words, [prompt.shape[1]], axis=1)
         shared = [jnp.where(prompt >= 0, -1, 0)]
         if prefix is not None:
@@ -158,48 +147,28 @@ class AdapterModel:
         segments = jnp.concatenate([shared, batch["segments"]], axis=1)
         return jnp.concatenate(parts, axis=1), segments, positions
 
-    def _adapt(
-        self, params: Params, name: str, x: Float[Array, "B Q D"], rng: jax.Array | None
-    ) -> Float[Array, "B Q E"]:
-        """Return the hidden states of a language model of the chain, one per query."""
-        B, Q, _ = x.shape
-        mask = None if self.bidirectional else causal_mask(B, Q)
-        positions = row_positions(B, Q)
-        return self._apply(
-            params, name, x, rng=rng, method="hidden", positions=positions, mask=mask
-        )[0]
-
-    def _apply(self, params: Params, name: str, *args: Any, **kwargs: Any) -> Any:
-        return apply_component(self.modules, params, name, *args, **kwargs)
-
     # -- parameters ----------------------------------------------------------------------------
 
     def init(self, rng: jax.Array, visual: jax.ShapeDtypeStruct | None) -> dict[str, Any]:
         """Return random parameters of every component but the encoder, in logical-axis boxes.
 
         Each component's randomness depends on its name alone, not on what else is in the model:
-        a part starts the same in every stage and baseline.
-
-        Args:
-          rng: key.
-          visual: shape of the encoder's tokens, [B, F, N, D]; None for text only.
+        a part starts the same in every stage and baseline. `visual` has the shape of the encoder's
+        tokens, [B, F, N, D]; None for text only.
         """
         params: dict[str, Any] = {}
         x = visual
         for name in self.chain:
             module = self.modules[name]
             assert x is not None
-            zeros = jnp.zeros(x.shape, x.dtype)
             # Through `hidden` alone: a language model of the chain needs neither embedding nor
             # head, so it gets none.
-            call = _hidden if isinstance(module, LM) else _call
-            init = nn.init_with_output(call, module)
-            out, variables = init(component_key(rng, name), zeros)
+            init = nn.init_with_output(_hidden if isinstance(module, LM) else _call, module)
+            out, variables = init(component_key(rng, name), jnp.zeros(x.shape, x.dtype))
             params[name] = variables["params"]
             x = jax.ShapeDtypeStruct(out.shape, out.dtype)
         tokens = jnp.zeros((1, 2), jnp.int32)
-        variables = self.modules[self.lm].init(component_key(rng, self.lm), tokens)
-        params[self.lm] = variables["params"]
+        params[self.lm] = self.modules[self.lm].init(component_key(rng, self.lm), tokens)["params"]
         return params
 
 

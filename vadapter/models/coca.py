@@ -8,7 +8,6 @@ pooler, U contrastive width, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vadapter.data.batch import Batch
-from vadapter.models.component import Params, apply_component, component_key
+from vadapter.models.component import Components, Params, component_key
 from vadapter.models.layers import Dtype, Norm, NormKind, linear, partitioned
 from vadapter.models.lm import LM
 from vadapter.models.transformer import BlockConfig, Remat, Stack, text_mask
@@ -61,16 +60,13 @@ class Fusion(nn.Module):
         summary: tuple[Float[Array, "B W"], Float[Array, "B E"]],
         mask: Bool[Array, "B T T"] | None,
     ) -> tuple[Float[Array, "B T E"], Unit, Float[Array, ""]]:
-        """Join both sides.
+        """Return multimodal states, unit vectors of image and text, and the temperature.
 
         Args:
           text: states of the unimodal half.
           pooled: captioning queries.
           summary: of the image, of the text.
           mask: of the text.
-
-        Returns:
-          Multimodal states; unit vectors of image and text; temperature.
         """
         c = self.config
         block = BlockConfig(c.width, c.heads, c.mlp_dim, norm=c.norm, cross=True, remat=c.remat)
@@ -86,14 +82,13 @@ class Fusion(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class CoCa:
+class CoCa(Components):
     """Four components: encoder, pooler (its first query is the image summary), text, fusion.
 
     The text's summary is its state at the last word, which attends to the whole caption; CoCa
     appends a trainable token there instead.
     """
 
-    modules: Mapping[str, nn.Module]
     encoder: str = "encoder"
     pooler: str = "pooler"
     text: str = "text"
@@ -108,50 +103,39 @@ class CoCa:
     ) -> tuple[Float[Array, "B M V"], Unit, Float[Array, ""]]:
         """Return caption logits, unit vectors of image and text, and the temperature.
 
-        Args:
-          params: of all four components.
-          batch: with `frames`, and one caption a row.
-          rng: turns dropout on.
+        `batch` has `frames`, and one caption a row; `rng` turns dropout on.
         """
         assert "frames" in batch
-        visual = self._apply(params, self.encoder, batch["frames"], rng=rng)
-        pooled = self._apply(params, self.pooler, visual)
+        visual = self.apply(params, self.encoder, batch["frames"], rng=rng)
+        pooled = self.apply(params, self.pooler, visual)
         mask = text_mask(batch["segments"])
-        x = self._apply(params, self.text, batch["tokens"], method="embed")
-        states, _ = self._apply(
+        x = self.apply(params, self.text, batch["tokens"], method="embed")
+        states, _ = self.apply(
             params, self.text, x, method="hidden", positions=batch["positions"], mask=mask, rng=rng
         )
         last = jnp.maximum((batch["segments"] > 0).sum(1, keepdims=True) - 1, 0)
         summary = (pooled[:, 0], _select(states, last)[:, 0])
-        fused, unit, temperature = self._apply(
+        fused, unit, temperature = self.apply(
             params, self.fusion, states, pooled[:, 1:], summary, mask, rng=rng
         )
         targets = _select(fused, batch["target_at"])
-        logits = self._apply(params, self.text, targets, method="logits")
+        logits = self.apply(params, self.text, targets, method="logits")
         return logits, unit, temperature
-
-    def _apply(self, params: Params, name: str, *args: Any, **kwargs: Any) -> Any:
-        return apply_component(self.modules, params, name, *args, **kwargs)
 
     def init(self, rng: jax.Array, frames: jax.ShapeDtypeStruct) -> dict[str, Any]:
         """Return random parameters of all four components, in logical-axis boxes."""
-        key = {name: component_key(rng, name) for name in self.names()}
-        text = self.modules[self.text]
+        encoder, pooler, text, fusion = (self.modules[name] for name in self.names())
+        keys = [component_key(rng, name) for name in self.names()]
         assert isinstance(text, LM)
-        visual, encoder = self.modules[self.encoder].init_with_output(
-            key[self.encoder], jnp.zeros(frames.shape, frames.dtype)
-        )
-        pooled, pooler = self.modules[self.pooler].init_with_output(key[self.pooler], visual)
+        pixels = jnp.zeros(frames.shape, frames.dtype)
+        visual, of_encoder = encoder.init_with_output(keys[0], pixels)
+        pooled, of_pooler = pooler.init_with_output(keys[1], visual)
+        of_text = text.init(keys[2], jnp.zeros((1, 2), jnp.int32))
         states = jnp.zeros((len(pooled), 2, text.config.width))
-        fusion = self.modules[self.fusion].init(
-            key[self.fusion], states, pooled[:, 1:], (pooled[:, 0], states[:, 0]), None
-        )
-        return {
-            self.encoder: encoder["params"],
-            self.pooler: pooler["params"],
-            self.text: text.init(key[self.text], jnp.zeros((1, 2), jnp.int32))["params"],
-            self.fusion: fusion["params"],
-        }
+        summary = (pooled[:, 0], states[:, 0])
+        of_fusion = fusion.init(keys[3], states, pooled[:, 1:], summary, None)
+        variables = (of_encoder, of_pooler, of_text, of_fusion)
+        return {name: v["params"] for name, v in zip(self.names(), variables, strict=True)}
 
 
 def _select(x: Float[Array, "B T E"], index: Any) -> Float[Array, "B _ E"]:

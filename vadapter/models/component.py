@@ -4,20 +4,20 @@ A model is a handful of components (encoder, resampler, tiny LM, LLM …) that a
 stored and initialized one by one. Its parameters are therefore a dict keyed by component name.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 Params = Mapping[str, Any]  # component name -> tree of arrays
 
 
 def component_seed(name: str) -> int:
     """Return a stable 32-bit number for a component's name."""
-    return int(np.uint32(zlib.crc32(name.encode())))
+    return zlib.crc32(name.encode())
 
 
 def component_key(rng: jax.Array, name: str) -> jax.Array:
@@ -25,23 +25,20 @@ def component_key(rng: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(rng, component_seed(name))
 
 
-def apply_component(
-    modules: Mapping[str, nn.Module],
-    params: Params,
-    name: str,
-    *args: Any,
-    rng: jax.Array | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Call a component with its parameters.
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """What every model of several components has: their Flax modules by name."""
 
-    Args:
-      modules: component name -> module.
-      params: of every component that is called.
-      name: the component.
-      *args: passed to the module.
-      rng: turns dropout on.
-      **kwargs: passed to `Module.apply`: `method` and its keyword arguments.
-    """
-    rngs = {} if rng is None else {"dropout": component_key(rng, name)}
-    return modules[name].apply({"params": params[name]}, *args, rngs=rngs, **kwargs)
+    modules: Mapping[str, nn.Module]
+
+    def apply(
+        self, params: Params, name: str, *args: Any, rng: jax.Array | None = None, **kwargs: Any
+    ) -> Any:
+        """Call a component with its parameters.
+
+        Args:
+          *args, **kwargs: of `Module.apply`: inputs, `method` and its keyword arguments.
+          rng: turns dropout on.
+        """
+        rngs = {} if rng is None else {"dropout": component_key(rng, name)}
+        return self.modules[name].apply({"params": params[name]}, *args, rngs=rngs, **kwargs)

@@ -37,23 +37,17 @@ class EncoderConfig:
     @property
     def view(self) -> ImageTransform:
         """The transform of an image on the host, before it becomes a frame."""
-        return ImageTransform(
-            self.image_size, self.fit, self.interpolation, self.crop_pct, self.floor
-        )
+        fields = (self.image_size, self.fit, self.interpolation, self.crop_pct, self.floor)
+        return ImageTransform(*fields)
 
 
 def normalize_pixels(
-    frames: Num[Array, "*n H W 3"],
-    mean: tuple[float, ...] = HALF,
-    std: tuple[float, ...] = HALF,
+    frames: Num[Array, "*n H W 3"], mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF
 ) -> Float[Array, "*n H W 3"]:
     """Return (frames / 255 - mean) / std in float32; by default pixels in -1..1.
 
-    On the device, so that hosts send bytes: a quarter of the transfer.
-
-    Args:
-      frames: u8 or float in 0..255.
-      mean, std: of the channels, for pixels in 0..1.
+    On the device, so that hosts send bytes: a quarter of the transfer. `frames` are in 0..255, mean
+    and std those of the channels for pixels in 0..1.
     """
     shape = (*(1,) * (frames.ndim - 1), 3)
     shift, scale = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))

@@ -1,25 +1,24 @@
-"""Greedy decoding with a key-value cache: one prefill, then one token at a time.
+"""Greedy decoding and beam search with a key-value cache: one prefill, then one token at a time.
 
-Every search consists of `prefill` and `extend`; beam search is in `models.beam`.
-
-Legend: B rows, S cache slots, G new tokens, X tokens of examples, L layers, N KV heads, K head dim,
+Legend: B rows, K beams, C candidates of a step, S cache slots, G new tokens, X tokens of examples,
 E language model width, V vocabulary.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vadapter.data.batch import EOS, PAD, Batch
 from vadapter.models.adapter_model import AdapterModel
-from vadapter.models.component import Params, apply_component
+from vadapter.models.component import Params
 from vadapter.models.lm import LM, empty_cache
 from vadapter.models.transformer import Cache, text_mask
+
+_NOTHING = -1e9  # the score of an empty place among the beams; finite, so that sums are no NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +26,10 @@ class Decode:
     """How text is generated.
 
     Attributes:
-      max_new: longest text in tokens, the end token included.
-      min_new: shortest text in tokens, the end token included.
-      beams: width of the beam search; 1: greedy.
-      length_penalty: of the beam search, see `beam.beam`.
+      max_new: G, the longest text in tokens, the end token included.
+      min_new: the shortest text in tokens, the end token included.
+      beams: K, the width of the beam search; 1: greedy.
+      length_penalty: of the beam search, see `beam`.
     """
 
     max_new: int = 32
@@ -57,150 +56,128 @@ class Context(NamedTuple):
     slot: Int[Array, ""]
 
 
-def _lm(model: AdapterModel) -> LM:
-    lm = model.modules[model.lm]
-    assert isinstance(lm, LM)
-    return lm
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A model with its parameters, and what it may generate; see `decode`."""
+
+    model: AdapterModel
+    params: Params
+    how: Decode
+    stop: Sequence[int] = (EOS,)
+    vocab: int | None = None
+
+    def prefill(
+        self, batch: Batch, shown: Float[Array, "1 X E"] | None
+    ) -> tuple[Float[Array, "B V"], Context]:
+        """Read prompt, image and text of every row.
+
+        Returns:
+          Log probabilities of the next token, and the context.
+        """
+        model, params, room = self.model, self.params, self.how.max_new
+        lm, visual = model.modules[model.lm], model.encode(params, batch)
+        assert isinstance(lm, LM)
+        prefix = None if visual is None else model.prefix(params, visual)
+        if shown is not None:
+            assert prefix is not None
+            examples = jnp.broadcast_to(shown, (len(prefix), *shown.shape[1:]))
+            prefix = jnp.concatenate([examples.astype(prefix.dtype), prefix], axis=1)
+        x, segments, positions = model.layout(params, prefix, batch)
+        B, S, _ = x.shape
+        cache = empty_cache(lm.config, B, S + room, lm.dtype)
+        mask = jnp.pad(text_mask(segments), ((0, 0), (0, 0), (0, room)))
+        slots = jnp.pad(positions, ((0, 0), (0, room)))
+        states, cache = model.apply(
+            params, model.lm, x, method="hidden", positions=positions, mask=mask,
+            key_positions=slots, cache=cache, index=0,
+        )  # fmt: skip
+        # Texts of different lengths are padded at the end: each row continues after its own last
+        # token.
+        last = jnp.argmax(jnp.where(segments > 0, jnp.arange(S)[None, :], -1), axis=1)
+        states = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+        position = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0]
+        visible = jnp.pad(segments != 0, ((0, 0), (0, room)))
+        return self._log_probs(states), Context(cache, slots, visible, position, jnp.int32(S))
+
+    def extend(
+        self, context: Context, token: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], Context]:
+        """Read one more token of every row; return the same as `prefill`."""
+        model, position, slot = self.model, context.position + 1, context.slot
+        is_new = (jnp.arange(context.positions.shape[1]) == slot)[None, :]
+        visible = context.visible | is_new
+        slots = jnp.where(is_new, position[:, None], context.positions)
+        embedded = model.apply(self.params, model.lm, token[:, None], method="embed")
+        states, cache = model.apply(
+            self.params, model.lm, embedded, method="hidden", positions=position[:, None],
+            mask=visible[:, None, :], key_positions=slots, cache=context.cache, index=slot,
+        )  # fmt: skip
+        return self._log_probs(states[:, 0]), Context(cache, slots, visible, position, slot + 1)
+
+    def _log_probs(self, states: Float[Array, "B E"]) -> Float[Array, "B V"]:
+        logits = self.model.logits(self.params, states)
+        return jax.nn.log_softmax(logits.astype(jnp.float32))
+
+    def ends(self, token: Int[Array, "*n"]) -> Bool[Array, "*n"]:
+        """Return whether each id ends a text."""
+        stops = jnp.array(self.stop, jnp.int32).reshape(*[1] * token.ndim, -1)
+        return (token[..., None] == stops).any(axis=-1)
+
+    def permitted(
+        self, logp: Float[Array, "B V"], length: Int[Array, ""] | int
+    ) -> Float[Array, "B V"]:
+        """Return `logp` with -inf for ids that must not follow `length` new tokens."""
+        ids = jnp.arange(logp.shape[-1])
+        forbidden = self.ends(ids) & (length + 1 < self.how.min_new)
+        if self.vocab is not None:
+            forbidden |= ids >= self.vocab
+        return jnp.where(forbidden[None, :], -jnp.inf, logp)
 
 
-def prefill(
+def decode(
     model: AdapterModel,
     params: Params,
     batch: Batch,
-    room: int,
-    shown: Float[Array, "1 X E"] | None = None,
-) -> tuple[Float[Array, "B V"], Context]:
-    """Read prompt, image and text of every row.
-
-    Args:
-      model, params, batch: see `greedy`.
-      room: slots for new tokens.
-      shown: embeddings between every prompt and its image: few-shot examples, or None.
-
-    Returns:
-      Log probabilities of the next token, and the context.
-    """
-    lm, visual = _lm(model), model.encode(params, batch)
-    prefix = None if visual is None else model.prefix(params, visual)
-    if shown is not None:
-        assert prefix is not None
-        examples = jnp.broadcast_to(shown, (len(prefix), *shown.shape[1:]))
-        prefix = jnp.concatenate([examples.astype(prefix.dtype), prefix], axis=1)
-    x, segments, positions = model.layout(params, prefix, batch)
-    B, S, _ = x.shape
-    cache = empty_cache(lm.config, B, S + room, lm.dtype)
-    mask = jnp.pad(text_mask(segments), ((0, 0), (0, 0), (0, room)))
-    slots = jnp.pad(positions, ((0, 0), (0, room)))
-    states, cache = apply_component(
-        model.modules,
-        params,
-        model.lm,
-        x,
-        method="hidden",
-        positions=positions,
-        mask=mask,
-        key_positions=slots,
-        cache=cache,
-        index=0,
-    )
-    # Texts of different lengths are padded at the end: each row continues after its own last token.
-    last = jnp.argmax(jnp.where(segments > 0, jnp.arange(S)[None, :], -1), axis=1)
-    states = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
-    position = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0]
-    visible = jnp.pad(segments != 0, ((0, 0), (0, room)))
-    logp = _log_probs(model, params, states)
-    return logp, Context(cache, slots, visible, position, jnp.int32(S))
-
-
-def extend(
-    model: AdapterModel, params: Params, context: Context, token: Int[Array, " B"]
-) -> tuple[Float[Array, "B V"], Context]:
-    """Read one more token of every row; return the same as `prefill`."""
-    position, slot = context.position + 1, context.slot
-    is_new = (jnp.arange(context.positions.shape[1]) == slot)[None, :]
-    visible = context.visible | is_new
-    slots = jnp.where(is_new, position[:, None], context.positions)
-    apply = functools.partial(apply_component, model.modules, params, model.lm)
-    embedded = apply(token[:, None], method="embed")
-    states, cache = apply(
-        embedded,
-        method="hidden",
-        positions=position[:, None],
-        mask=visible[:, None, :],
-        key_positions=slots,
-        cache=context.cache,
-        index=slot,
-    )
-    logp = _log_probs(model, params, states[:, 0])
-    return logp, Context(cache, slots, visible, position, slot + 1)
-
-
-def _log_probs(
-    model: AdapterModel, params: Params, states: Float[Array, "B E"]
-) -> Float[Array, "B V"]:
-    return jax.nn.log_softmax(model.logits(params, states).astype(jnp.float32))
-
-
-def ends(token: Int[Array, "*n"], stop: Sequence[int]) -> Bool[Array, "*n"]:
-    """Return whether each id ends a text."""
-    stops = jnp.array(stop, jnp.int32).reshape(*[1] * token.ndim, -1)
-    return (token[..., None] == stops).any(axis=-1)
-
-
-def permitted(
-    logp: Float[Array, "B V"],
-    length: Int[Array, ""] | int,
-    min_new: int,
-    stop: Sequence[int],
-    vocab: int | None,
-) -> Float[Array, "B V"]:
-    """Return `logp` with -inf for ids that must not follow `length` new tokens."""
-    ids = jnp.arange(logp.shape[-1])
-    forbidden = ends(ids, stop) & (length + 1 < min_new)
-    if vocab is not None:
-        forbidden |= ids >= vocab
-    return jnp.where(forbidden[None, :], -jnp.inf, logp)
-
-
-def greedy(
-    model: AdapterModel,
-    params: Params,
-    batch: Batch,
-    max_new: int,
+    how: Decode,
     stop: Sequence[int] = (EOS,),
     vocab: int | None = None,
-    min_new: int = 0,
     shown: Float[Array, "1 X E"] | None = None,
 ) -> dict[str, jax.Array]:
-    """Continue each row's text by the most probable next token, one after the other.
+    """Continue each row's text.
 
     Rows may have texts of different lengths: padding is masked and takes no position. Decoding
     stops early once every row has ended.
 
     Args:
-      model: the model.
       params: of every component.
       batch: `frames` or `features` (none for text only), `prompt`, and the text to continue in
         `tokens`, `segments`, `positions` (one segment a row, at least one token).
-      max_new: G, at most this many tokens, the end token included.
       stop: ids that end a text: `stop_ids` of the tokenizer.
       vocab: generate only ids below it: `vocab_size` of the tokenizer, as the padding rows of a
         public model's embedding have logits, too. None: all ids.
-      min_new: at least this many tokens, the end token included.
-      shown: see `prefill`.
+      shown: embeddings between every prompt and its image: few-shot examples, or None.
 
     Returns:
       tokens: i32[B, G], PAD after the end; ended: bool[B], whether the row ends with one of `stop`;
-      logprob: f32[B], sum over the generated tokens.
+      logprob: f32[B], sum over the generated tokens; and of a beam search score: f32[B].
     """
+    search = greedy if how.beams == 1 else beam
+    return search(Decoder(model, params, how, stop, vocab), batch, shown)
+
+
+def greedy(
+    decoder: Decoder, batch: Batch, shown: Float[Array, "1 X E"] | None = None
+) -> dict[str, jax.Array]:
+    """Continue each row's text by the most probable next token, one after the other."""
+    G = decoder.how.max_new
 
     def choose(logp, length):
-        token = jnp.argmax(permitted(logp, length, min_new, stop, vocab), -1).astype(jnp.int32)
+        token = jnp.argmax(decoder.permitted(logp, length), -1).astype(jnp.int32)
         return token, jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
 
     def body(carry: dict[str, Any]) -> dict[str, Any]:
         i, ended = carry["i"] + 1, carry["ended"]
-        logp, context = extend(model, params, carry["context"], carry["token"])
+        logp, context = decoder.extend(carry["context"], carry["token"])
         token, logp = choose(logp, i)
         token = jnp.where(ended, PAD, token)
         return {
@@ -208,23 +185,116 @@ def greedy(
             "token": token,
             "tokens": jax.lax.dynamic_update_slice(carry["tokens"], token[:, None], (0, i)),
             "logprob": carry["logprob"] + jnp.where(ended, 0.0, logp),
-            "ended": ended | ends(token, stop),
+            "ended": ended | decoder.ends(token),
             "context": context,
         }
 
-    logp, context = prefill(model, params, batch, max_new, shown)
+    logp, context = decoder.prefill(batch, shown)
     token, logp = choose(logp, 0)
-    tokens = jnp.full((len(token), max_new), PAD, jnp.int32).at[:, 0].set(token)
-    out = jax.lax.while_loop(
-        lambda c: (c["i"] < max_new - 1) & ~jnp.all(c["ended"]),
-        body,
-        {
-            "i": jnp.int32(0),
-            "token": token,
-            "tokens": tokens,
-            "logprob": logp,
-            "ended": ends(token, stop),
-            "context": context,
-        },
-    )
+    start = {
+        "i": jnp.int32(0),
+        "token": token,
+        "tokens": jnp.full((len(token), G), PAD, jnp.int32).at[:, 0].set(token),
+        "logprob": logp,
+        "ended": decoder.ends(token),
+        "context": context,
+    }
+    out = jax.lax.while_loop(lambda c: (c["i"] < G - 1) & ~jnp.all(c["ended"]), body, start)
     return {k: out[k] for k in ("tokens", "ended", "logprob")}
+
+
+def beam(
+    decoder: Decoder, batch: Batch, shown: Float[Array, "1 X E"] | None = None
+) -> dict[str, jax.Array]:
+    """Continue each row's text by the best of the continuations that K beams explore.
+
+    The score of a finished text is its log probability divided by its length in tokens, including
+    the end token, to the power of the length penalty: 0 sums, 1 averages, more favors longer texts.
+    Every step considers the K (1 + stops) best continuations. Those among the first K that end are
+    kept if they are among the K best finished texts; the K best that do not end continue. The
+    search is over when no continuing text could still beat the worst of K finished ones: with a
+    penalty above 0 that is judged at the full length, otherwise at the next.
+
+    This is the search of transformers (5) with `early_stopping="never"`, `num_beams`,
+    `length_penalty`, `max_new_tokens` and `min_new_tokens` of the same values.
+    """
+    K, G, penalty = decoder.how.beams, decoder.how.max_new, decoder.how.length_penalty
+
+    def score(logp: jax.Array, length: jax.Array | int) -> jax.Array:
+        return logp / jnp.asarray(length, jnp.float32) ** penalty
+
+    def advance(
+        carry: dict[str, Any], logp: Float[Array, "BK V"], i: Int[Array, ""] | int
+    ) -> dict[str, Any]:
+        """Choose the beams after one more token, from the log probabilities after i new ones."""
+        V = logp.shape[-1]
+        logp = decoder.permitted(logp, i).reshape(-1, K, V)
+        total = jnp.maximum(carry["logp"][:, :, None] + logp, 2 * _NOTHING)
+        # Even if every stop token of every beam is among them, K of the candidates do not end.
+        count = min((1 + len(decoder.stop)) * K, K * V)
+        best, index = jax.lax.top_k(total.reshape(-1, K * V), count)
+        parents, token = index // V, (index % V).astype(jnp.int32)
+        tokens = _pick(carry["tokens"], parents).at[:, :, i].set(token)
+        over = decoder.ends(token) | (i == G - 1)
+
+        finishes = over & (jnp.arange(over.shape[1]) < K)[None, :] & (best > _NOTHING / 2)
+        finishes &= carry["active"][:, None]
+        candidates = {
+            "score": jnp.where(finishes, score(best, i + 1), _NOTHING),
+            "logprob": best,
+            "texts": tokens,
+            "ended": decoder.ends(token),
+        }
+        merged = {k: jnp.concatenate([carry[k], v], axis=1) for k, v in candidates.items()}
+        _, kept = jax.lax.top_k(merged["score"], K)
+        finished = {k: _pick(v, kept) for k, v in merged.items()}
+
+        running, kept = jax.lax.top_k(jnp.where(over, _NOTHING, best), K)
+        length = i + 1 if penalty <= 0 else G
+        can_win = score(running[:, 0], length) > finished["score"].min(axis=1)
+        return finished | {
+            "i": jnp.int32(i + 1),
+            "logp": running,
+            "tokens": _pick(tokens, kept),
+            "token": _pick(token, kept),
+            "parents": _pick(parents, kept),
+            "active": carry["active"] & can_win & (running[:, 0] > _NOTHING / 2),
+        }
+
+    def body(carry: dict[str, Any]) -> dict[str, Any]:
+        beams = jnp.arange(B)[:, None] * K + carry["parents"]
+        context = _take(carry["context"], beams.reshape(-1))
+        logp, context = decoder.extend(context, carry["token"].reshape(-1))
+        return advance(carry, logp, carry["i"]) | {"context": context}
+
+    logp, context = decoder.prefill(batch, shown)
+    B = len(logp)
+    rows = jnp.repeat(jnp.arange(B), K)
+    nothing = jnp.full((B, K), _NOTHING)
+    blank = jnp.full((B, K, G), PAD, jnp.int32)
+    start = {
+        "logp": nothing.at[:, 0].set(0.0),  # all beams are equal: only one counts
+        "tokens": blank,
+        "texts": blank,
+        "score": nothing,
+        "logprob": jnp.zeros((B, K)),
+        "ended": jnp.zeros((B, K), bool),
+        "active": jnp.ones(B, bool),  # rows whose search is not over
+    }
+    carry = advance(start, logp[rows], 0) | {"context": _take(context, rows)}
+    out = jax.lax.while_loop(lambda c: (c["i"] < G) & jnp.any(c["active"]), body, carry)
+    names = {"tokens": "texts", "ended": "ended", "logprob": "logprob", "score": "score"}
+    return {name: out[key][:, 0] for name, key in names.items()}
+
+
+def _pick(values: Shaped[Array, "B C ..."], index: Int[Array, "B K"]) -> Shaped[Array, "B K ..."]:
+    """Return K of the candidates of each row."""
+    index = index.reshape(*index.shape, *[1] * (values.ndim - 2))
+    return jnp.take_along_axis(values, index, axis=1)
+
+
+def _take(context: Context, rows: Int[Array, " BK"]) -> Context:
+    """Return the context of other rows."""
+    cache = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), context.cache)
+    per_row = (context.positions, context.visible, context.position)
+    return Context(cache, *(jnp.take(x, rows, axis=0) for x in per_row), context.slot)

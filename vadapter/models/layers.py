@@ -67,6 +67,14 @@ def embedding_param(
     return constrain(module.param(name, partitioned(init, *axes), shape))
 
 
+def trainable_tokens(
+    module: nn.Module, name: str, shape: tuple[int, int, int], init: Callable, dtype: Dtype
+) -> Float[Array, "B T E"]:
+    """Create a parameter [1, T, E] of `module`; return it in `dtype`, repeated for every row."""
+    tokens = embedding_param(module, name, (1, *shape[1:]), init)
+    return jnp.broadcast_to(tokens, shape).astype(dtype)
+
+
 class Norm(nn.Module):
     """RMSNorm (`kind="rms"`) or LayerNorm (`kind="layer"`), statistics in float32.
 
@@ -80,19 +88,17 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n E"]) -> Float[Array, "*n E"]:
-        width = x.shape[-1]
+        width, shape = x.shape[-1:], (1,) * (x.ndim - 1) + (-1,)
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        shape = (1,) * (x.ndim - 1) + (width,)
         init = nn.initializers.constant(1.0 - self.offset)
-        scale = self.param("scale", partitioned(init, "norm"), (width,)).astype(jnp.float32)
+        scale = self.param("scale", partitioned(init, "norm"), width).astype(jnp.float32)
         y = y * (self.offset + scale).reshape(shape)
         if self.kind == "layer":
-            y = y + self.param(
-                "bias", partitioned(nn.initializers.zeros, "norm"), (width,)
-            ).reshape(shape)
+            bias = self.param("bias", partitioned(nn.initializers.zeros, "norm"), width)
+            y = y + bias.reshape(shape)
         return y.astype(self.dtype)
 
 
@@ -110,10 +116,8 @@ GATED: dict[str, Callable] = {"swiglu": nn.silu, "geglu": ACTIVATIONS["gelu"]}
 class Mlp(nn.Module):
     """Feed-forward block, down(act(up(x))), or down(act(gate(x)) · up(x)) for a `kind` in `GATED`.
 
-    The pre-activations are named `u` for rematerialization policies.
-
-    Attributes:
-      linear: constructor of the projections, with the signature of `layers.linear`.
+    The pre-activations are named `u` for rematerialization policies; the attribute `linear` is the
+    constructor of the projections, with the signature of `layers.linear`.
     """
 
     hidden: int
@@ -198,13 +202,11 @@ class Attention(nn.Module):
         """Attend from `x` to `kv` (or to itself, or to the cache).
 
         Args:
-          x: inputs of the queries.
-          kv: inputs of the keys and values; None for self-attention.
           mask: True where a query attends; None: everywhere.
           positions: of the keys, whose last T are the queries'; only with `freq`.
           freq: rotary frequencies; None: no rotary positions.
-          cache: keys and values of a sequence that is being decoded; the new ones are written at
-            `index`.
+          cache: keys and values of a sequence that is being decoded, or None; the new ones are
+            written at `index`.
           index: first slot of `x` in the cache.
 
         Returns:
@@ -224,8 +226,7 @@ class Attention(nn.Module):
             return constrain(y, "batch", None, "heads")
 
         q = project(x, self.heads, "q")
-        k = project(kv, self.kv_heads, "k")
-        v = project(kv, self.kv_heads, "v")
+        k, v = (project(kv, self.kv_heads, name) for name in "kv")
         if self.qk_norm is not None:
             q, k = self.qk_norm("norm_q")(q), self.qk_norm("norm_k")(k)
         if freq is not None:
@@ -238,9 +239,8 @@ class Attention(nn.Module):
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, index, 0, 0))
             cache = (k, v)
         y = attend(q, k, v, mask, self.scale, self.softcap)
-        y = rearrange(y, "b t h k -> b t (h k)")
         out = self.linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")
-        return out(y), cache
+        return out(rearrange(y, "b t h k -> b t (h k)")), cache
 
 
 def attend(

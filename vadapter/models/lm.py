@@ -15,15 +15,7 @@ from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
 from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, partitioned
 from vadapter.models.rope import RopeConfig, amplitude, frequencies
-from vadapter.models.transformer import (
-    BlockConfig,
-    Cache,
-    PerLayer,
-    Remat,
-    Stack,
-    causal_mask,
-    row_positions,
-)
+from vadapter.models.transformer import BlockConfig, Cache, PerLayer, Remat, Stack, unpadded_rows
 
 EVERYTHING = 2**30  # the window of layers without one, in a model whose other layers have one
 
@@ -37,7 +29,6 @@ class LMConfig:
       width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, norm_eps, norm_offset, bias,
         qkv_bias, mlp_bias, qk_norm, attn_scale, attn_softcap, parallel, shared_norm, post_norms,
         dropout, remat, int8: see `transformer.BlockConfig`; int8 includes an untied head.
-      positions: rope | learned.
       rope: wavelengths of rotary positions.
       rope_local: those of layers with a window; None takes `rope`.
       windows: a layer attends to keys fewer than this many positions back, 0: to all; the pattern
@@ -89,14 +80,10 @@ class LMConfig:
             raise ConfigError("rope and rope_local: scale both or neither by yarn")
         return BlockConfig(**mine, rope_scale=scale)
 
-    def window_of(self) -> list[int]:
-        """Return the window of each layer; 0: none."""
-        pattern = self.windows or (0,)
-        return [pattern[i % len(pattern)] for i in range(self.depth)]
-
     def per_layer(self) -> PerLayer:
         """Return the rotary frequencies and windows of every layer."""
-        windows, freq, window = self.window_of(), None, None
+        pattern, freq, window = self.windows or (0,), None, None
+        windows = [pattern[i % len(pattern)] for i in range(self.depth)]
         if self.positions == "rope":
             size = self.head_dim or self.width // self.heads
             near = frequencies(self.rope_local or self.rope, size)
@@ -151,11 +138,9 @@ class LM(nn.Module):
 
         Args:
           x: embeddings of words, or anything of their width.
-          positions: of the tokens.
           mask: True where a token attends; None: everywhere.
           key_positions: of the cache's slots; None: `positions`.
-          cache: from `empty_cache`, or None.
-          index: first cache slot of `x`.
+          cache: from `empty_cache`, or None; `index` is the first slot of `x` in it.
           last: return the states of this many last tokens only, for frozen parameters, see `Stack`;
             0: of all.
         """
@@ -172,15 +157,9 @@ class LM(nn.Module):
             keys = positions if key_positions is None else key_positions
             distance = positions[:, :, None] - keys[:, None, :]
         x, cache = self.stack(
-            x,
-            mask=mask,
-            positions=positions,
-            layers=layers,
-            distance=distance,
-            cache=cache,
-            index=index,
-            last=last,
-        )
+            x, mask=mask, positions=positions, layers=layers, distance=distance, cache=cache,
+            index=index, last=last,
+        )  # fmt: skip
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*n E"]) -> Float[Array, "*n V"]:
@@ -192,9 +171,8 @@ class LM(nn.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Return the logits of plain text; creates every parameter."""
-        B, T = tokens.shape
-        mask = causal_mask(B, T)
-        x, _ = self.hidden(self.embed(tokens), positions=row_positions(B, T), mask=mask)
+        positions, mask = unpadded_rows(*tokens.shape)
+        x, _ = self.hidden(self.embed(tokens), positions=positions, mask=mask)
         return self.logits(x)
 
 

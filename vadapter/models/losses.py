@@ -18,10 +18,7 @@ def token_xent(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return the weighted sums of cross entropy (nats) and of correct predictions.
 
-    Args:
-      logits: of the next token.
-      targets: its id.
-      weights: 0 where there is no target.
+    The weights of positions without a target are 0.
     """
     correct = first_max(logits) == targets
     return (xent(logits, targets) * weights).sum(), (correct * weights).sum()
@@ -84,7 +81,6 @@ def chunked_xent(
     Args:
       head: states -> logits.
       states: of the tokens before the targets.
-      targets, weights: see `token_xent`.
       rows: B is divided into equal chunks of at least one example and at most `rows` targets.
     """
     B, M, _ = states.shape
@@ -102,8 +98,7 @@ def chunked_xent(
         constrain(rearrange(x, "(n b) ... -> n b ...", b=per_chunk), None, "batch")
         for x in (states, targets, weights)
     )
-    zero = jnp.zeros(())
-    return jax.lax.scan(add, (zero, zero), chunks)[0]
+    return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), chunks)[0]
 
 
 def contrastive(
@@ -114,10 +109,7 @@ def contrastive(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return symmetric InfoNCE between the rows of a batch (CLIP, arXiv 2103.00020).
 
-    Args:
-      image, text: unit vectors.
-      temperature: divides the scores.
-      valid: rows that count.
+    `image` and `text` are unit vectors, whose products are divided by the temperature.
 
     Returns:
       Mean loss in nats over valid rows, and the share of images whose own text scores highest.

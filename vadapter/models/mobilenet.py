@@ -31,14 +31,9 @@ Depthwise = Literal["shifts", "grouped"]
 
 # Table 2 of the paper: expansion, output channels, repeats, stride of the first repeat.
 _STAGES = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 2),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
+    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
     (6, 320, 1, 1),
-)
+)  # fmt: skip
 _STEM_CHANNELS = 32
 _LAST_CHANNELS = 1280
 _TOTAL_STRIDE = 32
@@ -49,7 +44,6 @@ class MobileNetConfig(EncoderConfig):
     """The encoder's shape, and how it is computed.
 
     Attributes:
-      kind: names this encoder in a recipe.
       image_size: of the frames that the data pipeline sends; the network takes any size.
       width_mult: multiplies every channel count (the paper's alpha).
       classes: outputs of the classifier head, which no stage uses; 0 creates none.
@@ -61,7 +55,6 @@ class MobileNetConfig(EncoderConfig):
         For a batch sharded over devices, take a multiple of the number of shards.
     """
 
-    kind: Literal["mobilenet"] = "mobilenet"
     image_size: int = 224
     width_mult: float = 1.0
     classes: int = 0
@@ -104,20 +97,10 @@ def _channels(count: int, width_mult: float) -> int:
     return rounded if rounded >= 0.9 * exact else rounded + 8
 
 
-def stem_channels(config: MobileNetConfig) -> int:
-    """Return the outputs of the first convolution."""
-    return _channels(_STEM_CHANNELS, config.width_mult)
-
-
-def last_channels(config: MobileNetConfig) -> int:
-    """Return D. The last layer grows with `width_mult` but never shrinks (paper, section 4.1)."""
-    return _channels(_LAST_CHANNELS, max(1.0, config.width_mult))
-
-
 def block_specs(config: MobileNetConfig) -> tuple[BlockSpec, ...]:
     """Return the 17 blocks, in order."""
     specs = []
-    inputs = stem_channels(config)
+    inputs = _channels(_STEM_CHANNELS, config.width_mult)
     for expansion, channels, repeats, stride in _STAGES:
         outputs = _channels(channels, config.width_mult)
         for i in range(repeats):
@@ -126,20 +109,17 @@ def block_specs(config: MobileNetConfig) -> tuple[BlockSpec, ...]:
     return tuple(specs)
 
 
-# The four forms of a convolution: images, kernel, stride -> images.
+# The forms of a convolution: images, kernel, stride -> images.
 Images = Float[Array, "n h w C"]
-Kernel = Float[Array, "i j C O"]
+Kernel = Float[Array, "i j _ O"]
 
 
-def _conv(x: Images, kernel: Kernel, stride: int, groups: int = 1) -> jax.Array:
+def _conv(x: Images, kernel: Kernel, stride: int) -> jax.Array:
+    """Convolve; depthwise if the kernel has one input channel, by the backend's own groups."""
     return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
+        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1] // kernel.shape[2],
+    )  # fmt: skip
 
 
 def _pointwise(x: Images, kernel: Kernel, stride: int) -> jax.Array:
@@ -147,29 +127,21 @@ def _pointwise(x: Images, kernel: Kernel, stride: int) -> jax.Array:
     return jnp.einsum("nhwc,cd->nhwd", x, kernel[0, 0])
 
 
-def _depthwise_grouped(x: Images, kernel: Float[Array, "i j 1 C"], stride: int) -> jax.Array:
-    return _conv(x, kernel, stride, groups=x.shape[-1])
-
-
-def _window(x: Images, start: tuple[int, int], size: tuple[int, int], stride: int) -> jax.Array:
-    limits = (x.shape[0], start[0] + size[0], start[1] + size[1], x.shape[3])
-    return lax.slice(x, (0, *start, 0), limits, (1, stride, stride, 1))
-
-
 def _depthwise_shifts(x: Images, kernel: Float[Array, "i j 1 C"], stride: int) -> jax.Array:
-    size, strides = kernel.shape[:2], (stride, stride)
-    pads = lax.padtype_to_pads(x.shape[1:3], size, strides, "SAME")
+    (height, width), strides = kernel.shape[:2], (stride, stride)
+    pads = lax.padtype_to_pads(x.shape[1:3], (height, width), strides, "SAME")
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    rows, columns = x.shape[1] - size[0] + 1, x.shape[2] - size[1] + 1
-    taps = [
-        _window(x, (i, j), (rows, columns), stride) * kernel[i : i + 1, j : j + 1]
-        for i in range(size[0])
-        for j in range(size[1])
-    ]
-    return functools.reduce(jnp.add, taps)
+    n, rows, columns, channels = x.shape
+
+    def tap(i: int, j: int) -> jax.Array:
+        end = (n, i + rows - height + 1, j + columns - width + 1, channels)
+        shifted = lax.slice(x, (0, i, j, 0), end, (1, *strides, 1))
+        return shifted * kernel[i : i + 1, j : j + 1]
+
+    return functools.reduce(jnp.add, (tap(i, j) for i in range(height) for j in range(width)))
 
 
-_DEPTHWISE = {"shifts": _depthwise_shifts, "grouped": _depthwise_grouped}
+_DEPTHWISE = {"shifts": _depthwise_shifts, "grouped": _conv}
 
 
 class ConvBias(nn.Module):
@@ -209,12 +181,7 @@ class Block(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """Frames to visual tokens: the relu6 activations (0..6) of the last 1x1 convolution.
-
-    Attributes:
-      config: its shape, and how it is computed.
-      dtype: of the computation and of the tokens; parameters stay float32.
-    """
+    """Frames to visual tokens: the relu6 activations (0..6) of the last 1x1 convolution."""
 
     config: MobileNetConfig
     dtype: Dtype = jnp.float32
@@ -225,7 +192,8 @@ class MobileNet(nn.Module):
 
     @property
     def width(self) -> int:
-        return last_channels(self.config)
+        # The last layer grows with `width_mult` but never shrinks (paper, section 4.1).
+        return _channels(_LAST_CHANNELS, max(1.0, self.config.width_mult))
 
     def tokens_per_frame(self) -> int:
         """Return N at `image_size`: 49 for 224 px."""
@@ -233,7 +201,7 @@ class MobileNet(nn.Module):
 
     def setup(self) -> None:
         config, specs = self.config, block_specs(self.config)
-        self.stem = ConvBias(_conv, (3, 3, 3, stem_channels(config)), stride=2)
+        self.stem = ConvBias(_conv, (3, 3, 3, specs[0].inputs), stride=2)
         self.blocks = [
             Block(spec, config.depthwise, name=f"block_{i:02d}") for i, spec in enumerate(specs)
         ]
@@ -242,13 +210,7 @@ class MobileNet(nn.Module):
             self.head = ConvBias(_pointwise, (1, 1, self.width, config.classes), relu6=False)
 
     def __call__(self, frames: Num[Array, "B F H W 3"]) -> Float[Array, "B F N D"]:
-        """Encode each frame on its own.
-
-        Args:
-          frames: RGB in 0..255, of any height and width.
-
-        Returns:
-          Tokens row by row, N = ceil(H/32) * ceil(W/32).
+        """Encode each frame on its own; return tokens row by row, N = ceil(H/32) * ceil(W/32).
 
         Raises:
           ValueError: frames have another rank or another number of channels.

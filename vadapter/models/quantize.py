@@ -77,11 +77,8 @@ class Int8Linear(nn.Module):
 def full_precision(abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Return the shapes to read for a module with int8 kernels: those that it has without int8.
 
-    Args:
-      abstract: tree of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.
-
-    Returns:
-      The same tree with float32 kernels; equal to `abstract` if none is int8.
+    `abstract` is a tree of `jax.ShapeDtypeStruct`, with shardings where there is a mesh; the result
+    has float32 kernels in the place of int8.
     """
     out = {}
     for path, leaf in _flat(abstract).items():
@@ -103,10 +100,8 @@ def quantize(
     Args:
       leaves: (path, array) of `full_precision(abstract)` in any order and float dtype; paths are
         joined by "/".
-      abstract: tree of shapes, with the shardings of the result where there is a mesh.
-
-    Returns:
-      The tree; leaves that are not int8 in `abstract` are unchanged.
+      abstract: tree of shapes, with the shardings of the result where there is a mesh; leaves that
+        are not int8 in it are unchanged.
 
     Raises:
       ConfigError: qwix is not installed.

@@ -69,9 +69,7 @@ def make_module(
     """Return the module of a component.
 
     Args:
-      name: of the component, for messages.
       spec: `kind` or `size`, and fields of the kind's config; `weights` is ignored.
-      dtype: of the computation.
       **derived: values of fields that are 0 or missing in the spec, such as `width`, `vocab_size`.
 
     Raises:
@@ -80,7 +78,5 @@ def make_module(
     spec = expand(name, spec)
     spec.pop("weights", None)
     config_type, module_type = load_kind(spec.pop("kind"))
-    for key, value in derived.items():
-        if not spec.get(key):
-            spec[key] = value
+    spec |= {key: value for key, value in derived.items() if not spec.get(key)}
     return module_type(build(config_type, spec, f"components.{name}"), dtype=dtype)  # type: ignore[call-arg]

@@ -21,7 +21,6 @@ class RopeConfig:
     Attributes:
       theta: base of the geometric progression of wavelengths.
       part: share of the head dim that is rotated: the first R = part · K.
-      scaling: none | linear | llama3 | yarn.
       factor: how many times longer the context becomes.
       original_len: training length in tokens; llama3 and yarn.
       low_freq_factor, high_freq_factor: llama3: wavelengths above original_len / low are stretched
@@ -64,9 +63,8 @@ def frequencies(config: RopeConfig, head_dim: int) -> Float[np.ndarray, " P"]:
     if config.scaling not in ("llama3", "yarn"):
         raise ConfigError(f"rope.scaling={config.scaling!r}: must be none, linear, llama3 or yarn")
     if config.original_len < 1:
-        raise ConfigError(
-            f"rope.scaling={config.scaling!r} needs original_len, the training length"
-        )
+        message = f"rope.scaling={config.scaling!r} needs original_len, the training length"
+        raise ConfigError(message)
     blend = _llama3 if config.scaling == "llama3" else _yarn
     kept = blend(config, freq, rotated)
     return (kept * freq + (1 - kept) * (freq / np.float32(config.factor))).astype(np.float32)
@@ -112,11 +110,7 @@ def rotate(
 ) -> Float[Array, "B T H K"]:
     """Rotate pairs (i, R/2 + i) of the first R dims of every head; the rest is unchanged.
 
-    Args:
-      x: queries or keys.
-      positions: of the tokens.
-      freq: from `frequencies`.
-      scale: from `amplitude`.
+    `freq` is from `frequencies`, `scale` from `amplitude`.
     """
     half = freq.shape[-1]
     angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]

@@ -32,12 +32,11 @@ from vadapter.models.quantize import Int8Linear
 # What `remat="names"` keeps for the backward pass. A frozen stack has no weight gradients, so the
 # inputs of its matrix products are never needed; from these outputs the rest is recomputed with one
 # norm and one activation each.
-SAVED_NAMES = ("q", "k", "v", "mid", "u")
 Remat = Literal["none", "full", "names", "dots"]
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "names": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+    "names": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "mid", "u"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -48,10 +47,10 @@ class BlockConfig:
 
     Attributes:
       width: E.
-      heads, kv_heads, head_dim: attention; kv_heads=1 is multi-query, =heads multi-head.
+      kv_heads: 1 is multi-query; 0: as many as heads.
+      head_dim: 0: width // heads.
       mlp_dim: hidden width of the feed-forward.
-      mlp: swiglu | geglu | gelu | gelu_erf | quick_gelu | relu.
-      norm: rms | layer; norm_offset is added to its scales.
+      norm_offset: is added to the scales of norms.
       bias, qkv_bias, qk_norm, attn_scale, attn_softcap: see `layers.Attention`.
       mlp_bias: bias of the feed-forward; None takes `bias`.
       parallel: attention and feed-forward run side by side and are summed (PaLM), instead of one
@@ -61,15 +60,15 @@ class BlockConfig:
       cross: a cross-attention between self-attention and feed-forward.
       rope_scale: see `rope.rotate`.
       dropout: on both residual branches, active only where a `dropout` rng is given.
-      remat: none | full | names | dots, what the backward pass recomputes.
+      remat: what the backward pass recomputes, see `REMAT`.
       int8: kernels are int8 and cannot be trained, see `quantize`.
     """
 
     width: int
     heads: int
     mlp_dim: int
-    kv_heads: int = 0  # 0: as many as heads
-    head_dim: int = 0  # 0: width // heads
+    kv_heads: int = 0
+    head_dim: int = 0
     mlp: MlpKind = "gelu"
     norm: NormKind = "layer"
     norm_eps: float = 1e-6
@@ -98,19 +97,12 @@ class BlockConfig:
     def attention(self, dtype: Dtype, name: str) -> Attention:
         """Return an attention layer of the block."""
         return Attention(
-            heads=self.heads,
-            kv_heads=self.kv_heads or self.heads,
-            head_dim=self.head_dim or self.width // self.heads,
-            bias=self.bias,
-            qkv_bias=self.qkv_bias,
+            self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads,
+            bias=self.bias, qkv_bias=self.qkv_bias,
             qk_norm=functools.partial(self.make_norm, dtype) if self.qk_norm else None,
-            scale=self.attn_scale,
-            softcap=self.attn_softcap,
-            rope_scale=self.rope_scale,
-            dtype=dtype,
-            linear=self.linear,
-            name=name,
-        )
+            scale=self.attn_scale, softcap=self.attn_softcap, rope_scale=self.rope_scale,
+            dtype=dtype, linear=self.linear, name=name,
+        )  # fmt: skip
 
     def make_norm(self, dtype: Dtype, name: str) -> Norm:
         """Return a norm of the block."""
@@ -154,7 +146,12 @@ class Block(nn.Module):
         mlp = Mlp(c.mlp_dim, c.mlp, bias, self.dtype, c.linear, name="mlp")
 
         def post(name: str, y: jax.Array) -> jax.Array:
-            return drop(self._scaled(name, norm(name)(y) if c.post_norms else y))
+            y = norm(name)(y) if c.post_norms else y
+            if c.layer_scale:
+                init = partitioned(nn.initializers.ones, "norm")
+                scale = self.param(name.replace("norm", "scale"), init, (y.shape[-1],))
+                y = y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+            return drop(y)
 
         if layer.window is not None:
             near = distance < layer.window
@@ -175,13 +172,6 @@ class Block(nn.Module):
             y, _ = c.attention(self.dtype, "cross")(norm("norm_cross")(x), kv, mask=kv_mask)
             x = x + drop(y)
         return constrain(x + post("norm_mlp_out", mlp(norm("norm_mlp")(x))), "batch"), cache
-
-    def _scaled(self, name: str, y: jax.Array) -> jax.Array:
-        if not self.config.layer_scale:
-            return y
-        init = partitioned(nn.initializers.ones, "norm")
-        scale = self.param(name.replace("norm", "scale"), init, (y.shape[-1],))
-        return y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 class Stack(nn.Module):
@@ -212,10 +202,8 @@ class Stack(nn.Module):
         """Run the blocks.
 
         Args:
-          x: embeddings, or the states of other layers.
           mask: for self-attention, True where a query attends; None: everywhere.
           positions: for rotary positions.
-          layers: what differs between the layers.
           distance: positions from key to query, for windows.
           kv: inputs of the keys and values of cross-attention, with their mask.
           cache: keys and values of a sequence that is being decoded, or None.
@@ -226,15 +214,15 @@ class Stack(nn.Module):
         Returns:
           States of all T tokens, or of the `last`; and the updated cache (None without one).
         """
+        layers = layers or PerLayer()
         if last:
             assert cache is None
             assert kv is None
-            return self._last(x, layers or PerLayer(), (mask, positions, distance), last), None
+            return self._last(x, layers, (mask, positions, distance), last), None
         blocks = scan_layers(Block, self.depth, self.config.remat, (0, 0, *(nn.broadcast,) * 6))
         return blocks(self.config, self.dtype, name="blocks")(
-            constrain(x, "batch"), cache, layers or PerLayer(), mask, positions, distance, kv,
-            kv_mask, index,
-        )  # fmt: skip
+            constrain(x, "batch"), cache, layers, mask, positions, distance, kv, kv_mask, index
+        )
 
     def _last(
         self, x: Float[Array, "B T E"], layers: PerLayer, masks: tuple[Any, ...], last: int
@@ -256,10 +244,7 @@ class Stack(nn.Module):
         if self.config.remat != "none":
             policy = REMAT[self.config.remat]
             run = jax.checkpoint(run, prevent_cse=False, policy=policy, static_argnums=2)
-
-        def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-            return run(x, i, 0), None
-
+        body = lambda x, i: (run(x, i, 0), None)  # noqa: E731
         x, _ = jax.lax.scan(body, constrain(x, "batch"), jnp.arange(self.depth - 1))
         return run(x, self.depth - 1, last)
 
@@ -269,7 +254,6 @@ def scan_layers(layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any) 
 
     Args:
       layer: a module class whose call takes and returns the carry first.
-      depth: L.
       remat: what the backward pass recomputes, see `BlockConfig`.
       in_axes: of the call's other arguments: 0 where layers differ, `nn.broadcast` elsewhere.
     """
@@ -287,14 +271,11 @@ def scan_layers(layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any) 
     )
 
 
-def row_positions(batch: int, length: int) -> Int[Array, "B T"]:
-    """Return the positions 0, 1, … of rows without padding."""
-    return jnp.broadcast_to(jnp.arange(length), (batch, length))
-
-
-def causal_mask(batch: int, length: int) -> Bool[Array, "B T T"]:
-    """Return the mask of rows without padding, in which a token attends to itself and before."""
-    return jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+def unpadded_rows(batch: int, length: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T T"]]:
+    """Return the positions 0, 1, … and the causal mask of rows without padding."""
+    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    return positions, jnp.broadcast_to(causal, (batch, length, length))
 
 
 def text_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:

@@ -5,10 +5,10 @@ class token and registers, D encoder width.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Num
@@ -17,7 +17,7 @@ from vadapter.data.image_transform import ImageTransform
 from vadapter.errors import ConfigError
 from vadapter.models.adapters.pooler import Pooler, PoolerConfig
 from vadapter.models.encoder import HALF, EncoderConfig, normalize_pixels
-from vadapter.models.layers import Dtype, MlpKind, Norm, embedding_param, linear
+from vadapter.models.layers import Dtype, MlpKind, Norm, linear, trainable_tokens
 from vadapter.models.transformer import BlockConfig, Remat, Stack
 
 
@@ -106,26 +106,24 @@ class ViT(nn.Module):
         x = rearrange(x, "b f (h p) (w q) c -> (b f) (h w) (p q c)", p=c.patch, q=c.patch)
         patches = linear(c.width, (None, "embed"), c.patch_bias, self.dtype, name="patches")
         x = patches(x.astype(self.dtype))
+        normal = nn.initializers.normal(0.02)
+
+        def tokens(name: str, count: int, init: Any = normal) -> jax.Array:
+            return trainable_tokens(self, name, (len(x), count, c.width), init, self.dtype)
+
         if c.class_token:
-            x = jnp.concatenate([self._tokens("class_token", 1, nn.initializers.zeros, x), x], 1)
-        x = x + self._tokens("positions", x.shape[1], nn.initializers.normal(0.02), x)
+            x = jnp.concatenate([tokens("class_token", 1, nn.initializers.zeros), x], 1)
+        x = x + tokens("positions", x.shape[1])
         if c.registers:
-            extra = self._tokens("registers", c.registers, nn.initializers.normal(0.02), x)
             # After the class token, whose place is the first, and after positions were added.
             first, patches = jnp.split(x, [int(c.class_token)], axis=1)
-            x = jnp.concatenate([first, extra, patches], 1)
+            x = jnp.concatenate([first, tokens("registers", c.registers), patches], 1)
         if c.pre_norm:
             x = self._norm("pre_norm")(x)
         block = BlockConfig(
-            width=c.width,
-            heads=c.heads,
-            mlp_dim=c.mlp_dim,
-            mlp=c.mlp,
-            norm_eps=c.norm_eps,
-            dropout=c.dropout,
-            layer_scale=c.layer_scale,
-            remat=c.remat,
-        )
+            c.width, c.heads, c.mlp_dim, mlp=c.mlp, norm_eps=c.norm_eps, dropout=c.dropout,
+            layer_scale=c.layer_scale, remat=c.remat,
+        )  # fmt: skip
         x, _ = Stack(block, c.depth - (c.tap == "penultimate"), self.dtype, name="stack")(x)
         if c.final_norm and c.tap == "last":
             x = self._norm("norm")(x)
@@ -137,10 +135,3 @@ class ViT(nn.Module):
 
     def _norm(self, name: str) -> Norm:
         return Norm("layer", self.config.norm_eps, self.dtype, name=name)
-
-    def _tokens(
-        self, name: str, count: int, init: Callable, like: Float[Array, "n T D"]
-    ) -> Float[Array, "n _ D"]:
-        """Return `count` trainable vectors, repeated for every image of `like`."""
-        tokens = embedding_param(self, name, (1, count, like.shape[-1]), init)
-        return jnp.broadcast_to(tokens, (len(like), *tokens.shape[1:])).astype(like.dtype)

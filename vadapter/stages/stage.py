@@ -296,7 +296,7 @@ class Stage:
 
     def decode(self, how: "Decode") -> Callable[..., Any]:
         """Return the function that generates: (params of all components, batch) -> generations."""
-        from vadapter.models.beam import decode
+        from vadapter.models.generate import decode
 
         fn = functools.partial(decode, self.adapter_model, how=how, stop=(EOS,))
         return with_mesh(self.mesh, fn)

@@ -19,7 +19,6 @@ class MlpAdapterConfig:
     """Sizes of the two layers.
 
     Attributes:
-      hidden_dim: width between the layers.
       width: E; 0 takes the width of the language model that follows in the chain.
       frames: clips are averaged over time down to this many frames.
     """

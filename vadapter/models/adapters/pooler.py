@@ -10,19 +10,18 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from vadapter.models.adapters.cross_attention import cross_attention, trainable_queries
-from vadapter.models.layers import Dtype, Norm
+from vadapter.models.layers import Attention, Dtype, Norm, trainable_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolerConfig:
-    """One cross-attention, then a LayerNorm.
+    """One cross-attention, then a LayerNorm; open_clip has `norm_queries` and `bias`, too.
 
     Attributes:
       queries: Q.
       width: E, divisible by `heads`.
-      norm_queries: a LayerNorm on the queries too (open_clip).
-      bias: of the projections (open_clip).
+      norm_queries: a LayerNorm on the queries.
+      bias: of the projections.
     """
 
     queries: int = 256
@@ -43,11 +42,13 @@ class Pooler(nn.Module):
     def __call__(self, visual: Float[Array, "B F N D"]) -> Float[Array, "B Q E"]:
         c = self.config
         x = rearrange(visual, "b f n d -> b (f n) d")
-        queries = trainable_queries(self, len(x), (c.queries, c.width), self.dtype)
+        shape, init = (len(x), c.queries, c.width), nn.initializers.normal(1.0)
+        queries = trainable_tokens(self, "queries", shape, init, self.dtype)
         if c.norm_queries:
             queries = self._norm("norm_queries")(queries)
-        kv = self._norm("norm_visual")(x)
-        y, _ = cross_attention(c.heads, c.width, self.dtype, c.bias)(queries, kv)
+        head_dim = c.width // c.heads
+        attend = Attention(c.heads, c.heads, head_dim, c.bias, dtype=self.dtype, name="attn")
+        y, _ = attend(queries, self._norm("norm_visual")(x))
         return self._norm("norm")(y)
 
     def _norm(self, name: str) -> Norm:

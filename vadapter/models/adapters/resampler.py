@@ -1,22 +1,28 @@
 """Perceiver resampler: visual tokens of any number → a fixed number of queries.
 
-Legend: B batch, F frames, N visual tokens a frame, S visual tokens a row (all
-frames), Q queries, D encoder width, E width of the queries.
+Legend: B batch, F frames, N visual tokens a frame, S visual tokens a row (all frames), Q queries,
+D encoder width, E width of the queries.
 """
 
 import dataclasses
 from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
 from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
-from vadapter.models.adapters.cross_attention import cross_attention, trainable_queries
-from vadapter.models.layers import Dtype, Mlp, Norm, embedding_param, linear
+from vadapter.models.layers import (
+    Attention,
+    Dtype,
+    Mlp,
+    Norm,
+    embedding_param,
+    linear,
+    trainable_tokens,
+)
 from vadapter.models.transformer import Remat, scan_layers
 
 
@@ -29,12 +35,9 @@ class ResamplerConfig:
       query_dim: E, width of the queries, and of the visual tokens after the input projection.
       hidden_dim: inner width of attention (all heads together) and 1/4 of the feed-forward's.
       layers: cross-attention blocks; 6 for the baseline, 1 before the tiny LM.
-      heads: attention heads; divides hidden_dim.
-      norm: none | shared | separate LayerNorm on queries and visual inputs (Table 1a).
-      final_norm: LayerNorm on the output (Table 1a).
+      norm, final_norm: LayerNorm on queries and visual inputs; on the output (Table 1a).
       ffn: a feed-forward in every layer (Table 1b).
-      time_embed: a trainable embedding per frame, added to the visual tokens (Table 1b).
-      frames: number of time embeddings.
+      time_embed: a trainable embedding for each of `frames`, added to the visual tokens (Table 1b).
       concat_queries: keys and values also from the queries (Flamingo, arXiv 2204.14198).
       space_embed: a trainable embedding per visual token, for encoders without positions (CNNs).
       query_std: standard deviation of the queries at initialization.
@@ -77,7 +80,9 @@ class ResamplerLayer(nn.Module):
             q, kv = norm_q(queries), (norm_v if c.norm == "separate" else norm_q)(visual)
         if c.concat_queries:
             kv = jnp.concatenate([kv, q], axis=1)
-        queries = queries + cross_attention(c.heads, c.hidden_dim, self.dtype)(q, kv)[0]
+        head_dim = c.hidden_dim // c.heads
+        attend = Attention(c.heads, c.heads, head_dim, dtype=self.dtype, name="attn")
+        queries = queries + attend(q, kv)[0]
         if c.ffn:
             h = Norm("layer", dtype=self.dtype, name="norm_mlp")(queries)
             queries = queries + Mlp(4 * c.hidden_dim, "gelu", dtype=self.dtype, name="mlp")(h)
@@ -96,8 +101,10 @@ class Resampler(nn.Module):
         if c.hidden_dim % c.heads:
             raise ConfigError(f"hidden_dim={c.hidden_dim} is not divisible by heads={c.heads}")
         x = linear(c.query_dim, (None, "embed"), True, self.dtype, name="in_proj")(visual)
+        init = nn.initializers.normal(0.02)
         if c.space_embed:
-            x = x + self._embedding("space_embed", (1, 1, x.shape[2])).astype(x.dtype)
+            shape = (1, 1, x.shape[2], c.query_dim)
+            x = x + embedding_param(self, "space_embed", shape, init).astype(x.dtype)
         if c.time_embed:
             F = x.shape[1]
             if c.frames % F:
@@ -107,14 +114,11 @@ class Resampler(nn.Module):
             # An image is encoded once and counts as `frames` equal frames, so it is repeated here,
             # after the encoder. A shorter clip repeats each of its frames, which keeps their order.
             x = jnp.repeat(x, c.frames // F, axis=1)
-            x = x + self._embedding("time_embed", (1, c.frames, 1)).astype(x.dtype)
+            shape = (1, c.frames, 1, c.query_dim)
+            x = x + embedding_param(self, "time_embed", shape, init).astype(x.dtype)
         x = constrain(rearrange(x, "b f n d -> b (f n) d"), "batch")
-        shape = c.queries, c.query_dim
-        queries = trainable_queries(self, len(x), shape, self.dtype, c.query_std)
+        shape, init = (len(x), c.queries, c.query_dim), nn.initializers.normal(c.query_std)
+        queries = trainable_tokens(self, "queries", shape, init, self.dtype)
         layers = scan_layers(ResamplerLayer, c.layers, c.remat, nn.broadcast)
         queries, _ = layers(c, self.dtype, name="layers")(queries, x)
         return Norm("layer", dtype=self.dtype, name="norm")(queries) if c.final_norm else queries
-
-    def _embedding(self, name: str, shape: tuple[int, ...]) -> jax.Array:
-        init = nn.initializers.normal(0.02)
-        return embedding_param(self, name, (*shape, self.config.query_dim), init)
