@@ -1,13 +1,13 @@
 """Samples that one core reads per second: `python -m benches.bench_input --help`.
 
-Decoding, scaling to S pixels a side and tokenizing, through this project's loader and through a
+Decoding, resizing to S pixels per side and tokenizing, through this project's loader and through a
 torch `DataLoader` with PIL (and PyAV for clips) on the same files in the same order, alternating,
-in this process and on one thread. Rates are samples a second of CPU time, so that other processes
+in this process and on one thread. Rates are samples per second of CPU time, so that other processes
 matter little. The torch side does what a plain `Dataset` does: it decodes a clip from its first
 frame to the last one shown. Nothing is shuffled: grain's shuffle of a few dozen items takes longer
 for each (0.4 ms of 64) than that of a real data set (0.02 ms of 6,000).
 
-Legend: F frames, S pixels a side, T text tokens.
+Legend: F frames, S pixels per side, T text tokens.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.transforms import caption_sample
 from vadapter.errors import DataError
 
-# Samples a second, by compiler estimates of the 1B recipe's adapter stage at 288 pixels: a step of
-# 8 samples a chip takes 113.5 ms on v5e, so a host of 4 chips takes 280; an H200 about 230.
+# Samples per second, by compiler estimates of the 1B recipe's adapter stage at 288 pixels: a step
+# of 8 samples per chip takes 113.5 ms on v5e, so a host of 4 chips needs 280; an H200 about 230.
 NEEDS = {"one H200": 230, "a TPU v5e host of 4 chips": 280}
 CAPTION = "a brown dog runs over the wet grass with a red ball in its mouth"
 TEXT_LEN = 32
@@ -50,16 +50,17 @@ def bench(
       kinds: name -> files, all images or all clips.
       size: S.
       frames: F of a clip.
-      rounds: after one that does not count.
+      rounds: after a first one that does not count.
       batch: samples at a time; fewer where they would not divide the files.
 
     Returns:
-      What JSON has: of each kind `files`, `kilobytes` (mean), `ours` and `torch` (median samples a
-      CPU second), `ratio` (median over rounds) and `cores` for `NEEDS`; why there is no `torch`.
+      A JSON object: of each kind `files`, `kilobytes` (mean), `ours` and `torch` (median samples
+      per CPU second), `ratio` (median over rounds) and `cores` for `NEEDS`; `without_torch`, the
+      reason if there is no `torch`.
     """
     tokenizer = BPETokenizer.train([CAPTION], 300)
-    torch_files, why = _torch()
-    results: dict[str, Any] = {"size": size, "rounds": rounds, "kinds": {}, "without_torch": why}
+    torch_files, reason = _torch()
+    results: dict[str, Any] = {"size": size, "rounds": rounds, "kinds": {}, "without_torch": reason}
     for name, files in kinds.items():
         rows = max(n for n in range(1, batch + 1) if len(files) % n == 0)
         with tempfile.TemporaryDirectory() as folder:
@@ -86,10 +87,10 @@ def _rates(readers: dict[str, Reader], rounds: int) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {side: [] for side in readers}
     for number in range(rounds + 1):
         for side, reader in readers.items():
-            began = time.process_time()
+            start = time.process_time()
             count = sum(reader())
             if number:  # the first warms up
-                rates[side].append(count / (time.process_time() - began))
+                rates[side].append(count / (time.process_time() - start))
     return rates
 
 
@@ -105,16 +106,16 @@ def _ours(
     )  # fmt: skip
 
     def read() -> Iterator[int]:
-        for made in eval_batches(source, transform, batch, threads=0):
-            if made["bad"].any():
-                raise DataError(f"unusable files: {made['id'][made['bad']]}")
-            yield len(made["id"])
+        for arrays in eval_batches(source, transform, batch, threads=0):
+            if arrays["bad"].any():
+                raise DataError(f"unusable files: {arrays['id'][arrays['bad']]}")
+            yield len(arrays["id"])
 
     return read
 
 
 def _torch() -> tuple[Callable[..., Reader] | None, str]:
-    """Return a function that makes torch readers, or None and why there is none."""
+    """Return a function that makes torch readers, or None and the reason."""
     try:
         import torch
     except ImportError as error:
@@ -145,7 +146,7 @@ def _torch() -> tuple[Callable[..., Reader] | None, str]:
 
 
 def _square(image: Image.Image, size: int) -> np.ndarray:
-    """Resize the short side to S and cut out the center."""
+    """Resize the short side to S and crop the center."""
     short = min(image.size)
     width, height = (size * side // short for side in image.size)
     small = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -159,28 +160,22 @@ def _pyav(path: Path, frames: int) -> list[Image.Image]:
 
     with av.open(str(path)) as container:
         count = sum(1 for packet in container.demux(video=0) if packet.size)
-        wanted = [(2 * i + 1) * count // (2 * frames) for i in range(frames)]
+        indices = [(2 * i + 1) * count // (2 * frames) for i in range(frames)]
         container.seek(0)
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         chosen: dict[int, Image.Image] = {}
         for index, frame in enumerate(container.decode(stream)):
-            if index in wanted:
+            if index in indices:
                 chosen[index] = frame.to_image()
-            if index >= wanted[-1]:
+            if index >= indices[-1]:
                 break
     last = max(chosen)
-    return [chosen.get(index, chosen[last]) for index in wanted]
+    return [chosen.get(index, chosen[last]) for index in indices]
 
 
 def photos(folder: Path, count: int, shape: tuple[int, int] = (480, 640)) -> list[Path]:
-    """Write JPEGs with the detail of photographs: noise of every scale, quality 90.
-
-    Args:
-      folder: where to.
-      count: how many.
-      shape: H, W.
-    """
+    """Write JPEGs of `shape` (H, W) with the detail of photographs: noise of every scale."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for n in range(count):
@@ -208,15 +203,15 @@ def as_text(results: dict[str, Any]) -> str:
         cores = (f"{what} ({NEEDS[what]} samples/s) {n:.1f}" for what, n in row["cores"].items())
         needs.append(f"cores for {name}: {'; '.join(cores)}")
     head = ("files", "number", "kB each", "ours", "torch + PIL", "ratio")
-    about = f"Samples a CPU second on one thread, {results['size']} pixels, median of "
-    lines = [f"{about}{results['rounds']} rounds by turns", "", console.table(rows, head), ""]
+    about = f"Samples per CPU second on one thread, {results['size']} pixels, median of "
+    lines = [f"{about}{results['rounds']} alternating rounds", "", console.table(rows, head), ""]
     lines += needs
     if results["without_torch"]:
         lines.append(f"no torch column: {results['without_torch']}")
     return "\n".join(lines)
 
 
-def _found(folder: Path, suffixes: frozenset[str], limit: int) -> list[Path]:
+def _files(folder: Path, suffixes: frozenset[str], limit: int) -> list[Path]:
     files = sorted(p.resolve() for p in folder.rglob("*") if p.suffix.lower() in suffixes)
     if not files:
         raise DataError(f"{folder}: no files of type {', '.join(sorted(suffixes))}")
@@ -226,21 +221,21 @@ def _found(folder: Path, suffixes: frozenset[str], limit: int) -> list[Path]:
 def main(argv: list[str] | None = None) -> None:
     """Print the table, or JSON."""
     parser = argparse.ArgumentParser("bench_input", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs (made: 640×480 noise)")
-    parser.add_argument("--clips", type=Path, metavar="DIR", help="clips (left out without it)")
-    parser.add_argument("--size", type=int, default=288, help="pixels a side (288)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs (default: 640×480 noise)")
+    parser.add_argument("--clips", type=Path, metavar="DIR", help="clips (default: none)")
+    parser.add_argument("--size", type=int, default=288, help="pixels per side (288)")
     parser.add_argument("--limit", type=int, default=64, help="files of each kind (64)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as folder:
         if args.images is None:
-            images = photos(Path(made), args.limit)
+            images = photos(Path(folder), args.limit)
         else:
-            images = _found(args.images, IMAGE_SUFFIXES, args.limit)
+            images = _files(args.images, IMAGE_SUFFIXES, args.limit)
         kinds = {"images": images}
         if args.clips is not None:
-            kinds["clips"] = _found(args.clips, CLIP_SUFFIXES, args.limit)
+            kinds["clips"] = _files(args.clips, CLIP_SUFFIXES, args.limit)
         results = bench(kinds, size=args.size, rounds=args.rounds)
     print(json.dumps(results, indent=1) if args.json else as_text(results), flush=True)
 

@@ -32,23 +32,23 @@ MATMUL = {"cpu": 1024}  # n; elsewhere 8192
 
 
 def matmul_peak(n: int = 0, repeats: int = 20) -> float:
-    """FLOP/s of a bfloat16 product of two random n × n matrices on one device."""
+    """Return the FLOP/s of a bfloat16 product of two random n × n matrices on one device."""
     n = n or MATMUL.get(jax.default_backend(), 8192)
     a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.bfloat16)
     product = jax.jit(lambda a, b: a @ b)
     return 2 * n**3 / statistics.median(_times(lambda: product(a, b), repeats))
 
 
-def _times(run: Callable[[], Any], repeats: int, at_once: int = 5) -> list[float]:
-    """Seconds of a call, each the mean of a few that are not waited for one by one."""
+def _times(run: Callable[[], Any], repeats: int, group: int = 5) -> list[float]:
+    """Return seconds per call, each the mean of a group of calls that are queued on the device."""
     jax.block_until_ready(run())
     times = []
-    for _ in range(max(repeats // at_once, 1)):
-        began, out = time.perf_counter(), None
-        for _ in range(at_once):
+    for _ in range(max(repeats // group, 1)):
+        start, out = time.perf_counter(), None
+        for _ in range(group):
             out = run()
         jax.block_until_ready(out)
-        times.append((time.perf_counter() - began) / at_once)
+        times.append((time.perf_counter() - start) / group)
     return times
 
 
@@ -63,35 +63,35 @@ def random_arguments(stage: Stage) -> tuple[Any, Any, Any]:
         prompt_len=sizes["P"], text_len=sizes["T"], segments=1, vocab_size=stage.vocab_size,
     )  # fmt: skip
     content |= {key: content[key][:, : sizes["M"]] for key in ("target_at", "targets", "weights")}
-    begin = jax.jit(lambda p: init_state(p, stage.tx), out_shardings=shardings_of(state))
+    init = jax.jit(lambda p: init_state(p, stage.tx), out_shardings=shardings_of(state))
     return (
-        begin(random(stage.trained, rng, state.params)),
+        init(random(stage.trained, rng, state.params)),
         random(frozen, rng, frozen),
         jax.device_put(content, shardings_of(batch)),
     )
 
 
 def bench(stage: Stage, *, repeats: int = 20, max_new: int = 0) -> dict[str, Any]:
-    """Compiles and times a stage's step, and writing texts if `max_new` is above 0.
+    """Compile and time a stage's step, and its generation if `max_new` is above 0.
 
     Args:
       repeats: steps.
-      max_new: tokens of each text.
+      max_new: tokens of each generation.
 
     Returns:
-      `compile_s`, `ms` (median a step), `rows_s`, `tflops` (of the formula) and `tflops_run`
-      (recomputation counted too) a second and device, `temporary_gb`; with texts `texts_s`.
+      `compile_s`, `ms` (median per step), `rows_s`, `tflops` (of the formula) and `tflops_run`
+      (with recomputation) per second and device, `temporary_gb`; of the generation `texts_s`.
     """
     rows, devices = stage.config.batch, stage.mesh.size
     state, frozen, batch = random_arguments(stage)
-    began = time.perf_counter()
+    start = time.perf_counter()
     compiled = stage.jit_train_step().lower(state, frozen, batch).compile()
     memory: Any = compiled.memory_analysis()
-    out: dict[str, Any] = {"compile_s": time.perf_counter() - began}
-    live = [state]
+    out: dict[str, Any] = {"compile_s": time.perf_counter() - start}
 
     def run() -> Any:
-        live[0], metrics = compiled(live[0], frozen, batch)
+        nonlocal state  # its memory is reused
+        state, metrics = compiled(state, frozen, batch)
         return metrics
 
     seconds = statistics.median(_times(run, repeats))
@@ -108,11 +108,10 @@ def bench(stage: Stage, *, repeats: int = 20, max_new: int = 0) -> dict[str, Any
         "loss": loss,
     }
     if max_new and stage.captions:
-        params = live[0].params | frozen
-        texts = jax.jit(stage.decode(Decode(max_new)))
-        began = time.perf_counter()
-        decode = texts.lower(params, batch).compile()
-        out["decode_compile_s"] = time.perf_counter() - began
+        params = state.params | frozen
+        start = time.perf_counter()
+        decode = jax.jit(stage.decode(Decode(max_new))).lower(params, batch).compile()
+        out["decode_compile_s"] = time.perf_counter() - start
         out["texts_s"] = rows / statistics.median(_times(lambda: decode(params, batch), 2, 2))
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
@@ -121,15 +120,15 @@ def bench(stage: Stage, *, repeats: int = 20, max_new: int = 0) -> dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one JSON object a line: the machine, then each setting."""
+    """Print one JSON object per line: the machine, then each setting."""
     parser = argparse.ArgumentParser("bench_step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGS]", help="the recipe")
-    parser.add_argument("--stage", default="", metavar="S", help="the chain's last")
-    parser.add_argument("--batch", default="0", metavar="N,…", help="rows a step (the stage's)")
+    parser.add_argument("--stage", default="", metavar="S", help="stage (the last of the chain)")
+    parser.add_argument("--batch", default="0", metavar="N,…", help="rows per step (the stage's)")
     parser.add_argument("--frames", default="1", metavar="F,…", help="of a row (1: images)")
-    parser.add_argument("--remat", default="", metavar="R,…", help="instead of the components' own")
+    parser.add_argument("--remat", default="", metavar="R,…", help="remat of components")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="steps (20)")
-    parser.add_argument("--max-new", type=int, default=0, metavar="N", help="time texts too")
+    parser.add_argument("--max-new", type=int, default=0, metavar="N", help="also time generation")
     args, rest = parser.parse_known_args(argv)
     if unknown := [item for item in rest if not item.startswith("--config.")]:
         parser.error(f"unknown {' '.join(unknown)}")
@@ -139,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     name = args.stage or recipe.chain[-1]
     peak = matmul_peak()
     device = jax.devices()[0]
-    _say({
+    _print({
         "device": device.device_kind, "devices": jax.device_count(), "matmul_tflops": peak / 1e12,
         "jax": jax.__version__, "python": sys.version.split()[0], "vadapter": __version__,
     })  # fmt: skip
@@ -152,16 +151,16 @@ def main(argv: list[str] | None = None) -> None:
                 stage = Stage(sized, name, mesh)
                 setting |= {"frames": stage.sizes().get("F", 0)}
                 try:
-                    found = bench(stage, repeats=args.repeats, max_new=args.max_new)
-                    found["share"] = found["tflops"] * 1e12 / peak
+                    result = bench(stage, repeats=args.repeats, max_new=args.max_new)
+                    result["share"] = result["tflops"] * 1e12 / peak
                 except jax.errors.JaxRuntimeError as error:
                     if not exhausted(error):
                         raise
-                    found = {"error": "out of memory"}
-                _say(setting | found)
+                    result = {"error": "out of memory"}
+                _print(setting | result)
 
 
-def _say(row: dict[str, Any]) -> None:
+def _print(row: dict[str, Any]) -> None:
     short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
     print(json.dumps(short), flush=True)
 

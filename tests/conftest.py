@@ -41,8 +41,7 @@ import pytest
 from absl import flags
 from support.order import LONG_FILES
 from support.recipes import draw
-
-from vadapter.io.lock import lock
+from support.shared import make_once
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -93,21 +92,12 @@ def data_root() -> Path:
 def chain(tmp_path_factory) -> Path:
     """The chain of `recipes.get_config`, trained once by `vadapter quickstart` on one device.
 
-    Tests must not change it. It holds shapes/ (the data), run/ (the run directory) and log.txt,
-    what the command printed.
+    It holds shapes/ (the data), run/ (the run directory) and log.txt, what the command printed.
     """
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # shared by the workers
-    folder = root / "chain"
-    folder.mkdir(exist_ok=True)
-    with lock(folder / ".lock", wait=True):
-        if not (folder / "log.txt").exists():
-            (folder / "log.txt").write_text(_quickstart(folder))
-    return folder
+    return make_once(tmp_path_factory, "chain", _quickstart)
 
 
-def _quickstart(folder: Path) -> str:
+def _quickstart(folder: Path) -> None:
     recipe = f"{paths.RECIPES}:{draw(folder / 'shapes')}"
     command = [sys.executable, "-m", "vadapter", "quickstart", f"--config={recipe}"]
     env = {
@@ -119,4 +109,4 @@ def _quickstart(folder: Path) -> str:
         [*command, f"--workdir={folder / 'run'}"], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    (folder / "log.txt").write_text(done.stdout)

@@ -187,6 +187,6 @@ def test_the_command_prints_a_table_or_json_and_names_a_folder_without_files(
     (row,) = json.loads(capsys.readouterr().out)["kinds"].values()
     assert row["files"] == 2
     main([f"--images={tmp_path}", "--rounds=1", "--size=16"])
-    assert capsys.readouterr().out.startswith("Samples a CPU second on one thread, 16 pixels, ")
+    assert capsys.readouterr().out.startswith("Samples per CPU second on one thread, 16 pixels, ")
     with pytest.raises(DataError, match=r"no files of type .*\.mp4"):
         main([f"--images={tmp_path}", f"--clips={tmp_path}"])

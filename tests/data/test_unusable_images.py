@@ -130,7 +130,7 @@ def test_ones_own_images_are_seen_as_those_of_training(folder, tokenizer, monkey
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]), config=types.SimpleNamespace(data=data),
         recipe=types.SimpleNamespace(data=data),
     )  # fmt: skip
-    replies = list(describe.describe(loaded, [folder / "shapes" / "00.png"] * 2))
+    replies = list(describe.Describer(loaded).replies([folder / "shapes" / "00.png"] * 2))
     assert [reply.text for reply in replies] == ["a bar"] * 2
     view = dataclasses.replace(VIEW, fit=fit or VIEW.fit)
     np.testing.assert_array_equal(seen[0][0], resize(PIXELS[None], view))

@@ -56,6 +56,29 @@ def evaluate(run, data, capsys):
     return call
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """(folder, {arguments: what was printed}) of `evaluated`."""
+    return tmp_path_factory.mktemp("evaluated"), {}
+
+
+@pytest.fixture
+def evaluated(run, evaluate, store):
+    """As `evaluate`, at the beginning of a test: run once, later tests get copies of its files."""
+    folder, printed = store
+
+    def call(*arguments):
+        kept = folder / digest(arguments)[:8]
+        if arguments not in printed:
+            printed[arguments] = evaluate(*arguments)
+            shutil.copytree(run / "vadapter" / "eval", kept)
+        else:
+            shutil.copytree(kept, run / "vadapter" / "eval")
+        return printed[arguments]
+
+    return call
+
+
 def results(run, name):
     folder = run / "vadapter" / "eval" / name
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
@@ -65,8 +88,8 @@ def results(run, name):
 # -- What it writes ----------------------------------------------------------------------------
 
 
-def test_captions_have_predictions_scores_a_submission_and_a_gallery(run, evaluate):
-    code, out, err = evaluate("--benchmarks=flickr8k")
+def test_captions_have_predictions_scores_a_submission_and_a_gallery(run, evaluated):
+    code, out, err = evaluated("--benchmarks=flickr8k")
     assert code == 0, err
     folder, score, rows = results(run, "flickr8k")
     assert {path.name for path in folder.iterdir()} == FILES | {"submission.json"}
@@ -86,9 +109,9 @@ def test_captions_have_predictions_scores_a_submission_and_a_gallery(run, evalua
 
 
 def test_a_partial_set_is_reported_as_unofficial_and_a_complete_one_as_official(
-    run, evaluate, data, monkeypatch
+    run, evaluate, evaluated, data, monkeypatch
 ):
-    _, _, err = evaluate("--benchmarks=flickr8k")
+    _, _, err = evaluated("--benchmarks=flickr8k")
     note = f"{PHOTOS} of 1,000 images"
     _, score, _ = results(run, "flickr8k")
     assert score["official"] is False
@@ -106,8 +129,8 @@ def test_a_partial_set_is_reported_as_unofficial_and_a_complete_one_as_official(
         assert results(run, f"flickr8k-first-{limit}")[1]["official"] is official
 
 
-def test_questions_follow_examples_of_the_training_split(run, evaluate, data):
-    code, _, err = evaluate("--benchmarks=okvqa", *SHORT)
+def test_questions_follow_examples_of_the_training_split(run, evaluate, evaluated, data):
+    code, _, err = evaluated("--benchmarks=okvqa", *SHORT)
     assert code == 0, err
     (folder,) = (run / "vadapter/eval").glob("okvqa-*")
     folder, score, rows = results(run, folder.name)
@@ -152,8 +175,8 @@ def test_several_benchmarks_share_a_table_and_a_missing_one_stops_no_other(evalu
     "change",
     ["shots=2", "shot_kind=image", "shot_seed=1", "decode.beams=2", "decode.max_new=2"],
 )
-def test_every_change_of_the_protocol_has_its_own_directory(run, evaluate, change):
-    evaluate("--benchmarks=okvqa", *SHORT)
+def test_every_change_of_the_protocol_has_its_own_directory(run, evaluate, evaluated, change):
+    evaluated("--benchmarks=okvqa", *SHORT)
     (plain,) = (run / "vadapter/eval").iterdir()
     code, _, err = evaluate("--benchmarks=okvqa", *SHORT, f"--config.protocol.{change}")
     assert code == 0, err
@@ -200,8 +223,10 @@ def count_generations(monkeypatch, stop_after=None):
 DAQUAR = ("--benchmarks=daquar", SHOTLESS, "--batch=8")
 
 
-def test_an_interrupted_evaluation_resumes_with_the_same_result(run, evaluate, monkeypatch):
-    evaluate(*DAQUAR)
+def test_an_interrupted_evaluation_resumes_with_the_same_result(
+    run, evaluate, evaluated, monkeypatch
+):
+    evaluated(*DAQUAR)
     (folder,) = (run / "vadapter/eval").iterdir()
     whole = contents(folder)
     shutil.rmtree(folder)
@@ -237,9 +262,9 @@ main(sys.argv[1:])
 """
 
 
-def test_a_killed_process_resumes_with_the_same_result(run, data, evaluate, monkeypatch):
+def test_a_killed_process_resumes_with_the_same_result(run, data, evaluate, evaluated, monkeypatch):
     arguments = ["eval", str(run), "--stage=vadapter", f"--data={data}", *DAQUAR]
-    evaluate(*DAQUAR)
+    evaluated(*DAQUAR)
     (folder,) = (run / "vadapter/eval").iterdir()
     whole = contents(folder)
     shutil.rmtree(folder)
@@ -254,8 +279,8 @@ def test_a_killed_process_resumes_with_the_same_result(run, data, evaluate, monk
     assert contents(folder) == whole
 
 
-def test_complete_benchmarks_are_not_run_again(run, evaluate, monkeypatch):
-    evaluate("--benchmarks=daquar", SHOTLESS)
+def test_complete_benchmarks_are_not_run_again(run, evaluate, evaluated, monkeypatch):
+    evaluated(*DAQUAR)
     (folder,) = (run / "vadapter/eval").iterdir()
     whole = contents(folder)
     generations = count_generations(monkeypatch)

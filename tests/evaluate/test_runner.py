@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def test_the_limit_and_the_batch_size_change_no_generation(run, loaded):
 def test_an_unreadable_image_has_no_text_and_does_not_shift_the_others(loaded):
     shape = (1, 32, 32, 3)
     images = [np.full(shape, 40 * i, np.uint8) for i in range(4)]
-    decoder = Decoder(loaded.adapter_model, loaded.tokenizer, loaded.mesh)
+    decoder = Decoder(loaded)
     texts = []
     for media in (images, [*images[:2], b"junk", images[3]]):
         result = evaluate(
@@ -128,7 +129,10 @@ def test_no_id_is_generated_that_the_tokenizer_lacks(loaded):
     limit = loaded.tokenizer.vocab_size
     for _ in range(2):  # then without the highest id of the first text
         tokenizer = Narrow(loaded.tokenizer, limit)
-        decoder = Decoder(loaded.adapter_model, tokenizer, loaded.mesh)
+        narrow = types.SimpleNamespace(
+            adapter_model=loaded.adapter_model, tokenizer=tokenizer, mesh=loaded.mesh
+        )
+        decoder = Decoder(narrow)
         evaluate(decoder, loaded.params, source, CAPTIONS, EIGHT, ImageTransform(32))
         assert max(tokenizer.seen) < limit
         limit = max(tokenizer.seen)

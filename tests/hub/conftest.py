@@ -8,6 +8,7 @@ from support import runs
 from support.patches import use_devices
 from support.public_models import write_model
 from support.public_tokenizers import llama2, neox
+from support.shared import make_once
 
 from vadapter.hub.write import export
 from vadapter.recipe.schema import read
@@ -23,18 +24,24 @@ LM = {"intermediate_size": 32, "num_hidden_layers": 1,
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """shapes/ with images and clips, and an encoder that another run has trained."""
-    return runs.prepare(tmp_path_factory.mktemp("exports"))
+    return make_once(tmp_path_factory, "exports", runs.prepare)
 
 
 @pytest.fixture(scope="session")
-def own(folder) -> Path:
+def own(folder, tmp_path_factory) -> Path:
     """A run of the chain llm → decoder → vadapter: nothing in it is public."""
-    return _trained(runs.small(folder), folder / "own")
+    root = make_once(tmp_path_factory, "own", lambda root: _train(runs.small(folder), root / "own"))
+    return root / "own"
 
 
 @pytest.fixture(scope="session")
-def public(folder) -> Path:
+def public(folder, tmp_path_factory) -> Path:
     """A run whose encoder, tiny LM and LLM are folders beside it: clip/, tlm/ and llm/."""
+    root = make_once(tmp_path_factory, "public", lambda root: _train_public(folder, root))
+    return root / "public"
+
+
+def _train_public(shapes: Path, folder: Path) -> None:
     write_model(folder / "clip", {"model_type": "clip_vision_model", **CLIP}, "vision_model.")
     pixels = {"image_processor_type": "CLIPImageProcessor", "size": 32, "crop_size": 32,
               "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}  # fmt: skip
@@ -45,7 +52,7 @@ def public(folder) -> Path:
         config = json.loads((tokenizer(folder / name) / "config.json").read_text())
         keys = {**LM, "hidden_size": width, "model_type": kind}
         write_model(folder / name, {**config, **keys})
-    config = runs.small(folder)
+    config = runs.small(shapes)
     with config.unlocked():
         for part, name in (("encoder", "clip"), ("tlm", "tlm"), ("llm", "llm")):
             config.components[part] = {"weights": str(folder / name)}
@@ -54,17 +61,16 @@ def public(folder) -> Path:
         config.stages.vadapter.start = {}
         config.tokenizer.data = ()
         config.data.images.update(text_len=80, target_len=78, fit="pad")
-    return _trained(config, folder / "public")
+    _train(config, folder / "public")
 
 
-def _trained(config, workdir: Path) -> Path:
+def _train(config, workdir: Path) -> None:
     with config.unlocked():
         for stage in config.stages.values():
             stage.update(steps=2, save_every=2, eval_every=0, eval_limit=4)
     with pytest.MonkeyPatch.context() as patch:
         use_devices(patch, 1)
         train(read(config), workdir)
-    return workdir
 
 
 @pytest.fixture(scope="session", params=["own", "public"])

@@ -1,30 +1,35 @@
-"""A faulty export is refused with the name of the fault; the folder alone is sufficient."""
+"""A faulty export is refused with the name of the fault; one of 0.1.0 is read."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.paths import ROOT, TESTS
+from support.paths import TESTS
 
 from vadapter import VAdapter
 from vadapter.cli import main
 from vadapter.errors import CheckpointError, ConfigError, UserError
-from vadapter.evaluate.describe import describe
+from vadapter.evaluate.describe import Describer
 from vadapter.hub.load import open_export
 from vadapter.hub.record import read
 from vadapter.hub.write import export
 from vadapter.stages.restore import open_run
 
 
+@pytest.fixture(scope="module")
+def intact(exported):
+    """The export, which can be opened."""
+    open_export(exported)
+    return exported
+
+
 @pytest.fixture
-def copy(exported, tmp_path):
-    return shutil.copytree(exported, tmp_path / "adapter")
+def copy(intact, tmp_path):
+    return shutil.copytree(intact, tmp_path / "adapter")
 
 
 def tensors(change, name="model.safetensors"):
@@ -82,10 +87,10 @@ FAULTS = {
     "no frozen part": (lambda f: (f / "frozen-llm.safetensors").unlink(), "n-llm.* is missing"),
     "a frozen part cut short": (cut("frozen-llm.safetensors"), "llm.safetensors: it is truncated"),
     "a changed frozen bit": (flip("frozen-encoder.safetensors", -1), "encoder does not match"),
-    "a tensor too few": (tensors(lambda t: t.pop(KERNEL)), f"{KERNEL}: missing"),
-    "a tensor too many": (tensors(lambda t: t.update(a=np.zeros(3))), "a: unexpected"),
+    "a tensor too few": (tensors(lambda t: t.pop(KERNEL)), rf"{KERNEL} +\| \[16, 24\] +\| —"),
+    "a tensor too many": (tensors(lambda t: t.update(a=np.zeros(3))), r"a +\| — +\| \[3\]"),
     "another shape": (
-        tensors(lambda t: t.update({KERNEL: t[KERNEL][1:]})), r"\[15, 24\], expected \[16, 24\]",
+        tensors(lambda t: t.update({KERNEL: t[KERNEL][1:]})), r"\[16, 24\] \| \[15, 24\]",
     ),
     "another dtype": (
         tensors(lambda t: t.update({KERNEL: t[KERNEL].astype(np.float16)})), "fc_out does not",
@@ -99,7 +104,6 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_corrupt_export_is_refused_by_name(copy, fault):
     spoil, words = FAULTS[fault]
-    open_export(copy)
     spoil(copy)
     with pytest.raises(UserError, match=f"(?s){words}"):
         open_export(copy)
@@ -108,16 +112,16 @@ def test_a_corrupt_export_is_refused_by_name(copy, fault):
 def test_a_moved_base_model_is_named_and_a_changed_one_is_refused(public, folder, tmp_path):
     export(open_run(public), tmp_path / "adapter")
     values = (tmp_path / "adapter" / "config.json").read_text()
-    values = values.replace(str(folder), "/nowhere")
+    values = values.replace(str(public.parent), "/nowhere")
     (tmp_path / "adapter" / "config.json").write_text(values)
     with pytest.raises(CheckpointError, match=r"(?s)no folder '/nowhere/clip'.*\{'encoder': FOLD"):
         VAdapter.from_pretrained(tmp_path / "adapter")
-    places = {"encoder": str(folder / "clip"), "llm": folder / "llm"}
+    places = {"encoder": str(public.parent / "clip"), "llm": public.parent / "llm"}
     model = VAdapter.from_pretrained(tmp_path / "adapter", weights=places)
     image = folder / "shapes" / "02.png"
     assert model.caption(image) == VAdapter(open_run(public)).caption(image)
 
-    other = shutil.copytree(folder / "llm", tmp_path / "llm")
+    other = shutil.copytree(public.parent / "llm", tmp_path / "llm")
     flip("model.safetensors", -1)(other)
     with pytest.raises(CheckpointError, match=r"(?s)llm: .*/llm has changed .*weights=\{'llm': F"):
         VAdapter.from_pretrained(tmp_path / "adapter", weights=places | {"llm": str(other)})
@@ -142,7 +146,7 @@ def test_the_verbs_accept_an_export_instead_of_a_run(
     assert "has only stage vadapter" in say("caption", exported, image, "--stage=llm")[2]
     export(open_run(public), tmp_path / "adapter")
     place = "--config.components.llm.weights="
-    code, out, _ = say("caption", tmp_path / "adapter", image, f"{place}{folder / 'llm'}")
+    code, out, _ = say("caption", tmp_path / "adapter", image, f"{place}{public.parent / 'llm'}")
     assert (code, out) == say("caption", public, image)[:2]
     assert say("caption", tmp_path / "adapter", image, f"{place}/nowhere")[0] == 78
     assert (
@@ -151,32 +155,13 @@ def test_the_verbs_accept_an_export_instead_of_a_run(
     )
 
 
-def test_a_process_with_only_the_folder_generates_the_same_as_the_run(own, folder, tmp_path):
-    run = shutil.copytree(own, tmp_path / "run")
-    loaded = open_run(run)
-    export(loaded, tmp_path / "adapter")
-    image = shutil.copy(folder / "shapes" / "02.png", tmp_path / "p.png")
-    said = VAdapter(loaded).caption(image)
-    shutil.rmtree(run)
-    script = (
-        "from vadapter import VAdapter as A; print(A.from_pretrained('adapter').caption('p.png'))"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=env,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{said}\n"
-
-
 def test_an_export_of_version_0_1_0_loads_and_is_written_again_with_the_same_bytes(tmp_path):
     with tarfile.open(TESTS / "fixtures" / "export_0_1_0.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     old = tmp_path / "export"
     loaded = open_export(old)
     assert read(old).vadapter == "0.1.0"
-    (reply,) = describe(loaded, [tmp_path / "image.png"])
+    (reply,) = Describer(loaded).replies([tmp_path / "image.png"])
     assert reply.text == (tmp_path / "caption.txt").read_text()
     export(loaded, tmp_path / "again")
     for name in ("model.safetensors", "frozen-encoder.safetensors", "frozen-llm.safetensors",

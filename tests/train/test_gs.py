@@ -15,7 +15,7 @@ from vadapter.checkpoints.manager import Checkpointer, steps
 from vadapter.cli.main import main
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.evaluate import partial_results as part_module
-from vadapter.evaluate.describe import describe
+from vadapter.evaluate.describe import Describer
 from vadapter.evaluate.partial_results import PartialResults
 from vadapter.io import buckets, gcs_lock, storage
 from vadapter.io.json_files import rows
@@ -241,7 +241,7 @@ def test_a_image_is_captioned_from_the_bucket_as_from_a_copy_of_it(
     copied = bucket.download("images", tmp_path / "laptop")
     photo = folder / "shapes" / "00.png"
     said = [
-        [reply.text for reply in describe(open_run(run), [photo], question=None, max_new=8)]
+        [reply.text for reply in Describer(open_run(run)).replies([photo], max_new=8)]
         for run in ("gs://bucket/images", copied)
     ]
     assert said[0] == said[1]

@@ -54,13 +54,14 @@ def ask(args: argparse.Namespace) -> int:
 
 def _describe(args: argparse.Namespace, files: list[Path], question: str | None) -> int:
     """Print results to stdout and everything else to stderr."""
-    from vadapter.evaluate.describe import describe
+    from vadapter.evaluate.describe import Describer
     from vadapter.hub.load import open_either
 
     loaded = open_either(args.workdir, args.stage, args.overrides)
     print(f"vadapter: {loaded.name}, step {loaded.step}", file=sys.stderr)
     code = 0
-    for reply in describe(loaded, files, question=question, max_new=args.max_new):
+    questions = None if question is None else [question] * len(files)
+    for reply in Describer(loaded).replies(files, questions, max_new=args.max_new):
         name = str(reply.media).encode("utf-8", "backslashreplace").decode()
         if reply.error:
             code = USER_ERROR

@@ -34,12 +34,7 @@ BATCH = 32
 
 
 def choose(names: str, protocol: str, overrides: Sequence[str] = ()) -> list[Protocol]:
-    """Return the protocols of some benchmarks.
-
-    Args:
-      names: separated by commas, or "all" for every benchmark of the protocol.
-      protocol: its name.
-      overrides: see `protocol.resolve`.
+    """Return a protocol for the benchmarks `a,b`, or for "all" of them; `overrides`: see `resolve`.
 
     Raises:
       ConfigError: an unknown name, field or value, or no name.
@@ -60,7 +55,6 @@ def run(loaded: Stage, protocol: Protocol, data: Path, *, limit: int = 0, batch:
     again.
 
     Args:
-      loaded: the stage.
       protocol: from `choose`.
       data: contains the folder of the benchmark's official files, named like the benchmark.
       limit: number of items; 0: all.
@@ -85,18 +79,17 @@ def run(loaded: Stage, protocol: Protocol, data: Path, *, limit: int = 0, batch:
             _log(f"{name}: not official: {note}")
         prompts = build_prompts(loaded, protocol, folder, source.kind, items)
 
-    directory = loaded.workdir / loaded.name / "eval" / _directory(protocol, limit)
-    key = generations_key(loaded, source, protocol, limit, prompts.facts())
+    directory = loaded.directory / "eval" / _directory(protocol, limit)
+    shots = {"frames": prompts.frames, "examples": list(prompts.examples)}
+    key = generations_key(loaded, source, protocol, limit, shots)
     versions = {
-        "vadapter": __version__,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
+        "vadapter": __version__, "python": platform.python_version(), "jax": jax.__version__,
         "numpy": np.__version__,
-    }
+    }  # fmt: skip
     record = plain({
         "benchmark": name, "official": not notes, "note": "; ".join(notes),
         "stage": loaded.name, "step": loaded.step, "limit": limit, "versions": versions,
-        "protocol": protocol, "protocol_digest": digest(protocol), "texts": key, **prompts.facts(),
+        "protocol": protocol, "protocol_digest": digest(protocol), "texts": key, **shots,
     })  # fmt: skip
     partial = PartialResults(directory / FILE, key)
     complete = hosts.first() and _is_complete(directory, record)
@@ -105,10 +98,10 @@ def run(loaded: Stage, protocol: Protocol, data: Path, *, limit: int = 0, batch:
         _log(f"{name}: already complete; to run it again, delete {directory}")
         partial.remove()
         return directory
+    decoder = Decoder(loaded)
     generations = predict(
-        Decoder(loaded.adapter_model, loaded.tokenizer, loaded.mesh),
-        loaded.params, items, prompts.row,
-        batch=batch or BATCH, how=protocol.decode, shown=prompts.shown, partial=partial, title=name,
+        decoder, loaded.params, items, prompts.row, batch=batch or BATCH, how=protocol.decode,
+        shown=prompts.shown, partial=partial, title=name,
     )  # fmt: skip
     if hosts.first():
         _write(directory, protocol, items, generations, prompts.frames, record)
@@ -145,13 +138,9 @@ def _is_complete(directory: Path, record: Mapping[str, Any]) -> bool:
 
 
 def _write(
-    directory: Path,
-    protocol: Protocol,
-    items: Any,
-    generations: Sequence[Generation],
-    frames: int,
+    directory: Path, protocol: Protocol, items: Any, generations: Sequence[Generation], frames: int,
     record: Mapping[str, Any],
-) -> None:
+) -> None:  # fmt: skip
     """Write the files of a result; `record` is the content of score.json except the scores."""
     post = POSTS[protocol.post]
     generations = [g._replace(text=g.text and post(g.text)) for g in generations]
@@ -172,6 +161,7 @@ def _write(
 
 def _directory(protocol: Protocol, limit: int) -> str:
     """Return a name of its own for each protocol, so that no result replaces another."""
-    default = PROTOCOLS["paper"].get(protocol.benchmark) == protocol
-    name = protocol.benchmark if default else f"{protocol.benchmark}-{digest(protocol)[:8]}"
+    name = protocol.benchmark
+    if PROTOCOLS["paper"].get(name) != protocol:
+        name += f"-{digest(protocol)[:8]}"
     return f"{name}-first-{limit}" if limit else name

@@ -3,11 +3,10 @@
 Legend: F frames, H height, W width.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL.Image import Image
@@ -18,6 +17,7 @@ from vadapter.data.media.images import CLIP_SUFFIXES, BadMedia, ImageTransform, 
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.transforms import prompt_sample
+from vadapter.distributed.mesh import filled
 from vadapter.errors import ConfigError
 from vadapter.evaluate.runner import Decoder
 from vadapter.models.generate import Decode
@@ -32,8 +32,7 @@ Media = Path | Image | np.ndarray
 _LENGTH_STEP = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """The caption of an image or the answer to a question about it, or an error.
 
     Attributes:
@@ -50,9 +49,6 @@ class Reply:
 class Describer:
     """Captions and answers of a trained stage; compiles one program per shape.
 
-    Args:
-      loaded: a stage that takes images.
-
     Raises:
       ConfigError: a text-only stage.
     """
@@ -61,7 +57,7 @@ class Describer:
         require_images(loaded)
         self.loaded = loaded
         self.view, self.clip_frames = image_settings(loaded)
-        self._decoder = Decoder(loaded.adapter_model, loaded.tokenizer, loaded.mesh)
+        self._decoder = Decoder(loaded)
 
     def replies(
         self,
@@ -77,10 +73,9 @@ class Describer:
         others are images. An unreadable one gets a reply with `error`; the others are unaffected.
 
         Args:
-          media: images and clips.
+          media: images and clips, `batch` at a time.
           questions: one per image; None for captions.
           max_new: maximum number of generated tokens.
-          batch: images per batch.
 
         Yields:
           One reply per image, in order.
@@ -88,45 +83,41 @@ class Describer:
         Raises:
           ConfigError: a question that is empty or too long.
         """
-        text_len = self._text_len(questions, max_new)
         # The pixels below are already transformed: only the size is still needed, as `crop_pct`
         # must not be applied twice.
-        view = ImageTransform(self.view.size)
         row = functools.partial(
-            prompt_sample, tokenizer=self.loaded.tokenizer, view=view, text_len=text_len
-        )
-        devices = self.loaded.mesh.size
-        rows = -(-min(batch, len(media)) // devices) * devices
-
+            prompt_sample, tokenizer=self.loaded.tokenizer, view=ImageTransform(self.view.size),
+            text_len=self._text_len(questions, max_new),
+        )  # fmt: skip
+        rows = filled(min(batch, len(media)), self.loaded.mesh)
         for start in range(0, len(media), batch):
-            chunk = media[start : start + batch]
             replies: dict[int, Reply] = {}
-            by_frames: dict[int, list[tuple[int, Example]]] = {}  # each number has its own shape
-            for i, item in enumerate(chunk):
+            by_frames: dict[int, list[tuple[int, Any]]] = {}  # each number has its own shape
+            for i, item in enumerate(media[start : start + batch], start):
                 frames = self.clip_frames if _is_clip(item) else 1
                 try:
-                    pixels = resize(_load(item, frames), self.view)
+                    pixels = np.array(upright(item)) if isinstance(item, Image) else item
+                    pixels = resize(load_media(pixels, frames=frames), self.view)
                 except BadMedia as error:
                     missing = isinstance(item, Path) and not item.exists()
                     replies[i] = Reply(item, error="no such file" if missing else error.reason)
                 except OSError as error:
                     replies[i] = Reply(item, error=error.strerror or str(error))
                 else:
-                    by_frames.setdefault(frames, []).append((i, Example(str(start + i), pixels)))
+                    example = Example(str(i), pixels)
+                    pair = example if questions is None else (example, Question(questions[i]))
+                    by_frames.setdefault(frames, []).append((i, pair))
             for frames, group in by_frames.items():
-                items: Any = [e for _, e in group]
-                if questions is not None:
-                    items = [(e, Question(questions[start + i])) for i, e in group]
-                batches = eval_batches(
-                    items, functools.partial(row, frames=frames), rows, threads=0
-                )
+                indices, items = zip(*group, strict=True)
+                shaped = functools.partial(row, frames=frames)
+                batches = eval_batches(items, shaped, rows, threads=0)
                 for generations in self._decoder.generate(
                     self.loaded.params, batches, Decode(max_new)
                 ):
                     for index, text, _ in generations:
-                        i = group[index][0]
-                        replies[i] = Reply(chunk[i], " ".join((text or "").split()))
-            yield from (replies[i] for i in range(len(chunk)))
+                        i = indices[index]
+                        replies[i] = Reply(media[i], " ".join((text or "").split()))
+            yield from (replies[i] for i in sorted(replies))
 
     def _text_len(self, questions: Sequence[str] | None, max_new: int) -> int:
         """Return the number of tokens between the image and the generation."""
@@ -136,13 +127,11 @@ class Describer:
             raise ConfigError("a question is empty: pass at least one word")
         after = [QUESTION.after(question) for question in questions or ()] or [CAPTION.after]
         longest = max(len(self.loaded.tokenizer.encode(text)) for text in after)
-        name = self.loaded.adapter_model.lm
-        lm = self.loaded.adapter_model.modules[name]
-        assert isinstance(lm, LM)
-        if longest + max_new > lm.config.max_len:
+        if longest + max_new > (limit := context_len(self.loaded)):
             raise ConfigError(
                 f"a prompt of {longest} tokens and {max_new} new tokens exceed the context of "
-                f"{name} ({lm.config.max_len} tokens): shorten the question or lower --max-new"
+                f"{self.loaded.adapter_model.lm} ({limit} tokens): shorten the question or lower "
+                "--max-new"
             )
         return -(-longest // _LENGTH_STEP) * _LENGTH_STEP if questions else longest
 
@@ -162,26 +151,14 @@ def image_settings(loaded: Stage) -> tuple[ImageTransform, int]:
     return data[0].view(loaded.view), min(config.frames for config in data)
 
 
-def describe(
-    loaded: Stage,
-    paths: Sequence[Path],
-    *,
-    question: str | None = None,
-    max_new: int = 32,
-    batch: int = 8,
-) -> Iterator[Reply]:
-    """Caption files, or answer one question about each, see `Describer.replies`."""
-    questions = None if question is None else [question] * len(paths)
-    yield from Describer(loaded).replies(paths, questions, max_new=max_new, batch=batch)
+def context_len(loaded: Stage) -> int:
+    """Return the number of tokens that the stage's language model has room for."""
+    lm = loaded.adapter_model.modules[loaded.adapter_model.lm]
+    assert isinstance(lm, LM)
+    return lm.config.max_len
 
 
 def _is_clip(media: Media) -> bool:
     if isinstance(media, Path):
         return media.suffix.lower() in CLIP_SUFFIXES
     return isinstance(media, np.ndarray) and media.ndim == 4 and len(media) > 1
-
-
-def _load(media: Media, frames: int) -> np.ndarray:
-    """Return u8[F,H,W,3]; raise BadMedia if it is unusable."""
-    pixels = np.array(upright(media)) if isinstance(media, Image) else media
-    return load_media(pixels, frames=frames)

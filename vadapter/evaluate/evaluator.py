@@ -1,10 +1,9 @@
 """Held-out losses and evaluations of a stage, while it trains and at its end."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -14,31 +13,20 @@ from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import to_mesh, with_mesh
 from vadapter.evaluate.image_ablation import image_ablation_scores, make_image_ablation
+from vadapter.evaluate.runner import Decoder, evaluate, limited, save_result
 from vadapter.models.coca import CoCa
 from vadapter.stages.stage import Stage
 
-if TYPE_CHECKING:
-    from vadapter.evaluate.runner import Decoder
-
 
 class Evaluator:
-    """The losses and evaluations of a stage, compiled once.
-
-    Args:
-      stage: the stage.
-      frozen: its frozen parameters.
-    """
+    """The losses and evaluations of a stage with its frozen parameters, compiled once."""
 
     def __init__(self, stage: Stage, frozen: dict[str, Any]):
         self.stage, self.frozen = stage, frozen
 
     @functools.cached_property
-    def _decoder(self) -> "Decoder":
-        # Decoding and scorers are loaded only for stages that have evaluations.
-        from vadapter.evaluate.runner import Decoder
-
-        stage = self.stage
-        return Decoder(stage.adapter_model, stage.tokenizer, stage.mesh, self._watch)
+    def _decoder(self) -> Decoder:
+        return Decoder(self.stage, self._watch)
 
     @functools.cached_property
     def _ablation(self) -> Callable[..., Any]:
@@ -65,20 +53,15 @@ class Evaluator:
         for name in config.loss:
             items, transform = stage.stream(name, self.frozen)
             batches = eval_batches(
-                items, transform, config.batch,
-                host_index=hosts.index(), host_count=hosts.count(),
-            )  # fmt: skip
+                items, transform, config.batch, host_index=hosts.index(), host_count=hosts.count()
+            )
             sums = [
                 jax.device_get(self._ablation(params, to_mesh(batch, stage.mesh)))
                 for batch, _ in zip(self._watch(batches), range(config.loss_batches), strict=False)
             ]
             scores |= {f"{name}/{k}": v for k, v in image_ablation_scores(sums).items()}
         for name in config.evals:
-            from vadapter.evaluate.runner import evaluate, save_result
-
-            spec = stage.recipe.evals[name]
-            limits = [n for n in (limit, spec.limit) if n]
-            spec = dataclasses.replace(spec, limit=min(limits, default=0))
+            spec = limited(stage.recipe.evals[name], limit)
             data = stage.recipe.data[spec.data]
             source = stage.source(spec.data)
             if data.cache:

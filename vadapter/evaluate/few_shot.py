@@ -1,13 +1,12 @@
 """Prompts of a benchmark: the instruction, few-shot examples, and whether they fit.
 
-Legend: k examples in the prompt, F frames, Q queries, S pixels per side.
+Legend: k examples in the prompt, F frames, Q queries, S pixels per side, E language model width.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +20,17 @@ from vadapter.data.media.frames import load_media
 from vadapter.data.media.images import BadMedia, resize
 from vadapter.data.prompts import CAPTION
 from vadapter.data.transforms import prompt_sample
+from vadapter.distributed.compile import jit
 from vadapter.errors import ConfigError, DataError
-from vadapter.evaluate.describe import image_settings
-from vadapter.evaluate.image_shots import embed_image_shots
+from vadapter.evaluate.describe import context_len, image_settings
 from vadapter.evaluate.protocol import Protocol, draw, draw_questions
-from vadapter.models.lm import LM
+from vadapter.models.adapter_model import AdapterModel, Params
 from vadapter.stages.stage import Stage
 
+ImageShot = tuple[Example, str]  # and the text after its image, up to the next image
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
+
+class Prompts(NamedTuple):
     """How the items of a benchmark become rows.
 
     Attributes:
@@ -45,18 +45,6 @@ class Prompts:
     examples: tuple[str, ...] = ()
     shown: jax.Array | None = None
 
-    def facts(self) -> dict[str, Any]:
-        """Return what is recorded of the prompts in score.json."""
-        return {"frames": self.frames, "examples": list(self.examples)}
-
-
-@dataclasses.dataclass(frozen=True)
-class _ImageShot:
-    """An example with its image, and the text after the image, up to the next image."""
-
-    example: Example
-    text: str
-
 
 def build_prompts(
     loaded: Stage, protocol: Protocol, folder: Path, kind: str, items: Any
@@ -64,8 +52,6 @@ def build_prompts(
     """Return the prompts of a benchmark for a stage.
 
     Args:
-      loaded: the stage.
-      protocol: of the benchmark.
       folder: the official files. Examples need the annotations of the training split; examples
         with images also need its images.
       kind: "image" or "clip".
@@ -79,7 +65,7 @@ def build_prompts(
     frames = clip_frames if kind == "clip" else 1
     encode, prompt = loaded.tokenizer.encode, protocol.question_prompt
     text_shots: list[tuple[str, str]] = []
-    image_shots: list[_ImageShot] = []
+    image_shots: list[ImageShot] = []
     if protocol.shots and protocol.shot_kind == "text":
         text_shots = draw_questions(training_questions(protocol.benchmark, folder), protocol)
     elif protocol.shots:
@@ -93,8 +79,8 @@ def build_prompts(
     queries = _prefix_length(loaded, view.size, frames)
     # Tokens before the image with 0, 1, … k examples; text shots are part of `before`.
     prompt_tokens = [1 + len(encode(text, start=True)) for text in before]
-    for shot in image_shots:
-        prompt_tokens.append(prompt_tokens[-1] + queries + len(encode(shot.text)))
+    for _, text in image_shots:
+        prompt_tokens.append(prompt_tokens[-1] + queries + len(encode(text)))
     _check_context(loaded, protocol, prompt_tokens, queries + longest + protocol.decode.max_new)
 
     row = functools.partial(
@@ -103,13 +89,50 @@ def build_prompts(
     )  # fmt: skip
     if not image_shots:
         return Prompts(row, frames, tuple(prompt.shown(*pair) for pair in text_shots))
-    pixels = np.stack([resize(_load(shot.example, frames), view) for shot in image_shots])
-    texts = [encode(shot.text) for shot in image_shots]
-    shown = embed_image_shots(loaded.adapter_model, loaded.params, pixels, texts)
-    return Prompts(row, frames, tuple(shot.text for shot in image_shots), shown)
+    pixels = np.stack([resize(_load(example, frames), view) for example, _ in image_shots])
+    texts = tuple(text for _, text in image_shots)
+    shown = embed_image_shots(loaded.adapter_model, loaded.params, pixels, list(map(encode, texts)))
+    return Prompts(row, frames, texts, shown)
 
 
-def _draw_image_shots(protocol: Protocol, folder: Path) -> list[_ImageShot]:
+def embed_image_shots(
+    model: AdapterModel, params: Params, frames: np.ndarray, texts: Sequence[Sequence[int]]
+) -> jax.Array:
+    """Return the embeddings between the prompt and the image, see `generate.prefill`.
+
+    Args:
+      frames: u8[k,F,S,S,3], of the examples.
+      texts: token ids after each image, up to the next image.
+
+    Returns:
+      [1, k·Q + ids, E]: each example's prefix, then its embedded text.
+    """
+
+    def embed(params: Params, frames: jax.Array, texts: list[jax.Array]) -> jax.Array:
+        lm, parts = model.modules[model.lm], []
+        for prefix, ids in zip(_prefix(model, params, frames), texts, strict=True):
+            words: Any = lm.apply({"params": params[model.lm]}, ids, method="embed")
+            parts += [prefix.astype(words.dtype), words]
+        return jnp.concatenate(parts)[None]
+
+    return jit(embed)(params, frames, [np.array(ids, np.int32) for ids in texts])
+
+
+def _prefix(model: AdapterModel, params: Params, frames: jax.Array) -> jax.Array:
+    """Return [k,Q,E], what the language model reads of u8[k,F,S,S,3]."""
+    visual = model.encode(params, {"frames": frames})
+    assert visual is not None
+    return model.prefix(params, visual)
+
+
+def _prefix_length(loaded: Stage, size: int, frames: int) -> int:
+    """Return Q, the length of an image's prefix, without computing it."""
+    pixels = jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.uint8)
+    prefix = functools.partial(_prefix, loaded.adapter_model)
+    return jax.eval_shape(prefix, loaded.params, pixels).shape[1]
+
+
+def _draw_image_shots(protocol: Protocol, folder: Path) -> list[ImageShot]:
     benchmark = BENCHMARKS[protocol.benchmark]
     split = benchmark.training or "train"
     if split not in benchmark.splits:
@@ -119,17 +142,15 @@ def _draw_image_shots(protocol: Protocol, folder: Path) -> list[_ImageShot]:
     source = open_benchmark(protocol.benchmark, folder, split)
     if protocol.task == "caption":
         examples = [source[i] for i in draw(range(len(source)), protocol)]
-        text = f"{CAPTION.after} {{}} {CAPTION.before}"
-        return [_ImageShot(e, text.format(e.captions[0])) for e in examples]
+        return [(e, f"{CAPTION.after} {e.captions[0]} {CAPTION.before}") for e in examples]
     questions = Questions(source)
     answered = [i for i in range(len(questions)) if questions.text_only(i)[1].answer.strip()]
     pairs = [questions[i] for i in draw(answered, protocol)]
-    return [_ImageShot(e, protocol.question_prompt.shown(q.text, q.answer)) for e, q in pairs]
+    return [(e, protocol.question_prompt.shown(q.text, q.answer)) for e, q in pairs]
 
 
 def _load(example: Example, frames: int) -> np.ndarray:
     """Return u8[F,H,W,3]; an unusable example is an error, as it is in the prompt of every item."""
-    assert example.media is not None
     try:
         return load_media(example.media, frames=frames)
     except BadMedia as error:
@@ -137,18 +158,6 @@ def _load(example: Example, frames: int) -> np.ndarray:
             f"{example.id}, an example in the prompt: {error}; restore the file, or draw other "
             "examples with --config.protocol.shot_seed"
         ) from error
-
-
-def _prefix_length(loaded: Stage, size: int, frames: int) -> int:
-    """Return Q, the length of an image's prefix, without computing it."""
-    pixels = jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.uint8)
-
-    def prefix(params: Any, pixels: jax.Array) -> jax.Array:
-        visual = loaded.adapter_model.encode(params, {"frames": pixels})
-        assert visual is not None
-        return loaded.adapter_model.prefix(params, visual)
-
-    return jax.eval_shape(prefix, loaded.params, pixels).shape[1]
 
 
 def _check_context(
@@ -160,17 +169,13 @@ def _check_context(
       prompt_tokens: tokens of the prompt with 0, 1, … k examples.
       rest: tokens of image, longest question and longest answer.
     """
-    lm = loaded.adapter_model.modules[loaded.adapter_model.lm]
-    assert isinstance(lm, LM)
-    limit = lm.config.max_len
+    limit = context_len(loaded)
     if prompt_tokens[-1] + rest <= limit:
         return
-    fitting = [n for n, tokens in enumerate(prompt_tokens) if tokens + rest <= limit]
-    advice = (
-        f"{fitting[-1]} of {protocol.shots} examples fit: --config.protocol.shots={fitting[-1]}"
-        if fitting
-        else "it does not fit without examples either: lower --config.protocol.decode.max_new"
-    )
+    advice = "it does not fit without examples either: lower --config.protocol.decode.max_new"
+    for n, tokens in enumerate(prompt_tokens):
+        if tokens + rest <= limit:
+            advice = f"{n} of {protocol.shots} examples fit: --config.protocol.shots={n}"
     raise ConfigError(
         f"{protocol.benchmark}: a row has up to {prompt_tokens[-1] + rest} tokens "
         f"({prompt_tokens[-1]} of prompt with {protocol.shots} examples, {rest} of image, longest "

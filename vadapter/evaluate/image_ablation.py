@@ -54,10 +54,9 @@ def image_ablation_scores(sums: list[Mapping[str, Any]]) -> dict[str, float]:
     `query_share` is near 0 where all queries carry the same information about an image.
     """
     total = {k: float(sum(float(s[k]) for s in sums)) for k in sums[0]}
+    names = {"right": "loss", "wrong": "loss_wrong", "mean": "loss_mean"}
     count = max(total["targets"], 1.0)
-    out = {"loss": total["right"] / count}
-    if "wrong" in total:
-        out["loss_wrong"] = total["wrong"] / count
-        out["loss_mean"] = total["mean"] / count
-        out["query_share"] = total["between"] / max(total["power"], 1e-30)
-    return out
+    scores = {name: total[key] / count for key, name in names.items() if key in total}
+    if "power" in total:
+        scores["query_share"] = total["between"] / max(total["power"], 1e-30)
+    return scores

@@ -21,7 +21,6 @@ class PartialResults:
     `_UPLOAD_EVERY` seconds: a kill loses the batches since the last upload.
 
     Args:
-      path: of the file.
       key: digest of everything the generations depend on; a file with another key is discarded.
     """
 
@@ -46,15 +45,11 @@ class PartialResults:
                     break
                 generations.append(generation)
         generations = generations[: len(generations) // batch * batch]
+        kept = b"".join(lines[: 1 + len(generations)]) if generations else header
         if storage.remote(self._path):
-            kept = b"".join(lines[: 1 + len(generations)]) if generations else header
             self._uploaded, self._last = storage.Uploaded(self._path, kept), time.monotonic()
-            return generations
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "ab") as file:
-            file.truncate(sum(map(len, lines[: 1 + len(generations)])) if generations else 0)
-            if not generations:
-                file.write(header)
+        else:
+            storage.write_bytes(self._path, kept)
         return generations
 
     def append(self, generations: Sequence[Generation]) -> None:

@@ -1,6 +1,6 @@
 """Protocols of benchmarks: everything a score depends on, except the model.
 
-The protocols are tables in `vadapter.evaluate.protocols`. Two results are comparable only if the
+The table of protocols is `vadapter.evaluate.protocols`. Two results are comparable only if the
 digests of their protocols are equal.
 """
 
@@ -28,16 +28,13 @@ class Protocol:
 
     Attributes:
       name: of the table it comes from.
-      benchmark: name in the registry of benchmarks.
       metric: name in `scoring.METRICS`.
       prompt: name in `PROMPTS`.
-      split: of the benchmark.
       shots: number of examples in the prompt, drawn from the training questions; the same ones for
         every item.
       shot_kind: "text" for examples without images, as in the paper; "image" for examples that
         each follow their image.
       shot_seed: a different seed draws different examples.
-      decode: how text is generated.
       post: name in `POSTS`, the postprocessing before scoring.
     """
 
@@ -54,17 +51,17 @@ class Protocol:
 
     @property
     def task(self) -> str:
-        """Return "caption" or "question"."""
+        """Either "caption" or "question"."""
         return METRICS[self.metric].task
 
     @property
     def question_prompt(self) -> QuestionPrompt:
-        """Return the prompt of questions."""
-        return PROMPTS[self.prompt] or QUESTION
+        """The prompt of questions."""
+        return PROMPTS[self.prompt]
 
 
-PROMPTS: dict[str, QuestionPrompt | None] = {
-    "caption": None,  # always prompts.CAPTION
+PROMPTS: dict[str, QuestionPrompt] = {
+    "caption": QUESTION,  # not used: captions always follow prompts.CAPTION
     "question": QUESTION,
     "video_question": VIDEO_QUESTION,
     "unanswerable": UNANSWERABLE,
@@ -99,7 +96,6 @@ def resolve(
 
     Args:
       table: benchmark -> protocol, from `protocols.PROTOCOLS`.
-      benchmark: its name.
       overrides: `shots=0`, `decode.beams=3` and the like.
 
     Raises:
@@ -143,8 +139,8 @@ def draw(items: Sequence[Any], protocol: Protocol) -> list[Any]:
             f"config.protocol.shots={protocol.shots}: the training split of {protocol.benchmark} "
             f"has only {len(items)} usable examples"
         )
-    rng = random.Random(f"{protocol.benchmark} {protocol.shot_seed}")
-    return rng.sample(items, protocol.shots)
+    seed = f"{protocol.benchmark} {protocol.shot_seed}"
+    return random.Random(seed).sample(items, protocol.shots)
 
 
 def draw_questions(training: Sequence[Question], protocol: Protocol) -> list[tuple[str, str]]:

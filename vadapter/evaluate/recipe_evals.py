@@ -13,18 +13,14 @@ from vadapter.distributed import hosts
 from vadapter.errors import ConfigError
 from vadapter.evaluate.describe import require_images
 from vadapter.evaluate.partial_results import FILE, PartialResults
-from vadapter.evaluate.runner import Decoder, evaluate, save_result
+from vadapter.evaluate.runner import Decoder, evaluate, limited, save_result
 from vadapter.metrics.scoring import Result
 from vadapter.report.table import score_rows
 from vadapter.stages.stage import Stage
 
 
 def choose(loaded: Stage, names: str = "") -> list[str]:
-    """Return the names of the evaluations to run.
-
-    Args:
-      loaded: the stage.
-      names: separated by commas, "all", or by default the stage's own.
+    """Return the evaluations `a,b` or "all" of the recipe, by default the stage's own.
 
     Raises:
       ConfigError: an unknown name, no evaluations, or a stage that cannot describe images.
@@ -32,14 +28,15 @@ def choose(loaded: Stage, names: str = "") -> list[str]:
     require_images(loaded)
     evals = loaded.recipe.evals
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    if chosen == ["all"] or not (chosen or loaded.config.evals):
+    chosen = chosen or list(loaded.config.evals)
+    if chosen in ([], ["all"]):
         chosen = list(evals)
     for name in chosen:
         if name not in evals:
             raise ConfigError(f"--evals={name}: unknown{nearest(name, evals)}")
-    if not chosen and not loaded.config.evals:
+    if not chosen:
         raise ConfigError("the recipe has no evaluations: config.evals is empty")
-    return chosen or list(loaded.config.evals)
+    return chosen
 
 
 def run_eval(loaded: Stage, name: str, *, limit: int = 0, batch: int = 0) -> tuple[Result, Path]:
@@ -48,8 +45,6 @@ def run_eval(loaded: Stage, name: str, *, limit: int = 0, batch: int = 0) -> tup
     An interrupted evaluation resumes after its last complete batch.
 
     Args:
-      loaded: the stage.
-      name: of the evaluation.
       limit: number of items; 0: as the recipe says. Results on fewer items are written to a
         directory of their own and never replace the full result.
       batch: rows per batch; 0: as the recipe says.
@@ -60,17 +55,15 @@ def run_eval(loaded: Stage, name: str, *, limit: int = 0, batch: int = 0) -> tup
     Raises:
       UserError: data that cannot be read.
     """
-    spec = loaded.recipe.evals[name]
-    fewer = limit and (not spec.limit or limit < spec.limit)
-    spec = dataclasses.replace(
-        spec, batch=batch or spec.batch, limit=limit if fewer else spec.limit
-    )
+    full = loaded.recipe.evals[name]
+    spec = dataclasses.replace(limited(full, limit), batch=batch or full.batch)
     data = loaded.recipe.data[spec.data]
     source = loaded.source(spec.data)
     if data.cache:  # the rounding of cached features is part of the score
         source = loaded.features(spec.data, loaded.params)
-    decoder = Decoder(loaded.adapter_model, loaded.tokenizer, loaded.mesh)
-    directory = loaded.workdir / loaded.name / "eval" / (f"{name}-first-{limit}" if fewer else name)
+    decoder = Decoder(loaded)
+    fewer = f"-first-{limit}" if spec.limit != full.limit else ""
+    directory = loaded.directory / "eval" / f"{name}{fewer}"
     # The batch size does not change a generation, so it is not part of the key.
     key = generations_key(loaded, source, dataclasses.replace(spec, batch=1), data)
     partial = PartialResults(directory / FILE, key)
@@ -85,7 +78,7 @@ def run_eval(loaded: Stage, name: str, *, limit: int = 0, batch: int = 0) -> tup
 
 def generations_key(loaded: Stage, source: Source, *settings: Any) -> str:
     """Return a digest of everything the generations of a stage for a source depend on."""
-    checkpoint = loaded.workdir / loaded.name / "checkpoints" / str(loaded.step)
+    checkpoint = loaded.directory / "checkpoints" / str(loaded.step)
     facts = (read_meta(checkpoint), source.fingerprint(), *settings)
     return digest([plain(fact) for fact in facts])
 

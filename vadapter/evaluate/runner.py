@@ -1,5 +1,6 @@
 """Generations for the items of a source, on all devices and hosts, and their scores."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -16,7 +17,6 @@ from vadapter.data.image_transform import ImageTransform
 from vadapter.data.items import Slice, items_of
 from vadapter.data.pipeline import Transform, eval_batches, require_usable
 from vadapter.data.prompts import CAPTION
-from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.transforms import prompt_sample
 from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
@@ -25,34 +25,26 @@ from vadapter.evaluate.partial_results import PartialResults
 from vadapter.io import storage
 from vadapter.io.json_files import write_json
 from vadapter.metrics.scoring import METRICS, Generation, Result, score_generations
-from vadapter.models.adapter_model import AdapterModel, Batch, Params
+from vadapter.models.adapter_model import Batch, Params
 from vadapter.models.generate import Decode, decode
 from vadapter.recipe.schema import EvalConfig
+from vadapter.stages.stage import Stage
 
 MAX_QUESTION = 40  # tokens of a question with its prompt; longer questions count as wrong
 
 
 class Decoder:
-    """Compiled decoding of one model, one program per batch shape.
+    """Compiled decoding of a stage's model, one program per batch shape.
 
     Args:
-      model: writes text about images.
-      tokenizer: of its language model.
-      mesh: holds its parameters.
       watch: wraps every iterator of batches, for example to stop it at a signal.
     """
 
-    def __init__(
-        self,
-        model: AdapterModel,
-        tokenizer: Tokenizer,
-        mesh: jax.sharding.Mesh,
-        watch: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None,
-    ):
-        self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
-        self._watch = watch or iter
-        run = functools.partial(decode, model, stop=tokenizer.stop_ids, vocab=tokenizer.vocab_size)
-        self._decode = jit(with_mesh(mesh, run), static_argnames="how")
+    def __init__(self, stage: Stage, watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter):
+        self.tokenizer, self.mesh, self._watch = stage.tokenizer, stage.mesh, watch
+        stop, vocab = self.tokenizer.stop_ids, self.tokenizer.vocab_size
+        run = functools.partial(decode, stage.adapter_model, stop=stop, vocab=vocab)
+        self._decode = jit(with_mesh(self.mesh, run), static_argnames="how")
 
     def generate(
         self, params: Params, batches: Iterator[Batch], how: Decode, shown: jax.Array | None = None
@@ -60,9 +52,7 @@ class Decoder:
         """Yield the generations of the real rows of each batch.
 
         Args:
-          params: of every component.
           batches: rows on the host.
-          how: length, beams and so on.
           shown: embeddings of examples in the prompt, see `generate.prefill`.
         """
         pending: tuple[Any, Any] | None = None
@@ -104,8 +94,6 @@ def predict(
     the same number of steps.
 
     Args:
-      decoder: of the model.
-      params: of every component.
       items: from `items_of`.
       row: turns an item into a row of a batch.
       batch: rows of a global batch; rounded up to a multiple of the devices.
@@ -123,18 +111,17 @@ def predict(
     require_usable(items, 1)
     hosts.require_connected()
     batch = filled(min(batch, len(items)), decoder.mesh)
-    generations = partial.read(batch) if partial is not None else []
-    start = min(len(generations), len(items))
+    generations, start = [], 0
     if partial is not None:  # only the first host reads the file: the others skip as many items
-        start = hosts.of_first(start, f"evaluation {title}", patience=hosts.WORK)
-    generations = generations[:start]
+        generations = partial.read(batch)[: len(items)]
+        start = hosts.of_first(len(generations), f"evaluation {title}", patience=hosts.WORK)
     title = title if hosts.first() else ""
     with Progress(title, len(items), start, file=sys.stderr) as progress:
         if start < len(items):
+            rest = Slice(items, start, len(items))
             batches = eval_batches(
-                Slice(items, start, len(items)), row, batch,
-                host_index=hosts.index(), host_count=hosts.count(),
-            )  # fmt: skip
+                rest, row, batch, host_index=hosts.index(), host_count=hosts.count()
+            )
             for group in decoder.generate(params, batches, how, shown):
                 new = [g._replace(index=start + g.index) for g in sorted(group)]
                 if partial is not None:
@@ -164,11 +151,8 @@ def evaluate(
     """Run one evaluation: generate captions or answers for a source and score them.
 
     Args:
-      decoder: of the model.
-      params: of every component.
       source: examples with captions or questions.
-      data: how the source's examples become rows.
-      spec: the evaluation; `spec.limit` items of the source are used.
+      data: how they become rows.
       view: how the encoder expects its images.
       partial, title: see `predict`.
 
@@ -189,6 +173,11 @@ def evaluate(
     if partial is not None and not hosts.first():  # it lacks the generations of earlier attempts
         return Result({}, [])
     return score_generations(items, generations, METRICS["simple" if question else "cider"])
+
+
+def limited(spec: EvalConfig, limit: int) -> EvalConfig:
+    """Return an evaluation of at most `limit` items; 0: of as many as the recipe says."""
+    return dataclasses.replace(spec, limit=min((n for n in (limit, spec.limit) if n), default=0))
 
 
 def save_result(directory: Path, result: Result, **record: Any) -> None:

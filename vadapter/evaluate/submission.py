@@ -23,13 +23,7 @@ _ANSWERS = {
 
 
 def submission(benchmark: str, task: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Return the name of the file to submit, and its content.
-
-    Args:
-      benchmark: its name.
-      task: "caption" or "question".
-      rows: predictions as in predictions.jsonl.
-    """
+    """Return the name of the file to submit, and its content, for rows of predictions.jsonl."""
     if task == "question" and benchmark not in _ANSWERS:
         out = io.StringIO()
         table = csv.writer(out, lineterminator="\n")

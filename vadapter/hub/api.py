@@ -52,8 +52,7 @@ class VAdapter:
 
         Args:
           source: a folder, or a hub id, `owner/name` or `owner/name@revision`.
-          weights: component -> folder or hub id of its public weights, if they are not where they
-            were at the export.
+          weights: component -> folder or hub id of its public weights, if they have moved.
           mesh: devices along `data`, `fsdp` and `tensor`; by default all along `data`.
 
         Raises:
@@ -74,7 +73,6 @@ class VAdapter:
         """Caption an image or a clip, or each of a list. Greedy decoding: deterministic.
 
         Args:
-          media: one image or clip, or a list.
           max_new: maximum number of generated tokens.
           batch: images per batch.
 
@@ -92,13 +90,10 @@ class VAdapter:
     @overload
     def ask(self, media: Any, questions: Any, *, max_new: int = 32, batch: int = 8) -> Any: ...
     def ask(self, media: Any, questions: Any, *, max_new: int = 32, batch: int = 8) -> Any:
-        """Answer a question about an image or a clip.
+        """Answer a question about an image or a clip, see `caption`.
 
-        Args:
-          media: one image or clip, or a list.
-          questions: one question, or a list. Two lists have the same length; a single image or
-            question is combined with each element of the other list.
-          max_new, batch: see `caption`.
+        Two lists have the same length; a single image or question is combined with each element of
+        the other list.
 
         Returns:
           A line of text; a list if either argument is one.
@@ -134,14 +129,9 @@ class VAdapter:
         return texts
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
-        """Upload the files of the export; create the repository if it does not exist.
+        """Upload the files of the export to `owner/name`, and return the URL of the repository.
 
-        Args:
-          repo_id: `owner/name`.
-          private: visibility of a new repository; None: the owner's default.
-
-        Returns:
-          The URL of the repository.
+        A repository that does not exist yet is created, `private` or by default as its owner set.
 
         Raises:
           CheckpointError: the hub refuses the upload or is unreachable, or a file is missing.

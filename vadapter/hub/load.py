@@ -10,16 +10,16 @@ from typing import Any
 import jax
 from flax import traverse_util
 
-from vadapter.checkpoints.digest import combined, leaf_paths, tree_digests
-from vadapter.config import nearest
-from vadapter.console import truncate
+from vadapter.checkpoints.digest import combined, tree_digests
+from vadapter.config import differences, nearest
+from vadapter.console import difference_table
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.tokenizers.pretrained import load_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.evaluate.describe import image_settings
 from vadapter.hub import record
-from vadapter.hub.record import Exported
+from vadapter.hub.record import Exported, Frozen
 from vadapter.io import storage
 from vadapter.recipe.schema import DTYPES
 from vadapter.stages import initialization
@@ -57,23 +57,15 @@ def open_export(
 ) -> Stage:
     """Load the stage of an export, equal to what `open_run` returns for its run.
 
-    Args:
-      folder: written by `export`; it becomes the stage's `workdir`.
-      weights: component -> hub id or folder of its public weights, if not as recorded.
-      mesh: by default all devices along `data`.
-
-    Raises:
-      CheckpointError, ConfigError: see `VAdapter.from_pretrained`.
+    See `VAdapter.from_pretrained`; the folder becomes the stage's `workdir`.
     """
     folder = storage.local(folder, "folder").absolute()
     exported = _relocate(record.read(folder), weights or {})
     tokenizer = _load_tokenizer(folder, exported)
     try:
         recipe = exported.recipe()
-        loaded = Stage(
-            recipe, exported.stage, make_mesh(mesh or MeshConfig()), workdir=folder,
-            tokenizer=tokenizer,
-        )  # fmt: skip
+        devices = make_mesh(mesh or MeshConfig())
+        loaded = Stage(recipe, exported.stage, devices, workdir=folder, tokenizer=tokenizer)
         names = loaded.adapter_model.names()
     except ConfigError as error:
         raise CheckpointError(f"{folder / record.CONFIG} cannot be used: {error}") from None
@@ -86,7 +78,7 @@ def open_export(
     params = _load_file(folder / record.WEIGHTS, abstract, exported.trained)
     for name, part in exported.frozen.items():
         if part.weights:
-            start = _public_weights(name, recipe.components[name], part.digest, abstract[name])
+            start = _public_weights(name, recipe.components[name], part.digest)
             params[name] = initialization.load(start, abstract[name], None, DTYPES[recipe.dtype])
         else:
             params |= _load_file(folder / record.frozen_file(name), abstract, {name: part.digest})
@@ -102,18 +94,15 @@ def open_export(
 
 def _relocate(exported: Exported, weights: Mapping[str, str]) -> Exported:
     """Return the record with other locations of public weights."""
-    public = {name for name, part in exported.frozen.items() if part.weights}
-    for name in weights:
+    public, frozen = exported.public(), dict(exported.frozen)
+    for name, location in weights.items():
         if name not in public:
             raise ConfigError(
                 f"weights={{{name!r}: …}}: not a frozen component with public weights"
                 + (nearest(name, public) if public else "; this export has none")
             )
-    moved = {
-        name: dataclasses.replace(exported.frozen[name], weights=os.fspath(location), revision="")
-        for name, location in weights.items()
-    }
-    return dataclasses.replace(exported, frozen=exported.frozen | moved)
+        frozen[name] = Frozen(public[name].digest, os.fspath(location))
+    return dataclasses.replace(exported, frozen=frozen)
 
 
 def _require_file(path: Path) -> None:
@@ -136,24 +125,20 @@ def _load_file(
     """Return the components of a file that must contain exactly these, verified by digest."""
     _require_file(path)
     file = TensorFiles.open(path)
-    flat = traverse_util.flatten_dict({name: dict(abstract[name]) for name in digests}, sep="/")
-    expected: dict[str, Any] = {str(name): leaf for name, leaf in flat.items()}
-    problems = [f"{name}: missing" for name in expected.keys() - file.tensors.keys()]
-    problems += [f"{name}: unexpected" for name in file.tensors.keys() - expected.keys()]
-    problems += [
-        f"{name}: has shape {list(file.tensors[name].shape)}, expected {list(leaf.shape)}"
-        for name, leaf in expected.items()
-        if name in file.tensors and file.tensors[name].shape != leaf.shape
+    expected: Any = traverse_util.flatten_dict({n: dict(abstract[n]) for n in digests}, sep="/")
+    shapes = [
+        {name: list(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (expected, file.tensors)
     ]
-    if problems:
+    if differing := differences(*shapes):
         raise CheckpointError(
-            f"{path} does not match {record.CONFIG} in the same folder; download both again:\n  "
-            + "\n  ".join(truncate(sorted(problems), 8))
+            f"{path} does not match {record.CONFIG} in the same folder; download both again:\n"
+            + difference_table(differing, ("tensor", "expected", "in the file"))
         )
-    leaves = {
-        name: jax.device_put(file.read(name), leaf.sharding) for name, leaf in expected.items()
-    }
-    params = traverse_util.unflatten_dict(leaves, sep="/")
+    params = traverse_util.unflatten_dict(
+        {name: jax.device_put(file.read(name), leaf.sharding) for name, leaf in expected.items()},
+        sep="/",
+    )
     for name, digest in digests.items():
         if combined(tree_digests(params[name])) != digest:
             raise CheckpointError(
@@ -162,9 +147,7 @@ def _load_file(
     return params
 
 
-def _public_weights(
-    name: str, spec: Mapping[str, Any], digest: str, abstract: Any
-) -> initialization.Start:
+def _public_weights(name: str, spec: Mapping[str, Any], digest: str) -> initialization.Start:
     """Return a frozen component's public weights, verified to be those of the export."""
     location = spec["weights"]
     hint = (
@@ -181,5 +164,4 @@ def _public_weights(
             f"{name}: {location} has changed since this adapter was trained ({actual[:19]}…, "
             f"expected {digest[:19]}…).\n{hint}"
         )
-    leaves = tuple(leaf_paths(abstract))
-    return initialization.Start(name, f"weights {location}", digest, reference, loaded=leaves)
+    return initialization.Start(name, f"weights {location}", digest, reference)

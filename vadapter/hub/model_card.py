@@ -14,14 +14,25 @@ from vadapter.report.table import score_rows
 from vadapter.stages.stage import Stage
 from vadapter.weights.hub import repository
 
-_USAGE = """```python
+_HEADER = """library_name: vadapter
+pipeline_tag: image-text-to-text
+tags:
+- vadapter
+- image-captioning
+- visual-question-answering
+---"""
+_USAGE = """## Usage
+
+```python
 from vadapter import VAdapter
 
 model = VAdapter.from_pretrained("OWNER/NAME")  # or the folder
 print(model.caption(["photo.jpg", "clip.mp4"]))
 print(model.ask("photo.jpg", "What color is the circle?"))
 ```"""
-_LICENSE = """The adapter's license is up to its author. The base models remain under their own
+_LICENSE = """## License
+
+The adapter's license is up to its author. The base models remain under their own
 licenses."""
 
 
@@ -32,25 +43,20 @@ def model_card(loaded: Stage, exported: Exported) -> str:
       CheckpointError: a score.json is corrupt.
     """
     bases = {name: _base(loaded.recipe, exported, name) for name in exported.components}
-    chain = " → ".join(loaded.adapter_model.names())
+    purpose = "Generates text about images"
+    if exported.lm in exported.frozen:
+        purpose = f"A vision adapter for the frozen language model `{exported.lm}`"
     sections = [
         _header(bases.values()),
         f"# {' '.join(loaded.recipe.name.split())}: {exported.stage}",
-        f"A vision adapter for the frozen language model `{exported.lm}`: `{chain}`."
-        if exported.lm in exported.frozen
-        else f"Generates text about images: `{chain}`.",
+        f"{purpose}: `{' → '.join(loaded.adapter_model.names())}`.",
         "Trained with vadapter, an implementation of PaLM2-VAdapter "
         "([arXiv 2402.10896](https://arxiv.org/abs/2402.10896)).",
-        "## Usage",
         _USAGE,
         _base_models(exported),
-        "## Components",
-        _components(loaded, exported, bases),
-        "## Training",
-        _training(loaded),
-        "## Scores",
-        _scores(loaded.workdir / exported.stage / "eval"),
-        "## License",
+        f"## Components\n\n{_components(loaded, exported, bases)}",
+        f"## Training\n\n{_training(loaded)}",
+        f"## Scores\n\n{_scores(loaded.directory / 'eval')}",
         _LICENSE,
     ]
     return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
@@ -61,11 +67,9 @@ def _base(recipe: Recipe, exported: Exported, name: str) -> tuple[str, str]:
 
     Both are empty without public weights.
     """
-    if name in exported.frozen:
-        weights = exported.frozen[name].location
-    else:
-        weights = _initial_weights(recipe, exported.stage, name)
-    repo_id, revision = repository(weights) if weights else ("", "")
+    part = exported.frozen.get(name)
+    weights = part.location if part else _initial_weights(recipe, exported.stage, name)
+    repo_id, revision = repository(weights)
     return (repo_id, revision) if revision else (Path(weights).name, "")
 
 
@@ -82,19 +86,13 @@ def _initial_weights(recipe: Recipe, stage: str, name: str) -> str:
 def _header(bases: Iterable[tuple[str, str]]) -> str:
     """Return the YAML header; hub ids need no quotes, and nothing else may be a base model."""
     ids = list(dict.fromkeys(base for base, _ in bases if "/" in base))
-    lines = ["base_model:", *(f"- {base}" for base in ids), "base_model_relation: adapter"]
-    tags = ("vadapter", "image-captioning", "visual-question-answering")
-    more = ["library_name: vadapter", "pipeline_tag: image-text-to-text"]
-    more += ["tags:", *(f"- {tag}" for tag in tags)]
-    return "\n".join(["---", *(lines if ids else []), *more, "---"])
+    models = ["base_model:", *(f"- {base}" for base in ids), "base_model_relation: adapter"]
+    return "\n".join(["---", *(models if ids else []), _HEADER])
 
 
 def _base_models(exported: Exported) -> str:
-    public = [name for name, part in exported.frozen.items() if part.weights]
-    if not public:
-        return ""
-    weights = ", ".join(f'"{name}": "FOLDER"' for name in public)
-    return (
+    weights = ", ".join(f'"{name}": "FOLDER"' for name in exported.public())
+    return weights and (
         "The base models are downloaded at the commits below; to use local copies, pass "
         f"`from_pretrained(…, weights={{{weights}}})`. Both are verified by their digests."
     )
@@ -105,13 +103,10 @@ def _components(loaded: Stage, exported: Exported, bases: dict[str, tuple[str, s
     for name, spec in exported.components.items():
         base, revision = bases[name]
         public = f"{base} at `{revision}`" if revision else base
-        if name in exported.trained:
-            start = f", initialized from {public}" if public else ""
-            state, weights = "trained", f"`{WEIGHTS}`{start}"
-        elif public:
-            state, weights = "frozen", public
-        else:
-            state, weights = "frozen", f"`{frozen_file(name)}`: trained in an earlier stage"
+        state = "trained" if name in exported.trained else "frozen"
+        weights = public or f"`{frozen_file(name)}`: trained in an earlier stage"
+        if state == "trained":
+            weights = f"`{WEIGHTS}`" + (f", initialized from {public}" if public else "")
         count = sum(x.size for x in jax.tree.leaves(loaded.params[name]))
         rows.append((f"`{name}`", spec["kind"], f"{count:,}", state, weights))
     return markdown_table(rows, ("component", "kind", "parameters", "state", "weights"))
@@ -120,9 +115,8 @@ def _components(loaded: Stage, exported: Exported, bases: dict[str, tuple[str, s
 def _training(loaded: Stage) -> str:
     config, recipe, chain = loaded.config, loaded.recipe, loaded.recipe.chain
     optim = config.optim
-    position = ""
-    if loaded.name in chain:
-        position = f", the last of `{' → '.join(chain[: chain.index(loaded.name) + 1])}`"
+    earlier = chain[: chain.index(loaded.name) + 1] if loaded.name in chain else ()
+    position = f", the last of `{' → '.join(earlier)}`" if earlier else ""
     facts = [
         f"stage `{loaded.name}` of kind {config.kind}{position}",
         f"step {loaded.step:,} of {config.steps:,}, batches of {config.batch}, seed {recipe.seed}, "
@@ -130,10 +124,8 @@ def _training(loaded: Stage) -> str:
         f"AdamW, learning rate {optim.lr:g} ({optim.schedule}, {optim.warmup:,} warm-up steps), "
         f"weight decay {optim.weight_decay:g}, gradients clipped at {optim.clip:g}",
     ]
-    rows = [
-        (name, recipe.data[name].source.get("kind", ""), recipe.data[name].task, f"{weight:g}")
-        for name, weight in config.data.items()
-    ]
+    data = {name: recipe.data[name] for name in config.data}
+    rows = [(n, d.source.get("kind", ""), d.task, f"{config.data[n]:g}") for n, d in data.items()]
     table = markdown_table(rows, ("data", "source", "task", "weight"))
     return "\n".join(f"- {fact}" for fact in facts) + "\n\n" + table
 

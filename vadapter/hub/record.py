@@ -49,7 +49,7 @@ class Frozen:
 
     @property
     def location(self) -> str:
-        """Return the hub id with its commit, or the folder."""
+        """The hub id with its commit, or the folder."""
         return f"{self.weights}@{self.revision}" if self.revision else self.weights
 
 
@@ -58,19 +58,13 @@ class Exported:
     """The content of config.json.
 
     Attributes:
-      format: `FORMAT`.
       version: of the format.
       vadapter: version of the package that wrote the export.
-      stage: its name.
-      kind: a key of `STAGES`.
-      step: number of training steps.
-      lm, chain, encoder, bidirectional: how the components are connected, see `StageConfig`.
+      kind, lm, chain, encoder, bidirectional: of the stage, see `StageConfig`.
       dtype: of computation and frozen parameters.
       components: name -> kind and fields, without weights.
       trained: name -> digest of its arrays in model.safetensors.
-      frozen: the other components.
       view: how images are transformed on the host.
-      clip_frames: frames of a clip.
       prompts: the text around the image.
       tokenizer: its digest.
     """
@@ -94,6 +88,10 @@ class Exported:
     prompts: dict[str, dict[str, str]]
     tokenizer: str
 
+    def public(self) -> dict[str, Frozen]:
+        """Return the frozen components with public weights."""
+        return {name: part for name, part in self.frozen.items() if part.weights}
+
     def recipe(self) -> Recipe:
         """Return a recipe with this stage alone.
 
@@ -109,22 +107,13 @@ class Exported:
             chain=self.chain, encoder=self.encoder, bidirectional=self.bidirectional,
             optim=OptimConfig(warmup=0),
         )  # fmt: skip
-        components = {
-            name: spec | ({"weights": part.location} if part and part.weights else {})
-            for name, spec in self.components.items()
-            for part in [self.frozen.get(name)]
-        }
-        recipe = read_recipe(
-            {
-                "name": self.stage,
-                "components": components,
-                "data": {_IMAGES: data},
-                "stages": {self.stage: stage},
-                "chain": (self.stage,),
-                "tokenizer": TokenizerConfig(),
-                "dtype": self.dtype,
-            }
-        )
+        weights = {name: {"weights": part.location} for name, part in self.public().items()}
+        recipe = read_recipe({
+            "name": self.stage,
+            "components": {n: spec | weights.get(n, {}) for n, spec in self.components.items()},
+            "data": {_IMAGES: data}, "stages": {self.stage: stage}, "chain": (self.stage,),
+            "tokenizer": TokenizerConfig(), "dtype": self.dtype,
+        })  # fmt: skip
         if not describing(recipe):
             raise ConfigError(f"a stage of kind {self.kind!r} does not generate text about images")
         return recipe
@@ -137,7 +126,7 @@ def frozen_file(component: str) -> str:
 
 def files(exported: Exported) -> tuple[str, ...]:
     """Return the names of all files of an export."""
-    included = (frozen_file(name) for name, part in exported.frozen.items() if not part.weights)
+    included = [frozen_file(name) for name in exported.frozen if name not in exported.public()]
     return (CONFIG, WEIGHTS, *included, TOKENIZER, CARD)
 
 
@@ -165,22 +154,20 @@ def read(folder: Path) -> Exported:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is corrupt ({error}); download it again") from None
-    if not isinstance(values, Mapping) or values.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is not the record of an exported adapter; if {folder} is a run, export it "
-            f"first: `vadapter export {folder} DIR`"
-        )
-    version = values.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version!r}, written by vadapter {values.get('vadapter')}; "
-            f"this vadapter reads up to version {VERSION}. Upgrade: pip install -U vadapter"
-        )
-    try:
+        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} is not the record of an exported adapter; if {folder} is a run, export it "
+                f"first: `vadapter export {folder} DIR`"
+            )
+        version = values.get("version")
+        if not isinstance(version, int) or version > VERSION:
+            raise CheckpointError(
+                f"{path} has format version {version!r}, written by vadapter "
+                f"{values.get('vadapter')}; this vadapter reads up to version {VERSION}. Upgrade: "
+                "pip install -U vadapter"
+            )
         exported = build(Exported, values, where=CONFIG)
-    except ConfigError as error:
+    except (ValueError, ConfigError) as error:
         raise CheckpointError(f"{path} is corrupt: {error}; download it again") from None
     if exported.prompts != PROMPTS:
         raise CheckpointError(

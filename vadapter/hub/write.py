@@ -22,20 +22,15 @@ from vadapter.hub.model_card import model_card
 from vadapter.hub.record import Exported, Frozen, frozen_file
 from vadapter.io import storage
 from vadapter.models.registry import expand
-from vadapter.recipe.schema import trained
 from vadapter.stages.stage import Stage
 from vadapter.weights.hf_checkpoint import locate
 from vadapter.weights.reference import PREFIX
 
 
 def export(loaded: Stage, folder: Path) -> dict[str, int]:
-    """Write a stage to a folder, atomically and reproducibly.
+    """Write a stage to a folder, atomically; the same checkpoint always gives the same bytes.
 
-    The same checkpoint always gives the same bytes.
-
-    Args:
-      loaded: a stage that takes images.
-      folder: must not exist, or be an earlier export, which is replaced.
+    The folder must not exist, or be an earlier export, which is replaced.
 
     Returns:
       The files with their sizes in bytes.
@@ -49,7 +44,7 @@ def export(loaded: Stage, folder: Path) -> dict[str, int]:
     part, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("part", "old"))
     _undo_replacement(old, target)  # of an export that was killed
     _check_target(target)
-    exported = make_record(loaded)
+    exported = _record(loaded)
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
@@ -65,34 +60,24 @@ def export(loaded: Stage, folder: Path) -> dict[str, int]:
     return {name: (target / name).stat().st_size for name in record.files(exported)}
 
 
-def make_record(loaded: Stage) -> Exported:
-    """Return the record of a stage."""
+def _record(loaded: Stage) -> Exported:
     view, clip_frames = image_settings(loaded)
-    config, model = loaded.config, loaded.adapter_model
+    model = loaded.adapter_model
     specs = {name: expand(name, loaded.recipe.components[name]) for name in model.names()}
     return Exported(
-        format=record.FORMAT,
-        version=record.VERSION,
-        vadapter=__version__,
-        stage=loaded.name,
-        kind=config.kind,
-        step=loaded.step,
-        lm=model.lm,
-        chain=model.chain,
-        encoder=model.encoder,
-        bidirectional=model.bidirectional,
+        format=record.FORMAT, version=record.VERSION, vadapter=__version__,
+        stage=loaded.name, kind=loaded.config.kind, step=loaded.step,
+        lm=model.lm, chain=model.chain, encoder=model.encoder, bidirectional=model.bidirectional,
         dtype=loaded.recipe.dtype,
         components={
             name: {key: plain(value) for key, value in sorted(spec.items()) if key != "weights"}
             for name, spec in specs.items()
         },
-        trained={name: combined(tree_digests(loaded.params[name])) for name in trained(config)},
+        trained={name: combined(tree_digests(loaded.params[name])) for name in loaded.trained},
         frozen={name: _frozen(loaded, name) for name in loaded.digests},
-        view=view,
-        clip_frames=clip_frames,
-        prompts=record.PROMPTS,
+        view=view, clip_frames=clip_frames, prompts=record.PROMPTS,
         tokenizer=loaded.tokenizer.digest,
-    )
+    )  # fmt: skip
 
 
 def _frozen(loaded: Stage, name: str) -> Frozen:
@@ -147,10 +132,9 @@ def _save(path: Path, trees: Mapping[str, Any]) -> None:
 def report(folder: Path, sizes: Mapping[str, int]) -> str:
     """Return a summary of an export: its files, and the components it refers to."""
     lines = [str(folder), *(f"  {name:<32} {size(count):>10}" for name, count in sizes.items())]
-    for name, part in record.read(folder).frozen.items():
-        if part.weights:
-            lines.append(f"  {name}: not included, public weights {part.location}")
-        if part.weights and not part.revision:
+    for name, part in record.read(folder).public().items():
+        lines.append(f"  {name}: not included, public weights {part.location}")
+        if not part.revision:
             lines.append(
                 "    a local folder; to make it available to others, export with its hub id:\n"
                 f"    --config.components.{name}.weights=OWNER/NAME"
