@@ -151,7 +151,9 @@ def test_a_recipe_that_is_not_there(train, tmp_path):
     message = train.refused(config="configs/quikstart.py")
     assert message == "--config=configs/quikstart.py: no such file; did you mean 'quickstart'?"
     (tmp_path / "empty.py").write_text("")
-    assert "no get_config(arg) in it" in train.refused(config=tmp_path / "empty.py")
+    assert "no function get_config(arg); a recipe must define it" in train.refused(
+        config=tmp_path / "empty.py"
+    )
 
 
 def test_weights_that_are_not_there(train):

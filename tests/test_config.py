@@ -233,7 +233,7 @@ def test_a_recipe_is_a_file_with_get_config(tmp_path: Path):
     assert config.load(str(recipe)).to_dict() == {"arg": None}
     assert config.load(f"{recipe}:a=1,b=2").to_dict() == {"arg": "a=1,b=2"}
     (tmp_path / "empty.py").write_text("")
-    with pytest.raises(ConfigError, match="no get_config"):
+    with pytest.raises(ConfigError, match="no function get_config"):
         config.load(str(tmp_path / "empty.py"))
     with pytest.raises(ConfigError, match="no such file"):
         config.load(str(tmp_path / "nowhere.py"))

@@ -7,10 +7,10 @@ import ast
 import dataclasses
 import difflib
 import hashlib
-import importlib.util
 import json
 import os
 import re
+import runpy
 import types
 import typing
 import warnings
@@ -26,12 +26,14 @@ T = TypeVar("T")
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
-    """Build the dataclass `cls` from a mapping, recursively and strictly.
+    """Build a dataclass from a dict or ConfigDict, recursively and strictly.
+
+    Its fields may be dataclasses, or dicts and tuples of them. If it has a
+    `RENAMED: ClassVar[dict[str, str]]` of old to new keys, old ones still work, with a warning.
 
     Args:
-      cls: a dataclass; fields may be dataclasses, or dicts and tuples of them. If it has a
-        `RENAMED: ClassVar[dict[str, str]]` of old to new keys, old ones still work, with a warning.
-      values: a ConfigDict or a dict.
+      cls: the dataclass.
+      values: its fields.
       where: dotted path of `values`, for messages.
 
     Raises:
@@ -39,30 +41,21 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    values = _with_new_keys(cls, values, where)
-    for key in values:
-        if key not in fields:
-            raise ConfigError(f"{where}.{key}: unknown key{nearest(key, fields)}")
-    out = {k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in out:
-            raise ConfigError(f"{where}.{name}: missing; it has no default")
-    return cls(**out)
-
-
-def _with_new_keys(cls: type, values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return `values` with renamed keys under their new names, and warn of each.
-
-    Raises:
-      ConfigError: a key is given under both names.
-    """
     renamed = {old: new for old, new in getattr(cls, "RENAMED", {}).items() if old in values}
     for old, new in renamed.items():
         if new in values:
             raise ConfigError(f"{where}.{old} is the old name of {new}: remove one of the two")
         _warn_renamed(f"{where}.{old}", new)
-    return {renamed.get(key, key): value for key, value in values.items()}
+    values = {renamed.get(key, key): value for key, value in values.items()}
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{where}.{key}: unknown key{nearest(key, fields)}")
+    out = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in out:
+            raise ConfigError(f"{where}.{name}: missing; it has no default")
+    return cls(**out)
 
 
 def _warn_renamed(old: str, new: str) -> None:
@@ -74,13 +67,9 @@ def _warn_renamed(old: str, new: str) -> None:
 
 
 def with_new_keys(hint: Any, value: Any) -> Any:
-    """Return a stored value with renamed keys under their new names, at all depths.
+    """Return a stored value of type `hint` with renamed keys under their new names, at all depths.
 
     For files that earlier versions wrote: no warning, since nobody can be expected to edit them.
-
-    Args:
-      hint: the type of the value: a dataclass, or a dict of them; others are left as they are.
-      value: its content as dicts and lists.
     """
     if not isinstance(value, Mapping):
         return value
@@ -110,15 +99,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
-        if not isinstance(value, Mapping | ConfigDict):
-            raise ConfigError(f"{where}: expected a group of keys, got {value!r}")
-        return build(hint, value, where)  # type: ignore[arg-type]
+        return build(hint, _group(value, where), where)  # type: ignore[arg-type]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (dict, Mapping) or origin is getattr(typing, "Mapping", None) or hint is dict:
-        if not isinstance(value, Mapping | ConfigDict):
-            raise ConfigError(f"{where}: expected a group of keys, got {value!r}")
+    if origin in (dict, Mapping) or hint is dict:
         item = args[1] if args else Any
-        return {str(k): _convert(item, v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): _convert(item, v, f"{where}.{k}") for k, v in _group(value, where).items()}
     if origin is tuple:
         if isinstance(value, str) and args[0] is str:  # as on the command line
             value = [item for item in value.split(",") if item]
@@ -130,13 +115,21 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is typing.Literal:
-        if value not in args:
-            known = filter(None, map(str, args))  # "" is to say nothing
-            raise ConfigError(f"{where}={value!r}: unknown{nearest(str(value), known)}")
+        _require_one_of(where, value, args)
         return value
-    if hint is Any:
-        return plain(value)
-    return _scalar(hint, value, where)
+    return plain(value) if hint is Any else _scalar(hint, value, where)
+
+
+def _group(value: Any, where: str) -> Mapping[str, Any] | ConfigDict:
+    if not isinstance(value, Mapping | ConfigDict):
+        raise ConfigError(f"{where}: expected a group of keys, got {value!r}")
+    return value
+
+
+def _require_one_of(key: str, value: Any, known: typing.Iterable[Any]) -> None:
+    if value not in (known := tuple(known)):
+        names = filter(None, map(str, known))  # "": the default
+        raise ConfigError(f"{key}={value!r}: unknown{nearest(str(value), names)}")
 
 
 def _scalar(hint: type, value: Any, where: str) -> Any:
@@ -182,6 +175,9 @@ def differences(a: Any, b: Any, where: str = "") -> list[tuple[str, Any, Any]]:
     return [] if a == b else [(where, a, b)]
 
 
+_FLAGS = {"": True, "1": True, "true": True, "0": False, "false": False}
+
+
 def parse_arg(arg: str | None, **defaults: Any) -> Any:
     """Parse the argument of a recipe, `a=1,b=x`, against typed defaults.
 
@@ -190,20 +186,13 @@ def parse_arg(arg: str | None, **defaults: Any) -> Any:
     """
     values = dict(defaults)
     for item in filter(None, (arg or "").split(",")):
-        key, sep, text = item.partition("=")
+        key, equals, text = item.partition("=")
         if key not in defaults:
             raise ConfigError(f"config argument {key!r}: unknown{nearest(key, defaults)}")
         kind = type(defaults[key])
         try:
-            if kind is bool:
-                values[key] = {"": True, "1": True, "true": True, "0": False, "false": False}[
-                    text.lower()
-                ]
-            elif not sep:
-                raise ValueError
-            else:
-                values[key] = kind(text)
-            if values[key] != values[key]:  # not a number
+            values[key] = _FLAGS[text.lower()] if kind is bool else kind(text)
+            if (kind is str and not equals) or values[key] != values[key]:  # not a number
                 raise ValueError
         except (KeyError, ValueError):
             raise ConfigError(
@@ -220,27 +209,20 @@ def resolve(value: Any, where: str = "path") -> Any:
     """
     if isinstance(value, list | tuple):
         return [resolve(v, where) for v in value]
-    if not isinstance(value, str) or "$" not in value:
-        return os.path.expanduser(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
     for name in re.findall(r"\$\{?(\w+)\}?", value):
         if name not in os.environ:
             raise ConfigError(
                 f"{where}={value!r}: the environment variable {name} is not set; set it to the "
                 f"folder that holds the data, or give the path itself with --config.{where}=PATH"
             )
-    return os.path.expandvars(value)
+    return os.path.expandvars(os.path.expanduser(value))
 
 
 def choose(key: str, value: Any, known: typing.Iterable[Any]) -> None:
-    """Check that the value of a recipe's argument is one of those it knows.
-
-    Raises:
-      ConfigError: it is not; the message names the nearest.
-    """
-    if value not in (known := tuple(known)):
-        raise ConfigError(
-            f"config argument {key}={value!r}: unknown{nearest(str(value), map(str, known))}"
-        )
+    """Raise ConfigError, with the nearest known value, unless a recipe's argument is known."""
+    _require_one_of(f"config argument {key}", value, known)
 
 
 def load(spec: str) -> ConfigDict:
@@ -249,61 +231,51 @@ def load(spec: str) -> ConfigDict:
     A relative file is looked up in the working directory, then among the packaged recipes.
 
     Raises:
-      ConfigError: no such file, or no `get_config` in it.
+      ConfigError: there is no such file, or it defines no `get_config`.
     """
     name, _, arg = spec.partition(":")
     path = find_recipe(name)
-    loader = importlib.util.spec_from_file_location(f"vadapter_recipe_{path.stem}", path)
-    assert loader is not None
-    assert loader.loader is not None
-    module = importlib.util.module_from_spec(loader)
-    loader.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path}: no get_config(arg) in it")
-    return _own(module.get_config(arg or None))
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise ConfigError(f"{path}: no function get_config(arg); a recipe must define it")
+    return _separate(get_config(arg or None))
 
 
-def _own(config: Any) -> ConfigDict:
+def _separate(group: Any) -> Any:
     """Return a copy in which no two groups are the same object, so that overrides are separate."""
-    return ConfigDict(
-        {k: _own(v) if isinstance(v, Mapping | ConfigDict) else v for k, v in config.items()}
-    )
+    if not isinstance(group, Mapping | ConfigDict):
+        return group
+    return ConfigDict({key: _separate(value) for key, value in group.items()})
 
 
 def find_recipe(name: str) -> Path:
     """Return the file of a recipe: as given, or packaged (`configs/x.py`)."""
     here = Path(__file__).resolve().parent
-    candidates = [Path(name), here.parent / name, here / name]
-    for path in candidates:
+    for path in (Path(name), here.parent / name, here / name):
         if path.is_file():
             return path
     folder = next((d for d in (here.parent / "configs", here / "configs") if d.is_dir()), None)
-    known = sorted(p.stem for p in folder.glob("*.py")) if folder else []
-    raise ConfigError(
-        f"--config={name}: no such file{nearest(Path(name).stem, known) if known else ''}"
-    )
+    recipes = sorted(path.stem for path in folder.glob("*.py")) if folder else []
+    hint = nearest(Path(name).stem, recipes) if recipes else ""
+    raise ConfigError(f"--config={name}: no such file{hint}")
 
 
 def override(
     config: ConfigDict, assignments: typing.Iterable[str], schema: type | None = None
 ) -> None:
-    """Apply `a.b=v` overrides in place.
+    """Apply `a.b=v` overrides in place to what `load` returns.
 
     A value is JSON or a Python literal where it reads as one (`[1, 2]`, `("a",)`, `true`, `None`),
     else text; a list may also be given as `x,y`. The first group, `a`, must be in the recipe; what
-    it leaves at its default below is added, and refused by `build` if there is no such key.
-
-    Args:
-      config: what `load` returns.
-      assignments: the overrides.
-      schema: the dataclass that `config` is read into; renamed keys still work, with a warning.
+    it leaves at its default below is added, and refused by `build` if there is no such key. Renamed
+    keys of `schema`, the dataclass that `config` is read into, still work, with a warning.
 
     Raises:
       ConfigError: an unknown group (with the nearest one) or a value of another type.
     """
     for item in assignments:
-        key, sep, text = item.partition("=")
-        if not sep:
+        key, equals, text = item.partition("=")
+        if not equals:
             raise ConfigError(f"--config.{key}: needs a value, --config.{key}=VALUE")
         *parents, leaf = key.split(".")
         node: Any = config
@@ -317,8 +289,8 @@ def override(
                     node[part] = ConfigDict()
             node, hint = node[part], _hint_of(hint, part)
             if not isinstance(node, ConfigDict):
-                where = ".".join([*parents, leaf][: i + 1])
-                raise ConfigError(f"--config.{where}: unknown key; {part} is not a group of keys")
+                path = ".".join([*parents, leaf][: i + 1])
+                raise ConfigError(f"--config.{path}: unknown key; {part} is not a group of keys")
         _assign(node, _new_leaf(node, hint, leaf, key), text, key)
 
 
@@ -329,10 +301,9 @@ def _new_leaf(node: ConfigDict, hint: Any, leaf: str, key: str) -> str:
             _warn_renamed(f"--config.{key}", new)
             leaf = new
         if leaf == new and old in node:
-            value = node[old]
             with node.unlocked():
+                node[new] = node[old]
                 del node[old]
-                node[new] = value
     return leaf
 
 
@@ -343,8 +314,6 @@ def _assign(node: ConfigDict, leaf: str, text: str, key: str) -> None:
             node[leaf] = value
         return
     before = node[leaf]
-    if isinstance(before, float) and isinstance(value, int):
-        value = float(value)
     if isinstance(before, int) and isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(before, str) and not isinstance(value, str):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WIDTH = 98  # columns of reports
 LIMIT = 12  # lines of a table of differences, or of a list of problems, in a message
+_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def size(count: float) -> str:
@@ -28,14 +29,11 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """Return a duration in its two largest units: `45 s`, `8 min 0 s`, `2 h 13 min`, `3 d 4 h`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days:,} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    seconds = round(seconds)
+    for (unit, length), (smaller, part) in itertools.pairwise(_UNITS):
+        if seconds >= length:
+            return f"{seconds // length:,} {unit} {seconds % length // part} {smaller}"
+    return f"{seconds} s"
 
 
 def number(value: float) -> str:
@@ -62,32 +60,21 @@ def truncate(lines: Sequence[str], limit: int = LIMIT) -> list[str]:
 
 
 def wrap(line: str, indent: str = "", subsequent: str = "  ") -> list[str]:
-    """Return a long line as lines of at most `WIDTH` columns.
-
-    Args:
-      line: the text.
-      indent: prefix of the first line.
-      subsequent: prefix of the others.
-    """
+    """Return a long line as lines of at most `WIDTH` columns, with a prefix for each."""
     return textwrap.wrap(line, WIDTH, initial_indent=indent, subsequent_indent=subsequent)
 
 
 def table(
-    rows: Iterable[Sequence[str]],
-    header: Sequence[str],
-    *,
-    right: Collection[int] = (),
-    separator: str = "  ",
-    rule: bool = True,
-) -> str:
-    """Return rows of cells as aligned columns.
+    rows: Iterable[Sequence[str]], header: Sequence[str], *, right: Collection[int] = (),
+    separator: str = "  ", rule: bool = True,
+) -> str:  # fmt: skip
+    """Return rows of cells as aligned columns; a cell with line breaks takes several lines.
 
     Args:
-      rows: the cells; a cell with line breaks takes several lines.
-      header: titles of the columns.
+      rows, header: the cells, and the titles of the columns.
       right: columns to align on the right, counted from 0.
       separator: text between columns.
-      rule: whether to underline the header.
+      rule: underline the header.
     """
     cells = [[str(cell).split("\n") for cell in row] for row in (header, *rows)]
     columns = zip(*cells, strict=True)
@@ -118,16 +105,9 @@ def markdown_table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> str:
 
 def difference_table(
     rows: Sequence[tuple[str, Any, Any]],
-    header: tuple[str, str, str] = ("key", "saved", "this run"),
-    limit: int = LIMIT,
-) -> str:
-    """Return differences as an indented table, for the end of a message.
-
-    Args:
-      rows: what differs, and its value on either side; see `config.differences`.
-      header: titles of the columns.
-      limit: rows that are shown.
-    """
+    header: tuple[str, str, str] = ("key", "saved", "this run"), limit: int = LIMIT,
+) -> str:  # fmt: skip
+    """Return differences, see `config.differences`, as an indented table for a message."""
     shown = [(key, str(saved), str(current)) for key, saved, current in rows[:limit]]
     text = table(shown, header, separator=" | ", rule=False)
     more = len(rows) - limit
@@ -139,30 +119,22 @@ class Progress:
 
     The rate, and with it the time left, is measured from the first update on: neither compilation
     nor the work of an earlier attempt counts.
+
+    Args:
+      title: name of the task, before every line; "" hides the progress.
+      total: amount of work, in any unit.
+      done: work of an earlier attempt.
+      every: seconds between lines, where there is no bar.
+      file: stream that is written to; stdout if None.
+      say: receives the lines instead of `file`; there is no bar then.
+      amount: formats an amount of work.
     """
 
     def __init__(
-        self,
-        title: str,
-        total: int,
-        done: int = 0,
-        *,
-        every: float = 10.0,
-        file: TextIO | None = None,
-        say: Callable[[str], Any] | None = None,
+        self, title: str, total: int, done: int = 0, *, every: float = 10.0,
+        file: TextIO | None = None, say: Callable[[str], Any] | None = None,
         amount: Callable[[int], str] = "{:,}".format,
-    ):
-        """Begin a task.
-
-        Args:
-          title: name of the task, before every line; "" hides the progress.
-          total: amount of work, in any unit.
-          done: work of an earlier attempt.
-          every: seconds between lines, where there is no bar.
-          file: stream that is written to; stdout if None.
-          say: receives the lines instead of `file`; there is no bar then.
-          amount: formats an amount of work.
-        """
+    ):  # fmt: skip
         self._title, self._total, self.done = title, total, done
         self._every, self._amount = every, amount
         self._file, self._say = file or sys.stdout, say
@@ -193,12 +165,7 @@ class Progress:
         self.update(self.done + count, note)
 
     def update(self, done: int, note: str = "") -> None:
-        """Show how much is done, at what rate, and how long the rest takes.
-
-        Args:
-          done: all finished work.
-          note: text after it.
-        """
+        """Show how much is done in all, at what rate, and how long the rest takes; then a note."""
         self.done, now = done, time.monotonic()
         if not self._began:
             self._began, self._before = now, done

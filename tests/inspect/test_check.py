@@ -225,7 +225,7 @@ def test_an_untrained_tokenizer_is_reported_as_a_bound(world, tmp_path):
 def finished_llm(folder, world):
     """Its tokenizer has reached 300 ids of the 320 that it may have."""
     spec = {**small(world).components.llm.to_dict(), "vocab_size": 300}
-    runs.hand_over(folder, {"llm": tiny.init(make_module("llm", spec), np.zeros((1, 2), int))})
+    runs.finish_stage(folder, {"llm": tiny.init(make_module("llm", spec), np.zeros((1, 2), int))})
 
 
 def state(folder):

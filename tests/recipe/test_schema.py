@@ -39,7 +39,9 @@ MISTAKES = {
     "a rate that is no number": (
         "stages.llm.optim.lr", float("nan"), "config.stages.decoder.optim.lr: not a number"
     ),
-    "an unknown dtype": ("dtype", "float8", "config.dtype='float8': one of float32, bfloat16"),
+    "an unknown dtype": (
+        "dtype", "float8", "config.dtype='float8': unknown; did you mean 'float32'?"
+    ),
     "an unknown kind of stage": ("stages.llm.kind", "ml", "config.stages.llm.kind: unknown 'ml'"),
     "an unknown kind of component": (
         "components.llm.kind", "lmm", "components.llm.kind='lmm': unknown; did you mean 'lm'?"

@@ -22,6 +22,7 @@ from support.recipes import SIZE, draw, tiny_recipe
 from vadapter.config import digest
 from vadapter.data import features as files
 from vadapter.data.batch import check_batch
+from vadapter.data.config import DataConfig
 from vadapter.data.media.images import ImageTransform
 from vadapter.data.open import make_source, make_stream, train_tokenizer
 from vadapter.data.pipeline import eval_batches, make_loader
@@ -32,7 +33,7 @@ from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.registry import make_module
 from vadapter.recipe.schema import TokenizerConfig, read
 from vadapter.stages import feature_cache
-from vadapter.stages.feature_cache import cached
+from vadapter.stages.feature_cache import encoded
 from vadapter.stages.steps import CaptionObjective
 
 
@@ -57,22 +58,49 @@ def encoder(recipe):
     return module, tiny.init(module, jnp.zeros((1, 1, SIZE, SIZE, 3)))
 
 
+class Encoder:
+    """An encoder that asks for images of another view than its module does."""
+
+    def __init__(self, module, view):
+        self.config, self.dtype, self.apply, self.view = (
+            module.config,
+            module.dtype,
+            module.apply,
+            view,
+        )
+
+
+class Clips:
+    """The images of a source, as clips."""
+
+    kind = "clip"
+
+    def __init__(self, source):
+        self.fingerprint, self._count = source.fingerprint, len(source)
+
+    def __len__(self):
+        return self._count
+
+
 @pytest.fixture
 def cache(encoder, tmp_path):
-    """`cached` with everything but the source given."""
+    """`encoded` of a source on one device; options change the data set or the arguments."""
     module, params = encoder
-    return functools.partial(
-        cached,
-        folder=tmp_path,
-        encode=module,
-        params=params,
-        digest="d" * 64,
-        view=ImageTransform(SIZE),
-        frames=1,
-        flip=False,
-        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
-        batch=16,
-    )
+
+    def encode(
+        source, *, folder=tmp_path, encoder=module, view=None, flip=False, stored="bfloat16",
+        frames=1, **more,
+    ):  # fmt: skip
+        config = DataConfig(
+            {}, "caption", 16, cache_dir=str(folder), flip=flip, frames=frames, cache_dtype=stored
+        )
+        arguments = {"params": params, "digest": "d" * 64, "batch": 16} | more
+        arguments.setdefault("mesh", make_mesh(MeshConfig(), jax.devices()[:1]))
+        return encoded(
+            source, config, tmp_path, encoder=Encoder(encoder, view or encoder.view), **arguments
+        )
+
+    return encode
 
 
 @pytest.fixture
@@ -201,11 +229,11 @@ def test_another_encoder_or_preprocessing_is_another_cache(
         {"view": ImageTransform(SIZE, crop_pct=0.875)},
         {"view": ImageTransform(SIZE, floor=True)},
         {"flip": True},
-        {"frames": 2},
+        {"source": Clips(images), "frames": 2},
         {"stored": "int8"},
         {"source": held},
-        {"encode": type(module)(module.config, dtype=jnp.bfloat16)},
-        {"encode": deeper, "params": tiny.init(deeper, jnp.zeros((1, 1, SIZE, SIZE, 3)))},
+        {"encoder": type(module)(module.config, dtype=jnp.bfloat16)},
+        {"encoder": deeper, "params": tiny.init(deeper, jnp.zeros((1, 1, SIZE, SIZE, 3)))},
     ]
     folders = []
 

@@ -27,7 +27,7 @@ def world(tmp_path_factory):
     for seed, name in enumerate(("tlm", "llm", "vision", "decoder")):
         shapes = abstract(recipe, name)
         stages[name] = {n: tiny.filled(shapes[n], seed) for n in trained(recipe.stages[name])}
-        runs.hand_over(folder / "run" / name, stages[name])
+        runs.finish_stage(folder / "run" / name, stages[name])
     return config, folder / "run", stages
 
 
@@ -125,7 +125,7 @@ def refit(world, tmp_path, change):
     run = shutil.copytree(world[1], tmp_path / "run")
     shutil.rmtree(run / "decoder")
     parts = jax.tree.map(np.copy, world[2]["decoder"])
-    runs.hand_over(run / "decoder", {**parts, "resampler": change(parts["resampler"])})
+    runs.finish_stage(run / "decoder", {**parts, "resampler": change(parts["resampler"])})
     return run
 
 

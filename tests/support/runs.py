@@ -69,11 +69,11 @@ def prepare(folder: Path) -> Path:
     spec = tiny_recipe(draw(folder / "shapes")).components.encoder.to_dict()
     size = spec["image_size"]
     params = tiny.init(make_module("encoder", spec), jnp.zeros((1, 1, size, size, 3)))
-    hand_over(folder / "outside" / "vision", {"encoder": params})
+    finish_stage(folder / "outside" / "vision", {"encoder": params})
     return folder
 
 
-def hand_over(stage: Path, components: dict[str, Any]) -> None:
+def finish_stage(stage: Path, components: dict[str, Any]) -> None:
     """Writes what a finished stage leaves behind."""
     store = ComponentStore(stage.parent / STORE)
     stored = {n: store.put(n, jax.tree.map(jnp.asarray, p)) for n, p in components.items()}

@@ -190,7 +190,7 @@ def images(bucket, folder):
     module = make_module("encoder", size)
     image = jnp.zeros((1, 1, size["image_size"], size["image_size"], 3))
     outside = storage.as_path("gs://bucket/outside/vision")
-    runs.hand_over(outside, {"encoder": tiny.init(module, image)})
+    runs.finish_stage(outside, {"encoder": tiny.init(module, image)})
     bucket.upload(folder / "shapes", "shapes")
     recipe = folder / "images.py"
     recipe.write_text(RECIPE.format(tests=str(runs.TESTS), folder=str(folder)))

@@ -87,14 +87,14 @@ def test_compilation_and_evaluation_do_not_count_as_steps_and_are_told_once(cloc
     lines = Lines()
     journal = make(lines)
     clock[0] += 30.0
-    journal.compiled(30.0)
+    journal.exclude(30.0, compiling=True)
     for step in range(1, 9):
         clock[0] += 0.25
         journal.add(step, metrics(), [])
         journal.flush()
         if step in (2, 5):
             clock[0] += 100.0
-            journal.paused(100.0)
+            journal.exclude(100.0)
     assert [row["step_ms"] for row in lines.rows] == [250.0, 250.0, 250.0]
     assert [row.get("compile_s") for row in lines.rows] == [30.0, None, None]
 

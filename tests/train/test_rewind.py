@@ -50,7 +50,7 @@ def test_training_goes_on_from_the_step_gone_back_to_and_ends_in_the_same_bits(
         rewind(stopped, 2)
 
 
-def test_a_step_that_is_put_aside_twice_is_there_twice(recipe, stopped):
+def test_a_step_that_is_quarantined_twice_is_kept_twice(recipe, stopped):
     assert rewind(stopped, 2, "llm") == ("llm", 2, [4])
     assert rewind(stopped, 2, "llm") == ("llm", 2, [])
     with faults.injected("RAISE:llm:step:5"), pytest.raises(RuntimeError, match="injected"):

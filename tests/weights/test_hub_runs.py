@@ -27,6 +27,7 @@ from support.runs import text_only
 from vadapter.errors import CheckpointError
 from vadapter.distributed.mesh import make_mesh
 from vadapter.stages import run
+from vadapter.train.host_agreement import write_record
 from vadapter.recipe.schema import read
 from vadapter.stages.restore import read_run
 
@@ -39,7 +40,7 @@ try:
             config.tokenizer.data = ()
         made = run.Run(read(config), folder / "run")
         made.check()
-        run.record(made.recipe, made.workdir)
+        write_record(made.recipe, made.workdir)
     print(read_run(folder / "run").components["llm"]["width"])
 except CheckpointError as error:
     print(error)

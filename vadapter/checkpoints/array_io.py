@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from vadapter.checkpoints.digest import is_key, leaf_paths, tree_digests
+from vadapter.config import differences
 from vadapter.console import difference_table
 from vadapter.distributed import hosts
 from vadapter.errors import CheckpointError
@@ -61,7 +62,7 @@ def items(tree: PyTree, meta: Mapping[str, Any]) -> ocp.args.Composite:
       meta: JSON values.
 
     Raises:
-      ValueError: `meta` uses a reserved key, or a leaf is empty, which Orbax cannot save.
+      ValueError: `meta` uses a reserved key, or a leaf has no elements, which Orbax cannot save.
     """
     if reserved := [key for key in _RESERVED if key in meta]:
         raise ValueError(f"reserved keys in the meta of a checkpoint: {reserved}")
@@ -97,13 +98,9 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def load(
-    path: Path,
-    abstract: PyTree,
-    *,
-    expect: Mapping[str, Any] | None = None,
-    upgrade: Upgrade = dict,
-    subset: bool = False,
-) -> tuple[PyTree, dict[str, Any]]:
+    path: Path, abstract: PyTree, *, expect: Mapping[str, Any] | None = None,
+    upgrade: Upgrade = dict, subset: bool = False,
+) -> tuple[PyTree, dict[str, Any]]:  # fmt: skip
     """Read a directory into the shardings of `abstract` and verify every leaf on the devices.
 
     Args:
@@ -156,10 +153,7 @@ def _read_leaves(path: Path, targets: Mapping[str, Any]) -> dict[str, jax.Array]
 
 
 def _unreadable(text: str, e: Exception) -> CheckpointError:
-    """Return a CorruptError; a CheckpointError if a bucket cannot be reached.
-
-    A bucket out of reach says nothing about its content, and no checkpoint may be skipped for it.
-    """
+    """Return a CorruptError; a CheckpointError if a bucket that cannot be reached is the reason."""
     kind = CheckpointError if buckets.out_of_reach(e) else CorruptError
     return kind(f"{text} ({reason(e)})")
 
@@ -167,23 +161,16 @@ def _unreadable(text: str, e: Exception) -> CheckpointError:
 def _read_leaf(path: Path, name: str, target: Any) -> jax.Array:
     """Return one array; each host reads the shards of its own devices, each of them once."""
     stored = jax.eval_shape(jax.random.key_data, target) if is_key(target) else target
-    spec = {
-        "driver": "zarr",
-        "kvstore": {
-            "driver": "ocdbt",
-            "base": storage.kvstore(path / "state"),
-            "path": f"{name}/",
-        },
-        "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
-    }
+    files = {"driver": "ocdbt", "base": storage.kvstore(path / "state"), "path": f"{name}/"}
+    # Without filling, a missing chunk is an error, not zeros.
+    spec = {"driver": "zarr", "kvstore": files, "fill_missing_data_reads": False}
     store = ts.open(spec, open=True, read=True).result()
     if store.shape != stored.shape or store.dtype.numpy_dtype != stored.dtype:
         raise ValueError(f"holds {store.dtype.name}{list(store.shape)}")
     shards: dict[str, Any] = {}  # JAX asks once per device, also where devices hold the same shard
 
     def shard(index: Any) -> np.ndarray:
-        key = str(index)
-        if key not in shards:
+        if (key := str(index)) not in shards:
             shards[key] = store[index].read().result()
         return shards[key]
 
@@ -196,41 +183,23 @@ def _read_leaf(path: Path, name: str, target: Any) -> jax.Array:
 
 
 def _check_fit(
-    path: Path,
-    meta: Mapping[str, Any],
-    targets: Mapping[str, Any],
-    expect: Mapping[str, Any],
+    path: Path, meta: Mapping[str, Any], targets: Mapping[str, Any], expect: Mapping[str, Any],
     subset: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Raise CheckpointError with a table of all differences between the checkpoint and the run."""
-    expect = _as_json(dict(expect))
-    stored = _flat({key: meta[key] for key in expect if key in meta})
-    needed = _flat(expect)
-    for name, (shape, dtype, _) in meta["digests"].items():
-        if name in targets or not subset:
-            stored[name] = f"{dtype}{shape}"
-    for name, x in targets.items():
-        needed[name] = f"{x.dtype}{list(x.shape)}"
-    rows = [
-        (name, stored.get(name, "—"), needed.get(name, "—"))
-        for name in {**needed, **stored}
-        if name not in needed or name not in stored or stored[name] != needed[name]
-    ]
-    if rows:
+    needed = {name: f"{x.dtype}{list(x.shape)}" for name, x in targets.items()}
+    stored = {
+        name: f"{dtype}{shape}"
+        for name, (shape, dtype, _) in meta["digests"].items()
+        if name in targets or not subset
+    }
+    rows = differences({key: meta[key] for key in expect if key in meta}, _as_json(dict(expect)))
+    if rows := rows + differences(stored, needed):
         raise CheckpointError(
             f"{path} does not fit this run, {len(rows)} differences:\n"
             + difference_table(rows, ("leaf or field", "checkpoint", "this run"))
             + "\nUse the configuration that it was written with, or another run directory."
         )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or (prefix and not tree):
-        return {prefix: tree}
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return out
 
 
 def _as_json(value: Any) -> Any:
@@ -254,9 +223,9 @@ def on_all_hosts(read: Callable[[], T]) -> T:
     except Exception as e:
         error = e
     failures = hosts.exchange(error and reason(error), "reading", patience=hosts.WORK)
-    for i, failure in enumerate(failures):
+    for host, failure in enumerate(failures):
         if error is None and failure is not None:
-            error = CorruptError(f"unreadable on host {i}: {failure}")
+            error = CorruptError(f"unreadable on host {host}: {failure}")
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
@@ -280,12 +249,12 @@ def quiet_orbax() -> None:
 
 
 def _worth_logging(record: logging.LogRecord) -> bool:
-    """Return False for records of Orbax, and of asyncio about errors of tasks that nobody awaits.
+    """Return False for records of Orbax, and of asyncio about errors that no task awaits.
 
     The latter do not always name Orbax, but nothing else here has such tasks.
     """
-    if record.levelno >= logging.CRITICAL:
-        return True
     if record.name == "asyncio":
-        return "never retrieved" not in record.getMessage()
-    return "orbax" not in record.pathname
+        noise = "never retrieved" in record.getMessage()
+    else:
+        noise = "orbax" in record.pathname
+    return record.levelno >= logging.CRITICAL or not noise

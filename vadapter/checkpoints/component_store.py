@@ -27,9 +27,6 @@ class ComponentStore:
 
     Several runs may share one store. On several hosts all make the same calls, with the root on a
     shared file system.
-
-    Args:
-      root: created at the first `put`.
     """
 
     def __init__(self, root: Path):
@@ -48,12 +45,8 @@ class ComponentStore:
     def put(self, name: str, params: PyTree) -> str:
         """Store a component, unless it is stored already; an interrupted `put` is repeated.
 
-        Args:
-          name: of the component, such as `encoder`.
-          params: tree of `jax.Array`, all on the same devices.
-
-        Returns:
-          The digest of the content, SHA-256 in hex, for `get`.
+        The parameters are a tree of `jax.Array`, all on the same devices. Returns the SHA-256 of
+        the content, in hex, for `get`.
 
         Raises:
           CheckpointError: the disk is full or cannot be written.
@@ -61,10 +54,8 @@ class ComponentStore:
         array_io.quiet_orbax()
         digest = combined(tree_digests(params))
         path = self.path(name, digest)
-        first = hosts.first()
         try:
-            if first:
-                self._root.mkdir(parents=True, exist_ok=True)
+            first = hosts.first()
             with lock(self._root / ".put", wait=True) if first else contextlib.nullcontext():
                 if self._must_write(path, digest):
                     self._write(path, params, {"component": name})
@@ -77,11 +68,7 @@ class ComponentStore:
     def get(self, name: str, digest: str, abstract: PyTree, *, subset: bool = False) -> PyTree:
         """Read a component into the shardings of `abstract` and verify every leaf.
 
-        Args:
-          name: as in `put`.
-          digest: from `put`.
-          abstract: tree of `jax.ShapeDtypeStruct` with shardings.
-          subset: ignore stored leaves that `abstract` lacks.
+        With `subset`, stored leaves that `abstract` lacks are ignored.
 
         Raises:
           CheckpointError: the component is missing or corrupt, or its tree, shapes or dtypes
@@ -116,11 +103,9 @@ class ComponentStore:
         """Return whether a component is missing or corrupt, as seen by the first host."""
         missing = True
         if hosts.first() and path.exists():
-            try:
+            with contextlib.suppress(CorruptError):
                 _check_content(path, array_io.read_meta(path), digest)
                 missing = not (storage.is_folder(path / "state") and storage.committed(path))
-            except CorruptError:
-                pass
             if missing:
                 storage.remove_tree(path)
         return hosts.exchange(missing, f"storing {path.name}", patience=hosts.WORK)[0]

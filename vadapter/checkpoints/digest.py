@@ -19,20 +19,11 @@ _GOLDEN = 2654435761  # 2**32 / golden ratio: spreads neighboring indices
 
 
 def leaf_digest(x: jax.Array) -> jax.Array:
-    """Return the sum of the bits of `x`, each element weighted by its index, modulo 2**32.
+    """Return the sum of the bits of `x`, each element weighted by its index, uint32[].
 
     Elementwise work and one sum: no reshape and no gather, so a sharded array stays sharded, and an
     integer sum is the same in any order. The weights are odd, hence invertible modulo 2**32, so one
-    changed element always changes the sum.
-
-    Args:
-      x: array of any shape and of any numeric, boolean or PRNG key dtype.
-
-    Returns:
-      uint32 scalar.
-
-    Raises:
-      TypeError: complex or sub-byte elements.
+    changed element always changes the sum. Complex and sub-byte elements are a TypeError.
     """
     bits = _bits(jnp.asarray(x))
     index = jnp.zeros(bits.shape, jnp.uint32)

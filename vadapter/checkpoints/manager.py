@@ -37,22 +37,22 @@ def steps(directory: Path) -> list[int]:
     Orbax commits a checkpoint by an atomic rename to its number; in a bucket, by a marker. It may
     still be corrupt: an interrupted copy of a run directory looks committed.
     """
+    return sorted(int(p.name) for p in _numbered(directory) if storage.committed(p))
+
+
+def _numbered(directory: Path) -> list[Path]:
+    """Return the directories of steps, committed or not."""
     if not storage.is_folder(directory):
         return []
-    numbered = (p for p in directory.iterdir() if p.name.isdecimal())
-    return sorted(int(p.name) for p in numbered if storage.committed(p))
+    return [path for path in directory.iterdir() if path.name.isdecimal()]
 
 
 class Checkpointer:
-    """The checkpoints of one stage: the newest few are kept, the newest intact one is restored.
+    """The checkpoints of one stage in a directory: the newest `keep` are kept.
 
     There is one writer per directory (see `io.lock`), so that leftovers of interrupted saves are
     removed at once. On several hosts all make the same calls, with the directory on a shared file
     system.
-
-    Args:
-      directory: holds one directory per step; created if missing.
-      keep: number of newest checkpoints to keep, at least 1.
     """
 
     def __init__(self, directory: Path, *, keep: int):
@@ -80,11 +80,10 @@ class Checkpointer:
         Args:
           step: number of finished steps.
           state: tree of `jax.Array`, all on the same devices.
-          meta: JSON values that a resume needs and checks: stage, configuration, data position, …
+          meta: JSON values that a resume needs and checks.
 
         Returns:
-          False if the step was saved or restored by this object before, or if the save failed at
-          once.
+          False if this object has saved or restored the step before, or if the save failed at once.
 
         Raises:
           CheckpointError: too many saves failed in a row, or a checkpoint of a later step exists;
@@ -102,11 +101,10 @@ class Checkpointer:
             )
         args = array_io.items(state, {**meta, "step": step})
         try:
-            manager = self._manager or ocp.CheckpointManager(
+            self._manager = self._manager or ocp.CheckpointManager(
                 self._directory, options=self._options, item_handlers=array_io.handlers()
             )
-            self._manager = manager
-            manager.save(step, args=args, force=True)
+            self._manager.save(step, args=args, force=True)
         except Exception as e:
             if hosts.count() > 1:  # the others may be waiting inside Orbax
                 raise CheckpointError(
@@ -120,13 +118,11 @@ class Checkpointer:
 
     def committed(self) -> list[int]:
         """Return the steps on disk, ascending, without a save that is still in progress."""
-        return [
-            step
-            for step in steps(self._directory)
-            if all(
-                storage.is_folder(self._directory / str(step) / item) for item in ("state", "meta")
-            )
-        ]
+
+        def complete(folder: Path) -> bool:
+            return storage.is_folder(folder / "state") and storage.is_folder(folder / "meta")
+
+        return [n for n in steps(self._directory) if complete(self._directory / str(n))]
 
     def wait(self) -> int | None:
         """Wait for the save in progress; return the newest committed step, None if there is none.
@@ -152,21 +148,12 @@ class Checkpointer:
             )
 
     def restore(
-        self,
-        abstract_state: PyTree,
-        *,
-        expect: Mapping[str, Any] | None = None,
+        self, abstract_state: PyTree, *, expect: Mapping[str, Any] | None = None,
         upgrade: array_io.Upgrade = dict,
-    ) -> tuple[PyTree, dict[str, Any]] | None:
+    ) -> tuple[PyTree, dict[str, Any]] | None:  # fmt: skip
         """Restore the newest intact checkpoint, and move later ones to `quarantine/`.
 
-        Args:
-          abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
-          expect: values that `meta` must hold.
-          upgrade: see `array_io.load`.
-
-        Returns:
-          State and meta; None if there are no checkpoints.
+        Returns state and meta, see `array_io.load`; None if there are no checkpoints.
 
         Raises:
           CheckpointError: the newest intact one does not fit this run, or all are corrupt.
@@ -187,7 +174,13 @@ class Checkpointer:
                 log.warning("skipped a corrupt checkpoint: %s", e)
                 reasons.append(str(e))
                 continue
-            self._set_aside([later for later in committed if later > step])
+            self._drop_manager()
+            if later := [number for number in committed if number > step]:
+                if hosts.first():
+                    quarantine(self._directory, later)
+                    folder = self._directory / QUARANTINE
+                    log.warning("moved the later steps %s to %s", later, folder)
+                hosts.exchange("", "checkpoints quarantined")
             self._own = {step}
             return state, meta
         raise CheckpointError(
@@ -209,9 +202,9 @@ class Checkpointer:
         except Exception as e:
             error = e
         failures = hosts.exchange(error and array_io.reason(error), f"saved step {step}")
-        for i, reason in enumerate(failures):
-            if error is None and reason is not None:
-                error = OSError(f"host {i}: {reason}")
+        for host, failure in enumerate(failures):
+            if error is None and failure is not None:
+                error = OSError(f"host {host}: {failure}")
         if error is None:
             self._failures = 0
         else:
@@ -242,34 +235,22 @@ class Checkpointer:
                 log.debug("closing after a failed save: %s", array_io.reason(e))
 
     def _remove_leftovers(self) -> None:
-        if hosts.first():
-            for path in _leftovers(self._directory):
-                storage.remove_tree(path)
-
-    def _set_aside(self, later: list[int]) -> None:
-        self._drop_manager()
-        if later and hosts.first():
-            put_aside(self._directory, later)
-            log.warning("moved the later steps %s to %s", later, self._directory / QUARANTINE)
-        if later:
-            hosts.exchange("", "checkpoints set aside")
+        """Remove the directories of interrupted saves."""
+        if not hosts.first():
+            return
+        if storage.remote(self._directory):
+            paths = [p for p in _numbered(self._directory) if not storage.committed(p)]
+        else:
+            paths = list(self._directory.glob(f"*{array_io.TMP}*"))
+        for path in paths:
+            storage.remove_tree(path)
 
 
-def put_aside(directory: Path, later: list[int]) -> None:
+def quarantine(directory: Path, numbers: list[int]) -> None:
     """Move steps to `quarantine/`, without overwriting those of the same number there."""
-    for step in later:
+    for step in numbers:
         target = directory / QUARANTINE / str(step)
         copy = 0
         while target.exists():
             target = target.with_name(f"{step}.{(copy := copy + 1)}")
         storage.move_tree(directory / str(step), target)
-
-
-def _leftovers(directory: Path) -> list[Path]:
-    """Return the directories of interrupted saves."""
-    if not storage.remote(directory):
-        return list(directory.glob(f"*{array_io.TMP}*"))
-    if not storage.is_folder(directory):
-        return []
-    numbered = (p for p in directory.iterdir() if p.name.isdecimal())
-    return [path for path in numbered if not storage.committed(path)]

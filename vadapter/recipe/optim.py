@@ -11,25 +11,16 @@ from vadapter.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate; the defaults are the paper's.
+    """AdamW and its learning rate; the defaults are the paper's."""
 
-    Attributes:
-      lr: peak learning rate.
-      warmup: steps in which the learning rate rises to `lr`.
-      schedule: linear | cosine decay to 0 at the last step, or constant.
-      b1, b2, eps: of Adam.
-      weight_decay: decoupled, of kernels and embeddings only.
-      clip: global norm of the trained components' gradients; 0: off.
-    """
-
-    lr: float = 5e-4
-    warmup: int = 1000
-    schedule: str = "linear"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
-    clip: float = 1.0
+    lr: float = 5e-4  #: peak learning rate
+    warmup: int = 1000  #: steps in which the learning rate rises to `lr`
+    schedule: str = "linear"  #: linear | cosine decay to 0 at the last step, or constant
+    b1: float = 0.9  #: of Adam
+    b2: float = 0.999  #: of Adam
+    eps: float = 1e-8  #: of Adam
+    weight_decay: float = 1e-4  #: decoupled, of kernels and embeddings only
+    clip: float = 1.0  #: global norm of the trained components' gradients; 0: off
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -64,11 +55,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     """Return the optimizer of the trained components: clipping, then AdamW on the schedule."""
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     adam = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-    )
+        learning_rate(config, steps), b1=config.b1, b2=config.b2, eps=config.eps,
+        weight_decay=config.weight_decay, mask=decayed,
+    )  # fmt: skip
     return optax.chain(*clip, adam)

@@ -5,7 +5,8 @@ frozen dataclasses and checks that its parts fit together, before anything is lo
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax.numpy as jnp
 
@@ -28,17 +29,13 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A row of the table of stage kinds.
+    """A row of the table of stage kinds."""
 
-    Attributes:
-      visual: the stage sees images.
-      trains: "chain" and "lm", those that it trains; "all": the four components of CoCa.
-      chain_drops: parameters that a language model does not need inside the chain, where only its
-        hidden states are used; they are dropped without being listed in `StageConfig.drop`.
-    """
-
-    visual: bool
+    visual: bool  #: the stage sees images
+    #: "chain" and "lm", those that it trains; "all": the four components of CoCa
     trains: tuple[str, ...]
+    #: parameters that a language model does not need inside the chain, where only its hidden states
+    #: are used; they are dropped without being listed in `StageConfig.drop`
     chain_drops: tuple[str, ...] = ("embedding", "head")
 
 
@@ -52,41 +49,25 @@ STAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer that a run trains, once, for its language models without public weights.
+    """The tokenizer that a run trains, once, for its language models without public weights."""
 
-    Attributes:
-      vocab_size: upper bound; language models with vocab_size=0 take the size that is reached.
-      lowercase: fold case; smaller models need it, and the metrics ignore case.
-      data: data sets whose texts it is trained on.
-      texts: maximum number of texts.
-    """
-
-    vocab_size: int = 4096
-    lowercase: bool = True
-    data: tuple[str, ...] = ()
-    texts: int = 300_000
+    vocab_size: int = 4096  #: upper bound; language models with vocab_size=0 take what is reached
+    lowercase: bool = True  #: fold case; smaller models need it, and the metrics ignore case
+    data: tuple[str, ...] = ()  #: data sets whose texts it is trained on
+    texts: int = 300_000  #: maximum number of texts
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """An evaluation: captions or answers for a data set, and their scores.
+    """An evaluation: captions or answers for a data set, and their scores."""
 
-    Attributes:
-      data: a data set with task caption or question.
-      max_new, min_new: maximum and minimum length of a generation in tokens.
-      batch: rows per batch.
-      limit: number of examples, from the first; 0: all.
-      beams: width of the beam search; 1: greedy.
-      length_penalty: exponent of the length that a beam's score is divided by.
-    """
-
-    data: str
-    max_new: int = 32
-    batch: int = 100
-    limit: int = 0
-    min_new: int = 0
-    beams: int = 1
-    length_penalty: float = 1.0
+    data: str  #: a data set with task caption or question
+    max_new: int = 32  #: maximum length of a generation in tokens
+    batch: int = 100  #: rows per batch
+    limit: int = 0  #: number of examples, from the first; 0: all
+    min_new: int = 0  #: minimum length of a generation in tokens
+    beams: int = 1  #: width of the beam search; 1: greedy
+    length_penalty: float = 1.0  #: exponent of the length that a beam's score is divided by
 
     @property
     def decode(self) -> "Decode":
@@ -98,62 +79,40 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One stage of a run.
+    """One stage of a run."""
 
-    Attributes:
-      kind: a row of `STAGES`: what it trains.
-      steps: optimizer steps, one batch each.
-      batch: rows per step, on all devices together.
-      data: `{data set: weight}`; every batch is of one of them, drawn in proportion to the weights.
-      lm: the component that predicts the text.
-      chain: the components between encoder and lm, in order.
-      encoder: the component that encodes images.
-      start: initialization, `{component: STAGE | RUN_DIR/STAGE | weights | random}`. Default:
-        weights if the component has some, else random, which a frozen component cannot be.
-      rename: `{component: its name in the stage that it starts from}`, if they differ.
-      fresh: parameters (`component/path` prefixes) that may start random though others are loaded.
-      drop: parameters that may be left out of what is loaded, beyond the kind's `chain_drops`.
-      accumulate: micro-batches per step, whose gradients are added up to save memory.
-      optim: the optimizer.
-      evals: evaluations at the end, and every `eval_every` steps on fewer examples.
-      eval_every: steps between evaluations; 0: only at the end.
-      eval_limit: examples of each evaluation before the end.
-      loss: data sets whose loss is measured whenever the stage is evaluated.
-      loss_batches: batches that such a loss is measured on.
-      save_every: steps between checkpoints.
-      keep: number of checkpoints to keep.
-      log_every: steps between log lines.
-      max_bad: fraction of unusable samples, beyond the first ten, at which the run stops.
-      use_dropout: draw dropout masks in the language models, at the rates of their components.
-      bidirectional: inside a language model of the chain, queries attend in both directions.
-      chunk_rows: rows of logits that exist at a time, which saves memory; 0: all.
-    """
-
-    kind: str
-    steps: int
-    batch: int
+    kind: str  #: a row of `STAGES`: what it trains
+    steps: int  #: optimizer steps, one batch each
+    batch: int  #: rows per step, on all devices together
+    #: `{data set: weight}`; every batch is of one of them, drawn in proportion to the weights
     data: dict[str, float]
-    lm: str = ""
-    chain: tuple[str, ...] = ()
-    encoder: str = "encoder"
+    lm: str = ""  #: the component that predicts the text
+    chain: tuple[str, ...] = ()  #: the components between encoder and lm, in order
+    encoder: str = "encoder"  #: the component that encodes images
+    #: where components begin, `{component: STAGE | RUN_DIR/STAGE | weights | random}`. Default:
+    #: weights if the component has some, else random, which a frozen component cannot be.
     start: dict[str, str] = dataclasses.field(default_factory=dict)
+    #: `{component: its name in the stage that it starts from}`, if they differ
     rename: dict[str, str] = dataclasses.field(default_factory=dict)
+    #: parameters (`component/path` prefixes) that may start random though others are loaded
     fresh: tuple[str, ...] = ()
+    #: parameters that may be left out of what is loaded, beyond the kind's `chain_drops`
     drop: tuple[str, ...] = ()
-    accumulate: int = 1
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    accumulate: int = 1  #: micro-batches per step, whose gradients are added up to save memory
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)  #: the optimizer
+    #: evaluations at the end, and every `eval_every` steps on fewer examples
     evals: tuple[str, ...] = ()
-    eval_every: int = 0
-    eval_limit: int = 256
-    loss: tuple[str, ...] = ()
-    loss_batches: int = 4
-    save_every: int = 1000
-    keep: int = 2
-    log_every: int = 20
-    max_bad: float = 0.001
-    use_dropout: bool = False
-    bidirectional: bool = False
-    chunk_rows: int = 0
+    eval_every: int = 0  #: steps between evaluations; 0: only at the end
+    eval_limit: int = 256  #: examples of each evaluation before the end
+    loss: tuple[str, ...] = ()  #: data sets whose loss is measured whenever the stage is evaluated
+    loss_batches: int = 4  #: batches that such a loss is measured on
+    save_every: int = 1000  #: steps between checkpoints
+    keep: int = 2  #: number of checkpoints to keep
+    log_every: int = 20  #: steps between log lines
+    max_bad: float = 0.001  #: share of unusable samples, beyond the first ten, that stops the run
+    use_dropout: bool = False  #: draw dropout masks in the language models, at their own rates
+    bidirectional: bool = False  #: in a language model of the chain, queries attend both ways
+    chunk_rows: int = 0  #: rows of logits that exist at a time, which saves memory; 0: all
 
     RENAMED: ClassVar = {"dropout": "use_dropout"}
     # Keys that do not change what is trained: a run may be resumed with others.
@@ -165,35 +124,23 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The configuration of a run.
+    """The configuration of a run."""
 
-    Attributes:
-      name: of the recipe, for reports.
-      components: `{name: {size|kind: …, weights: FOLDER or hub id, fields…}}`; with weights alone,
-        kind and fields follow from the checkpoint's config.json.
-      data: data sets by name.
-      stages: stages by name.
-      chain: the stages to run, in order; finished ones are skipped.
-      tokenizer: of language models without public weights.
-      evals: evaluations by name.
-      seed: of initialization, order of the data, augmentation and dropout.
-      dtype: float32 | bfloat16, of the computation and of frozen parameters; trained parameters are
-        always float32.
-      mesh: how the devices are arranged.
-      workers: processes that read data; 0: threads of this process.
-    """
-
-    name: str
+    name: str  #: of the recipe, for reports
+    #: `{name: {size|kind: …, weights: FOLDER or hub id, fields…}}`; with weights alone, kind and
+    #: fields follow from the checkpoint's config.json
     components: dict[str, dict[str, Any]]
-    data: dict[str, DataConfig]
-    stages: dict[str, StageConfig]
-    chain: tuple[str, ...]
+    data: dict[str, DataConfig]  #: data sets by name
+    stages: dict[str, StageConfig]  #: stages by name
+    chain: tuple[str, ...]  #: the stages to run, in order; finished ones are skipped
+    #: of language models without public weights
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
-    evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)
-    seed: int = 0
-    dtype: str = "float32"
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    workers: int = 0
+    evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)  #: evaluations by name
+    seed: int = 0  #: of initialization, order of the data, augmentation and dropout
+    #: of the computation and of frozen parameters; trained parameters are always float32
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  #: arrangement of the devices
+    workers: int = 0  #: processes that read data; 0: threads of this process
 
 
 def read(config: Any) -> Recipe:
@@ -214,17 +161,13 @@ def read(config: Any) -> Recipe:
             expand(name, components[name])
     problems.settle()
     recipe = dataclasses.replace(recipe, components=components)
-    if recipe.dtype not in DTYPES:
-        raise ConfigError(f"config.dtype={recipe.dtype!r}: one of {', '.join(DTYPES)}")
-    for name in recipe.chain:
-        _known("config.chain", name, recipe.stages)
-    for name in recipe.tokenizer.data:
-        _known("config.tokenizer.data", name, recipe.data)
+    _check_names("config.chain", recipe.chain, recipe.stages)
+    _check_names("config.tokenizer.data", recipe.tokenizer.data, recipe.data)
     for name, data in recipe.data.items():
-        _known(f"config.data.{name}.task", data.task, TASKS)
+        _check_names(f"config.data.{name}.task", (data.task,), TASKS)
     for name, ev in recipe.evals.items():
-        _known(f"config.evals.{name}.data", ev.data, recipe.data)
-        _at_least_one(f"config.evals.{name}", ev, ("max_new", "batch", "beams"))
+        _check_names(f"config.evals.{name}.data", (ev.data,), recipe.data)
+        _check_positive(f"config.evals.{name}", ev, "max_new", "batch", "beams")
         if recipe.data[ev.data].task == "document":
             raise ConfigError(f"config.evals.{name}.data={ev.data!r}: documents are not evaluated")
     for name, stage in recipe.stages.items():
@@ -257,93 +200,89 @@ def _check_int8(recipe: Recipe) -> None:
         library()
 
 
-def _at_least_one(where: str, config: Any, keys: tuple[str, ...]) -> None:
+def _check_names(place: str, names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{place}: unknown {name!r}{nearest(name, known)}")
+
+
+def _check_positive(place: str, config: Any, *keys: str) -> None:
     for key in keys:
         if getattr(config, key) < 1:
-            raise ConfigError(f"{where}.{key}={getattr(config, key)}: at least 1")
+            raise ConfigError(f"{place}.{key}={getattr(config, key)}: at least 1")
 
 
 def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
-    where = f"config.stages.{name}"
-    _known(f"{where}.kind", stage.kind, STAGES)
-    if stage.kind != "vision" and not stage.lm:
-        raise ConfigError(f"{where}.lm: missing; which language model predicts the text?")
-    for component in components(stage):
-        _known(f"{where}: component", component, recipe.components)
-    for component in (*stage.start, *stage.rename):
-        _known(f"{where}.start", component, components(stage))
-    for key, names, known in (
-        ("data", stage.data, recipe.data),
-        ("evals", stage.evals, recipe.evals),
-        ("loss", stage.loss, recipe.data),
-    ):
-        for item in names:
-            _known(f"{where}.{key}", item, known)
+    place = f"config.stages.{name}"
+    _check_names(f"{place}.kind", (stage.kind,), STAGES)
+    vision, visual = stage.kind == "vision", STAGES[stage.kind].visual
+    if not vision and not stage.lm:
+        raise ConfigError(f"{place}.lm: missing; which language model predicts the text?")
+    _check_names(f"{place}: component", components(stage), recipe.components)
+    _check_names(f"{place}.start", (*stage.start, *stage.rename), components(stage))
+    _check_names(f"{place}.data", stage.data, recipe.data)
+    _check_names(f"{place}.evals", stage.evals, recipe.evals)
+    _check_names(f"{place}.loss", stage.loss, recipe.data)
     _check_starts(recipe, name, stage)
-    if stage.evals and (stage.kind == "vision" or not STAGES[stage.kind].visual):
+    if stage.evals and (vision or not visual):
         raise ConfigError(
-            f"{where}.evals: a stage of kind {stage.kind} does not write about images"
+            f"{place}.evals: a stage of kind {stage.kind} does not write about images"
         )
-    if stage.kind == "vision" and (stage.loss or stage.lm or stage.chain):
-        raise ConfigError(f"{where}: kind vision takes no loss, lm or chain")
+    if vision and (stage.loss or stage.lm or stage.chain):
+        raise ConfigError(f"{place}: kind vision takes no loss, lm or chain")
     if not stage.data:
-        raise ConfigError(f"{where}.data: empty; nothing to train on")
-    numbers = ("steps", "batch", "accumulate", "save_every", "keep", "log_every", "loss_batches")
-    _at_least_one(where, stage, numbers)
-    for item in (*stage.data, *stage.loss):
-        if STAGES[stage.kind].visual and recipe.data[item].task == "document":
-            raise ConfigError(f"{where}: data {item!r} has no images, which {stage.kind} needs")
+        raise ConfigError(f"{place}.data: empty; nothing to train on")
+    _check_positive(
+        place, stage, "steps", "batch", "accumulate", "save_every", "keep", "log_every",
+        "loss_batches",
+    )  # fmt: skip
+    for data in (*stage.data, *stage.loss):
+        if visual and recipe.data[data].task == "document":
+            raise ConfigError(f"{place}: data {data!r} has no images, which {stage.kind} needs")
     try:
         learning_rate(stage.optim, stage.steps)
     except ConfigError as error:
-        raise ConfigError(f"{where}.{error}") from None
-    if STAGES[stage.kind].visual and stage.kind != "vision" and not stage.chain:
-        raise ConfigError(f"{where}.chain: empty; visual tokens need a resampler, pooler or mlp")
+        raise ConfigError(f"{place}.{error}") from None
+    if visual and not vision and not stage.chain:
+        raise ConfigError(f"{place}.chain: empty; visual tokens need a resampler, pooler or mlp")
     if not 0 <= stage.max_bad <= 1:
-        raise ConfigError(f"{where}.max_bad={stage.max_bad}: a share, from 0 to 1")
+        raise ConfigError(f"{place}.max_bad={stage.max_bad}: a share, from 0 to 1")
     if stage.batch % stage.accumulate:
         raise ConfigError(
-            f"{where}: batch={stage.batch} does not divide into accumulate={stage.accumulate}"
+            f"{place}: batch={stage.batch} does not divide into accumulate={stage.accumulate}"
         )
-    if stage.kind == "vision" and stage.accumulate > 1:
-        raise ConfigError(f"{where}: the contrastive loss needs the whole batch: accumulate=1")
+    if vision and stage.accumulate > 1:
+        raise ConfigError(f"{place}: the contrastive loss needs the whole batch: accumulate=1")
 
 
 def _check_starts(recipe: Recipe, name: str, stage: StageConfig) -> None:
     """Check that stages come after those they start from, and that exceptions name components."""
-    where = f"config.stages.{name}"
     for component, source in stage.start.items():
         if source in ("random", "weights") or "/" in source:
             continue
-        _known(f"{where}.start.{component}", source, (*recipe.stages, "random", "weights"))
+        place = f"config.stages.{name}.start.{component}"
+        _check_names(place, (source,), (*recipe.stages, "random", "weights"))
         before = recipe.chain[: recipe.chain.index(name)] if name in recipe.chain else recipe.chain
         if source in recipe.chain and source not in before:
             raise ConfigError(
-                f"{where}.start.{component}={source!r}: that stage comes later in config.chain="
+                f"{place}={source!r}: that stage comes later in config.chain="
                 f"{','.join(recipe.chain)}; put it before {name}"
             )
         names, name_there = trained(recipe.stages[source]), stage.rename.get(component, component)
         if name_there not in names:
             raise ConfigError(
-                f"{where}.start.{component}={source!r}: that stage trains {', '.join(names)}, not "
-                f"{name_there}; name the right stage, or the component's name there in "
-                f"rename.{component}"
+                f"{place}={source!r}: that stage trains {', '.join(names)}, not {name_there}; name "
+                f"the right stage, or the component's name there in rename.{component}"
             )
     for key in ("fresh", "drop"):
-        for leaf in getattr(stage, key):
-            _known(f"{where}.{key}", leaf.partition("/")[0], components(stage))
+        prefixes = (leaf.partition("/")[0] for leaf in getattr(stage, key))
+        _check_names(f"config.stages.{name}.{key}", prefixes, components(stage))
     for leaf in stage.fresh:
-        component = leaf.partition("/")[0]
-        if component not in trained(stage):
+        if (component := leaf.partition("/")[0]) not in trained(stage):
             raise ConfigError(
-                f"{where}.fresh: {leaf} would stay random, since {component} is frozen in this "
-                "stage; start it from a stage or from weights that have it"
+                f"config.stages.{name}.fresh: {leaf} would stay random, since {component} is "
+                "frozen in this stage; start it from a stage or from weights that have it"
             )
-
-
-def _known(where: str, name: str, known: Any) -> None:
-    if name not in known:
-        raise ConfigError(f"{where}: unknown {name!r}{nearest(name, known)}")
 
 
 COCA = ("encoder", "pooler", "text", "fusion")
@@ -375,14 +314,12 @@ def resized(
       frames: of every row of every data set, images and clips alike.
       remat: of every component that names one.
     """
-    config, components, data = recipe.stages[stage], recipe.components, recipe.data
-    if batch:
-        config = dataclasses.replace(config, batch=batch)
+    config = recipe.stages[stage]
+    config = dataclasses.replace(config, batch=batch or config.batch)
+    components, data = recipe.components, recipe.data
     if remat:
-        components = {
-            name: {**spec, "remat": remat} if "remat" in spec else spec
-            for name, spec in components.items()
-        }
+        remats = {name: {"remat": remat} for name, spec in components.items() if "remat" in spec}
+        components = {name: spec | remats.get(name, {}) for name, spec in components.items()}
     if frames:
         data = {
             name: dataclasses.replace(rows, frames=frames, media="clip")

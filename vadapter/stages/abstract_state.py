@@ -17,7 +17,7 @@ from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import replicated, shardings, shardings_of
 from vadapter.models.adapter_model import AdapterModel, component_seed
 from vadapter.models.coca import CoCa
-from vadapter.stages.steps import init_state
+from vadapter.stages.steps import TrainState, init_state
 
 Model = AdapterModel | CoCa
 
@@ -28,10 +28,9 @@ def view_of(model: Model) -> ImageTransform | None:
 
 
 class Initializer:
-    """The init of a model, traced once.
+    """A model with its init, traced once: shapes and random values both come from that program.
 
-    Tracing takes seconds for a large model, and both the shapes of the parameters and their random
-    values need it: both are read from the one traced program.
+    Tracing takes seconds for a large model.
     """
 
     def __init__(self, model: Model):
@@ -42,12 +41,9 @@ class Initializer:
         return _with_shardings(self._traced[1], mesh)
 
     def random(self, names: Iterable[str], rng: jax.Array, abstract: Any) -> dict[str, Any]:
-        """Return random parameters of some components.
+        """Return random parameters of some components, with shardings and dtypes of `abstract`.
 
-        Args:
-          names: the components; the values of each depend on `rng` and its name alone.
-          rng: key.
-          abstract: component -> shapes with the shardings and dtypes of the result.
+        The values of each depend on `rng` and its name alone.
         """
         out = {name: abstract[name] for name in names}
         if not out:
@@ -82,8 +78,8 @@ def _init(model: Model, rng: jax.Array) -> dict[str, Any]:
     if not model.encoder:
         return model.init(rng, None)
     key = jax.random.fold_in(rng, component_seed(model.encoder))
-    zeros = jnp.zeros(frames.shape, frames.dtype)
-    visual, variables = model.modules[model.encoder].init_with_output(key, zeros)
+    encoder, zeros = model.modules[model.encoder], jnp.zeros(frames.shape, frames.dtype)
+    visual, variables = encoder.init_with_output(key, zeros)
     shape = jax.ShapeDtypeStruct(visual.shape, visual.dtype)
     return {model.encoder: variables["params"], **model.init(rng, shape)}
 
@@ -106,32 +102,22 @@ def abstract_state(
       mesh: of the shardings.
     """
     state = jax.eval_shape(lambda p: init_state(p, tx), trainable)
-    everywhere = replicated(mesh)
 
-    def put(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    def on_all(x: Any) -> jax.ShapeDtypeStruct:
+        return _shape(x, replicated(mesh))
 
-    opt = optax.tree_utils.tree_map_params(
-        tx,
-        lambda x, p: put(x, p.sharding),
-        state.opt_state,
-        trainable,
-        transform_non_params=lambda x: put(x, everywhere),
-    )
-    return state.replace(
-        params=trainable,
-        opt_state=opt,
-        step=put(state.step, everywhere),
-        skipped=put(state.skipped, everywhere),
-    )
+    opt_state = optax.tree_utils.tree_map_params(
+        tx, lambda x, p: _shape(x, p.sharding), state.opt_state, trainable,
+        transform_non_params=on_all,
+    )  # fmt: skip
+    return TrainState(on_all(state.step), trainable, opt_state, on_all(state.skipped))
 
 
 def in_compute_dtype(frozen: Any, dtype: Any) -> Any:
     """Return the shapes of frozen parameters as the devices hold them: floats in `dtype`."""
 
     def cast(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        floats = jnp.issubdtype(x.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(x.shape, dtype if floats else x.dtype, sharding=x.sharding)
+        return _shape(x, x.sharding, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
 
     return jax.tree.map(cast, frozen)
 
@@ -143,26 +129,24 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def row_shapes(
-    sizes: dict[str, int], *, visual: bool, rows: int = 1
+    sizes: dict[str, int], rows: int = 1, sharding: Any = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a batch.
+    """Return the shapes of a batch of B rows; `sizes` are F, S, P, T and M, see `data.batch`.
 
-    Args:
-      sizes: F, S, P, T and M, see `data.batch`; F and S only of images.
-      visual: the batch has frames.
-      rows: B.
+    Without F and S it has no images.
     """
     sizes = {**sizes, "B": rows, "C": 3}
-    keys = [key for key in SPEC if key != "features" and (key != "frames" or visual)]
+    keys = [key for key in SPEC if key != "features" and (key != "frames" or "S" in sizes)]
+    shapes = {key: tuple(sizes[dim] for dim in SPEC[key][1]) for key in keys}
     return {
-        key: jax.ShapeDtypeStruct(tuple(sizes[dim] for dim in SPEC[key][1]), SPEC[key][0])
-        for key in keys
+        key: jax.ShapeDtypeStruct(shape, SPEC[key][0], sharding=sharding)
+        for key, shape in shapes.items()
     }
 
 
+def _shape(x: Any, sharding: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype if dtype is None else dtype, sharding=sharding)
+
+
 def _with_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        nn.meta.unbox(boxed),
-        shardings(boxed, mesh),
-    )
+    return jax.tree.map(_shape, nn.meta.unbox(boxed), shardings(boxed, mesh))

@@ -13,7 +13,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,36 +38,31 @@ from vadapter.io import storage
 from vadapter.io.json_files import write_json
 from vadapter.io.lock import lock
 
-T = TypeVar("T")
 Watch = Callable[[Iterator[Any]], Iterator[Any]]
-
-_PROGRESS_EVERY = 10.0  # seconds
 
 
 def encoded(
-    source: Source,
-    config: DataConfig,
-    workdir: Path,
-    *,
-    encoder: Any,
-    params: Any,
-    digest: str,
-    mesh: jax.sharding.Mesh,
-    watch: Watch = iter,
-) -> FeatureSource:
-    """Return a data set with visual tokens instead of images, cached as its configuration says.
+    source: Source, config: DataConfig, workdir: Path, *, encoder: Any, params: Any, digest: str,
+    mesh: jax.sharding.Mesh, watch: Watch = iter, batch: int = 32,
+) -> FeatureSource:  # fmt: skip
+    """Return a data set with visual tokens instead of images; missing shards are computed first.
+
+    Several runs may share a folder: one computes, the others wait. On several hosts all make the
+    same call, with the folder on a shared file system, and each writes its own shards.
 
     Args:
-      source: of the data set.
-      config: of the data set.
-      workdir: the run directory.
+      source, config: of the data set; the folder of `config` holds any number of caches, each in a
+        folder named by its key.
+      workdir: the run directory, for a data set without a folder.
       encoder, params, digest: the frozen encoder's module, its parameters and their digest.
       mesh: to compute on.
-      watch: see `cached`.
+      watch: yields the batches, or raises to stop; the next call resumes after the last complete
+        shard.
+      batch: B.
 
     Raises:
-      ConfigError: the cache would be in a bucket; else as `cached`.
-      DataError: as `cached`.
+      ConfigError: the cache would be in a bucket, or the disk has too little space.
+      DataError: tokens are not finite; a shard is corrupt, see `Cache.read`.
     """
     folder = resolve(config.cache_dir, "cache_dir") if config.cache_dir else workdir / "features"
     if storage.remote(root := storage.as_path(folder)):
@@ -75,89 +70,38 @@ def encoded(
             f"visual tokens cannot be cached in a bucket ({root}): set data.NAME.cache_dir to a "
             "folder on a disk that all hosts share, or data.NAME.cache=False"
         )
-    return cached(
-        source,
-        root,
-        encode=encoder,
-        params=params,
-        digest=digest,
-        view=config.view(encoder.view),
-        frames=config.frames if source.kind == "clip" else 1,
-        flip=config.flip,
-        stored=config.cache_dtype,
-        mesh=mesh,
-        watch=watch,
-    )
-
-
-def cached(
-    source: Source,
-    folder: Path,
-    *,
-    encode: nn.Module,
-    params: Any,
-    digest: str,
-    view: ImageTransform,
-    frames: int,
-    flip: bool,
-    mesh: jax.sharding.Mesh,
-    stored: Stored = "bfloat16",
-    batch: int = 32,
-    watch: Watch = iter,
-) -> FeatureSource:
-    """Return a source with visual tokens instead of images; missing shards are computed first.
-
-    Several runs may share a folder: one computes, the others wait. On several hosts all make the
-    same call, with the folder on a shared file system, and each writes its own shards.
-
-    Args:
-      source: of the images or clips.
-      folder: holds any number of caches, each in a folder named by its key.
-      encode, params, digest: the frozen encoder's module, its parameters and their digest.
-      view, frames: how the encoder sees an example, see `transforms.caption_sample`.
-      flip: also cache the tokens of the mirror image.
-      mesh: to compute on.
-      stored: bfloat16, or int8 with one scale per token.
-      batch: B.
-      watch: yields the batches, or raises to stop; the next call resumes after the last complete
-        shard.
-
-    Raises:
-      ConfigError: the disk has too little space.
-      DataError: tokens are not finite; a shard is corrupt, see `Cache.read`.
-    """
-    frames_of_one = np.zeros((1, frames, view.size, view.size, 3), np.uint8)
-    tokens: Any = jax.eval_shape(encode.apply, {"params": params}, frames_of_one)
-    key = {"source": source.fingerprint(), "encoder": digest, "model": plain(encode.config),
-           "dtype": jnp.dtype(encode.dtype).name, "view": plain(view), "frames": frames,
+    view, flip, stored = config.view(encoder.view), config.flip, config.cache_dtype
+    frames = config.frames if source.kind == "clip" else 1
+    pixels = np.zeros((1, frames, view.size, view.size, 3), np.uint8)
+    tokens: Any = jax.eval_shape(encoder.apply, {"params": params}, pixels)
+    key = {"source": source.fingerprint(), "encoder": digest, "model": plain(encoder.config),
+           "dtype": jnp.dtype(encoder.dtype).name, "view": plain(view), "frames": frames,
            "flip": flip, "stored": stored, "format": FORMAT}  # fmt: skip
     name, shape = digest_of(key), (1 + flip, *tokens.shape[1:])
-    cache = Cache(folder / name[:16], name, len(source), shape, stored)
-    if _missing(cache):
-        first = hosts.first()
-        with _alone(cache) if first else contextlib.nullcontext():
-            if missing := _missing(cache):
-                row = functools.partial(_pixels, view=view, frames=frames, flip=flip)
-                encode_fn = with_mesh(mesh, functools.partial(_encode, encode, stored))
-                encode_fn = jit(encode_fn, out_shardings=batch_sharding(mesh))
-                step = functools.partial(_run, functools.partial(encode_fn, params), mesh)
-                _announce(cache, missing, key)
-                _compute(cache, missing, source, row, step, mesh.size, batch, watch)
+    cache = Cache(root / name[:16], name, len(source), shape, stored)
+    if not _missing(cache):
+        return FeatureSource(source, cache)
+
+    encode = with_mesh(mesh, functools.partial(_encode, encoder, stored))
+    encode = jit(encode, out_shardings=batch_sharding(mesh))
+
+    def step(rows: Row) -> Any:
+        arrays = to_mesh({key: rows[key] for key in ("frames", "bad")}, mesh)
+        return encode(params, arrays["frames"], arrays["bad"])
+
+    # Another run, or an evaluation, may compute the same tokens.
+    with lock(cache.folder / ".lock", wait=True) if hosts.first() else contextlib.nullcontext():
+        if missing := _missing(cache):
+            _announce(cache, missing, key)
+            row = functools.partial(_pixels, view=view, frames=frames, flip=flip)
+            _compute(cache, missing, source, row, step, mesh.size, batch, watch)
     return FeatureSource(source, cache)
 
 
 def _missing(cache: Cache) -> list[int]:
     """Return the missing shards, as seen by the first host."""
     missing = [int(shard) for shard in cache.missing()]
-    return hosts.exchange(missing, f"features {cache.key}", patience=hosts.WORK)[0]
-
-
-@contextlib.contextmanager
-def _alone(cache: Cache) -> Iterator[None]:
-    """Lock the cache: another run, or an evaluation, may compute the same tokens."""
-    cache.folder.mkdir(parents=True, exist_ok=True)
-    with lock(cache.folder / ".lock", wait=True):
-        yield
+    return hosts.of_first(missing, f"features {cache.key}", patience=hosts.WORK)
 
 
 def _announce(cache: Cache, missing: list[int], key: Any) -> None:
@@ -201,11 +145,11 @@ def _compute(
     steps_of = [-(-len(cache.span(shard)) // batch) for shard in missing]
     longest = batch * max(sum(steps_of[i::count]) for i in range(count))
     fill = np.zeros(max(longest - sum(map(len, padded)), 0), int)
-    items = _Picked(source, np.concatenate([*padded, fill]))
+    items = _Selection(source, np.concatenate([*padded, fill]))
     stored = np.concatenate([*real, fill > 0])
 
     steps = ((step(rows), rows["id"]) for rows in watch(eval_batches(items, row, batch)))
-    with Progress("" if host else "features", int(stored.sum()), every=_PROGRESS_EVERY) as progress:
+    with Progress("" if host else "features", int(stored.sum())) as progress:
 
         def records_of(steps: Iterator[Any]) -> Iterator[bytes]:
             for out, ids in _ahead(steps):
@@ -222,8 +166,8 @@ def _compute(
 
 
 @dataclasses.dataclass
-class _Picked:
-    """Selected examples of a source."""
+class _Selection:
+    """Examples of a source, in an order of their own."""
 
     source: Source
     indices: np.ndarray
@@ -241,14 +185,12 @@ def _pixels(
     """Return frames u8[M,F,S,S,3] of an example, and in `bad` whether they could not be read."""
     from vadapter.data.media.frames import load_square  # with the readers of video
 
-    weights, mirrored = np.ones(1, np.float32), (False, True)[: 1 + flip]
     try:
-        pixels = load_square(item.media, view, frames=frames)
-        both = np.stack([pixels[:, :, ::-1] if mirror else pixels for mirror in mirrored])
-        return {"frames": both, "weights": weights, "bad": np.array(False)}
+        pixels, bad = load_square(item.media, view, frames=frames), False
     except (BadMedia, OSError):
-        both = np.zeros((1 + flip, frames, view.size, view.size, 3), np.uint8)
-        return {"frames": both, "weights": weights, "bad": np.array(True)}
+        pixels, bad = np.zeros((frames, view.size, view.size, 3), np.uint8), True
+    both = np.stack([pixels, pixels[:, :, ::-1]][: 1 + flip])
+    return {"frames": both, "weights": np.ones(1, np.float32), "bad": np.array(bad)}
 
 
 def _encode(
@@ -274,12 +216,6 @@ def _encode(
     return finite, (masked(scales), values.astype(jnp.int8))
 
 
-def _run(step: Any, mesh: jax.sharding.Mesh, batch: Row) -> Any:
-    """Return the result of the step, without waiting for it."""
-    arrays = to_mesh({key: batch[key] for key in ("frames", "bad")}, mesh)
-    return step(arrays["frames"], arrays["bad"])
-
-
 def _records(out: Any, stored: np.ndarray) -> list[bytes]:
     """Return the records of this host's rows that are to be stored, bool[B]; the rest is padding.
 
@@ -292,7 +228,7 @@ def _records(out: Any, stored: np.ndarray) -> list[bytes]:
     return [b"".join(array[i].tobytes() for array in arrays) for i in np.flatnonzero(stored)]
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
     """Yield each item after the next was dispatched, so that devices never wait for the disk."""
     pending = list(itertools.islice(items, 1))
     for item in items:

@@ -20,22 +20,17 @@ from vadapter.stages.stage import NO_RUN
 
 
 def write_caches(
-    recipe: Recipe,
-    names: tuple[str, ...] = (),
-    *,
-    workdir: Path | None = None,
-    out: Path | None = None,
-    stored: Stored | None = None,
+    recipe: Recipe, names: tuple[str, ...] = (), *, workdir: Path | None = None,
+    out: Path | None = None, stored: Stored | None = None,
     watch: Callable[[str], Watch] = lambda name: iter,
-) -> Iterator[tuple[str, DataConfig, FeatureSource]]:
+) -> Iterator[tuple[str, DataConfig, FeatureSource]]:  # fmt: skip
     """Encode data sets with the frozen encoders of the stages that use them; skip complete caches.
 
     Args:
-      recipe: of the run.
       names: of data sets; by default those with `cache`.
       workdir: the run directory; needed if the run trains the encoder.
       out, stored: replace the recipe's `cache_dir` and `cache_dtype`.
-      watch: for a data set, see `feature_cache.cached`.
+      watch: for a data set, see `feature_cache.encoded`.
 
     Yields:
       The data set's name, its configuration, and the source that reads the cache.
@@ -62,8 +57,7 @@ def write_caches(
         )
         for component, stage in _encoders(recipe, name):
             module: Any = make_module(component, recipe.components[component], dtype=dtype)
-            abstract = abstract_encoder(module, mesh)
-            root = workdir or NO_RUN
+            abstract, root = abstract_encoder(module, mesh), workdir or NO_RUN
             start = initialization.find(recipe, stage, root, component, abstract)
             digest = start.digest
             if start.weights is not None:
@@ -75,14 +69,9 @@ def write_caches(
 
 
 def _encoders(recipe: Recipe, data: str) -> list[tuple[str, StageConfig]]:
-    """Return the frozen encoders that a data set is used with, each with its first stage.
-
-    Raises:
-      ConfigError: there is none.
-    """
+    """Return the frozen encoders that a data set is used with, each with its first stage."""
     encoders: dict[tuple[str, str], tuple[str, StageConfig]] = {}
-    for name in recipe.chain:
-        stage = recipe.stages[name]
+    for stage in (recipe.stages[name] for name in recipe.chain):
         used = {*stage.data, *stage.loss, *(recipe.evals[ev].data for ev in stage.evals)}
         if STAGES[stage.kind].visual and stage.encoder not in trained(stage) and data in used:
             start = stage.start.get(stage.encoder, "")

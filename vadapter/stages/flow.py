@@ -31,9 +31,7 @@ def flow(
     The input of the last language model is {prompt, prefix, tokens}: i32[B,P], [B,Q,E], i32[B,T].
 
     Args:
-      model: the stage's model.
-      params: shapes of every component's parameters.
-      batch: shapes.
+      model, params, batch: the stage's model, and the shapes of its parameters and of a batch.
       exact: P in `batch` is exact, not an upper bound.
 
     Raises:
@@ -78,12 +76,9 @@ def check_batch_size(name: str, stage: StageConfig, devices: int) -> None:
 
 
 def check_room(name: str, texts: int, transform: Callable[..., Any]) -> None:
-    """Raise ConfigError if the shortest possible text does not fit into a row of a data set.
+    """Raise ConfigError if the shortest possible texts do not fit into a row of a data set.
 
-    Args:
-      name: the data set.
-      texts: captions or questions per row.
-      transform: makes a row of an example.
+    A row has `texts` captions or questions; `transform` makes it of an example.
     """
     # Features need no decoding, and no words are shorter than these.
     media = Features(np.zeros((1, 1, 1, 1), ml_dtypes.bfloat16))

@@ -48,30 +48,23 @@ _SHOWN = 8  # tensors in a line, lines in an error
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The start of one component.
+    """The start of one component."""
 
-    Attributes:
-      component: its name in this stage.
-      source: as reports show it: random, weights PATH, stage NAME.
-      digest: of the stored content, or of the files of public weights; "" if random.
-      weights: the public weights, if it starts from them.
-      report: how their tensors match the component.
-      name, root: its name in the component store, and that store, if it starts from a stage.
-      loaded: leaf paths that are read.
-      dropped: stored leaf paths that are left out; of public weights, names of tensors.
-      fresh: leaf paths that start random although the others are read.
-    """
+    component: str  #: its name in this stage
+    source: str  #: as reports show it: random, weights PATH or stage NAME
+    digest: str = ""  #: of the stored content, or of the files of public weights; "" if random
+    weights: "Reference | None" = None  #: the public weights, if it starts from them
+    report: "Report | None" = None  #: how their tensors match the component
+    name: str = ""  #: its name in the component store, if it starts from a stage
+    root: Path = Path()  #: that store
+    loaded: tuple[str, ...] = ()  #: leaf paths that are read
+    dropped: tuple[str, ...] = ()  #: stored leaf paths, or names of tensors, that are left out
+    fresh: tuple[str, ...] = ()  #: leaf paths that start random although the others are read
 
-    component: str
-    source: str
-    digest: str = ""
-    weights: "Reference | None" = None
-    report: "Report | None" = None
-    name: str = ""
-    root: Path = Path()
-    loaded: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-    fresh: tuple[str, ...] = ()
+    @property
+    def needs_init(self) -> bool:
+        """Whether some of its parameters start random."""
+        return self.source == "random" or bool(self.fresh)
 
 
 # -- which of the three ways ---------------------------------------------------------------------
@@ -104,9 +97,9 @@ def finished(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"stage {directory} is not finished (no {path}); run it first")
     try:
         record = json.loads(path.read_text())
-        if not (record["components"] and record["identity"]):
-            raise ValueError("empty")
-        return record
+        if record["components"] and record["identity"]:
+            return record
+        raise ValueError("empty")
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is corrupt ({error!r}); restore it from a backup") from None
 
@@ -156,21 +149,13 @@ def _stored(stage: StageConfig, component: str, directory: Path) -> tuple[str, s
 
 
 def find(
-    recipe: Recipe,
-    stage: StageConfig,
-    workdir: Path,
-    component: str,
-    abstract: Any,
-    *,
-    upcoming: Mapping[str, Mapping[str, Any]] | None = None,
-    vocab_bound: int = 0,
-) -> Start:
+    recipe: Recipe, stage: StageConfig, workdir: Path, component: str, abstract: Any, *,
+    upcoming: Mapping[str, Mapping[str, Any]] | None = None, vocab_bound: int = 0,
+) -> Start:  # fmt: skip
     """Return where a component starts; reads no tensor and writes nothing.
 
     Args:
-      recipe: of the run.
-      stage: the stage.
-      workdir: the run directory.
+      recipe, stage, workdir: of the run.
       component: its name in the stage.
       abstract: tree of shapes that the stage's model needs.
       upcoming: stage -> component -> tree of shapes, of stages that will run before this one.
@@ -196,27 +181,23 @@ def find(
             component, f"weights {weights.weights}", weights=weights, report=match,
             loaded=tuple(leaf_paths(abstract)), dropped=match.left_out,
         )  # fmt: skip
+    start = Start(component, f"stage {source}")
     if upcoming and source in upcoming:
-        start = Start(component, f"stage {source}")
         tree = upcoming[source][stage.rename.get(component, component)]
         stored = {path: tuple(x.shape) for path, x in leaf_paths(tree).items()}
     else:
         directory = _directory(source, workdir)
         name, digest = _stored(stage, component, directory)
-        root = directory.parent / STORE
-        start = Start(component, f"stage {source}", digest, name=name, root=root)
-        leaves = ComponentStore(root).describe(name, digest)
+        start = dataclasses.replace(start, digest=digest, name=name, root=directory.parent / STORE)
+        leaves = ComponentStore(start.root).describe(name, digest)
         stored = {path: shape for path, (shape, _) in leaves.items()}
     return _account(stage, start, abstract, stored, vocab_bound)
 
 
 def _account(
-    stage: StageConfig,
-    start: Start,
-    abstract: Any,
-    stored: Mapping[str, tuple[int, ...]],
+    stage: StageConfig, start: Start, abstract: Any, stored: Mapping[str, tuple[int, ...]],
     vocab_bound: int,
-) -> Start:
+) -> Start:  # fmt: skip
     """Return the start with every needed and every stored leaf as loaded, dropped or fresh.
 
     Raises:
@@ -237,31 +218,17 @@ def _account(
 
     def same_shape(path: str) -> bool:
         have, want = stored[path], needed[path]
-        return len(have) == len(want) and all(
-            a == b or a < b == vocab_bound for a, b in zip(have, want, strict=True)
-        )
+        same = (a == b or a < b == vocab_bound for a, b in zip(have, want, strict=False))
+        return len(have) == len(want) and all(same)
 
     differing = [path for path in needed if path in stored and not same_shape(path)]
-    replaced = [path for path in differing if listed(path, stage.fresh)]
     missing = [path for path in needed if path not in stored]
     unexpected = [path for path in stored if path not in needed]
-    problems = [
-        *(
-            f"{path}: shape {stored[path]} is stored, but {needed[path]} is needed"
-            for path in differing
-            if path not in replaced
-        ),
-        *(
-            f"{path}: missing (list {key(path)} in fresh to start it random)"
-            for path in missing
-            if not listed(path, stage.fresh)
-        ),
-        *(
-            f"{path}: unexpected (list {key(path)} in drop to leave it out)"
-            for path in unexpected
-            if not listed(path, drop)
-        ),
-    ]
+    fresh = {p: f"shape {stored[p]} is stored, but {needed[p]} is needed" for p in differing}
+    fresh |= {p: f"missing (list {key(p)} in fresh to start it random)" for p in missing}
+    dropped = {p: f"unexpected (list {key(p)} in drop to leave it out)" for p in unexpected}
+    problems = [f"{path}: {text}" for path, text in fresh.items() if not listed(path, stage.fresh)]
+    problems += [f"{path}: {text}" for path, text in dropped.items() if not listed(path, drop)]
     if problems:
         raise CheckpointError(
             f"{component} from {start.source} does not fit:\n  "
@@ -269,9 +236,9 @@ def _account(
         )
     return dataclasses.replace(
         start,
-        loaded=tuple(path for path in needed if path in stored and path not in replaced),
-        dropped=(*unexpected, *replaced),
-        fresh=(*missing, *replaced),
+        loaded=tuple(path for path in needed if path not in fresh),
+        dropped=(*unexpected, *differing),
+        fresh=(*missing, *differing),
     )
 
 
@@ -289,9 +256,7 @@ def plan(
     are, and their digest tells whether they have changed.
 
     Args:
-      recipe: of the run.
-      stage: the stage.
-      workdir: the run directory.
+      recipe, stage, workdir: of the run.
       abstract: component -> tree of shapes that the stage's model needs.
 
     Raises:
@@ -356,13 +321,11 @@ def load(start: Start, abstract: Any, initial: Any | None, dtype: Any = None) ->
     targets = {path: x for path, x in leaf_paths(full).items() if path in start.loaded}
     stored = ComponentStore(start.root).get(start.name, start.digest, targets, subset=True)
     leaves = (leaf_paths(initial) if start.fresh else {}) | stored
-    return quantize(
-        (
-            (path.replace(".", "/"), x if dtype is None else x.astype(dtype))
-            for path, x in leaves.items()
-        ),
-        abstract,
+    casts = (
+        (path.replace(".", "/"), x if dtype is None else x.astype(dtype))
+        for path, x in leaves.items()
     )
+    return quantize(casts, abstract)
 
 
 def report(starts: Mapping[str, Start], stage: StageConfig, abstract: Mapping[str, Any]) -> str:

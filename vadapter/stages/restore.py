@@ -27,11 +27,10 @@ from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import buckets, storage
 from vadapter.recipe.schema import STAGES, Recipe, StageConfig, read
-from vadapter.stages import initialization
-from vadapter.stages.identity import upgrade
-from vadapter.stages.initialization import STORE
+from vadapter.stages.initialization import STORE, Start
 from vadapter.stages.run import tokenizer_path
 from vadapter.stages.stage import Stage
+from vadapter.stages.steps import split
 from vadapter.weights.reference import PREFIX, Reference
 
 # Keys that may be overridden after a stage is trained; all others are part of its result.
@@ -41,11 +40,7 @@ log = logging.getLogger(__name__)
 
 
 def read_run(workdir: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Return the recipe that a run was started with.
-
-    Args:
-      workdir: the run directory.
-      overrides: `a.b=VALUE`, of the keys in `OPEN`.
+    """Return the recipe that a run was started with, with overrides `a.b=VALUE` of keys in `OPEN`.
 
     Raises:
       CheckpointError: there is no run, or its config.json is corrupt.
@@ -83,12 +78,9 @@ def _tuples(value: Any) -> Any:
 
 
 def open_run(
-    workdir: Path,
-    stage: str | None = None,
-    *,
-    step: int | None = None,
+    workdir: Path, stage: str | None = None, *, step: int | None = None,
     overrides: Iterable[str] = (),
-) -> Stage:
+) -> Stage:  # fmt: skip
     """Return a trained stage of a run with its parameters.
 
     Args:
@@ -118,7 +110,7 @@ def open_run(
     mesh, reasons = _mesh(recipe.mesh), []
     for number in reversed(committed) if step is None else [step]:
         try:
-            return _restored(workdir, recipe, stage, number, tokenizer, mesh)
+            return _restore(workdir, recipe, stage, number, tokenizer, mesh)
         except CorruptError as error:
             log.warning("skipped a corrupt checkpoint: %s", error)
             reasons.append(str(error))
@@ -161,17 +153,13 @@ def _mesh(config: MeshConfig) -> jax.sharding.Mesh:
         return make_mesh(MeshConfig())
 
 
-def _restored(
-    workdir: Path,
-    recipe: Recipe,
-    name: str,
-    step: int,
-    tokenizer: Tokenizer,
+def _restore(
+    workdir: Path, recipe: Recipe, name: str, step: int, tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
-) -> Stage:
-    """Return the stage with the parameters of one checkpoint."""
+) -> Stage:  # fmt: skip
+    """Return a stage with the parameters of one checkpoint."""
     path = workdir / name / "checkpoints" / str(step)
-    meta = upgrade(array_io.read_meta(path))
+    meta = Stage.upgrade_identity(array_io.read_meta(path))
     if meta["step"] != step:
         raise CorruptError(f"{path}: contains step {meta['step']}")
     if meta["tokenizer"] != tokenizer.digest:
@@ -181,35 +169,25 @@ def _restored(
         )
     recipe = _as_trained(recipe, name, meta)
     stage = Stage(recipe, name, mesh, workdir=workdir, tokenizer=tokenizer)
-    stage.restore(
-        step,
-        {
-            component: _frozen_start(stage, component, meta["start"][component], tree)
-            for component, tree in stage.abstract.items()
-            if component not in stage.trained
-        },
-    )
+    trainable, frozen = split(stage.abstract, stage.trained)
+    starts = {n: _frozen_start(stage, n, meta["start"][n], tree) for n, tree in frozen.items()}
+    state, _ = array_io.load(path, {"params": trainable}, subset=True)
+    stage.params = {n: stage.load(n, start) for n, start in starts.items()} | state["params"]
+    stage.step, stage.digests = step, {n: start.digest for n, start in starts.items()}
     return stage
 
 
-def _frozen_start(stage: Stage, name: str, digest: str, abstract: Any) -> initialization.Start:
-    """Return the start of a frozen component: public weights, or the run's component store.
-
-    In the store it has its own name, or that of the stage that it was taken from.
-    """
+def _frozen_start(stage: Stage, name: str, digest: str, abstract: Any) -> Start:
+    """Return the start of a frozen component: public weights, or the run's component store."""
     leaves, root = tuple(leaf_paths(abstract)), stage.workdir / STORE
     if digest.startswith(PREFIX):
         weights = Reference.of(name, stage.recipe.components[name])
         weights.expect(digest, root)
-        return initialization.Start(
-            name, f"weights {weights.weights}", digest, weights, loaded=leaves
-        )
+        return Start(name, f"weights {weights.weights}", digest, weights, loaded=leaves)
     store = ComponentStore(root)
-    for stored in (stage.config.rename.get(name, name), name):
+    for stored in (stage.config.rename.get(name, name), name):  # as where it was trained, or here
         if storage.committed(store.path(stored, digest)):
-            return initialization.Start(
-                name, "store", digest, name=stored, root=root, loaded=leaves
-            )
+            return Start(name, "store", digest, name=stored, root=root, loaded=leaves)
     raise CheckpointError(
         f"{store.path(name, digest)} is missing: the run's {STORE} directory holds its frozen "
         "components and must be copied with it"
@@ -217,19 +195,13 @@ def _frozen_start(stage: Stage, name: str, digest: str, abstract: Any) -> initia
 
 
 def _as_trained(recipe: Recipe, stage: str, meta: dict[str, Any]) -> Recipe:
-    """Return the recipe with the stage and its components as the checkpoint records them.
-
-    Except for the locations of public weights, which may have moved.
-    """
+    """Return the recipe as the checkpoint records it, but public weights where they are now."""
     config = build(StageConfig, plain(recipe.stages[stage]) | meta["config"], f"stages.{stage}")
     trained = {}
     for name, spec in meta["components"].items():
         weights = recipe.components.get(name, {}).get("weights")
         trained[name] = spec | ({"weights": weights} if weights else {})
     return dataclasses.replace(
-        recipe,
-        components=recipe.components | trained,
-        stages=recipe.stages | {stage: config},
-        dtype=meta["dtype"],
-        seed=meta["seed"],
-    )
+        recipe, components=recipe.components | trained, stages=recipe.stages | {stage: config},
+        dtype=meta["dtype"], seed=meta["seed"],
+    )  # fmt: skip

@@ -1,15 +1,8 @@
-"""A run: what its stages share (mesh, data sources, tokenizers), and the record of its setup."""
+"""A run: what its stages share, which is the mesh, the data sources and the tokenizers."""
 
 import json
-import platform
-import sys
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-
-from vadapter import __version__
 from vadapter.config import differences, plain
 from vadapter.console import difference_table
 from vadapter.data.open import train_tokenizer
@@ -24,7 +17,6 @@ from vadapter.recipe.schema import Recipe, StageConfig
 from vadapter.stages import initialization
 from vadapter.stages.stage import Sources, Stage
 
-CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"  # trained by the run; those of public models are in tokenizers/
 
 
@@ -67,8 +59,7 @@ class Run:
                 self._tokenizers[path] = hosts.in_turn(read_or_train, f"tokenizer {path.name}")
             except UserError as error:
                 self._tokenizers[path] = error
-        tokenizer = self._tokenizers[path]
-        if isinstance(tokenizer, UserError):
+        if isinstance(tokenizer := self._tokenizers[path], UserError):
             raise tokenizer
         return tokenizer
 
@@ -85,8 +76,8 @@ class Run:
           UserError: models do not fit together, data cannot be read, starts are missing: all
             problems of all stages at once. Hosts have different data or tokenizers.
         """
-        problems, earlier = Problems(), {}
-        checked, limit = [], memory.limit(self.mesh)
+        problems, earlier, checked = Problems(), {}, []
+        limit = memory.limit(self.mesh)
         for name in self.recipe.chain:
             if (self.workdir / name / initialization.DONE).is_file():
                 continue
@@ -114,13 +105,6 @@ class Run:
             "tokenizers": {stage.name: stage.tokenizer.digest for stage in stages},
         }
         hosts.require_same(facts, "data or tokenizers")
-
-
-def record(recipe: Recipe, workdir: Path) -> None:
-    """Write the recipe and the environment; call it after the recipe is known to fit the run."""
-    if hosts.first():
-        write_json(workdir / CONFIG, plain(recipe))
-        write_json(workdir / "env.json", environment())
 
 
 def read_tokenizer(recipe: Recipe, stage: StageConfig, workdir: Path) -> Tokenizer | None:
@@ -167,26 +151,3 @@ def tokenizer_path(recipe: Recipe, stage: StageConfig, workdir: Path) -> Path:
     """Return the file of the stage's tokenizer in the run directory."""
     public = recipe.components.get(stage.lm, {}).get("weights")
     return workdir / "tokenizers" / f"{stage.lm}.json" if public else workdir / TOKENIZER
-
-
-def made_with(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Return what the last bits of a result depend on, besides recipe, data and initialization."""
-    return {
-        "mesh": dict(mesh.shape),
-        "hosts": hosts.count(),
-        "device": mesh.devices.flat[0].device_kind,
-        "jax": jax.__version__,
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Return versions, devices and command line, for the record."""
-    return {
-        "vadapter": __version__,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-        "devices": [str(d) for d in jax.devices()],
-        "hosts": hosts.count(),
-        "command": sys.argv,
-    }

@@ -2,56 +2,36 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from vadapter.checkpoints import array_io
-from vadapter.config import plain
+from vadapter.config import plain, with_new_keys
 from vadapter.data.batch import EOS
+from vadapter.data.config import DataConfig
 from vadapter.data.example import Source
 from vadapter.data.image_transform import ImageTransform
 from vadapter.data.open import make_source, make_stream, prompt_len
 from vadapter.data.pipeline import require_usable
 from vadapter.data.tokenizers import Tokenizer
-from vadapter.distributed import memory
+from vadapter.distributed import hosts, memory
+from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import batch_sharding, shardings_of, with_mesh
 from vadapter.distributed.preemption import Stop
 from vadapter.errors import ConfigError, Problems, UserError
 from vadapter.models.adapter_model import AdapterModel, component_seed
 from vadapter.models.coca import CoCa
+from vadapter.models.registry import KINDS, expand
+from vadapter.recipe import schema
 from vadapter.recipe.optim import make_optimizer
-from vadapter.recipe.schema import (
-    DTYPES,
-    STAGES,
-    Recipe,
-    StageConfig,
-    components,
-    make_model,
-    resized,
-    trained,
-)
-from vadapter.stages import initialization
-from vadapter.stages.abstract_state import (
-    Initializer,
-    Model,
-    abstract_state,
-    bytes_per_device,
-    in_compute_dtype,
-    row_shapes,
-    view_of,
-)
+from vadapter.recipe.schema import DTYPES, STAGES, Recipe, StageConfig
+from vadapter.stages import abstract_state as shapes
+from vadapter.stages import initialization, steps
+from vadapter.stages.abstract_state import Initializer, Model, bytes_per_device
 from vadapter.stages.flow import Shapes, check_batch_size, check_room, flow, shape_errors
-from vadapter.stages.identity import upgrade
-from vadapter.stages.steps import (
-    CaptionObjective,
-    CocaObjective,
-    Objective,
-    make_train_step,
-    split,
-)
+from vadapter.stages.steps import CaptionObjective, CocaObjective, make_train_step, split
 
 if TYPE_CHECKING:
     from vadapter.models.generate import Decode
@@ -82,22 +62,18 @@ class Sources:
 
 @dataclasses.dataclass
 class Findings:
-    """Results of `Stage.check`, from shapes and headers.
+    """Results of `Stage.check`, from shapes and headers, by name of a data set or a component."""
 
-    Attributes:
-      built: the model can be built; if not, only `sources` are filled in.
-      sources: data set -> its source, of those that can be opened.
-      rows: data set -> shapes of a batch of one row.
-      flow: component -> shapes of its input and output, for the largest of the rows.
-      starts: component -> its start, of those that have one.
-      memory: bytes on each device that stay allocated while it trains, by component or use.
-    """
-
-    built: bool = False
+    built: bool = False  #: the model can be built; if not, only `sources` are filled in
+    #: of the data sets that can be opened
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+    #: of a data set: shapes of a batch of one row
     rows: dict[str, Shapes] = dataclasses.field(default_factory=dict)
+    #: of a component: shapes of its input and output, for the largest of the rows
     flow: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    #: of the components that have one
     starts: dict[str, initialization.Start] = dataclasses.field(default_factory=dict)
+    #: bytes on each device that stay allocated while it trains, by component or use
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -109,13 +85,12 @@ class Stage:
     * static: the model, and the shapes and shardings of all that its train step reads and writes.
       Needs the recipe alone and does no I/O, so the devices need not exist either.
     * check: `check` collects whatever would stop the stage later. Reads headers, no tensors.
-    * load: `load_params` returns the parameters it starts from, `restore` those it ended with.
+    * load: `load_params` returns the parameters that it starts from; those that it ended with are
+      in `params` if it comes from `restore.open_run`.
 
     Everything is made when first used and kept: a model is built once and its init traced once.
 
     Args:
-      recipe: of the run.
-      name: the stage's.
       mesh: of devices that are present, or of a topology that is not.
       workdir: the run directory.
       tokenizer: of its language model; None: not trained yet, or of no interest.
@@ -126,26 +101,20 @@ class Stage:
     Attributes:
       config: the stage's section of the recipe.
       directory: of the stage in the run directory.
-      params, step, digests: after `restore`, the parameters of every component, the number of steps
-        they were trained for, and the digests of the frozen ones.
+      activity: what it is doing, for error messages.
+      params, step, digests: of a restored stage, the parameters of every component, the number of
+        steps they were trained for, and the digests of the frozen ones.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        name: str,
-        mesh: jax.sharding.Mesh,
-        *,
-        workdir: Path = NO_RUN,
-        tokenizer: Tokenizer | None = None,
-        vocab_size: int = 0,
-        source: Callable[[str], Source] | None = None,
-        stop: Stop | None = None,
-    ):
+        self, recipe: Recipe, name: str, mesh: jax.sharding.Mesh, *, workdir: Path = NO_RUN,
+        tokenizer: Tokenizer | None = None, vocab_size: int = 0,
+        source: Callable[[str], Source] | None = None, stop: Stop | None = None,
+    ):  # fmt: skip
         self.recipe, self.name, self.mesh, self.workdir = recipe, name, mesh, workdir
         self.config: StageConfig = recipe.stages[name]
         self.directory = workdir / name
-        self.at = "before its first step"  # what it is doing, for messages
+        self.activity = "before its first step"
         self.source = source or Sources(recipe)
         self.stop = stop or Stop()
         self.params: dict[str, Any] = {}
@@ -173,7 +142,7 @@ class Stage:
     @functools.cached_property
     def initializer(self) -> Initializer:
         """The model with its traced init."""
-        return Initializer(make_model(self.recipe, self.config, self.vocab_size))
+        return Initializer(schema.make_model(self.recipe, self.config, self.vocab_size))
 
     @property
     def model(self) -> Model:
@@ -189,7 +158,7 @@ class Stage:
     @property
     def view(self) -> ImageTransform | None:
         """The transform of the encoder's images; None for text only."""
-        return view_of(self.model)
+        return shapes.view_of(self.model)
 
     @property
     def captions(self) -> bool:
@@ -199,7 +168,7 @@ class Stage:
     @property
     def trained(self) -> tuple[str, ...]:
         """Names of the components that it trains."""
-        return trained(self.config)
+        return schema.trained(self.config)
 
     def data(self) -> tuple[str, ...]:
         """Return the data sets that it trains on, measures losses on and evaluates on."""
@@ -208,10 +177,10 @@ class Stage:
 
     def on(self, mesh: jax.sharding.Mesh, *, batch: int = 0, remat: str = "") -> "Stage":
         """Return the stage on another mesh, with another batch size or rematerialization."""
+        recipe = schema.resized(self.recipe, self.name, batch=batch, remat=remat)
         other = Stage(
-            resized(self.recipe, self.name, batch=batch, remat=remat), self.name, mesh,
-            workdir=self.workdir, tokenizer=self._tokenizer, vocab_size=self.vocab_size,
-            source=self.source, stop=self.stop,
+            recipe, self.name, mesh, workdir=self.workdir, tokenizer=self._tokenizer,
+            vocab_size=self.vocab_size, source=self.source, stop=self.stop,
         )  # fmt: skip
         if not remat:  # the same model
             other.initializer = self.initializer
@@ -225,7 +194,7 @@ class Stage:
     def abstract_params(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (trained, frozen) shapes as on the devices: frozen ones in compute dtype."""
         trainable, frozen = split(self.abstract, self.trained)
-        return trainable, in_compute_dtype(frozen, DTYPES[self.recipe.dtype])
+        return trainable, shapes.in_compute_dtype(frozen, DTYPES[self.recipe.dtype])
 
     @functools.cached_property
     def tx(self) -> Any:
@@ -235,7 +204,7 @@ class Stage:
     @functools.cached_property
     def abstract_state(self) -> Any:
         """Shapes and shardings of the train state."""
-        return abstract_state(self.abstract_params()[0], self.tx, self.mesh)
+        return shapes.abstract_state(self.abstract_params()[0], self.tx, self.mesh)
 
     def sizes(self, data: str = "", *, kind: str = "", prompt: int = PROMPT) -> dict[str, int]:
         """Return P, T and M of the rows of a data set, and F and S where the stage sees images.
@@ -256,24 +225,18 @@ class Stage:
 
     def batch_shapes(self, data: str = "") -> Shapes:
         """Return the shapes of a batch of a data set, with shardings."""
-        sizes, sharding = self.sizes(data), batch_sharding(self.mesh)
-        shapes = row_shapes(sizes, visual="S" in sizes, rows=self.config.batch)
-        return {
-            key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-            for key, x in shapes.items()
-        }
+        return shapes.row_shapes(self.sizes(data), self.config.batch, batch_sharding(self.mesh))
 
     def arguments(self, data: str = "") -> tuple[Any, Any, Any]:
         """Return (state, frozen, batch) of the train step, as shapes with shardings."""
         return self.abstract_state, self.abstract_params()[1], self.batch_shapes(data)
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> steps.Objective:
         """The loss that it minimizes."""
-        model = self.model
-        if isinstance(model, CoCa):
-            return CocaObjective(model)
-        return CaptionObjective(model, self.config.chunk_rows)
+        if isinstance(self.model, CoCa):
+            return CocaObjective(self.model)
+        return CaptionObjective(self.model, self.config.chunk_rows)
 
     @functools.cached_property
     def train_step(self) -> Callable[..., Any]:
@@ -285,12 +248,7 @@ class Stage:
         return with_mesh(self.mesh, step)
 
     def jit_train_step(self, step: Callable[..., Any] | None = None, jit: Any = jax.jit) -> Any:
-        """Return the train step jitted: the state keeps its shardings, its memory is reused.
-
-        Args:
-          step: a function around `train_step`, instead of it.
-          jit: instead of `jax.jit`.
-        """
+        """Return the train step, or a function around it, jitted: it reuses the state's memory."""
         out = (shardings_of(self.abstract_state), None)
         return jit(step or self.train_step, donate_argnums=0, out_shardings=out)
 
@@ -304,17 +262,17 @@ class Stage:
     # -- check ---------------------------------------------------------------------------------
 
     def check(self, earlier: Earlier, problems: Problems, limit: int | None = None) -> Findings:
-        """Collect everything that would stop the stage, from shapes and headers.
+        """Collect everything that would stop the stage in `problems`, from shapes and headers.
 
         No tensor is read, nothing is computed on a device and nothing is written.
 
         Args:
           earlier: components that stages before this one will have trained; this one adds its own.
-          problems: collects what is wrong.
+          problems: receives what is wrong.
           limit: bytes that programs may use on a device; None: unknown.
         """
-        findings = Findings()
-        with problems.gather(self.name), self._shape_errors("its model cannot be built"):
+        findings, section = Findings(), f"stages.{self.name}"
+        with problems.gather(self.name), shape_errors(f"{section}: its model cannot be built"):
             findings.built = bool(self.abstract)
         with problems.gather(self.name):
             check_batch_size(self.name, self.config, self.mesh.size)
@@ -328,11 +286,15 @@ class Stage:
         for name in self.data():
             with problems.gather(self.name):
                 findings.rows[name] = self._row(name, findings.sources.get(name))
-        for name, row in sorted(findings.rows.items(), key=lambda item: _elements(item[1])):
-            unfit = f"a row of data {name!r} does not go through its model"
-            with problems.gather(self.name), self._shape_errors(unfit):
-                findings.flow |= flow(self.model, self.abstract, row, self.exact)
-        for name in components(self.config):
+
+        def elements(name: str) -> int:
+            return sum(x.size for x in findings.rows[name].values())
+
+        for name in sorted(findings.rows, key=elements):  # of each component, the largest remains
+            unfit = f"{section}: a row of data {name!r} does not go through its model"
+            with problems.gather(self.name), shape_errors(unfit):
+                findings.flow |= flow(self.model, self.abstract, findings.rows[name], self.exact)
+        for name in schema.components(self.config):
             with problems.gather(f"{self.name}/{name}"):
                 findings.starts[name] = initialization.find(
                     self.recipe, self.config, self.workdir, name, self.abstract[name],
@@ -340,12 +302,9 @@ class Stage:
                 )  # fmt: skip
         with problems.gather(self.name):
             findings.memory = self._allocated(findings.rows)
-            memory.require_room(f"stages.{self.name}", findings.memory, limit)
+            memory.require_room(section, findings.memory, limit)
         earlier[self.name] = {name: self.abstract[name] for name in self.trained}
         return findings
-
-    def _shape_errors(self, problem: str) -> Any:
-        return shape_errors(f"stages.{self.name}: {problem}")
 
     def _row(self, name: str, source: Source | None) -> Shapes:
         """Return the shapes of a batch of one row of a data set; check that its rows are usable."""
@@ -361,7 +320,7 @@ class Stage:
                 require_usable(items, self.config.batch, name)
             if data.task != "document":
                 check_room(name, data.texts, transform)
-        return row_shapes(sizes, visual="S" in sizes)
+        return shapes.row_shapes(sizes)
 
     def _allocated(self, rows: dict[str, Shapes]) -> dict[str, int]:
         """Return the bytes on each device that stay allocated while it trains.
@@ -370,14 +329,16 @@ class Stage:
         """
         trainable, frozen = self.abstract_params()
         count = self.config.batch // (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
-        sizes = {"optimizer": bytes_per_device(self.abstract_state.opt_state), "batch": 0}
-        for name in (name for name in self.config.data if name in rows):
-            cached = ("frames",) if self.recipe.data[name].cache else ()
-            row = {key: x for key, x in rows[name].items() if key not in cached}
-            one = sum(x.size * x.dtype.itemsize for x in row.values())
-            sizes["batch"] = max(sizes["batch"], count * one)
-        parts = trainable | frozen
-        return {name: bytes_per_device(tree) for name, tree in parts.items()} | sizes
+        row_bytes = [
+            sum(x.size * x.dtype.itemsize for key, x in rows[name].items()
+                if key != "frames" or not self.recipe.data[name].cache)
+            for name in self.config.data if name in rows
+        ]  # fmt: skip
+        return {
+            **{name: bytes_per_device(tree) for name, tree in (trainable | frozen).items()},
+            "optimizer": bytes_per_device(self.abstract_state.opt_state),
+            "batch": count * max(row_bytes, default=0),
+        }
 
     # -- load ----------------------------------------------------------------------------------
 
@@ -392,38 +353,22 @@ class Stage:
         Args:
           resumed: leave out the trained ones, which come from a checkpoint of this stage.
         """
-        starts = {n: s for n, s in self.starts.items() if not (resumed and n in self.trained)}
+        names = [name for name in self.starts if not (resumed and name in self.trained)]
+        initialized = [name for name in names if self.starts[name].needs_init]
         rng = jax.random.fold_in(jax.random.key(self.recipe.seed), component_seed(self.name))
-        names = [n for n, start in starts.items() if start.fresh or start.source == "random"]
-        initial = self.initializer.random(names, rng, self.abstract)
-        params = {
-            name: initialization.load(
-                start, self.abstract[name], initial.get(name),
-                None if name in self.trained else DTYPES[self.recipe.dtype],
-            )
-            for name, start in starts.items()
-        }  # fmt: skip
-        return split(params, tuple(n for n in self.trained if n in params))
+        initial = self.initializer.random(initialized, rng, self.abstract)
+        params = {name: self.load(name, self.starts[name], initial.get(name)) for name in names}
+        return split(params, tuple(name for name in self.trained if name in params))
 
-    def restore(self, step: int, starts: dict[str, initialization.Start]) -> None:
-        """Load what it trained from a checkpoint, and what was frozen from where it started.
+    def init_state(self, trainable: dict[str, Any]) -> steps.TrainState:
+        """Return the state before the first step, of parameters from `load_params`."""
+        out = shardings_of(self.abstract_state)
+        return jit(lambda params: steps.init_state(params, self.tx), out_shardings=out)(trainable)
 
-        Args:
-          step: of the checkpoint.
-          starts: of the frozen components.
-
-        Raises:
-          CheckpointError: a file is missing or corrupt, or does not fit.
-        """
-        path = self.directory / "checkpoints" / str(step)
-        trainable, frozen = split(self.abstract, self.trained)
-        state, _ = array_io.load(path, {"params": trainable}, subset=True)
-        dtype = DTYPES[self.recipe.dtype]
-        self.params = {
-            name: initialization.load(starts[name], frozen[name], None, dtype) for name in frozen
-        } | state["params"]
-        self.step = step
-        self.digests = {name: starts[name].digest for name in frozen}
+    def load(self, name: str, start: initialization.Start, initial: Any = None) -> Any:
+        """Return the parameters of a component, read or `initial`; frozen in compute dtype."""
+        dtype = None if name in self.trained else DTYPES[self.recipe.dtype]
+        return initialization.load(start, self.abstract[name], initial, dtype)
 
     # -- identity ------------------------------------------------------------------------------
 
@@ -432,8 +377,7 @@ class Stage:
 
         Data and starts count by their content, wherever they are stored.
         """
-        names = components(self.config)
-        recipe = self.recipe
+        names, recipe = schema.components(self.config), self.recipe
         identity = {
             "stage": self.name,
             "config": _without(self.config, *StageConfig.FREE, "start"),
@@ -445,7 +389,26 @@ class Stage:
             "seed": recipe.seed,
             "dtype": recipe.dtype,
         }
-        return upgrade(identity)  # specs of components may have old names of keys
+        return self.upgrade_identity(identity)  # specs of components may have old names of keys
+
+    @staticmethod
+    def upgrade_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Return an identity that an earlier version wrote with the current names of its keys."""
+        sections = {"config": StageConfig, "data": dict[str, DataConfig]}
+        new = {key: with_new_keys(sections.get(key), value) for key, value in identity.items()}
+        if "components" in new:
+            new["components"] = {
+                name: with_new_keys(KINDS[expand(name, spec)["kind"]][0], spec)
+                for name, spec in new["components"].items()
+            }
+        return new
+
+    def setup(self) -> dict[str, Any]:
+        """Return what else the last bits of a result depend on, for the record."""
+        return {
+            "mesh": dict(self.mesh.shape), "hosts": hosts.count(),
+            "device": self.mesh.devices.flat[0].device_kind, "jax": jax.__version__,
+        }  # fmt: skip
 
     # -- data ----------------------------------------------------------------------------------
 
@@ -458,24 +421,16 @@ class Stage:
 
     def features(self, name: str, params: dict[str, Any]) -> Source:
         """Return the data set's source with the frozen encoder's tokens instead of its images."""
-        encoder = self.model.encoder
         from vadapter.stages.feature_cache import encoded
 
+        encoder = self.model.encoder
         return encoded(
-            self.source(name),
-            self.recipe.data[name],
-            self.workdir,
-            encoder=self.model.modules[encoder],
-            params=params[encoder],
+            self.source(name), self.recipe.data[name], self.workdir, mesh=self.mesh,
+            encoder=self.model.modules[encoder], params=params[encoder],
             digest=self.digests.get(encoder) or self.starts[encoder].digest,
-            mesh=self.mesh,
             watch=lambda batches: self.stop.watch(batches, self.name, "features"),
-        )
+        )  # fmt: skip
 
 
 def _without(group: Any, *keys: str) -> dict[str, Any]:
     return {key: value for key, value in plain(group).items() if key not in keys}
-
-
-def _elements(batch: Shapes) -> int:
-    return sum(leaf.size for leaf in batch.values())

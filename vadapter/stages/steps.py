@@ -30,23 +30,18 @@ from vadapter.models.coca import CoCa
 from vadapter.models.losses import chunked_xent, contrastive, token_xent
 
 Metrics = dict[str, jax.Array]
+Loss = tuple[jax.Array, Metrics]
+Key = jax.Array | None  # of the dropout masks; None turns dropout off
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step changes.
+    """Everything that a step changes."""
 
-    Attributes:
-      step: i32[], number of batches seen.
-      params: trained components, float32.
-      opt_state: optimizer state of the trained components.
-      skipped: i32[], number of consecutive updates dropped for gradients that are not finite.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    skipped: jax.Array
+    step: jax.Array  #: i32[], number of batches seen
+    params: Any  #: trained components, float32
+    opt_state: Any  #: optimizer state of the trained components
+    skipped: jax.Array  #: i32[], number of consecutive updates dropped for non-finite gradients
 
 
 class Objective(Protocol):
@@ -56,9 +51,7 @@ class Objective(Protocol):
         """Return what needs no gradient: visual tokens [B,F,N,D], or None."""
         ...
 
-    def loss(
-        self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: jax.Array | None
-    ) -> tuple[jax.Array, Metrics]:
+    def loss(self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: Key) -> Loss:
         """Return the loss of a batch or micro-batch, and its metrics.
 
         Args:
@@ -68,30 +61,23 @@ class Objective(Protocol):
           total: f32[], weight of the targets of the whole batch. Dividing by it, and not by the
             weight of the micro-batch, makes losses and metrics of micro-batches add up to those of
             the batch.
-          rng: key of the dropout masks; None turns dropout off.
+          rng: key of the dropout masks.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionObjective:
-    """Next-token loss over the targets, in every stage but `vision`.
-
-    Attributes:
-      model: the stage's model.
-      chunk_rows: rows of logits that exist at a time; 0: all.
-    """
+    """Next-token loss over the targets in nats, in every stage but `vision`."""
 
     model: AdapterModel
-    chunk_rows: int = 0
+    chunk_rows: int = 0  #: rows of logits that exist at a time; 0: all
 
     def prepare(self, frozen: Params, batch: Batch) -> jax.Array | None:
         """Return the visual tokens of the frozen encoder, [B,F,N,D]; None for text only."""
         return self.model.encode(frozen, batch)
 
-    def loss(
-        self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: jax.Array | None
-    ) -> tuple[jax.Array, Metrics]:
+    def loss(self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: Key) -> Loss:
         """Return the cross entropy in nats per target, and the accuracy; see `Objective`."""
         states = self.model.hidden(params, visual, batch, rng)
         head = functools.partial(self.model.logits, params)
@@ -112,11 +98,9 @@ class CocaObjective:
     contrastive_weight: float = 1.0
 
     def prepare(self, frozen: Params, batch: Batch) -> None:
-        """Return nothing: the stage trains its encoder, so that nothing is frozen."""
+        """Return None: the stage trains its encoder, so that nothing is frozen."""
 
-    def loss(
-        self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: jax.Array | None
-    ) -> tuple[jax.Array, Metrics]:
+    def loss(self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: Key) -> Loss:
         """Return the weighted sum of both losses, and their metrics; see `Objective`."""
         logits, (image, text), temperature = self.model(params, batch, rng)
         nats, correct = token_xent(logits, batch["targets"], batch["weights"])
@@ -140,25 +124,16 @@ def split(params: Mapping[str, Any], names: tuple[str, ...]) -> tuple[dict, dict
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first step.
-
-    Args:
-      params: trained components.
-      tx: their optimizer.
-    """
+    """Return the state of the trained components and their optimizer before the first step."""
     # Two zeros, not one used twice: the state is donated, and a buffer can be donated only once.
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     return TrainState(step=step, params=params, opt_state=tx.init(params), skipped=skipped)
 
 
 def make_train_step(
-    objective: Objective,
-    tx: optax.GradientTransformation,
-    *,
-    seed: int,
-    accumulate: int = 1,
+    objective: Objective, tx: optax.GradientTransformation, *, seed: int, accumulate: int = 1,
     dropout: bool = False,
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:  # fmt: skip
     """Return the train step, a pure function (state, frozen, batch) -> (state, metrics).
 
     Args:
@@ -169,49 +144,28 @@ def make_train_step(
       dropout: draw dropout masks.
     """
 
-    def gradients(
-        params: Params, frozen: Params, batch: Batch, total: jax.Array, rng: jax.Array | None
-    ) -> tuple[Any, Metrics]:
-        # The encoder runs outside the differentiated function: it is frozen, so that its
-        # activations need not be kept for a backward pass.
-        visual = objective.prepare(frozen, batch)
-
-        def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
-            return objective.loss({**frozen, **params}, visual, batch, total, rng)
-
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        return grads, {"loss": loss} | metrics
-
-    def accumulated(
-        params: Params, frozen: Params, batch: Batch, total: jax.Array, rng: jax.Array | None
-    ) -> tuple[Any, Metrics]:
-        # Strided: micro-batch i holds rows i, A+i, 2A+i, … The rows of a batch are sharded in
-        # contiguous blocks, so that contiguous micro-batches would each be on a few devices, and
-        # the others idle.
-        parts = jax.tree.map(
-            lambda x: x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
-            batch,
-        )
-
-        def add(sums: Any, indexed: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            i, part = indexed
-            key = None if rng is None else jax.random.fold_in(rng, i)
-            return jax.tree.map(jnp.add, sums, gradients(params, frozen, part, total, key)), None
-
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(lambda part: gradients(params, frozen, part, total, rng), first)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))[0]
-
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         frozen, batch = dict(frozen), batch.copy()
         # The key depends on (seed, step) alone: a resumed run draws the masks of one that was never
         # interrupted.
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
         total = jnp.maximum(batch["weights"].sum(), 1.0)  # a batch may be all padding
-        grads_of_batch = gradients if accumulate == 1 else accumulated
-        grads, metrics = grads_of_batch(state.params, frozen, batch, total, rng)
 
+        def gradients(part: Batch, rng: Key) -> tuple[Any, Metrics]:
+            # The encoder runs outside the differentiated function: it is frozen, so that its
+            # activations need not be kept for a backward pass.
+            visual = objective.prepare(frozen, part)
+
+            def loss_fn(params: Params) -> Loss:
+                return objective.loss({**frozen, **params}, visual, part, total, rng)
+
+            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+            return grads, {"loss": loss} | metrics
+
+        if accumulate == 1:
+            grads, metrics = gradients(batch, rng)
+        else:
+            grads, metrics = _sum_over_micro_batches(gradients, batch, rng, accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
@@ -225,17 +179,35 @@ def make_train_step(
             (params, opt_state),
             (state.params, state.opt_state),
         )
-        state = TrainState(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            skipped=jnp.where(finite, 0, state.skipped + 1),
-        )
-        return state, metrics | {
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        return TrainState(state.step + 1, params, opt_state, skipped), metrics | {
             "grad_norm": norm,
-            "skipped": state.skipped,
+            "skipped": skipped,
             "bad": batch["bad"].sum(),
             "targets": batch["weights"].sum(),
         }
 
     return train_step
+
+
+def _sum_over_micro_batches(
+    fn: Callable[[Batch, Key], tuple[Any, Metrics]], batch: Batch, rng: Key, count: int
+) -> tuple[Any, Metrics]:
+    """Return the sum of `fn` over micro-batches, one after the other, each with its own key.
+
+    Strided: of A micro-batches, i holds rows i, A+i, 2A+i, … The rows of a batch are sharded in
+    contiguous blocks, so that contiguous micro-batches would each be on a few devices, and the
+    others idle.
+    """
+    parts: Any = jax.tree.map(
+        lambda x: x.reshape(len(x) // count, count, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+    def add(sums: Any, indexed: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        i, part = indexed
+        key = None if rng is None else jax.random.fold_in(rng, i)
+        return jax.tree.map(jnp.add, sums, fn(part, key)), None
+
+    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts), rng)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (jnp.arange(count), parts))[0]

@@ -1,4 +1,4 @@
-"""Checks that the hosts of a run agree, before anything is compiled.
+"""The hosts of a run: they agree before anything is compiled, and share one run directory.
 
 Hosts with different configurations would train one model together without an error: the collectives
 are the same, only the numbers differ.
@@ -7,6 +7,7 @@ are the same, only the numbers differ.
 import contextlib
 import platform
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from vadapter.config import plain
 from vadapter.distributed import hosts
 from vadapter.errors import ConfigError
 from vadapter.io import storage
+from vadapter.io.json_files import write_json
 from vadapter.io.lock import lock, probe
 from vadapter.recipe.schema import Recipe
 
@@ -36,14 +38,27 @@ def shared_run(recipe: Recipe, workdir: Path) -> Iterator[None]:
       HostError: a host did not come in time.
     """
     hosts.require_connected()
-    facts = {"recipe": plain(recipe), "vadapter": __version__, "jax": jax.__version__,
-             "numpy": np.__version__, "python": platform.python_version(),
-             "devices": [jax.devices()[0].device_kind, jax.device_count()]}  # fmt: skip
+    devices = [jax.devices()[0].device_kind, jax.device_count()]
+    facts = {"recipe": plain(recipe), **_versions(), "devices": devices}
     hosts.require_same(facts, "recipe or versions")
     with lock(workdir / ".lock") if hosts.first() else contextlib.nullcontext():
         if hosts.count() > 1:
             _require_same_directory(workdir)
         yield
+
+
+def _versions() -> dict[str, str]:
+    libraries = {"jax": jax.__version__, "numpy": np.__version__}
+    return {"vadapter": __version__, "python": platform.python_version(), **libraries}
+
+
+def write_record(recipe: Recipe, workdir: Path) -> None:
+    """Write the recipe and the environment; call it after the recipe is known to fit the run."""
+    if hosts.first():
+        devices = [str(device) for device in jax.devices()]
+        environment = {"devices": devices, "hosts": hosts.count(), "command": sys.argv}
+        write_json(workdir / "config.json", plain(recipe))
+        write_json(workdir / "env.json", _versions() | environment)
 
 
 def _require_same_directory(workdir: Path) -> None:

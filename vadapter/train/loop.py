@@ -22,21 +22,19 @@ from vadapter.checkpoints.manager import Checkpointer
 from vadapter.config import differences, plain
 from vadapter.console import difference_table
 from vadapter.data.batch import Batch
-from vadapter.data.pipeline import Schedule, make_loader
+from vadapter.data.pipeline import make_loader
 from vadapter.distributed import hosts, watchdog
 from vadapter.distributed.compile import jit
 from vadapter.distributed.memory import memory_errors
-from vadapter.distributed.mesh import shardings_of, to_mesh, with_mesh
+from vadapter.distributed.mesh import to_mesh, with_mesh
 from vadapter.distributed.preemption import signals
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted, disk_errors
 from vadapter.io import buckets, storage
 from vadapter.io.json_files import write_json
-from vadapter.recipe.optim import learning_rate
 from vadapter.recipe.schema import Recipe, trained
 from vadapter.stages import initialization
-from vadapter.train.host_agreement import require_own_rows, shared_run
-from vadapter.train.metric_writer import MetricWriter, open_writer
-from vadapter.train.monitor import Monitor
+from vadapter.train.host_agreement import require_own_rows, shared_run, write_record
+from vadapter.train.metric_writer import MetricWriter
 from vadapter.train.supervisor import Supervisor
 
 # A run loads what its own stages need: `Run`, `Stage` and `Evaluator`, which import the code of
@@ -63,12 +61,7 @@ def train(
       NonFiniteError: the loss diverged.
     """
     workdir = storage.as_path(workdir)
-    with (
-        shared_run(recipe, workdir),
-        buckets.bucket_errors(),
-        disk_errors(),
-        signals() as stop,
-    ):
+    with shared_run(recipe, workdir), buckets.bucket_errors(), disk_errors(), signals() as stop:
         from vadapter.stages.run import Run
 
         run = Run(recipe, workdir, stop)
@@ -78,7 +71,7 @@ def train(
             stop.check(name)
             before(name)
             stage = run.stage(name)
-            with memory_errors(lambda stage=stage: f"{stage.name}, {stage.at}"):
+            with memory_errors(lambda stage=stage: f"{stage.name}, {stage.activity}"):
                 train_stage(stage)
 
 
@@ -92,20 +85,18 @@ def train_stage(stage: "Stage") -> None:
     """
     identity = stage.identity()
     hosts.require_same(identity, f"the configuration or data of stage {stage.name}")
-    if hosts.of_first(
-        (stage.directory / initialization.DONE).is_file(), f"{stage.name}: finished?"
-    ):
+    finished = (stage.directory / initialization.DONE).is_file()
+    if hosts.of_first(finished, f"{stage.name}: finished?"):
         _check_finished(stage, identity)
         if hosts.first():
             print(f"{stage.name}: already finished", flush=True)
         return
     from vadapter.evaluate.evaluator import Evaluator
-    from vadapter.stages.run import made_with
 
     stage.stop.require_handlers()
     c, began = stage.config, time.monotonic()
     checkpointer = Checkpointer(stage.directory / "checkpoints", keep=c.keep)
-    with open_writer(stage.directory, stage.name, c.steps) as writer:
+    with MetricWriter(stage.directory, stage.name, c.steps) as writer:
         writer.say(
             f"{c.kind}, {c.steps} steps of {c.batch}, mesh {dict(stage.mesh.shape)}\n"
             + initialization.report(stage.starts, c, stage.abstract)
@@ -116,13 +107,13 @@ def train_stage(stage: "Stage") -> None:
             storage.write_bytes(stage.directory / "parameters.txt", f"{table}\n".encode())
         evaluator = Evaluator(stage, frozen)  # compiled once for all evaluations
         digests = _digests(frozen)
+
+        def save(step: int, state: "TrainState") -> None:
+            writer.flush()  # the rows of steps up to a checkpoint are never lost
+            watchdog.beat(slow=True)
+            checkpointer.save(step, state, {**identity, "made_with": stage.setup()})
+
         try:
-
-            def save(step: int, state: "TrainState") -> None:
-                writer.flush()  # the rows of steps up to a checkpoint are never lost
-                watchdog.beat(slow=True)
-                checkpointer.save(step, state, {**identity, "made_with": made_with(stage.mesh)})
-
             state = _steps(stage, state, frozen, evaluator, save, writer)
         except BaseException as error:
             # Closing waits for a save that needs all hosts; only these errors reach all of them.
@@ -133,7 +124,7 @@ def train_stage(stage: "Stage") -> None:
         checkpointer.close()
         stage.stop.check(f"{stage.name}, step {int(state.step)}, saved")
         _check_frozen(stage, digests, _digests(frozen))
-        stage.at = "evaluation at the end"
+        stage.activity = "evaluation at the end"
         scores = evaluator(state.params, 0, stage.directory / "eval")
         if scores:
             writer.write(c.steps, scores, loud=True)
@@ -141,9 +132,7 @@ def train_stage(stage: "Stage") -> None:
 
 
 def _check_finished(stage: "Stage", identity: dict[str, Any]) -> None:
-    from vadapter.stages.identity import upgrade
-
-    before = upgrade(initialization.finished(stage.directory)["identity"])
+    before = stage.upgrade_identity(initialization.finished(stage.directory)["identity"])
     if diff := differences(before, plain(identity)):
         raise CheckpointError(
             f"{stage.directory} was finished with another configuration:\n"
@@ -153,27 +142,20 @@ def _check_finished(stage: "Stage", identity: dict[str, Any]) -> None:
 
 
 def _begin(
-    stage: "Stage",
-    checkpointer: Checkpointer,
-    identity: dict[str, Any],
-    writer: MetricWriter,
+    stage: "Stage", checkpointer: Checkpointer, identity: dict[str, Any], writer: MetricWriter
 ) -> "tuple[TrainState, dict[str, Any]]":
     """Return the state of the newest checkpoint, or a fresh one, and the frozen components."""
-    from vadapter.stages.identity import upgrade
-    from vadapter.stages.run import made_with, record
-    from vadapter.stages.steps import init_state
-
-    abstract = stage.abstract_state
-    restored = checkpointer.restore(abstract, expect=identity, upgrade=upgrade)
-    record(stage.recipe, stage.workdir)
+    restored = checkpointer.restore(
+        stage.abstract_state, expect=identity, upgrade=stage.upgrade_identity
+    )
+    write_record(stage.recipe, stage.workdir)
     trainable, frozen = stage.load_params(resumed=restored is not None)
     if restored is None:
-        begin = jit(lambda p: init_state(p, stage.tx), out_shardings=shardings_of(abstract))
-        return begin(trainable), frozen
+        return stage.init_state(trainable), frozen
     state, meta = restored
     writer.say(f"resumed at step {int(state.step)}")
-    now = plain(made_with(stage.mesh))
-    if diff := differences(meta.get("made_with", now), now):
+    setup = plain(stage.setup())
+    if diff := differences(meta.get("made_with", setup), setup):
         was = ", ".join(f"{key} {old} (now {new})" for key, old, new in diff)
         writer.say(
             f"saved with {was}: resuming with the same state, data and order, but results will "
@@ -183,26 +165,20 @@ def _begin(
 
 
 def _steps(
-    stage: "Stage",
-    state: "TrainState",
-    frozen: dict[str, Any],
-    evaluator: "Evaluator",
-    save: "Callable[[int, TrainState], Any]",
-    writer: MetricWriter,
-) -> "TrainState":
+    stage: "Stage", state: "TrainState", frozen: dict[str, Any], evaluator: "Evaluator",
+    save: "Callable[[int, TrainState], Any]", writer: MetricWriter,
+) -> "TrainState":  # fmt: skip
     """Train to the last step, or until a signal stops the run; the returned state is saved."""
     c, start = stage.config, int(state.step)
     step_fn, loader = _step_fn(stage), _loader(stage, frozen, start)
-    monitor = _monitor(stage, writer)
-    supervisor = Supervisor(stage, monitor)
+    supervisor = Supervisor(stage, writer)
 
     def is_due(step: int) -> bool:
         return bool(c.eval_every) and step % c.eval_every == 0 and 0 < step < c.steps
 
     def evaluate(step: int) -> None:
-        began, stage.at = time.monotonic(), f"evaluation at step {step}"
-        writer.write(step, evaluator(state.params, c.eval_limit), loud=True)
-        monitor.paused(time.monotonic() - began)
+        with supervisor.pause(f"evaluation at step {step}"):
+            writer.write(step, evaluator(state.params, c.eval_limit), loud=True)
 
     # A signal may have cut this evaluation short after the step was saved.
     if is_due(start) and not hosts.of_first(writer.evaluated(start), f"evaluated at {start}?"):
@@ -213,30 +189,17 @@ def _steps(
         supervisor.after(step, metrics)
 
         if step % c.save_every == 0 or step == c.steps or supervisor.stopping:
-            monitor.flush()  # raises if this update must not be saved
+            supervisor.flush()  # raises if this update must not be saved
             save(step, state)
         if is_due(step) and not supervisor.stopping:
-            monitor.flush()
+            supervisor.flush()
             with contextlib.suppress(Preempted):  # raised again once the state is saved
                 evaluate(step)
         if supervisor.stopping:
             save(step, state)  # does nothing unless the signal came after the save above
             break
-    monitor.flush()
+    supervisor.flush()
     return state
-
-
-def _monitor(stage: "Stage", writer: MetricWriter) -> Monitor:
-    c = stage.config
-    schedule = Schedule(c.data)
-
-    def describe_sample(step: int, index: int) -> str:
-        from vadapter.data.open import describe
-
-        name, *_ = schedule(step - 1)
-        return describe(name, stage.source(name), index)
-
-    return Monitor(writer, stage.name, c, learning_rate(c.optim, c.steps), describe_sample)
 
 
 def _step_fn(stage: "Stage") -> Callable[..., Any]:
@@ -256,16 +219,11 @@ def _step_fn(stage: "Stage") -> Callable[..., Any]:
 def _loader(stage: "Stage", frozen: dict[str, Any], start: int) -> Iterator[Batch]:
     """Return this host's rows of the batches after step `start`."""
     c = stage.config
+    streams = {name: (*stage.stream(name, frozen), weight) for name, weight in c.data.items()}
     return make_loader(
-        {name: (*stage.stream(name, frozen), weight) for name, weight in c.data.items()},
-        global_batch=c.batch,
-        seed=stage.recipe.seed,
-        start_step=start,
-        num_steps=c.steps,
-        host_index=hosts.index(),
-        host_count=hosts.count(),
-        workers=stage.recipe.workers,
-    )
+        streams, global_batch=c.batch, seed=stage.recipe.seed, start_step=start, num_steps=c.steps,
+        host_index=hosts.index(), host_count=hosts.count(), workers=stage.recipe.workers,
+    )  # fmt: skip
 
 
 def _digests(frozen: dict[str, Any]) -> dict[str, str]:
@@ -283,12 +241,9 @@ def _check_frozen(stage: "Stage", before: dict[str, str], after: dict[str, str])
 
 
 def _store(
-    stage: "Stage",
-    state: "TrainState",
-    identity: dict[str, Any],
-    scores: dict[str, float],
+    stage: "Stage", state: "TrainState", identity: dict[str, Any], scores: dict[str, float],
     seconds: float,
-) -> None:
+) -> None:  # fmt: skip
     """Store the trained components, then the record that they are complete."""
     store = ComponentStore(stage.workdir / initialization.STORE)
     digests = {n: store.put(n, state.params[n]) for n in trained(stage.config)}

@@ -22,6 +22,8 @@ _UPLOAD_EVERY = 30.0  # seconds
 class MetricWriter:
     """The metrics of one stage; a progress bar on a terminal, plain lines elsewhere.
 
+    The first host writes and prints for all; on the others only `tell` does anything.
+
     Args:
       directory: of the stage; metrics.jsonl is appended to.
       title: shown before every line.
@@ -29,6 +31,12 @@ class MetricWriter:
     """
 
     def __init__(self, directory: Path, title: str, total: int):
+        self._title, self._total = title, total
+        self._bar: Progress | None = None
+        self._evaluated: set[int] = set()
+        self._silent = not hosts.first()
+        if self._silent:
+            return
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         before = list(rows(path))
@@ -43,16 +51,17 @@ class MetricWriter:
         self._unwritten = b""  # bytes that did not fit on the disk yet
         if content and not content.endswith(b"\n"):
             self._append(b"\n")  # end the line that a kill has torn
-        self._title, self._total = title, total
         self._tensorboard = None if storage.remote(path) else _tensorboard(directory / "tb")
-        self._bar: Progress | None = None
         self._last = 0.0
 
     def __enter__(self) -> "MetricWriter":
-        self._bar = Progress(self._title, self._total)
+        if not self._silent:
+            self._bar = Progress(self._title, self._total)
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        if self._silent:
+            return
         if self._bar is not None:
             self._bar.close()
         self._append(b"")
@@ -63,10 +72,12 @@ class MetricWriter:
 
     def write(self, step: int, values: Mapping[str, Any], *, loud: bool = False) -> None:
         """Append a row; print it if `loud`, at the last step, or every ten seconds."""
+        if self._silent:
+            return
         values = {k: float(v) for k, v in values.items()}
         row = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **values}
         self._append(json.dumps(row).encode() + b"\n")
-        self._view(lambda tensorboard: tensorboard.add(step, values))
+        self._view(lambda tensorboard: tensorboard.add_event(_event(step, values)))
         note = "  ".join(f"{k} {number(v)}" for k, v in values.items())
         if self._bar is not None and self._bar.live:
             self._bar.update(step, note[:80])
@@ -81,28 +92,30 @@ class MetricWriter:
     def flush(self) -> None:
         """Upload the file if it is in a bucket, so that its rows survive a kill."""
         self._flushed = time.monotonic()
-        if not isinstance(self._file, storage.Uploaded):
-            return
-        try:
-            self._file.flush()
-        except OSError as error:
-            self.say(f"cannot write {self._file.name} ({error.strerror}); trying again later")
+        if not self._silent and isinstance(self._file, storage.Uploaded):
+            try:
+                self._file.flush()
+            except OSError as error:
+                self._say_later(error)
 
     def evaluated(self, step: int) -> bool:
-        """Return whether an earlier attempt has written evaluation scores of that step."""
+        """Return whether an earlier attempt has written scores of that step; on the first host."""
         return step in self._evaluated
 
     def _append(self, line: bytes) -> None:
-        """Write a line after those that did not fit on the disk ; a full disk is no error here."""
+        """Write a line after those that did not fit on the disk; a full disk is no error here."""
         waited, self._unwritten = bool(self._unwritten), self._unwritten + line
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             if not waited:
-                self.say(f"cannot write {self._file.name} ({error.strerror}); trying again later")
+                self._say_later(error)
 
-    def _view(self, show: Callable[["_TensorBoard"], None]) -> None:
+    def _say_later(self, error: OSError) -> None:
+        self.say(f"cannot write {self._file.name} ({error.strerror}); trying again later")
+
+    def _view(self, show: Callable[[Any], None]) -> None:
         """Write to TensorBoard; give up on the first error, since these files are only a view."""
         if self._tensorboard is not None:
             try:
@@ -113,70 +126,31 @@ class MetricWriter:
 
     def tell(self, text: str) -> None:
         """Print a line about this host alone."""
-        self.say(text)
+        if self._silent:
+            print(f"{self._title}, host {hosts.index()}: {text}", flush=True)
+        else:
+            self.say(text)
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
-        if self._bar is None:
-            print(f"{self._title}: {text}", flush=True)
-        else:
+        if self._bar is not None:
             self._bar.say(text)
+        elif not self._silent:
+            print(f"{self._title}: {text}", flush=True)
 
 
-class SilentWriter(MetricWriter):
-    """The writer of all hosts but the first, which writes and prints for all of them."""
-
-    def __init__(self, title: str):
-        self._title, self._bar = title, None
-
-    def __enter__(self) -> "SilentWriter":
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        pass
-
-    def write(self, step: int, values: Mapping[str, Any], *, loud: bool = False) -> None:
-        """Do nothing."""
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def evaluated(self, step: int) -> bool:
-        """Return False: only the first host knows, and it is asked."""
-        return False
-
-    def say(self, text: str) -> None:
-        """Do nothing."""
-
-    def tell(self, text: str) -> None:
-        """Print a line about this host alone."""
-        print(f"{self._title}, host {hosts.index()}: {text}", flush=True)
-
-
-def open_writer(directory: Path, title: str, total: int) -> MetricWriter:
-    """Return the writer of a stage; on all hosts but the first it writes nothing."""
-    return MetricWriter(directory, title, total) if hosts.first() else SilentWriter(title)
-
-
-class _TensorBoard:
-    def __init__(self, directory: Path):
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._writer = EventFileWriter(str(directory))
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        value = self._summary.Value
-        summary = self._summary(value=[value(tag=k, simple_value=v) for k, v in values.items()])
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _tensorboard(directory: Path) -> _TensorBoard | None:
+def _tensorboard(directory: Path) -> Any:
+    """Return a writer of TensorBoard files; None if the extra `tensorboard` is not installed."""
     try:
-        return _TensorBoard(directory)
-    except ImportError:  # the extra [tensorboard] is not installed
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    except ImportError:
         return None
+    return EventFileWriter(str(directory))
+
+
+def _event(step: int, values: Mapping[str, float]) -> Any:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    scalars = [Summary.Value(tag=name, simple_value=x) for name, x in values.items()]
+    return Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))

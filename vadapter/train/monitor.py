@@ -27,23 +27,16 @@ class Monitor:
     and evaluation). Single batches say little, because images and clips alternate.
 
     Args:
-      writer: of the stage.
-      name: of the stage, for messages.
-      config: of the stage.
+      writer, name, config: of the stage.
       rate: learning rate at each optimizer step, from 0.
       describe: (step, id in the source) -> the name of an unusable sample.
     """
 
     def __init__(
-        self,
-        writer: MetricWriter,
-        name: str,
-        config: StageConfig,
-        rate: optax.Schedule,
+        self, writer: MetricWriter, name: str, config: StageConfig, rate: optax.Schedule,
         describe: Callable[[int, int], str],
-    ):
-        self._writer, self._name, self._config = writer, name, config
-        self._describe = describe
+    ):  # fmt: skip
+        self._writer, self._name, self._config, self._describe = writer, name, config, describe
         # All at once, now: while a step runs, the device would compute a rate only after it.
         self._rates = np.asarray(jax.vmap(rate)(jnp.arange(config.steps)))
         self._pending: tuple[int, Any, Sequence[int]] | None = None
@@ -56,22 +49,15 @@ class Monitor:
         self._compile_s, self._sums = 0.0, {"skipped": 0, "bad": 0}
         self._values: list[dict[str, float]] = []  # of the updates that were not dropped
 
-    def compiled(self, seconds: float) -> None:
-        """Exclude time that a step spent compiling from the step time, and report it."""
-        self._compile_s += seconds
+    def exclude(self, seconds: float, *, compiling: bool = False) -> None:
+        """Exclude time from the step time; what a step spent compiling is reported."""
         self._clock += seconds
-
-    def paused(self, seconds: float) -> None:
-        """Exclude time spent on something else, such as an evaluation, from the step time."""
-        self._clock += seconds
+        self._compile_s += seconds * compiling
 
     def add(self, step: int, metrics: Any, bad: Sequence[int]) -> None:
-        """Take the metrics of a running step, and read those of the step before.
+        """Take the metrics of a running step, from 1, and read those of the step before.
 
-        Args:
-          step: from 1.
-          metrics: from `steps.make_train_step`.
-          bad: ids of this host's unusable samples.
+        `bad` are the ids of this host's unusable samples.
 
         Raises:
           NonFiniteError: too many updates in a row were dropped.

@@ -1,8 +1,9 @@
 """Return to an earlier checkpoint of an unfinished stage, to train again from there."""
 
+import bisect
 from pathlib import Path
 
-from vadapter.checkpoints.manager import put_aside, steps
+from vadapter.checkpoints.manager import quarantine, steps
 from vadapter.config import nearest
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import storage
@@ -14,13 +15,8 @@ from vadapter.stages.restore import read_run
 def rewind(workdir: Path, step: int, stage: str | None = None) -> tuple[str, int, list[int]]:
     """Move the checkpoints after a step to `quarantine/`; `vadapter train` resumes before.
 
-    Args:
-      workdir: run directory of a stopped run.
-      step: the newest checkpoint that is kept is the last one up to this step.
-      stage: its name; default: the first of the chain that is not finished.
-
-    Returns:
-      The stage, the step that it resumes from, and the steps that were moved.
+    The run must be stopped; the stage is by default the first of the chain that is not finished.
+    Returns the stage, the step that it resumes from, and the steps that were moved.
 
     Raises:
       CheckpointError: no run, no such step, or the stage is finished.
@@ -40,9 +36,8 @@ def rewind(workdir: Path, step: int, stage: str | None = None) -> tuple[str, int
             )
         directory = workdir / stage / "checkpoints"
         saved = steps(directory)
-        kept = [saved_step for saved_step in saved if saved_step <= step]
-        if not kept:
+        count = bisect.bisect(saved, step)
+        if not count:
             raise CheckpointError(f"no step up to {step} in {directory}; saved steps: {saved}")
-        later = saved[len(kept) :]
-        put_aside(directory, later)
-    return stage, kept[-1], later
+        quarantine(directory, saved[count:])
+    return stage, saved[count - 1], saved[count:]
