@@ -28,8 +28,9 @@ from vadapter.errors import ConfigError, DataError
 from vadapter.io import storage
 
 MAX_TEXT_BYTES = 16 << 20  # limit of one row
-KEYS = ("image", "clip", "video", "captions", "caption", "question", "answers", "answer",
-        "question_id", "kind", "shard", "split", "id")  # fmt: skip
+MEDIA_KEYS = ("image", "clip", "video")
+KEYS = (*MEDIA_KEYS, "captions", "caption", "question", "answers", "answer", "question_id", "kind",
+        "shard", "split", "id")  # fmt: skip
 
 Row = tuple[str, dict[str, Any]]  # its location ("file, line n"), its content
 Texts = tuple[tuple[str, ...], tuple[Question, ...]]  # captions, qa
@@ -37,12 +38,7 @@ Split = str | Sequence[str] | None
 
 
 def read_rows(path: Path, split: Split, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
-    """Yield the rows of a table that belong to a split.
-
-    Args:
-      path: the table.
-      split: name of a split, or several; None for all rows.
-      columns: key -> name in the table.
+    """Yield the rows of a table that belong to a split, or to several; all rows if it is None.
 
     Raises:
       ConfigError: `columns` has an unknown key.
@@ -71,7 +67,7 @@ def rename(row: dict[str, Any], columns: Mapping[str, str] | None) -> dict[str, 
     """
     if unknown := set(columns or ()) - set(KEYS):
         raise ConfigError(f"columns: unknown key {sorted(unknown)[0]!r}; known: {', '.join(KEYS)}")
-    named = {ours: pick(row, theirs) for ours, theirs in (columns or {}).items()}
+    named = {key: pick(row, column) for key, column in (columns or {}).items()}
     return row | {key: value for key, value in named.items() if value is not None}
 
 
@@ -100,7 +96,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    yield from coco_json.rows(path, decode(path.read_bytes(), str(path)))
+    return coco_json.rows(path, _decode(path.read_bytes(), str(path)))
 
 
 def _separated(path: Path, **form: Any) -> Iterator[Row]:
@@ -137,14 +133,10 @@ ONE_CAPTION_A_ROW = (".csv", ".tsv")
 
 def parse(data: bytes, location: str) -> dict[str, Any]:
     """Parse one JSON object."""
-    row = decode(data, location)
-    if not isinstance(row, dict):
-        raise DataError(f"{location}: expected a JSON object, got {type(row).__name__}")
-    return row
+    return coco_json.require_object(_decode(data, location), location)
 
 
-def decode(data: bytes, location: str) -> Any:
-    """Parse one JSON value."""
+def _decode(data: bytes, location: str) -> Any:
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -155,7 +147,7 @@ def decode(data: bytes, location: str) -> Any:
 
 def media_name(location: str, row: dict[str, Any]) -> str:
     """Return the name of the image or clip of a row."""
-    for key in ("image", "clip", "video"):
+    for key in MEDIA_KEYS:
         if key in row:
             return _text(row[key], f"{location}: {key}")
     raise DataError(f"{location}: none of the keys image, clip, video; it has {', '.join(row)}")
@@ -169,9 +161,7 @@ def texts(location: str, row: dict[str, Any]) -> Texts:
     Raises:
       DataError: no texts, or one that is not a string or is blank.
     """
-    captions = row.get("captions", row.get("caption", []))
-    captions = captions if isinstance(captions, list) else [captions]
-    captions = tuple(_text(caption, f"{location}: caption") for caption in captions)
+    captions = _text_list(row, "captions", "caption", location)
     questions = _each(location, row) if isinstance(row.get("question"), list) else [row]
     qa = tuple(_question(location, one) for one in questions if "question" in one)
     if not captions and not qa:
@@ -189,24 +179,24 @@ def _each(location: str, row: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _question(location: str, row: dict[str, Any]) -> Question:
     question = _text(row["question"], f"{location}: question")
-    answers = row.get("answers", row.get("answer", []))
-    answers = answers if isinstance(answers, list) else [answers]
-    answers = tuple(_text(answer, f"{location}: answer") for answer in answers)
+    answers = _text_list(row, "answers", "answer", location)
     kind = _text(row["kind"], f"{location}: kind") if "kind" in row else ""
     return Question(question, answers, kind, str(row.get("question_id", "")))
+
+
+def _text_list(row: dict[str, Any], plural: str, singular: str, location: str) -> tuple[str, ...]:
+    values = row.get(plural, row.get(singular, []))
+    values = values if isinstance(values, list) else [values]
+    return tuple(_text(value, f"{location}: {singular}") for value in values)
 
 
 def gather(
     rows: Iterable[tuple[str, str, dict[str, Any]]], *, repeats: bool = False
 ) -> dict[str, Texts]:
-    """Return name -> texts, in order of first appearance.
+    """Return name -> texts of rows (location, name of the image or clip, row), in their order.
 
     Questions about an image may be in many rows. Its captions are in one row unless `repeats`, so
     that an image that is listed twice by mistake is noticed. The id of a question is in one row.
-
-    Args:
-      rows: (location, name of the image or clip, row).
-      repeats: captions of an image may be in many rows.
 
     Raises:
       DataError: an unusable text, an image with captions in two rows, a duplicate id of a question.
@@ -223,9 +213,8 @@ def gather(
             )
         for id_ in (question.id for question in qa if question.id):
             if questions.setdefault(id_, location) != location:
-                raise DataError(
-                    f"{location}: question_id {id_} is in {questions[id_]} too; keep one"
-                )
+                other = questions[id_]
+                raise DataError(f"{location}: question_id {id_} is in {other} too; keep one")
         all_captions, all_qa = gathered.setdefault(name, ([], []))
         all_captions.extend(captions)
         all_qa.extend(qa)

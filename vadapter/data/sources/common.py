@@ -1,22 +1,16 @@
-"""Helpers of the sources: kind of media, columns, digests, and unusable texts."""
+"""What the sources share: kinds of media, digests, and rows that hold their media."""
 
 import hashlib
 import json
-import logging
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
 from vadapter.data.annotations import annotation_tables
-from vadapter.data.example import Example
+from vadapter.data.example import Example, Source
 from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from vadapter.data.shards.shard_scan import MEDIA
 from vadapter.errors import ConfigError, DataError
-
-MAX_BAD = 0.001  # accepted share of examples without usable text
-FEW_BAD = 10  # accepted number of them, whatever the share
-
-log = logging.getLogger(__name__)
 
 
 def kind_of(names: Iterable[str], location: str) -> str:
@@ -32,10 +26,22 @@ def kind_of(names: Iterable[str], location: str) -> str:
     return "clip" if suffixes & CLIP_SUFFIXES else "image"
 
 
-def kind_and_key(
-    names: Collection[str], columns: Mapping[str, str], location: str
-) -> tuple[str, str]:
-    """Return (kind, key of the media) of a source whose rows hold their media.
+def digest_of(kind: str, examples: list[Example], positions: Iterable[Any]) -> str:
+    """Return the SHA-256 (hex) of examples without media, and of the positions of their media."""
+    digest = hashlib.sha256(kind.encode())
+    for example, position in zip(examples, positions, strict=True):
+        row = (example.id, position, example.captions, example.qa)
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Return the SHA-256 (hex) of a value as JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+class RowSource(Source):
+    """A source whose rows hold their media; a row with unusable texts or media is masked.
 
     Args:
       names: names of its columns.
@@ -46,57 +52,60 @@ def kind_and_key(
       ConfigError: `columns` has an unknown key, or names a missing column.
       DataError: no column holds media.
     """
-    annotation_tables.rename({}, columns)
-    for theirs in columns.values():
-        if theirs.split(".")[0] not in names:
-            raise ConfigError(
-                f"{location}: no column {theirs!r}; columns: {', '.join(sorted(names))}"
+
+    _digest: str  # of the files, their sizes and numbers of rows, and `columns`
+
+    def __init__(self, names: Collection[str], columns: Mapping[str, str] | None, location: str):
+        self._columns = dict(columns or {})
+        annotation_tables.rename({}, self._columns)
+        listed = ", ".join(sorted(names))
+        for column in self._columns.values():
+            if column.split(".")[0] not in names:
+                raise ConfigError(f"{location}: no column {column!r}; columns: {listed}")
+        keys = [key for key in annotation_tables.MEDIA_KEYS if key in self._columns or key in names]
+        if not keys:
+            raise DataError(
+                f"{location}: no column image, clip or video; map one with "
+                f"columns={{'image': NAME}}. Columns: {listed}"
             )
-    for key in ("image", "clip", "video"):
-        if key in columns or key in names:
-            return "image" if key == "image" else "clip", key
-    raise DataError(
-        f"{location}: no column image, clip or video; map one with columns={{'image': NAME}}. "
-        f"Columns: {', '.join(sorted(names))}"
-    )
+        self._media = keys[0]  # key of the media
+        self.kind = "image" if self._media == "image" else "clip"
+
+    def _read(self, index: int, *, media: bool) -> tuple[Any, str, dict[str, Any]]:
+        """Return (an id, the location, the row under the keys of `annotation_tables`) of a row.
+
+        The id is that of a row without one; the media need not be read unless `media`.
+        """
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Example:
+        return self._example(index, media=True)
+
+    def text_only(self, index: int) -> Example:
+        """Return the example without its media."""
+        return self._example(index, media=False)
+
+    def _example(self, index: int, *, media: bool) -> Example:
+        id_, location, row = self._read(index, media=media)
+        value = row.get(self._media) if media else None
+        value = value.get("bytes") if isinstance(value, Mapping) else value
+        (captions, qa), _ = _texts_or_fault(location, row)
+        usable = value if isinstance(value, bytes) else None
+        return Example(str(row.get("id", id_)), usable, captions, qa)
+
+    def fault(self, index: int) -> str:
+        """Return why an example's text is masked, "" if it is not."""
+        _, location, row = self._read(index, media=False)
+        return _texts_or_fault(location, row)[1]
+
+    def fingerprint(self) -> str:
+        """Return a digest of the files, their sizes and numbers of rows, and of `columns`."""
+        return self._digest
 
 
-def texts_or_fault(location: str, row: dict[str, Any]) -> tuple[annotation_tables.Texts, str]:
+def _texts_or_fault(location: str, row: dict[str, Any]) -> tuple[annotation_tables.Texts, str]:
     """Return the texts of a row and "", or no texts and why they are unusable."""
     try:
         return annotation_tables.texts(location, row), ""
     except DataError as error:
         return ((), ()), str(error)
-
-
-def check_bad(bad: int, total: int, first: str, location: str, allowed: float) -> None:
-    """Log examples without usable text, which are masked, and refuse too many.
-
-    Args:
-      bad: number of such examples.
-      total: number of all examples.
-      first: why the first of them is unusable.
-      location: the source, for messages.
-      allowed: accepted share.
-
-    Raises:
-      DataError: all of `total`, or more than ten and more than the share `allowed`.
-    """
-    if bad and bad == total:
-        raise DataError(f"{location}: 0 usable examples of {total}; the first: {first}")
-    if bad > max(allowed * total, FEW_BAD):
-        raise DataError(
-            f"{location}: {bad} of {total} examples have no usable text, more than {allowed:.1%}; "
-            f"the first: {first}. Fix them, or accept more with max_bad={bad / total:.2g}"
-        )
-    if bad:
-        log.warning("%s: %d of %d without usable text; the first: %s", location, bad, total, first)
-
-
-def digest_of(kind: str, examples: list[Example], positions: Iterable[Any]) -> str:
-    """Return the SHA-256 (hex) of examples without media, and of the positions of their media."""
-    digest = hashlib.sha256(kind.encode())
-    for example, position in zip(examples, positions, strict=True):
-        row = (example.id, position, example.captions, example.qa)
-        digest.update(json.dumps(row).encode())
-    return digest.hexdigest()

@@ -1,9 +1,8 @@
 """Images or clips in tar shards, with their texts beside the shards or in them."""
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,14 @@ import numpy as np
 from vadapter.data.annotations import annotation_tables
 from vadapter.data.example import Example, Question, Source
 from vadapter.data.shards.shard_set import ShardSet, find, open_shards
-from vadapter.data.sources.common import MAX_BAD, check_bad, digest_of, kind_of
+from vadapter.data.sources.common import digest_json, digest_of, kind_of
 from vadapter.errors import DataError
 from vadapter.io import storage
 
 _TABLES = ("captions.jsonl", "qa.jsonl")
+_FEW_BAD = 10  # accepted number of examples without usable text, whatever their share
+
+log = logging.getLogger(__name__)
 
 
 class CaptionTars(Source):
@@ -50,7 +52,7 @@ class CaptionTars(Source):
         *,
         shards: str | None = None,
         index: str | Path | None = None,
-        max_bad: float = MAX_BAD,
+        max_bad: float = 0.001,
     ):
         folder = storage.as_path(folder)
         self._shards = open_shards(folder, find(folder, ".tar", split, shards), index)
@@ -69,7 +71,7 @@ class CaptionTars(Source):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        example, member = self._rows[index]
+        example, member, _ = self._rows[index]
         media = self._shards.read(member) if member >= 0 else None
         return dataclasses.replace(example, media=media)
 
@@ -79,15 +81,18 @@ class CaptionTars(Source):
 
     def fault(self, index: int) -> str:
         """Return why an example's text is masked, "" if it is not."""
-        return self._rows.fault(index)
+        return self._rows[index][2]
 
     def fingerprint(self) -> str:
         """Return a digest of names, positions, sizes and texts, but not of pixels or the folder."""
         return self._rows.digest
 
 
+_Row = tuple[Example, int, str]  # without media; the member with its media, or -1; its fault
+
+
 class _TableRows:
-    """Examples whose texts come from tables beside the shards."""
+    """Examples whose texts come from tables beside the shards, where unusable ones are refused."""
 
     def __init__(self, shards: ShardSet, rows: list[annotation_tables.Row], folder: Path):
         names = [annotation_tables.media_name(location, row) for location, row in rows]
@@ -101,18 +106,14 @@ class _TableRows:
         self._examples = [Example(name, None, *both) for name, both in texts.items()]
         self._members = np.array([member_of[name] for name in texts], np.int64)
         self.kind = kind_of(texts, str(folder))
-        spans: Iterable[Any] = (shards.span(int(member)) for member in self._members)
+        spans = (shards.span(int(member)) for member in self._members)
         self.digest = digest_of(self.kind, self._examples, spans)
 
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index: int) -> tuple[Example, int]:
-        return self._examples[index], int(self._members[index])
-
-    def fault(self, index: int) -> str:
-        del index
-        return ""  # unusable texts in tables are refused
+    def __getitem__(self, index: int) -> _Row:
+        return self._examples[index], int(self._members[index]), ""
 
 
 def _check_member(
@@ -134,26 +135,31 @@ class _PairRows:
         if fault := next((f["fault"] for f in shards.facts if f["fault"]), ""):
             raise DataError(fault)
         self._shards, self._pairs = shards, shards.pairs()
-        first = next((f["first_bad"] for f in shards.facts if f["bad"]), "")
-        bad = sum(f["bad"] for f in shards.facts)
-        check_bad(bad, len(self._pairs), first, str(folder), max_bad)
+        _check_faults(shards, len(self._pairs), str(folder), max_bad)
         self.kind = kind_of((f"x{s}" for f in shards.facts for s in f["suffixes"]), str(folder))
-        digests = json.dumps([self.kind, *(f["digest"] for f in shards.facts)])
-        self.digest = hashlib.sha256(digests.encode()).hexdigest()
+        self.digest = digest_json([self.kind, *(f["digest"] for f in shards.facts)])
 
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __getitem__(self, index: int) -> tuple[Example, int]:
-        pair, key, captions, qa, _ = self._read(index)
-        questions = tuple(Question(q, tuple(answers), kind, id_) for q, answers, kind, id_ in qa)
-        return Example(key, None, tuple(captions), questions), int(
-            self._shards.columns["media"][pair]
-        )
-
-    def fault(self, index: int) -> str:
-        return self._read(index)[-1]
-
-    def _read(self, index: int) -> tuple[Any, ...]:
+    def __getitem__(self, index: int) -> _Row:
         pair = int(self._pairs[index])
-        return pair, *json.loads(self._shards.texts[pair])
+        key, captions, qa, fault = json.loads(self._shards.texts[pair])
+        questions = tuple(Question(q, tuple(answers), kind, id_) for q, answers, kind, id_ in qa)
+        member = int(self._shards.columns["media"][pair])
+        return Example(key, None, tuple(captions), questions), member, fault
+
+
+def _check_faults(shards: ShardSet, total: int, location: str, max_bad: float) -> None:
+    """Log pairs without usable text, which are masked; refuse more than ten and than `max_bad`."""
+    bad = sum(f["bad"] for f in shards.facts)
+    first = next((f["first_bad"] for f in shards.facts if f["bad"]), "")
+    if bad and bad == total:
+        raise DataError(f"{location}: 0 usable examples of {total}; the first: {first}")
+    if bad > max(max_bad * total, _FEW_BAD):
+        raise DataError(
+            f"{location}: {bad} of {total} examples have no usable text, more than {max_bad:.1%}; "
+            f"the first: {first}. Fix them, or accept more with max_bad={bad / total:.2g}"
+        )
+    if bad:
+        log.warning("%s: %d of %d without usable text; the first: %s", location, bad, total, first)

@@ -10,8 +10,6 @@ bytes.
 """
 
 import functools
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,19 +17,18 @@ from typing import Any
 import numpy as np
 
 from vadapter.data.annotations import annotation_tables
-from vadapter.data.example import Example, Source
-from vadapter.data.sources.common import kind_and_key, texts_or_fault
+from vadapter.data.sources.common import RowSource, digest_json
 from vadapter.errors import DataError
 
 _TFDS_ERRORS = (ImportError, OSError, ValueError, LookupError, AssertionError, AttributeError,
                 NotImplementedError)  # fmt: skip
 
 
-class TfdsSource(Source):
+class TfdsSource(RowSource):
     """A split of a prepared TFDS data set; nothing is downloaded or prepared.
 
-    Images are decoded by the input pipeline, not by TFDS. A record whose texts are unusable is
-    masked when it is read. Example ids are those of the feature `id`, or the position in the split.
+    Images are decoded by the input pipeline, not by TFDS. Example ids are those of the feature
+    `id`, or the position in the split.
 
     Args:
       name: name of the data set, such as `coco_captions/2014` or `mine:1.0.0`.
@@ -55,23 +52,18 @@ class TfdsSource(Source):
         import tensorflow_datasets as tfds  # slow to import: only where it is needed
 
         self._location = f"{name}, split {split!r}"
-        self._renamed = dict(columns or {})
         folder = None if data_dir is None else str(data_dir)
         try:
             info: Any = tfds.builder(name, data_dir=folder).info
-            features = list(info.features)
-            self.kind, self._media = kind_and_key(features, self._renamed, self._location)
-            chosen = info.splits[split]
-            if not chosen.num_examples:
+            super().__init__(list(info.features), columns, self._location)
+            part = info.splits[split]
+            if not part.num_examples:
                 raise DataError(f"{self._location}: 0 usable examples")
-            files = [(Path(p).name, Path(p).stat().st_size) for p in chosen.filepaths]
-            theirs = self._renamed.get(self._media, self._media)
+            files = [(Path(p).name, Path(p).stat().st_size) for p in part.filepaths]
+            media = self._columns.get(self._media, self._media)
+            decoders = _nested(media, tfds.decode.SkipDecoding())
             self._records: Any = tfds.data_source(
-                name,
-                split=split,
-                data_dir=folder,
-                download=False,
-                decoders=_nested(theirs, tfds.decode.SkipDecoding()),
+                name, split=split, data_dir=folder, download=False, decoders=decoders
             )
         except _TFDS_ERRORS as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -79,36 +71,14 @@ class TfdsSource(Source):
                 f"{self._location}: not readable in {folder or 'the default folder'} ({reason}); "
                 "prepare it there with file_format=array_record"
             ) from error
-        described = [
-            self.kind,
-            info.full_name,
-            split,
-            len(self),
-            files,
-            sorted(self._renamed.items()),
-        ]
-        self._digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        described = [self.kind, info.full_name, split, len(self), files]
+        self._digest = digest_json([*described, sorted(self._columns.items())])
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Example:
-        record = self._read(index)
-        media = record.get(self._media)
-        (captions, qa), _ = texts_or_fault(self._location, record)
-        usable = media if isinstance(media, bytes) else None
-        return Example(str(record.get("id", index)), usable, captions, qa)
-
-    def fault(self, index: int) -> str:
-        """Return why an example's text is masked, "" if it is not."""
-        return texts_or_fault(f"{self._location}, record {index}", self._read(index))[1]
-
-    def fingerprint(self) -> str:
-        """Return a digest of name, version, split, sizes of the files and `columns`."""
-        return self._digest
-
-    def _read(self, index: int) -> dict[str, Any]:
-        """Return a record under the keys of `annotation_tables`, its texts decoded if UTF-8."""
+    def _read(self, index: int, *, media: bool) -> tuple[int, str, dict[str, Any]]:
+        del media  # a record is read as a whole
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
@@ -117,8 +87,9 @@ class TfdsSource(Source):
             raise DataError(
                 f"{self._location}: record {index} cannot be read ({error}); prepare it again"
             ) from error
-        row = annotation_tables.rename(record, self._renamed)
-        return {key: v if key == self._media else _plain(v) for key, v in row.items()}
+        row = annotation_tables.rename(record, self._columns)
+        row = {key: value if key == self._media else _plain(value) for key, value in row.items()}
+        return index, f"{self._location}, record {index}", row
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
