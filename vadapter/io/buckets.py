@@ -22,11 +22,7 @@ _LIBRARIES = {"aiohttp", "gcsfs", "google", "requests"}
 
 @functools.cache
 def prepare() -> None:
-    """Configure the libraries, once.
-
-    Raises:
-      ConfigError: they are not installed.
-    """
+    """Configure the libraries, once. Raises ConfigError if they are not installed."""
     if not importlib.util.find_spec("gcsfs"):
         raise ConfigError("gs:// paths need gcsfs: pip install 'vadapter[gs]'")
     import fsspec.config
@@ -49,6 +45,10 @@ def filesystem() -> Any:
     return fsspec.filesystem("gcs")
 
 
+def _line(error: BaseException, limit: int) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
+
+
 def refusal(error: BaseException) -> str:
     """Return the error of one of these libraries as a line; "" if it comes from elsewhere."""
     if not prepare.cache_info().currsize:
@@ -56,8 +56,7 @@ def refusal(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
-            text = " ".join(str(error).split())
-            return f"{type(error).__name__}: {text[:240]}"
+            return _line(error, 240)
         trace = trace.tb_next
     return ""
 
@@ -71,11 +70,7 @@ def out_of_reach(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def bucket_errors() -> Iterator[None]:
-    """Turn errors of the libraries into user errors.
-
-    Raises:
-      ConfigError: has the library's message.
-    """
+    """Turn errors of the libraries into a ConfigError with their message."""
     try:
         yield
     except Exception as error:
@@ -109,10 +104,9 @@ def require_bucket(path: Path) -> None:
             "bucket (storage.buckets.get) and to read and write its objects"
         ) from None
     except Exception as error:
-        message = " ".join(str(error).split())[:160]
         raise ConfigError(
-            f"{path}: cannot reach gs://{name} ({type(error).__name__}: {message}); check the "
-            "network and the credentials (`gcloud auth application-default login`)"
+            f"{path}: cannot reach gs://{name} ({_line(error, 160)}); check the network and the "
+            "credentials (`gcloud auth application-default login`)"
         ) from error
 
 

@@ -18,11 +18,15 @@ from typing import Any
 
 from vadapter.errors import USER_ERROR
 from vadapter.io import buckets
-from vadapter.io.lock_holder import holder_name, in_use, parse_holder, this_process
+from vadapter.io.lock import holder_name, in_use, parse_holder, this_process
 
 BEAT = 15.0
 STALE = 60.0
 _POLL = 1.0  # seconds between two looks at the lock of another process
+
+
+def _say(text: str) -> None:
+    print(f"vadapter: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -65,12 +69,11 @@ class _Object:
                 if seen is not None and not wait:
                     raise in_use(self.path, holder_name(holder))
                 if seen is None and not wait and not gone:
-                    print(
-                        f"vadapter: {self.path} is held by {holder_name(holder)}; waiting up to "
+                    _say(
+                        f"{self.path} is held by {holder_name(holder)}; waiting up to "
                         f"{STALE:.0f} s to see whether it is alive (if you know that it is not, "
-                        f"delete {self.path})",
-                        file=sys.stderr, flush=True,
-                    )  # fmt: skip
+                        f"delete {self.path})"
+                    )
                 seen, since = generation, time.monotonic()
             if gone or time.monotonic() - since > STALE:
                 self._delete(generation)
@@ -85,14 +88,13 @@ class _Object:
                     continue
                 holder, generation = self._read()
             except Exception as error:  # no network: try again at the next beat
-                print(f"vadapter: {self.path}: {error!r:.160}", file=sys.stderr, flush=True)
+                _say(f"{self.path}: {error!r:.160}")
                 continue
             taken = f"was taken over by {holder_name(holder)}" if generation else "was deleted"
-            print(
-                f"vadapter: {self.path} {taken} while this run could not write it; this run ends, "
-                "because both would write to the same directory",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            _say(
+                f"{self.path} {taken} while this run could not write it; this run ends, because "
+                "both would write to the same directory"
+            )
             os._exit(USER_ERROR)
 
     def release(self) -> None:
@@ -102,35 +104,36 @@ class _Object:
 
     def _write(self) -> bool:
         """Write the object if it is as we left it; return False if another process holds it."""
-        from google.api_core.exceptions import NotFound, PreconditionFailed
-
         blob = self._bucket.blob(self._name)
-        try:
-            text = json.dumps(self._me | {"beat": time.time()})
+        text = json.dumps(self._me | {"beat": time.time()})
+        with _changed_meanwhile():
             blob.upload_from_string(text, if_generation_match=self._generation)
             self._generation = blob.generation
-        except (NotFound, PreconditionFailed):
-            holder, generation = self._read()
-            if holder.get("token") != self._me["token"]:
-                return False
-            self._generation = generation  # our own write, whose reply was lost
+            return True
+        holder, generation = self._read()
+        if holder.get("token") != self._me["token"]:
+            return False
+        self._generation = generation  # our own write, whose reply was lost
         return True
 
     def _read(self) -> tuple[dict[str, Any], int]:
         """Return (holder, generation); generation 0: there is no object."""
-        from google.api_core.exceptions import NotFound, PreconditionFailed
-
         while (blob := self._bucket.get_blob(self._name)) is not None:
-            with contextlib.suppress(NotFound, PreconditionFailed):  # written again meanwhile
+            with _changed_meanwhile():
                 text = blob.download_as_bytes(if_generation_match=blob.generation)
                 return parse_holder(text), blob.generation
         return {}, 0
 
     def _delete(self, generation: int) -> None:
-        from google.api_core.exceptions import NotFound, PreconditionFailed
-
-        with contextlib.suppress(NotFound, PreconditionFailed):
+        with _changed_meanwhile():
             self._bucket.blob(self._name).delete(if_generation_match=generation)
+
+
+def _changed_meanwhile() -> contextlib.suppress:
+    """Ignore that a request did not find the object, or the generation that it requires."""
+    from google.api_core.exceptions import NotFound, PreconditionFailed
+
+    return contextlib.suppress(NotFound, PreconditionFailed)
 
 
 def machine() -> str:

@@ -10,9 +10,11 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from vadapter.errors import ConfigError
 from vadapter.io import buckets, storage
@@ -78,9 +80,6 @@ def _write_errors(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hold_file(path: Path, wait: bool) -> Iterator[None]:
-    # Imported when a lock is taken, as `gcs_lock` is: importing the loop loads neither.
-    from vadapter.io.lock_holder import holder_name, in_use, parse_holder, this_process
-
     with _write_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
@@ -99,3 +98,35 @@ def _hold_file(path: Path, wait: bool) -> Iterator[None]:
                 file.write(json.dumps(this_process()) + "\n")
                 file.flush()
         yield
+
+
+# -- what a lock records of its holder, in a file and in a bucket alike -------------------------
+
+
+def this_process() -> dict[str, Any]:
+    """Return what a lock file records of its holder."""
+    started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
+
+
+def parse_holder(text: bytes) -> dict[str, Any]:
+    """Return the record in a lock file; {} if it is empty or unreadable."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def holder_name(holder: dict[str, Any]) -> str:
+    """Return what messages call the holder of a lock."""
+    values = [holder.get(key, "?") for key in ("pid", "host", "started")]
+    return "process {} on {}, started {}".format(*values)
+
+
+def in_use(path: Path, holder: str) -> ConfigError:
+    """Return the error for a lock file that another process holds."""
+    return ConfigError(
+        f"{path.parent} is in use by another run: {holder}. "
+        "Stop that run, or choose another directory."
+    )

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -26,10 +27,7 @@ COMMIT = "commit_success.txt"  # the file that Orbax writes last into a folder o
 
 
 def as_path(text: str | os.PathLike[str]) -> Path:
-    """Return the path that a user has written.
-
-    Returns:
-      A `pathlib.Path`, or for `gs://…` an `etils.epath.Path`, which has the same methods.
+    """Return the path that a user has written: a `pathlib.Path`, or an `etils.epath.Path`.
 
     Raises:
       ConfigError: gcsfs is not installed, or the text is a URL of another kind.
@@ -75,13 +73,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 class Uploaded:
-    """A file in a bucket that grows in memory; `flush` uploads all of it.
+    """A file in a bucket that grows in memory, from `content` on; `flush` uploads all of it.
 
     If the process is killed, everything written after the last `flush` is lost.
-
-    Args:
-      path: in a bucket.
-      content: the bytes that it starts with.
     """
 
     def __init__(self, path: Path, content: bytes):
@@ -150,12 +144,7 @@ def move_tree(source: Path, target: Path) -> None:
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Copy a folder from Orbax; until it is complete, `target` is not `committed`.
-
-    Args:
-      source: the folder.
-      target: must not exist; its parent must.
-    """
+    """Copy a folder from Orbax to a new one; until it is complete, `target` is not `committed`."""
     part = target if remote(target) else target.with_name(f"{target.name}.part")
     remove_tree(part)  # of an interrupted copy
     try:
@@ -180,10 +169,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def kvstore(folder: Path) -> dict[str, str]:
-    """Return the TensorStore spec of a folder.
-
-    It is not a URL, where some characters of file names have another meaning.
-    """
+    """Return the TensorStore spec of a folder: no URL, where characters have other meanings."""
     if not remote(folder):
         return {"driver": "file", "path": f"{folder}/"}
     bucket, _, name = str(folder).removeprefix("gs://").partition("/")
@@ -194,12 +180,9 @@ def kvstore(folder: Path) -> dict[str, str]:
 
 
 def facts(path: Path) -> dict[str, int]:
-    """Return `size` in bytes and `mtime_ns` of a file.
+    """Return `size` in bytes and `mtime_ns` of a file; raises OSError if it does not exist.
 
     For an object `mtime_ns` is its generation, which changes with its content.
-
-    Raises:
-      OSError: there is no such file.
     """
     if remote(path):
         return _facts(filesystem().info(str(path)))
@@ -226,11 +209,7 @@ def read_object(path: str, generation: int, *span: int) -> bytes:
 
 
 def local(text: str | os.PathLike[str], what: str) -> Path:
-    """Return a path that must be local; `what` names the option in the message.
-
-    Raises:
-      ConfigError: it is in a bucket.
-    """
+    """Return the path of the option `what`. Raises ConfigError if it is in a bucket."""
     path = as_path(text)
     if remote(path):
         raise ConfigError(f"{what}={path}: must be a local path; copy it from the bucket")
@@ -245,7 +224,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield (part := Path(folder) / path.name)
             filesystem().put_file(str(part), str(path))
         return
-    part = path.with_name(f"{path.name}.{os.getpid()}.new")
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.new")
     try:
         yield part
         with part.open("r+b") as file:
@@ -269,11 +248,6 @@ def local_copy(path: Path) -> Path:
         return path
     target = cached(path, f"{facts(path)['mtime_ns']}-{path.name}")
     if not target.is_file():
-        descriptor, part = tempfile.mkstemp(dir=target.parent)
-        os.close(descriptor)
-        try:
-            filesystem().get_file(str(path), part)
-            os.replace(part, target)
-        finally:
-            Path(part).unlink(missing_ok=True)
+        with replacing(target) as part:
+            filesystem().get_file(str(path), str(part))
     return target
