@@ -7,7 +7,7 @@ import sys
 import pytest
 from support import hosts as drive
 from support import runs
-from support.launchers import LAUNCH, put
+from support.launchers import LAUNCH, kill_session, put, session_members
 
 from vadapter.checkpoints.manager import steps
 from vadapter.errors import PREEMPTED, USER_ERROR
@@ -60,7 +60,7 @@ def begin(tmp_path):
 
     yield start
     for process in jobs:
-        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+        kill_session(process)
         process.communicate()
 
 
@@ -85,14 +85,6 @@ def end(process, limit=60):
     return process.returncode, out
 
 
-def members(session):
-    """Processes of a session that are still there; those whose end nobody has read yet are not."""
-    found = subprocess.run(
-        ["ps", "-o", "pid=,stat=,args=", "-s", str(session)], capture_output=True, text=True
-    )
-    return [line for line in found.stdout.splitlines() if not line.split()[1].startswith("Z")]
-
-
 # --- A command that stands in ------------------------------------------------------------------
 
 
@@ -108,7 +100,7 @@ def test_the_exit_code_is_that_of_the_first_that_failed(begin, tmp_path):
 def test_what_a_process_leaves_behind_goes_with_it(begin, tmp_path):
     job = begin(FAKE, *fake(tmp_path, "leave 0", "leave 0"))
     assert end(job)[0] == 0
-    assert not members(job.pid)
+    assert not session_members(job.pid)
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM"])
@@ -122,7 +114,7 @@ def test_a_signal_goes_to_all_of_them_once(begin, tmp_path, name):
     job.send_signal(signal.Signals[f"SIG{name}"])
     code, out = end(job)
     assert (code, sorted(out.splitlines())) == (75, [f"host {i}: got {name}" for i in (0, 1)])
-    assert not members(job.pid)
+    assert not session_members(job.pid)
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -171,7 +163,7 @@ def test_the_supervisor_brings_a_job_whose_process_was_killed_to_its_end(begin, 
     assert code == 0, out
     assert out.count("supervise: exit code 137: restarting in 0 s") == 1
     assert "host 0: llm: resumed at step" in out
-    assert not members(job.pid)
+    assert not session_members(job.pid)
 
 
 def test_a_few_steps_on_one_device_are_a_matter_of_options(begin, recipe, tmp_path):

@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 import pytest
-from support.launchers import launch, put
+from support.launchers import kill_session, launch, put
 
 from vadapter.errors import PREEMPTED, USER_ERROR
 
@@ -90,7 +90,7 @@ def submit(tmp_path):
 
     yield begin, run
     for job in jobs:
-        subprocess.run(["pkill", "-KILL", "-s", str(job.pid)], check=False)
+        kill_session(job)
         job.wait()
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from support.launchers import LAUNCH, put
+from support.launchers import LAUNCH, kill_session, put
 
 SUPERVISE = LAUNCH / "supervise.sh"
 # Takes its exit codes from a file, one a start; a line goes on with what it saves (10), throws away
@@ -113,7 +113,7 @@ def begin(tmp_path):
 
     yield start
     for process in processes:
-        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+        kill_session(process)
         process.communicate()
 
 
