@@ -34,43 +34,35 @@ class CheckpointError(UserError):
 
 
 class Problems:
-    """Collects user errors, so that all of them are reported at once.
-
-    Attributes:
-      found: message -> the error, and the places where it occurred.
-    """
+    """Collects user errors, so that all of them are reported at once."""
 
     def __init__(self):
-        self.found: dict[str, tuple[UserError, list[str]]] = {}
+        # message -> the error, and the places where it occurred
+        self._errors: dict[str, tuple[UserError, list[str]]] = {}
 
     @contextlib.contextmanager
-    def gather(self, where: str = "") -> Iterator[None]:
+    def gather(self, place: str = "") -> Iterator[None]:
         """Collect a UserError of the block, which ends there; the same message counts once.
 
-        Args:
-          where: the place, before the message in the list.
+        The list has `place` before the message.
         """
         try:
             yield
         except UserError as error:
             for part in error.parts or (error,):
-                _, places = self.found.setdefault(str(part), (part, []))
-                places += [where] * (where not in ("", *places))
+                _, places = self._errors.setdefault(str(part), (part, []))
+                places += [place] * (place not in ("", *places))
 
     def lines(self) -> list[str]:
         """Return each message after the places where it occurred."""
         return [
             f"{', '.join(places)}: {text}" if places else text
-            for text, (_, places) in self.found.items()
+            for text, (_, places) in self._errors.items()
         ]
 
     def settle(self) -> None:
-        """Raise the error that was collected, or all of them as one.
-
-        Raises:
-          UserError: of the class of the first; nothing is raised if there are none.
-        """
-        errors = tuple(error for error, _ in self.found.values())
+        """Raise the collected error, if any, or several as one error of the class of the first."""
+        errors = tuple(error for error, _ in self._errors.values())
         if len(errors) == 1:
             raise errors[0]
         if errors:
@@ -104,11 +96,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn errors of a full disk or of missing permissions into user errors.
-
-    Raises:
-      ConfigError: names the file.
-    """
+    """Turn errors of a full disk or of missing permissions into a ConfigError."""
     try:
         yield
     except OSError as e:

@@ -13,23 +13,17 @@ from PIL import Image
 
 
 def text(value: Any, limit: int = 0) -> str:
-    """Return a value escaped for text and attributes.
-
-    Args:
-      value: any value.
-      limit: number of characters to keep; 0: all.
-    """
+    """Return a value escaped for text and attributes, its first `limit` characters; 0: all."""
     string = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(value))
     return html.escape(string[: limit - 1] + "…" if 0 < limit < len(string) else string)
 
 
 def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
-    """Return an image as a data URI.
+    """Return an image, or an animation by its first frame, as a data URI.
 
     Args:
-      image: the image, or the first frame of an animation.
+      image, options: as in `PIL.Image.Image.save`.
       kind: "png", "jpeg" or "webp".
-      **options: of `PIL.Image.Image.save`.
     """
     file = io.BytesIO()
     image.save(file, kind.upper(), **options)
@@ -37,13 +31,7 @@ def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
 
 
 def page(title: str, style: str, body: str) -> str:
-    """Return a complete HTML file.
-
-    Args:
-      title: heading, not yet escaped.
-      style: CSS rules.
-      body: markup.
-    """
+    """Return a complete HTML file of a title, not yet escaped, CSS rules and markup."""
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vadapter.data.documents import DocumentSource, content_words
-from vadapter.data.packing import Windows
+from vadapter.data.items import Windows
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.transforms import document_sample

@@ -16,6 +16,7 @@ each has its own leading space (see prompts.py).
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -49,42 +50,33 @@ class DocumentSource(Source):
     The target of document i is caption i modulo their number: `variants` documents with different
     contexts end in the same caption. A caption without siblings gets its own words as keywords, and
     becomes a plain document if siblings are drawn.
+
+    Args:
+      groups: .jsonl or .jsonl.gz; each line is {"captions": [...]} of one photo or clip.
+      captions: .txt or .txt.gz; each line is an independent caption.
+      texts: general text: .jsonl(.gz) with {"text": ...} or a string in each line, or .txt(.gz)
+        with one text. Long texts are cut between words.
+      split: keep only the lines of `groups` with this "split"; None keeps all.
+      mixture: weight of each sort of document, normalized over those the files allow.
+      seed: changes all documents.
+      variants: documents for each caption (or chunk, if there are no captions).
+      chunk_chars: longest chunk of general text, in characters.
+
+    Raises:
+      ConfigError: an unknown sort of document, or weights that are negative or all 0.
+      DataError: a missing or malformed file, or no text in all of them.
     """
 
     kind = "text"
 
     def __init__(
-        self,
-        groups: Paths = (),
-        captions: Paths = (),
-        texts: Paths = (),
-        *,
-        split: str | None = None,
-        mixture: Mapping[str, float] = MIXTURE,
-        seed: int = 0,
-        variants: int = 8,
-        chunk_chars: int = 600,
-    ):
-        """Read the files.
-
-        Args:
-          groups: .jsonl or .jsonl.gz; each line is {"captions": [...]} of one photo or clip.
-          captions: .txt or .txt.gz; each line is an independent caption.
-          texts: general text: .jsonl(.gz) with {"text": ...} or a string in each line, or
-            .txt(.gz) with one text. Long texts are cut between words.
-          split: keep only the lines of `groups` with this "split"; None keeps all.
-          mixture: weight of each sort of document, normalized over those the files allow.
-          seed: changes all documents.
-          variants: documents for each caption (or chunk, if there are no captions).
-          chunk_chars: longest chunk of general text, in characters.
-
-        Raises:
-          ConfigError: an unknown sort of document, or weights that are negative or all 0.
-          DataError: a missing or malformed file, or no text in all of them.
-        """
+        self, groups: Paths = (), captions: Paths = (), texts: Paths = (), *,
+        split: str | None = None, mixture: Mapping[str, float] = MIXTURE, seed: int = 0,
+        variants: int = 8, chunk_chars: int = 600,
+    ):  # fmt: skip
         if unknown := sorted(set(mixture) - set(MIXTURE)):
             raise ConfigError(f"mixture has unknown keys {unknown}; known: {sorted(MIXTURE)}")
-        alone = ([line] for path in captions for line in _text_lines(path))
+        alone = ([line] for path in captions for line in _lines(path) if line.strip())
         self._groups = [*_groups(groups, split), *alone]
         self._chunks = [c for p in texts for t in _texts(p) for c in _cut(t, chunk_chars)]
         # i32[captions, 2]: the group of each caption and its index there. An array, since workers
@@ -111,15 +103,16 @@ class DocumentSource(Source):
 
     def __getitem__(self, index: int) -> Example:
         rng = np.random.default_rng((self._seed, index))
-        place = int(np.searchsorted(self._edges, rng.random(), side="right"))
-        sort = self._sorts[min(place, len(self._sorts) - 1)]
+        interval = int(np.searchsorted(self._edges, rng.random(), side="right"))
+        sort = self._sorts[min(interval, len(self._sorts) - 1)]
         if sort == "text":
             chunk = self._chunks[int(rng.integers(len(self._chunks)))]
             return Example(id=f"text-{index}", pieces=(chunk,))
         group, i = map(int, self._flat[index % len(self._flat)])
         caption = self._groups[group][i]
         siblings = [*self._groups[group][:i], *self._groups[group][i + 1 :]]
-        drawn = _draw(siblings, rng)
+        count = int(rng.integers(1, min(_MAX_SIBLINGS, len(siblings)) + 1)) if siblings else 0
+        drawn = [siblings[int(i)] for i in rng.permutation(len(siblings))[:count]] if count else []
         context = ""
         if sort == "keywords":
             words = list(dict.fromkeys(w for c in drawn or [caption] for w in content_words(c)))
@@ -153,38 +146,28 @@ def content_words(caption: str) -> list[str]:
     return [word for word in words if word not in _STOP_WORDS]
 
 
-def _draw(siblings: list[str], rng: np.random.Generator) -> list[str]:
-    if not siblings:
-        return []
-    count = int(rng.integers(1, min(_MAX_SIBLINGS, len(siblings)) + 1))
-    return [siblings[int(i)] for i in rng.permutation(len(siblings))[:count]]
-
-
 def _groups(paths: Paths, split: str | None) -> Iterator[list[str]]:
-    for path in paths:
-        for number, record in _records(path):
-            if split is not None and isinstance(record, dict) and record.get("split") != split:
-                continue
-            captions = record.get("captions") if isinstance(record, dict) else None
-            if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-                raise DataError(
-                    f'{path}, line {number}: expected {{"captions": ["...", ...]}}; fix or remove '
-                    "the line"
-                )
-            if kept := [c for c in captions if c.strip()]:
-                yield kept
+    for location, record in itertools.chain.from_iterable(map(_records, paths)):
+        if split is not None and isinstance(record, dict) and record.get("split") != split:
+            continue
+        captions = record.get("captions") if isinstance(record, dict) else None
+        if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+            raise DataError(
+                f'{location}: expected {{"captions": ["...", ...]}}; fix or remove the line'
+            )
+        if kept := [c for c in captions if c.strip()]:
+            yield kept
 
 
 def _texts(path: str | os.PathLike[str]) -> Iterator[str]:
     if ".jsonl" not in Path(path).name:
         yield "\n".join(_lines(path))
         return
-    for number, record in _records(path):
+    for location, record in _records(path):
         text = record.get("text") if isinstance(record, dict) else record
         if not isinstance(text, str):
             raise DataError(
-                f'{path}, line {number}: expected {{"text": "..."}} or "..."; fix or remove the '
-                "line"
+                f'{location}: expected {{"text": "..."}} or "..."; fix or remove the line'
             )
         yield text
 
@@ -203,17 +186,16 @@ def _cut(text: str, limit: int) -> Iterator[str]:
         start = end
 
 
-def _records(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
+def _records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (location, value) of each line of a JSON lines file."""
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
+            location = f"{path}, line {number}"
             try:
-                yield number, json.loads(line)
+                record = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-
-
-def _text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
-    return (line for line in _lines(path) if line.strip())
+                raise DataError(f"{location}: not JSON ({error})") from None
+            yield location, record
 
 
 def _lines(path: str | os.PathLike[str]) -> list[str]:

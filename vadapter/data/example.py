@@ -60,10 +60,8 @@ class Example:
       id: unique in its source, for example the file name.
       media: an encoded image or clip as bytes or the path of its file, raw frames u8[F,H,W,3],
         features, or None where there is only text.
-      captions: independent descriptions of the media.
-      qa: questions about the media.
-      pieces: one language-modeling document, as pieces that are tokenized separately and
-        concatenated.
+      captions, qa: independent descriptions of the media, and questions about it.
+      pieces: one language-modeling document, whose pieces are tokenized separately and joined.
     """
 
     id: str
@@ -77,12 +75,9 @@ class Source(Protocol):
     """A data set with random access: picklable, and cheap to construct again in a worker.
 
     Implementations inherit from this class for the methods with a default.
-
-    Attributes:
-      kind: "image" (one frame), "clip" (several frames) or "text".
     """
 
-    kind: str
+    kind: str  # "image" (one frame), "clip" (several frames) or "text"
 
     def __len__(self) -> int:
         """Return the number of examples, at least one."""

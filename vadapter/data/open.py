@@ -11,8 +11,8 @@ from typing import Any
 from vadapter.config import nearest, resolve
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Features, Source
+from vadapter.data.items import Windows
 from vadapter.data.media.images import BadMedia, ImageTransform
-from vadapter.data.packing import Windows
 from vadapter.data.pipeline import Items, Transform
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.tokenizers import Tokenizer
@@ -32,11 +32,7 @@ TASKS = ("caption", "question", "document")
 
 
 def make_source(name: str, config: DataConfig) -> Source:
-    """Return the source of a data set.
-
-    Args:
-      name: the data set's name in the recipe, for errors.
-      config: its configuration; `config.source` names the kind and the constructor's arguments.
+    """Return the source of the data set `name` of a recipe.
 
     Raises:
       ConfigError: an unknown kind or argument, or an environment variable that is not set.
@@ -50,10 +46,9 @@ def make_source(name: str, config: DataConfig) -> Source:
     module, _, attribute = SOURCES[kind].partition(":")
     source = getattr(importlib.import_module(module), attribute)
     parameters = inspect.signature(source).parameters
-    for argument in arguments:
-        if argument not in parameters:
-            suggestion = nearest(argument, parameters)
-            raise ConfigError(f"config.{key}.{argument}: unknown key{suggestion}")
+    if unknown := [argument for argument in arguments if argument not in parameters]:
+        suggestion = nearest(unknown[0], parameters)
+        raise ConfigError(f"config.{key}.{unknown[0]}: unknown key{suggestion}")
     if config.task not in TASKS:
         raise ConfigError(f"config.data.{name}.task={config.task!r}: one of {', '.join(TASKS)}")
     arguments = {k: resolve(v, f"{key}.{k}") for k, v in arguments.items()}
@@ -68,12 +63,7 @@ def make_stream(
 ) -> tuple[Items, Transform]:
     """Return (items, transform) for `pipeline.make_loader` and `pipeline.eval_batches`.
 
-    Args:
-      name: the data set's name in the recipe, for errors.
-      config: how its examples become rows.
-      source: the examples.
-      tokenizer: of the language model.
-      view: the encoder's image transform; None for text only.
+    `view` is the encoder's image transform; None for text only.
 
     Raises:
       ConfigError: the source has clips and the recipe says images, or the reverse.
@@ -137,10 +127,8 @@ def require_texts(config: Any) -> None:
 def train_tokenizer(config: Any, sources: Mapping[str, Source], path: Path) -> Tokenizer:
     """Return the run's tokenizer, read from `path` or else trained and saved there.
 
-    Args:
-      config: the recipe's `tokenizer` section.
-      sources: at least those that `config.data` names; their first `config.texts` texts are used.
-      path: of the tokenizer's file.
+    It is trained on the first `config.texts` texts of the `sources` that `config.data` names, where
+    `config` is the recipe's `tokenizer` section.
     """
     from vadapter.data.tokenizers.bpe import BPETokenizer
 

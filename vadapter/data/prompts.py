@@ -32,12 +32,10 @@ class QuestionPrompt:
         return self.template.replace("{question}", " ".join(question.split()))
 
     def fill(self, question: str, examples: Sequence[tuple[str, str]] = ()) -> Prompt:
-        """Return the complete prompt of a question.
+        """Return the complete prompt of a question, after `examples`, (question, answer) pairs.
 
-        Args:
-          question: the question about the image.
-          examples: (question, answer) pairs that precede it as text, without images. The paper
-            draws four from the training set, as Flamingo does; they show the form of an answer.
+        They precede it as text, without images. The paper draws four from the training set, as
+        Flamingo does; they show the form of an answer.
         """
         # `before` ends with "Given". Without visual tokens, the full stop after them is left out.
         shown = "".join(self.shown(q, a).removeprefix(".") for q, a in examples)

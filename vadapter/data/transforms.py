@@ -130,7 +130,7 @@ def document_sample(
     """Return a row of packed documents, each a segment that starts with BOS.
 
     The documents of the window are tried in their order; each enters that still fits uncut, and
-    the others are left out (see `packing.Windows`). A document longer than a row enters an empty
+    the others are left out (see `items.Windows`). A document longer than a row enters an empty
     row cut (with `last_only` it is left out, since its targets may be past the cut).
 
     Args:
