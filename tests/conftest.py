@@ -1,11 +1,11 @@
 """Strict numerics for every test, eight fake devices, the order of the files, and shared runs."""
 
+import contextlib
 import gc
 import importlib.util
+import io
 import os
 import signal
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -98,15 +98,13 @@ def chain(tmp_path_factory) -> Path:
 
 
 def _quickstart(folder: Path) -> None:
+    from support.patches import use_devices
+
+    from vadapter.cli.main import main
+
     recipe = f"{paths.RECIPES}:{draw(folder / 'shapes')}"
-    command = [sys.executable, "-m", "vadapter", "quickstart", f"--config={recipe}"]
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(paths.ROOT),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
-    }
-    done = subprocess.run(
-        [*command, f"--workdir={folder / 'run'}"], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "log.txt").write_text(done.stdout)
+    words = ["quickstart", f"--config={recipe}", f"--workdir={folder / 'run'}"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as log:
+        use_devices(patch, 1)
+        assert main(words) == 0, log.getvalue()
+    (folder / "log.txt").write_text(log.getvalue())

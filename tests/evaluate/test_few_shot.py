@@ -118,7 +118,8 @@ def test_examples_and_beams_change_the_generations(loaded, prompts):
 
     plain = generations(None, Decode(8))
     shots = (
-        prompts("flickr8k", "shots=1", "shot_kind=image", f"shot_seed={n}")[0] for n in range(6)
+        prompts("flickr8k", "shots=1", "shot_kind=image", f"shot_seed={n}")[0]
+        for n in reversed(range(6))
     )
     assert any(generations(shot.shown, Decode(8)) != plain for shot in shots)
     assert generations(None, Decode(8, beams=3)) != plain

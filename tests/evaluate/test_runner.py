@@ -36,6 +36,11 @@ def loaded(run):
     return open_run(run, "vadapter")
 
 
+@pytest.fixture(scope="module")
+def decoder(loaded):
+    return Decoder(loaded)
+
+
 CAPTIONS = DataConfig(source={}, task="caption", text_len=1, size=32)
 EIGHT = EvalConfig("", max_new=12, batch=8)
 
@@ -72,11 +77,11 @@ def test_questions_are_items_of_their_own_up_to_the_limit():
     assert [len(Slice(Pairs(), 0, limit)) for limit in (1, 9)] == [1, 3]
 
 
-def test_an_evaluation_reproduces_the_scores_of_training(run, loaded):
+def test_an_evaluation_reproduces_the_scores_of_training(run, decoder):
     before = run / "vadapter" / "eval" / "captions"
     rows = [json.loads(line) for line in (before / "predictions.jsonl").read_text().splitlines()]
     scores = json.loads((before / "score.json").read_text())["scores"]
-    result, directory = run_eval(loaded, "captions")
+    result, directory = run_eval(decoder, "captions")
     assert directory == before
     assert [row["prediction"] for row in result.rows] == [row["prediction"] for row in rows]
     assert result.scores == pytest.approx(scores)
@@ -85,9 +90,9 @@ def test_an_evaluation_reproduces_the_scores_of_training(run, loaded):
     assert json.loads((before / "score.json").read_text())["scores"] == pytest.approx(scores)
 
 
-def test_the_limit_and_the_batch_size_change_no_generation(run, loaded):
+def test_the_limit_and_the_batch_size_change_no_generation(run, decoder):
     whole = (run / "vadapter" / "eval" / "captions" / "predictions.jsonl").read_text()
-    result, directory = run_eval(loaded, "captions", limit=5, batch=3)  # on eight devices
+    result, directory = run_eval(decoder, "captions", limit=5, batch=3)  # on eight devices
     assert directory.name == "captions-first-5"
     full = [json.loads(line)["prediction"] for line in whole.splitlines()]
     assert [row["prediction"] for row in result.rows] == full[:5]
@@ -95,14 +100,13 @@ def test_the_limit_and_the_batch_size_change_no_generation(run, loaded):
     assert json.loads((directory / "score.json").read_text())["eval"]["limit"] == 5
 
 
-def test_an_unreadable_image_has_no_text_and_does_not_shift_the_others(loaded):
+def test_an_unreadable_image_has_no_text_and_does_not_shift_the_others(decoder):
     shape = (1, 32, 32, 3)
     images = [np.full(shape, 40 * i, np.uint8) for i in range(4)]
-    decoder = Decoder(loaded)
     texts = []
     for media in (images, [*images[:2], b"junk", images[3]]):
         result = evaluate(
-            decoder, loaded.params, Captioned(media), CAPTIONS, EIGHT, ImageTransform(32)
+            decoder, decoder.stage.params, Captioned(media), CAPTIONS, EIGHT, ImageTransform(32)
         )
         texts.append([row["prediction"] for row in result.rows])
     assert all(texts[0])

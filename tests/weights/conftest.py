@@ -48,7 +48,7 @@ def hub():
     """The server: `asked` lists its requests, `files` is what it has, `main` its newest commit."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.asked, server.files, server.main = [], FILES, NEW
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
     server.shutdown()

@@ -24,7 +24,6 @@ class Verb(NamedTuple):
       run: takes the parsed arguments (with `overrides`, the `--config.…` items) and returns an
         exit code, None for 0. It imports what it needs, so that `--help` stays fast.
       arguments: see `arg`.
-      name: the word on the command line.
       example: what follows the name on the command line.
       computes: whether it joins the other hosts and needs the compilation cache.
       overrides: help of `--config.a.b=VALUE`; "" for verbs that take no recipe.
@@ -98,11 +97,6 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return integer
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Return the names in `a,b`, as an argument type."""
-    return tuple(filter(None, text.split(",")))
 
 
 # Arguments of several verbs.

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vadapter.cli.common import RECIPE, Argument, arg, at_least, names, recipe, verb
+from vadapter.cli.common import RECIPE, Argument, arg, at_least, recipe, verb
 from vadapter.errors import USER_ERROR
 from vadapter.io.storage import as_path
 
@@ -20,8 +20,10 @@ _OFFICIAL = arg(
 
 
 def _data(default: str) -> Argument:
-    text = f"data sets (default: {default})"
-    return arg("--data", type=names, default=(), metavar="A,B", help=text)
+    return arg(
+        "--data", type=lambda text: tuple(filter(None, text.split(","))), default=(), metavar="A,B",
+        help=f"data sets (default: {default})",
+    )  # fmt: skip
 
 
 @verb(

@@ -33,15 +33,22 @@ def evaluate(args: argparse.Namespace) -> None:
     RUN/STAGE/eval/NAME, and for benchmarks the file for their evaluation server. Rerun the same
     command to resume; finished benchmarks are skipped.
     """
+    from vadapter.evaluate.runner import Decoder
     from vadapter.stages.restore import open_run
 
     protocol = [item for item in args.overrides if item.startswith("protocol.")]
     others = [item for item in args.overrides if item not in protocol]
+
+    def open_decoder() -> Decoder:
+        loaded = open_run(args.workdir, args.stage, overrides=others)
+        say(f"{loaded.name}, step {loaded.step}")
+        return Decoder(loaded)
+
     score = _evals if args.benchmarks is None else _benchmarks
-    score(args, protocol, lambda: open_run(args.workdir, args.stage, overrides=others))
+    score(args, protocol, open_decoder)
 
 
-def _benchmarks(args: argparse.Namespace, protocol: list[str], open_stage: Callable) -> None:
+def _benchmarks(args: argparse.Namespace, protocol: list[str], open_decoder: Callable) -> None:
     from vadapter.distributed import hosts
     from vadapter.errors import DataError, Problems
     from vadapter.evaluate import benchmarks
@@ -56,18 +63,17 @@ def _benchmarks(args: argparse.Namespace, protocol: list[str], open_stage: Calla
             f"--data={data}: no such folder; it must hold one folder of official files for each "
             "benchmark, named after it"
         )
-    loaded, scored, problems = open_stage(), [], Problems()
-    say(f"{loaded.name}, step {loaded.step}")
+    decoder, scored, problems = open_decoder(), [], Problems()
     for each in chosen:
         with problems.gather(each.benchmark):
-            scored.append(benchmarks.run(loaded, each, data, limit=args.limit, batch=args.batch))
+            scored.append(benchmarks.run(decoder, each, data, limit=args.limit, batch=args.batch))
             say(scored[-1] / "score.json")
     if scored and hosts.first():
         print(f"\n{table(rows_of(scored), BENCHMARKS)}")
     problems.settle()
 
 
-def _evals(args: argparse.Namespace, protocol: list[str], open_stage: Callable) -> None:
+def _evals(args: argparse.Namespace, protocol: list[str], open_decoder: Callable) -> None:
     from vadapter.distributed import hosts
     from vadapter.errors import ConfigError
     from vadapter.evaluate.recipe_evals import as_table, choose, run_eval
@@ -77,10 +83,10 @@ def _evals(args: argparse.Namespace, protocol: list[str], open_stage: Callable) 
     misplaced = [f"{name}={value}" for name, value in options.items() if value is not None]
     for option in [*misplaced, *(f"--config.{item}" for item in protocol)]:
         raise ConfigError(f"{option}: applies only to benchmarks; add --benchmarks=A,B or all")
-    loaded, results = open_stage(), {}
-    say(f"{loaded.name}, step {loaded.step}")
+    decoder, results = open_decoder(), {}
+    loaded = decoder.stage
     for name in choose(loaded, args.evals):
-        results[name], folder = run_eval(loaded, name, limit=args.limit, batch=args.batch)
+        results[name], folder = run_eval(decoder, name, limit=args.limit, batch=args.batch)
         if hosts.first():
             paths = {loaded.name: folder / "predictions.jsonl"}
             section = read_section(loaded.recipe, name, paths)

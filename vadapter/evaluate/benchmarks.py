@@ -28,7 +28,6 @@ from vadapter.evaluate.runner import Decoder, predict, save_result
 from vadapter.evaluate.submission import submission
 from vadapter.metrics.scoring import METRICS, Generation, score_generations
 from vadapter.report.gallery import Section, write_gallery
-from vadapter.stages.stage import Stage
 
 BATCH = 32
 
@@ -48,17 +47,19 @@ def choose(names: str, protocol: str, overrides: Sequence[str] = ()) -> list[Pro
     return [resolve(table, name, overrides) for name in chosen]
 
 
-def run(loaded: Stage, protocol: Protocol, data: Path, *, limit: int = 0, batch: int = 0) -> Path:
+def run(
+    decoder: Decoder, protocol: Protocol, data: Path, *, limit: int = 0, batch: int = 0
+) -> Path:
     """Run a benchmark; write predictions.jsonl, score.json, gallery.html and submission.*.
 
     An interrupted benchmark resumes after its last complete batch; one that is complete is not run
     again.
 
     Args:
+      decoder: of the restored stage; benchmarks whose rows have the same shape share its program.
       protocol: from `choose`.
       data: contains the folder of the benchmark's official files, named like the benchmark.
-      limit: number of items; 0: all.
-      batch: rows per batch; 0: `BATCH`.
+      limit, batch: number of items, 0: all; rows per batch, 0: `BATCH`.
 
     Returns:
       The directory of the files, which the first host writes.
@@ -67,6 +68,7 @@ def run(loaded: Stage, protocol: Protocol, data: Path, *, limit: int = 0, batch:
       ConfigError: a text-only stage, or a prompt longer than the language model's context.
       DataError: files that are missing or unusable.
     """
+    loaded = decoder.stage
     require_images(loaded)
     name, folder = protocol.benchmark, data / protocol.benchmark
     with _suggest_doctor(name, folder):
@@ -98,7 +100,6 @@ def run(loaded: Stage, protocol: Protocol, data: Path, *, limit: int = 0, batch:
         _log(f"{name}: already complete; to run it again, delete {directory}")
         partial.remove()
         return directory
-    decoder = Decoder(loaded)
     generations = predict(
         decoder, loaded.params, items, prompts.row, batch=batch or BATCH, how=protocol.decode,
         shown=prompts.shown, partial=partial, title=name,

@@ -92,7 +92,7 @@ class Describer:
         rows = filled(min(batch, len(media)), self.loaded.mesh)
         for start in range(0, len(media), batch):
             replies: dict[int, Reply] = {}
-            by_frames: dict[int, list[tuple[int, Any]]] = {}  # each number has its own shape
+            by_frames: dict[int, dict[int, Any]] = {}  # each number of frames has its own shape
             for i, item in enumerate(media[start : start + batch], start):
                 frames = self.clip_frames if _is_clip(item) else 1
                 try:
@@ -106,9 +106,10 @@ class Describer:
                 else:
                     example = Example(str(i), pixels)
                     pair = example if questions is None else (example, Question(questions[i]))
-                    by_frames.setdefault(frames, []).append((i, pair))
+                    by_frames.setdefault(frames, {})[i] = pair
             for frames, group in by_frames.items():
-                indices, items = zip(*group, strict=True)
+                indices = list(group)
+                items: Any = list(group.values())
                 shaped = functools.partial(row, frames=frames)
                 batches = eval_batches(items, shaped, rows, threads=0)
                 for generations in self._decoder.generate(

@@ -100,12 +100,8 @@ def embed_image_shots(
 ) -> jax.Array:
     """Return the embeddings between the prompt and the image, see `generate.prefill`.
 
-    Args:
-      frames: u8[k,F,S,S,3], of the examples.
-      texts: token ids after each image, up to the next image.
-
-    Returns:
-      [1, k·Q + ids, E]: each example's prefix, then its embedded text.
+    They are [1, k·Q + ids, E], each example's prefix, then its embedded text: of frames
+    u8[k,F,S,S,3] and the token ids after each image, up to the next one.
     """
 
     def embed(params: Params, frames: jax.Array, texts: list[jax.Array]) -> jax.Array:
@@ -165,9 +161,7 @@ def _check_context(
 ) -> None:
     """Raise ConfigError if the longest row exceeds the language model's context.
 
-    Args:
-      prompt_tokens: tokens of the prompt with 0, 1, … k examples.
-      rest: tokens of image, longest question and longest answer.
+    It is the prompt, with 0, 1, … k examples, and the rest: image, question and answer.
     """
     limit = context_len(loaded)
     if prompt_tokens[-1] + rest <= limit:

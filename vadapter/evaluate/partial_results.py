@@ -40,8 +40,12 @@ class PartialResults:
         header = (json.dumps({"key": self._key}) + "\n").encode()
         generations: list[Generation] = []
         if lines[:1] == [header]:
-            for line in lines[1:]:
-                if (generation := _parse(line, len(generations))) is None:
+            for index, line in enumerate(lines[1:]):
+                try:
+                    generation = Generation(*json.loads(line))
+                except (ValueError, TypeError):  # incomplete
+                    break
+                if generation.index != index or not line.endswith(b"\n"):
                     break
                 generations.append(generation)
         generations = generations[: len(generations) // batch * batch]
@@ -71,12 +75,3 @@ class PartialResults:
         """Delete the file, once its generations are stored elsewhere."""
         if hosts.first():
             self._path.unlink(missing_ok=True)
-
-
-def _parse(line: bytes, index: int) -> Generation | None:
-    """Return the generation of the item `index`; None if the line is incomplete."""
-    try:
-        generation = Generation(*json.loads(line))
-    except (ValueError, TypeError):
-        return None
-    return generation if line.endswith(b"\n") and generation.index == index else None

@@ -68,9 +68,7 @@ PROMPTS: dict[str, QuestionPrompt] = {
 }
 
 # What follows an answer in the prompt: a model that does not stop after its answer writes this.
-_NEXT_EXAMPLE = re.compile(
-    r"\s(?:Given|Question:|Answer:|Answer in exactly one word:)", re.IGNORECASE
-)
+_NEXT_EXAMPLE = re.compile(r"\s(?:Given|Question:|Answer:|Answer in exactly one word:)", re.I)
 
 
 def _first_line(text: str) -> str:

@@ -39,8 +39,8 @@ def choose(loaded: Stage, names: str = "") -> list[str]:
     return chosen
 
 
-def run_eval(loaded: Stage, name: str, *, limit: int = 0, batch: int = 0) -> tuple[Result, Path]:
-    """Run one evaluation as training does at its end, and write its files.
+def run_eval(decoder: Decoder, name: str, *, limit: int = 0, batch: int = 0) -> tuple[Result, Path]:
+    """Run one evaluation of a restored stage as training does at its end, and write its files.
 
     An interrupted evaluation resumes after its last complete batch.
 
@@ -55,13 +55,13 @@ def run_eval(loaded: Stage, name: str, *, limit: int = 0, batch: int = 0) -> tup
     Raises:
       UserError: data that cannot be read.
     """
+    loaded = decoder.stage
     full = loaded.recipe.evals[name]
     spec = dataclasses.replace(limited(full, limit), batch=batch or full.batch)
     data = loaded.recipe.data[spec.data]
     source = loaded.source(spec.data)
     if data.cache:  # the rounding of cached features is part of the score
         source = loaded.features(spec.data, loaded.params)
-    decoder = Decoder(loaded)
     fewer = f"-first-{limit}" if spec.limit != full.limit else ""
     directory = loaded.directory / "eval" / f"{name}{fewer}"
     # The batch size does not change a generation, so it is not part of the key.

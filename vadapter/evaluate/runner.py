@@ -41,7 +41,8 @@ class Decoder:
     """
 
     def __init__(self, stage: Stage, watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter):
-        self.tokenizer, self.mesh, self._watch = stage.tokenizer, stage.mesh, watch
+        self.stage, self._watch = stage, watch
+        self.tokenizer, self.mesh = stage.tokenizer, stage.mesh
         stop, vocab = self.tokenizer.stop_ids, self.tokenizer.vocab_size
         run = functools.partial(decode, stage.adapter_model, stop=stop, vocab=vocab)
         self._decode = jit(with_mesh(self.mesh, run), static_argnames="how")

@@ -126,11 +126,9 @@ def _load_file(
     _require_file(path)
     file = TensorFiles.open(path)
     expected: Any = traverse_util.flatten_dict({n: dict(abstract[n]) for n in digests}, sep="/")
-    shapes = [
-        {name: list(tensor.shape) for name, tensor in tensors.items()}
-        for tensors in (expected, file.tensors)
-    ]
-    if differing := differences(*shapes):
+    shapes = {name: list(leaf.shape) for name, leaf in expected.items()}
+    stored = {name: list(tensor.shape) for name, tensor in file.tensors.items()}
+    if differing := differences(shapes, stored):
         raise CheckpointError(
             f"{path} does not match {record.CONFIG} in the same folder; download both again:\n"
             + difference_table(differing, ("tensor", "expected", "in the file"))
