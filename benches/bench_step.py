@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benches.fake_batch import fake_batch
 from vadapter import __version__, config
-from vadapter.data.batch import fake_batch
 from vadapter.distributed.memory import exhausted
 from vadapter.distributed.mesh import make_mesh, shardings_of
 from vadapter.models.generate import Decode

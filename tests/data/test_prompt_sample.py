@@ -4,10 +4,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from vadapter.data.batch import EOS
 from vadapter.data.example import Example, Features, Question
 from vadapter.data.media.images import ImageTransform
 from vadapter.data.prompts import CAPTION, QUESTION
-from vadapter.data.tokenizers.bpe import EOS, BPETokenizer
+from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.transforms import caption_sample, prompt_sample, question_sample
 
 PIXELS = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(1, 4, 4, 3)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vadapter.data.batch import check_batch, fake_batch
+from benches.fake_batch import fake_batch
+from vadapter.data.batch import check_batch
 from vadapter.data.example import Example, Features, Question
 from vadapter.data.media.images import ImageTransform
 from vadapter.data.tokenizers.bpe import BPETokenizer

@@ -16,9 +16,9 @@ from support import tiny
 from support.programs import MESHES, ROWS, program, recipe
 
 from benches.bench_step import random_arguments
+from benches.fake_batch import fake_batch
 from vadapter.checkpoints.digest import tree_digests
 from vadapter.checkpoints.manager import Checkpointer
-from vadapter.data.batch import fake_batch
 from vadapter.distributed.mesh import shardings_of, with_mesh
 from vadapter.models.generate import Decode
 from vadapter.recipe.optim import make_optimizer

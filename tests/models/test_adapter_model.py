@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from support import tiny
 
-from vadapter.data.batch import EOS, fake_batch
+from benches.fake_batch import fake_batch
+from vadapter.data.batch import EOS
 from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.adapters.mlp import MlpAdapter, MlpAdapterConfig
 from vadapter.models.adapters.pooler import Pooler, PoolerConfig

@@ -7,7 +7,7 @@ import optax
 import pytest
 from support import tiny
 
-from vadapter.data.batch import fake_batch
+from benches.fake_batch import fake_batch
 from vadapter.models.adapters.pooler import Pooler, PoolerConfig
 from vadapter.models.coca import CoCa, Fusion, FusionConfig
 from vadapter.models.lm import LM

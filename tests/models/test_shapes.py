@@ -12,9 +12,10 @@ with jaxtyping.install_import_hook("vadapter.models", "beartype.beartype"):
     from vadapter.models.registry import KINDS, load_kind, make_module
     for kind in KINDS:
         load_kind(kind)
-import dataclasses, functools, jax, jax.numpy as jnp
+import dataclasses, functools, jax, jax.numpy as jnp, sys
+sys.path.append("..")  # where benches are
+from benches.fake_batch import fake_batch
 from support import tiny
-from vadapter.data.batch import fake_batch
 from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.generate import Decode, decode
 from vadapter.models.losses import chunked_xent

@@ -10,7 +10,7 @@ import optax
 import pytest
 from support import tiny
 
-from vadapter.data.batch import fake_batch
+from benches.fake_batch import fake_batch
 from vadapter.distributed.mesh import MeshConfig, batch_sharding, make_mesh, shardings
 from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.lm import LM

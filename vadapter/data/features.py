@@ -21,7 +21,6 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grain
 import ml_dtypes
@@ -46,21 +45,13 @@ _READ = {"max_parallelism": "0"}
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The folder that stores the tokens of a data set, complete or not.
-
-    Attributes:
-      folder: of the shards.
-      key: digest (hex) of everything that the tokens depend on.
-      count: number of examples.
-      shape: (M, F, N, D) of an example's tokens.
-      stored: the stored dtype.
-    """
+    """The folder that stores the tokens of a data set, complete or not."""
 
     folder: Path
-    key: str
-    count: int
-    shape: tuple[int, int, int, int]
-    stored: Stored
+    key: str  # digest (hex) of everything that the tokens depend on
+    count: int  # of examples
+    shape: tuple[int, int, int, int]  # (M, F, N, D) of an example's tokens
+    stored: Stored  # dtype
 
     @property
     def record_bytes(self) -> int:
@@ -118,16 +109,6 @@ class Cache:
             os.fsync(file.fileno())
         part.replace(path)
 
-    def read(self) -> "Records":
-        """Return the records of all shards, after verifying that they are those of this cache.
-
-        Raises:
-          DataError: a shard is missing, truncated, corrupt or of another cache.
-        """
-        for shard in self.shards:
-            self._check(shard)
-        return Records(self)
-
     def unpack(self, record: bytes) -> np.ndarray:
         """Return the tokens of a record, bf16[M,F,N,D]."""
         if self.stored == "bfloat16":
@@ -137,7 +118,7 @@ class Cache:
         values = np.frombuffer(record, np.int8, offset=scales.nbytes).reshape(self.shape)
         return (values * scales).astype(ml_dtypes.bfloat16)
 
-    def corrupt(self, shard: int, why: Any) -> DataError:
+    def corrupt(self, shard: int, why: str) -> DataError:
         """Return the error that names a shard and says what to do."""
         return DataError(
             f"{self.path(shard)}: {why}. Delete it and rerun the command: only this shard is "
@@ -145,10 +126,10 @@ class Cache:
         )
 
     def _seal(self, shard: int) -> bytes:
-        seal = {"cache": self.key, "shard": shard, "of": len(self.shards)}
-        return json.dumps(seal).encode()
+        return json.dumps({"cache": self.key, "shard": shard, "of": len(self.shards)}).encode()
 
-    def _check(self, shard: int) -> None:
+    def verify(self, shard: int) -> None:
+        """Raise DataError if a shard is missing, truncated, corrupt or of another cache."""
         path, expected = self.path(shard), len(self.span(shard)) + 1
         if not path.exists():
             raise DataError(
@@ -178,49 +159,28 @@ class _Part:
     examples_in_shard: int
 
 
-class Records:
-    """The tokens of a cache by the example's index; picklable and thread-safe."""
-
-    def __init__(self, cache: Cache):
-        self._cache = cache
-        sizes = [(str(cache.path(shard)), len(cache.span(shard))) for shard in cache.shards]
-        parts = [_Part(path, 0, size, size + 1) for path, size in sizes]
-        self._source = grain.sources.ArrayRecordDataSource(parts, _READ)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Return the tokens of an example, bf16[M,F,N,D].
-
-        Raises:
-          DataError: the record is corrupt, or its file was deleted.
-        """
-        try:
-            return self._cache.unpack(self._source[index])
-        except RuntimeError as error:
-            shard, row = divmod(index, self._cache.rows)
-            raise self._cache.corrupt(shard, f"record {row}: {_short(error)}") from error
-
-
 class FeatureSource(Source):
-    """A source whose media are `Features` instead of images."""
+    """A source whose media are `Features` instead of images, and the cache of their tokens."""
 
     def __init__(self, source: Source, cache: Cache):
-        """Open the cache.
-
-        Args:
-          source: of the images.
-          cache: of their tokens.
-
-        Raises:
-          DataError: see `Cache.read`.
-        """
+        """Open the cache; raise DataError unless all of its shards are intact."""
         self.source, self.cache, self.kind = source, cache, source.kind
-        self._records = cache.read()
+        for shard in cache.shards:
+            cache.verify(shard)
+        sizes = [(str(cache.path(shard)), len(cache.span(shard))) for shard in cache.shards]
+        parts = [_Part(path, 0, size, size + 1) for path, size in sizes]
+        self._records = grain.sources.ArrayRecordDataSource(parts, _READ)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        tokens = self._records[index]
+        """Return an example; raise DataError if its record is corrupt or its file was deleted."""
+        try:
+            tokens = self.cache.unpack(self._records[index])
+        except RuntimeError as error:
+            shard, row = divmod(index, self.cache.rows)
+            raise self.cache.corrupt(shard, f"record {row}: {_short(error)}") from error
         features = Features(tokens, readable=not np.isnan(tokens.flat[0]))
         return dataclasses.replace(self.source.text_only(index), media=features)
 

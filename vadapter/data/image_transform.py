@@ -36,9 +36,9 @@ class ImageTransform:
     floor: bool = False
 
     def __post_init__(self) -> None:
-        for key, known in (("fit", get_args(Fit)), ("interpolation", get_args(Interpolation))):
-            if getattr(self, key) not in known:
-                raise ConfigError(f"{key}={getattr(self, key)!r}: one of {', '.join(known)}")
+        for key, names in (("fit", get_args(Fit)), ("interpolation", get_args(Interpolation))):
+            if (value := getattr(self, key)) not in names:
+                raise ConfigError(f"{key}={value!r}: one of {', '.join(names)}")
         if self.size < 1 or not 0 < self.crop_pct <= 1:
             raise ConfigError(
                 f"image_size={self.size}, crop_pct={self.crop_pct}: image_size must be at least 1, "

@@ -17,14 +17,14 @@ batch and shifts the stream, so nothing here may raise for one sample.
 Legend: B global batch, b rows of this host, n items of a source.
 """
 
-import dataclasses
+import functools
 import math
 import os
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -62,14 +62,7 @@ class Stream:
     """
 
     def __init__(self, source: Items, transform: Transform, *, seed: int, name: str = ""):
-        """Prepare the order of the rows; nothing is read.
-
-        Args:
-          source: n items.
-          transform: makes a row of an item.
-          seed: of the run, >= 0.
-          name: streams of different names draw independently.
-        """
+        """Prepare the order of the rows; streams of different names draw independently."""
         self._source, self._transform = source, transform
         self._key = (seed, zlib.crc32(name.encode()))
         # Grain adds the number of the epoch to its seed, so that epoch 1 of seed 0 would be epoch 0
@@ -126,19 +119,12 @@ class Schedule:
         return self._names[chosen], int(count)
 
 
-@dataclasses.dataclass(frozen=True)
-class _HostRows:
-    """The rows of every global batch that this host makes: a block of consecutive ones.
+class _HostRows(NamedTuple):
+    """The rows of every global batch that this host makes: consecutive ones."""
 
-    Attributes:
-      global_batch: B.
-      count: b.
-      first: the first of them, in 0..B-1.
-    """
-
-    global_batch: int
-    count: int
-    first: int
+    global_batch: int  # B
+    count: int  # b
+    first: int  # of them, in 0..B-1
 
     @classmethod
     def of(cls, global_batch: int, host_index: int, host_count: int) -> "_HostRows":
@@ -156,36 +142,26 @@ class _HostRows:
         return batch, self.first + row
 
 
-@dataclasses.dataclass(frozen=True)
-class _TrainRows:
-    """Row i of this host from `start_step` on: the function that grain maps over 0, 1, 2, …"""
-
-    streams: Mapping[str, Stream]
-    schedule: Schedule
-    host: _HostRows
-    start_step: int
-
-    def __call__(self, i: int) -> Row:
-        batch, row = self.host.locate(i)
-        name, count = self.schedule(self.start_step + batch)
-        return self.streams[name][count * self.host.global_batch + row]
+# Partially applied, the next two are picklable functions that grain maps over 0, 1, 2, …
 
 
-@dataclasses.dataclass(frozen=True)
-class _EvalRows:
-    """Row i of this host in one pass over a source in its order."""
+def _train_row(
+    streams: Mapping[str, Stream], schedule: Schedule, host: _HostRows, start_step: int, i: int
+) -> Row:
+    """Return row i of this host from `start_step` on."""
+    batch, row = host.locate(i)
+    name, count = schedule(start_step + batch)
+    return streams[name][count * host.global_batch + row]
 
-    source: Items
-    transform: Transform
-    host: _HostRows
 
-    def __call__(self, i: int) -> Row:
-        batch, row = self.host.locate(i)
-        index, last = batch * self.host.global_batch + row, len(self.source) - 1
-        filled = {**self.transform(self.source[min(index, last)], rng=None)}
-        if index > last:  # past the end: a copy of the last row, which keeps every number finite
-            filled |= {"weights": np.zeros_like(filled["weights"]), "bad": np.array(False)}
-        return {**filled, "id": np.array(index if index <= last else -1, np.int32)}
+def _eval_row(source: Items, transform: Transform, host: _HostRows, i: int) -> Row:
+    """Return row i of this host in one pass over a source in its order."""
+    batch, row = host.locate(i)
+    index, last = batch * host.global_batch + row, len(source) - 1
+    filled = {**transform(source[min(index, last)], rng=None)}
+    if index > last:  # past the end: a copy of the last row, which keeps every number finite
+        filled |= {"weights": np.zeros_like(filled["weights"]), "bad": np.array(False)}
+    return {**filled, "id": np.array(index if index <= last else -1, np.int32)}
 
 
 def make_loader(
@@ -210,13 +186,9 @@ def make_loader(
       start_step: the global step of the first batch.
       num_steps: length of the whole run: the last batch is that of step num_steps - 1. None: no
         end.
-      host_index, host_count: which rows of every batch to make.
       workers: processes; 0 makes the rows in this process. They are spawned, so a script that uses
         them needs `if __name__ == "__main__"`, and they end when this process ends.
       threads: prefetching threads in this process or in each worker; 0 reads on demand.
-
-    Returns:
-      An iterator of host batches (numpy), see batch.py.
 
     Raises:
       ConfigError: the batch cannot be divided among the hosts, or a weight is not positive.
@@ -226,14 +198,12 @@ def make_loader(
     if seed < 0 or start_step < 0:
         raise ConfigError(f"seed={seed} and start_step={start_step} must be 0 or more")
     schedule = Schedule({name: weight for name, (_, _, weight) in streams.items()})
-    for name, (source, _, _) in streams.items():
+    shuffled = {}
+    for name, (source, transform, _) in streams.items():
         require_usable(source, global_batch, name)
-    shuffled = {
-        name: Stream(source, transform, seed=seed, name=name)
-        for name, (source, transform, _) in streams.items()
-    }
+        shuffled[name] = Stream(source, transform, seed=seed, name=name)
     steps = _FOREVER if num_steps is None else max(0, num_steps - start_step)
-    make_row = _TrainRows(shuffled, schedule, host, start_step)
+    make_row = functools.partial(_train_row, shuffled, schedule, host, start_step)
     return _batches(make_row, steps, host.count, workers, threads)
 
 
@@ -260,7 +230,8 @@ def eval_batches(
     host = _HostRows.of(batch_size, host_index, host_count)
     require_usable(source, 1)
     steps = -(-len(source) // batch_size)
-    return _batches(_EvalRows(source, transform, host), steps, host.count, workers, threads)
+    make_row = functools.partial(_eval_row, source, transform, host)
+    return _batches(make_row, steps, host.count, workers, threads)
 
 
 def require_usable(source: Items, batch: int, name: str = "") -> None:
@@ -279,9 +250,8 @@ def _batches(
     if not flags.FLAGS.is_parsed():  # grain reads absl flags, and no absl.app parsed them here
         flags.FLAGS.mark_as_parsed()
     data = grain.MapDataset.range(steps * rows).map(make_row).batch(rows)
-    read = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=max(threads, 2) * (threads > 0)
-    )
+    ahead = max(threads, 2) if threads else 0
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     batches = data.to_iter_dataset(read)
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)

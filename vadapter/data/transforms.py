@@ -57,17 +57,9 @@ def caption_sample(
 ) -> Row:
     """Return the row of an image or clip with up to `texts_per_image` captions after one prefix.
 
-    Args:
-      example: gives `media` and the `captions` that are not blank.
-      tokenizer: of the language model.
-      rng: draws the captions (without repeats) and the mirroring.
-      view: how images become frames of S pixels a side.
-      frames: F.
-      texts_per_image: segments in the row; fewer if there are fewer captions.
-      text_len: T.
-      target_len: M.
-      prompt_len: P.
-      flip: mirror half of the images, except if a chosen caption tells left from right.
+    `rng` draws the captions, without repeats, and which half of the images `flip` mirrors: never
+    one of which a chosen caption tells left from right. T is `text_len`, M `target_len`, P
+    `prompt_len`.
 
     Returns:
       frames u8[F,S,S,3], or features bf16[F,N,D] if the example has them; prompt i32[P]; tokens,
@@ -82,8 +74,8 @@ def caption_sample(
     segments = [(lead, _encode(tokenizer, text_piece(text), text_len)) for text in chosen]
     text = _lay_out(segments, tokenizer.eos_id, text_len, target_len)
     mirror = flip and _draw_mirroring(chosen, rng)
-    visual, readable = _visual(example, view, frames, mirror)
-    return _row(visual, _prompt(tokenizer, CAPTION.before, prompt_len), text, readable)
+    visual = _visual(example, view, frames, mirror)
+    return _row(visual, _prompt(tokenizer, CAPTION.before, prompt_len), text)
 
 
 def question_sample(
@@ -114,8 +106,8 @@ def question_sample(
             segments.append((lead, _encode(tokenizer, text_piece(answer), text_len)))
     text = _lay_out(segments, tokenizer.eos_id, text_len, target_len)
     mirror = flip and _draw_mirroring([f"{q} {a}" for q, a in chosen], rng)
-    visual, readable = _visual(example, view, frames, mirror)
-    return _row(visual, _prompt(tokenizer, QUESTION.before, prompt_len), text, readable)
+    visual = _visual(example, view, frames, mirror)
+    return _row(visual, _prompt(tokenizer, QUESTION.before, prompt_len), text)
 
 
 def document_sample(
@@ -135,7 +127,6 @@ def document_sample(
 
     Args:
       examples: a window of documents; their `pieces` are tokenized separately.
-      tokenizer: of the language model.
       rng: unused; nothing is drawn.
       text_len: T.
       target_len: M; None: T, which always suffices.
@@ -148,10 +139,8 @@ def document_sample(
     del rng
     segments, room = [], text_len
     for example in examples:
-        pieces = [
-            _encode(tokenizer, piece, text_len, start=not n)
-            for n, piece in enumerate(example.pieces)
-        ]
+        numbered = enumerate(example.pieces)
+        pieces = [_encode(tokenizer, text, text_len, start=not n) for n, text in numbered]
         body = [i for piece in pieces for i in piece]
         if body and (1 + len(body) <= room or not (segments or last_only)):
             words = pieces[-1] if last_only else body
@@ -160,7 +149,7 @@ def document_sample(
             room -= 1 + len(body)
     target_len = text_len if target_len is None else target_len
     text = _lay_out(segments, tokenizer.eos_id, text_len, target_len)
-    return _row({}, np.zeros(0, np.int32), text, True)
+    return _row(({}, True), np.zeros(0, np.int32), text)
 
 
 def prompt_sample(
@@ -176,16 +165,13 @@ def prompt_sample(
 ) -> Row:
     """Return a row for the model to continue, with a caption or an answer.
 
-    The text is the lead alone, its last `text_len` tokens; the only target is EOS, so M is 1.
+    The text is the lead alone, its last `text_len` tokens; the only target is EOS, so M is 1. The
+    arrays are those of `caption_sample`.
 
     Args:
       item: an example, to be captioned, or (example, `Question`).
-      tokenizer, rng, view, frames, text_len: as in `caption_sample`.
       template: the prompt that a question is put into.
       shots: (question, answer) pairs that precede it, without images.
-
-    Returns:
-      The arrays of `caption_sample`.
     """
     example, question = item if isinstance(item, tuple) else (item, None)
     around = CAPTION if question is None else template.fill(question.text, shots)
@@ -193,10 +179,9 @@ def prompt_sample(
     # One place more than needed, since `_lay_out` wants room for a word in every segment.
     text = _lay_out([(lead, [])], tokenizer.eos_id, text_len + 1, 2)
     text = {key: value[:-1] for key, value in text.items()}
-    room = len(tokenizer.encode(around.before, start=True)) + 1
-    prompt = _prompt(tokenizer, around.before, room)
-    visual, readable = _visual(example, view, frames, False)
-    return _row(visual, prompt, text, readable)
+    prompt_len = len(tokenizer.encode(around.before, start=True)) + 1
+    prompt = _prompt(tokenizer, around.before, prompt_len)
+    return _row(_visual(example, view, frames, False), prompt, text)
 
 
 def _lay_out(segments: Sequence[Segment], eos: int, text_len: int, target_len: int) -> Row:
@@ -228,14 +213,8 @@ def _lay_out(segments: Sequence[Segment], eos: int, text_len: int, target_len: i
         targets[m : m + len(goals)] = goals
         weights[m : m + len(goals)] = 1
         t, m = t + n, m + len(goals)
-    return {
-        "tokens": tokens,
-        "segments": ids,
-        "positions": positions,
-        "target_at": target_at,
-        "targets": targets,
-        "weights": weights,
-    }
+    row = {"tokens": tokens, "segments": ids, "positions": positions}
+    return {**row, "target_at": target_at, "targets": targets, "weights": weights}
 
 
 def _limit(lengths: Sequence[int], room: int) -> int:
@@ -246,13 +225,14 @@ def _limit(lengths: Sequence[int], room: int) -> int:
     return limit
 
 
-def _row(visual: Row, prompt: np.ndarray, text: Row, readable: bool) -> Row:
+def _row(visual: tuple[Row, bool], prompt: np.ndarray, text: Row) -> Row:
     """Return the complete row; a bad one has the same shapes, without pixels and weights."""
+    arrays, readable = visual
     bad = not readable or not text["weights"].any()
     if bad:
         text = {**text, "weights": np.zeros_like(text["weights"])}
-        visual = {key: np.zeros_like(value) for key, value in visual.items()}
-    return {**visual, "prompt": prompt, **text, "bad": np.array(bad)}
+        arrays = {key: np.zeros_like(value) for key, value in arrays.items()}
+    return {**arrays, "prompt": prompt, **text, "bad": np.array(bad)}
 
 
 def _visual(example: Example, view: ImageTransform, frames: int, mirror: bool) -> tuple[Row, bool]:
@@ -267,18 +247,14 @@ def _visual(example: Example, view: ImageTransform, frames: int, mirror: bool) -
 
 
 def _prompt(tokenizer: Tokenizer, before: str, prompt_len: int) -> np.ndarray:
-    """Return BOS and the tokens of `before`, i32[P], padded on the left.
-
-    The padding is on the left so that the prompt is adjacent to the visual tokens.
-    """
+    """Return BOS and the tokens of `before`, i32[P], padded on the left."""
     ids = [tokenizer.bos_id, *tokenizer.encode(before, start=True)]
     if len(ids) > prompt_len:
         raise ConfigError(
             f"prompt_len={prompt_len} is too small for {before!r}, which has {len(ids)} tokens "
             f"with BOS: set prompt_len to {len(ids)} or more"
         )
-    room = (prompt_len - len(ids), 0)
-    return np.pad(np.array(ids, np.int32), room, constant_values=PROMPT_PAD)
+    return np.array([PROMPT_PAD] * (prompt_len - len(ids)) + ids, np.int32)
 
 
 def _encode(tokenizer: Tokenizer, text: str, text_len: int, start: bool = False) -> list[int]:

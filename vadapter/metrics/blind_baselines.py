@@ -18,11 +18,7 @@ def constant_caption(references: Sequence[Sequence[str]], candidates: int = CAND
     """Return the CIDEr-D of giving every image the same caption, a fraction on the official scale.
 
     Cross-validated: the images with even indices get the candidate that scores best on those with
-    odd indices, and vice versa.
-
-    Args:
-      references: the human captions of each image.
-      candidates: number of captions to try, the first ones of evenly spaced images.
+    odd indices, and vice versa. The candidates are the first captions of evenly spaced images.
 
     Raises:
       DataError: fewer than two images.
@@ -40,9 +36,6 @@ def majority_answer(pairs: Sequence[tuple[str, str]]) -> float:
     """Return the accuracy of answering with the most common answer to the same question elsewhere.
 
     A question that occurs only once gets the most common answer to all other questions.
-
-    Args:
-      pairs: (question, answer).
     """
     pairs = [(question.strip().lower(), answer.strip().lower()) for question, answer in pairs]
     by_question, total = collections.defaultdict(collections.Counter), collections.Counter()

@@ -8,12 +8,12 @@ Dimensions: I items (images or clips), R references of all of them, K n-grams of
 """
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
 from vadapter.errors import DataError
-from vadapter.metrics.ngrams import ORDERS, Corpus, Grams, Tokens
+from vadapter.metrics.ngrams import ORDERS, Corpus, References, Tokens
 from vadapter.metrics.ptb import tokenize
 
 _SIGMA = 6.0  # width, in bigrams, of CIDEr-D's penalty on a difference in length
@@ -21,9 +21,7 @@ _BETA = 1.2  # weight of recall in ROUGE-L
 _TINY, _SMALL = 1e-15, 1e-9  # BLEU's guards against 0/0, visible in short captions
 
 
-def cider_d(
-    candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
-) -> tuple[float, np.ndarray]:
+def cider_d(candidates: Sequence[Tokens], references: References) -> tuple[float, np.ndarray]:
     """Return CIDEr-D, with document frequencies from the given references.
 
     The cosine of tf-idf vectors with clipped candidate counts and a Gaussian penalty on the
@@ -42,35 +40,28 @@ def cider_d(
       DataError: fewer than two items (each idf would be 0), or an item without references.
     """
     corpus = _one_each(candidates, references)
-    scores = _cider(corpus, list(corpus.grams()), corpus.owner)
+    scores = _cider(corpus, corpus.owner)
     return float(scores.mean()), scores
 
 
-def _one_each(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Corpus:
+def _one_each(candidates: Sequence[Tokens], references: References) -> Corpus:
     if len(candidates) != len(references):
         counts = f"{len(candidates)} candidates but {len(references)} sets of references"
         raise DataError(f"got {counts}: pass exactly one candidate per item.")
     return Corpus.build(candidates, references)
 
 
-def cider_of_constants(
-    captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
-) -> np.ndarray:
-    """Return the CIDEr-D of giving all items the same caption, for each of several captions.
+def cider_of_constants(captions: Sequence[Tokens], references: References) -> np.ndarray:
+    """Return the CIDEr-D of giving all items the same caption, f64[captions, I] in 0..10.
 
     Equal to `cider_d` of each, but the n-grams of the references are counted only once.
-
-    Returns:
-      f64[captions, I] scores, in 0..10.
     """
     corpus = Corpus.build(captions, references)
-    grams = list(corpus.grams())
-    return np.array(
-        [_cider(corpus, grams, np.full_like(corpus.owner, i)) for i in range(len(captions))]
-    )
+    constants = (np.full_like(corpus.owner, i) for i in range(len(captions)))
+    return np.array([_cider(corpus, candidate_of) for candidate_of in constants])
 
 
-def _cider(corpus: Corpus, orders: Sequence[Grams], candidate_of: np.ndarray) -> np.ndarray:
+def _cider(corpus: Corpus, candidate_of: np.ndarray) -> np.ndarray:
     """Return f64[I] scores; candidate_of: i64[R], the candidate each reference is compared with."""
     if corpus.items < 2:
         raise DataError(
@@ -81,7 +72,7 @@ def _cider(corpus: Corpus, orders: Sequence[Grams], candidate_of: np.ndarray) ->
     bigrams = np.maximum(corpus.length - 1, 0)
     gap = bigrams[C:] - bigrams[candidate_of]
     similarity = np.zeros(len(gap))
-    for grams in orders:
+    for grams in corpus.grams:
         idf = np.log(float(corpus.items)) - np.log(np.maximum(1.0, grams.df))
         weight = grams.count * idf[grams.gram]
         norm = np.sqrt(np.bincount(grams.caption, weight**2, len(corpus.length)))
@@ -91,34 +82,27 @@ def _cider(corpus: Corpus, orders: Sequence[Grams], candidate_of: np.ndarray) ->
         norms = norm[C:] * norm[candidate_of]
         similarity += dot / np.where(norms > 0, norms, 1.0)
     similarity *= np.exp(-(gap**2) / (2 * _SIGMA**2)) / ORDERS
-    return 10.0 * corpus.mean_over_references(similarity)
+    references = np.bincount(corpus.owner, minlength=corpus.items)
+    return 10.0 * (np.bincount(corpus.owner, similarity, corpus.items) / references)
 
 
-def bleu(
-    candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
-) -> tuple[np.ndarray, np.ndarray]:
+def bleu(candidates: Sequence[Tokens], references: References) -> tuple[np.ndarray, np.ndarray]:
     """Return BLEU-1 to BLEU-4 with the closest reference length (the shorter one at a tie).
 
-    Args: as `cider_d`; one item is enough.
-
-    Returns:
-      f64[4] of the corpus (from summed counts, not a mean) and f64[I, 4] per item, in 0..1.
-
-    Raises:
-      DataError: nothing to score, or an item without references.
+    Like `cider_d`, but one item is enough: f64[4] of the corpus (from summed counts, not a mean)
+    and f64[I, 4] per item, in 0..1.
     """
-    corpus = _one_each(candidates, references)
-    return _bleu(corpus, corpus.grams())
+    return _bleu(_one_each(candidates, references))
 
 
-def _bleu(corpus: Corpus, orders: Iterable[Grams]) -> tuple[np.ndarray, np.ndarray]:
+def _bleu(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
     length = corpus.length[: corpus.candidates]
     others = corpus.length[corpus.candidates :]
     nearest = np.lexsort((others, np.abs(others - length[corpus.owner]), corpus.owner))
     first = np.searchsorted(corpus.owner[nearest], np.arange(corpus.items))
     closest = others[nearest[first]]
     correct = np.zeros((corpus.items, ORDERS))
-    for n, grams in enumerate(orders):
+    for n, grams in enumerate(corpus.grams):
         own = grams.candidate_entries
         allowed = np.zeros(own, np.int64)  # the largest count in any one reference
         shared, match = grams.shared(corpus.owner)
@@ -141,10 +125,8 @@ def _bleu(corpus: Corpus, orders: Iterable[Grams]) -> tuple[np.ndarray, np.ndarr
 def _common_subsequence(candidate: Tokens, reference: Tokens, positions: Mapping[str, int]) -> int:
     """Return the length of the longest common subsequence.
 
-    `positions` maps each word to the bit set of its positions in the candidate.
-
-    Bit-parallel dynamic programming (Crochemore et al. 2001): a zero bit is a step of
-    the table.
+    `positions` maps each word to the bit set of its positions in the candidate. Bit-parallel
+    dynamic programming (Crochemore et al. 2001): a zero bit is a step of the table.
     """
     row = full = (1 << len(candidate)) - 1
     for word in reference:
@@ -153,21 +135,11 @@ def _common_subsequence(candidate: Tokens, reference: Tokens, positions: Mapping
     return (~row & full).bit_count()
 
 
-def rouge_l(
-    candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
-) -> tuple[float, np.ndarray]:
+def rouge_l(candidates: Sequence[Tokens], references: References) -> tuple[float, np.ndarray]:
     """Return ROUGE-L, the F-measure of the best precision and the best recall over the references.
 
     The two maxima may come from different references, and an empty caption counts as one empty
-    word, as in the official code.
-
-    Args: as `cider_d`; one item is enough.
-
-    Returns:
-      The mean over items and f64[I] scores per item, in 0..1.
-
-    Raises:
-      DataError: nothing to score, or an item without references.
+    word, as in the official code. Like `cider_d`, but one item is enough and scores are in 0..1.
     """
     scores = np.zeros(_one_each(candidates, references).items)
     for i, (candidate, refs) in enumerate(zip(candidates, references, strict=True)):
@@ -188,19 +160,14 @@ def rouge_l(
 class CaptionScores:
     """Scores of a captioning test set, as fractions on the official scale.
 
-    Attributes:
-      cider: CIDEr-D, 0..10. It depends on which items were evaluated: print `n` with it.
-      bleu4: corpus BLEU-4, 0..1.
-      rouge_l: 0..1.
-      n: the number of items.
-      cider_of: CIDEr-D of each item, by its id.
+    CIDEr-D depends on which items were evaluated: print `n` with it.
     """
 
-    cider: float
-    bleu4: float
-    rouge_l: float
-    n: int
-    cider_of: Mapping[Hashable, float]
+    cider: float  # 0..10
+    bleu4: float  # of the corpus, 0..1
+    rouge_l: float  # 0..1
+    n: int  # items
+    cider_of: Mapping[Hashable, float]  # by the item's id
 
 
 def score_captions(
@@ -208,11 +175,8 @@ def score_captions(
 ) -> CaptionScores:
     """Score raw captions: official tokenization, then CIDEr-D, BLEU-4 and ROUGE-L.
 
-    Line breaks inside captions count as spaces; empty predictions are allowed and score 0.
-
-    Args:
-      predictions: one caption per item id.
-      references: the human captions of the same ids, at least one each.
+    Line breaks inside captions count as spaces; empty predictions are allowed and score 0. Keys are
+    the items' ids.
 
     Raises:
       DataError: the ids differ, an item has no references, or there are fewer than two items.
@@ -228,11 +192,10 @@ def score_captions(
     candidates = [tokenize(predictions[key]) for key in references]
     human = [[tokenize(caption) for caption in captions] for captions in references.values()]
     corpus = _one_each(candidates, human)
-    grams = list(corpus.grams())
-    per_item = _cider(corpus, grams, corpus.owner)
+    per_item = _cider(corpus, corpus.owner)
     return CaptionScores(
         cider=float(per_item.mean()),
-        bleu4=float(_bleu(corpus, grams)[0][-1]),
+        bleu4=float(_bleu(corpus)[0][-1]),
         rouge_l=rouge_l(candidates, human)[0],
         n=len(references),
         cider_of=dict(zip(references, per_item.tolist(), strict=True)),

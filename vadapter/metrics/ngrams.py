@@ -6,7 +6,8 @@ Dimensions: I items (images or clips), C candidates, R references, K n-grams.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,27 +16,21 @@ from vadapter.errors import DataError
 ORDERS = 4  # n-grams of 1 to 4 words
 
 Tokens = Sequence[str]
+References = Sequence[Sequence[Tokens]]  # of each item
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Token ids of all captions, concatenated: the candidates, then the references item by item.
+    """Token ids of all captions, concatenated: the candidates, then the references item by item."""
 
-    Attributes:
-      words: i64[sum of lengths], the vocabulary id of each token.
-      length: i64[C + R], tokens of each caption.
-      owner: i64[R], the item of each reference.
-      items: I; candidates: C.
-    """
-
-    words: np.ndarray
-    length: np.ndarray
-    owner: np.ndarray
-    items: int
-    candidates: int
+    words: np.ndarray  # i64[sum of lengths], the vocabulary id of each token
+    length: np.ndarray  # i64[C + R], tokens of each caption
+    owner: np.ndarray  # i64[R], the item of each reference
+    items: int  # I
+    candidates: int  # C
 
     @classmethod
-    def build(cls, candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]):
+    def build(cls, candidates: Sequence[Tokens], references: References) -> "Corpus":
         """Return the corpus of the candidates, usually one per item, and of all references.
 
         Raises:
@@ -45,9 +40,7 @@ class Corpus:
             raise DataError("Nothing to score: there are no candidate captions.")
         empty = [i for i, refs in enumerate(references) if not refs]
         if empty or not references:
-            raise DataError(
-                f"Items without references, e.g. at index {empty[:3]}: remove these items."
-            )
+            raise DataError(f"Items without references, first at index {empty[:3]}: remove them.")
         captions = [*candidates, *(ref for refs in references for ref in refs)]
         ids: dict[str, int] = {}
         words = [ids.setdefault(word, len(ids)) for caption in captions for word in caption]
@@ -59,15 +52,11 @@ class Corpus:
             candidates=len(candidates),
         )
 
-    def mean_over_references(self, values: np.ndarray) -> np.ndarray:
-        """Return the mean over the references of each item, f64[R] -> f64[I]."""
-        counts = np.bincount(self.owner, minlength=self.items)
-        return np.bincount(self.owner, values, self.items) / counts
-
-    def grams(self) -> Iterator["Grams"]:
-        """Yield the n-grams of the corpus for n = 1 to 4."""
-        captions = len(self.length)
-        caption_of = np.repeat(np.arange(captions), self.length)
+    @functools.cached_property
+    def grams(self) -> list["Grams"]:
+        """The n-grams of the corpus for n = 1 to 4."""
+        orders = []
+        caption_of = np.repeat(np.arange(len(self.length)), self.length)
         left = np.repeat(np.cumsum(self.length), self.length) - np.arange(len(self.words))
         start = np.arange(len(self.words))
         vocabulary = int(self.words.max(initial=0)) + 1
@@ -87,35 +76,26 @@ class Corpus:
             # With `return_counts` NumPy sorts instead of hashing, 30 times faster here.
             in_references, _ = np.unique(item * kinds + kind[first:], return_counts=True)
             df = np.bincount(in_references % kinds, minlength=kinds)
-            yield Grams(key, caption, kind, count, self.candidates, first, df)
+            orders.append(Grams(key, caption, kind, count, self.candidates, first, df))
+        return orders
 
 
 @dataclasses.dataclass(frozen=True)
 class Grams:
-    """The distinct n-grams of each caption, for one n.
+    """The distinct n-grams of each caption, for one n."""
 
-    Attributes:
-      key: i64[K], ascending: caption * kinds + gram.
-      caption: i64[K], ascending, so that the candidates' n-grams come first.
-      gram: i64[K], id of the n-gram, less than `kinds`.
-      count: i64[K], occurrences in the caption.
-      candidates: C; candidate_entries: number of entries that belong to them.
-      df: i64[kinds], document frequency: the items whose references contain the n-gram.
-    """
-
-    key: np.ndarray
-    caption: np.ndarray
-    gram: np.ndarray
-    count: np.ndarray
-    candidates: int
-    candidate_entries: int
-    df: np.ndarray
+    key: np.ndarray  # i64[K], ascending: caption * kinds + gram
+    caption: np.ndarray  # i64[K], ascending, so that the candidates' n-grams come first
+    gram: np.ndarray  # i64[K], id of the n-gram, less than `kinds`
+    count: np.ndarray  # i64[K], occurrences in the caption
+    candidates: int  # C
+    candidate_entries: int  # that belong to the candidates
+    df: np.ndarray  # i64[kinds], document frequency: the items whose references contain the n-gram
 
     def shared(self, candidate_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the references' entries whose n-gram their candidate has too, and its entries.
 
-        Args:
-          candidate_of: i64[R], the candidate that each reference is compared with.
+        Each reference is compared with the candidate that `candidate_of`, i64[R], names.
         """
         first = self.candidate_entries
         if not first:

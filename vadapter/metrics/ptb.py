@@ -93,7 +93,7 @@ _SCANNERS = [re.compile(rule, 0 if "A-Z" in rule else re.IGNORECASE) for rule in
 
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&nbsp;": " ", "&quot;": '"', "&apos;": "'"}
 _ENTITY = re.compile("|".join(_ENTITIES))
-_LINE_BREAKS = re.compile("[\n\r\v\f\u2028\u2029]")  # they would shift the official line count
+_LINE_BREAKS = re.compile("[\n\r\v\f\u2028\u2029]")
 _WRITTEN = {  # how the official program spells a sign
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "£": "#", "€": "$", "¤": "$", "₠": "$", "¢": "cents",
@@ -136,17 +136,10 @@ def _context(chunk: str, following: str) -> str:
 def tokenize(caption: str) -> list[str]:
     """Return the tokens of a caption, in lower case, without the punctuation COCO scorers drop.
 
-    Args:
-      caption: any text. Line breaks of every kind count as spaces (the official wrapper replaces
-        only `\\n`; any other would shift all later captions to the wrong image).
-
-    Returns:
-      The tokens; empty for a caption without words, which is allowed and scores 0.
+    Line breaks of every kind count as spaces (the official wrapper replaces only `\\n`; any other
+    would shift all later captions to the wrong image). A caption without words is allowed.
     """
     text = _LINE_BREAKS.sub(" ", caption).replace("\xad", "")
     text = _ENTITY.sub(lambda m: _ENTITIES[m.group()], text)
-    chunks = text.split()
-    tokens: list[str] = []
-    for chunk, following in itertools.pairwise([*chunks, ""]):
-        tokens += _scan(chunk, _context(chunk, following))
-    return tokens
+    chunks = itertools.pairwise([*text.split(), ""])
+    return [token for chunk in chunks for token in _scan(chunk[0], _context(*chunk))]

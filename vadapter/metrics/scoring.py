@@ -6,7 +6,6 @@ different generations; `unreadable`, items whose image cannot be read, if there 
 with an empty generation.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,47 +13,30 @@ import numpy as np
 
 
 class Generation(NamedTuple):
-    """What the model generated for an item.
+    """What the model generated for an item."""
 
-    Attributes:
-      index: of the item.
-      text: the caption or answer; None if the image cannot be read.
-      ended: whether it ended by itself, and not at the limit of its length.
-    """
-
-    index: int
-    text: str | None
-    ended: bool
+    index: int  # of the item
+    text: str | None  # the caption or answer; None if the image cannot be read
+    ended: bool  # by itself, and not at the limit of its length
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """Scores and predictions of an evaluation.
+class Result(NamedTuple):
+    """Scores of an evaluation, and a row per item.
 
-    Attributes:
-      scores: metric -> value; CIDEr, BLEU and accuracies as fractions (×100 as published).
-      rows: one dict per item: id, prediction, references or question, answer, kind; score; ended.
+    A row has id, prediction, references or question, answer, kind; score; ended.
     """
 
     scores: dict[str, float]
     rows: list[dict[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """How a benchmark is scored.
+class Metric(NamedTuple):
+    """How a benchmark is scored."""
 
-    Attributes:
-      task: "caption" or "question".
-      primary: the score that is reported for the benchmark, a key of `Result.scores`.
-      rules: for answers the official rules, a name in `vqa.RULES`.
-      variants: other rules in use, reported beside the official ones as `accuracy_NAME`.
-    """
-
-    task: str
-    primary: str
-    rules: str = ""
-    variants: tuple[str, ...] = ()
+    task: str  # "caption" or "question"
+    primary: str  # the score that is reported for the benchmark, a key of `Result.scores`
+    rules: str = ""  # for answers the official rules, a name in `vqa.RULES`
+    variants: tuple[str, ...] = ()  # other rules in use, reported beside them as `accuracy_NAME`
 
 
 def _accuracy(rules: str, *variants: str) -> Metric:
@@ -74,13 +56,9 @@ METRICS: dict[str, Metric] = {
 
 
 def score_generations(items: Any, generations: Sequence[Generation], metric: Metric) -> Result:
-    """Score one generation per item.
+    """Score one generation for each of the items (see `items_of`).
 
-    Args:
-      items: from `items_of`.
-      generations: one per item.
-      metric: how they are scored. Where no answers are public nothing is scored, and the rows
-        have no `score`.
+    Where no answers are public nothing is scored, and the rows have no `score`.
 
     Raises:
       DataError: fewer than two captions, or some questions have answers and others have none.
@@ -98,59 +76,39 @@ def score_generations(items: Any, generations: Sequence[Generation], metric: Met
     return Result(scores, rows)
 
 
-def _score_captions(
-    items: Any, generations: Sequence[Generation], metric: Metric
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def _score_captions(items: Any, generations: Sequence[Generation], metric: Metric) -> Result:
     from vadapter.metrics.captioning import score_captions
 
     examples = {g.index: items.text_only(g.index) for g in generations}
-    scores = score_captions(
-        {g.index: g.text or "" for g in generations},
-        {i: example.captions for i, example in examples.items()},
-    )
-    rows = [
-        {
-            "id": examples[i].id,
-            "index": i,
-            "prediction": text,
-            "references": list(examples[i].captions),
-            "score": scores.cider_of[i],
-            "ended": ended,
-        }
-        for i, text, ended in generations
-    ]
-    return {"cider": scores.cider, "bleu4": scores.bleu4, "rouge_l": scores.rouge_l}, rows
+    references = {i: example.captions for i, example in examples.items()}
+    scores = score_captions({g.index: g.text or "" for g in generations}, references)
+    rows = []
+    for i, text, ended in generations:
+        scored = {"references": list(references[i]), "score": scores.cider_of[i], "ended": ended}
+        rows.append({"id": examples[i].id, "index": i, "prediction": text, **scored})
+    return Result({"cider": scores.cider, "bleu4": scores.bleu4, "rouge_l": scores.rouge_l}, rows)
 
 
-def _score_answers(
-    items: Any, generations: Sequence[Generation], metric: Metric
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def _score_answers(items: Any, generations: Sequence[Generation], metric: Metric) -> Result:
     from vadapter.metrics.vqa import RULES, score_answers
 
-    examples, questions = {}, {}
-    for g in generations:
-        examples[g.index], questions[g.index] = items.text_only(g.index)
-    rows = [
-        {
-            "id": examples[i].id,
-            "index": i,
-            **({"question_id": questions[i].id} if questions[i].id else {}),
-            "question": questions[i].text,
-            "answer": questions[i].answer,
-            "kind": questions[i].kind,
-            "prediction": text,
-            "ended": ended,
-        }
-        for i, text, ended in generations
-    ]
-    answers: dict[Any, Any] = {i: question.answers for i, question in questions.items()}
+    pairs = {g.index: items.text_only(g.index) for g in generations}
+    rows = []
+    for i, text, ended in generations:
+        example, question = pairs[i]
+        row: dict[str, Any] = {"id": example.id, "index": i}
+        if question.id:
+            row["question_id"] = question.id
+        row |= {"question": question.text, "answer": question.answer, "kind": question.kind}
+        rows.append(row | {"prediction": text, "ended": ended})
+    answers: dict[Any, Any] = {i: question.answers for i, (_, question) in pairs.items()}
     if not any(answers.values()):
-        return {}, rows
-    kinds: dict[Any, str] = {i: question.kind for i, question in questions.items()}
+        return Result({}, rows)
+    kinds: dict[Any, str] = {i: question.kind for i, (_, question) in pairs.items()}
     predictions: dict[Any, str] = {g.index: g.text or "" for g in generations}
     official = score_answers(predictions, answers, RULES[metric.rules], kinds)
     scores = {"accuracy": official.accuracy}
     scores |= {f"accuracy_{k}": v for k, v in sorted(official.by_kind.items()) if k}
     for name in metric.variants:
         scores[f"accuracy_{name}"] = score_answers(predictions, answers, RULES[name]).accuracy
-    return scores, [row | {"score": official.accuracy_of[row["index"]]} for row in rows]
+    return Result(scores, [row | {"score": official.accuracy_of[row["index"]]} for row in rows])

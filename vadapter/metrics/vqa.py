@@ -50,9 +50,8 @@ _CONTRACTED = {
 
 def _restored(forms: Sequence[str]) -> dict[str, str]:
     """Return a map from each form without one of its apostrophes to the form."""
-    return {
-        form[:i] + form[i + 1 :]: form for form in forms for i, c in enumerate(form) if c == "'"
-    }
+    marks = [(form, i) for form in forms for i, sign in enumerate(form) if sign == "'"]
+    return {form[:i] + form[i + 1 :]: form for form, i in marks}
 
 
 _FORMS = [stem + end for end, stems in _CONTRACTED.items() for stem in stems.split()]
@@ -119,26 +118,18 @@ When = Literal["never", "unless unanimous", "always"]
 class Rules:
     """How a benchmark compares an answer with those of its annotators.
 
-    Attributes:
-      name: key in `RULES`.
-      normalize: maps an answer to its normal form.
-      truth: when the annotators' answers are normalized; with "never" even their spaces count.
-      prediction: when the prediction is normalized.
-      enough: number of agreeing annotators for the full point.
-      leave_one_out: average over all subsets that leave out one annotator, as VQA does to make
-        human accuracy comparable: 3 agreeing of 10 then score 0.9.
-      annotators: number of answers per question, 0 if it may vary.
-      normalize_truth: normal form of the annotators' answers, if it differs from `normalize`.
+    With `leave_one_out` the score is the average over all subsets that leave out one annotator, as
+    VQA does to make human accuracy comparable: 3 agreeing of 10 then score 0.9.
     """
 
-    name: str
+    name: str  # key in `RULES`
     normalize: Callable[[str], str]
-    truth: When
-    prediction: When
-    enough: int
+    truth: When  # are the annotators' answers normalized; with "never" even their spaces count
+    prediction: When  # is the prediction normalized
+    enough: int  # number of agreeing annotators for the full point
     leave_one_out: bool
-    annotators: int = 0
-    normalize_truth: Callable[[str], str] | None = None
+    annotators: int = 0  # number of answers per question, 0 if it may vary
+    normalize_truth: Callable[[str], str] | None = None  # if it differs from `normalize`
 
 
 # Quirk: unanimous answers are compared raw, so that `Black.` does not equal ten `black`.
@@ -159,17 +150,14 @@ LAVIS = Rules(
 BIG_VISION = Rules("big_vision", str, "never", "never", 3, False)  # for OK-VQA
 EXACT_EVALAI = Rules("evalai", normalize_evalai, "always", "always", 1, False)
 
-_OFFICIAL = (VQAV2, TEXTVQA, VIZWIZ, IVQA, EXACT)
-RULES = {r.name: r for r in (*_OFFICIAL, OPENFLAMINGO, LAVIS, BIG_VISION, EXACT_EVALAI)}
+_OTHERS = (OPENFLAMINGO, LAVIS, BIG_VISION, EXACT_EVALAI)
+RULES = {rules.name: rules for rules in (VQAV2, TEXTVQA, VIZWIZ, IVQA, EXACT, *_OTHERS)}
 
 
 def accuracy(prediction: str, answers: Sequence[str], rules: Rules) -> float:
-    """Return the score of one answer, a fraction in 0..1.
+    """Return the score of one answer given those of the annotators, a fraction in 0..1.
 
-    Args:
-      prediction: the model's answer; line breaks and tabs count as spaces, outer ones are stripped.
-      answers: the annotators' answers to this question.
-      rules: of the benchmark.
+    Line breaks and tabs in the prediction count as spaces, outer ones are stripped.
 
     Raises:
       DataError: no answers, or not as many as the benchmark requires.
@@ -201,19 +189,12 @@ def accuracy(prediction: str, answers: Sequence[str], rules: Rules) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerScores:
-    """Scores of a VQA test set.
+    """Scores of a VQA test set."""
 
-    Attributes:
-      accuracy: mean over all questions, 0..1.
-      n: number of questions.
-      accuracy_of: score of each question by its id.
-      by_kind: mean per kind of question (`yes/no`, `number`, `other`), if kinds are given.
-    """
-
-    accuracy: float
-    n: int
-    accuracy_of: Mapping[Hashable, float]
-    by_kind: Mapping[str, float]
+    accuracy: float  # mean over all questions, 0..1
+    n: int  # questions
+    accuracy_of: Mapping[Hashable, float]  # by the question's id
+    by_kind: Mapping[str, float]  # mean of each kind (`yes/no`, `number`, `other`), if known
 
 
 def score_answers(
@@ -224,11 +205,7 @@ def score_answers(
 ) -> AnswerScores:
     """Score a test set; an unanswered question is an error, not a smaller denominator.
 
-    Args:
-      predictions: one answer per question id.
-      answers: the annotators' answers of the same ids.
-      rules: of the benchmark.
-      kinds: kind of each question, for the breakdown.
+    Keys are the questions' ids; `kinds` are those of the questions, for the breakdown.
 
     Raises:
       DataError: no questions, the ids differ, or a question lacks answers or a kind.
@@ -246,9 +223,5 @@ def score_answers(
     groups: dict[str, list[float]] = {}
     for key, kind in (kinds or {}).items():
         groups.setdefault(kind, []).append(scores[key])
-    return AnswerScores(
-        accuracy=sum(scores.values()) / len(scores),
-        n=len(scores),
-        accuracy_of=scores,
-        by_kind={kind: sum(group) / len(group) for kind, group in groups.items()},
-    )
+    by_kind = {kind: sum(group) / len(group) for kind, group in groups.items()}
+    return AnswerScores(sum(scores.values()) / len(scores), len(scores), scores, by_kind)

@@ -1,11 +1,10 @@
 """Held-out images and clips with the predictions of each stage, in one HTML file."""
 
-import dataclasses
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,42 +26,28 @@ _FRAME_MS = 200
 Row = dict[str, Any]  # of predictions.jsonl
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """One evaluation.
-
-    Attributes:
-      title: its name.
-      task: "caption" or "question".
-      rows: stage -> its predictions; the last stage determines which items are shown.
-      media: row -> frames u8[F,H,W,3]; raises UserError or OSError.
-    """
+class Section(NamedTuple):
+    """One evaluation."""
 
     title: str
-    task: str
-    rows: Mapping[str, Sequence[Row]]
-    media: Callable[[Row], np.ndarray]
+    task: str  # "caption" or "question"
+    rows: Mapping[str, Sequence[Row]]  # of each stage; the last one determines the items shown
+    media: Callable[[Row], np.ndarray]  # frames u8[F,H,W,3]; raises UserError or OSError
 
 
 def read_section(recipe: Recipe, name: str, predictions: Mapping[str, Path]) -> Section:
-    """Return the section of an evaluation.
-
-    Args:
-      recipe: of the run; the images come from its data set.
-      name: of the evaluation.
-      predictions: stage -> its predictions.jsonl.
-    """
-    spec = recipe.evals[name]
+    """Return the section of an evaluation, from the predictions.jsonl of each stage."""
+    dataset = recipe.evals[name].data
     rows = {stage: list(lines(path)) for stage, path in predictions.items()}
-    config = recipe.data[spec.data]
+    config = recipe.data[dataset]
 
     @functools.cache
-    def opened() -> tuple[Any, int]:  # at the first image: there may be none
-        source = make_source(spec.data, config)
+    def open_items() -> tuple[Any, int]:  # at the first image: there may be none
+        source = make_source(dataset, config)
         return items_of(source, config.task), config.frames if source.kind == "clip" else 1
 
     def media(row: Row) -> np.ndarray:
-        items, frames = opened()
+        items, frames = open_items()
         item = items[row["index"]] if row["index"] < len(items) else None
         example = item[0] if isinstance(item, tuple) else item
         if example is None or example.id != row["id"]:
@@ -76,15 +61,7 @@ def read_section(recipe: Recipe, name: str, predictions: Mapping[str, Path]) -> 
 def write_gallery(
     path: Path, title: str, sections: Sequence[Section], table: str = "", max_bytes: int = MAX_BYTES
 ) -> Path:
-    """Write the page, with images as large as the size of the file allows.
-
-    Args:
-      path: of the file.
-      title: its heading.
-      sections: in order.
-      table: text of the summary, shown first.
-      max_bytes: size of the file, if the smallest images allow it.
-    """
+    """Write the page, with images as large as `max_bytes` allows, after the summary `table`."""
     content = b""
     for size in SIZES:
         content = _page(title, sections, table, size).encode("utf-8", "replace")
@@ -96,14 +73,11 @@ def write_gallery(
 
 
 def _page(title: str, sections: Sequence[Section], table: str, size: int) -> str:
-    body = []
-    if table:
-        body.append(f"<pre>{html_page.text(table)}</pre>")
+    body = [f"<pre>{html_page.text(table)}</pre>"] if table else []
     for section in sections:
         if not section.rows:
             continue
-        stage = list(section.rows)[-1]
-        rows = section.rows[stage]
+        stage, rows = list(section.rows.items())[-1]
         groups = choose(rows, section.task)
         names = " and ".join(list(groups)[:2]).lower()
         noun = "questions" if section.task == "question" else "items"
@@ -118,10 +92,7 @@ def _page(title: str, sections: Sequence[Section], table: str, size: int) -> str
 def choose(rows: Sequence[Row], task: str, each: int = EACH) -> dict[str, list[Row]]:
     """Return the best, the worst and some random items; ties are broken by a fixed seed.
 
-    Args:
-      rows: of predictions.jsonl. Without scores (no public answers) all groups but one are empty.
-      task: "caption", or "question", whose answers are right or wrong.
-      each: items per group.
+    Answers are right or wrong. Without scores (no public answers) all groups but one are empty.
     """
     shuffled = list(rows)
     random.Random(0).shuffle(shuffled)
@@ -151,8 +122,7 @@ def _card(section: Section, row: Row, size: int) -> str:
         mark = _mark(section.task, prediction.get("score"))
         words = _text(prediction["prediction"]) or "<i>empty</i>"
         parts.append(f"<p class=stage><b>{_text(stage)}</b> <span>{mark}</span></p><p>{words}</p>")
-    for reference in row.get("references", ())[:5]:
-        parts.append(f"<p class=reference>{_text(reference)}</p>")
+    parts += [f"<p class=reference>{_text(ref)}</p>" for ref in row.get("references", ())[:5]]
     content = "\n".join(parts)
     return f"<article>{_image(section, row, size)}\n{content}</article>"
 
@@ -166,23 +136,18 @@ def _mark(task: str, score: float | None) -> str:
 def _image(section: Section, row: Row, size: int) -> str:
     try:
         frames = section.media(row)
-    except BadMedia as error:
-        return f"<p class=gone>no image: {_text(error.reason)}</p>"
     except (UserError, OSError) as error:
-        return f"<p class=gone>no image: {_text(str(error))}</p>"
+        reason = error.reason if isinstance(error, BadMedia) else error
+        return f"<p class=gone>no image: {_text(reason)}</p>"
     uri, small = thumbnail(frames, size)
-    pixelated = " class=small" if small else ""
-    return f'<img src="{uri}" alt="{_text(row["id"])}" title="{_text(row["id"])}"{pixelated}>'
+    pixelated, name = " class=small" if small else "", _text(row["id"])
+    return f'<img src="{uri}" alt="{name}" title="{name}"{pixelated}>'
 
 
 def thumbnail(frames: np.ndarray, size: int) -> tuple[str, bool]:
-    """Return an image as a data URI, and whether it was smaller than its thumbnail.
+    """Return frames u8[F,H,W,3] as a data URI, and whether they were smaller than `size` pixels.
 
-    PNG if it was, else JPEG; clips are animated WebP.
-
-    Args:
-      frames: u8[F,H,W,3].
-      size: longest side in pixels.
+    PNG if they were, else JPEG; clips are animated WebP.
     """
     images = [Image.fromarray(frame) for frame in frames]
     small = max(images[0].size) <= min(size, 96)

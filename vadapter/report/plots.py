@@ -15,12 +15,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def convergence(workdir: Path, recipe: Recipe, path: Path) -> Path | None:
-    """Draw loss and CIDEr against steps, one line per stage of kind `adapter`.
-
-    Args:
-      workdir: the run directory, whose metrics.jsonl files are read.
-      recipe: of the run.
-      path: of the PNG file.
+    """Draw loss and CIDEr against steps as PNG, one line per stage of kind `adapter`.
 
     Returns:
       `path`, or None if no adapter has been trained yet.
@@ -94,9 +89,6 @@ def _plot_scores(axes: Any, log: list[dict[str, Any]], key: str, color: str, lab
     """
     x, y = _series(log, f"{key}/cider")
     _, count = _series([row for row in log if f"{key}/cider" in row], f"{key}/n")
-    full = count == count.max()
-    if full.all():
-        axes.plot(x, 100 * y, "o-", color=color, markersize=4, label=label)
-        return
+    full = (count == count.max()) & (count.min() < count.max())
     axes.plot(x[~full], 100 * y[~full], "o-", color=color, markersize=4, label=label)
     axes.plot(x[full], 100 * y[full], "o", color=color, markersize=9, markerfacecolor="none")

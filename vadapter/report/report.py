@@ -1,7 +1,7 @@
 """The report of a run: a table, a convergence plot and a gallery of held-out images."""
 
-import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 from vadapter.console import markdown_table
 from vadapter.console import table as text_table
@@ -12,21 +12,13 @@ from vadapter.report.plots import convergence
 from vadapter.report.table import BENCHMARKS, HEADER, benchmarks, summary
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """The files of a report, and its table as text.
-
-    Attributes:
-      text: the table.
-      table: table.md, with table.txt beside it.
-      plot: plots/convergence.png; None without adapters.
-      gallery: gallery.html; None without evaluations.
-    """
+class Report(NamedTuple):
+    """The table of a report as text, and its files."""
 
     text: str
-    table: Path
-    plot: Path | None
-    gallery: Path | None
+    table: Path  # table.md, with table.txt beside it
+    plot: Path | None  # plots/convergence.png; None without adapters
+    gallery: Path | None  # gallery.html; None without evaluations
 
     def files(self) -> list[Path]:
         """Return the files that exist."""
@@ -39,12 +31,9 @@ def write_report(workdir: Path, recipe: Recipe) -> Report:
     Images that are no longer available are replaced by the reason in the gallery.
     """
     workdir = storage.as_path(workdir)
-    tables: list[tuple[list[tuple[str, ...]], tuple[str, ...]]] = [
-        (summary(workdir, recipe), HEADER)
-    ]
     directories = [path for name in recipe.chain for path in sorted(workdir.glob(f"{name}/eval/*"))]
-    if scored := benchmarks(directories):
-        tables.append((scored, BENCHMARKS))
+    scored = benchmarks(directories)
+    tables = [(summary(workdir, recipe), HEADER), *([(scored, BENCHMARKS)] if scored else [])]
     text = "\n\n".join(text_table(*table) for table in tables)
     markdown = "\n".join(markdown_table(*table) for table in tables)
     storage.write_bytes(workdir / "table.md", markdown.encode())

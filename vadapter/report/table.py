@@ -43,11 +43,10 @@ def _blind_rows(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
 
     scores: dict[str, float] = {}
     for name in recipe.evals:
-        paths = [workdir / s / "eval" / name / "predictions.jsonl" for s in recipe.chain]
-        predictions = [items for path in paths if (items := list(lines(path)))]
-        if not predictions:
+        paths = [workdir / s / "eval" / name / "predictions.jsonl" for s in reversed(recipe.chain)]
+        items = next(filter(None, (list(lines(path)) for path in paths)), [])
+        if not items:
             continue
-        items = predictions[-1]
         if recipe.data[recipe.evals[name].data].task == "question":
             pairs = [(item["question"], item["answer"]) for item in items]
             scores[f"{name}/accuracy"] = majority_answer(pairs)
@@ -62,7 +61,7 @@ def _blind_rows(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
 def _stage_row(directory: Path, name: str, recipe: Recipe) -> tuple[str, ...]:
     stage = recipe.stages[name]
     log = history(directory / "metrics.jsonl")
-    done = finished(directory)
+    done = _read(directory / DONE)
     losses = [row["loss"] for row in log if "loss" in row]
     reached = max((row["step"] for row in log), default=0)
     scores = done.get("scores", {}) or {k: v for row in log for k, v in row.items() if "/" in k}
@@ -77,9 +76,8 @@ def _stage_row(directory: Path, name: str, recipe: Recipe) -> tuple[str, ...]:
     )
 
 
-def finished(directory: Path) -> dict[str, Any]:
-    """Return the record of a finished stage; empty if the stage is not finished."""
-    path = directory / DONE
+def _read(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty without a file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
@@ -94,7 +92,7 @@ def seconds(directory: Path) -> float:
         + log[0].get("step_ms", 0.0) / 1000 + log[0].get("compile_s", 0.0)
         for attempt, log in attempts.items()
     }  # fmt: skip
-    if (done := finished(directory)) and spent:
+    if (done := _read(directory / DONE)) and spent:
         spent[max(spent)] = done["seconds"]
     return sum(spent.values())
 
@@ -102,7 +100,7 @@ def seconds(directory: Path) -> float:
 def _losses(stage: StageConfig, scores: Mapping[str, float]) -> str:
     cells = {}
     for name in stage.loss:
-        keys = (f"{name}/loss", f"{name}/loss_wrong", f"{name}/loss_mean")
+        keys = (f"{name}/{key}" for key in ("loss", "loss_wrong", "loss_mean"))
         if values := [f"{scores[key]:.3f}" for key in keys if key in scores]:
             cells[name] = " / ".join(values)
     return _cell(cells, len(stage.loss) > 1)
@@ -111,7 +109,7 @@ def _losses(stage: StageConfig, scores: Mapping[str, float]) -> str:
 def _scores(
     recipe: Recipe, evals: Sequence[str], scores: Mapping[str, float], metric: str, task: str
 ) -> str:
-    same_task = [n for n, spec in recipe.evals.items() if recipe.data[spec.data].task == task]
+    same_task = [spec for spec in recipe.evals.values() if recipe.data[spec.data].task == task]
     keys = {name: f"{name}/{metric}" for name in evals}
     cells = {name: f"{100 * scores[key]:.1f}" for name, key in keys.items() if key in scores}
     return _cell(cells, len(same_task) > 1)
@@ -123,14 +121,13 @@ def _cell(values: Mapping[str, str], named: bool) -> str:
 
 
 def benchmarks(directories: Iterable[Path]) -> list[tuple[str, ...]]:
-    """Return benchmark results in the columns of `BENCHMARKS`; other evaluations are left out.
+    """Return benchmark results in the columns of `BENCHMARKS`, from the score.json of evaluations.
 
-    Args:
-      directories: of evaluations, with a score.json each.
+    Evaluations of other kinds are left out.
     """
     table = []
-    for path in (storage.as_path(directory) / "score.json" for directory in directories):
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for directory in directories:
+        record = _read(storage.as_path(directory) / "score.json")
         if "benchmark" not in record:
             continue
         protocol, scores = record["protocol"], record["scores"]
@@ -151,12 +148,7 @@ def benchmarks(directories: Iterable[Path]) -> list[tuple[str, ...]]:
 def score_rows(
     results: Mapping[str, Mapping[str, float]], columns: Sequence[str]
 ) -> list[tuple[str, ...]]:
-    """Return one row per evaluation: its name, then its scores in percent; `n` as a number.
-
-    Args:
-      results: evaluation -> score -> value.
-      columns: names of the scores.
-    """
+    """Return one row per evaluation: its name, then its scores in percent; `n` as a number."""
 
     def cell(scores: Mapping[str, float], key: str) -> str:
         if key not in scores:

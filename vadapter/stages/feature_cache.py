@@ -62,7 +62,7 @@ def encoded(
 
     Raises:
       ConfigError: the cache would be in a bucket, or the disk has too little space.
-      DataError: tokens are not finite; a shard is corrupt, see `Cache.read`.
+      DataError: tokens are not finite; a shard is corrupt, see `Cache.verify`.
     """
     folder = resolve(config.cache_dir, "cache_dir") if config.cache_dir else workdir / "features"
     if storage.remote(root := storage.as_path(folder)):

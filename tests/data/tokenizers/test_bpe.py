@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 
-from vadapter.data.tokenizers.bpe import BOS, EOS, MIN_VOCAB_SIZE, NUM_SPECIALS, PAD, BPETokenizer
+from vadapter.data.batch import BOS, EOS, PAD
+from vadapter.data.tokenizers.bpe import MIN_VOCAB_SIZE, NUM_SPECIALS, BPETokenizer
 from vadapter.errors import ConfigError, DataError
 
 TEXTS = ["A dog runs on the grass .", "The dog runs .", "A man and a dog play on the beach ."] * 5

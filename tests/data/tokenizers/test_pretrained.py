@@ -127,7 +127,7 @@ def test_decode_drops_specials_and_padding_rows_and_stops_at_any_end(tok):
         assert tok.decode([tok.bos_id, *ids]) == " dog"
     assert tok.decode([*ids, *range(tok.vocab_size, tok.rows)]) == " dog"
     for stranger in (tok.rows, -1):
-        with pytest.raises(DataError, match="outside the model's"):
+        with pytest.raises(DataError, match="outside the vocabulary"):
             tok.decode([stranger])
 
 

@@ -5,7 +5,6 @@ that every caption is true. The slots alone determine which templates fit a scen
 """
 
 import itertools
-import string
 
 from vadapter.data.scenes.dice import Dice
 from vadapter.data.scenes.world import COLORS, Scene, Thing
@@ -152,27 +151,18 @@ _WHOLE = {
 }
 
 
-def _slots(template: str) -> frozenset[str]:
-    return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name)
-
-
-_CONDITIONAL = {t: _slots(t) & {"shapes", "tint"} for ts in TEMPLATES.values() for t in ts}
-
-
 def captions(scene: Scene, dice: Dice) -> tuple[str, ...]:
     """Return CAPTIONS different captions, in lower case, without a full stop."""
-    shared = set()
-    if len({t.shape for t in scene.things}) == 1:
-        shared.add("shapes")
-    if len({t.color for t in scene.things}) == 1:
-        shared.add("tint")
-    usable = [t for t in TEMPLATES[scene.kind, len(scene.things)] if _CONDITIONAL[t] <= shared]
+    templates = TEMPLATES[scene.kind, len(scene.things)]
+    if len({thing.shape for thing in scene.things}) > 1:
+        templates = [t for t in templates if "{shapes}" not in t]
+    if len({thing.color for thing in scene.things}) > 1:
+        templates = [t for t in templates if "{tint}" not in t]
+    endless = itertools.cycle(dice.shuffled(templates))
     distinct: dict[str, None] = {}
-    for template in itertools.cycle(dice.shuffled(usable)):
-        distinct[template.format_map(_Slots(scene, dice))] = None
-        if len(distinct) == CAPTIONS:
-            return tuple(distinct)
-    raise AssertionError("unreachable")
+    while len(distinct) < CAPTIONS:
+        distinct[next(endless).format_map(_Slots(scene, dice))] = None
+    return tuple(distinct)
 
 
 def whole(scene: Scene, dice: Dice) -> str:
@@ -209,12 +199,9 @@ def plural(noun: str) -> str:
 
 def relations(a: Thing, b: Thing) -> list[str]:
     """Return the position of a relative to b: one or two keys of RELATION_WORDS."""
-    out = []
-    if a.column != b.column:
-        out.append("left" if a.column < b.column else "right")
-    if a.row != b.row:
-        out.append("above" if a.row < b.row else "below")
-    return out
+    horizontal = ["left" if a.column < b.column else "right"] if a.column != b.column else []
+    vertical = ["above" if a.row < b.row else "below"] if a.row != b.row else []
+    return horizontal + vertical
 
 
 class _Slots(dict):
@@ -245,10 +232,8 @@ class _Slots(dict):
                 return pick(SHAPE_WORDS[thing.shape])
             case "place":
                 return pick(PLACE_WORDS[PLACES[thing.cell]])
-            case "moves":
-                return pick(MOTION_WORDS[thing.motion])[0]
-            case "moving":
-                return pick(MOTION_WORDS[thing.motion])[1]
+            case "moves" | "moving":
+                return pick(MOTION_WORDS[thing.motion])[what == "moving"]
         size = pick(SIZE_WORDS[thing.size]) if what == "full" or self._dice.chance(0.5) else ""
         words = (size, pick(COLOR_WORDS[thing.color]), pick(SHAPE_WORDS[thing.shape]))
         return article(" ".join(word for word in words if word))

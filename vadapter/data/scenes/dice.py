@@ -1,7 +1,4 @@
-"""Random draws as a pure function of (seed, purpose, index).
-
-Legend: S image side in pixels.
-"""
+"""Random draws as a pure function of (seed, purpose, index)."""
 
 import bisect
 import itertools
@@ -29,12 +26,8 @@ class Dice:
 
     Raw bits are read in blocks and turned into numbers here: this is fast, and independent of how
     a numpy release draws integers or permutations.
-
-    Args:
-      seed: the data set's seed, in 0..2**64-1.
-      space: a number for (medium, split).
-      index: the example.
-      stream: a number for the purpose, so that new wording does not change the pixels.
+    `space` numbers (medium, split), `stream` the purpose, so that new wording does not change the
+    pixels.
     """
 
     def __init__(self, seed: int, space: int, index: int, stream: int):
@@ -70,5 +63,5 @@ class Dice:
         return out
 
     def grain(self, size: int) -> np.ndarray:
-        """Return f32[S,S], uniform in [-1, 1)."""
+        """Return f32[size,size], uniform in [-1, 1)."""
         return np.random.Generator(self._bits).random((size, size), np.float32) * 2 - 1

@@ -41,16 +41,7 @@ OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def render(scene: Scene, size: int, dice: Dice) -> np.ndarray:
-    """Paint a scene.
-
-    Args:
-      scene: the scene.
-      size: the side S in pixels.
-      dice: draws the grain of a grainy background.
-
-    Returns:
-      u8[F,S,S,3], F 1 for an image and FRAMES for a clip.
-    """
+    """Paint a scene, u8[F,S,S,3]; `dice` draws the grain of a grainy background."""
     times = phases(scene.kind)
     # Channels first while painting: numpy is slow if the innermost axis has length 3. Thanks to
     # the margin no shape has to be clipped.
@@ -82,10 +73,7 @@ def _background(scene: Scene, size: int, dice: Dice) -> np.ndarray:
 def _paint(planes: np.ndarray, thing: Thing, path: np.ndarray) -> None:
     """Blend one shape into f32[F,3,H,W], in place, by each pixel's distance to the outline.
 
-    Args:
-      planes: the frames, with room for the whole shape.
-      thing: the shape.
-      path: f32[F,3], (x, y, radius) in pixels for every frame.
+    The planes have room for the whole shape. `path` is f32[F,3], (x, y, radius) in pixels.
     """
     x, y, radius = path.T[..., None, None]
     reach = int(1.25 * path[:, 2].max()) + 2

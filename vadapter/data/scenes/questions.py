@@ -21,22 +21,12 @@ from vadapter.data.scenes.world import COLORS, HELD_OUT, MOVING, PAIRS, SHAPES, 
 
 QA = tuple[str, str] | None  # (question, answer); None if the scene does not allow the kind
 
-MOTION_ANSWERS = {
-    "left": "moving left",
-    "right": "moving right",
-    "up": "moving up",
-    "down": "moving down",
+MOTION_ANSWERS = {way: f"moving {way}" for way in ("left", "right", "up", "down")} | {
     "grow": "growing",
     "shrink": "shrinking",
     "still": "staying still",
 }
 _CONVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-_EITHER = {
-    "left": "to the left or to the right of",
-    "right": "to the left or to the right of",
-    "above": "above or below",
-    "below": "above or below",
-}
 
 
 def questions(scene: Scene, dice: Dice) -> tuple[tuple[str, str, str], ...]:
@@ -75,8 +65,7 @@ def _shape(scene: Scene, dice: Dice) -> QA:
 
 
 def _size(scene: Scene, dice: Dice) -> QA:
-    sized = [t for t in scene.things if t.size]
-    if not sized:
+    if not (sized := [t for t in scene.things if t.size]):
         return None
     thing = dice.pick(sized)
     return f"Is {_name(thing)} small or large?", thing.size
@@ -102,7 +91,10 @@ def _position(scene: Scene, dice: Dice) -> QA:
     a, *others = dice.shuffled(scene.things)
     if others and dice.chance(0.5):
         side = dice.pick(relations(a, others[0]))
-        return f"Is {_name(a)} {_EITHER[side]} {_name(others[0])}?", side
+        either = (
+            "above or below" if side in ("above", "below") else "to the left or to the right of"
+        )
+        return f"Is {_name(a)} {either} {_name(others[0])}?", side
     return f"Where is {_name(a)}?", PLACES[a.cell]
 
 
@@ -137,12 +129,12 @@ def _motion(scene: Scene, dice: Dice) -> QA:
         return None
     movers = [t for t in scene.things if t.motion != "still"]
     thing = dice.pick(movers if dice.chance(0.8) else scene.things)
-    name = _name(thing)
-    if thing.motion != "still" and dice.chance(0.5):
-        if thing.motion in ("grow", "shrink"):
-            return f"Is {name} growing or shrinking?", MOTION_ANSWERS[thing.motion]
-        return f"Which way is {name} moving?", thing.motion
-    return f"What is {name} doing?", MOTION_ANSWERS[thing.motion]
+    answer = MOTION_ANSWERS[thing.motion]
+    if thing.motion == "still" or not dice.chance(0.5):
+        return f"What is {_name(thing)} doing?", answer
+    if thing.motion in ("grow", "shrink"):
+        return f"Is {_name(thing)} growing or shrinking?", answer
+    return f"Which way is {_name(thing)} moving?", thing.motion
 
 
 KINDS: dict[str, Callable[[Scene, Dice], QA]] = {

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -25,11 +25,12 @@ from vadapter.errors import ConfigError
 # The random streams of an example: a change of wording does not change the pixels, and so on.
 _PIXELS, _WORDS, _QUESTIONS = 0, 1, 2
 MEDIA = ("image", "clip", "text")
+DOCUMENTS = {"siblings": 0.35, "keywords": 0.2, "question": 0.25, "plain": 0.2}  # form: its share
 
 
 @dataclasses.dataclass(frozen=True)
 class ScenesSource(Source):
-    """The scenes of one medium and split.
+    """The scenes of one medium and split, each with five captions.
 
     Args:
       media: "image", u8[1,S,S,3] with captions and questions; "clip", u8[8,S,S,3] likewise; or
@@ -40,10 +41,7 @@ class ScenesSource(Source):
         the language model knows the words, the vision encoder has never seen what they mean.
       size: the side S in pixels, 64 to 256.
       count: the number of examples; a longer source begins with the examples of a shorter one.
-      seed: changes all scenes.
       form: the only form of text document (a key of DOCUMENTS); "" mixes them.
-
-    Every example has five captions.
 
     Raises:
       ConfigError: an unknown medium or split, or a number out of range.
@@ -57,11 +55,10 @@ class ScenesSource(Source):
     form: str = ""
 
     def __post_init__(self):
-        choices = (("media", MEDIA), ("split", SPLITS), ("form", ("", *DOCUMENTS)))
-        for name, known in choices:
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
-                raise ConfigError(f"scenes: {name}={value!r}; choose one of {', '.join(known)}")
+        names = {"media": MEDIA, "split": SPLITS, "form": ("", *DOCUMENTS)}
+        for name, choices in names.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"scenes: {name}={value!r}; choose one of {', '.join(choices)}")
         for name, low, high in (("size", 64, 256), ("count", 1, 2**31 - 1), ("seed", 0, 2**63 - 1)):
             value = getattr(self, name)
             if not (isinstance(value, int) and low <= value <= high):
@@ -135,8 +132,7 @@ def _words(source: ScenesSource, index: int) -> Example:
     name = f"scenes-{source.kind}-{source.split}-{source.seed}-{index}"
     if source.kind == "text":
         return Example(id=name, pieces=document(scene, words, source.form))
-    asked = questions(scene, source._dice(index, _QUESTIONS))
-    qa = tuple(Question(text, (answer,), kind) for text, answer, kind in asked)
+    qa = tuple(Question(text, (answer,), kind) for text, answer, kind in source.qa(index))
     return Example(id=name, captions=captions(scene, words), qa=qa)
 
 
@@ -149,48 +145,25 @@ def example_digest(example: Example) -> str:
     return digest.hexdigest()
 
 
-def _siblings(scene: Scene, dice: Dice) -> tuple[str, ...]:
-    target, *others = captions(scene, dice)
-    context = ". ".join(others[: dice.pick((1, 1, 2, 3))])
-    return CAPTION.before, text_piece(context), CAPTION.after, text_piece(target)
-
-
-def _keywords(scene: Scene, dice: Dice) -> tuple[str, ...]:
-    target = captions(scene, dice)[0]
-    return CAPTION.before, text_piece(keywords(scene, dice)), CAPTION.after, text_piece(target)
-
-
-def _question(scene: Scene, dice: Dice) -> tuple[str, ...]:
-    question, answer, _ = questions(scene, dice)[0]
-    context = whole(scene, dice)
-    if dice.chance(0.3):  # repetitions and irrelevant words teach it to select
-        context = ". ".join(dice.shuffled([context, captions(scene, dice)[0]]))
-    return QUESTION.before, text_piece(context), QUESTION.after(question), text_piece(answer)
-
-
-def _plain(scene: Scene, dice: Dice) -> tuple[str, ...]:
-    return CAPTION.before, CAPTION.after, text_piece(captions(scene, dice)[0])
-
-
-DOCUMENTS: dict[str, tuple[float, Callable[[Scene, Dice], tuple[str, ...]]]] = {
-    "siblings": (0.35, _siblings),
-    "keywords": (0.2, _keywords),
-    "question": (0.25, _question),
-    "plain": (0.2, _plain),
-}
-
-
 def document(scene: Scene, dice: Dice, form: str = "") -> tuple[str, ...]:
     """Return a document, as pieces, in which text takes the place of the visual tokens.
 
     A language model trained on single captions does not use what precedes a caption. These
     documents have the layout of the multimodal stages: prompt, description, the rest of the prompt,
-    text (see `data.documents`).
-
-    Args:
-      scene: its topic.
-      dice: draws its form and words.
-      form: a key of DOCUMENTS, or "" to draw one by weight.
+    text (see `data.documents`). A `form` of "" draws one by weight.
     """
-    form = form or dice.weighted({name: weight for name, (weight, _) in DOCUMENTS.items()})
-    return DOCUMENTS[form][1](scene, dice)
+    form = form or dice.weighted(DOCUMENTS)
+    if form == "question":
+        question, answer, _ = questions(scene, dice)[0]
+        context = whole(scene, dice)
+        if dice.chance(0.3):  # repetitions and irrelevant words teach it to select
+            context = ". ".join(dice.shuffled([context, captions(scene, dice)[0]]))
+        return QUESTION.before, text_piece(context), QUESTION.after(question), text_piece(answer)
+    target, *others = captions(scene, dice)
+    if form == "plain":
+        return CAPTION.before, CAPTION.after, text_piece(target)
+    if form == "siblings":
+        context = ". ".join(others[: dice.pick((1, 1, 2, 3))])
+    else:
+        context = keywords(scene, dice)
+    return CAPTION.before, text_piece(context), CAPTION.after, text_piece(target)

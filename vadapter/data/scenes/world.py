@@ -27,14 +27,7 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 # Never painted in train, val and test; each shape once, with a different color.
-HELD_OUT = (
-    ("green", "circle"),
-    ("purple", "square"),
-    ("blue", "triangle"),
-    ("red", "star"),
-    ("yellow", "cross"),
-    ("white", "ring"),
-)
+HELD_OUT = tuple(zip(("green", "purple", "blue", "red", "yellow", "white"), SHAPES, strict=True))
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
@@ -58,28 +51,20 @@ GROWTH = 1.75
 class Thing:
     """One shape. Lengths are in image sides, the origin is the top left corner, y points down.
 
-    Attributes:
-      color, shape: a pair that occurs once in its scene.
-      size: "small", "large", or "" if it changes.
-      cell: row * 3 + column of a 3x3 grid, or -1 in clips.
-      motion: a key of MOTIONS; "still" in images.
-      x, y, radius: in the middle of the clip.
-      travel: length of the path of a moving shape.
-      angle: radians.
-      rgb: the color as painted, 0..255.
+    x, y and radius are those in the middle of a clip. A pair (color, shape) occurs once in a scene.
     """
 
     color: str
     shape: str
-    size: str
-    cell: int = -1
-    motion: str = "still"
+    size: str  # "small", "large", or "" if it changes
+    cell: int = -1  # row * 3 + column of a 3x3 grid, or -1 in clips
+    motion: str = "still"  # a key of MOTIONS
     x: float = 0.5
     y: float = 0.5
     radius: float = 0.1
-    travel: float = 0.0
-    angle: float = 0.0
-    rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    travel: float = 0.0  # length of the path of a moving shape
+    angle: float = 0.0  # radians
+    rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the color as painted, 0..255
 
     pair = property(lambda self: (self.color, self.shape))
     row = property(lambda self: self.cell // 3)
@@ -94,23 +79,14 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """The content of an image or a clip, from which both texts and pixels are generated.
+    """The content of an image or a clip, from which both texts and pixels are generated."""
 
-    Attributes:
-      kind: "image" or "clip".
-      things: one to three; later ones are painted over earlier ones.
-      tone: "dark" or "light".
-      texture: "plain", "shaded" or "grainy".
-      ground: two background colors, 0..255; only "shaded" uses the second.
-      slope: direction of the shading in radians.
-    """
-
-    kind: str
-    things: tuple[Thing, ...]
-    tone: str
-    texture: str
-    ground: tuple[tuple[float, ...], tuple[float, ...]]
-    slope: float
+    kind: str  # "image" or "clip"
+    things: tuple[Thing, ...]  # one to three; later ones are painted over earlier ones
+    tone: str  # "dark" or "light"
+    texture: str  # "plain", "shaded" or "grainy"
+    ground: tuple[tuple[float, ...], ...]  # two colors, 0..255; only "shaded" uses the second
+    slope: float  # direction of the shading in radians
 
 
 def phases(kind: str) -> tuple[float, ...]:
@@ -131,42 +107,30 @@ def split_of(things: Sequence[Thing]) -> str:
 
 
 def draw(dice: Dice, kind: str, split: str, pairs: Sequence[tuple[str, str]] = SEEN) -> Scene:
-    """Draw a scene of a split.
+    """Draw an image or a clip of a split with some of the (color, shape) pairs.
 
-    Args:
-      dice: the stream to draw from.
-      kind: "image" or "clip".
-      split: one of SPLITS. "unseen" scenes have a pair of HELD_OUT among others, in combinations
-        that belong to "test", so that no training document describes them.
-      pairs: the (color, shape) pairs to choose from, except in "unseen", which uses all.
+    "unseen" scenes use all pairs, at least one of HELD_OUT, in combinations that belong to "test",
+    so that no training document describes them.
     """
     unseen = split == "unseen"
     pairs, owner = (PAIRS, "test") if unseen else (pairs, split)
     things: list[Thing] = []
     while not things or split_of(things) != owner:
         things = _attributes(dice, kind, pairs, HELD_OUT if unseen else pairs)
-    place = _place_image if kind == "image" else _place_clip
     # White would be invisible on a light background.
     pale = all(t.color != "white" for t in things) and dice.chance(0.4)
     tone = "light" if pale else "dark"
     low, high = (165, 215) if tone == "light" else (40, 90)
     ground = tuple(_tint(dice, dice.between(low, high)) for _ in range(2))
-    return Scene(
-        kind=kind,
-        things=tuple(place(dice, things)),
-        tone=tone,
-        texture=dice.pick(("plain", "shaded", "grainy")),
-        ground=(ground[0], ground[1]),
-        slope=dice.between(0, 2 * math.pi),
-    )
+    placed = _placed(dice, kind, things)
+    texture = dice.pick(("plain", "shaded", "grainy"))
+    return Scene(kind, placed, tone, texture, ground, slope=dice.between(0, 2 * math.pi))
 
 
 def _attributes(
-    dice: Dice,
-    kind: str,
-    pairs: Sequence[tuple[str, str]],
-    first: Sequence[tuple[str, str]],
+    dice: Dice, kind: str, pairs: Sequence[tuple[str, str]], first: Sequence[tuple[str, str]]
 ) -> list[Thing]:
+    """Draw shapes without places: the first pair from `first`, the others from `pairs`."""
     count = dice.pick((1, 2, 3))
     chosen = [dice.pick(first)]
     while len(chosen) < count:
@@ -182,39 +146,37 @@ def _attributes(
         cells = dice.shuffled(range(9))
         return [Thing(*p, size=s, cell=c) for p, s, c in zip(chosen, sizes, cells, strict=False)]
     movers = min(count, dice.pick((1, 2)))
-    motions = dice.shuffled(
-        [dice.pick(MOVING) for _ in range(movers)] + ["still"] * (count - movers)
-    )
+    moving = [dice.pick(MOVING) for _ in range(movers)]
+    motions = dice.shuffled(moving + ["still"] * (count - movers))
     return [
         Thing(*p, size="" if m in ("grow", "shrink") else s, motion=m)
         for p, s, m in zip(chosen, sizes, motions, strict=True)
     ]
 
 
-def _place_image(dice: Dice, things: Sequence[Thing]) -> list[Thing]:
-    def place(t: Thing) -> Thing:
-        x, y = ((2 * n + 1) / 6 + dice.between(-0.02, 0.02) for n in (t.column, t.row))
-        return dataclasses.replace(t, x=x, y=y, **_look(dice, t))
-
-    return [place(t) for t in things]
-
-
-def _place_clip(dice: Dice, things: Sequence[Thing]) -> list[Thing]:
-    """Center paths at random: a moving shape may be nearly anywhere at any time."""
-
-    def place(t: Thing) -> Thing:
-        look, travel = _look(dice, t), dice.between(0.18, 0.26)
-        dx, dy, _ = MOTIONS[t.motion]
-        x_edge, y_edge = (look["radius"] + abs(d) * travel / 2 for d in (dx, dy))
-        x, y = dice.between(x_edge, 1 - x_edge), dice.between(y_edge, 1 - y_edge)
-        return dataclasses.replace(t, x=x, y=y, travel=travel, **look)
-
-    placed = [place(t) for t in things]
+def _placed(dice: Dice, kind: str, things: Sequence[Thing]) -> tuple[Thing, ...]:
+    if kind == "image":
+        return tuple(_in_cell(dice, thing) for thing in things)
+    placed = tuple(_on_path(dice, thing) for thing in things)
     for _ in range(100):  # if all are too crowded, the shapes overlap for a while
         if not _touch(placed):
             break
-        placed = [place(t) for t in things]
+        placed = tuple(_on_path(dice, thing) for thing in things)
     return placed
+
+
+def _in_cell(dice: Dice, t: Thing) -> Thing:
+    x, y = ((2 * n + 1) / 6 + dice.between(-0.02, 0.02) for n in (t.column, t.row))
+    return dataclasses.replace(t, x=x, y=y, **_look(dice, t))
+
+
+def _on_path(dice: Dice, t: Thing) -> Thing:
+    """Center the path at random: a moving shape may be nearly anywhere at any time."""
+    look, travel = _look(dice, t), dice.between(0.18, 0.26)
+    dx, dy, _ = MOTIONS[t.motion]
+    x_edge, y_edge = (look["radius"] + abs(d) * travel / 2 for d in (dx, dy))
+    x, y = dice.between(x_edge, 1 - x_edge), dice.between(y_edge, 1 - y_edge)
+    return dataclasses.replace(t, x=x, y=y, travel=travel, **look)
 
 
 def _touch(things: Sequence[Thing]) -> bool:

@@ -7,8 +7,6 @@ is encoded as its characters. All 256 bytes are in the vocabulary, so nothing is
 Source: byte-level BPE of GPT-2 (Radford et al., 2019), as in the `tokenizers` library.
 """
 
-import functools
-import hashlib
 import json
 import os
 import re
@@ -16,12 +14,13 @@ from collections.abc import Iterable, Sequence
 
 import tokenizers
 
-from vadapter.data.tokenizers import Tokenizer
+from vadapter.data.batch import BOS, EOS
+from vadapter.data.tokenizers import Tokenizer, clean, until_stop
+from vadapter.data.tokenizers.files import read_json
 from vadapter.errors import ConfigError, DataError
 from vadapter.io import storage
 
-PAD, BOS, EOS = 0, 1, 2
-NUM_SPECIALS = 3
+NUM_SPECIALS = 3  # PAD, BOS and EOS
 MIN_VOCAB_SIZE = NUM_SPECIALS + 256
 
 # Training time is quadratic in the length of a word: 46 seconds for 200,000 letters.
@@ -30,11 +29,7 @@ _HEADER = {"format": "vadapter-tokenizer", "version": 1, "specials": NUM_SPECIAL
 
 
 class BPETokenizer(Tokenizer):
-    """A tokenizer trained on a run's own texts.
-
-    Attributes:
-      lowercase: whether text is lower-cased before it is encoded.
-    """
+    """A tokenizer trained on a run's own texts, which it lower-cases if `lowercase`."""
 
     bos_id, eos_id = BOS, EOS
     stop_ids = (EOS,)
@@ -47,13 +42,10 @@ class BPETokenizer(Tokenizer):
     def train(
         cls, texts: Iterable[str], vocab_size: int, *, lowercase: bool = False
     ) -> "BPETokenizer":
-        """Return a tokenizer trained on texts; their order does not matter.
+        """Return a tokenizer trained on texts, in any order.
 
-        Args:
-          texts: the training text; words of more than 100 characters are split.
-          vocab_size: the most ids, special ones included. A small text may have fewer merges; see
-            `vocab_size` of the result.
-          lowercase: encode lower-cased text.
+        Words of more than 100 characters are split. Small texts may give fewer than `vocab_size`
+        ids, special ones included.
 
         Raises:
           ConfigError: `vocab_size` is too small for the special ids and the 256 bytes.
@@ -64,7 +56,7 @@ class BPETokenizer(Tokenizer):
                 f"vocab_size={vocab_size} is too small: special ids and bytes alone need "
                 f"{MIN_VOCAB_SIZE}"
             )
-        cleaned = [_LONG.sub(r"\g<0> ", t) for t in (_clean(t, lowercase) for t in texts) if t]
+        cleaned = [_LONG.sub(r"\g<0> ", _clean(text, lowercase)) for text in texts if text]
         if not cleaned:
             raise DataError("no text to train a tokenizer on: all texts are empty")
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -84,55 +76,25 @@ class BPETokenizer(Tokenizer):
         """The number of ids, special ones included."""
         return self._bpe.get_vocab_size() + NUM_SPECIALS
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """The SHA-256 (hex) of the saved file."""
-        return hashlib.sha256(self._dump()).hexdigest()
-
     def encode(self, text: str, *, start: bool = False) -> list[int]:
-        """Return the ids of a text; a lone surrogate is read as "?" and `start` has no effect."""
+        """Return the ids of a text; `start` has no effect."""
         del start
         ids = self._bpe.encode(_clean(text, self.lowercase), add_special_tokens=False).ids
         return [i + NUM_SPECIALS for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids` up to the first EOS, without PAD and BOS.
-
-        Raises:
-          DataError: an id is not in the vocabulary; the library would drop it silently.
-        """
-        plain = []
-        for i in map(int, ids):
-            if i == EOS:
-                break
-            if not 0 <= i < self.vocab_size:
-                raise DataError(
-                    f"token id {i} is outside the vocabulary of {self.vocab_size}: the ids are "
-                    "those of another tokenizer"
-                )
-            if i >= NUM_SPECIALS:
-                plain.append(i - NUM_SPECIALS)
+        """Return the text of `ids` up to the first EOS, without PAD and BOS."""
+        bounded = until_stop(ids, self.stop_ids, self.vocab_size)
+        plain = [i - NUM_SPECIALS for i in bounded if i >= NUM_SPECIALS]
         return self._bpe.decode(plain, skip_special_tokens=False)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one JSON file, atomically."""
-        storage.write_bytes(storage.as_path(path), self._dump())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "BPETokenizer":
-        """Read the file that `save` wrote.
-
-        Raises:
-          DataError: no such file, or not a tokenizer in this format.
-        """
+        """Read the file that `save` wrote; raise DataError if there is none, or another file."""
         path = storage.as_path(path)
-        try:
-            record = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise DataError(f"No tokenizer at {path}: train one, or correct the path.") from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"Cannot read the tokenizer {path}: {error}.") from None
-        if not isinstance(record, dict) or any(record.get(k) != v for k, v in _HEADER.items()):
+        if not (record := read_json(path)):
+            raise DataError(f"No tokenizer at {path}: train one, or correct the path.")
+        if any(record.get(k) != v for k, v in _HEADER.items()):
             raise DataError(
                 f"{path} is not a vadapter tokenizer: its header must contain {_HEADER}. Train one "
                 "with BPETokenizer.train and save it"
@@ -149,11 +111,11 @@ class BPETokenizer(Tokenizer):
             )
         return cls(bpe, lowercase=lowercase)
 
-    def _dump(self) -> bytes:
+    def dump(self) -> bytes:
+        """Return the tokenizer as JSON."""
         record = {**_HEADER, "lowercase": self.lowercase, "bpe": json.loads(self._bpe.to_str())}
         return json.dumps(record, ensure_ascii=True, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _clean(text: str, lowercase: bool) -> str:
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return text.lower() if lowercase else text
+    return clean(text).lower() if lowercase else clean(text)

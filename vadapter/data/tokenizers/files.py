@@ -19,15 +19,13 @@ from vadapter.errors import DataError
 Spec = dict[str, Any]  # JSON of `tokenizers`
 
 _GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")
-_BYTE_TOKENS = range(3, 259)  # llama2.c: <unk>, <s>, </s>, then the bytes
 _MAX_PIECE = 1 << 10
 
 
 def read_spec(folder: Path) -> Spec:
     """Read the tokenizer of a model's folder from the first of the files above that exists.
 
-    Returns:
-      `model` (BPE or Unigram), `added_tokens`, `normalizer`, `pre_tokenizer`, `decoder`.
+    Its keys are `model` (BPE or Unigram), `added_tokens`, `normalizer`, `pre_tokenizer`, `decoder`.
 
     Raises:
       DataError: no such file, a corrupt one, or a kind of tokenizer that is not supported.
@@ -92,27 +90,24 @@ def _from_gpt2(path: Path) -> Spec:
     vocab = json.loads((folder / "vocab.json").read_bytes())
     lines = path.read_text("utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    for merge in merges:
-        left, right = merge
+    for left, right in merges:
         if left + right not in vocab:
             raise ValueError(f"{left + right!r} of merges.txt is not in vocab.json")
     extra = read_json(folder / "added_tokens.json")
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+    prefix = bool(config.get("add_prefix_space"))
     return {
         "model": {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": None},
-        "added_tokens": [
-            {"id": i, "content": token, "special": True, **flags} for token, i in extra.items()
-        ],
+        "added_tokens": [_special_token(i, token) for token, i in extra.items()],
         "normalizer": None,
-        "pre_tokenizer": {
-            "type": "ByteLevel",
-            "add_prefix_space": bool(config.get("add_prefix_space")),
-            "trim_offsets": True,
-            "use_regex": True,
-        },
-        "decoder": {"type": "ByteLevel"}
-        | {"add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "pre_tokenizer": {**byte_level, "add_prefix_space": prefix},
+        "decoder": {**byte_level, "add_prefix_space": True},
     }
+
+
+def _special_token(i: int, content: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": content, "special": True, **flags}
 
 
 def _from_llama2c(path: Path) -> Spec:
@@ -130,7 +125,7 @@ def _from_llama2c(path: Path) -> Spec:
         pieces.append(data[offset + 8 : end].decode())
         scores.append(score)
         offset = end
-    if pieces[3:259] != [f"<0x{byte:02X}>" for byte in range(256)]:
+    if pieces[3:259] != [f"<0x{byte:02X}>" for byte in range(256)]:  # after <unk>, <s>, </s>
         raise ValueError("pieces 3 to 258 are not the bytes")
     score_of = dict(zip(pieces[259:], scores[259:], strict=True))
     ranked = sorted(
@@ -138,30 +133,15 @@ def _from_llama2c(path: Path) -> Spec:
         key=lambda item: item[0],  # a stable sort
     )
     splits = [[piece[:cut], piece[cut:]] for _, piece, cut in ranked]
-    spaces = {"type": "Prepend", "prepend": " "}
+    merges = [pair for pair in splits if pair[0] in score_of and pair[1] in score_of]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    options = {"unk_token": "<unk>", "byte_fallback": True}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    decoders = [{"type": "ByteFallback"}, {"type": "Fuse"}, strip]
     return {
-        "model": {
-            "type": "BPE",
-            "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": [pair for pair in splits if pair[0] in score_of and pair[1] in score_of],
-            "unk_token": "<unk>",
-            "byte_fallback": True,
-        },
-        "added_tokens": [
-            {
-                "id": i, "content": pieces[i], "special": True, "single_word": False,
-                "lstrip": False, "rstrip": False, "normalized": False,
-            }
-            for i in range(_BYTE_TOKENS.start)
-        ],
-        "normalizer": spaces,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, **options},
+        "added_tokens": [_special_token(i, pieces[i]) for i in range(3)],
+        "normalizer": {"type": "Prepend", "prepend": " "},
         "pre_tokenizer": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-    }  # fmt: skip
+        "decoder": {"type": "Sequence", "decoders": decoders},
+    }

@@ -21,8 +21,6 @@ SentencePiece adds a space before a complete text (its "dummy prefix"), whereas 
 `decode`; `encode(text, start=True)` encodes a complete text like the model's own tokenizer.
 """
 
-import functools
-import hashlib
 import json
 import os
 import re
@@ -32,7 +30,7 @@ from typing import Any
 
 import tokenizers
 
-from vadapter.data.tokenizers import Tokenizer
+from vadapter.data.tokenizers import Tokenizer, clean, until_stop
 from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.tokenizers.files import Spec, read_json, read_spec
 from vadapter.errors import CheckpointError, DataError
@@ -58,12 +56,9 @@ class PretrainedTokenizer(Tokenizer):
         """Read the bytes that `save` writes; use `load` instead."""
         record = json.loads(dump)
         self._dump = dump
-        self.bos_id: int = record["bos_id"]
-        self.eos_id: int = record["eos_id"]
-        self.pad_id: int = record["pad_id"]
-        self.stop_ids: tuple[int, ...] = tuple(record["stop_ids"])
-        self.vocab_size: int = record["vocab_size"]
-        self.rows: int = record["rows"]
+        self.bos_id, self.eos_id, self.pad_id = (record[f"{k}_id"] for k in ("bos", "eos", "pad"))
+        self.stop_ids = tuple(record["stop_ids"])
+        self.vocab_size, self.rows = record["vocab_size"], record["rows"]
         spec = record["tokenizer"]
         bare = {**spec, **{key: _without_prefix(spec[key]) for key in _PREFIXING}}
         alike = all(bare[key] == spec[key] for key in _PREFIXING[:2])
@@ -75,10 +70,8 @@ class PretrainedTokenizer(Tokenizer):
     def load(cls, path: str | os.PathLike[str], *, rows: int = 0):
         """Read a model's folder, or the file that `save` wrote.
 
-        Args:
-          path: folder or file.
-          rows: of the model's embedding; 0: `vocab_size` in the folder's config.json, or else of
-            the tokenizer.
+        The model's embedding has `rows`; 0: as many as `vocab_size` in the folder's config.json
+        says, or else as the tokenizer has ids.
 
         Raises:
           DataError: no tokenizer, or one that is corrupt, not supported, or without EOS.
@@ -89,59 +82,46 @@ class PretrainedTokenizer(Tokenizer):
             record = _record(path, rows) if path.is_dir() else read_json(path)
             if any(record.get(k) != v for k, v in _HEADER.items()):
                 raise DataError(f"No tokenizer of a public model at {path}: expected {_HEADER}.")
-            tokenizer = cls(_encoded(record))
+            tokenizer = cls(json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"tokenizer {path} is corrupt: {error!r}. Download it again") from error
         if rows and rows < tokenizer.vocab_size:
-            raise CheckpointError(_too_few(path, tokenizer.vocab_size, rows))
+            raise _too_few_rows(path, tokenizer.vocab_size, rows)
         return tokenizer
 
     def __reduce__(self):
         return PretrainedTokenizer, (self._dump,)
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """The SHA-256 (hex) of the saved file."""
-        return hashlib.sha256(self._dump).hexdigest()
+    def dump(self) -> bytes:
+        """Return the tokenizer as JSON."""
+        return self._dump
 
     def encode(self, text: str, *, start: bool = False) -> list[int]:
-        """Return the ids of a text; a lone surrogate is read as "?"."""
-        text = text.encode("utf-8", "replace").decode("utf-8")
+        """Return the ids of a text; with `start` like the model's own tokenizer."""
         bpe = self._start if start else self._piece
-        return bpe.encode(text, add_special_tokens=False).ids
+        return bpe.encode(clean(text), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` up to the first of `stop_ids`, without other special ids."""
-        plain = []
-        for i in map(int, ids):
-            if i in self.stop_ids:
-                break
-            if not 0 <= i < self.rows:
-                raise DataError(
-                    f"token id {i} is outside the model's {self.rows} rows: the ids are those of "
-                    "another tokenizer"
-                )
-            if i in self._text:
-                plain.append(i)
+        plain = [i for i in until_stop(ids, self.stop_ids, self.rows) if i in self._text]
         return self._piece.decode(plain, skip_special_tokens=False)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one JSON file, atomically."""
-        storage.write_bytes(storage.as_path(path), self._dump)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Read the file that either kind of tokenizer saved; raise DataError if it is neither's."""
-    ours = read_json(storage.as_path(path)).get("format") == _HEADER["format"]
-    return PretrainedTokenizer.load(path) if ours else BPETokenizer.load(path)
+    public = read_json(storage.as_path(path)).get("format") == _HEADER["format"]
+    return PretrainedTokenizer.load(path) if public else BPETokenizer.load(path)
 
 
 def _record(folder: Path, rows: int) -> dict[str, Any]:
     """Return the record that `save` writes for a model's folder."""
     spec = read_spec(folder)
     configs = {name: read_json(folder / name) for name in (*_NAMES, *_IDS)}
-    configs["config.json"] = {**configs["config.json"], **_text_config(configs["config.json"])}
-    ids = _all_ids(spec) | _declared(configs["tokenizer_config.json"])
+    if isinstance(text_config := configs["config.json"].get("text_config"), dict):
+        configs["config.json"] |= {k: v for k, v in text_config.items() if v is not None}
+    declared = configs["tokenizer_config.json"].get("added_tokens_decoder") or {}
+    added = [*spec["added_tokens"], *({**token, "id": int(i)} for i, token in declared.items())]
+    ids = dict(_vocab(spec)) | {token["content"]: token["id"] for token in added}
     bos, eos, pad = (_special(kind, configs, ids, folder) for kind in ("bos", "eos", "pad"))
     if ids.get("\n<s>\n") == 1:  # llama2.c, where they are fixed
         bos, eos = bos or [1], eos or [2]
@@ -152,15 +132,15 @@ def _record(folder: Path, rows: int) -> dict[str, Any]:
         )
     stops = list(dict.fromkeys(eos + _listed(configs["generation_config.json"], "eos")))
     bos = bos or eos
+    ends = {*bos, *stops}
     token_of = {i: token for token, i in ids.items()}
-    controls = {token_of[i] for i in (*bos, *stops) if i in token_of}
-    controls |= _controls(spec, configs)
-    vocab_size = 1 + max(*ids.values(), *bos, *stops)
-    _take_out(spec, controls, {*bos, *stops})
+    controls = {token_of[i] for i in ends if i in token_of} | _controls(added, configs)
+    vocab_size = 1 + max(*ids.values(), *ends)
+    _remove(controls, spec, ends)
     rows = int(rows or configs["config.json"].get("vocab_size") or vocab_size)
     needed = 1 + max(*_text_ids(spec), *bos, *eos)
     if rows < needed:
-        raise CheckpointError(_too_few(folder, needed, rows))
+        raise _too_few_rows(folder, needed, rows)
     return {
         **_HEADER,
         "bos_id": bos[0],
@@ -173,35 +153,25 @@ def _record(folder: Path, rows: int) -> dict[str, Any]:
     }
 
 
-def _encoded(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _too_few(path: Path, needed: int, rows: int) -> str:
-    return (
+def _too_few_rows(path: Path, needed: int, rows: int) -> CheckpointError:
+    return CheckpointError(
         f"tokenizer {path} has {needed} ids, but the model's embedding only {rows} rows (more "
         "would be padding). They belong to different models: take both from one"
     )
-
-
-# -- special ids -------------------------------------------------------------------------------
 
 
 def _special(kind: str, configs: dict[str, dict], ids: dict[str, int], folder: Path) -> list[int]:
     """Return the ids of "bos", "eos" or "pad" from the first file that has any."""
     for name in _NAMES:
         token = _content(configs[name].get(f"{kind}_token"))
-        if token is not None:
-            if token not in ids:
-                raise DataError(
-                    f"{folder / name} names {token!r} as {kind}_token, but the tokenizer next to "
-                    "it has no such token: download both again, from one model"
-                )
+        if token in ids:
             return [ids[token]]
-    for name in _IDS:
-        if listed := _listed(configs[name], kind):
-            return listed
-    return []
+        if token is not None:
+            raise DataError(
+                f"{folder / name} names {token!r} as {kind}_token, but the tokenizer next to it "
+                "has no such token: download both again, from one model"
+            )
+    return next(filter(None, (_listed(configs[name], kind) for name in _IDS)), [])
 
 
 def _listed(config: dict[str, Any], kind: str) -> list[int]:
@@ -213,20 +183,13 @@ def _listed(config: dict[str, Any], kind: str) -> list[int]:
     return [i for i in values if i >= 0]  # -1 is "none" in some
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    inner = config.get("text_config")
-    return {k: v for k, v in inner.items() if v is not None} if isinstance(inner, dict) else {}
-
-
 def _content(token: Any) -> str | None:
     """Return the text of a special token, which a file gives alone or with flags."""
     return token.get("content") if isinstance(token, dict) else token or None
 
 
-def _controls(spec: Spec, configs: dict[str, dict]) -> set[str]:
-    """Return the contents of all special tokens that the model's files name."""
-    added = list(spec["added_tokens"])
-    added += (configs["tokenizer_config.json"].get("added_tokens_decoder") or {}).values()
+def _controls(added: list[dict], configs: dict[str, dict]) -> set[str]:
+    """Return the contents of all special tokens: added ones, and those that other files name."""
     controls = {t["content"] for t in added if t.get("special") or _MARKUP.fullmatch(t["content"])}
     for name in _NAMES:
         for key in ("bos_token", "eos_token", "unk_token", "cls_token", "sep_token", "mask_token"):
@@ -238,33 +201,19 @@ def _controls(spec: Spec, configs: dict[str, dict]) -> set[str]:
     return controls - {""}
 
 
-# -- the vocabulary ----------------------------------------------------------------------------
-
-
 def _vocab(spec: Spec) -> Iterable[tuple[str, int]]:
     """Return (piece, id) of the vocabulary without added tokens."""
     vocab = spec["model"]["vocab"]
-    if spec["model"]["type"] == "BPE":
-        return vocab.items()
-    return ((piece, i) for i, (piece, _) in enumerate(vocab))
-
-
-def _all_ids(spec: Spec) -> dict[str, int]:
-    return dict(_vocab(spec)) | {t["content"]: t["id"] for t in spec["added_tokens"]}
-
-
-def _declared(config: dict[str, Any]) -> dict[str, int]:
-    """Return the tokens that only tokenizer_config.json declares."""
-    declared = config.get("added_tokens_decoder") or {}
-    return {token["content"]: int(i) for i, token in declared.items()}
+    is_bpe = spec["model"]["type"] == "BPE"
+    return vocab.items() if is_bpe else ((piece, i) for i, (piece, _) in enumerate(vocab))
 
 
 def _text_ids(spec: Spec) -> Iterable[int]:
-    """Return the ids that encode text, after `_take_out`."""
+    """Return the ids that encode text, after `_remove`."""
     return (i for piece, i in _vocab(spec) if piece != _UNREACHABLE)
 
 
-def _take_out(spec: Spec, controls: set[str], ends: set[int]) -> None:
+def _remove(controls: set[str], spec: Spec, ends: set[int]) -> None:
     """Remove special tokens from the vocabulary, in place; all others keep their ids.
 
     The unknown token stays, as an unreachable piece, unless it is one of the `ends`.
@@ -298,15 +247,9 @@ def _take_out(spec: Spec, controls: set[str], ends: set[int]) -> None:
 
 
 def _built(spec: Spec) -> tokenizers.Tokenizer:
-    complete = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "post_processor": None,
-        **spec,
-    }
+    unused = dict.fromkeys(("truncation", "padding", "post_processor"))
     try:
-        built = tokenizers.Tokenizer.from_str(json.dumps(complete))
+        built = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", **unused, **spec}))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(str(error)) from None
     for token in spec["added_tokens"]:
@@ -317,23 +260,18 @@ def _built(spec: Spec) -> tokenizers.Tokenizer:
 
 def _without_prefix(part: Any) -> Any:
     """Return a normalizer, pre-tokenizer or decoder that neither adds nor removes a first space."""
-    if isinstance(part, list):
-        return [_without_prefix(p) for p in part if not _prepends(p)]
-    if not isinstance(part, dict):
-        return part
-    kind = part.get("type")
-    if _prepends(part):
-        return None
-    if kind == "Metaspace":
-        return {"type": kind, "replacement": part["replacement"], "prepend_scheme": "never"} | (
-            {"split": part["split"]} if "split" in part else {}
-        )
-    if kind == "ByteLevel":
-        return {**part, "add_prefix_space": False}
-    if kind == "Strip" and part.get("content") == " ":
-        return {**part, "start": 0}
-    return {k: _without_prefix(v) for k, v in part.items()}
-
-
-def _prepends(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "Prepend"
+    match part:
+        case list():
+            return [rest for p in part if (rest := _without_prefix(p)) is not None]
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Metaspace"}:
+            kept = {k: part[k] for k in ("type", "replacement", "split") if k in part}
+            return {**kept, "prepend_scheme": "never"}
+        case {"type": "ByteLevel"}:
+            return {**part, "add_prefix_space": False}
+        case {"type": "Strip", "content": " "}:
+            return {**part, "start": 0}
+        case dict():
+            return {k: _without_prefix(v) for k, v in part.items()}
+    return part
