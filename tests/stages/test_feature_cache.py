@@ -325,7 +325,7 @@ def test_the_size_is_printed_before_anything_is_computed_and_must_fit(
     made = cache(images, stored=stored)
     line = f"24 of 24 examples × 1 × 1 × 16 tokens × 16 {stored}: {size:,} bytes"
     assert line in capsys.readouterr().out
-    records = sum(len(record) for i in range(24) for record in [made._records._source[i]])
+    records = sum(len(record) for i in range(24) for record in [made._records[i]])
     assert records == size
     assert size < sum(p.stat().st_size for p in made.cache.folder.iterdir()) <= free.free
 
@@ -361,7 +361,7 @@ def test_a_flipped_bit_names_the_file_and_that_file_alone_is_computed_again(
 ):
     made = cache(images)
     path, wanted = made.cache.path(1), made.cache.path(1).read_bytes()
-    record = made._records._source[10]
+    record = made._records[10]
     flipped(path, wanted.index(record) + 100)
     again = cache(images)  # the ends of the files are whole
     assert np.array_equal(again[9].media.tokens, made[9].media.tokens)
