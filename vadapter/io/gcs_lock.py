@@ -33,7 +33,7 @@ def _say(text: str) -> None:
 def hold_object(path: Path, wait: bool) -> Iterator[None]:
     """Hold the lock object `path`, see `lock.lock`."""
     buckets.require_bucket(path)
-    held = _Object(path)
+    held = _LockObject(path)
     with buckets.bucket_errors():
         held.acquire(wait)
     over = threading.Event()
@@ -44,10 +44,11 @@ def hold_object(path: Path, wait: bool) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        held.release()
+        with contextlib.suppress(Exception):  # of the network: the object becomes stale
+            held.delete()
 
 
-class _Object:
+class _LockObject:
     """A lock object; its generation changes with each write, which requests can require."""
 
     def __init__(self, path: Path):
@@ -76,7 +77,7 @@ class _Object:
                     )
                 seen, since = generation, time.monotonic()
             if gone or time.monotonic() - since > STALE:
-                self._delete(generation)
+                self.delete(generation)
             else:
                 time.sleep(_POLL)
 
@@ -96,11 +97,6 @@ class _Object:
                 "both would write to the same directory"
             )
             os._exit(USER_ERROR)
-
-    def release(self) -> None:
-        """Delete the object, if it is still ours; if that fails it becomes stale."""
-        with contextlib.suppress(Exception):
-            self._delete(self._generation)
 
     def _write(self) -> bool:
         """Write the object if it is as we left it; return False if another process holds it."""
@@ -124,9 +120,10 @@ class _Object:
                 return parse_holder(text), blob.generation
         return {}, 0
 
-    def _delete(self, generation: int) -> None:
+    def delete(self, generation: int | None = None) -> None:
+        """Delete the object if it is of that generation, by default of that which we wrote."""
         with _changed_meanwhile():
-            self._bucket.blob(self._name).delete(if_generation_match=generation)
+            self._bucket.blob(self._name).delete(if_generation_match=generation or self._generation)
 
 
 def _changed_meanwhile() -> contextlib.suppress:

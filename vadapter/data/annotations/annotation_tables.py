@@ -32,7 +32,9 @@ MEDIA_KEYS = ("image", "clip", "video")
 KEYS = (*MEDIA_KEYS, "captions", "caption", "question", "answers", "answer", "question_id", "kind",
         "shard", "split", "id")  # fmt: skip
 
-Row = tuple[str, dict[str, Any]]  # its location ("file, line n"), its content
+# location ("file, line n"), name of the image or clip, content
+Row = tuple[str, str, dict[str, Any]]
+_Located = Iterator[tuple[str, dict[str, Any]]]
 Texts = tuple[tuple[str, ...], tuple[Question, ...]]  # captions, qa
 Split = str | Sequence[str] | None
 
@@ -52,7 +54,7 @@ def read_rows(path: Path, split: Split, columns: Mapping[str, str] | None = None
         row = rename(row, columns)
         seen.add(str(row.get("split")))
         if splits is None or row.get("split") is None or row["split"] in splits:
-            yield location, row
+            yield location, _media_name(location, row), row
     if not seen:
         raise DataError(f"{path}: no rows; the file is empty")
     if splits is not None and not seen & {*splits, "None"}:
@@ -87,7 +89,7 @@ def _open(path: Path) -> BinaryIO:
     return io.BytesIO(path.read_bytes()) if storage.remote(path) else path.open("rb")
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _json_lines(path: Path) -> _Located:
     with _open(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_TEXT_BYTES), b""), 1):
             if line.strip():
@@ -95,11 +97,11 @@ def _json_lines(path: Path) -> Iterator[Row]:
                 yield location, parse(line, location)
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> _Located:
     return coco_json.rows(path, _decode(path.read_bytes(), str(path)))
 
 
-def _separated(path: Path, **form: Any) -> Iterator[Row]:
+def _separated(path: Path, **form: Any) -> _Located:
     """Yield rows without their empty cells; a missing or additional cell is an error."""
     with _open(path) as file:
         reader = csv.DictReader(_text_lines(path, file), **form)
@@ -123,7 +125,7 @@ def _text_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
             ) from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], _Located]] = {
     ".csv": functools.partial(_separated, delimiter=","),
     ".tsv": functools.partial(_separated, delimiter="\t", quoting=csv.QUOTE_NONE),
     ".json": _json,
@@ -145,8 +147,7 @@ def _decode(data: bytes, location: str) -> Any:
         raise DataError(f"{location}: not JSON ({error}); fix or remove it") from error
 
 
-def media_name(location: str, row: dict[str, Any]) -> str:
-    """Return the name of the image or clip of a row."""
+def _media_name(location: str, row: dict[str, Any]) -> str:
     for key in MEDIA_KEYS:
         if key in row:
             return _text(row[key], f"{location}: {key}")
@@ -190,10 +191,8 @@ def _text_list(row: dict[str, Any], plural: str, singular: str, location: str) -
     return tuple(_text(value, f"{location}: {singular}") for value in values)
 
 
-def gather(
-    rows: Iterable[tuple[str, str, dict[str, Any]]], *, repeats: bool = False
-) -> dict[str, Texts]:
-    """Return name -> texts of rows (location, name of the image or clip, row), in their order.
+def gather(rows: Iterable[Row], *, repeats: bool = False) -> dict[str, Texts]:
+    """Return name of the image or clip -> texts, in order of appearance.
 
     Questions about an image may be in many rows. Its captions are in one row unless `repeats`, so
     that an image that is listed twice by mistake is noticed. The id of a question is in one row.

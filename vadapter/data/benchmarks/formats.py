@@ -242,9 +242,6 @@ def _rows_path(folder: Path, split: str, file: File) -> Path | None:
 
 def _rows(path: Path, split: str) -> Iterator[Record]:
     """Read JSON lines beside tar shards, see `annotation_tables`."""
-    rows = (
-        (location, annotation_tables.media_name(location, row), row)
-        for location, row in annotation_tables.read_rows(path, split)
-    )
+    rows = annotation_tables.read_rows(path, split)
     for name, (captions, qa) in annotation_tables.gather(rows).items():
         yield Record(name, PurePosixPath(name).stem, captions, qa)

@@ -31,14 +31,9 @@ class ParquetImages(RowSource):
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        split: str | None = None,
-        *,
-        shards: str | None = None,
-        columns: Mapping[str, str] | None = None,
-        index: str | Path | None = None,
-    ):
+        self, folder: str | Path, split: str | None = None, *, shards: str | None = None,
+        columns: Mapping[str, str] | None = None, index: str | Path | None = None,
+    ):  # fmt: skip
         folder = storage.local(folder, "folder")
         files = find(folder, ".parquet", split, shards)
         self._shards = open_shards(folder, files, index)

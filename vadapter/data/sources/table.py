@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from vadapter.data.annotations import annotation_tables
 from vadapter.data.example import Example, Source
@@ -28,13 +27,9 @@ class ImageFolder(Source):
     """
 
     def __init__(
-        self,
-        table: str | Path,
-        folder: str | Path | None = None,
-        *,
-        split: annotation_tables.Split = None,
-        columns: Mapping[str, str] | None = None,
-    ):
+        self, table: str | Path, folder: str | Path | None = None, *,
+        split: annotation_tables.Split = None, columns: Mapping[str, str] | None = None,
+    ):  # fmt: skip
         table = storage.as_path(table)
         folder = table.parent if folder is None else storage.as_path(folder)
         listed = storage.files(folder) if storage.remote(folder) else None
@@ -57,7 +52,12 @@ class ImageFolder(Source):
         example = self._examples[index]
         if not self._generations:
             return example
-        data = _fetch(str(example.media), self._generations[index])
+        try:
+            data = storage.read_object(str(example.media), self._generations[index])
+        except OSError as error:
+            raise DataError(
+                f"{example.media}: cannot be read ({error}); if it has changed, restart"
+            ) from error
         return dataclasses.replace(example, media=data)
 
     def text_only(self, index: int) -> Example:
@@ -70,18 +70,10 @@ class ImageFolder(Source):
         return self._digest
 
 
-def _fetch(path: str, generation: int) -> bytes:
-    try:
-        return storage.read_object(path, generation)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); if it has changed, restart") from error
-
-
 def _check_files(
     rows: Iterable[annotation_tables.Row], folder: Path, listed: Collection[str] | None
-) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for location, row in rows:
-        name = annotation_tables.media_name(location, row)
+) -> Iterator[annotation_tables.Row]:
+    for location, name, row in rows:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise DataError(f"{location}: {name!r} leaves the folder; use names inside {folder}")
         if name not in listed if listed is not None else not (folder / name).is_file():

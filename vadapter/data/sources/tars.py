@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -46,14 +45,9 @@ class CaptionTars(Source):
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        split: str | None = None,
-        *,
-        shards: str | None = None,
-        index: str | Path | None = None,
-        max_bad: float = 0.001,
-    ):
+        self, folder: str | Path, split: str | None = None, *, shards: str | None = None,
+        index: str | Path | None = None, max_bad: float = 0.001,
+    ):  # fmt: skip
         folder = storage.as_path(folder)
         self._shards = open_shards(folder, find(folder, ".tar", split, shards), index)
         self._shards.require_unique()
@@ -95,14 +89,11 @@ class _TableRows:
     """Examples whose texts come from tables beside the shards, where unusable ones are refused."""
 
     def __init__(self, shards: ShardSet, rows: list[annotation_tables.Row], folder: Path):
-        names = [annotation_tables.media_name(location, row) for location, row in rows]
-        members = shards.find(names)
-        for (location, row), name, member in zip(rows, names, members, strict=True):
-            _check_member(shards, location, row, name, member)
-        texts = annotation_tables.gather(
-            (location, name, row) for (location, row), name in zip(rows, names, strict=True)
-        )
-        member_of = dict(zip(names, members, strict=True))
+        names = [name for _, name, _ in rows]
+        member_of = dict(zip(names, shards.find(names), strict=True))
+        for row in rows:
+            _check_member(shards, row, member_of[row[1]])
+        texts = annotation_tables.gather(rows)
         self._examples = [Example(name, None, *both) for name, both in texts.items()]
         self._members = np.array([member_of[name] for name in texts], np.int64)
         self.kind = kind_of(texts, str(folder))
@@ -116,9 +107,8 @@ class _TableRows:
         return self._examples[index], int(self._members[index]), ""
 
 
-def _check_member(
-    shards: ShardSet, location: str, row: dict[str, Any], name: str, member: int
-) -> None:
+def _check_member(shards: ShardSet, table_row: annotation_tables.Row, member: int) -> None:
+    location, name, row = table_row
     if member < 0:
         reasons = (f["skipped"][name] for f in shards.facts if name in f["skipped"])
         reason = next(reasons, f"no member of that name in {len(shards.facts)} shards")

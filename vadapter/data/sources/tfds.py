@@ -42,13 +42,9 @@ class TfdsSource(RowSource):
     """
 
     def __init__(
-        self,
-        name: str,
-        split: str,
-        *,
-        data_dir: str | Path | None = None,
+        self, name: str, split: str, *, data_dir: str | Path | None = None,
         columns: Mapping[str, str] | None = None,
-    ):
+    ):  # fmt: skip
         import tensorflow_datasets as tfds  # slow to import: only where it is needed
 
         self._location = f"{name}, split {split!r}"
