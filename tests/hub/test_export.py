@@ -137,7 +137,7 @@ def test_a_card_of_hub_models_names_them_with_their_commits(public, tmp_path, mo
     assert "| trained | `model.safetensors`, initialized from tlm |" in card.text
     llm = read(tmp_path / "adapter").frozen["llm"]
     assert (llm.weights, llm.revision, llm.digest) == ("meta/llama", commit, loaded.digests["llm"])
-    assert "hub id" not in report(tmp_path / "adapter", {})
+    assert "hub id" not in report(tmp_path / "adapter")
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else_ever(own, exported, tmp_path):

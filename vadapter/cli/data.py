@@ -3,14 +3,10 @@
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vadapter.cli.common import RECIPE, Argument, arg, at_least, recipe, verb
 from vadapter.errors import USER_ERROR
 from vadapter.io.storage import as_path
-
-if TYPE_CHECKING:
-    from vadapter.inspect.open_data import OpenData
 
 _RECIPE = arg("config", metavar=RECIPE, help="the recipe")
 _OFFICIAL = arg(
@@ -121,12 +117,6 @@ _INSPECT = (
 )  # fmt: skip
 
 
-def _open(args: argparse.Namespace) -> "list[OpenData]":
-    from vadapter.inspect.open_data import open_data
-
-    return open_data(recipe(args), args.workdir, args.stage, args.data)
-
-
 @verb(
     *_INSPECT,
     arg("--n", type=at_least(1), default=4, metavar="N", help="rows of each data set (default: 4)"),
@@ -141,8 +131,10 @@ def show(args: argparse.Namespace) -> None:
     counts in the loss.
     """
     from vadapter.inspect import show_data, show_page
+    from vadapter.inspect.open_data import open_data
 
-    rows = (row for data in _open(args) for row in show_data.shown(data, args.n))
+    opened = open_data(recipe(args), args.workdir, args.stage, args.data)
+    rows = (row for data in opened for row in show_data.shown(data, args.n))
     if args.out is not None:
         print(show_page.write_page(args.out, str(args.config), rows))
         return
@@ -166,8 +158,10 @@ def stats(args: argparse.Namespace) -> None:
     and video lengths, and measures the reading speed.
     """
     from vadapter.inspect import data_stats
+    from vadapter.inspect.open_data import open_data
 
-    results = (data_stats.stats(data, args.limit) for data in _open(args))
+    opened = open_data(recipe(args), args.workdir, args.stage, args.data)
+    results = (data_stats.stats(data, args.limit) for data in opened)
     if args.json:
         print(json.dumps(list(results), indent=1))
         return

@@ -90,4 +90,5 @@ def export(args: argparse.Namespace) -> None:
 
     loaded = open_run(args.workdir, args.stage, overrides=args.overrides)
     print(f"{loaded.name}, step {loaded.step}")
-    print(write.report(args.folder, write.export(loaded, args.folder)))
+    write.export(loaded, args.folder)
+    print(write.report(args.folder))

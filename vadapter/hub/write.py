@@ -27,13 +27,10 @@ from vadapter.weights.hf_checkpoint import locate
 from vadapter.weights.reference import PREFIX
 
 
-def export(loaded: Stage, folder: Path) -> dict[str, int]:
+def export(loaded: Stage, folder: Path) -> None:
     """Write a stage to a folder, atomically; the same checkpoint always gives the same bytes.
 
     The folder must not exist, or be an earlier export, which is replaced.
-
-    Returns:
-      The files with their sizes in bytes.
 
     Raises:
       ConfigError: a text-only stage, or a folder with anything other than an export.
@@ -57,7 +54,6 @@ def export(loaded: Stage, folder: Path) -> dict[str, int]:
         shutil.rmtree(part, ignore_errors=True)
         _undo_replacement(old, target)
     shutil.rmtree(old, ignore_errors=True)
-    return {name: (target / name).stat().st_size for name in record.files(exported)}
 
 
 def _record(loaded: Stage) -> Exported:
@@ -129,10 +125,12 @@ def _save(path: Path, trees: Mapping[str, Any]) -> None:
     save_file({name: np.asarray(jax.device_get(x)) for name, x in leaves.items()}, path)
 
 
-def report(folder: Path, sizes: Mapping[str, int]) -> str:
+def report(folder: Path) -> str:
     """Return a summary of an export: its files, and the components it refers to."""
-    lines = [str(folder), *(f"  {name:<32} {size(count):>10}" for name, count in sizes.items())]
-    for name, part in record.read(folder).public().items():
+    exported, lines = record.read(folder), [str(folder)]
+    for name in record.files(exported):
+        lines.append(f"  {name:<32} {size((folder / name).stat().st_size):>10}")
+    for name, part in exported.public().items():
         lines.append(f"  {name}: not included, public weights {part.location}")
         if not part.revision:
             lines.append(
