@@ -55,11 +55,7 @@ def handlers() -> dict[str, Any]:
 
 
 def items(tree: PyTree, meta: Mapping[str, Any]) -> ocp.args.Composite:
-    """Return what Orbax saves: the leaves of `tree`, and `meta` with digests and its SHA-256.
-
-    Args:
-      tree: of `jax.Array`, all on the same devices.
-      meta: JSON values.
+    """Return what Orbax saves: a tree of arrays, and JSON values with digests and their SHA-256.
 
     Raises:
       ValueError: `meta` uses a reserved key, or a leaf has no elements, which Orbax cannot save.
@@ -101,7 +97,7 @@ def load(
     path: Path, abstract: PyTree, *, expect: Mapping[str, Any] | None = None,
     upgrade: Upgrade = dict, subset: bool = False,
 ) -> tuple[PyTree, dict[str, Any]]:  # fmt: skip
-    """Read a directory into the shardings of `abstract` and verify every leaf on the devices.
+    """Return the tree, in the shardings of `abstract`, and the meta; verify every leaf.
 
     Args:
       path: the directory.
@@ -109,9 +105,6 @@ def load(
       expect: values that `meta` must hold, compared key by key, nested dicts included.
       upgrade: converts meta that an earlier version wrote, before it is compared.
       subset: ignore leaves of the checkpoint that `abstract` lacks.
-
-    Returns:
-      A tree like `abstract`, and the meta.
 
     Raises:
       CheckpointError: tree, shapes, dtypes or expected values differ; with a table.

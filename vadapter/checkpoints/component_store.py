@@ -33,11 +33,7 @@ class ComponentStore:
         self._root = storage.absolute(root)
 
     def path(self, name: str, digest: str) -> Path:
-        """Return the directory of a component, which need not exist.
-
-        Raises:
-          ValueError: the name is not a plain file name, or the digest is not one from `put`.
-        """
+        """Return the directory of a component, which need not exist."""
         if not re.fullmatch(r"\w[\w.-]*", name) or not re.fullmatch(r"[0-9a-f]{12,64}", digest):
             raise ValueError(f"not a component: name {name!r}, digest {digest!r}")
         return self._root / f"{name}-{digest[:12]}"

@@ -75,15 +75,10 @@ class Checkpointer:
         self._remove_leftovers()
 
     def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> bool:
-        """Start to save. The arrays are copied before it returns, so that they may be donated.
+        """Start to save a state, and the JSON values that a resume needs and checks.
 
-        Args:
-          step: number of finished steps.
-          state: tree of `jax.Array`, all on the same devices.
-          meta: JSON values that a resume needs and checks.
-
-        Returns:
-          False if this object has saved or restored the step before, or if the save failed at once.
+        The arrays are copied before it returns, so that they may be donated. Returns False if this
+        object has saved or restored the step before, or if the save failed at once.
 
         Raises:
           CheckpointError: too many saves failed in a row, or a checkpoint of a later step exists;

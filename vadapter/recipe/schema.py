@@ -307,12 +307,8 @@ def resized(
 ) -> Recipe:
     """Return the recipe with other sizes of a stage; 0 and "" keep the recipe's.
 
-    Args:
-      recipe: of the run.
-      stage: the stage's name.
-      batch: rows of its global batch.
-      frames: of every row of every data set, images and clips alike.
-      remat: of every component that names one.
+    `frames` is of every row of every data set, images and clips alike, `remat` of every component
+    that names one.
     """
     config = recipe.stages[stage]
     config = dataclasses.replace(config, batch=batch or config.batch)

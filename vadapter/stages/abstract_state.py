@@ -103,7 +103,7 @@ def abstract_state(
     """
     state = jax.eval_shape(lambda p: init_state(p, tx), trainable)
 
-    def on_all(x: Any) -> jax.ShapeDtypeStruct:
+    def on_all(x: Any) -> Any:
         return _shape(x, replicated(mesh))
 
     opt_state = optax.tree_utils.tree_map_params(

@@ -26,14 +26,13 @@ def write_caches(
 ) -> Iterator[tuple[str, DataConfig, FeatureSource]]:  # fmt: skip
     """Encode data sets with the frozen encoders of the stages that use them; skip complete caches.
 
+    Yields the data set's name, its configuration, and the source that reads the cache.
+
     Args:
       names: of data sets; by default those with `cache`.
       workdir: the run directory; needed if the run trains the encoder.
       out, stored: replace the recipe's `cache_dir` and `cache_dtype`.
       watch: for a data set, see `feature_cache.encoded`.
-
-    Yields:
-      The data set's name, its configuration, and the source that reads the cache.
 
     Raises:
       ConfigError: a data set is unknown or used with no frozen encoder; no folder is given.

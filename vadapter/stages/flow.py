@@ -29,13 +29,8 @@ def flow(
     """Yield each component with the shapes of its input and output, in the order of the data flow.
 
     The input of the last language model is {prompt, prefix, tokens}: i32[B,P], [B,Q,E], i32[B,T].
-
-    Args:
-      model, params, batch: the stage's model, and the shapes of its parameters and of a batch.
-      exact: P in `batch` is exact, not an upper bound.
-
-    Raises:
-      ConfigError: a row is longer than a language model's max_len.
+    A row longer than a language model's max_len is a ConfigError; P counts only if it is `exact`,
+    not an upper bound.
     """
     x: Any = batch.get("frames")
     if isinstance(model, CoCa):

@@ -108,9 +108,7 @@ def check_sources(recipe: Recipe, stage: str, workdir: Path) -> None:
     """Check the starts of a stage that no stage of this run will provide.
 
     Raises:
-      ConfigError: a frozen component has no source of weights; weights cannot be read.
-      CheckpointError: weights are missing; a stage of another run is not finished, or has not
-        trained the component.
+      ConfigError, CheckpointError: as `plan`.
     """
     config = recipe.stages[stage]
     for component in components(config):
@@ -154,16 +152,14 @@ def find(
 ) -> Start:  # fmt: skip
     """Return where a component starts; reads no tensor and writes nothing.
 
+    It has no digest if it is from public weights or from an upcoming stage.
+
     Args:
-      recipe, stage, workdir: of the run.
-      component: its name in the stage.
+      recipe, stage, workdir, component: of the run.
       abstract: tree of shapes that the stage's model needs.
       upcoming: stage -> component -> tree of shapes, of stages that will run before this one.
       vocab_bound: upper bound of the size of a vocabulary that is not trained yet: a stored
         dimension may be smaller than one of this size.
-
-    Returns:
-      The start; without a digest for public weights and for upcoming stages.
 
     Raises:
       ConfigError, CheckpointError: as `plan`.
@@ -248,16 +244,12 @@ def _account(
 def plan(
     recipe: Recipe, stage: StageConfig, workdir: Path, abstract: Mapping[str, Any]
 ) -> dict[str, Start]:
-    """Return where each component of a stage starts, with digests.
+    """Return where each component of a stage starts, with digests; see `find`.
 
     What is frozen and comes from another run is copied into this run's component store, so that the
     run directory remains complete when the other run is deleted. Trained components end up in
     this run's checkpoints anyway, and public weights are too large to copy: they stay where they
     are, and their digest tells whether they have changed.
-
-    Args:
-      recipe, stage, workdir: of the run.
-      abstract: component -> tree of shapes that the stage's model needs.
 
     Raises:
       ConfigError: a frozen component has no source of weights.
@@ -299,12 +291,13 @@ def _copy(other: Path, own: Path, name: str, digest: str) -> None:
 
 
 def load(start: Start, abstract: Any, initial: Any | None, dtype: Any = None) -> Any:
-    """Return the parameters of a component, verified leaf by leaf.
+    """Return the parameters of a component in the shardings of `abstract`, verified leaf by leaf.
+
+    What is int8 in `abstract` is quantized after reading.
 
     Args:
       start: from `find` or `plan`.
-      abstract: tree of `jax.ShapeDtypeStruct` with shardings; what is int8 is quantized after
-        reading.
+      abstract: tree of `jax.ShapeDtypeStruct`.
       initial: random parameters; needed only where the start is random or leaves are fresh.
       dtype: of the result; None: that of `abstract`.
 

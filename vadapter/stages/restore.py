@@ -81,17 +81,14 @@ def open_run(
     workdir: Path, stage: str | None = None, *, step: int | None = None,
     overrides: Iterable[str] = (),
 ) -> Stage:  # fmt: skip
-    """Return a trained stage of a run with its parameters.
+    """Return a trained stage of a run with its parameters; the run may have been moved.
+
+    It is on the recipe's mesh, or uses data parallelism where that does not fit this machine.
 
     Args:
-      workdir: the run directory; it may have been moved.
-      stage: its name; by default the last of the chain that writes about images and has a
-        checkpoint.
+      workdir, overrides: see `read_run`.
+      stage: by default the last of the chain that writes about images and has a checkpoint.
       step: of the checkpoint; by default the newest intact one.
-      overrides: see `read_run`.
-
-    Returns:
-      The stage on the recipe's mesh, or with data parallelism where that does not fit this machine.
 
     Raises:
       CheckpointError: there is no run or no checkpoint yet; files are missing or corrupt.

@@ -209,10 +209,7 @@ class Stage:
     def sizes(self, data: str = "", *, kind: str = "", prompt: int = PROMPT) -> dict[str, int]:
         """Return P, T and M of the rows of a data set, and F and S where the stage sees images.
 
-        Args:
-          data: the data set; "": the first that it trains on.
-          kind: image or clip; "": as the data set says, image where it says nothing.
-          prompt: P, of tasks that have a prompt.
+        By default of the first data set that it trains on, and of images where it does not say.
         """
         rows = self.recipe.data[data or next(iter(self.config.data))]
         sizes = {"P": prompt, "T": rows.text_len, "M": rows.target_len or rows.text_len}
@@ -350,8 +347,7 @@ class Stage:
     def load_params(self, *, resumed: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the (trained, frozen) parameters that it starts from; frozen in compute dtype.
 
-        Args:
-          resumed: leave out the trained ones, which come from a checkpoint of this stage.
+        If resumed, without the trained ones, which come from a checkpoint of this stage.
         """
         names = [name for name in self.starts if not (resumed and name in self.trained)]
         initialized = [name for name in names if self.starts[name].needs_init]
