@@ -67,6 +67,8 @@ def get_config(arg=None):
 
     # save_every: steps between checkpoints. log_every: steps between rows of metrics.jsonl.
     logging = dict(save_every=steps(100), log_every=20)
+    # What both language models share. kind="lm": next-token prediction on documents.
+    pretrain = dict(kind="lm", batch=16, data=dict(documents=1.0), optim=optim(3e-3), **logging)
     # What the three stages that see images share. data: data sets with their sampling weights;
     # a stage mixes them. loss: data sets whose held-out loss is measured, on loss_batches batches.
     # evals: evaluations to run, every eval_every steps on eval_limit examples and at the end on
@@ -74,6 +76,7 @@ def get_config(arg=None):
     see = dict(
         encoder="encoder",
         batch=24,
+        optim=optim(2e-3),
         data=dict(images=2.0, clips=1.0),
         loss=("held_images",),
         loss_batches=4,
@@ -137,26 +140,13 @@ def get_config(arg=None):
             ),
             chain=("tlm", "llm", "vision", "decoder", "perceiver", "vadapter"),  # in this order
             stages=dict(
-                # kind="lm": next-token prediction on documents.
-                tlm=dict(
-                    kind="lm",
-                    lm="tlm",
-                    steps=steps(120),
-                    batch=16,
-                    data=dict(documents=1.0),
-                    optim=optim(3e-3),
-                    **logging,
-                ),
+                tlm=dict(lm="tlm", steps=steps(120), **pretrain),
                 llm=dict(
-                    kind="lm",
                     lm="llm",
                     steps=steps(240),
-                    batch=16,
-                    data=dict(documents=1.0),
-                    optim=optim(3e-3),
                     loss=("plain", "siblings", "keywords"),
                     loss_batches=4,
-                    **logging,
+                    **pretrain,
                 ),
                 # kind="vision": trains encoder, pooler, text and fusion.
                 vision=dict(
@@ -175,7 +165,6 @@ def get_config(arg=None):
                     chain=("resampler", "fc_in"),
                     start=dict(encoder="vision", tlm="tlm"),
                     steps=steps(100),
-                    optim=optim(2e-3),
                     **see,
                 ),
                 # kind="adapter": only the chain is trained, here with the tiny LM in it.
@@ -191,7 +180,6 @@ def get_config(arg=None):
                         llm="llm",
                     ),
                     steps=steps(120),
-                    optim=optim(2e-3),
                     **see,
                 ),
                 perceiver=dict(
@@ -200,7 +188,6 @@ def get_config(arg=None):
                     chain=("perceiver", "fc_out"),
                     start=dict(encoder="vision", llm="llm"),
                     steps=steps(120),
-                    optim=optim(2e-3),
                     **see,
                 ),
             ),

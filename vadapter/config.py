@@ -31,13 +31,9 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     Its fields may be dataclasses, or dicts and tuples of them. If it has a
     `RENAMED: ClassVar[dict[str, str]]` of old to new keys, old ones still work, with a warning.
 
-    Args:
-      cls: the dataclass.
-      values: its fields.
-      where: dotted path of `values`, for messages.
-
     Raises:
-      ConfigError: unknown key (with the nearest known one), missing key, wrong type.
+      ConfigError: unknown key (with the nearest known one), missing key, wrong type; messages
+        begin with `where`, the dotted path of `values`.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ class OptimConfig:
     b2: float = 0.999  #: of Adam
     eps: float = 1e-8  #: of Adam
     weight_decay: float = 1e-4  #: decoupled, of kernels and embeddings only
-    clip: float = 1.0  #: global norm of the trained components' gradients; 0: off
+    clip: float = 1.0  #: global norm of the trained components' gradients; 0 for off
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:

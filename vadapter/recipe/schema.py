@@ -32,7 +32,7 @@ class Kind:
     """A row of the table of stage kinds."""
 
     visual: bool  #: the stage sees images
-    #: "chain" and "lm", those that it trains; "all": the four components of CoCa
+    #: "chain" and "lm", those that it trains, or "all", the four components of CoCa
     trains: tuple[str, ...]
     #: parameters that a language model does not need inside the chain, where only its hidden states
     #: are used; they are dropped without being listed in `StageConfig.drop`
@@ -64,9 +64,9 @@ class EvalConfig:
     data: str  #: a data set with task caption or question
     max_new: int = 32  #: maximum length of a generation in tokens
     batch: int = 100  #: rows per batch
-    limit: int = 0  #: number of examples, from the first; 0: all
+    limit: int = 0  #: number of examples, from the first; 0 for all
     min_new: int = 0  #: minimum length of a generation in tokens
-    beams: int = 1  #: width of the beam search; 1: greedy
+    beams: int = 1  #: width of the beam search; 1 for greedy
     length_penalty: float = 1.0  #: exponent of the length that a beam's score is divided by
 
     @property
@@ -81,18 +81,18 @@ class EvalConfig:
 class StageConfig:
     """One stage of a run."""
 
-    kind: str  #: a row of `STAGES`: what it trains
+    kind: str  #: a row of `STAGES`, which says what it trains
     steps: int  #: optimizer steps, one batch each
     batch: int  #: rows per step, on all devices together
-    #: `{data set: weight}`; every batch is of one of them, drawn in proportion to the weights
+    #: weights by data set; every batch is of one of them, drawn in proportion to the weights
     data: dict[str, float]
     lm: str = ""  #: the component that predicts the text
     chain: tuple[str, ...] = ()  #: the components between encoder and lm, in order
     encoder: str = "encoder"  #: the component that encodes images
-    #: where components begin, `{component: STAGE | RUN_DIR/STAGE | weights | random}`. Default:
-    #: weights if the component has some, else random, which a frozen component cannot be.
+    #: STAGE, RUN_DIR/STAGE, weights or random by component. The default is weights if the component
+    #: has some, else random, which a frozen component cannot be.
     start: dict[str, str] = dataclasses.field(default_factory=dict)
-    #: `{component: its name in the stage that it starts from}`, if they differ
+    #: by component, its name in the stage that it starts from, if that differs
     rename: dict[str, str] = dataclasses.field(default_factory=dict)
     #: parameters (`component/path` prefixes) that may start random though others are loaded
     fresh: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ class StageConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)  #: the optimizer
     #: evaluations at the end, and every `eval_every` steps on fewer examples
     evals: tuple[str, ...] = ()
-    eval_every: int = 0  #: steps between evaluations; 0: only at the end
+    eval_every: int = 0  #: steps between evaluations; 0 for only at the end
     eval_limit: int = 256  #: examples of each evaluation before the end
     loss: tuple[str, ...] = ()  #: data sets whose loss is measured whenever the stage is evaluated
     loss_batches: int = 4  #: batches that such a loss is measured on
@@ -112,7 +112,7 @@ class StageConfig:
     max_bad: float = 0.001  #: share of unusable samples, beyond the first ten, that stops the run
     use_dropout: bool = False  #: draw dropout masks in the language models, at their own rates
     bidirectional: bool = False  #: in a language model of the chain, queries attend both ways
-    chunk_rows: int = 0  #: rows of logits that exist at a time, which saves memory; 0: all
+    chunk_rows: int = 0  #: rows of logits that exist at a time, which saves memory; 0 for all
 
     RENAMED: ClassVar = {"dropout": "use_dropout"}
     # Keys that do not change what is trained: a run may be resumed with others.
@@ -127,8 +127,8 @@ class Recipe:
     """The configuration of a run."""
 
     name: str  #: of the recipe, for reports
-    #: `{name: {size|kind: …, weights: FOLDER or hub id, fields…}}`; with weights alone, kind and
-    #: fields follow from the checkpoint's config.json
+    #: by name, a size or kind, weights (a folder or hub id) and fields; with weights alone, kind
+    #: and fields follow from the checkpoint's config.json
     components: dict[str, dict[str, Any]]
     data: dict[str, DataConfig]  #: data sets by name
     stages: dict[str, StageConfig]  #: stages by name
@@ -140,7 +140,7 @@ class Recipe:
     #: of the computation and of frozen parameters; trained parameters are always float32
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  #: arrangement of the devices
-    workers: int = 0  #: processes that read data; 0: threads of this process
+    workers: int = 0  #: processes that read data; 0 for threads of this process
 
 
 def read(config: Any) -> Recipe:

@@ -51,7 +51,7 @@ class Start:
     """The start of one component."""
 
     component: str  #: its name in this stage
-    source: str  #: as reports show it: random, weights PATH or stage NAME
+    source: str  #: random, weights PATH or stage NAME, as reports show it
     digest: str = ""  #: of the stored content, or of the files of public weights; "" if random
     weights: "Reference | None" = None  #: the public weights, if it starts from them
     report: "Report | None" = None  #: how their tensors match the component

@@ -67,9 +67,9 @@ class Findings:
     built: bool = False  #: the model can be built; if not, only `sources` are filled in
     #: of the data sets that can be opened
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
-    #: of a data set: shapes of a batch of one row
+    #: shapes of a batch of one row of a data set
     rows: dict[str, Shapes] = dataclasses.field(default_factory=dict)
-    #: of a component: shapes of its input and output, for the largest of the rows
+    #: shapes of a component's input and output, for the largest of the rows
     flow: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     #: of the components that have one
     starts: dict[str, initialization.Start] = dataclasses.field(default_factory=dict)

@@ -71,7 +71,7 @@ class CaptionObjective:
     """Next-token loss over the targets in nats, in every stage but `vision`."""
 
     model: AdapterModel
-    chunk_rows: int = 0  #: rows of logits that exist at a time; 0: all
+    chunk_rows: int = 0  #: rows of logits that exist at a time; 0 for all
 
     def prepare(self, frozen: Params, batch: Batch) -> jax.Array | None:
         """Return the visual tokens of the frozen encoder, [B,F,N,D]; None for text only."""
