@@ -82,15 +82,11 @@ def make_stream(
             f"data {name!r}: media={config.media!r}, but its source has {source.kind}s"
         )
     return source, functools.partial(
-        caption_sample if config.task == "caption" else question_sample,
-        tokenizer=tokenizer,
-        view=config.view(view),
-        frames=config.frames if source.kind == "clip" else 1,
-        prompt_len=prompt_len(config.task, tokenizer),
-        flip=config.flip,
-        texts_per_image=config.texts,
-        **lengths,
-    )
+        caption_sample if config.task == "caption" else question_sample, tokenizer=tokenizer,
+        view=config.view(view), frames=config.frames if source.kind == "clip" else 1,
+        prompt_len=prompt_len(config.task, tokenizer), flip=config.flip,
+        texts_per_image=config.texts, **lengths,
+    )  # fmt: skip
 
 
 def prompt_len(task: str, tokenizer: Tokenizer) -> int:
@@ -107,14 +103,11 @@ def describe(name: str, source: Source, index: int) -> str:
 
     example = source[index]
     why = source.fault(index) or "no text that fits"
-    usable_features = isinstance(example.media, Features) and example.media.readable
-    try:
-        if not usable_features:
+    if not (isinstance(example.media, Features) and example.media.readable):
+        try:
             load_media(example.media, frames=1)
-    except BadMedia as error:
-        why = error.reason
-    except OSError as error:
-        why = str(error)
+        except (BadMedia, OSError) as error:
+            why = error.reason if isinstance(error, BadMedia) else str(error)
     return f"{name} {example.id!r} ({why})"
 
 

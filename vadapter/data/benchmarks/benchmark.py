@@ -8,55 +8,34 @@ from vadapter.data.example import Question
 
 
 class Record(NamedTuple):
-    """An image or clip of a split with its annotations.
+    """An image or clip of a split with its annotations."""
 
-    Attributes:
-      id: unique in its split, as in the official files and submissions.
-      media: file name of the image or clip without folder and suffix, since users cut and store
-        clips in formats of their own.
-      captions: one per annotator.
-      qa: all questions about it in the split.
-    """
-
-    id: str
+    id: str  # unique in its split, as in the official files and submissions
+    # File name without folder and suffix, since users cut and store clips in formats of their own.
     media: str
-    captions: tuple[str, ...] = ()
-    qa: tuple[Question, ...] = ()
+    captions: tuple[str, ...] = ()  # one per annotator
+    qa: tuple[Question, ...] = ()  # all questions about it in the split
 
 
 class Counts(NamedTuple):
-    """The official size of a split.
+    """The official size of a split."""
 
-    Attributes:
-      media: number of images or clips.
-      texts: number of captions or questions.
-      per_item: captions of an image, or answers to a question; 0 where answers are not public,
-        None where the number varies.
-    """
-
-    media: int
-    texts: int
+    media: int  # images or clips
+    texts: int  # captions or questions
+    # Captions of an image, or answers to a question; 0 where answers are not public, None where the
+    # number varies.
     per_item: int | None = None
 
 
 class File(NamedTuple):
-    """An official annotation file.
+    """An official annotation file."""
 
-    Attributes:
-      name: its official name; `{split}` is replaced by the split's value in `splits`.
-      page: the official page that offers it.
-      splits: split that needs the file -> replacement of `{split}`.
-      archives: official zips that may contain it, as glob patterns; they are read in place.
-      folders: folders of the official download that may contain it.
-      aliases: other names of it.
-    """
-
-    name: str
-    page: str
-    splits: Mapping[str, str]
-    archives: tuple[str, ...] = ()
-    folders: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
+    name: str  # the official one; `{split}` is replaced by the split's value in `splits`
+    page: str  # the official page that offers it
+    splits: Mapping[str, str]  # split that needs the file -> replacement of `{split}`
+    archives: tuple[str, ...] = ()  # official zips that may contain it, as glob patterns
+    folders: tuple[str, ...] = ()  # folders of the official download that may contain it
+    aliases: tuple[str, ...] = ()  # other names of it
 
     def names(self, split: str) -> tuple[str, ...]:
         """Return the file's names for a split, the official one first."""
@@ -64,44 +43,27 @@ class File(NamedTuple):
 
 
 class MediaSet(NamedTuple):
-    """An official set of images or clips: in folders, or in archives that are read in place.
+    """An official set of images or clips: in folders, or in archives that are read in place."""
 
-    Attributes:
-      folders: folders that may hold them; `{split}` as in `File`.
-      page: the official page that offers them.
-      splits: split that needs the set -> replacement of `{split}`.
-      archives: zips or tars that may hold them, as glob patterns with `{split}`.
-    """
-
-    folders: tuple[str, ...]
-    page: str
-    splits: Mapping[str, str]
-    archives: tuple[str, ...] = ()
+    folders: tuple[str, ...]  # folders that may hold them; `{split}` as in `File`
+    page: str  # the official page that offers them
+    splits: Mapping[str, str]  # split that needs the set -> replacement of `{split}`
+    archives: tuple[str, ...] = ()  # zips or tars that may hold them: glob patterns with `{split}`
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A benchmark, as a row of `table.BENCHMARKS`.
+    """A benchmark, as a row of `table.BENCHMARKS`."""
 
-    Attributes:
-      name: on the command line and in result files.
-      splits: name -> official counts.
-      homepage: the official page.
-      files: the annotation files.
-      media_sets: the sets of images or clips; a split needs every set that names it.
-      reader: a function of `formats`: (folder, split, *files) -> records.
-      default_split: the split that is scored by default.
-    """
-
-    name: str
+    name: str  # on the command line and in result files
     task: Literal["caption", "question"]
     media: Literal["image", "clip"]
     splits: Mapping[str, Counts]
-    homepage: str
-    files: tuple[File, ...]
-    media_sets: tuple[MediaSet, ...]
-    reader: Callable[..., Iterator[Record]]
-    default_split: str = "test"
+    homepage: str  # the official page
+    files: tuple[File, ...]  # the annotation files
+    media_sets: tuple[MediaSet, ...]  # a split needs every set that names it
+    reader: Callable[..., Iterator[Record]]  # of `formats`: (folder, split, *files) -> records
+    default_split: str = "test"  # the split that is scored by default
 
     @property
     def training(self) -> str:

@@ -22,17 +22,11 @@ _MEDIA = IMAGE_SUFFIXES | CLIP_SUFFIXES
 
 
 class ArchivedFile(NamedTuple):
-    """A file in an archive.
-
-    Attributes:
-      shard: the archive.
-      name: name of the member.
-      position: what the index says about the member; identifies the content.
-    """
+    """A file in an archive."""
 
     shard: tar.Shard | zips.ZipShard
     name: str
-    position: tuple[Any, ...]
+    position: tuple[Any, ...]  # what the index says about the member; identifies the content
 
     def __str__(self) -> str:
         return f"{self.shard.path}: {self.name}"

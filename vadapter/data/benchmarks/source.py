@@ -39,8 +39,9 @@ class BenchmarkSource(Source):
 
     Raises:
       ConfigError: no split of that name.
-      DataError: a file is missing or not in the official format; `NoMediaError` if all images or
-        clips are missing.
+      DataError: a file is missing, empty or not in the official format, an id is listed twice, a
+        text is not a string, or all texts of an image or question are blank; `NoMediaError` if all
+        images or clips are missing.
     """
 
     def __init__(self, benchmark: Benchmark, folder: str | Path, split: str = ""):
@@ -113,11 +114,6 @@ def _checked_records(benchmark: Benchmark, folder: Path, split: str) -> Iterator
 
     Texts stay unchanged, blank ones too, since the official scorers keep them; but one caption or
     answer at least has to have a word. Questions for prompts may lack answers.
-
-    Raises:
-      ConfigError: no split of that name.
-      DataError: the folder or a file is missing, a file is empty or not in the official format, an
-        id is listed twice, a text is not a string, or all texts of an image or question are blank.
     """
     if split not in benchmark.splits:
         raise ConfigError(

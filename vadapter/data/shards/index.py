@@ -31,10 +31,8 @@ Say = Callable[[str], Any]
 def build(folder: Path, out: Path | None = None, *, say: Say = print, every: float = 2.0) -> str:
     """Index all .tar and .parquet files below a folder and return a summary.
 
-    Args:
-      folder: folder of the shards.
-      out: the index file, `index.vadapter` in the folder if None.
-      say: receives lines of progress, `every` so many seconds.
+    The index is written to `out`, by default `index.vadapter` in the folder; `say` receives lines
+    of progress, one `every` so many seconds.
 
     Raises:
       DataError: no shards, or unreadable shards, which are reported together after the others are
@@ -187,16 +185,18 @@ def _copy_index(out: Path, file: BinaryIO) -> None:
     texts = mmap_table.Strings(columns["texts"], columns["text_ends"])
     first = pair = 0
     for fact in metadata["shards"]:
-        count, pairs = fact.pop("members"), fact.pop("pairs")
-        members = [
+        members = range(first, first + fact.pop("members"))
+        pairs = range(pair, pair + fact.pop("pairs"))
+        scanned = Scan(**fact)
+        scanned.members = [
             (names[row].decode(), int(columns["offsets"][row]), int(columns["sizes"][row]))
-            for row in range(first, first + count)
+            for row in members
         ]
-        media = [int(m) - first if m >= 0 else -1 for m in columns["media"][pair : pair + pairs]]
-        words = [texts[row].decode() for row in range(pair, pair + pairs)]
-        both = list(zip(media, words, strict=True))
-        _append(file, Scan(**fact, members=members, pairs=both))
-        first, pair = first + count, pair + pairs
+        scanned.pairs = [  # media of -1, for none, stay -1
+            (max(int(columns["media"][row]) - first, -1), texts[row].decode()) for row in pairs
+        ]
+        _append(file, scanned)
+        first, pair = members.stop, pairs.stop
 
 
 def _with_progress(

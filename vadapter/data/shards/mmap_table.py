@@ -41,9 +41,8 @@ class Strings:
 
 def write(path: Path, columns: Columns, metadata: Mapping[str, Any]) -> None:
     """Write a file of columns (u8, u64 or i64, of one dimension) and JSON values, atomically."""
-    # "words" is the metadata as text, since the digest is of these exact bytes.
-    words = json.dumps(metadata)
-    header = {"sha256": _digest(columns, words), "words": words}
+    text = json.dumps(metadata)  # kept as text, since the digest is of these exact bytes
+    header = {"sha256": _digest(columns, text), "words": text}
     with storage.replacing(path) as file:
         # One key: safetensors does not keep the order of several.
         save_file(columns, file, metadata={"index": json.dumps(header)})
@@ -76,9 +75,9 @@ def read(path: Path, *, verify: bool = True) -> tuple[Columns, dict[str, Any]]:
     return columns, metadata
 
 
-def _digest(columns: Columns, words: str) -> str:
+def _digest(columns: Columns, text: str) -> str:
     """Return the SHA-256 (hex) of the columns' names and contents and of the metadata."""
-    total = hashlib.sha256(words.encode())
+    total = hashlib.sha256(text.encode())
     for name in sorted(columns):
         total.update(name.encode())
         total.update(np.ascontiguousarray(columns[name]).view(np.uint8).data)

@@ -19,11 +19,7 @@ _lock = threading.Lock()  # a ParquetFile is not thread-safe, nor may two thread
 
 
 def row_groups(path: Path) -> list[int]:
-    """Return the number of rows of each row group.
-
-    Raises:
-      DataError: not a parquet file, corrupt, or row groups of more than 1 GiB.
-    """
+    """Return the number of rows of each row group. Raises DataError if one exceeds 1 GiB."""
     footer = _open(path).metadata
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     if large := [g.total_byte_size for g in groups if g.total_byte_size > MAX_GROUP_BYTES]:
@@ -35,7 +31,7 @@ def row_groups(path: Path) -> list[int]:
 
 
 def column_names(path: Path) -> list[str]:
-    """Return the names of the columns; raises as `row_groups`."""
+    """Return the names of the columns."""
     return list(_open(path).schema_arrow.names)
 
 
@@ -69,6 +65,7 @@ def _file(file: Shard) -> Any:
 
 
 def _open(path: Path) -> Any:
+    """Open a file. Raises DataError if it is missing, corrupt or not a parquet file."""
     import pyarrow.parquet as parquet  # slow to import: only where it is needed
 
     if not path.is_file():

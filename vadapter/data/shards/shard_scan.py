@@ -28,35 +28,25 @@ _MAX_REASONS = 100  # per shard; the others are only counted
 
 @dataclasses.dataclass
 class Scan:
-    """The scan of one shard.
+    """The scan of one shard."""
 
-    Attributes:
-      name: its path, relative to the folder.
-      size, mtime_ns: of the file; if they differ, it is another file.
-      sha256: of all its bytes, "" where they were not read.
-      members: (name, offset, size), in the order of the shard.
-      skipped: name -> why the member is not in `members`, at most `_MAX_REASONS` of `skips`.
-      pairs: (index of the media in `members`, or -1; JSON of [key, captions, questions, fault]).
-        The texts of a pair with a fault are empty: it keeps its place, and is masked.
-      suffixes: suffixes of the pairs' media.
-      bad, first_bad: number of pairs with a fault, and the first such fault.
-      fault: why the shard has no pairs, or ambiguous ones; "" if it has pairs.
-      digest: the SHA-256 of members and pairs.
-    """
-
-    name: str
+    name: str  # its path, relative to the folder
     size: int
-    mtime_ns: int
-    sha256: str = ""
+    mtime_ns: int  # if it or `size` differs, it is another file
+    sha256: str = ""  # of all its bytes, "" where they were not read
+    # (name, offset, size), in the order of the shard
     members: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
+    # name -> why the member is not in `members`, at most `_MAX_REASONS` of `skips`
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     skips: int = 0
+    # (index of the media in `members`, or -1; JSON of [key, captions, questions, fault]). The texts
+    # of a pair with a fault are empty: it keeps its place, and is masked.
     pairs: list[tuple[int, str]] = dataclasses.field(default_factory=list)
-    suffixes: list[str] = dataclasses.field(default_factory=list)
-    bad: int = 0
-    first_bad: str = ""
-    fault: str = ""
-    digest: str = ""
+    suffixes: list[str] = dataclasses.field(default_factory=list)  # of the pairs' media
+    bad: int = 0  # number of pairs with a fault
+    first_bad: str = ""  # the first such fault
+    fault: str = ""  # why the shard has no pairs, or ambiguous ones; "" if it has pairs
+    digest: str = ""  # the SHA-256 of members and pairs
 
 
 def scan(folder: Path, name: str) -> Scan:

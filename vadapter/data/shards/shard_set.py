@@ -33,7 +33,7 @@ def find(folder: Path, suffix: str, split: str | None, pattern: str | None) -> l
     """Return the names of the shards of a split, or of a pattern, in order.
 
     Args:
-      folder, suffix: the files in question; ".tar" or ".parquet".
+      folder, suffix: of the shards; the suffix is ".tar" or ".parquet".
       split: shards `<split>-NNN` or `<split>-NNN-of-NNN`; a missing number is an error.
       pattern: instead of a split, a glob, which matches existing files; or a range such as
         `{00000..00099}.tar`, all of which must exist.
@@ -130,20 +130,14 @@ def _hash(name: str) -> bytes:
 
 @dataclasses.dataclass
 class ShardSet:
-    """Shards of a folder and their contents.
-
-    Attributes:
-      folder: folder of the shards.
-      facts: the fields of each shard's `Scan`, with the numbers of its "members" and "pairs" and
-        their first rows in `columns`, "first_member" and "first_pair".
-      columns: columns of the index or of the scans.
-      index: the index file, None if the shards were scanned.
-    """
+    """Shards of a folder and their contents."""
 
     folder: Path
+    # The fields of each shard's `Scan`, with the numbers of its "members" and "pairs" and their
+    # first rows in `columns`, "first_member" and "first_pair".
     facts: list[dict[str, Any]]
     columns: Columns
-    index: Path | None = None
+    index: Path | None = None  # None if the shards were scanned
 
     def __post_init__(self):
         self.names = Strings(self.columns["names"], self.columns["name_ends"])
@@ -223,13 +217,9 @@ class ShardSet:
 
 
 def open_shards(folder: Path, names: list[str], index: str | Path | None) -> ShardSet:
-    """Return shards of a folder, from its index if there is one.
+    """Return the shards `names` of a folder, from its index if there is one.
 
-    Args:
-      folder: folder of the shards.
-      names: names of the shards, relative to the folder.
-      index: the index file; if None, `index.vadapter` in the folder, and the shards are scanned if
-        it does not exist.
+    If `index` is None, it is `index.vadapter` in the folder, or the shards are scanned.
 
     Raises:
       DataError: an unreadable shard, or an index that does not match the shards.

@@ -44,17 +44,11 @@ def _handle(path: str, size: int, mtime_ns: int) -> _Handle:
 
 
 class Shard(NamedTuple):
-    """Bytes of one tar file by position. Holds no open file: pickle, fork and threads are safe.
-
-    Attributes:
-      path: path of the file.
-      size: its size in bytes when it was indexed.
-      mtime_ns: its modification time then, see `storage.facts`.
-    """
+    """Bytes of one tar file by position. Holds no open file: pickle, fork and threads are safe."""
 
     path: str
-    size: int
-    mtime_ns: int
+    size: int  # of the file in bytes when it was indexed
+    mtime_ns: int  # its modification time then, see `storage.facts`
 
     def read(self, offset: int, size: int) -> bytes:
         """Return the `size` bytes at `offset`.
@@ -80,17 +74,11 @@ class Shard(NamedTuple):
 
 
 class TarIndex(NamedTuple):
-    """The members of one shard.
-
-    Attributes:
-      shard: the tar file.
-      members: name -> (offset, size) of the content in bytes, in the order of the archive.
-      skipped: name -> why this member is not in `members`.
-    """
+    """The members of one shard."""
 
     shard: Shard
-    members: dict[str, tuple[int, int]]
-    skipped: dict[str, str]
+    members: dict[str, tuple[int, int]]  # name -> (offset, size) in bytes, in their order
+    skipped: dict[str, str]  # name -> why this member is not in `members`
 
     def read(self, name: str) -> bytes:
         """Return the content of the member `name`; KeyError if it is not in the index."""

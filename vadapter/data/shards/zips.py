@@ -69,13 +69,10 @@ class ZipShard(NamedTuple):
 
 
 class ZipIndex(NamedTuple):
-    """The members of an archive, as `tar.TarIndex`.
-
-    What identifies the content of a member is (offset of its header, compressed size, size,
-    deflated, CRC-32).
-    """
+    """The members of an archive, as `tar.TarIndex`."""
 
     shard: ZipShard
+    # name -> (offset of its header, compressed size, size, deflated, CRC-32)
     members: dict[str, tuple[int, int, int, bool, int]]
     skipped: dict[str, str]
 

@@ -39,7 +39,9 @@ class ImageFolder(Source):
         if not texts:
             raise DataError(f"{table}: 0 usable examples in split {split!r}; check its rows")
         self.kind = kind_of(texts, str(table))
-        self._examples = [Example(name, folder / name, *both) for name, both in texts.items()]
+        self._examples = [
+            Example(name, folder / name, captions, qa) for name, (captions, qa) in texts.items()
+        ]
         facts = [listed[name] if listed else storage.facts(folder / name) for name in texts]
         self._generations = [fact["mtime_ns"] for fact in facts] if listed else []
         sizes = [fact["size"] for fact in facts]

@@ -94,7 +94,9 @@ class _TableRows:
         for row in rows:
             _check_member(shards, row, member_of[row[1]])
         texts = annotation_tables.gather(rows)
-        self._examples = [Example(name, None, *both) for name, both in texts.items()]
+        self._examples = [
+            Example(name, None, captions, qa) for name, (captions, qa) in texts.items()
+        ]
         self._members = np.array([member_of[name] for name in texts], np.int64)
         self.kind = kind_of(texts, str(folder))
         spans = (shards.span(int(member)) for member in self._members)
