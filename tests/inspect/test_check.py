@@ -1,5 +1,7 @@
 """`vadapter check`: what a recipe trains and what would stop it, from headers alone."""
 
+import functools
+import itertools
 import json
 import re
 
@@ -13,7 +15,7 @@ from support.public_tokenizers import llama2, neox
 
 from vadapter import config
 from vadapter.cli.main import main
-from vadapter.errors import CheckpointError, ConfigError, Problems
+from vadapter.errors import CheckpointError, ConfigError, Problems, UserError
 from vadapter.inspect.check import check
 from vadapter.inspect.check_text import as_text
 from vadapter.models.mobilenet import MobileNetConfig
@@ -48,15 +50,40 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_read(monkeypatch):
-    """No tensor, no digest, no compiled program."""
-    fail = lambda *args, **kwargs: pytest.fail("a tensor was read")  # noqa: E731
+def forbid_reading(monkeypatch):
+    """Let the test fail if a tensor or a digest is read, or an array is put on a device."""
+
+    def fail(*args, **kwargs):
+        pytest.fail("a tensor was read")
+
     for owner, name in (
         (TensorFiles, "read"), (TensorFiles, "digest"), (npz, "read_npz"),
         (mobilenet, "load_mobilenet"), (MobileNetFiles, "digest"), (jax, "device_put"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, fail)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_read(monkeypatch):
+    forbid_reading(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def public(world):
+    """The facts of the recipe of public checkpoints, and the names of JAX's compilation events."""
+    events = []
+
+    def listen(name, *_, **__):
+        events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            forbid_reading(monkeypatch)
+            facts = checked(runs.public(world))
+    finally:
+        jax.monitoring.clear_event_listeners()
+    return facts, [name for name in events if "compile" in name]
 
 
 ONE = "--config.stages.llm.accumulate=1"  # eight devices share a batch of eight
@@ -83,20 +110,24 @@ def parts(stage):
 
 
 def shapes(part):
-    of = lambda leaf: leaf and leaf["shape"][1:]  # noqa: E731
+    """Shapes of one row of a component's input (of a language model: by name) and output."""
+
+    def row(leaf):
+        return leaf and leaf["shape"][1:]
+
     enters = part["enters"]
-    return of(enters) if "shape" in enters else {k: of(v) for k, v in enters.items()}, of(
-        part["leaves"]
-    )
+    inputs = row(enters) if "shape" in enters else {k: row(leaf) for k, leaf in enters.items()}
+    return inputs, row(part["leaves"])
 
 
 # -- what it tells -----------------------------------------------------------------------------
 
 
 def test_the_quickstart_is_told_from_pixels_to_words_without_a_problem():
-    facts = checked(config.load("configs/quickstart.py"))
+    recipe = config.load("configs/quickstart.py")
+    facts = checked(recipe)
     assert facts["problems"] == []
-    assert [s["name"] for s in facts["stages"]] == list(config.load("configs/quickstart.py").chain)
+    assert [s["name"] for s in facts["stages"]] == list(recipe.chain)
     stage = stages(facts)["vadapter"]
     flow = {name: shapes(part) for name, part in parts(stage).items()}
     lm = {"prompt": [24], "prefix": [8, 128], "tokens": [64]}
@@ -154,8 +185,8 @@ def test_the_papers_other_rows_go_through_their_models(arg, tmp_path, monkeypatc
     assert all("not finished" in p or "source" in p for p in facts["problems"])
 
 
-def test_public_checkpoints_are_described_by_their_headers(world):
-    facts = checked(runs.public(world))
+def test_public_checkpoints_are_described_by_their_headers(world, public):
+    facts, _ = public
     assert facts["problems"] == []
     stage = stages(facts)["vadapter"]
     start = parts(stage)["encoder"]["start"]
@@ -172,8 +203,8 @@ def test_public_checkpoints_are_described_by_their_headers(world):
     assert stages(facts)["decoder"]["tokenizer"]["bos"] == [{"id": 0, "token": "<|endoftext|>"}]
 
 
-def test_the_text_is_aligned_narrow_and_has_the_same_facts(world):
-    text = as_text(checked(runs.public(world)))
+def test_the_text_is_aligned_narrow_and_has_the_same_facts(public):
+    text = as_text(public[0])
     assert max(map(len, text.splitlines())) < 100
     assert re.search(r"\n  encoder +vit +u8\[B,1,32,32,3\] +[\d,]+ +frozen +…?\S+clip\n", text)
     assert re.search(r"\n +→ \[B,1,16,16\] +1 file, \d+\.?\d* kB\n", text)
@@ -183,9 +214,9 @@ def test_the_text_is_aligned_narrow_and_has_the_same_facts(world):
     assert re.search(r"\n  images +caption +train 1 +24  1 × 32 px, prompt \d+, text 80", text)
 
 
-def test_int8_halves_the_memory_of_the_frozen_llm(world):
+def test_int8_halves_the_memory_of_the_frozen_llm(world, public):
     made = runs.public(world)
-    whole = stages(checked(made))["vadapter"]["memory"]["frozen"]
+    whole = stages(public[0])["vadapter"]["memory"]["frozen"]
     with made.unlocked():
         made.components.llm.int8 = True
     facts = checked(made)
@@ -199,21 +230,31 @@ def test_int8_halves_the_memory_of_the_frozen_llm(world):
 def test_memory_is_also_reported_per_device(world):
     made = runs.public(world)
     with made.unlocked():
+        made.chain = ("decoder",)
         made.mesh = {"data": 1, "fsdp": 4, "tensor": 2}
-    memory = stages(checked(made))["vadapter"]["memory"]
+    memory = stages(checked(made))["decoder"]["memory"]
     assert memory["moments"] / 8 < memory["per_device"]["moments"] < memory["moments"] / 2
     with made.unlocked():
         made.mesh = {"data": 3, "fsdp": 1, "tensor": 1}
     facts = checked(made)
-    assert "per_device" not in stages(facts)["vadapter"]["memory"]
+    assert "per_device" not in stages(facts)["decoder"]["memory"]
     assert facts["mesh"] is None
     assert ["does not cover 8 devices" in p for p in facts["problems"]] == [True]
 
 
-def test_an_untrained_tokenizer_is_reported_as_a_bound(world, tmp_path):
-    facts = checked(small(world), tmp_path)
+@pytest.fixture(scope="module")
+def untrained(world, tmp_path_factory):
+    """A run directory without a tokenizer, and the facts of a recipe that will train one."""
+    workdir = tmp_path_factory.mktemp("untrained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        forbid_reading(monkeypatch)
+        return workdir, checked(small(world), workdir)
+
+
+def test_an_untrained_tokenizer_is_reported_as_a_bound(untrained):
+    workdir, facts = untrained
     assert facts["problems"] == []
-    assert not list(tmp_path.iterdir()), "it was trained"
+    assert not list(workdir.iterdir()), "it was trained"
     tokenizer = stages(facts)["vadapter"]["tokenizer"]
     assert (tokenizer["of"], tokenizer["exact"], tokenizer["vocab_size"]) == ("run", False, 320)
     assert "tokenizer of the run, not trained yet: at most 320 ids" in as_text(facts)
@@ -244,23 +285,20 @@ def test_nothing_is_written_anywhere(world, tmp_path, monkeypatch, capsys):
     finished_llm(tmp_path / "run" / "llm", world)
     there = state(tmp_path)
     assert main(["check", f"--config={recipe}", ONE, f"--workdir={tmp_path / 'run'}"]) == 0
-    assert main(["check", f"--config={recipe}", ONE]) == 0
-    checked(runs.public(world), tmp_path / "other")
+    assert main(["check", f"--config={recipe}", ONE, "--config.chain=llm"]) == 0
+    made = runs.public(world)
+    with made.unlocked():
+        made.chain = ("decoder",)
+    checked(made, tmp_path / "other")
     assert (state(world), state(tmp_path)) == (before, there)
     assert "llm: lm, 6 steps of 8, float32, mesh data=8 fsdp=1 tensor=1, finished" in (
         capsys.readouterr().out
     )
 
 
-def test_no_program_is_compiled(world):
-    compiled = []
-    listen = lambda name, *_, **__: compiled.append(name) if "compile" in name else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        checked(runs.public(world))
-    finally:
-        jax.monitoring.clear_event_listeners()
-    assert [name for name in compiled if "backend" in name] == []
+def test_no_program_is_compiled(public):
+    _, compilations = public
+    assert [name for name in compilations if "backend" in name] == []
 
 
 @pytest.mark.parametrize("source", ["drawn", pytest.param("real", marks=pytest.mark.data)])
@@ -282,7 +320,9 @@ def test_mobilenet_is_matched_by_its_graph_and_headers_alone(request, source, tm
 
 
 def spoil_weights(made, world, tmp_path):
-    drop = lambda tensors: tensors.pop("vision_model.pre_layrnorm.bias")  # noqa: E731
+    def drop(tensors):
+        del tensors["vision_model.pre_layrnorm.bias"]
+
     write_model(tmp_path / "clip", CLIP, "vision_model.", spoil=drop)
     made.components.encoder.weights = str(tmp_path / "clip")
 
@@ -343,16 +383,57 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-def test_faults_of_a_recipe_are_reported(kind, world, tmp_path, capsys):
-    spoil, message = FAULTS[kind]
-    made = small(world)
-    with made.unlocked():
-        spoil(made, world, tmp_path)
-    facts, problems = check(lambda: read(made), tmp_path / "run")
+# Faults that do not hide each other are in one recipe, which is checked once.
+TOGETHER = (
+    ("data that is not there", "a batch that does not divide",
+     "a vocabulary below the tokenizer's"),
+    ("rows past max_len", "a stage elsewhere that is not there"),
+    ("rows past learned positions", "a frozen component without a source"),
+    ("a stage before that has other leaves", "data without images"),
+    ("an image of another size than the positions", "a tokenizer without texts"),
+    ("widths", "a tokenizer too small for the bytes"),
+    ("heads", "a source of another kind"),
+)  # fmt: skip
+PUBLIC_TOGETHER = (
+    ("a tensor that is missing", "a batch larger than the data"),
+    ("weights that are not there",),
+    ("a pickle",),
+    ("no room for a text",),
+)
+
+
+@pytest.fixture(scope="module")
+def check_faults(world, tmp_path_factory):
+    """Return a function that checks a recipe with faults, the same ones only once."""
+
+    @functools.cache
+    def check_once(recipe, names):
+        faults, folder = FAULTS | PUBLIC_FAULTS, tmp_path_factory.mktemp("faults")
+        made = recipe(world)
+        with made.unlocked():
+            for name in names:
+                spoil, _ = faults[name]
+                spoil(made, world, folder)
+        return check(lambda: read(made), folder / "run")
+
+    return check_once
+
+
+def test_every_fault_is_checked():
+    assert sorted(itertools.chain(*TOGETHER)) == sorted(FAULTS)
+    assert sorted(itertools.chain(*PUBLIC_TOGETHER)) == sorted(PUBLIC_FAULTS)
+
+
+@pytest.mark.parametrize(
+    ("names", "name"),
+    [pytest.param(names, name, id=name) for names in TOGETHER for name in names],
+)
+def test_faults_of_a_recipe_are_reported(names, name, check_faults):
+    facts, problems = check_faults(small, names)
+    message = FAULTS[name][1]
     assert re.search(message, "\n".join(facts["problems"]), re.DOTALL), facts["problems"]
     as_text(facts)
-    with pytest.raises(Exception, match=message) as met:
+    with pytest.raises(UserError, match=f"(?s){message}") as met:
         problems.settle()
     assert met.value.exit_code == 78
 
@@ -374,13 +455,13 @@ PUBLIC_FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", PUBLIC_FAULTS)
-def test_faults_of_public_checkpoints_are_reported(kind, world, tmp_path):
-    spoil, message = PUBLIC_FAULTS[kind]
-    made = runs.public(world)
-    with made.unlocked():
-        spoil(made, world, tmp_path)
-    facts = checked(made)
+@pytest.mark.parametrize(
+    ("names", "name"),
+    [pytest.param(names, name, id=name) for names in PUBLIC_TOGETHER for name in names],
+)
+def test_faults_of_public_checkpoints_are_reported(names, name, check_faults):
+    facts, _ = check_faults(runs.public, names)
+    message = PUBLIC_FAULTS[name][1]
     assert re.search(message, "\n".join(facts["problems"]), re.DOTALL), facts["problems"]
 
 
@@ -418,14 +499,14 @@ def test_several_broken_components_are_reported_together(world):
     assert facts["stages"] == []
 
 
-def test_json_has_the_same_facts(world, capsys):
+def test_json_has_the_same_facts(world, untrained, capsys):
     recipe = runs.write_recipe(world)
-    assert main(["check", f"--config={recipe}", ONE, "--json"]) == 0
+    workdir, facts = untrained
+    assert main(["check", f"--config={recipe}", ONE, "--json", f"--workdir={workdir}"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads(json.dumps(checked(small(world))))
-    assert main(
-        ["check", f"--config={recipe}", ONE, "--json", "--config.components.llm.max_len=50"]
-    )
+    assert printed == json.loads(json.dumps(facts))
+    batch = ("--config.chain=llm", "--config.stages.llm.batch=12")
+    assert main(["check", f"--config={recipe}", ONE, "--json", *batch]) == 78
     assert len(json.loads(capsys.readouterr().out)["problems"]) == 1
 
 

@@ -1,4 +1,4 @@
-"""What is read from the text of compiled programs: of ones made here, and of lines of a TPU's."""
+"""Work read from the HLO of programs compiled here, and from lines of a TPU program."""
 
 import functools
 
@@ -19,8 +19,8 @@ def text_of(fn, *arguments):
 
 
 def shape(*dims, spec=None, dtype=jnp.float32):
-    where = None if spec is None else NamedSharding(mesh(), PartitionSpec(*spec))
-    return jax.ShapeDtypeStruct(dims, dtype, sharding=where)
+    sharding = None if spec is None else NamedSharding(mesh(), PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
 
 @functools.cache
@@ -40,13 +40,13 @@ def layers(x, kernels):
     return jax.lax.scan(outer, x, kernels)[0]
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_a_loop_counts_once_for_each_iteration():
     arguments = shape(8, D), shape(5, 3, D, D)
     work = walk(text_of(layers, *arguments))
     assert work.flops == flops.count(layers, *arguments) == 5 * 3 * 2 * 8 * D**2
 
 
-def test_a_gradient_through_loops_counts_what_its_trace_does():
+def test_a_gradient_through_loops_counts_as_its_trace_does():
     step = jax.grad(lambda x, kernels: layers(x, kernels).sum(), argnums=1)
     arguments = shape(8, D), shape(5, 3, D, D)
     assert walk(text_of(step, *arguments)).flops == flops.count(step, *arguments)
@@ -66,14 +66,14 @@ def test_a_convolution_counts_where_its_kernel_meets_the_image(stride, padding):
             x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    def meets(at, size=12, kernel=4):
+    def overlap(output, size=12, kernel=4):
         pad = 0 if padding == "VALID" else max(0, kernel - stride) // 2
-        return sum(0 <= at * stride + k - pad < size for k in range(kernel))
+        return sum(0 <= output * stride + k - pad < size for k in range(kernel))
 
-    outputs = jax.eval_shape(fn, shape(2, 12, 12, 3), shape(4, 4, 3, 8)).shape[1]
-    places = sum(meets(i) for i in range(outputs)) ** 2
-    text = text_of(fn, shape(2, 12, 12, 3), shape(4, 4, 3, 8))
-    assert walk(text).flops == 2 * 2 * places * 3 * 8
+    arguments = shape(2, 12, 12, 3), shape(4, 4, 3, 8)
+    outputs = jax.eval_shape(fn, *arguments).shape[1]
+    products = sum(overlap(i) for i in range(outputs)) ** 2
+    assert walk(text_of(fn, *arguments)).flops == 2 * 2 * products * 3 * 8
 
 
 def test_every_kind_of_collective_counts_with_its_bytes_in_and_out_of_loops():
@@ -94,17 +94,20 @@ def test_every_kind_of_collective_counts_with_its_bytes_in_and_out_of_loops():
     assert work.collectives["all-reduce"] == Sent(1, 4)
 
 
-@pytest.mark.parametrize(("fn", "kind", "size"), [
-    (lambda x: jax.lax.all_to_all(x, "data", 1, 1, tiled=True), "all-to-all", 4 * 4 * D),
-    (lambda x: jax.lax.ppermute(x, "data", [(i, (i + 1) % 4) for i in range(4)]),
-     "collective-permute", 4 * 4 * D),
-    (lambda x: jax.lax.psum_scatter(x, "data", scatter_dimension=1, tiled=True),
-     "reduce-scatter", 4 * 4 * D),
-    (lambda x: jax.lax.all_gather(x, "data"), "all-gather", 4 * 4 * 4 * D),
-    (lambda x: jax.lax.psum(x, "data"), "all-reduce", 4 * 4 * D),
+RING = [(i, (i + 1) % 4) for i in range(4)]
+
+
+@pytest.mark.parametrize(("operation", "options", "kind", "size"), [
+    (jax.lax.all_to_all, {"split_axis": 1, "concat_axis": 1, "tiled": True},
+     "all-to-all", 4 * 4 * D),
+    (jax.lax.ppermute, {"perm": RING}, "collective-permute", 4 * 4 * D),
+    (jax.lax.psum_scatter, {"scatter_dimension": 1, "tiled": True}, "reduce-scatter", 4 * 4 * D),
+    (jax.lax.all_gather, {}, "all-gather", 4 * 4 * 4 * D),
+    (jax.lax.psum, {}, "all-reduce", 4 * 4 * D),
 ])  # fmt: skip
-def test_the_larger_of_what_goes_in_and_comes_out_is_what_is_sent(fn, kind, size):
+def test_the_larger_of_input_and_output_of_a_collective_is_sent(operation, options, kind, size):
     spec = PartitionSpec("data")
+    fn = functools.partial(operation, axis_name="data", **options)
     mapped = jax.shard_map(fn, mesh=mesh(), in_specs=spec, out_specs=spec, check_vma=False)
     work = walk(text_of(mapped, shape(16, D, spec=("data",))))
     assert work.collectives == {kind: Sent(1, size)}

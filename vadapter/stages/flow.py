@@ -24,40 +24,53 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 def flow(
-    model: Model, params: Mapping[str, Any], batch: Shapes, exact: bool = True
+    model: Model,
+    params: Mapping[str, Any],
+    batch: Shapes,
+    exact: bool = True,
+    memo: dict[Any, Any] | None = None,
 ) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """Yield each component with the shapes of its input and output, in the order of the data flow.
 
     The input of the last language model is {prompt, prefix, tokens}: i32[B,P], [B,Q,E], i32[B,T].
     A row longer than a language model's max_len is a ConfigError; P counts only if it is `exact`,
-    not an upper bound.
+    not an upper bound. `memo` keeps outputs of components for further batches, most of which differ
+    in the length of texts alone.
     """
+    memo = {} if memo is None else memo
+
+    def output(name: str, inputs: Any, fn: Callable[..., Any], *args: Any) -> Any:
+        key = (name, *jax.tree.leaves(inputs))
+        if key not in memo:
+            memo[key] = jax.eval_shape(fn, *args)
+        return memo[key]
+
     x: Any = batch.get("frames")
     if isinstance(model, CoCa):
         for name in (model.encoder, model.pooler):
-            y = jax.eval_shape(model.modules[name].apply, {"params": params[name]}, x)
+            y = output(name, x, model.modules[name].apply, {"params": params[name]}, x)
             yield name, (x, y)
             x = y
         tokens = batch["tokens"]
         _check_length(model.text, model.modules[model.text], tokens.shape[1])
-        logits = jax.eval_shape(model, params, batch)[0]
+        logits, *_ = output(model.text, batch, model, params, batch)
         yield model.text, (tokens, logits)
         yield model.fusion, (x, logits)
         return
     if model.encoder:
-        y = jax.eval_shape(model.encode, params, batch)
+        y = output(model.encoder, x, model.encode, params, batch)
         yield model.encoder, (x, y)
         x = y
     for name in model.chain:
         _check_length(name, model.modules[name], x.shape[1])
-        y = jax.eval_shape(dataclasses.replace(model, chain=(name,)).prefix, params, x)
+        y = output(name, x, dataclasses.replace(model, chain=(name,)).prefix, params, x)
         yield name, (x, y)
         x = y
     prompt, prefix = batch["prompt"].shape[1], 0 if x is None else x.shape[1]
     text = batch["tokens"].shape[1]
     _check_length(model.lm, model.modules[model.lm], (prompt if exact else 0) + prefix + text)
-    states = jax.eval_shape(model.read, params, x, batch)
-    logits = jax.eval_shape(model.logits, params, states)
+    states = output(model.lm, (x, batch), model.read, params, x, batch)
+    logits = output(model.lm, states, model.logits, params, states)
     yield model.lm, ({"prompt": batch["prompt"], "prefix": x, "tokens": batch["tokens"]}, logits)
 
 

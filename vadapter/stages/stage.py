@@ -287,10 +287,12 @@ class Stage:
         def elements(name: str) -> int:
             return sum(x.size for x in findings.rows[name].values())
 
+        memo: dict[Any, Any] = {}
         for name in sorted(findings.rows, key=elements):  # of each component, the largest remains
             unfit = f"{section}: a row of data {name!r} does not go through its model"
             with problems.gather(self.name), shape_errors(unfit):
-                findings.flow |= flow(self.model, self.abstract, findings.rows[name], self.exact)
+                row = findings.rows[name]
+                findings.flow |= flow(self.model, self.abstract, row, self.exact, memo)
         for name in schema.components(self.config):
             with problems.gather(f"{self.name}/{name}"):
                 findings.starts[name] = initialization.find(
