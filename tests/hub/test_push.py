@@ -3,19 +3,13 @@
 A local HTTP server stands in for the hub and keeps what it is given.
 """
 
-import base64
-import http.server
-import json
-import os
 import shutil
 import subprocess
 import sys
-import threading
 
 import pytest
-from support import guides
-from support.hub_server import NEW, Hub
-from support.paths import ROOT
+from support import guides, hub_server
+from support.hub_server import NEW
 
 from vadapter import VAdapter
 from vadapter.cli import main
@@ -36,62 +30,17 @@ for constants.HF_HUB_OFFLINE in (False, True):
 """
 
 
-class Giving(Hub):
-    """The answers that an upload needs: it asks for no large files, so all come in the commit."""
-
-    repos = (REPO,)
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.asked.append((self.command, self.path))
-        if self.headers.get("Authorization") != "Bearer granted":
-            return self.error(401, None, "Invalid username or password.")
-        if self.path == "/api/repos/create":
-            self.server.created = json.loads(body)
-            return self.json({"url": f"{self.server.endpoint}/{REPO}", "id": REPO})
-        if self.path.startswith("/api/validate-yaml"):
-            return self.json({"errors": [], "warnings": []})
-        if "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            known = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
-            return self.json({"files": [{"path": name, **known} for name in names]})
-        assert "/commit/" in self.path
-        for line in map(json.loads, body.splitlines()):
-            value = line["value"]
-            if line["key"] == "file":
-                self.server.files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "deletedFile":
-                del self.server.files[value["path"]]
-        url = f"{self.server.endpoint}/{REPO}/commit/{NEW}"
-        return self.json({"commitUrl": url, "commitOid": NEW})
-
-
 @pytest.fixture
 def hub():
     """The server: `files` is what it has, `created` what its repository was made with."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Giving)
-    server.asked, server.files, server.main, server.created = [], {}, NEW, None
-    server.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with hub_server.serving({}, REPO) as hub:
+        yield hub
 
 
 @pytest.fixture
 def env(hub, tmp_path):
     """Of a process that knows no other hub."""
-    mine = ("HF_", "HUGGING", "TRANSF")
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith(mine) and "proxy" not in k.lower()
-    }
-    return {
-        **kept, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "granted",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+    return hub_server.environment(tmp_path / "hf", HF_ENDPOINT=hub.endpoint, HF_TOKEN="granted")
 
 
 def blocks(language):

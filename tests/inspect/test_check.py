@@ -310,7 +310,7 @@ def test_mobilenet_is_matched_by_its_graph_and_headers_alone(request, source, tm
         folder = write_mobilenet(tmp_path)
     found = MobileNetFiles.open(folder).match(abstract)
     assert (found.tensors, found.parameters) == (104, 2_223_872 - 17_056)
-    assert found.left_out == ("head",)
+    assert found.unused == ("head",)
     small = mobilenet.abstract_params(MobileNetConfig(width_mult=0.5))
     with pytest.raises(CheckpointError, match="mismatched: block_00"):
         MobileNetFiles.open(folder).match(small)

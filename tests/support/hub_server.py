@@ -1,8 +1,16 @@
 """A local HTTP server in the place of the hub."""
 
+import base64
+import contextlib
 import http.server
 import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from support.paths import ROOT
 
 OLD, NEW = "a" * 40, "b" * 40
 FILES = {
@@ -18,10 +26,12 @@ WANTED = {"config.json", "model.safetensors", "merges.txt"}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The few answers of huggingface.co that a download needs, and its errors."""
+    """The few answers of huggingface.co that a download and an upload need, and its errors.
+
+    Uploads are asked for no large files, so all come in the commit.
+    """
 
     protocol_version = "HTTP/1.1"
-    repos = ("owner/model", "owner/gated-info", "owner/gated-files")
 
     def do_GET(self):
         url = urlsplit(self.path)
@@ -31,12 +41,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if token == "Bearer expired":
             return self.error(401, None, "Invalid credentials in Authorization header")
         if part[:2] == ["api", "models"] and len(part) == 2:
-            asked = [repo for repo in self.repos if self.asks_for(repo, url.query)]
+            asked = [repo for repo in self.server.repos if self.asks_for(repo, url.query)]
             return self.json([{"id": repo} for repo in asked])
         repo, rest = "/".join(part[2:4]), part[4:]
         if part[0] != "api":
             repo, rest = "/".join(part[:2]), part[2:]
-        if repo not in self.repos:
+        if repo not in self.server.repos:
             return self.error(404 if token else 401, "RepoNotFound" if token else None)
         granted = token == "Bearer granted"
         if not granted and (repo == "owner/gated-info" or (part[0] != "api" and "gated" in repo)):
@@ -60,6 +70,31 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return self.answer(200, body, {"X-Repo-Commit": sha, "ETag": f'"{hash(name) % 10**9}"'})
 
     do_HEAD = do_GET  # noqa: N815 - the library's name
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append((self.command, self.path))
+        (repo,) = self.server.repos
+        if self.headers.get("Authorization") != "Bearer granted":
+            return self.error(401, None, "Invalid username or password.")
+        if self.path == "/api/repos/create":
+            self.server.created = json.loads(body)
+            return self.json({"url": f"{self.server.endpoint}/{repo}", "id": repo})
+        if self.path.startswith("/api/validate-yaml"):
+            return self.json({"errors": [], "warnings": []})
+        if "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            known = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            return self.json({"files": [{"path": name, **known} for name in names]})
+        assert "/commit/" in self.path
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self.server.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del self.server.files[value["path"]]
+        url = f"{self.server.endpoint}/{repo}/commit/{NEW}"
+        return self.json({"commitUrl": url, "commitOid": NEW})
 
     def asks_for(self, repo: str, query: str) -> bool:
         asked = parse_qs(query)
@@ -85,3 +120,35 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The hub: its repositories, the files of each and their newest commit, and what was asked."""
+
+    def __init__(self, files: dict[str, bytes], repos: tuple[str, ...]):
+        super().__init__(("127.0.0.1", 0), Hub)
+        self.files, self.repos, self.main = files, repos, NEW
+        self.asked: list[tuple[str, str]] = []
+        self.created: dict | None = None  # what a repository was made with
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+
+
+@contextlib.contextmanager
+def serving(files: dict[str, bytes], *repos: str) -> Iterator[Server]:
+    """A hub on this machine while the context lasts."""
+    with Server(files, repos) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """The environment of someone who never used the hub, with `more` variables."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSF"))}
+    return {
+        **{k: v for k, v in kept.items() if "proxy" not in k.lower()},
+        "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT), **more,
+    }  # fmt: skip

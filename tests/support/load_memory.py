@@ -86,7 +86,7 @@ def load(folder: Path, devices: int, dtype: str) -> dict[str, float]:
     jax.block_until_ready(jax.device_put(np.ones(1 << 20, ml_dtypes.bfloat16)))
     sizes = [int(np.prod(t.shape)) * t.dtype.itemsize for t in checkpoint.files.tensors.values()]
     before, began = _reset(), time.perf_counter()
-    params, _ = checkpoint.load(abstract, jnp.dtype(dtype))
+    params = dict(checkpoint.leaves(abstract, jnp.dtype(dtype)))
     jax.block_until_ready(params)
     seconds = time.perf_counter() - began
     places = [s.data for x in jax.tree.leaves(params) for s in x.addressable_shards]

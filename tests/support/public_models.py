@@ -10,10 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from safetensors.numpy import save_file
 
 from vadapter.models.registry import make_module
-from vadapter.weights.hf_checkpoint import FAMILIES
+from vadapter.weights.hf_checkpoint import FAMILIES, Checkpoint, Report
 from vadapter.weights.safetensors import TensorFiles
 
 
@@ -66,3 +67,9 @@ def write_model(
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def read_checkpoint(checkpoint: Checkpoint, abstract: Any, dtype: Any = None) -> tuple[Any, Report]:
+    """The tree of arrays of a checkpoint, and how its tensors match."""
+    leaves = dict(checkpoint.leaves(abstract, dtype))
+    return traverse_util.unflatten_dict(leaves, sep="/"), checkpoint.match(abstract)

@@ -1,14 +1,11 @@
 """The original libraries, once a session, and a hub on this machine."""
 
 import functools
-import http.server
-import os
-import threading
 
 import pytest
-from support.hub_server import FILES, NEW, Hub
+from support import hub_server
+from support.hub_server import FILES
 from support.original import draw, imported, their_warnings
-from support.paths import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -46,25 +43,11 @@ def original_of(originals, tmp_path_factory):
 @pytest.fixture
 def hub():
     """The server: `asked` lists its requests, `files` is what it has, `main` its newest commit."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked, server.files, server.main = [], FILES, NEW
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with hub_server.serving(FILES, "owner/model", "owner/gated-info", "owner/gated-files") as hub:
+        yield hub
 
 
 @pytest.fixture
 def env(tmp_path):
     """The environment of someone who never used the hub, but for what a test adds."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSF"))}
-    root = ROOT
-    return {
-        **{k: v for k, v in kept.items() if "proxy" not in k.lower()},
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(root),
-    }
+    return hub_server.environment(tmp_path / "hf")

@@ -42,7 +42,7 @@ def ask(env, spec: str, **kwargs) -> Snapshot | str:
 
 
 def at(env, server, **more) -> dict[str, str]:
-    return {**env, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", **more}
+    return {**env, "HF_ENDPOINT": server.endpoint, **more}
 
 
 def contents(folder: Path) -> set[str]:

@@ -54,9 +54,8 @@ def world(hub, env, tmp_path):
     write_model(tmp_path / "model", {**config, **LLAMA})
     hub.files = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
     draw(tmp_path / "shapes")
-    endpoint = f"http://127.0.0.1:{hub.server_port}"
     paths = f"{TESTS.parent}:{TESTS}"
-    return hub, {**env, "HF_ENDPOINT": endpoint, "PYTHONPATH": paths}, tmp_path
+    return hub, {**env, "HF_ENDPOINT": hub.endpoint, "PYTHONPATH": paths}, tmp_path
 
 
 def ask(world, weights: str, **env) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from support.original import their_warnings
-from support.public_models import Counting, write_model
+from support.public_models import Counting, read_checkpoint, write_model
 
 from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings
 from vadapter.errors import CheckpointError
@@ -82,7 +82,7 @@ def load(folder, **overrides):
     checkpoint = Checkpoint.open(folder)
     module = make_module("llm", checkpoint.spec)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    params, report = checkpoint.load(nn.unbox(shapes)["params"])
+    params, report = read_checkpoint(checkpoint, nn.unbox(shapes)["params"])
     return module, params, report
 
 
@@ -95,7 +95,7 @@ def test_logits_equal_the_originals_with_padding(case, pair, originals):
     torch, _ = originals
     model, folder = pair(case)
     module, params, report = load(folder)
-    assert report.left_out == ()
+    assert report.unused == ()
     tokens, lengths = ids(3), np.array([T, 23, 7])
     real = np.arange(T)[None, :] < lengths[:, None]
     with torch.no_grad(), their_warnings():
@@ -184,7 +184,7 @@ def test_every_shard_is_read_for_its_own_device_and_no_more(case, pair):
     )
     checkpoint = Checkpoint.open(folder)
     counted = Counting.of(checkpoint.files)
-    params, _ = dataclasses.replace(checkpoint, files=counted).load(abstract)
+    params, _ = read_checkpoint(dataclasses.replace(checkpoint, files=counted), abstract)
     jax.tree.map(np.testing.assert_array_equal, params, whole)
     kernel = params["stack"]["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
@@ -197,7 +197,7 @@ def test_a_checkpoint_is_loaded_in_the_dtype_asked_for(pair):
     checkpoint = Checkpoint.open(folder)
     _, whole, _ = load(folder)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), whole)
-    half, _ = checkpoint.load(shapes, jnp.bfloat16)
+    half, _ = read_checkpoint(checkpoint, shapes, jnp.bfloat16)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), half, whole)
 
 
@@ -262,14 +262,14 @@ def test_a_gpt2_whose_names_have_no_prefix_reads_the_same(tied, tmp_path):
 
     _, same, report = load(write_model(tmp_path / "bare", keys, spoil=bare))
     jax.tree.map(np.testing.assert_array_equal, params, same)
-    assert report.left_out == (("lm_head.weight",) if tied else ())
+    assert report.unused == (("lm_head.weight",) if tied else ())
 
 
 def test_what_the_table_allows_is_left_out_and_told(folder):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32),
              "lm_head.weight": np.zeros((V, 32), np.float32)}  # fmt: skip
     _, _, report = load(folder.write(spoil=lambda t: t.update(extra)))
-    assert set(report.left_out) == set(extra)
+    assert set(report.unused) == set(extra)
     assert "unused: lm_head.weight, model.layers.0" in str(report)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.public_models import Counting, write_model
+from support.public_models import Counting, read_checkpoint, write_model
 
 from vadapter.data.tokenizers.pretrained import PretrainedTokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings
@@ -93,7 +93,7 @@ def load(folder):
     checkpoint = Checkpoint.open(folder)
     module = make_module("llm", checkpoint.spec)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    params, report = checkpoint.load(nn.unbox(shapes)["params"])
+    params, report = read_checkpoint(checkpoint, nn.unbox(shapes)["params"])
     return module, params, report
 
 
@@ -117,7 +117,7 @@ def stories(data_root):
     folder = data_root / "weights" / "stories260k"
     module, params, report = load(folder)
     assert report.parameters == 260_032
-    assert set(report.left_out) == {"freqs_cos", "freqs_sin"}
+    assert set(report.unused) == {"freqs_cos", "freqs_sin"}
     return folder, module, params, np.load(folder / "golden_greedy.npz")
 
 
@@ -154,7 +154,7 @@ def test_logits_equal_numpys(sizes, tmp_path):
     tensors, ids = generate(sizes), np.random.default_rng(1).integers(0, 31, 12)
     module, params, report = load(write(tmp_path, sizes))
     assert ("head" in params) == (sizes.vocab < 0)
-    assert set(report.left_out) == {"freqs_cos", "freqs_sin"}
+    assert set(report.unused) == {"freqs_cos", "freqs_sin"}
     logits = jax.jit(module.apply)({"params": params}, ids[None])[0]
     expected = forward(tensors, sizes, ids)
     assert np.abs(expected).max() > 3
@@ -188,7 +188,7 @@ def test_every_device_gets_its_shard(tmp_path):
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), where
     )
-    params, _ = Checkpoint.open(tmp_path).load(abstract)
+    params, _ = read_checkpoint(Checkpoint.open(tmp_path), abstract)
     assert not params["stack"]["blocks"]["attn"]["q"]["kernel"].sharding.is_fully_replicated
     jax.tree.map(np.testing.assert_array_equal, params, whole)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.original import draw, imported, their_warnings
+from support.public_models import read_checkpoint
 
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.models.registry import make_module
@@ -71,7 +72,7 @@ def ours(folder, **keys):
     size = module.config.image_size
     example = np.zeros((1, 1, size, size, 3), np.uint8)
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), example))["params"]
-    params, report = Checkpoint.open(folder).load(shapes)
+    params, report = read_checkpoint(Checkpoint.open(folder), shapes)
     return module, params, report
 
 
@@ -153,9 +154,9 @@ def test_a_published_tower_has_the_parameters_of_open_clips_own(name, open_clip)
 
 def test_without_the_queries_the_pooler_is_left_out_and_with_them_all_of_it_is_used(original):
     _, folder = original("coca")
-    left_out = ours(folder, tap="last")[2].left_out
+    left_out = ours(folder, tap="last")[2].unused
     assert {"visual.attn_pool.query", "visual.ln_post.weight", "visual.proj"} <= set(left_out)
-    left_out = ours(folder, tap="queries")[2].left_out
+    left_out = ours(folder, tap="queries")[2].unused
     assert not [name for name in left_out if name.startswith("visual.") and name != "visual.proj"]
 
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from support.original import their_warnings
 from support.processors import CLIP, DINOV2, SIGLIP, SIGLIP2, image, write_processor
+from support.public_models import read_checkpoint
 from support.recipes import draw, tiny_recipe
 from support.sources import ListSource
 
@@ -134,7 +135,7 @@ def test_tokens_of_our_pixels_are_those_of_the_original_model_and_processor(
         module, image, frames = ours(case, shape)
         size = module.view.size
         shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 1, size, size, 3)))
-        params, _ = Checkpoint.open(folder).load(nn.unbox(shapes)["params"])
+        params, _ = read_checkpoint(Checkpoint.open(folder), nn.unbox(shapes)["params"])
         tokens = np.asarray(jax.jit(module.apply)({"params": params}, frames[None]))[0, 0]
         with torch.no_grad(), their_warnings():
             out = model(theirs(originals, folder, image)).last_hidden_state[0].numpy()

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from support.original import their_warnings
-from support.public_models import write_model
+from support.public_models import read_checkpoint, write_model
 
 from vadapter.errors import CheckpointError
 from vadapter.models.registry import make_module
@@ -47,7 +47,7 @@ def load(folder, **overrides):
     module = make_module("encoder", dict(checkpoint.spec) | overrides)
     size = module.config.image_size
     shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 1, size, size, 3)))
-    params, report = checkpoint.load(nn.unbox(shapes)["params"])
+    params, report = read_checkpoint(checkpoint, nn.unbox(shapes)["params"])
     return module, params, report
 
 
@@ -92,7 +92,7 @@ def test_the_penultimate_layer_is_that_of_the_original(case, pair, originals):
     expected = theirs(originals, model, module, frames())[-2]
     assert np.abs(run(module, params, frames()) - expected).max() < TOLERANCE
     assert params["stack"]["blocks"]["mlp"]["up"]["kernel"].shape[0] == 2, "the last is not loaded"
-    assert any(".2." in name for name in report.left_out)
+    assert any(".2." in name for name in report.unused)
 
 
 @pytest.mark.parametrize("size", [48, 24])
@@ -145,7 +145,7 @@ def test_siglip2_of_fixed_resolution_is_a_siglip_of_two_towers(tmp_path):
     write_model(tmp_path, SIGLIP2["vision_config"], "vision_model.", **rest)
     (tmp_path / "config.json").write_text(json.dumps(SIGLIP2))
     module, params, report = load(tmp_path)
-    assert set(report.left_out) == set(rest)
+    assert set(report.unused) == set(rest)
     c = module.config
     assert (c.width, c.depth, c.class_token, c.final_norm) == (32, 3, False, True)
     assert run(module, params, frames()).shape == (2, 2, 16, 32)

@@ -175,7 +175,7 @@ def find(
         match = weights.open().match(abstract)
         return Start(
             component, f"weights {weights.weights}", weights=weights, report=match,
-            loaded=tuple(leaf_paths(abstract)), dropped=match.left_out,
+            loaded=tuple(leaf_paths(abstract)), dropped=match.unused,
         )  # fmt: skip
     start = Start(component, f"stage {source}")
     if upcoming and source in upcoming:

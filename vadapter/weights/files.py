@@ -20,11 +20,7 @@ _LOOKALIKES = {  # first bytes of what is often found under the name of a weight
 
 
 def require_file(path: Path) -> Path:
-    """Return `path` if it is a file.
-
-    Raises:
-      CheckpointError: it is not a file. Names the folder and the setting.
-    """
+    """Return `path`; raise a CheckpointError that names folder and setting if it is no file."""
     if path.is_file():
         return path
     missing = "" if path.parent.is_dir() else " (the folder does not exist)"

@@ -1,6 +1,7 @@
 """Public checkpoints as components: the spec from their config.json, the parameters by name."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -42,19 +43,17 @@ class Report:
 
     Attributes:
       tensors: number of tensors that are used.
-      leaves: number of arrays that they become.
-      parameters: in all leaves.
-      left_out: tensors that the component does not need.
+      parameters: number of parameters that they hold.
+      unused: tensors that the component does not need.
     """
 
     tensors: int
-    leaves: int
     parameters: int
-    left_out: tuple[str, ...]
+    unused: tuple[str, ...]
 
     def __str__(self) -> str:
         text = f"{self.tensors} tensors, {self.parameters:,} parameters"
-        return text + (f"; unused: {listing(self.left_out, _SHOWN)}" if self.left_out else "")
+        return text + (f"; unused: {listing(self.unused, _SHOWN)}" if self.unused else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +61,6 @@ class Checkpoint:
     """A checkpoint folder, none of whose tensors is read yet.
 
     Attributes:
-      path: the folder.
-      model_type: of its config.json.
       spec: of the component: `kind` and the fields of its configuration.
       tables: the names that the family may give its tensors.
       files: the tensors.
@@ -90,36 +87,33 @@ class Checkpoint:
     def match(self, abstract: Any) -> Report:
         """Match the tensors to the parameters, by their names and shapes alone.
 
-        Args:
-          abstract: tree of `jax.ShapeDtypeStruct` that the component needs.
-
         Raises:
           CheckpointError: tensors are missing or unexpected, or their shapes do not match.
         """
         return self._match(_flat(abstract))[0]
 
-    def load(self, abstract: Any, dtype: Any = None) -> tuple[Any, Report]:
-        """Read the tensors straight into each device's shard.
+    def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:
+        """Read the tensors straight into each device's shard, one leaf after the other.
 
         Args:
           abstract: tree of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.
           dtype: of the result; None takes that of `abstract`.
 
-        Returns:
-          The tree of `jax.Array`, and the report of `match`.
+        Yields:
+          (path, array); parts of a path are joined by "/".
 
         Raises:
           CheckpointError: as `match`.
         """
-        out = dict(self.leaves(abstract, dtype))
-        return traverse_util.unflatten_dict(out, sep="/"), self.match(abstract)
-
-    def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:
-        """Yield (path, array) one after the other, as `load`; paths are joined by "/"."""
         leaves = _flat(abstract)
         _, prefix, sources = self._match(leaves)
+        head_dim = self.spec.get("head_dim") or self.spec["width"] // self.spec["heads"]
         for path, leaf in leaves.items():
-            yield path, _place(leaf, self._reader(sources[path], prefix, dtype or leaf.dtype))
+            names = [prefix + name for name in sources[path].names]
+            read = functools.partial(
+                sources[path].read, self.files, names, head_dim=head_dim, dtype=dtype or leaf.dtype
+            )
+            yield path, _place(leaf, read)
 
     def stamps(self) -> Mapping[Path, Stamp]:
         """Return the files of the weights with their stamps."""
@@ -157,9 +151,9 @@ class Checkpoint:
                 f"({quantity(len(faults), 'tensor')}):\n  " + "\n  ".join(truncate(faults, _SHOWN))
             )
         count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
-        left_out = tuple(sorted(self.files.tensors.keys() - used))
+        unused = tuple(sorted(self.files.tensors.keys() - used))
         matched = {path: source for path, source in sources.items() if source is not None}
-        return Report(len(used), len(leaves), count, left_out), prefix, matched
+        return Report(len(used), count, unused), prefix, matched
 
     def _names(self, leaves: Mapping[str, Any]) -> tuple[Table, str, dict[str, Source | None]]:
         """Return the table and prefix that match most tensors, and the sources of our leaves."""
@@ -193,11 +187,6 @@ class Checkpoint:
         later = range(depth, self.spec["depth"])
         return any(name.startswith(prefix + table.layers.format(i)) for i in later)
 
-    def _reader(self, source: Source, prefix: str, dtype: Any) -> Callable[[Any], np.ndarray]:
-        names = [prefix + name for name in source.names]
-        head_dim = self.spec.get("head_dim") or self.spec["width"] // self.spec["heads"]
-        return lambda index: source.read(self.files, names, index, head_dim, dtype)
-
 
 def _flat(tree: Any) -> dict[str, Any]:
     return dict(traverse_util.flatten_dict(tree, sep="/"))
@@ -219,11 +208,7 @@ def _place(leaf: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
 
 
 def locate(weights: str, key: str) -> hub.Snapshot:
-    """Return the folder of a component's public weights.
-
-    Args:
-      weights: a folder, with `~` and `$VARIABLES`, or a hub id.
-      key: in the recipe, for messages.
+    """Return the folder of public weights, of which `key` of the recipe names folder or hub id.
 
     Raises:
       CheckpointError: as `hub.resolve`.
@@ -238,10 +223,7 @@ def complete(spec: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return a component's spec completed from its public checkpoint; its own fields override.
 
     A spec with a kind or a size, or without weights, is complete. A hub id is pinned to its commit.
-
-    Args:
-      spec: of the component, `{weights: FOLDER or hub id, …}`.
-      key: of `weights` in the recipe, for messages.
+    `key` is that of `weights` in the recipe, for messages.
 
     Raises:
       CheckpointError: there is no such checkpoint, or its model is not supported.

@@ -17,9 +17,8 @@ from pathlib import Path
 from vadapter.errors import CheckpointError
 
 ALLOW = ("*.json", "*.safetensors", "merges.txt")
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-
-_SUBFOLDERS = ("*/*",)  # other formats of the same weights, mostly
+# Pickled files, and subfolders: other formats of the same weights, mostly.
+_EXCLUDED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*/*"]
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _NO_LEAD = ("/", ".", "~")  # first characters of paths, never of hub ids
 
@@ -46,9 +45,6 @@ def resolve(spec: str, *, revision: str | None = None, allow: Sequence[str] = AL
       spec: a local folder, or a hub id, `owner/name` or `owner/name@revision`.
       revision: branch, tag or commit of a hub id; None takes that of `spec`, or "main".
       allow: patterns of the file names to download; pickled files are always excluded.
-
-    Returns:
-      The `Snapshot`, with the commit of the revision.
 
     Raises:
       CheckpointError: neither a folder nor a hub id; or no such repository or revision, no access,
@@ -77,15 +73,11 @@ def _download(repo_id: str, revision: str, allow: Sequence[str]) -> Snapshot:
 
     try:
         path = huggingface_hub.snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=list(allow),
-            ignore_patterns=[*PICKLED, *_SUBFOLDERS],
+            repo_id, revision=revision, allow_patterns=list(allow), ignore_patterns=_EXCLUDED
         )
     except Exception as error:  # those of the hub, of its HTTP library, and of the file system
-        message = _explain(error, repo_id, revision) or _unreachable(
-            error, repo_id, revision, allow
-        )
+        message = _explain(error, repo_id, revision)
+        message = message or _unreachable(error, repo_id, revision, allow)
         raise CheckpointError(message) from error
     return Snapshot(Path(path), repo_id, Path(path).name)  # …/snapshots/<commit>
 
@@ -103,7 +95,6 @@ def upload(folder: Path, files: Sequence[str], repo_id: str, *, private: bool | 
     Args:
       folder: of the files.
       files: their names; other frozen components of an earlier upload are removed.
-      repo_id: `owner/name`.
       private: visibility of a new repository; None takes the default of its owner.
 
     Returns:
@@ -143,7 +134,7 @@ def download_command(repo_id: str, revision: str, allow: Sequence[str] = ALLOW) 
     command = ["hf", "download", repo_id, "--revision", revision]
     for pattern in allow:
         command += ["--include", pattern]
-    for pattern in (*PICKLED, *_SUBFOLDERS):
+    for pattern in _EXCLUDED:
         command += ["--exclude", pattern]
     return shlex.join([*command, "--local-dir", repo_id.split("/")[1]])
 
@@ -155,8 +146,8 @@ def _neither(spec: str, folder: Path) -> str:
     parent = folder.parent
     beside = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
     if spec.startswith(_NO_LEAD) or spec.count("/") > 1:
-        where = "" if parent.is_dir() else f"; {str(parent)!r} does not exist either"
-        return f"There is no folder {spec!r}{where}{_close(folder.name, beside)}."
+        missing = "" if parent.is_dir() else f"; {str(parent)!r} does not exist either"
+        return f"There is no folder {spec!r}{missing}{_close(folder.name, beside)}."
     return (
         f"{spec!r} is neither a folder{_close(spec, beside)} nor a hub id, which reads owner/name "
         "or owner/name@revision, as in 'openai-community/gpt2'."
@@ -165,29 +156,26 @@ def _neither(spec: str, folder: Path) -> str:
 
 def _explain(error: Exception, repo_id: str, revision: str) -> str:
     """Return the message for an error that the hub explains; "" for others."""
-    from huggingface_hub import HfApi, constants, errors, get_token
+    from huggingface_hub import constants, errors, get_token
 
     page = f"{constants.ENDPOINT}/{repo_id}"
     tokens = f"{constants.ENDPOINT}/settings/tokens"
     answer = next((e for e in _causes(error) if isinstance(e, errors.HfHubHTTPError)), None)
     status = getattr(getattr(answer, "response", None), "status_code", 0)
-    refused = (
-        "the account of the token in use has no access yet"
-        if get_token()
-        else "no token is in use here"
-    )
+    no_access = "the account of the token in use has no access yet"
+    refused = no_access if get_token() else "no token is in use here"
     if isinstance(answer, errors.GatedRepoError):
         return (
             f"{repo_id} is gated, and {refused}. Accept its license at {page}, then set the "
             f"environment variable HF_TOKEN to a token of that account ({tokens})."
         )
     if isinstance(answer, errors.RevisionNotFoundError):
-        refs = _names_from(lambda: _refs(HfApi(), repo_id))
+        refs = _names_from(_refs, repo_id)
         return f"{repo_id} has no revision {revision!r}{_close(revision, refs)}; see {page}/commits"
     # Without a token the hub answers alike for missing and for private repositories.
     hidden = status == 401 and not get_token()
     if hidden or isinstance(answer, errors.RepositoryNotFoundError):
-        models = _names_from(lambda: _models(HfApi(), repo_id))
+        models = _names_from(_models, repo_id)
         return (
             f"There is no folder {repo_id!r} here and no such repository at {constants.ENDPOINT}"
             f"{_close(repo_id, models)}. If it is private, set the environment variable HF_TOKEN "
@@ -236,10 +224,12 @@ def _refs(api, repo_id: str) -> list[str]:
     return [ref.name for ref in (*refs.branches, *refs.tags)]
 
 
-def _names_from(query) -> list[str]:
+def _names_from(query, repo_id: str) -> list[str]:
     """Return the names that the hub lists; none if it fails, as they are only a hint."""
+    from huggingface_hub import HfApi
+
     try:
-        return query()
+        return query(HfApi(), repo_id)
     except Exception:
         return []
 

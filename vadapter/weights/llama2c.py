@@ -41,14 +41,9 @@ TABLE = Table(
 _FLOAT = np.dtype("<f4")
 _HEADER = struct.Struct("<7i")
 _LIMITS = {  # the numbers of the header, in its order, and a limit above any model's
-    "dim": 2**16,
-    "hidden_dim": 2**18,
-    "n_layers": 2**10,
-    "n_heads": 2**10,
-    "n_kv_heads": 2**10,
-    "vocab_size": 2**22,
-    "seq_len": 2**22,
-}
+    "dim": 2**16, "hidden_dim": 2**18, "n_layers": 2**10, "n_heads": 2**10, "n_kv_heads": 2**10,
+    "vocab_size": 2**22, "seq_len": 2**22,
+}  # fmt: skip
 _VERSIONED = b"24ka"  # first bytes of its later formats
 
 
@@ -151,15 +146,12 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     keys, vocab = config["num_key_value_heads"] * head_dim, config["vocab_size"]
     inside = {
         "attention_norm": (dim,),
-        "attention.wq": (dim, dim),
-        "attention.wk": (keys, dim),
-        "attention.wv": (keys, dim),
+        "attention.wq": (dim, dim), "attention.wk": (keys, dim), "attention.wv": (keys, dim),
         "attention.wo": (dim, dim),
         "ffn_norm": (dim,),
-        "feed_forward.w1": (hidden, dim),
-        "feed_forward.w2": (dim, hidden),
+        "feed_forward.w1": (hidden, dim), "feed_forward.w2": (dim, hidden),
         "feed_forward.w3": (hidden, dim),
-    }
+    }  # fmt: skip
     layers = range(config["num_hidden_layers"])
     angles = (config["max_position_embeddings"], head_dim // 2)
     return {

@@ -59,31 +59,23 @@ class MobileNetFiles:
         """Match the tensors to the parameters, by the graph and the headers of the arrays.
 
         Raises:
-          CheckpointError: files that are corrupt or describe another network.
+          CheckpointError: files that are corrupt or describe another network; as do `leaves`.
         """
         _, names, ignored = _names(self.path, head=False)
         headers = npz.read_npz_headers(self.path / f"{_NAME}{_ENDS[1]}", max_bytes=_MAX_BYTES)
         used = match_names(abstract, headers, names, ignore=ignored)
         count = sum(int(np.prod(headers[name].shape)) for name, _ in used.values())
-        return Report(len(used), len(used), count, ("head",))
+        return Report(len(used), count, ("head",))
 
     def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:
-        """Yield (path, array) with the shardings of `abstract`, one after the other.
-
-        Raises:
-          CheckpointError: files that are corrupt or describe another network.
-        """
+        """Yield (path, array) with the shardings of `abstract`, one after the other."""
         params = traverse_util.flatten_dict(load_mobilenet(self.path)[1], sep="/")
         for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items():
             yield path, jax.device_put(np.asarray(params[path], dtype or leaf.dtype), leaf.sharding)
 
 
 def load_mobilenet(path: Path, *, head: bool = False) -> tuple[MobileNetConfig, dict[str, Any]]:
-    """Load the encoder.
-
-    Args:
-      path: the folder with the .json and the .npz.
-      head: also load the classifier; by default its two tensors are ignored.
+    """Load the encoder, and its classifier for `head`; otherwise its two tensors are ignored.
 
     Returns:
       The configuration and the float32 parameters, numpy arrays:
@@ -113,14 +105,11 @@ def abstract_params(config: MobileNetConfig) -> Any:
 
 
 def unround(tensor: np.ndarray) -> np.ndarray:
-    """Undo the rounding to float16 of a tensor of integer multiples of one step.
+    """Undo the rounding to float16 of a tensor of integer multiples of one step; return float32.
 
     Dequantized 8-bit kernels are such multiples. Each value bounds the step to those that would
-    have been rounded to it; together they leave an interval of about 1e-6 of the step.
-
-    Returns:
-      f32 of the same shape, which rounds to `tensor`; `tensor` itself if it is not float16 or not
-      of that form.
+    have been rounded to it; together they leave an interval of about 1e-6 of the step. A tensor
+    that is not float16 or not of that form is returned itself.
     """
     if tensor.dtype != np.float16 or not np.ptp(tensor):
         return tensor
@@ -141,10 +130,8 @@ def _name_table(config: MobileNetConfig, graph: Path) -> dict[str, str]:
     try:
         layers = json.loads(graph.read_text(encoding="utf-8"))["layers"]
         names = [layer["name"] for layer in layers]
-        stored = [
-            (layer["op"], layer.get("stride", 1), layer.get("activation", "none"))
-            for layer in layers
-        ]
+        keys = {"stride": 1, "activation": "none"}
+        stored = [(layer["op"], *(layer.get(k, v) for k, v in keys.items())) for layer in layers]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{graph} is not a list of the layers of a network: {e!r}.") from e
     ours, expected = zip(*_graph(config), strict=True)

@@ -30,18 +30,20 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias":
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One of several projections that are concatenated in one tensor, along its outputs.
+    """Projection `index` of the `count` that are concatenated in one tensor, along its outputs.
 
-    Attributes:
-      module: their name.
-      index, count: position among the projections, and their number.
-      by_head: the outputs are grouped by head first: [heads, count, K] (GPT-NeoX).
+    With `by_head` the outputs are grouped by head first: [heads, count, K] (GPT-NeoX).
     """
 
     module: str
     index: int
     count: int
     by_head: bool = False
+
+
+def fused(modules: str, name: str, by_head: bool = False) -> dict[str, Part]:
+    """Return queries, keys and values, our `modules` with q, k, v in {}, as parts of one tensor."""
+    return {modules.format(x): Part(name, i, 3, by_head) for i, x in enumerate("qkv")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Tokens:
     """Trainable vectors under a name of their own, of any shape; ours are [1, n, D].
 
     Attributes:
-      name: their full name.
+      name: the full name of the tensor.
       grid: number of leading vectors that are not positions in a square grid; a grid of another
         size is resampled, with or without antialiasing. None: there is no grid.
     """
@@ -76,7 +78,7 @@ class Tokens:
     antialias: bool = False
 
 
-Theirs = str | Part | Patches | Pairs | Tokens
+Form = str | Part | Patches | Pairs | Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Table:
     """The names of one family.
 
     Attributes:
-      modules: our module's path (within a layer for those of the stack) -> theirs.
+      modules: our module's path (within a layer for those of the stack) -> form of theirs.
       layers: prefix of the names in layer {}.
       prefixes: prefixes of all names, which depend on the class that saved the checkpoint.
       transposed: the linear layers of the stack are stored [out, in]; GPT-2's are [in, out].
@@ -92,39 +94,34 @@ class Table:
       optional: a module of ours -> the pattern of tensors that only it needs.
     """
 
-    modules: Mapping[str, Theirs]
+    modules: Mapping[str, Form]
     layers: str
     prefixes: tuple[str, ...] = ("",)
     transposed: bool = True
     ignored: tuple[str, ...] = ()
     optional: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def __or__(self, other: Mapping[str, Theirs]) -> "Table":
+    def __or__(self, other: Mapping[str, Form]) -> "Table":
         """Return the table with some modules renamed."""
         return dataclasses.replace(self, modules={**self.modules, **other})
 
     def source(self, path: str, shape: Sequence[int]) -> "Source | None":
-        """Return the source of our leaf; None if the family has no such module.
-
-        Args:
-          path: of the leaf, `stack/blocks/attn/q/kernel`.
-          shape: of the leaf.
-        """
+        """Return the source of our leaf, `stack/blocks/attn/q/kernel`; None if it has none."""
         inside = path.startswith(BLOCKS)
         own = path.removeprefix(BLOCKS)
         module, _, leaf = own.rpartition("/")
-        theirs = self.modules.get(own, self.modules.get(module))
-        if isinstance(theirs, Tokens):
-            name = theirs.name
-        elif theirs is None or (own not in self.modules and leaf not in _LEAVES):
+        form = self.modules.get(own, self.modules.get(module))
+        if isinstance(form, Tokens):
+            name = form.name
+        elif form is None or (own not in self.modules and leaf not in _LEAVES):
             return None
         else:
-            name = theirs if isinstance(theirs, str) else theirs.module
+            name = form if isinstance(form, str) else form.module
             if own not in self.modules:  # otherwise a leaf with a name of its own
                 name = f"{name}.{_LEAVES[leaf]}"
         names = tuple(f"{self.layers.format(i)}{name}" for i in range(shape[0])) if inside else ()
         transposed = leaf == "kernel" and (self.transposed or not inside)
-        return Source(names or (name,), tuple(shape), inside, transposed, theirs)
+        return Source(names or (name,), tuple(shape), inside, transposed, form)
 
     def unneeded(self, names: Sequence[str], used: set[str]) -> list[str]:
         """Return the tensors of a checkpoint that are neither used nor ignored."""
@@ -137,52 +134,46 @@ class Source:
     """The tensors that one leaf of ours is read from.
 
     Attributes:
-      names: theirs: one per layer if `stacked`, otherwise one.
-      shape: ours.
-      transposed: theirs is the transpose of ours.
-      theirs: how else it differs.
+      names: of the tensors: one per layer if `stacked`, otherwise one.
+      shape: of the leaf.
+      transposed: the tensors are the transpose of ours.
+      form: how else they differ.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     stacked: bool
     transposed: bool
-    theirs: Theirs
+    form: Form
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Return whether our leaf can be read from a tensor of this shape."""
-        if isinstance(self.theirs, Tokens):
+        if isinstance(self.form, Tokens):
             same = int(np.prod(shape)) == int(np.prod(self.shape))
-            return shape[-1] == self.shape[-1] and (same or self.theirs.grid is not None)
+            return shape[-1] == self.shape[-1] and (same or self.form.grid is not None)
         return tuple(shape) == self.expected
 
     @property
     def expected(self) -> tuple[int, ...]:
         """The shape of each of their tensors."""
         shape = self.shape[self.stacked :]
-        if isinstance(self.theirs, Patches) and len(shape) == 2:
+        if isinstance(self.form, Patches) and len(shape) == 2:
             side = math.isqrt(shape[0] // 3)
             return (shape[1], 3, side, side)
-        if isinstance(self.theirs, Part):
-            shape = (*shape[:-1], shape[-1] * self.theirs.count)
+        if isinstance(self.form, Part):
+            shape = (*shape[:-1], shape[-1] * self.form.count)
         return shape[::-1] if self.transposed else shape
 
     def read(
-        self,
-        files: TensorFiles,
-        names: Sequence[str],
-        index: tuple[slice, ...],
-        head_dim: int,
+        self, files: TensorFiles, names: Sequence[str], index: tuple[slice, ...], head_dim: int,
         dtype: np.dtype,
-    ) -> np.ndarray:
+    ) -> np.ndarray:  # fmt: skip
         """Return a part of our leaf; no more than one of their tensors is held beside it.
 
         Args:
-          files: the checkpoint.
           names: `self.names`, with their prefix.
           index: slices of our leaf, as requested by a sharding.
           head_dim: K, for parts that are grouped by head.
-          dtype: of the result.
         """
         ranges = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
         out = _aligned([len(r) for r in ranges], np.dtype(dtype))
@@ -194,30 +185,29 @@ class Source:
     def _one(
         self, files: TensorFiles, name: str, index: tuple[slice, ...], head_dim: int
     ) -> np.ndarray:
-        whole, theirs = self.shape[self.stacked :], self.theirs
-        if isinstance(theirs, Tokens):
-            return _tokens(files.read(name), self.shape, theirs)[index]
-        if isinstance(theirs, Patches) and len(whole) == 2:
+        whole, form = self.shape[self.stacked :], self.form
+        if isinstance(form, Tokens):
+            return _tokens(files.read(name), self.shape, form)[index]
+        if isinstance(form, Patches) and len(whole) == 2:
             return files.read(name).transpose(2, 3, 1, 0).reshape(whole)[index]
-        if isinstance(theirs, Pairs):
+        if isinstance(form, Pairs):
             start, stop, _ = index[-1].indices(whole[-1])
             heads = slice(start // head_dim, -(-stop // head_dim))  # all that overlap
             outputs = slice(heads.start * head_dim, heads.stop * head_dim)
-            plain = dataclasses.replace(self, theirs=theirs.module)
+            plain = dataclasses.replace(self, form=form.module)
             pairs = plain._one(files, name, (*index[:-1], outputs), head_dim)
             shape = (*pairs.shape[:-1], heads.stop - heads.start, head_dim // 2, 2)
             halves = pairs.reshape(shape).swapaxes(-1, -2).reshape(pairs.shape)
             return halves[..., start - outputs.start : stop - outputs.start]
-        if isinstance(theirs, Part) and theirs.by_head:
-            # The outputs of one projection are not contiguous: all are read.
-            tensor = files.read(name)
-            tensor = tensor.reshape(-1, theirs.count, head_dim, *tensor.shape[1:])[:, theirs.index]
+        if isinstance(form, Part) and form.by_head:
+            tensor = files.read(name)  # all, as the outputs of one projection are not contiguous
+            tensor = tensor.reshape(-1, form.count, head_dim, *tensor.shape[1:])[:, form.index]
             tensor = tensor.reshape(-1, *tensor.shape[2:])
             return (tensor.T if self.transposed else tensor)[index]
         bounds = [s.indices(n)[:2] for s, n in zip(index, whole, strict=True)]
-        if isinstance(theirs, Part):
+        if isinstance(form, Part):
             a, b = bounds[-1]
-            bounds[-1] = (a + theirs.index * whole[-1], b + theirs.index * whole[-1])
+            bounds[-1] = (a + form.index * whole[-1], b + form.index * whole[-1])
         slices = tuple(slice(a, b) for a, b in bounds)
         return files.read(name, slices[::-1]).T if self.transposed else files.read(name, slices)
 
@@ -247,18 +237,17 @@ def _copy(out: np.ndarray, tensor: np.ndarray) -> None:
         out[:, i : i + _STRIP] = strip.T
 
 
-def _tokens(tensor: np.ndarray, shape: Sequence[int], theirs: Tokens) -> np.ndarray:
+def _tokens(tensor: np.ndarray, shape: Sequence[int], form: Tokens) -> np.ndarray:
     """Return vectors as [1, n, D], with their grid resampled if ours has another size."""
-    tensor, lead = tensor.reshape(1, -1, shape[-1]), theirs.grid
+    tensor, lead = tensor.reshape(1, -1, shape[-1]), form.grid
     if tensor.shape == tuple(shape) or lead is None:
         return tensor
     old, new = (math.isqrt(n - lead) for n in (tensor.shape[1], shape[1]))
     if lead + old * old != tensor.shape[1]:
-        raise CheckpointError(
-            f"{theirs.name}: its {tensor.shape[1] - lead} positions are not a square grid"
-        )
+        count = tensor.shape[1] - lead
+        raise CheckpointError(f"{form.name}: its {count} positions are not a square grid")
     grid = tensor[0, lead:].astype(np.float32).reshape(old, old, -1)
-    weights = bicubic(old, new, antialias=theirs.antialias)
+    weights = bicubic(old, new, antialias=form.antialias)
     grid = np.einsum("yi,xj,ijd->yxd", weights, weights, grid).reshape(1, new * new, -1)
     return np.concatenate([tensor[:, :lead].astype(np.float32), grid], axis=1)
 
@@ -291,12 +280,9 @@ def _cubic(t: float, a: float) -> float:
 
 
 def assign(
-    params_abstract: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    name_table: Mapping[str, str],
-    *,
-    ignore: Collection[str] = (),
-) -> dict[str, Any]:
+    params_abstract: Mapping[str, Any], tensors: Mapping[str, np.ndarray],
+    name_table: Mapping[str, str], *, ignore: Collection[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Assign the tensors of a file to the parameter tree of a model, strictly.
 
     Args:
@@ -319,12 +305,9 @@ def assign(
 
 
 def match_names(
-    params_abstract: Mapping[str, Any],
-    tensors: Mapping[str, Any],
-    name_table: Mapping[str, str],
-    *,
-    ignore: Collection[str] = (),
-) -> dict[str, tuple[str, np.dtype]]:
+    params_abstract: Mapping[str, Any], tensors: Mapping[str, Any],
+    name_table: Mapping[str, str], *, ignore: Collection[str] = (),
+) -> dict[str, tuple[str, np.dtype]]:  # fmt: skip
     """Return what `assign` assigns: path in the tree -> name in the file, and the model's dtype.
 
     Arguments and errors as in `assign`; the tensors need `.shape` and `.dtype` only.
@@ -335,7 +318,6 @@ def match_names(
         repeated = [p for p, n in collections.Counter(name_table.values()).items() if n > 1]
         raise ValueError(f"name_table maps several names to {repeated}")
 
-    ignored = [name for name in tensors if name in ignore]
     missing = [
         f"{path} (in the file: {sources.get(path, 'not in the name table')})"
         for path in params
@@ -348,29 +330,24 @@ def match_names(
     ]
     leaves, mismatched = {}, []
     for path, leaf in params.items():
-        name = sources.get(path)
-        if name is None or name not in tensors:
+        if (name := sources.get(path)) not in tensors:
             continue
         tensor, dtype = tensors[name], np.dtype(leaf.dtype)
         castable = tensor.dtype == dtype or (tensor.dtype, dtype) in _WIDENINGS
-        if tuple(tensor.shape) != tuple(leaf.shape) or not castable:
+        if tuple(tensor.shape) == tuple(leaf.shape) and castable:
+            leaves[path] = name, dtype
+        else:
             mismatched.append(
                 f"{path}: model {dtype}{list(leaf.shape)}, "
                 f"file {tensor.dtype}{list(tensor.shape)} ({name})"
             )
-            continue
-        leaves[path] = name, dtype
-
     if missing or unexpected or mismatched:
         report = (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched))
         lines = [f"The weights do not match the model: {len(leaves)} parameters matched."]
         lines += [f"  {kind}: {entry}" for kind, entries in report for entry in entries]
         lines.append("Use the configuration that belongs to these weights, or other weights.")
         raise CheckpointError("\n".join(lines))
-    logging.info(
-        "Weights: %d matched, 0 missing, 0 unexpected, %d ignored %s",
-        len(leaves),
-        len(ignored),
-        ignored,
-    )
+    ignored = [name for name in tensors if name in ignore]
+    counts = "Weights: %d matched, 0 missing, 0 unexpected, %d ignored %s"
+    logging.info(counts, len(leaves), len(ignored), ignored)
     return leaves

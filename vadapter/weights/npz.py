@@ -25,18 +25,14 @@ _HEADERS = {
 
 
 def read_npz(path: Path, *, max_bytes: int) -> dict[str, np.ndarray]:
-    """Read every array of an .npz archive.
-
-    Args:
-      path: the archive, as written by `numpy.savez` or `numpy.savez_compressed`.
-      max_bytes: the most that the archive may hold once decompressed.
+    """Read every array of an .npz archive, which `numpy.savez` or `savez_compressed` wrote.
 
     Returns:
       Name to array, in the archive's order, dtypes as stored (bool, integer or float).
 
     Raises:
-      CheckpointError: the file is missing, corrupt, larger than `max_bytes`, or holds anything but
-        plain arrays, such as a pickled object.
+      CheckpointError: the file is missing, corrupt, larger than `max_bytes` once decompressed, or
+        holds anything but plain arrays, such as a pickled object.
     """
     return _read_members(path, max_bytes, _read_npy)
 

@@ -27,8 +27,8 @@ _INTERPOLATIONS: dict[int | str, Interpolation] = {  # numbers are Pillow's
     2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic",
 }  # fmt: skip
 # open_clip.constants, for a file that leaves them out
-_OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +51,7 @@ class Preprocess:
 
 
 def read_preprocess(folder: Path) -> Preprocess:
-    """Read the preprocessing of the encoder in `folder`.
-
-    Args:
-      folder: holds one of the files above; the first one is used.
-
-    Returns:
-      The `Preprocess`.
+    """Read the preprocessing of the encoder in `folder` from the first of the files above.
 
     Raises:
       CheckpointError: no such file, a processor that is not in the table, or an unsupported step.
@@ -83,13 +77,13 @@ def read_preprocess(folder: Path) -> Preprocess:
 
 
 def _processor(config: Mapping[str, Any]) -> Preprocess:
-    given = str(config.get("image_processor_type", config.get("feature_extractor_type")))
-    kind = given.removesuffix("Fast").removesuffix("Pil")
+    name = str(config.get("image_processor_type", config.get("feature_extractor_type")))
+    kind = name.removesuffix("Fast").removesuffix("Pil")
     kind = kind.replace("FeatureExtractor", "ImageProcessor")
     if kind not in PROCESSORS:
-        raise ValueError(f"image_processor_type {given!r} is unknown{nearest(kind, PROCESSORS)}")
-    for key, wanted in (("do_resize", True), ("do_rescale", True), ("do_pad", False)):
-        if (config.get(key, wanted) or False) is not wanted:
+        raise ValueError(f"image_processor_type {name!r} is unknown{nearest(kind, PROCESSORS)}")
+    for key, only in (("do_resize", True), ("do_rescale", True), ("do_pad", False)):
+        if (config.get(key, only) or False) is not only:
             raise ValueError(f"{key}={config[key]!r} is not supported")
     factor = config.get("rescale_factor", 1 / 255)
     if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-5:
@@ -103,14 +97,9 @@ def _processor(config: Mapping[str, Any]) -> Preprocess:
             f"do_center_crop={cut} gives no square of fixed size, or one with a border"
         )
     normalize = config.get("do_normalize", True)
+    fit, interpolation = "stretch" if square else "crop", _interpolation(config, "resample")
     return Preprocess(
-        ImageTransform(
-            crop,
-            fit="stretch" if square else "crop",
-            interpolation=_interpolation(config, "resample"),
-            crop_pct=crop / size,
-            floor=True,
-        ),
+        ImageTransform(crop, fit, interpolation, crop_pct=crop / size, floor=True),
         mean=_channels(config, "image_mean") if normalize else (0.0,) * 3,
         std=_channels(config, "image_std", positive=True) if normalize else (1.0,) * 3,
     )
@@ -118,36 +107,26 @@ def _processor(config: Mapping[str, Any]) -> Preprocess:
 
 def _open_clip(config: Mapping[str, Any]) -> Preprocess:
     vision = _group(_group(config, "model_cfg"), "vision_cfg")
-    given = {
-        "size": vision.get("image_size", 224),  # the model's own size counts
-        "mode": "RGB",
-        "mean": _OPENAI_MEAN,
-        "std": _OPENAI_STD,
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-        "fill_color": 0,
-    }
-    cfg = _group(config, "preprocess_cfg")
-    for key in cfg:
-        if key not in given:
-            raise ValueError(f"preprocess_cfg.{key} is unknown{nearest(key, given)}")
-    given |= {k: v for k, v in cfg.items() if k != "size" or "image_size" not in vision}
+    defaults = {
+        "size": vision.get("image_size", 224), "mode": "RGB", "mean": OPENAI_MEAN,
+        "std": OPENAI_STD, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0,
+    }  # fmt: skip
+    own = _group(config, "preprocess_cfg")
+    for key in own:
+        if key not in defaults:
+            raise ValueError(f"preprocess_cfg.{key} is unknown{nearest(key, defaults)}")
+    cfg = {**defaults, **own}
+    if "image_size" in vision:  # the model's own size counts
+        cfg["size"] = vision["image_size"]
     fits: dict[str, Fit] = {"shortest": "crop", "squash": "stretch"}
-    if given["resize_mode"] not in fits or given["mode"] != "RGB":
+    if cfg["resize_mode"] not in fits or cfg["mode"] != "RGB":
         raise ValueError(
-            f"resize_mode={given['resize_mode']!r}, mode={given['mode']!r} is not supported; only "
+            f"resize_mode={cfg['resize_mode']!r}, mode={cfg['mode']!r} is not supported; only "
             "'shortest' or 'squash', and 'RGB'"
         )
-    size, _ = _size(given, "size", square=True)
-    return Preprocess(
-        ImageTransform(
-            size,
-            fit=fits[given["resize_mode"]],
-            interpolation=_interpolation(given, "interpolation"),
-        ),
-        mean=_channels(given, "mean"),
-        std=_channels(given, "std", positive=True),
-    )
+    size, _ = _size(cfg, "size", square=True)
+    transform = ImageTransform(size, fits[cfg["resize_mode"]], _interpolation(cfg, "interpolation"))
+    return Preprocess(transform, _channels(cfg, "mean"), _channels(cfg, "std", positive=True))
 
 
 def _group(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -163,11 +142,11 @@ def _size(config: Mapping[str, Any], key: str, *, square: bool) -> tuple[int, bo
         value = {k: v for k, v in value.items() if v is not None}
         square = set(value) != {"shortest_edge"}
         sides = [value[k] for k in value if k in ("height", "width", "shortest_edge")]
-        ok = set(value) in ({"height", "width"}, {"shortest_edge"})
+        valid = set(value) in ({"height", "width"}, {"shortest_edge"})
     else:
         sides = value if isinstance(value, list | tuple) else [value]
-        ok = len(sides) in (1, 2)
-    if not ok or len(set(map(str, sides))) != 1 or type(sides[0]) is not int or sides[0] < 1:
+        valid = len(sides) in (1, 2)
+    if not valid or len(set(map(str, sides))) != 1 or type(sides[0]) is not int or sides[0] < 1:
         raise ValueError(f"{key}={config.get(key)!r} is not the side of a square in pixels")
     return sides[0], square
 

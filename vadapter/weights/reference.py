@@ -26,23 +26,12 @@ PREFIX = "sha256:"  # of a digest of files, unlike that of stored arrays
 
 
 class Weights(Protocol):
-    """Open weights of one component, of whatever format."""
+    """Open weights of one component, of whatever format; see `hf_checkpoint.Checkpoint`."""
 
-    def stamps(self) -> Mapping[Path, Stamp]:
-        """Return the files with their stamps."""
-        ...
-
-    def digest(self) -> str:
-        """Return the SHA-256 (hex) of the concatenated files."""
-        ...
-
-    def match(self, abstract: Any) -> "Report":
-        """Match the tensors to the parameters, by the headers alone."""
-        ...
-
-    def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:
-        """Yield (path, array) one after the other, each shard read for its own device."""
-        ...
+    def stamps(self) -> Mapping[Path, Stamp]: ...
+    def digest(self) -> str: ...
+    def match(self, abstract: Any) -> "Report": ...
+    def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]: ...
 
 
 # kind of component -> the class that opens a folder of its weights, imported when it is used
@@ -61,7 +50,6 @@ class Reference:
       component: its name in the recipe.
       weights: as in the recipe; a hub id with its commit.
       path: the folder.
-      kind: of the component.
     """
 
     component: str
@@ -72,10 +60,6 @@ class Reference:
     @classmethod
     def of(cls, component: str, spec: Mapping[str, Any]) -> "Reference":
         """Find the folder of a component's weights, and download it from the hub if necessary.
-
-        Args:
-          component: its name in the recipe.
-          spec: of the component, as in the recipe.
 
         Raises:
           ConfigError: the spec has no weights, or its kind has no public weights.
@@ -98,9 +82,7 @@ class Reference:
     def digest(self, folder: Path, *, write: bool = True) -> str:
         """Return `sha256:` and the digest of the files; the recorded one if they are unchanged.
 
-        Args:
-          folder: of the run's records, `<component>.json` each.
-          write: write a record.
+        `folder` holds the run's records, `<component>.json` each, one of which is written.
         """
         weights, record = self.open(), folder / f"{self.component}.json"
         stamps = {file.name: list(stamp) for file, stamp in weights.stamps().items()}

@@ -42,11 +42,9 @@ _DTYPES = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
-_FOREIGN = {  # suffix: arguments of `from_pretrained` that convert such a file
-    **dict.fromkeys([".bin", ".pt", ".pth", ".ckpt", ".pkl"], ""),
-    ".msgpack": ", from_flax=True",
-    ".h5": ", from_tf=True",
-}
+# Suffix: arguments of `from_pretrained` that convert such a file.
+_FOREIGN = dict.fromkeys([".bin", ".pt", ".pth", ".ckpt", ".pkl"], "")
+_FOREIGN |= {".msgpack": ", from_flax=True", ".h5": ", from_tf=True"}
 # The class comes from config.json, as AutoModel would drop the head of a language model.
 _CONVERT = (
     "import sys, transformers as t; a, b = sys.argv[1:]; "
@@ -81,8 +79,7 @@ class TensorFiles:
 
     Attributes:
       path: what was opened, for messages.
-      tensors: name to shape, dtype and file.
-      files: the files that hold them, each with its stamp at the time.
+      files: the files that hold the tensors, each with its stamp at the time.
       block: bytes held beside the result while a slice is cut out of rows.
     """
 
@@ -95,10 +92,9 @@ class TensorFiles:
     def open(cls, path: Path) -> "TensorFiles":
         """Read and check the headers of a checkpoint.
 
-        Args:
-          path: a .safetensors file, or a folder with model.safetensors.index.json and its shards,
-            with model.safetensors, or with one .safetensors file under any name. Links are
-            followed, as in the cache of the hub; shards must be in the folder.
+        It is a .safetensors file, or a folder with model.safetensors.index.json and its shards,
+        with model.safetensors, or with one .safetensors file under any name. Links are followed,
+        as in the cache of the hub; shards must be in the folder.
 
         Raises:
           CheckpointError: no checkpoint, a format that is never loaded (pickles), a corrupt file,
@@ -110,13 +106,13 @@ class TensorFiles:
                 with naming(file):
                     header, files[file] = _read_header(file)
                     if listed is not None and (odd := header.keys() ^ listed):
-                        how = "lacks" if min(odd) in listed else "holds"
-                        raise ValueError(f"it {how} tensor {min(odd)!r}, contrary to {_INDEX}")
+                        verb = "lacks" if min(odd) in listed else "holds"
+                        raise ValueError(f"it {verb} tensor {min(odd)!r}, contrary to {_INDEX}")
                     tensors |= header
         return cls(path, tensors, files)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Read a tensor or a part of it.
+        """Return `tensor[index]`, a new array in the dtype stored, without reading the rest.
 
         A slice of the first axis reads its own bytes only. A slice of a later axis reads the rows
         it touches, `block` bytes at a time.
@@ -124,9 +120,6 @@ class TensorFiles:
         Args:
           name: one of `tensors`.
           index: slices of step 1 for the leading axes, as in numpy; default: everything.
-
-        Returns:
-          A new array, `tensor[index]`, in the dtype stored.
 
         Raises:
           CheckpointError: there is no such tensor, or the file changed since `open`.
@@ -303,13 +296,9 @@ def _bounds(shape: tuple[int, ...], index: tuple[slice, ...]) -> list[tuple[int,
 
 
 def _fill(
-    out: np.ndarray,
-    f: BufferedReader,
-    offset: int,
-    shape: tuple[int, ...],
-    bounds: list[tuple[int, int]],
-    block_bytes: int,
-) -> None:
+    out: np.ndarray, f: BufferedReader, offset: int, shape: tuple[int, ...],
+    bounds: list[tuple[int, int]], block_bytes: int,
+) -> None:  # fmt: skip
     """Read the part within `bounds` of the tensor of `shape` that begins at byte `offset`."""
     row = math.prod(shape[1:]) * out.itemsize
     start, stop = bounds[0] if shape else (0, 1)

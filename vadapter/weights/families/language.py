@@ -11,7 +11,7 @@ from typing import Any
 
 from vadapter.errors import CheckpointError
 from vadapter.weights import llama2c
-from vadapter.weights.name_mapping import Part, Table
+from vadapter.weights.name_mapping import Table, fused
 from vadapter.weights.safetensors import TensorFiles
 
 Config = Mapping[str, Any]
@@ -21,23 +21,15 @@ _LLAMA = Table(
     layers="model.layers.{}.",
     prefixes=("", "language_model."),
     modules={
-        "embedding": "model.embed_tokens",
-        "norm": "model.norm",
-        "head": "lm_head",
+        "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
         "norm_attn": "input_layernorm",
-        "attn/q": "self_attn.q_proj",
-        "attn/k": "self_attn.k_proj",
-        "attn/v": "self_attn.v_proj",
-        "attn/o": "self_attn.o_proj",
-        "attn/norm_q": "self_attn.q_norm",
-        "attn/norm_k": "self_attn.k_norm",
+        **{f"attn/{x}": f"self_attn.{x}_proj" for x in "qkvo"},
+        "attn/norm_q": "self_attn.q_norm", "attn/norm_k": "self_attn.k_norm",
         "norm_mlp": "post_attention_layernorm",
-        "mlp/gate": "mlp.gate_proj",
-        "mlp/up": "mlp.up_proj",
-        "mlp/down": "mlp.down_proj",
+        **{f"mlp/{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
     },
     ignored=(r"rotary_emb\.inv_freq$", r"^vision_tower\.", r"^multi_modal_projector\."),
-)
+)  # fmt: skip
 _GEMMA2 = _LLAMA | {
     "norm_attn_out": "post_attention_layernorm",
     "norm_mlp": "pre_feedforward_layernorm",
@@ -48,41 +40,28 @@ _GPT2S = tuple(
     Table(
         layers=f"{root}h.{{}}.",
         modules={
-            "embedding": f"{root}wte",
-            "position_embedding": f"{root}wpe",
-            "norm": f"{root}ln_f",
-            "head": "lm_head",
-            "norm_attn": "ln_1",
-            "attn/q": Part("attn.c_attn", 0, 3),
-            "attn/k": Part("attn.c_attn", 1, 3),
-            "attn/v": Part("attn.c_attn", 2, 3),
-            "attn/o": "attn.c_proj",
-            "norm_mlp": "ln_2",
-            "mlp/up": "mlp.c_fc",
-            "mlp/down": "mlp.c_proj",
+            "embedding": f"{root}wte", "position_embedding": f"{root}wpe",
+            "norm": f"{root}ln_f", "head": "lm_head",
+            "norm_attn": "ln_1", **fused("attn/{}", "attn.c_attn"), "attn/o": "attn.c_proj",
+            "norm_mlp": "ln_2", "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj",
         },
         transposed=False,
         ignored=(r"\.attn\.(masked_)?bias$",),
     )
     for root in ("transformer.", "")
-)
+)  # fmt: skip
 _NEOX = Table(
     layers="gpt_neox.layers.{}.",
     modules={
-        "embedding": "gpt_neox.embed_in",
-        "norm": "gpt_neox.final_layer_norm",
-        "head": "embed_out",
+        "embedding": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "head": "embed_out",
         "norm_attn": "input_layernorm",
-        "attn/q": Part("attention.query_key_value", 0, 3, by_head=True),
-        "attn/k": Part("attention.query_key_value", 1, 3, by_head=True),
-        "attn/v": Part("attention.query_key_value", 2, 3, by_head=True),
+        **fused("attn/{}", "attention.query_key_value", by_head=True),
         "attn/o": "attention.dense",
         "norm_mlp": "post_attention_layernorm",
-        "mlp/up": "mlp.dense_h_to_4h",
-        "mlp/down": "mlp.dense_4h_to_h",
+        "mlp/up": "mlp.dense_h_to_4h", "mlp/down": "mlp.dense_4h_to_h",
     },
     ignored=(r"rotary_emb\.inv_freq$", r"attention\.(masked_)?bias$"),
-)
+)  # fmt: skip
 
 _ACTIVATIONS = {
     "gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu",
@@ -91,50 +70,39 @@ _ACTIVATIONS = {
 _GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
 
 
+def _sizes(c: Config) -> Spec:
+    return {
+        "kind": "lm", "vocab_size": c["vocab_size"], "width": c["hidden_size"],
+        "depth": c["num_hidden_layers"], "heads": c["num_attention_heads"],
+    }  # fmt: skip
+
+
 def _llama(c: Config) -> Spec:
     """Llama 1 to 3, SmolLM, TinyLlama, Mistral; the base of Qwen and Gemma."""
     heads = c["num_attention_heads"]
     return {
-        "kind": "lm",
-        "vocab_size": c["vocab_size"],
-        "width": c["hidden_size"],
-        "depth": c["num_hidden_layers"],
-        "heads": heads,
+        **_sizes(c),
         "kv_heads": c.get("num_key_value_heads") or heads,
         "head_dim": c.get("head_dim") or c["hidden_size"] // heads,
         "mlp_dim": c["intermediate_size"],
         "mlp": activation(c.get("hidden_act", "silu"), gated=True),
-        "norm": "rms",
-        "norm_eps": c.get("rms_norm_eps", 1e-6),
-        "bias": bool(c.get("attention_bias", False)),
-        "mlp_bias": bool(c.get("mlp_bias", False)),
+        "norm": "rms", "norm_eps": c.get("rms_norm_eps", 1e-6),
+        "bias": bool(c.get("attention_bias", False)), "mlp_bias": bool(c.get("mlp_bias", False)),
         "parallel": False,
-        "rope": _rope(c, "full_attention"),
-        "windows": _windows(c),
+        "rope": _rope(c, "full_attention"), "windows": _windows(c),
         "max_len": c["max_position_embeddings"],
-        "tied": c.get("tie_word_embeddings", False),
-        "embed_scale": False,
-    }
-
-
-def _qwen2(c: Config) -> Spec:
-    return _llama(c) | {"qkv_bias": True}
-
-
-def _qwen3(c: Config) -> Spec:
-    return _llama(c) | {"qk_norm": True}
+        "tied": c.get("tie_word_embeddings", False), "embed_scale": False,
+    }  # fmt: skip
 
 
 def _gemma(c: Config) -> Spec:
-    activation = c.get("hidden_activation") or c.get("hidden_act")
-    if activation == "gelu":  # the first release wrote this for the approximation
-        activation = "gelu_pytorch_tanh"
-    spec = _llama({**c, "hidden_act": activation or "gelu_pytorch_tanh"})
-    return spec | {
-        "norm_offset": 1.0,
-        "embed_scale": True,
-        "tied": c.get("tie_word_embeddings", True),
-    }
+    name = c.get("hidden_activation") or c.get("hidden_act") or "gelu_pytorch_tanh"
+    if name == "gelu":  # the first release wrote this for the approximation
+        name = "gelu_pytorch_tanh"
+    tied = c.get("tie_word_embeddings", True)
+    return _llama({**c, "hidden_act": name}) | {
+        "norm_offset": 1.0, "embed_scale": True, "tied": tied,
+    }  # fmt: skip
 
 
 def _gemma2(c: Config) -> Spec:
@@ -166,58 +134,35 @@ def _gpt2(c: Config) -> Spec:
     if c.get("scale_attn_by_inverse_layer_idx"):
         raise CheckpointError("config.json: scale_attn_by_inverse_layer_idx is not supported")
     return {
-        "kind": "lm",
-        "vocab_size": c["vocab_size"],
-        "width": c["n_embd"],
-        "depth": c["n_layer"],
-        "heads": c["n_head"],
-        "kv_heads": c["n_head"],
+        "kind": "lm", "vocab_size": c["vocab_size"], "width": c["n_embd"], "depth": c["n_layer"],
+        "heads": c["n_head"], "kv_heads": c["n_head"],
         "mlp_dim": c.get("n_inner") or 4 * c["n_embd"],
         "mlp": activation(c.get("activation_function", "gelu_new")),
-        "norm": "layer",
-        "norm_eps": c.get("layer_norm_epsilon", 1e-5),
-        "bias": True,
-        "parallel": False,
-        "positions": "learned",
-        "max_len": c["n_positions"],
-        "tied": c.get("tie_word_embeddings", True),
-        "embed_scale": False,
-    }
+        "norm": "layer", "norm_eps": c.get("layer_norm_epsilon", 1e-5), "bias": True,
+        "parallel": False, "positions": "learned", "max_len": c["n_positions"],
+        "tied": c.get("tie_word_embeddings", True), "embed_scale": False,
+    }  # fmt: skip
 
 
 def _neox(c: Config) -> Spec:
     return {
-        "kind": "lm",
-        "vocab_size": c["vocab_size"],
-        "width": c["hidden_size"],
-        "depth": c["num_hidden_layers"],
-        "heads": c["num_attention_heads"],
-        "kv_heads": c["num_attention_heads"],
-        "mlp_dim": c["intermediate_size"],
+        **_sizes(c),
+        "kv_heads": c["num_attention_heads"], "mlp_dim": c["intermediate_size"],
         "mlp": activation(c.get("hidden_act", "gelu")),
-        "norm": "layer",
-        "norm_eps": c.get("layer_norm_eps", 1e-5),
-        "bias": bool(c.get("attention_bias", True)),
-        "mlp_bias": True,
-        "parallel": c.get("use_parallel_residual", True),
-        "shared_norm": False,
-        "rope": _rope(c, "full_attention"),
-        "max_len": c["max_position_embeddings"],
-        "tied": c.get("tie_word_embeddings", False),
-        "embed_scale": False,
-    }
+        "norm": "layer", "norm_eps": c.get("layer_norm_eps", 1e-5),
+        "bias": bool(c.get("attention_bias", True)), "mlp_bias": True,
+        "parallel": c.get("use_parallel_residual", True), "shared_norm": False,
+        "rope": _rope(c, "full_attention"), "max_len": c["max_position_embeddings"],
+        "tied": c.get("tie_word_embeddings", False), "embed_scale": False,
+    }  # fmt: skip
 
 
 def activation(name: str, *, gated: bool = False) -> str:
-    """Return our name of a feed-forward's activation.
-
-    Raises:
-      CheckpointError: an activation that is not supported.
-    """
-    known = _GATED if gated else _ACTIVATIONS
-    if name not in known:
-        raise CheckpointError(f"config.json: activation {name!r} is none of {', '.join(known)}")
-    return known[name]
+    """Return our name of a feed-forward's activation; raise CheckpointError if we have none."""
+    names = _GATED if gated else _ACTIVATIONS
+    if name not in names:
+        raise CheckpointError(f"config.json: activation {name!r} is none of {', '.join(names)}")
+    return names[name]
 
 
 def _rope(c: Config, kind: str) -> Spec:
@@ -261,13 +206,12 @@ def _windows(c: Config, pattern: int = 0) -> tuple[int, ...]:
     window = c.get("sliding_window") or 0
     if c.get("use_sliding_window") is False or not window:
         return ()
-    kinds = c.get("layer_types")
-    if kinds is None:
-        depth = c["num_hidden_layers"]
-        first = c.get("max_window_layers", 0) if "use_sliding_window" in c else 0
-        full = [i < first or (pattern and (i + 1) % pattern == 0) for i in range(depth)]
-    else:
+    if (kinds := c.get("layer_types")) is not None:
         full = [kind == "full_attention" for kind in kinds]
+    else:
+        first = c.get("max_window_layers", 0) if "use_sliding_window" in c else 0
+        layers = range(c["num_hidden_layers"])
+        full = [i < first or (pattern and (i + 1) % pattern == 0) for i in layers]
     return () if all(full) else tuple(0 if f else window for f in full)
 
 
@@ -289,8 +233,8 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family(_llama, (_LLAMA,)),
     "mistral": Family(_llama, (_LLAMA,)),
-    "qwen2": Family(_qwen2, (_LLAMA,)),
-    "qwen3": Family(_qwen3, (_LLAMA,)),
+    "qwen2": Family(lambda c: _llama(c) | {"qkv_bias": True}, (_LLAMA,)),
+    "qwen3": Family(lambda c: _llama(c) | {"qk_norm": True}, (_LLAMA,)),
     "gemma": Family(_gemma, (_LLAMA,)),
     "gemma2": Family(_gemma2, (_GEMMA2,)),
     "gemma3_text": Family(_gemma3, (_GEMMA2,)),

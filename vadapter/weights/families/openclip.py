@@ -12,7 +12,7 @@ from typing import Any
 
 from vadapter.errors import CheckpointError
 from vadapter.weights.families.language import Config, Family, Spec
-from vadapter.weights.name_mapping import Part, Patches, Table, Tokens
+from vadapter.weights.name_mapping import Part, Patches, Table, Tokens, fused
 from vadapter.weights.safetensors import TensorFiles
 
 CONFIG = "open_clip_config.json"
@@ -23,11 +23,8 @@ _POOLER = "visual.attn_pool.attn."
 
 def _projections(ours: str, theirs: str) -> dict[str, Part]:
     """Return queries, keys and values of torch's MultiheadAttention, which are one tensor."""
-    return {
-        f"{ours}/{name}/{leaf}": Part(f"{theirs}in_proj_{kind}", i, 3)
-        for i, name in enumerate("qkv")
-        for leaf, kind in (("kernel", "weight"), ("bias", "bias"))
-    }
+    kernels = fused(f"{ours}/{{}}/kernel", f"{theirs}in_proj_weight")
+    return kernels | fused(f"{ours}/{{}}/bias", f"{theirs}in_proj_bias")
 
 
 _SAME_WIDTH = Table(  # pooler and layers of one width: the pooler's projections are one tensor, too
@@ -36,15 +33,10 @@ _SAME_WIDTH = Table(  # pooler and layers of one width: the pooler's projections
         "patches": Patches("visual.conv1"),
         "class_token": Tokens("visual.class_embedding"),
         "positions": Tokens("visual.positional_embedding", grid=1, antialias=True),
-        "pre_norm": "visual.ln_pre",
-        "norm": "visual.ln_post",
-        "norm_attn": "ln_1",
-        **_projections("attn", "attn."),
-        "attn/o": "attn.out_proj",
+        "pre_norm": "visual.ln_pre", "norm": "visual.ln_post",
+        "norm_attn": "ln_1", **_projections("attn", "attn."), "attn/o": "attn.out_proj",
         "scale_attn_out": "ls_1.gamma",
-        "norm_mlp": "ln_2",
-        "mlp/up": "mlp.c_fc",
-        "mlp/down": "mlp.c_proj",
+        "norm_mlp": "ln_2", "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj",
         "scale_mlp_out": "ls_2.gamma",
         "pooler/queries": Tokens("visual.attn_pool.query"),
         "pooler/norm_queries": "visual.attn_pool.ln_q",
@@ -55,7 +47,7 @@ _SAME_WIDTH = Table(  # pooler and layers of one width: the pooler's projections
     },
     ignored=(r"^(?!visual\.)", r"^visual\.proj$"),
     optional={"pooler": r"^visual\.attn_pool\."},
-)
+)  # fmt: skip
 _TABLE = _SAME_WIDTH | {
     f"pooler/attn/{name}/kernel": f"{_POOLER}{name}_proj_weight" for name in "qkv"
 }
@@ -65,7 +57,7 @@ def _count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _whatever(value: Any) -> bool:
+def _any(value: Any) -> bool:
     return True
 
 
@@ -77,20 +69,20 @@ _VISION: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "mlp_ratio": (4.0, lambda v: type(v) in (int, float) and v > 0),
     "patch_size": (16, _count),
     "image_size": (224, _count),
-    "ls_init_value": (None, _whatever),
-    "no_ln_pre": (False, _whatever),
+    "ls_init_value": (None, _any),
+    "no_ln_pre": (False, _any),
     "norm_kwargs": (None, lambda v: v in (None, {}) or (isinstance(v, dict) and set(v) == {"eps"})),
     "act_kwargs": (None, lambda v: v in (None, {}, {"approximate": "tanh"})),
     "block_type": (None, lambda v: v in (None, "default")),
     "attentional_pool": (False, lambda v: isinstance(v, bool)),  # "parallel", "cascade": unread
     "attn_pooler_queries": (256, _count),
     "attn_pooler_heads": (8, _count),
-    "pool_type": ("tok", _whatever),
+    "pool_type": ("tok", _any),
     # used in training only, or after the tokens, or implied by what is saved
-    **dict.fromkeys(
-        ("patch_dropout", "output_tokens", "pos_embed_type", "final_ln_after_pool"),
-        (None, _whatever),
-    ),
+    "patch_dropout": (None, _any),
+    "output_tokens": (None, _any),
+    "pos_embed_type": (None, _any),
+    "final_ln_after_pool": (None, _any),
 }
 
 
@@ -102,11 +94,9 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     model = config["model_cfg"]
     return {
-        "model_type": "open_clip",
-        "embed_dim": model["embed_dim"],
-        "quick_gelu": model.get("quick_gelu", False),
-        "vision_cfg": {**model["vision_cfg"]},
-    }
+        "model_type": "open_clip", "embed_dim": model["embed_dim"],
+        "quick_gelu": model.get("quick_gelu", False), "vision_cfg": {**model["vision_cfg"]},
+    }  # fmt: skip
 
 
 def _vit(c: Config) -> Spec:
@@ -118,31 +108,20 @@ def _vit(c: Config) -> Spec:
             _refuse(key, v[key])
     gelu = "gelu" if (v["act_kwargs"] or {}).get("approximate") == "tanh" else "gelu_erf"
     spec = {
-        "kind": "vit",
-        "image_size": v["image_size"],
-        "patch": v["patch_size"],
-        "width": v["width"],
-        "depth": v["layers"],
-        "heads": v["width"] // v["head_width"],
+        "kind": "vit", "image_size": v["image_size"], "patch": v["patch_size"],
+        "width": v["width"], "depth": v["layers"], "heads": v["width"] // v["head_width"],
         "mlp_dim": int(v["width"] * v["mlp_ratio"]),
         "mlp": "quick_gelu" if c["quick_gelu"] else gelu,
         "norm_eps": (v["norm_kwargs"] or {}).get("eps", _EPS),
-        "class_token": True,
-        "patches_only": True,
-        "patch_bias": False,
-        "pre_norm": not v["no_ln_pre"],
-        "final_norm": False,
+        "class_token": True, "patches_only": True, "patch_bias": False,
+        "pre_norm": not v["no_ln_pre"], "final_norm": False,
         "layer_scale": v["ls_init_value"] is not None,
-    }
+    }  # fmt: skip
     if v["attentional_pool"]:
         spec["pooler"] = {
-            "queries": v["attn_pooler_queries"],
-            "width": c["embed_dim"],
-            "heads": v["attn_pooler_heads"],
-            "norm_queries": True,
-            "bias": True,
-            "norm_eps": _EPS,
-        }
+            "queries": v["attn_pooler_queries"], "width": c["embed_dim"],
+            "heads": v["attn_pooler_heads"], "norm_queries": True, "bias": True, "norm_eps": _EPS,
+        }  # fmt: skip
     return spec
 
 

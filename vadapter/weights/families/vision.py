@@ -4,14 +4,12 @@ The tokens are those of transformers' `last_hidden_state`, without class token a
 of CLIP has no norm after its last layer, those of SigLIP and DINOv2 have one.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
 
 from vadapter.errors import CheckpointError
-from vadapter.weights.families.language import Family, Spec, activation
+from vadapter.weights.families.language import Config, Family, Spec, activation
 from vadapter.weights.name_mapping import Part, Patches, Table, Tokens
-
-Config = Mapping[str, Any]
+from vadapter.weights.preprocessor import OPENAI_MEAN, OPENAI_STD
 
 _CLIP = Table(
     layers="encoder.layers.{}.",
@@ -20,24 +18,16 @@ _CLIP = Table(
         "patches": Patches("embeddings.patch_embedding"),
         "class_token": Tokens("embeddings.class_embedding"),
         "positions": Tokens("embeddings.position_embedding.weight", grid=1),
-        "pre_norm": "pre_layrnorm",
-        "norm": "post_layernorm",
+        "pre_norm": "pre_layrnorm", "norm": "post_layernorm",
         "norm_attn": "layer_norm1",
-        "attn/q": "self_attn.q_proj",
-        "attn/k": "self_attn.k_proj",
-        "attn/v": "self_attn.v_proj",
-        "attn/o": "self_attn.out_proj",
-        "norm_mlp": "layer_norm2",
-        "mlp/up": "mlp.fc1",
-        "mlp/down": "mlp.fc2",
+        **{f"attn/{x}": f"self_attn.{x}_proj" for x in "qkv"}, "attn/o": "self_attn.out_proj",
+        "norm_mlp": "layer_norm2", "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2",
     },
     ignored=(r"^text_model\.", r"^logit_(scale|bias)$", r"^(visual|text)_projection\.",
              r"position_ids$"),
 )  # fmt: skip
-_SIGLIP = Table(
-    layers=_CLIP.layers,
-    prefixes=_CLIP.prefixes,
-    modules={**_CLIP.modules, "positions": Tokens("embeddings.position_embedding.weight", grid=0)},
+_SIGLIP = dataclasses.replace(
+    _CLIP | {"positions": Tokens("embeddings.position_embedding.weight", grid=0)},
     ignored=(*_CLIP.ignored, r"^(vision_model\.)?head\."),  # which pools
 )
 _DINO = Table(
@@ -50,32 +40,18 @@ _DINO = Table(
         "positions": Tokens("embeddings.position_embeddings", grid=1),
         "norm": "layernorm",
         "norm_attn": "norm1",
-        "attn/q": "attention.attention.query",
-        "attn/k": "attention.attention.key",
-        "attn/v": "attention.attention.value",
-        "attn/o": "attention.output.dense",
-        "scale_attn_out": "layer_scale1.lambda1",
-        "norm_mlp": "norm2",
-        "mlp/gate": Part("mlp.weights_in", 0, 2),
-        "mlp/up": "mlp.fc1",
-        "mlp/down": "mlp.fc2",
-        "scale_mlp_out": "layer_scale2.lambda1",
+        **{f"attn/{name[0]}": f"attention.attention.{name}" for name in ("query", "key", "value")},
+        "attn/o": "attention.output.dense", "scale_attn_out": "layer_scale1.lambda1",
+        "norm_mlp": "norm2", "mlp/gate": Part("mlp.weights_in", 0, 2),
+        "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2", "scale_mlp_out": "layer_scale2.lambda1",
     },
     ignored=(r"mask_token$", r"^classifier\."),
-)
+)  # fmt: skip
 # The names of newer releases of the library, and of the largest model's gated feed-forward.
-_DINO_NEW = _DINO | {
-    "attn/q": "attention.q_proj",
-    "attn/k": "attention.k_proj",
-    "attn/v": "attention.v_proj",
-    "attn/o": "attention.o_proj",
-}
+_DINO_NEW = _DINO | {f"attn/{x}": f"attention.{x}_proj" for x in "qkvo"}
 _GATED = {"mlp/up": Part("mlp.weights_in", 1, 2), "mlp/down": "mlp.weights_out"}
 
-_CLIP_PIXELS = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
-}
+_CLIP_PIXELS = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
 _IMAGENET_PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
          "num_attention_heads": 12, "image_size": 224}  # fmt: skip
@@ -85,17 +61,11 @@ def _vit(c: Config) -> Spec:
     if c.get("num_channels", 3) != 3:
         raise CheckpointError(f"config.json: num_channels={c['num_channels']}: only 3 are read")
     return {
-        "kind": "vit",
-        "image_size": c["image_size"],
-        "patch": c["patch_size"],
-        "width": c["hidden_size"],
-        "depth": c["num_hidden_layers"],
-        "heads": c["num_attention_heads"],
-        "mlp": activation(c["hidden_act"]),
-        "norm_eps": c["layer_norm_eps"],
-        "patches_only": True,
-        "floor": True,
-    }
+        "kind": "vit", "image_size": c["image_size"], "patch": c["patch_size"],
+        "width": c["hidden_size"], "depth": c["num_hidden_layers"],
+        "heads": c["num_attention_heads"], "mlp": activation(c["hidden_act"]),
+        "norm_eps": c["layer_norm_eps"], "patches_only": True, "floor": True,
+    }  # fmt: skip
 
 
 def _clip(c: Config) -> Spec:
