@@ -220,12 +220,8 @@ def eval_batches(
     """Return the batches of one pass over a source in its order, without augmentation (rng=None).
 
     The last batch is filled up with rows of id -1 and weight 0, so that all hosts make the same
-    number of batches of the same shape. `batch_size` is global; the other arguments are those of
-    `make_loader`.
-
-    Raises:
-      ConfigError: the batch cannot be divided among the hosts.
-      DataError: the source is empty.
+    number of batches of the same shape. `batch_size` is global; the other arguments, and the
+    errors, are those of `make_loader`.
     """
     host = _HostRows.of(batch_size, host_index, host_count)
     require_usable(source, 1)

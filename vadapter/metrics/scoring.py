@@ -80,7 +80,7 @@ def _score_captions(items: Any, generations: Sequence[Generation], metric: Metri
     from vadapter.metrics.captioning import score_captions
 
     examples = {g.index: items.text_only(g.index) for g in generations}
-    references = {i: example.captions for i, example in examples.items()}
+    references: dict[Any, Any] = {i: example.captions for i, example in examples.items()}
     scores = score_captions({g.index: g.text or "" for g in generations}, references)
     rows = []
     for i, text, ended in generations:

@@ -157,9 +157,8 @@ def thumbnail(frames: np.ndarray, size: int) -> tuple[str, bool]:
     if more:
         animation = {"save_all": True, "append_images": more, "duration": _FRAME_MS, "loop": 0}
         return html_page.data_uri(first, "webp", quality=70, **animation), small
-    if small:
-        return html_page.data_uri(first, "png", optimize=True), small
-    return html_page.data_uri(first, "jpeg", quality=82), small
+    kind, options = ("png", {"optimize": True}) if small else ("jpeg", {"quality": 82})
+    return html_page.data_uri(first, kind, **options), small
 
 
 _text = functools.partial(html_page.text, limit=400)

@@ -30,7 +30,6 @@ def convergence(workdir: Path, recipe: Recipe, path: Path) -> Path | None:
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     losses, scores = figure.subplots(1, 2, sharex=True)
-    scored = False
     for i, (name, log) in enumerate(logs.items()):
         stage, color = recipe.stages[name], COLORS[i % len(COLORS)]
         label = f"{name}: {' → '.join(stage.chain)}"
@@ -43,12 +42,11 @@ def convergence(workdir: Path, recipe: Recipe, path: Path) -> Path | None:
         losses.plot(x, y, style, color=color, markersize=4, linewidth=1.8, label=label)
         evals = [e for e in stage.evals if len(_series(log, f"{e}/cider")[0])]
         for key in evals[:1]:
-            scored = True
             _plot_scores(scores, log, key, color, f"{name}: {key}")
     losses.set(ylabel="nats per token", title="Loss (dots: held out; faint: training)")
     losses.legend(frameon=False, fontsize=9)
     scores.set(ylabel="CIDEr × 100", title="CIDEr, held out (dots: on a subset; ring: on all)")
-    if scored:
+    if scores.has_data():
         scores.set_ylim(bottom=0, top=max(1.0, scores.get_ylim()[1]))
         scores.legend(frameon=False, fontsize=9)
     else:

@@ -44,7 +44,6 @@ def write_report(workdir: Path, recipe: Recipe) -> Report:
         paths = {s: workdir / s / "eval" / name / "predictions.jsonl" for s in recipe.chain}
         if evaluated := {stage: path for stage, path in paths.items() if path.is_file()}:
             sections.append(read_section(recipe, name, evaluated))
-    gallery = None
-    if sections:
-        gallery = write_gallery(workdir / "gallery.html", recipe.name, sections, text)
+    path = workdir / "gallery.html"
+    gallery = write_gallery(path, recipe.name, sections, text) if sections else None
     return Report(text, workdir / "table.md", plot, gallery)

@@ -122,7 +122,7 @@ def read_timeline(
             file.seek(max(0, file.seek(0, io.SEEK_END) - 64))
             if not file.read().rstrip(b"\0\r\n ").endswith(b";"):  # some writers add padding
                 raise BadMedia("truncated: a GIF without its end mark")
-        unit, declared = stream.time_base, _declared(container, stream)
+        unit, declared = stream.time_base, _declared_seconds(container, stream)
     first, last = min(stamps), max(stamps)
     if end <= last and len(stamps) > 1:  # assume the average duration for the last frame
         end = last + Fraction(last - first, len(stamps) - 1)
@@ -133,7 +133,7 @@ def read_timeline(
     return Timeline(packets, unit, (max(end, last) - first) * unit, avi)
 
 
-def _declared(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction:
+def _declared_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction:
     """Return the length of the video in seconds according to the header, 0 if it has none."""
     if stream.duration is not None and stream.time_base is not None:
         return stream.duration * stream.time_base

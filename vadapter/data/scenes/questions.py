@@ -7,15 +7,7 @@ those that the scene has.
 
 from collections.abc import Callable
 
-from vadapter.data.scenes.captions import (
-    MOTION_WORDS,
-    PLACE_WORDS,
-    PLACES,
-    RELATION_WORDS,
-    article,
-    plural,
-    relations,
-)
+from vadapter.data.scenes import captions
 from vadapter.data.scenes.dice import Dice
 from vadapter.data.scenes.world import COLORS, HELD_OUT, MOVING, PAIRS, SHAPES, Scene, Thing
 
@@ -42,10 +34,10 @@ def _name(thing: Thing) -> str:
 def _hints(scene: Scene, thing: Thing, dice: Dice) -> list[str]:
     """Return phrases that identify a thing after "the shape", by place or motion."""
     if scene.kind == "image":
-        return [dice.pick(PLACE_WORDS[PLACES[thing.cell]])]
+        return [dice.pick(captions.PLACE_WORDS[captions.PLACES[thing.cell]])]
     if [t.motion for t in scene.things].count(thing.motion) > 1:
         return []
-    return ["that " + dice.pick(MOTION_WORDS[thing.motion])[0]]
+    return ["that " + dice.pick(captions.MOTION_WORDS[thing.motion])[0]]
 
 
 def _color(scene: Scene, dice: Dice) -> QA:
@@ -75,7 +67,7 @@ def _count(scene: Scene, dice: Dice) -> QA:
     if dice.chance(0.3):
         return "How many shapes are there?", str(len(scene.things))
     if dice.chance(0.5):
-        values, ask = [t.shape for t in scene.things], {s: plural(s) for s in SHAPES}
+        values, ask = [t.shape for t in scene.things], {s: captions.plural(s) for s in SHAPES}
     else:
         values, ask = [t.color for t in scene.things], {c: f"{c} shapes" for c in COLORS}
     # Rare counts are preferred when they occur.
@@ -90,12 +82,12 @@ def _position(scene: Scene, dice: Dice) -> QA:
         return None
     a, *others = dice.shuffled(scene.things)
     if others and dice.chance(0.5):
-        side = dice.pick(relations(a, others[0]))
+        side = dice.pick(captions.relations(a, others[0]))
         either = (
             "above or below" if side in ("above", "below") else "to the left or to the right of"
         )
         return f"Is {_name(a)} {either} {_name(others[0])}?", side
-    return f"Where is {_name(a)}?", PLACES[a.cell]
+    return f"Where is {_name(a)}?", captions.PLACES[a.cell]
 
 
 def _yes_no(scene: Scene, dice: Dice) -> QA:
@@ -103,16 +95,19 @@ def _yes_no(scene: Scene, dice: Dice) -> QA:
     answer = "yes" if true else "no"
     a, *others = dice.shuffled(scene.things)
     if scene.kind == "image" and others and dice.chance(0.5):
-        side = dice.pick(relations(a, others[0]))
+        side = dice.pick(captions.relations(a, others[0]))
         side = side if true else _CONVERSE[side]
-        return f"Is {_name(a)} {dice.pick(RELATION_WORDS[side])} {_name(others[0])}?", answer
+        return (
+            f"Is {_name(a)} {dice.pick(captions.RELATION_WORDS[side])} {_name(others[0])}?",
+            answer,
+        )
     movers = [t for t in scene.things if t.motion != "still"]
     if movers and dice.chance(0.5):
         a = dice.pick(movers)
         motion = a.motion if true else dice.pick([m for m in MOVING if m != a.motion])
-        return f"Is {_name(a)} {dice.pick(MOTION_WORDS[motion])[1]}?", answer
+        return f"Is {_name(a)} {dice.pick(captions.MOTION_WORDS[motion])[1]}?", answer
     color, shape = a.pair if true else _absent(scene, a, dice)
-    return f"Is there {article(f'{color} {shape}')}?", answer
+    return f"Is there {captions.article(f'{color} {shape}')}?", answer
 
 
 def _absent(scene: Scene, thing: Thing, dice: Dice) -> tuple[str, str]:

@@ -112,11 +112,12 @@ def draw(dice: Dice, kind: str, split: str, pairs: Sequence[tuple[str, str]] = S
     "unseen" scenes use all pairs, at least one of HELD_OUT, in combinations that belong to "test",
     so that no training document describes them.
     """
-    unseen = split == "unseen"
-    pairs, owner = (PAIRS, "test") if unseen else (pairs, split)
+    first, owner = pairs, split
+    if split == "unseen":
+        first, pairs, owner = HELD_OUT, PAIRS, "test"
     things: list[Thing] = []
     while not things or split_of(things) != owner:
-        things = _attributes(dice, kind, pairs, HELD_OUT if unseen else pairs)
+        things = _attributes(dice, kind, pairs, first)
     # White would be invisible on a light background.
     pale = all(t.color != "white" for t in things) and dice.chance(0.4)
     tone = "light" if pale else "dark"

@@ -32,11 +32,11 @@ def read_spec(folder: Path) -> Spec:
     """
     binaries = sorted(folder.glob("tok*.bin"))
     if (folder / "tokenizer.json").is_file():
-        return _parsed(folder / "tokenizer.json", _from_json)
+        return _parse(folder / "tokenizer.json", _from_json)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return _parsed(folder / "merges.txt", _from_gpt2)
+        return _parse(folder / "merges.txt", _from_gpt2)
     if len(binaries) == 1:
-        return _parsed(binaries[0], _from_llama2c)
+        return _parse(binaries[0], _from_llama2c)
     there = ", ".join(sorted(p.name for p in folder.glob("*")))
     raise DataError(
         f"No tokenizer in {folder} (it contains {there or 'nothing'}): expected tokenizer.json, or "
@@ -50,13 +50,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, {} without a file; DataError if it is another value."""
     if not path.is_file():
         return {}
-    value = _parsed(path, lambda p: json.loads(p.read_bytes()))
+    value = _parse(path, lambda p: json.loads(p.read_bytes()))
     if not isinstance(value, dict):
         raise DataError(f"{path} is not a JSON object: fetch it again.")
     return value
 
 
-def _parsed(path: Path, read: Callable[[Path], Any]) -> Any:
+def _parse(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
         return read(path)
     except DataError:

@@ -45,11 +45,10 @@ _PREFIXING = ("normalizer", "pre_tokenizer", "decoder")
 
 
 class PretrainedTokenizer(Tokenizer):
-    """The tokenizer of a public language model.
+    """The tokenizer of a public language model, whose embedding has `rows`.
 
-    Attributes:
-      pad_id: the model's own, or EOS. Batches are padded by their masks and do not use it.
-      rows: of the model's embedding; those past `vocab_size` are padding.
+    Rows past `vocab_size` are padding. Batches are padded by their masks, without `pad_id`: the
+    model's own, or EOS.
     """
 
     def __init__(self, dump: bytes):
@@ -61,9 +60,9 @@ class PretrainedTokenizer(Tokenizer):
         self.vocab_size, self.rows = record["vocab_size"], record["rows"]
         spec = record["tokenizer"]
         bare = {**spec, **{key: _without_prefix(spec[key]) for key in _PREFIXING}}
-        alike = all(bare[key] == spec[key] for key in _PREFIXING[:2])
-        self._piece = _built(bare)
-        self._start = self._piece if alike else _built(spec)
+        no_prefix = all(bare[key] == spec[key] for key in _PREFIXING[:2])
+        self._piece = _build(bare)
+        self._start = self._piece if no_prefix else _build(spec)
         self._text = frozenset(_text_ids(spec))
 
     @classmethod
@@ -130,7 +129,7 @@ def _record(folder: Path, rows: int) -> dict[str, Any]:
             f"No end token for the tokenizer in {folder}: none of {', '.join(configs)} names "
             "an eos_token or eos_token_id. Add one; without it generation never stops"
         )
-    stops = list(dict.fromkeys(eos + _listed(configs["generation_config.json"], "eos")))
+    stops = list(dict.fromkeys(eos + _ids_of(configs["generation_config.json"], "eos")))
     bos = bos or eos
     ends = {*bos, *stops}
     token_of = {i: token for token, i in ids.items()}
@@ -171,10 +170,10 @@ def _special(kind: str, configs: dict[str, dict], ids: dict[str, int], folder: P
                 f"{folder / name} names {token!r} as {kind}_token, but the tokenizer next to it "
                 "has no such token: download both again, from one model"
             )
-    return next(filter(None, (_listed(configs[name], kind) for name in _IDS)), [])
+    return next(filter(None, (_ids_of(configs[name], kind) for name in _IDS)), [])
 
 
-def _listed(config: dict[str, Any], kind: str) -> list[int]:
+def _ids_of(config: dict[str, Any], kind: str) -> list[int]:
     """Return `eos_token_id` or a similar key as a list: none, one or several ids."""
     value = config.get(f"{kind}_token_id")
     values = [] if value is None else value if isinstance(value, list) else [value]
@@ -246,7 +245,7 @@ def _remove(controls: set[str], spec: Spec, ends: set[int]) -> None:
     model["vocab"] = pieces
 
 
-def _built(spec: Spec) -> tokenizers.Tokenizer:
+def _build(spec: Spec) -> tokenizers.Tokenizer:
     unused = dict.fromkeys(("truncation", "padding", "post_processor"))
     try:
         built = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", **unused, **spec}))
