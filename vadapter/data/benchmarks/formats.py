@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from vadapter.data.annotations import annotation_tables
+from vadapter.data import annotation_tables
 from vadapter.data.benchmarks.benchmark import File, Record
 from vadapter.data.benchmarks.files import locate, opened
 from vadapter.data.example import Question

@@ -16,7 +16,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vadapter.data.annotations import annotation_tables
+from vadapter.data import annotation_tables
 from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from vadapter.data.shards import tar
 from vadapter.errors import DataError

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from vadapter.data.annotations import annotation_tables
+from vadapter.data import annotation_tables
 from vadapter.data.example import Example, Source
 from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from vadapter.data.shards.shard_scan import MEDIA

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vadapter.data.annotations import annotation_tables
+from vadapter.data import annotation_tables
 from vadapter.data.shards import parquet_rows
 from vadapter.data.shards.shard_set import find, open_shards
 from vadapter.data.sources.common import RowSource, digest_json

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from vadapter.data.annotations import annotation_tables
+from vadapter.data import annotation_tables
 from vadapter.data.example import Example, Source
 from vadapter.data.sources.common import digest_of, kind_of
 from vadapter.errors import DataError

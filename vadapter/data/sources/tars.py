@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vadapter.data.annotations import annotation_tables
+from vadapter.data import annotation_tables
 from vadapter.data.example import Example, Question, Source
 from vadapter.data.shards.shard_set import ShardSet, find, open_shards
 from vadapter.data.sources.common import digest_json, digest_of, kind_of

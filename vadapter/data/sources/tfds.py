@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vadapter.data.annotations import annotation_tables
+from vadapter.data import annotation_tables
 from vadapter.data.sources.common import RowSource, digest_json
 from vadapter.errors import DataError
 

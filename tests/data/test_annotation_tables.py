@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.image_files import EXPECTED, contents, folder_of
 
-from vadapter.data.annotations import annotation_tables
+from vadapter.data import annotation_tables
 from vadapter.data.example import Question
 from vadapter.data.sources.table import ImageFolder
 from vadapter.errors import ConfigError, DataError

@@ -8,8 +8,18 @@ row without one belongs to every split). `columns` maps keys to a table's own na
 Formats, by the suffix of the file:
 
   .csv, .tsv   a header line; one caption per row, so an image may have many rows. TSV has no quotes
-  .json        COCO captions or Karpathy's dataset_*.json, see `coco_json`; or a list of rows
+  .json        one document, see below
   others       JSON lines: one row per line; all captions of an image in one row
+
+Documents:
+
+  COCO         {"images": [{"id": 139, "file_name": "a.jpg"}, …],
+                "annotations": [{"image_id": 139, "caption": "a room"}, …]}, all in every split;
+                https://cocodataset.org/#format-data
+  Karpathy     {"images": [{"filepath": "val2014", "filename": "a.jpg", "split": "test",
+                "sentences": [{"raw": "a room"}, …]}, …]}, as dataset_coco.json and
+                dataset_flickr8k.json; the image is FILEPATH/FILENAME
+  a list       of rows
 
 Every error names the file and the line.
 """
@@ -22,7 +32,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vadapter.data.annotations import coco_json
 from vadapter.data.example import Question
 from vadapter.errors import ConfigError, DataError
 from vadapter.io import storage
@@ -98,7 +107,7 @@ def _json_lines(path: Path) -> _Located:
 
 
 def _json(path: Path) -> _Located:
-    return coco_json.rows(path, _decode(path.read_bytes(), str(path)))
+    return _json_rows(path, _decode(path.read_bytes(), str(path)))
 
 
 def _separated(path: Path, **form: Any) -> _Located:
@@ -135,7 +144,7 @@ ONE_CAPTION_A_ROW = (".csv", ".tsv")
 
 def parse(data: bytes, location: str) -> dict[str, Any]:
     """Parse one JSON object."""
-    return coco_json.require_object(_decode(data, location), location)
+    return _require_object(_decode(data, location), location)
 
 
 def _decode(data: bytes, location: str) -> Any:
@@ -228,3 +237,68 @@ def _text(value: Any, location: str) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{location}: unpaired surrogate ({error}); fix the text") from error
     return value
+
+
+# -- JSON documents ---------------------------------------------------------------------------
+
+
+def _json_rows(path: Path, document: Any) -> _Located:
+    """Yield a row per image of a document: COCO captions, Karpathy's, or a list of rows."""
+    if isinstance(document, list):
+        for number, row in enumerate(document, 1):
+            location = f"{path}, item {number}"
+            yield location, _require_object(row, location)
+        return
+    images = _list(document, "images", str(path))
+    captions = _coco_captions(path, document) if "annotations" in document else None
+    seen = set()
+    for number, image in enumerate(images, 1):
+        location = f"{path}, image {number}"
+        if captions is None:
+            yield location, _karpathy_row(image, location)
+            continue
+        key, name = (_field(image, key, location) for key in ("id", "file_name"))
+        if key in seen:
+            raise DataError(f"{location}: duplicate id {key!r}; keep one")
+        seen.add(key)
+        yield f"{location}, id {key!r}", {"image": name, "captions": captions.pop(key, [])}
+    if captions:
+        raise DataError(f"{path}: captions of {next(iter(captions))!r}, which is not an image id")
+
+
+def _coco_captions(path: Path, document: dict[str, Any]) -> dict[Any, list[Any]]:
+    captions: dict[Any, list[Any]] = {}
+    for number, note in enumerate(_list(document, "annotations", str(path)), 1):
+        location = f"{path}, annotation {number}"
+        of_image = captions.setdefault(_field(note, "image_id", location), [])
+        of_image.append(_field(note, "caption", location))
+    return captions
+
+
+def _karpathy_row(image: dict[str, Any], location: str) -> dict[str, Any]:
+    name = _field(image, "filename", location)
+    folder = image.get("filepath", "")
+    sentences = _list(image, "sentences", location)
+    captions = [_field(sentence, "raw", location) for sentence in sentences]
+    row = {"image": f"{folder}/{name}" if folder else name, "captions": captions}
+    return row | ({"split": image["split"]} if "split" in image else {})
+
+
+def _require_object(value: Any, location: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{location}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _list(value: Any, key: str, location: str) -> list[Any]:
+    if not isinstance(_require_object(value, location).get(key), list):
+        raise DataError(
+            f"{location}: no list {key!r}; expected COCO captions, Karpathy's or a list of rows"
+        )
+    return value[key]
+
+
+def _field(value: Any, key: str, location: str) -> Any:
+    if isinstance(_require_object(value, location).get(key), dict | list | None):
+        raise DataError(f"{location}: no {key!r}; fix or remove it")
+    return value[key]
