@@ -25,7 +25,7 @@ from vadapter.errors import ConfigError
 T = TypeVar("T")
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     """Build a dataclass from a dict or ConfigDict, recursively and strictly.
 
     Its fields may be dataclasses, or dicts and tuples of them. If it has a
@@ -33,24 +33,24 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
 
     Raises:
       ConfigError: unknown key (with the nearest known one), missing key, wrong type; messages
-        begin with `where`, the dotted path of `values`.
+        begin with `path`, the dotted path of `values`.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     renamed = {old: new for old, new in getattr(cls, "RENAMED", {}).items() if old in values}
     for old, new in renamed.items():
         if new in values:
-            raise ConfigError(f"{where}.{old} is the old name of {new}: remove one of the two")
-        _warn_renamed(f"{where}.{old}", new)
+            raise ConfigError(f"{path}.{old} is the old name of {new}: remove one of the two")
+        _warn_renamed(f"{path}.{old}", new)
     values = {renamed.get(key, key): value for key, value in values.items()}
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{where}.{key}: unknown key{nearest(key, fields)}")
-    out = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+            raise ConfigError(f"{path}.{key}: unknown key{nearest(key, fields)}")
+    out = {key: _convert(hints[key], value, f"{path}.{key}") for key, value in values.items()}
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in out:
-            raise ConfigError(f"{where}.{name}: missing; it has no default")
+            raise ConfigError(f"{path}.{name}: missing; it has no default")
     return cls(**out)
 
 
@@ -84,61 +84,59 @@ def _hint_of(hint: Any, key: str) -> Any:
     return None
 
 
-def nearest(key: str, known: typing.Iterable[str]) -> str:
+def nearest(key: str, names: typing.Iterable[str]) -> str:
     """Return `; did you mean 'x'?`, or the list of known names."""
-    known = sorted(known)
-    close = difflib.get_close_matches(key, known, 1, 0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    names = sorted(names)
+    close = difflib.get_close_matches(key, names, 1, 0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
-        return build(hint, _group(value, where), where)  # type: ignore[arg-type]
+        return build(hint, _group(value, path), path)  # type: ignore[arg-type]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (dict, Mapping) or hint is dict:
         item = args[1] if args else Any
-        return {str(k): _convert(item, v, f"{where}.{k}") for k, v in _group(value, where).items()}
+        return {str(k): _convert(item, v, f"{path}.{k}") for k, v in _group(value, path).items()}
     if origin is tuple:
         if isinstance(value, str) and args[0] is str:  # as on the command line
             value = [item for item in value.split(",") if item]
         if isinstance(value, str) or not isinstance(value, tuple | list):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
-        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+            raise ConfigError(f"{path}: expected a list, got {value!r}")
+        return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
+        return _convert(next(a for a in args if a is not type(None)), value, path)
     if origin is typing.Literal:
-        _require_one_of(where, value, args)
+        _require_one_of(path, value, args)
         return value
-    return plain(value) if hint is Any else _scalar(hint, value, where)
+    return plain(value) if hint is Any else _scalar(hint, value, path)
 
 
-def _group(value: Any, where: str) -> Mapping[str, Any] | ConfigDict:
+def _group(value: Any, path: str) -> Mapping[str, Any] | ConfigDict:
     if not isinstance(value, Mapping | ConfigDict):
-        raise ConfigError(f"{where}: expected a group of keys, got {value!r}")
+        raise ConfigError(f"{path}: expected a group of keys, got {value!r}")
     return value
 
 
-def _require_one_of(key: str, value: Any, known: typing.Iterable[Any]) -> None:
-    if value not in (known := tuple(known)):
-        names = filter(None, map(str, known))  # "": the default
+def _require_one_of(key: str, value: Any, choices: typing.Iterable[Any]) -> None:
+    if value not in (choices := tuple(choices)):
+        names = filter(None, map(str, choices))  # "": the default
         raise ConfigError(f"{key}={value!r}: unknown{nearest(str(value), names)}")
 
 
-def _scalar(hint: type, value: Any, where: str) -> Any:
+def _scalar(hint: type, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(
-            f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}"
-        )
+        raise ConfigError(f"{path}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
     if hint is float and value != value:
-        raise ConfigError(f"{where}: not a number")
+        raise ConfigError(f"{path}: not a number")
     return value
 
 
@@ -160,15 +158,15 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
 
 
-def differences(a: Any, b: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     """Return the leaves in which plain values differ: (dotted path, in a, in b); `—`: missing."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         rows = []
         for key in sorted(a.keys() | b.keys()):
-            path = f"{where}.{key}" if where else str(key)
-            rows += differences(a.get(key, "—"), b.get(key, "—"), path)
+            name = f"{path}.{key}" if path else str(key)
+            rows += differences(a.get(key, "—"), b.get(key, "—"), name)
         return rows
-    return [] if a == b else [(where, a, b)]
+    return [] if a == b else [(path, a, b)]
 
 
 _FLAGS = {"": True, "1": True, "true": True, "0": False, "false": False}
@@ -197,28 +195,28 @@ def parse_arg(arg: str | None, **defaults: Any) -> Any:
     return types.SimpleNamespace(**values)
 
 
-def resolve(value: Any, where: str = "path") -> Any:
+def resolve(value: Any, key: str = "path") -> Any:
     """Expand `~` and `$VARIABLES` in a string, or in the strings of a list.
 
     Raises:
       ConfigError: a variable that is not set.
     """
     if isinstance(value, list | tuple):
-        return [resolve(v, where) for v in value]
+        return [resolve(v, key) for v in value]
     if not isinstance(value, str):
         return value
     for name in re.findall(r"\$\{?(\w+)\}?", value):
         if name not in os.environ:
             raise ConfigError(
-                f"{where}={value!r}: the environment variable {name} is not set; set it to the "
-                f"folder that holds the data, or give the path itself with --config.{where}=PATH"
+                f"{key}={value!r}: the environment variable {name} is not set; set it to the "
+                f"folder that holds the data, or give the path itself with --config.{key}=PATH"
             )
     return os.path.expandvars(os.path.expanduser(value))
 
 
-def choose(key: str, value: Any, known: typing.Iterable[Any]) -> None:
-    """Raise ConfigError, with the nearest known value, unless a recipe's argument is known."""
-    _require_one_of(f"config argument {key}", value, known)
+def choose(key: str, value: Any, choices: typing.Iterable[Any]) -> None:
+    """Raise ConfigError, with the nearest choice, unless the argument of a recipe is a choice."""
+    _require_one_of(f"config argument {key}", value, choices)
 
 
 def load(spec: str) -> ConfigDict:

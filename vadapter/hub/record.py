@@ -166,7 +166,7 @@ def read(folder: Path) -> Exported:
                 f"{values.get('vadapter')}; this vadapter reads up to version {VERSION}. Upgrade: "
                 "pip install -U vadapter"
             )
-        exported = build(Exported, values, where=CONFIG)
+        exported = build(Exported, values, CONFIG)
     except (ValueError, ConfigError) as error:
         raise CheckpointError(f"{path} is corrupt: {error}; download it again") from None
     if exported.prompts != PROMPTS:

@@ -200,10 +200,10 @@ def _check_int8(recipe: Recipe) -> None:
         library()
 
 
-def _check_names(place: str, names: Iterable[str], known: Collection[str]) -> None:
+def _check_names(place: str, names: Iterable[str], choices: Collection[str]) -> None:
     for name in names:
-        if name not in known:
-            raise ConfigError(f"{place}: unknown {name!r}{nearest(name, known)}")
+        if name not in choices:
+            raise ConfigError(f"{place}: unknown {name!r}{nearest(name, choices)}")
 
 
 def _check_positive(place: str, config: Any, *keys: str) -> None:

@@ -97,14 +97,14 @@ def check_room(name: str, texts: int, transform: Callable[..., Any]) -> None:
 
 
 @contextlib.contextmanager
-def shape_errors(where: str) -> Iterator[None]:
+def shape_errors(problem: str) -> Iterator[None]:
     """Turn any error about sizes that do not fit together into a ConfigError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # Flax, jax and numpy each raise their own
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{problem}: {' '.join(str(error).split())}") from error
 
 
 def _check_length(name: str, module: Any, length: int) -> None:
