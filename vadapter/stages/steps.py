@@ -171,7 +171,7 @@ def make_train_step(
 
         # One gradient that is not finite would make every parameter NaN for good. Such an update is
         # dropped: parameters and moments keep their bits, as if the batch had not been drawn, and
-        # the run stops after too many in a row (`train.monitor`).
+        # the run stops after too many in a row (`train.supervisor`).
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         params, opt_state = jax.tree.map(

@@ -6,7 +6,7 @@ from support.patches import use_clock
 
 from vadapter.errors import DataError, NonFiniteError
 from vadapter.recipe.schema import StageConfig
-from vadapter.train.monitor import FEW_BAD, Monitor
+from vadapter.train.supervisor import FEW_BAD, Monitor
 
 
 class Lines:
