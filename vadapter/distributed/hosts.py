@@ -342,9 +342,9 @@ def report_end(record: Mapping[str, Any]) -> None:
 
 
 def first_to_end() -> tuple[int, dict[str, Any]] | None:
-    """Return the host that reported its end first, and its record; None if none has.
+    """Return the host that reported its end first, as the coordinator saw it, and its record.
 
-    The coordinator decides which was first: clocks of machines differ. JaxRuntimeError: it is gone.
+    Returns None if none has; raises JaxRuntimeError if the coordinator is gone.
     """
     reports = _values("cause")
     return tuple(reports[0]) if reports else None

@@ -75,9 +75,9 @@ def end_job(code: int, reason: str = "") -> int:
 
 
 def cause(error: BaseException) -> tuple[int, str] | None:
-    """Return exit code and reason of the host that broke a collective; None if no host has failed.
+    """Return exit code and reason of the host whose failure broke a collective; None if none has.
 
-    When a host is gone, the collectives of the others fail with errors that do not say why.
+    The error of the collective itself does not say why.
     """
     if hosts.count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
         return None

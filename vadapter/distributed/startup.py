@@ -9,7 +9,6 @@ import contextlib
 import json
 import socket
 import time
-from typing import Any
 
 from vadapter.errors import ConfigError, HostError
 
@@ -29,7 +28,7 @@ def gather(name: str, port: int, n: int, limit: float) -> None:
       ConfigError: the port is taken, or the processes were started with different numbers.
       HostError: processes that did not connect; the message has their indices.
     """
-    end, peers = time.monotonic() + limit, {}
+    end, peers = time.monotonic() + limit, dict[int, socket.socket]()
     with contextlib.ExitStack() as stack:
         both = not name and socket.has_dualstack_ipv6()  # as JAX does
         family = socket.AF_INET6 if both else socket.AF_INET
@@ -50,11 +49,18 @@ def gather(name: str, port: int, n: int, limit: float) -> None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 peer = stack.enter_context(server.accept()[0])
                 peer.settimeout(min(_PATIENCE, limit))
-                mismatch = _register(peers, peer, json.loads(_line(peer)), n)
+                message = json.loads(_line(peer))
+                host, of = message["host"], message["of"]
+                if of != n:
+                    mismatch = f"host {host} was started with {of} processes, host 0 with {n}"
+                elif host == 0 or host in peers:
+                    mismatch = f"two processes were started with index {host}"
+                peers[-1 if mismatch else host] = peer
         missing = [i for i in range(1, n) if i not in peers]
-        names = f"host{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-        absent = f"{names} of {n} did not come within {limit:g} s" if missing else ""
-        error = mismatch or absent
+        error = mismatch
+        if missing and not mismatch:
+            names = f"host{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+            error = f"{names} of {n} did not come within {limit:g} s"
         for peer in peers.values():
             with contextlib.suppress(OSError):
                 peer.sendall(json.dumps({"error": error}).encode() + b"\n")
@@ -62,18 +68,6 @@ def gather(name: str, port: int, n: int, limit: float) -> None:
                 peer.recv(1)  # it closes first, which leaves the port free for JAX
     if error:
         raise (ConfigError if mismatch else HostError)(error)
-
-
-def _register(peers: dict[int, socket.socket], peer: socket.socket, message: Any, n: int) -> str:
-    """Add a peer under its index, or under -1 with an error, which is returned."""
-    host, of = message["host"], message["of"]
-    if of == n and host not in peers and host != 0:
-        peers[host] = peer
-        return ""
-    peers.setdefault(-1, peer)
-    if of != n:
-        return f"host {host} was started with {of} processes, host 0 with {n}"
-    return f"two processes were started with index {host}"
 
 
 def check_in(name: str, port: int, n: int, i: int, limit: float) -> None:

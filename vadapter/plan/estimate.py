@@ -204,13 +204,14 @@ def with_field(recipe: Recipe, name: str, field: str) -> tuple[str, ...]:
 
     A frozen encoder has no backward pass, so `remat` has no effect in it.
     """
-    stage, names = recipe.stages[name], []
-    for part in components(stage):
+    stage = recipe.stages[name]
+
+    def has_field(part: str) -> bool:
         config = load_kind(expand(part, recipe.components[part])["kind"])[0]
-        backward = part != stage.encoder or part in trained(stage)
-        if backward and field in (each.name for each in dataclasses.fields(config)):
-            names.append(part)
-    return tuple(names)
+        return field in (each.name for each in dataclasses.fields(config))
+
+    parts = (p for p in components(stage) if p != stage.encoder or p in trained(stage))
+    return tuple(filter(has_field, parts))
 
 
 def estimate_peak(recipe: Recipe, name: str, setting: Setting) -> int:
