@@ -167,7 +167,7 @@ def test_a_slice_is_what_the_whole_has_there_and_heads_cost_only_themselves(tmp_
     shape, K = (sizes.layers, sizes.dim, sizes.dim), sizes.dim // sizes.heads
     source = llama2c.TABLE.source("stack/blocks/attn/q/kernel", shape)
     assert source is not None
-    read = lambda *index: source.read(files, source.names, index, K, np.float32)  # noqa: E731
+    read = lambda *index: source.read(files, index, K, np.float32)  # noqa: E731
     whole = read(*[slice(0, n) for n in shape])
     theirs = generate(sizes)["q"].reshape(sizes.layers, sizes.heads, K // 2, 2, sizes.dim)
     ours = whole.reshape(sizes.layers, sizes.dim, sizes.heads, 2, K // 2)
@@ -177,7 +177,7 @@ def test_a_slice_is_what_the_whole_has_there_and_heads_cost_only_themselves(tmp_
         index = [slice(*sorted(draw.integers(0, n + 1, 2).tolist())) for n in shape[1:]]
         np.testing.assert_array_equal(read(slice(1, 3), *index), whole[1:3, index[0], index[1]])
     counted = Counting.of(files)
-    source.read(counted, source.names, (slice(0, 1), slice(0, 6), slice(K, 3 * K)), K, np.float32)
+    source.read(counted, (slice(0, 1), slice(0, 6), slice(K, 3 * K)), K, np.float32)
     assert [size for _, size in counted.reads] == [6 * 2 * K]
 
 

@@ -28,10 +28,10 @@ def test_a_stacked_transposed_leaf_is_read_piece_by_piece(tmp_path, outputs, dty
     whole = theirs.transpose(0, 2, 1).astype(dtype)
     source = TABLE.source("stack/blocks/up/kernel", whole.shape)
     for index in INDICES:
-        piece = source.read(files, source.names, index, 8, dtype)
+        piece = source.read(files, index, 8, dtype)
         assert piece.dtype == dtype
         np.testing.assert_array_equal(piece, whole[index])
         assert not piece.size or piece.ctypes.data % 64 == 0, "a CPU device would copy it"
     source = TABLE.source("head/kernel", (40, outputs))
-    piece = source.read(files, source.names, INDICES[1][1:], 8, dtype)
+    piece = source.read(files, INDICES[1][1:], 8, dtype)
     np.testing.assert_array_equal(piece, head.T[:20].astype(dtype))

@@ -87,23 +87,17 @@ class AdapterModel(Components):
         return x
 
     def hidden(
-        self,
-        params: Params,
-        visual: Float[Array, "B F N D"] | None,
-        batch: Batch,
+        self, params: Params, visual: Float[Array, "B F N D"] | None, batch: Batch,
         rng: jax.Array | None = None,
-    ) -> Float[Array, "B M E"]:
+    ) -> Float[Array, "B M E"]:  # fmt: skip
         """Return the language model's states that predict the targets; `rng` turns dropout on."""
         prefix = None if visual is None else self.prefix(params, visual, rng)
         return self.read(params, prefix, batch, rng)
 
     def read(
-        self,
-        params: Params,
-        prefix: Float[Array, "B Q E"] | None,
-        batch: Batch,
+        self, params: Params, prefix: Float[Array, "B Q E"] | None, batch: Batch,
         rng: jax.Array | None = None,
-    ) -> Float[Array, "B M E"]:
+    ) -> Float[Array, "B M E"]:  # fmt: skip
         """Return the same as `hidden`, given the prefix instead of the visual tokens."""
         x, segments, positions = self.layout(params, prefix, batch)
         text_len = batch["tokens"].shape[1]

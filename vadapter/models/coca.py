@@ -62,11 +62,8 @@ class Fusion(nn.Module):
     ) -> tuple[Float[Array, "B T E"], Unit, Float[Array, ""]]:
         """Return multimodal states, unit vectors of image and text, and the temperature.
 
-        Args:
-          text: states of the unimodal half.
-          pooled: captioning queries.
-          summary: of the image, of the text.
-          mask: of the text.
+        `text` has the states of the unimodal half, `pooled` the captioning queries, and `summary`
+        the vectors of image and text that are contrasted.
         """
         c = self.config
         block = BlockConfig(c.width, c.heads, c.mlp_dim, norm=c.norm, cross=True, remat=c.remat)
@@ -101,10 +98,7 @@ class CoCa(Components):
     def __call__(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
     ) -> tuple[Float[Array, "B M V"], Unit, Float[Array, ""]]:
-        """Return caption logits, unit vectors of image and text, and the temperature.
-
-        `batch` has `frames`, and one caption a row; `rng` turns dropout on.
-        """
+        """Return caption logits, unit vectors, and the temperature; one caption a row."""
         assert "frames" in batch
         visual = self.apply(params, self.encoder, batch["frames"], rng=rng)
         pooled = self.apply(params, self.pooler, visual)

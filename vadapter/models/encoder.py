@@ -19,10 +19,7 @@ class EncoderConfig:
 
     Attributes:
       image_size: S, pixels a side; at another S the same share of an image is cropped.
-      fit, interpolation, crop_pct, floor: see `ImageTransform`.
-
-    Raises:
-      ConfigError: the fields are not a valid `ImageTransform`.
+      fit, interpolation, crop_pct, floor: see `ImageTransform`, which checks them.
     """
 
     image_size: int

@@ -39,21 +39,13 @@ class Decode:
 
 
 class Context(NamedTuple):
-    """What the language model has read, with free slots for what it generates.
-
-    Attributes:
-      cache: keys and values.
-      positions: of the slots.
-      visible: slots that are filled, and not with padding.
-      position: of the last token of each text.
-      slot: the next free slot.
-    """
+    """What the language model has read, with free slots for what it generates."""
 
     cache: Cache
-    positions: Int[Array, "B S"]
-    visible: Bool[Array, "B S"]
-    position: Int[Array, " B"]
-    slot: Int[Array, ""]
+    positions: Int[Array, "B S"]  # of the slots
+    visible: Bool[Array, "B S"]  # slots that are filled, and not with padding
+    position: Int[Array, " B"]  # of the last token of each text
+    slot: Int[Array, ""]  # the next free one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +61,7 @@ class Decoder:
     def prefill(
         self, batch: Batch, shown: Float[Array, "1 X E"] | None
     ) -> tuple[Float[Array, "B V"], Context]:
-        """Read prompt, image and text of every row.
-
-        Returns:
-          Log probabilities of the next token, and the context.
-        """
+        """Read every row; return the log probabilities of its next token, and the context."""
         model, params, room = self.model, self.params, self.how.max_new
         lm, visual = model.modules[model.lm], model.encode(params, batch)
         assert isinstance(lm, LM)
@@ -91,8 +79,7 @@ class Decoder:
             params, model.lm, x, method="hidden", positions=positions, mask=mask,
             key_positions=slots, cache=cache, index=0,
         )  # fmt: skip
-        # Texts of different lengths are padded at the end: each row continues after its own last
-        # token.
+        # Texts are padded at the end: each row continues after its own last token.
         last = jnp.argmax(jnp.where(segments > 0, jnp.arange(S)[None, :], -1), axis=1)
         states = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
         position = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0]
@@ -135,14 +122,9 @@ class Decoder:
 
 
 def decode(
-    model: AdapterModel,
-    params: Params,
-    batch: Batch,
-    how: Decode,
-    stop: Sequence[int] = (EOS,),
-    vocab: int | None = None,
-    shown: Float[Array, "1 X E"] | None = None,
-) -> dict[str, jax.Array]:
+    model: AdapterModel, params: Params, batch: Batch, how: Decode, stop: Sequence[int] = (EOS,),
+    vocab: int | None = None, shown: Float[Array, "1 X E"] | None = None,
+) -> dict[str, jax.Array]:  # fmt: skip
     """Continue each row's text.
 
     Rows may have texts of different lengths: padding is masked and takes no position. Decoding

@@ -41,22 +41,13 @@ def output_axis(axes: tuple[str | None, str | None]) -> str | None:
 
 
 def linear(
-    features: int,
-    axes: tuple[str | None, str | None],
-    bias: bool = False,
-    dtype: Dtype = jnp.float32,
-    kernel_init: Callable = default_init,
-    name: str | None = None,
-) -> nn.Dense:
+    features: int, axes: tuple[str | None, str | None], bias: bool = False,
+    dtype: Dtype = jnp.float32, kernel_init: Callable = default_init, name: str | None = None,
+) -> nn.Dense:  # fmt: skip
     """Return a layer x @ kernel + bias over the last axis; `axes` are those of the kernel."""
-    return nn.Dense(
-        features,
-        use_bias=bias,
-        dtype=dtype,
-        kernel_init=partitioned(kernel_init, *axes),
-        bias_init=partitioned(nn.initializers.zeros, output_axis(axes)),
-        name=name,
-    )
+    bias_init = partitioned(nn.initializers.zeros, output_axis(axes))
+    kernel_init = partitioned(kernel_init, *axes)
+    return nn.Dense(features, bias, dtype, kernel_init=kernel_init, bias_init=bias_init, name=name)
 
 
 def embedding_param(
@@ -189,16 +180,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T E"],
-        kv: Float[Array, "B U D"] | None = None,
-        *,
-        mask: Bool[Array, "B T S"] | None = None,
-        positions: Int[Array, "B U"] | None = None,
-        freq: Float[Array, " P"] | None = None,
-        cache: KeysValues | None = None,
+        self, x: Float[Array, "B T E"], kv: Float[Array, "B U D"] | None = None, *,
+        mask: Bool[Array, "B T S"] | None = None, positions: Int[Array, "B U"] | None = None,
+        freq: Float[Array, " P"] | None = None, cache: KeysValues | None = None,
         index: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T E"], KeysValues | None]:
+    ) -> tuple[Float[Array, "B T E"], KeysValues | None]:  # fmt: skip
         """Attend from `x` to `kv` (or to itself, or to the cache).
 
         Args:
@@ -244,13 +230,9 @@ class Attention(nn.Module):
 
 
 def attend(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S N K"],
-    v: Float[Array, "B S N K"],
-    mask: Bool[Array, "B T S"] | None,
-    scale: float = 0.0,
-    softcap: float = 0.0,
-) -> Float[Array, "B T H K"]:
+    q: Float[Array, "B T H K"], k: Float[Array, "B S N K"], v: Float[Array, "B S N K"],
+    mask: Bool[Array, "B T S"] | None, scale: float = 0.0, softcap: float = 0.0,
+) -> Float[Array, "B T H K"]:  # fmt: skip
     """Return scaled dot-product attention; `scale` and `softcap` as in `Attention`.
 
     The query heads of a KV head are an axis of their own, [B, N, G, T, K], so that both products

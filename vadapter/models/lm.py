@@ -73,8 +73,8 @@ class LMConfig:
 
     def block(self) -> BlockConfig:
         """Return the configuration of a block: the fields of the same names."""
-        shared = {f.name for f in dataclasses.fields(BlockConfig)}
-        mine: dict[str, Any] = {name: getattr(self, name) for name in shared if hasattr(self, name)}
+        names = [f.name for f in dataclasses.fields(BlockConfig) if hasattr(self, f.name)]
+        mine: dict[str, Any] = {name: getattr(self, name) for name in names}
         scale = amplitude(self.rope)
         if self.rope_local is not None and amplitude(self.rope_local) != scale:
             raise ConfigError("rope and rope_local: scale both or neither by yarn")
@@ -124,16 +124,11 @@ class LM(nn.Module):
         return constrain(self.embedding(tokens), "batch") * jnp.asarray(scale, self.dtype)
 
     def hidden(
-        self,
-        x: Float[Array, "B T E"],
-        *,
-        positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"] | None = None,
+        self, x: Float[Array, "B T E"], *,
+        positions: Int[Array, "B T"], mask: Bool[Array, "B T S"] | None = None,
         key_positions: Int[Array, "B S"] | None = None,
-        cache: Cache | None = None,
-        index: Int[Array, ""] | int = 0,
-        last: int = 0,
-    ) -> tuple[Float[Array, "B _ E"], Cache | None]:
+        cache: Cache | None = None, index: Int[Array, ""] | int = 0, last: int = 0,
+    ) -> tuple[Float[Array, "B _ E"], Cache | None]:  # fmt: skip
         """Return the hidden states of embeddings after the final norm, and the updated cache.
 
         Args:

@@ -16,10 +16,7 @@ from vadapter.distributed.mesh import constrain
 def token_xent(
     logits: Float[Array, "B M V"], targets: Int[Array, "B M"], weights: Float[Array, "B M"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return the weighted sums of cross entropy (nats) and of correct predictions.
-
-    The weights of positions without a target are 0.
-    """
+    """Return sums of cross entropy (nats) and of correct predictions; weight 0: no target."""
     correct = first_max(logits) == targets
     return (xent(logits, targets) * weights).sum(), (correct * weights).sum()
 
@@ -68,12 +65,9 @@ def first_max(x: Float[Array, "*n V"]) -> Float[Array, "*n"]:
 
 
 def chunked_xent(
-    head: Callable[[jax.Array], jax.Array],
-    states: Float[Array, "B M E"],
-    targets: Int[Array, "B M"],
-    weights: Float[Array, "B M"],
-    rows: int,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    head: Callable[[jax.Array], jax.Array], states: Float[Array, "B M E"],
+    targets: Int[Array, "B M"], weights: Float[Array, "B M"], rows: int,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:  # fmt: skip
     """Return `token_xent(head(states), …)`, holding about `rows` rows of logits at a time.
 
     Saves memory where batch times vocabulary is large; costs time below about 512 rows a chunk.
@@ -102,17 +96,13 @@ def chunked_xent(
 
 
 def contrastive(
-    image: Float[Array, "B U"],
-    text: Float[Array, "B U"],
-    temperature: Float[Array, ""],
+    image: Float[Array, "B U"], text: Float[Array, "B U"], temperature: Float[Array, ""],
     valid: Bool[Array, "B"],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return symmetric InfoNCE between the rows of a batch (CLIP, arXiv 2103.00020).
+) -> tuple[Float[Array, ""], Float[Array, ""]]:  # fmt: skip
+    """Return symmetric InfoNCE between unit vectors of a batch (CLIP, arXiv 2103.00020).
 
-    `image` and `text` are unit vectors, whose products are divided by the temperature.
-
-    Returns:
-      Mean loss in nats over valid rows, and the share of images whose own text scores highest.
+    That is the mean loss in nats over valid rows, and the share of images whose own text scores
+    highest.
     """
     scores = image @ text.T / temperature
     scores = jnp.where(valid[:, None] & valid[None, :], scores, -1e30)

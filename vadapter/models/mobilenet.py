@@ -210,11 +210,7 @@ class MobileNet(nn.Module):
             self.head = ConvBias(_pointwise, (1, 1, self.width, config.classes), relu6=False)
 
     def __call__(self, frames: Num[Array, "B F H W 3"]) -> Float[Array, "B F N D"]:
-        """Encode each frame on its own; return tokens row by row, N = ceil(H/32) * ceil(W/32).
-
-        Raises:
-          ValueError: frames have another rank or another number of channels.
-        """
+        """Encode each frame on its own; return tokens row by row, N = ceil(H/32) * ceil(W/32)."""
         if frames.ndim != 5 or frames.shape[-1] != 3:
             raise ValueError(f"frames must be [B, F, H, W, 3], not {list(frames.shape)}")
         images = rearrange(frames, "b f h w c -> (b f) h w c")

@@ -24,11 +24,7 @@ _SCALE = "_scale"  # the scale of the leaf `kernel` is the leaf `kernel_scale`
 
 
 def library() -> ModuleType:
-    """Return qwix, an optional dependency.
-
-    Raises:
-      ConfigError: qwix is not installed.
-    """
+    """Return qwix, an optional dependency; raise ConfigError if it is not installed."""
     try:
         import qwix
     except ImportError as error:

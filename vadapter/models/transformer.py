@@ -115,27 +115,18 @@ Cache = tuple[Float[Array, "L B S N K"], Float[Array, "L B S N K"]]
 
 @flax.struct.dataclass
 class PerLayer:
-    """What differs between the layers of one stack, scanned with their parameters.
+    """What differs between the layers of one stack, scanned with their parameters."""
 
-    Attributes:
-      freq: rotary frequencies, [L, P]; None: no rotary positions.
-      window: [L]: a query attends to keys fewer than this many positions back; None: to all.
-    """
-
-    freq: Float[Array, "..."] | None = None
-    window: Int[Array, "..."] | None = None
+    freq: Float[Array, "..."] | None = None  # rotary frequencies, [L, P]; None: no rotary positions
+    window: Int[Array, "..."] | None = None  # [L]: keys this many positions back are out of reach
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; arguments and results as `Stack`, for one layer.
-
-    Attributes:
-      last: compute the states of this many last tokens only, which attend to all; 0: of all.
-    """
+    """Pre-norm transformer block; arguments and results as `Stack`, for one layer."""
 
     config: BlockConfig
     dtype: Dtype = jnp.float32
-    last: int = 0
+    last: int = 0  # compute the states of this many last tokens only, which attend to all; 0: all
 
     @nn.compact
     def __call__(self, x, cache, layer, mask, positions, distance, kv, kv_mask, index):
@@ -186,19 +177,12 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T E"],
-        *,
-        mask: Bool[Array, "B T S"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        layers: PerLayer | None = None,
-        distance: Int[Array, "B T S"] | None = None,
-        kv: Float[Array, "B C D"] | None = None,
-        kv_mask: Bool[Array, "B T C"] | None = None,
-        cache: Cache | None = None,
-        index: Int[Array, ""] | int = 0,
-        last: int = 0,
-    ) -> tuple[Float[Array, "B _ E"], Cache | None]:
+        self, x: Float[Array, "B T E"], *,
+        mask: Bool[Array, "B T S"] | None = None, positions: Int[Array, "B T"] | None = None,
+        layers: PerLayer | None = None, distance: Int[Array, "B T S"] | None = None,
+        kv: Float[Array, "B C D"] | None = None, kv_mask: Bool[Array, "B T C"] | None = None,
+        cache: Cache | None = None, index: Int[Array, ""] | int = 0, last: int = 0,
+    ) -> tuple[Float[Array, "B _ E"], Cache | None]:  # fmt: skip
         """Run the blocks.
 
         Args:

@@ -39,17 +39,11 @@ _ENDS = (("embedding", "weight"), ("head", "weight"), ("norm", "weight"), ("norm
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How the tensors of a checkpoint match the parameters of a component.
+    """How the tensors of a checkpoint match the parameters of a component."""
 
-    Attributes:
-      tensors: number of tensors that are used.
-      parameters: number of parameters that they hold.
-      unused: tensors that the component does not need.
-    """
-
-    tensors: int
-    parameters: int
-    unused: tuple[str, ...]
+    tensors: int  # number of those that are used
+    parameters: int  # number in them
+    unused: tuple[str, ...]  # tensors that the component does not need
 
     def __str__(self) -> str:
         text = f"{self.tensors} tensors, {self.parameters:,} parameters"
@@ -58,28 +52,17 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder, none of whose tensors is read yet.
-
-    Attributes:
-      spec: of the component: `kind` and the fields of its configuration.
-      tables: the names that the family may give its tensors.
-      files: the tensors.
-    """
+    """A checkpoint folder, none of whose tensors is read yet."""
 
     path: Path
     model_type: str
-    spec: Mapping[str, Any]
-    tables: tuple[Table, ...]
+    spec: Mapping[str, Any]  # of the component: `kind` and the fields of its configuration
+    tables: tuple[Table, ...]  # the names that the family may give its tensors
     files: TensorFiles
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
-        """Read config.json and the headers of the weights.
-
-        Raises:
-          CheckpointError: no folder, an unsupported model, a config.json that lacks a key, weights
-            that are missing or corrupt.
-        """
+        """Read config.json and the headers of the weights; raise CheckpointError if one is bad."""
         model_type, spec = describe(path)
         family = FAMILIES[model_type]
         return cls(path, model_type, spec, family.tables, family.files(path))
@@ -95,23 +78,16 @@ class Checkpoint:
     def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:
         """Read the tensors straight into each device's shard, one leaf after the other.
 
-        Args:
-          abstract: tree of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.
-          dtype: of the result; None takes that of `abstract`.
-
-        Yields:
-          (path, array); parts of a path are joined by "/".
-
-        Raises:
-          CheckpointError: as `match`.
+        `abstract` is a tree of `jax.ShapeDtypeStruct`, with shardings where there is a mesh, and
+        with the dtypes of the result unless `dtype` is given. Yields (path, array), the parts of a
+        path joined by "/"; raises as `match`.
         """
         leaves = _flat(abstract)
-        _, prefix, sources = self._match(leaves)
+        sources = self._match(leaves)[1]
         head_dim = self.spec.get("head_dim") or self.spec["width"] // self.spec["heads"]
         for path, leaf in leaves.items():
-            names = [prefix + name for name in sources[path].names]
             read = functools.partial(
-                sources[path].read, self.files, names, head_dim=head_dim, dtype=dtype or leaf.dtype
+                sources[path].read, self.files, head_dim=head_dim, dtype=dtype or leaf.dtype
             )
             yield path, _place(leaf, read)
 
@@ -123,15 +99,15 @@ class Checkpoint:
         """Return the SHA-256 (hex) of the files, see `TensorFiles.digest`."""
         return self.files.digest()
 
-    def _match(self, leaves: Mapping[str, Any]) -> tuple[Report, str, dict[str, Source]]:
-        """Return the report, the prefix of their names, and the source of each of our leaves."""
+    def _match(self, leaves: Mapping[str, Any]) -> tuple[Report, dict[str, Source]]:
+        """Return the report, and the source of each of our leaves."""
         table, prefix, sources = self._names(leaves)
         faults, used = [], set()
         for path, source in sources.items():
             if source is None:
                 faults.append(f"unknown parameter: {path} (no tensor of {self.model_type})")
                 continue
-            for name in (prefix + n for n in source.names):
+            for name in source.names:
                 used.add(name)
                 if name not in self.files.tensors:
                     faults.append(f"missing: {name} (for {path})")
@@ -153,16 +129,16 @@ class Checkpoint:
         count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
         unused = tuple(sorted(self.files.tensors.keys() - used))
         matched = {path: source for path, source in sources.items() if source is not None}
-        return Report(len(used), count, unused), prefix, matched
+        return Report(len(used), count, unused), matched
 
     def _names(self, leaves: Mapping[str, Any]) -> tuple[Table, str, dict[str, Source | None]]:
         """Return the table and prefix that match most tensors, and the sources of our leaves."""
         best, chosen = -1, None
         for table in self.tables:
-            sources = {k: table.source(k, v.shape) for k, v in leaves.items()}
-            names = [source.names[0] for source in sources.values() if source is not None]
             for prefix in table.prefixes:
-                if (count := sum(prefix + n in self.files.tensors for n in names)) > best:
+                sources = {k: table.source(k, v.shape, prefix) for k, v in leaves.items()}
+                count = sum(s.names[0] in self.files.tensors for s in sources.values() if s)
+                if count > best:
                     best, chosen = count, (table, prefix, sources)
         assert chosen is not None
         return chosen
@@ -208,11 +184,7 @@ def _place(leaf: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
 
 
 def locate(weights: str, key: str) -> hub.Snapshot:
-    """Return the folder of public weights, of which `key` of the recipe names folder or hub id.
-
-    Raises:
-      CheckpointError: as `hub.resolve`.
-    """
+    """Return `hub.resolve` of public weights, with errors that name `key` of the recipe."""
     try:
         return hub.resolve(resolve(weights, key))
     except CheckpointError as error:
@@ -261,12 +233,7 @@ def describe(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the config of a checkpoint with its `model_type`; of several parts, the one used.
-
-    Raises:
-      CheckpointError: the config is missing, corrupt, or too large.
-    """
-    path = Path(path)
+    """Return the config of a checkpoint with its `model_type`; of several parts, the one used."""
     config: dict[str, Any] = {}
     for name in (name for name in CONFIGS if (path / name).is_file()):
         if (config := _read_json(path / name, CONFIGS[name])).get("model_type"):

@@ -25,17 +25,11 @@ _NO_LEAD = ("/", ".", "~")  # first characters of paths, never of hub ids
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A folder that holds a checkpoint.
-
-    Attributes:
-      path: the folder.
-      repo_id: the hub id without its revision; "" for a local folder.
-      revision: the commit that the folder holds; "" for a local folder.
-    """
+    """A folder that holds a checkpoint: a local one, or that of a commit of a repository."""
 
     path: Path
-    repo_id: str = ""
-    revision: str = ""
+    repo_id: str = ""  # the hub id without its revision
+    revision: str = ""  # the commit
 
 
 def resolve(spec: str, *, revision: str | None = None, allow: Sequence[str] = ALLOW) -> Snapshot:
@@ -90,15 +84,12 @@ def repository(spec: str) -> tuple[str, str]:
 
 
 def upload(folder: Path, files: Sequence[str], repo_id: str, *, private: bool | None = None) -> str:
-    """Upload files of a folder to a repository in one commit, creating it if necessary.
+    """Upload files of a folder to a repository, creating it if necessary; return its URL.
 
     Args:
       folder: of the files.
       files: their names; other frozen components of an earlier upload are removed.
       private: visibility of a new repository; None takes the default of its owner.
-
-    Returns:
-      The URL of the repository.
 
     Raises:
       CheckpointError: an invalid hub id, a missing file, or the upload fails.

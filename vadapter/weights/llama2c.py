@@ -23,21 +23,15 @@ from vadapter.weights.safetensors import TensorFiles, TensorInfo
 TABLE = Table(
     layers="layers.{}.",
     modules={
-        "embedding": "tok_embeddings",
-        "norm": "norm",
-        "head": "output",
+        "embedding": "tok_embeddings", "norm": "norm", "head": "output",
         "norm_attn": "attention_norm",
-        "attn/q": Pairs("attention.wq"),
-        "attn/k": Pairs("attention.wk"),
-        "attn/v": "attention.wv",
-        "attn/o": "attention.wo",
+        "attn/q": Pairs("attention.wq"), "attn/k": Pairs("attention.wk"),
+        "attn/v": "attention.wv", "attn/o": "attention.wo",
         "norm_mlp": "ffn_norm",
-        "mlp/gate": "feed_forward.w1",
-        "mlp/up": "feed_forward.w3",
-        "mlp/down": "feed_forward.w2",
+        "mlp/gate": "feed_forward.w1", "mlp/up": "feed_forward.w3", "mlp/down": "feed_forward.w2",
     },
     ignored=(r"^freqs_(cos|sin)$",),
-)
+)  # fmt: skip
 _FLOAT = np.dtype("<f4")
 _HEADER = struct.Struct("<7i")
 _LIMITS = {  # the numbers of the header, in its order, and a limit above any model's
@@ -48,11 +42,7 @@ _VERSIONED = b"24ka"  # first bytes of its later formats
 
 
 def find(folder: Path) -> Path | None:
-    """Return the .bin of a folder that is not a tokenizer's (tok*.bin); None if there is none.
-
-    Raises:
-      CheckpointError: there are several.
-    """
+    """Return the only .bin of a folder that is not a tokenizer's (tok*.bin); None without one."""
     files = sorted(set(folder.glob("*.bin")) - set(folder.glob("tok*.bin")))
     files = [file for file in files if file.is_file()]
     if len(files) > 1:
@@ -98,18 +88,12 @@ def read_config(file: Path) -> dict[str, Any]:
                 "divide into heads of rotated pairs"
             )
         config = {
-            "model_type": "llama2c",
-            "vocab_size": header["vocab_size"],
-            "hidden_size": dim,
-            "intermediate_size": header["hidden_dim"],
-            "num_hidden_layers": header["n_layers"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "max_position_embeddings": header["seq_len"],
-            "tie_word_embeddings": tied,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1e4,
-        }
+            "model_type": "llama2c", "vocab_size": header["vocab_size"], "hidden_size": dim,
+            "intermediate_size": header["hidden_dim"], "num_hidden_layers": header["n_layers"],
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "max_position_embeddings": header["seq_len"], "tie_word_embeddings": tied,
+            "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        }  # fmt: skip
         floats = sum(math.prod(shape) for shape in _shapes(config).values())
         if size != (expected := _HEADER.size + floats * _FLOAT.itemsize):
             raise ValueError(
@@ -120,11 +104,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def open_files(folder: Path) -> TensorFiles:
-    """Return the tensors of the folder's .bin, by their names in llama2.c, none of them read.
-
-    Raises:
-      CheckpointError: there is no such file, or see `read_config`.
-    """
+    """Return the tensors of the folder's .bin, by their names in llama2.c, none of them read."""
     if not (file := find(folder)):
         raise CheckpointError(f"{folder} holds no .bin of a llama2.c model")
     with naming(file):

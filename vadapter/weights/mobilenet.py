@@ -56,11 +56,7 @@ class MobileNetFiles:
             return sha256(stack.enter_context(file.open("rb")) for file in self.stamps())
 
     def match(self, abstract: Any) -> Report:
-        """Match the tensors to the parameters, by the graph and the headers of the arrays.
-
-        Raises:
-          CheckpointError: files that are corrupt or describe another network; as do `leaves`.
-        """
+        """Match the tensors to the parameters, by the graph and the headers of the arrays."""
         _, names, ignored = _names(self.path, head=False)
         headers = npz.read_npz_headers(self.path / f"{_NAME}{_ENDS[1]}", max_bytes=_MAX_BYTES)
         used = match_names(abstract, headers, names, ignore=ignored)

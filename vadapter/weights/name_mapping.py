@@ -105,7 +105,7 @@ class Table:
         """Return the table with some modules renamed."""
         return dataclasses.replace(self, modules={**self.modules, **other})
 
-    def source(self, path: str, shape: Sequence[int]) -> "Source | None":
+    def source(self, path: str, shape: Sequence[int], prefix: str = "") -> "Source | None":
         """Return the source of our leaf, `stack/blocks/attn/q/kernel`; None if it has none."""
         inside = path.startswith(BLOCKS)
         own = path.removeprefix(BLOCKS)
@@ -119,9 +119,10 @@ class Table:
             name = form if isinstance(form, str) else form.module
             if own not in self.modules:  # otherwise a leaf with a name of its own
                 name = f"{name}.{_LEAVES[leaf]}"
-        names = tuple(f"{self.layers.format(i)}{name}" for i in range(shape[0])) if inside else ()
+        fronts = [self.layers.format(i) for i in range(shape[0])] if inside else [""]
+        names = tuple(f"{prefix}{front}{name}" for front in fronts)
         transposed = leaf == "kernel" and (self.transposed or not inside)
-        return Source(names or (name,), tuple(shape), inside, transposed, form)
+        return Source(names, tuple(shape), inside, transposed, form)
 
     def unneeded(self, names: Sequence[str], used: set[str]) -> list[str]:
         """Return the tensors of a checkpoint that are neither used nor ignored."""
@@ -165,21 +166,17 @@ class Source:
         return shape[::-1] if self.transposed else shape
 
     def read(
-        self, files: TensorFiles, names: Sequence[str], index: tuple[slice, ...], head_dim: int,
-        dtype: np.dtype,
-    ) -> np.ndarray:  # fmt: skip
+        self, files: TensorFiles, index: tuple[slice, ...], head_dim: int, dtype: np.dtype
+    ) -> np.ndarray:
         """Return a part of our leaf; no more than one of their tensors is held beside it.
 
-        Args:
-          names: `self.names`, with their prefix.
-          index: slices of our leaf, as requested by a sharding.
-          head_dim: K, for parts that are grouped by head.
+        `index` has the slices that a sharding requests; K = `head_dim`, where heads matter.
         """
         ranges = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
         out = _aligned([len(r) for r in ranges], np.dtype(dtype))
         layers = ranges[0] if self.stacked else [0]
         for piece, i in zip(out if self.stacked else out[None], layers, strict=True):
-            _copy(piece, self._one(files, names[i], index[self.stacked :], head_dim))
+            _copy(piece, self._one(files, self.names[i], index[self.stacked :], head_dim))
         return out
 
     def _one(
@@ -285,15 +282,12 @@ def assign(
 ) -> dict[str, Any]:  # fmt: skip
     """Assign the tensors of a file to the parameter tree of a model, strictly.
 
+    float16 is cast to float32 where the model needs it; there are no other casts.
+
     Args:
       params_abstract: nested dict whose leaves have `.shape` and `.dtype` (`jax.eval_shape`).
-      tensors: name in the file to array.
       name_table: name in the file to path in the tree, parts joined by "/".
       ignore: names in the file to leave out.
-
-    Returns:
-      A tree of numpy arrays like `params_abstract`. float16 is cast to float32 where the model
-      needs it; there are no other casts.
 
     Raises:
       CheckpointError: missing or unexpected tensors, or mismatched shapes or dtypes. Names all.

@@ -33,15 +33,10 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """The transform of an image on the host, and the normalization of its pixels on the device.
-
-    Attributes:
-      view: crop or stretch to the square that the encoder takes.
-      mean, std: of the channels, for pixels in 0..1: (pixel / 255 - mean) / std.
-    """
+    """The transform of an image on the host, and the normalization of its pixels on the device."""
 
     view: ImageTransform
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # of the channels: (pixel / 255 - mean) / std
     std: tuple[float, ...]
 
     def fields(self) -> dict[str, Any]:

@@ -44,16 +44,10 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The weights of a component.
-
-    Attributes:
-      component: its name in the recipe.
-      weights: as in the recipe; a hub id with its commit.
-      path: the folder.
-    """
+    """The weights of a component, named as in the recipe, in the folder `path`."""
 
     component: str
-    weights: str
+    weights: str  # as in the recipe; a hub id with its commit
     path: Path
     kind: str
 
@@ -95,11 +89,7 @@ class Reference:
         return digest
 
     def expect(self, digest: str, folder: Path) -> None:
-        """Check that the weights are those of the run.
-
-        Raises:
-          CheckpointError: their digest differs.
-        """
+        """Raise CheckpointError if the digest of the weights is not that of the run."""
         if (current := self.digest(folder, write=False)) != digest:
             key = f"components.{self.component}.weights"
             raise CheckpointError(

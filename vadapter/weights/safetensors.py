@@ -117,9 +117,7 @@ class TensorFiles:
         A slice of the first axis reads its own bytes only. A slice of a later axis reads the rows
         it touches, `block` bytes at a time.
 
-        Args:
-          name: one of `tensors`.
-          index: slices of step 1 for the leading axes, as in numpy; default: everything.
+        `index` has slices of step 1 for the leading axes, as in numpy; None: everything.
 
         Raises:
           CheckpointError: there is no such tensor, or the file changed since `open`.
@@ -141,11 +139,7 @@ class TensorFiles:
         return out
 
     def digest(self) -> str:
-        """Return the SHA-256 (hex) of the concatenated files, in the order of their names.
-
-        Raises:
-          CheckpointError: a file changed since `open`.
-        """
+        """Return the SHA-256 (hex) of the concatenated files; they must be as when opened."""
 
         def opened() -> Iterator[BufferedReader]:
             for file in self.files:

@@ -217,17 +217,11 @@ def _windows(c: Config, pattern: int = 0) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A supported model_type.
+    """A supported model_type."""
 
-    Attributes:
-      spec: config.json -> spec.
-      tables: names in use; the table that matches a checkpoint best is taken.
-      files: opens the folder's tensors.
-    """
-
-    spec: Callable[[Config], Spec]
-    tables: tuple[Table, ...]
-    files: Callable[[Path], TensorFiles] = TensorFiles.open
+    spec: Callable[[Config], Spec]  # config.json -> spec
+    tables: tuple[Table, ...]  # names in use; the table that matches a checkpoint best is taken
+    files: Callable[[Path], TensorFiles] = TensorFiles.open  # opens the folder's tensors
 
 
 FAMILIES: dict[str, Family] = {
