@@ -59,7 +59,7 @@ class Command:
         self.change("")
 
     def change(self, line: str) -> None:
-        """Changes the recipe by a line of Python."""
+        """Change the recipe by a line of Python."""
         text = RECIPE.format(tests=str(runs.TESTS), folder=str(self.data), change=line or "pass")
         (self.folder / "recipe.py").write_text(text)
 
@@ -143,11 +143,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("override", MISTAKES)
-def test_a_mistake_in_the_configuration(train, override):
+def test_an_error_in_the_configuration(train, override):
     assert re.search(MISTAKES[override], train.refused(override))
 
 
-def test_a_recipe_that_is_not_there(train, tmp_path):
+def test_a_missing_recipe(train, tmp_path):
     message = train.refused(config="configs/quikstart.py")
     assert message == "--config=configs/quikstart.py: no such file; did you mean 'quickstart'?"
     (tmp_path / "empty.py").write_text("")
@@ -156,7 +156,7 @@ def test_a_recipe_that_is_not_there(train, tmp_path):
     )
 
 
-def test_weights_that_are_not_there(train):
+def test_missing_weights(train):
     train.change(
         "config.components.encoder = dict(kind='mobilenet', weights='/nowhere');"
         "config.stages.decoder.start = {}"
@@ -174,7 +174,7 @@ def test_a_batch_that_does_not_divide_over_eight_devices(train, monkeypatch, bat
     )
 
 
-def test_a_later_stage_that_cannot_run_is_found_before_the_first_one_is_paid_for(train):
+def test_an_error_of_a_later_stage_is_reported_before_the_first_one_runs(train):
     train.change(
         "config.stages.later = {**config.stages.decoder.to_dict(), 'lm': 'llm'};"
         "config.chain = ('decoder', 'later')"
@@ -318,12 +318,12 @@ def test_an_empty_table_and_an_empty_folder(spoil):
     assert spoil.refused().endswith("empty: no shards train-NNN.tar; check the path")
 
 
-def test_a_image_that_is_listed_but_not_there(spoil):
+def test_an_image_that_is_listed_but_missing(spoil):
     (spoil.data / "shapes" / "04.png").unlink()
     assert re.search(r"line 5: no file .*04\.png; add it or remove the row", spoil.refused())
 
 
-def test_strange_captions_are_trained_on_like_any_other(spoil):
+def test_unusual_captions_are_trained_on_like_any_other(spoil):
     strange = [
         "</s><pad><eos><image>[PAD]",
         "w" * 200_000,
@@ -335,7 +335,7 @@ def test_strange_captions_are_trained_on_like_any_other(spoil):
 
 
 def spoil_images(command: Command, number: int) -> list[str]:
-    """Corrupts some images of the train split, each in another way; the table stays."""
+    """Corrupt some images of the train split, each in another way; the table stays."""
     large = io.BytesIO()
     Image.new("1", (6000, 6000)).save(large, "PNG")
     names = [f"{i:02d}.png" for i in range(36) if i % 3 != 2][:number]
@@ -389,7 +389,7 @@ sys.exit(main.main(["train", *sys.argv[2:]]))
 
 
 def process(train: Command, *, limit: int = 0) -> subprocess.CompletedProcess:
-    """Runs the command in a process, in which files may grow to `limit` bytes (0: without end)."""
+    """Run the command in a process, in which files may grow to `limit` bytes (0: without end)."""
     env = {
         **os.environ,
         "PYTHONPATH": f"{runs.TESTS}:{runs.TESTS.parent}",

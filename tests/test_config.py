@@ -63,7 +63,7 @@ def test_nested_dataclasses_dicts_and_tuples_are_built(wrap):
     assert built.spec == {"kind": "vit", "deep": {"x": [1, 2]}}
 
 
-def test_what_is_built_can_be_written_as_json_and_built_again():
+def test_a_built_object_round_trips_through_json():
     built = config.build(Outer, FULL)
     text = json.dumps(config.plain(built))
     assert config.build(Outer, json.loads(text)) == built

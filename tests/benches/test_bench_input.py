@@ -140,7 +140,7 @@ def test_a_clip_of_fewer_frames_than_shown_repeats_them(tmp_path):
     assert numbers(np.stack([np.asarray(frame) for frame in shown])) == [0] * 4 + [1] * 4
 
 
-def test_facts_are_json_with_the_ratio_of_medians_and_the_cores_that_follow(images, clips):
+def test_results_are_json_with_the_ratio_of_medians_and_the_cores_needed(images, clips):
     pytest.importorskip("torch")
     found = bench({"images": images, "clips": clips}, size=16, rounds=2)
     assert json.loads(json.dumps(found)) == found

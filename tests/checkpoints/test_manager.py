@@ -251,7 +251,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(saved, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("harm", ["delete", "empty", "halve"])
-def test_missing_and_truncated_files_never_restore_anything_wrong(saved, tmp_path, harm):
+def test_missing_and_truncated_files_never_restore_wrong_values(saved, tmp_path, harm):
     fell_back = set()
     for i, name in enumerate(_files(saved)):
         run = Path(shutil.copytree(saved, tmp_path / str(i)))
@@ -265,7 +265,7 @@ def test_missing_and_truncated_files_never_restore_anything_wrong(saved, tmp_pat
     assert {"meta/metadata", "state/manifest.ocdbt"} <= fell_back
 
 
-def test_wrong_numbers_that_every_reader_accepts_are_found_by_their_digest(run, caplog):
+def test_wrong_values_in_a_valid_file_are_detected_by_their_digest(run, caplog):
     """Orbax and TensorStore restore such a file without complaint."""
     other = run.parent / "other"
     checkpointer = Checkpointer(other, keep=1)
@@ -423,7 +423,7 @@ def test_a_full_disk_is_survived_twice_in_a_row_and_the_third_time_stops(tmp_pat
     assert len(done.stderr.splitlines()) <= 8, done.stderr  # no tracebacks of background threads
 
 
-def test_a_directory_that_vanishes_is_a_failed_save_and_not_a_crash(tmp_path, caplog):
+def test_a_deleted_directory_is_a_failed_save_and_not_a_crash(tmp_path, caplog):
     checkpointer = Checkpointer(tmp_path / "checkpoints", keep=2)
     (tmp_path / "checkpoints").write_text("a file where the directory should be")
     with caplog.at_level(logging.WARNING):

@@ -20,7 +20,7 @@ VERBS = ("quickstart", "train", "rewind", "check", "plan", "eval", "caption", "a
 
 @pytest.fixture
 def call(capfd):
-    """Runs a command in this process: (exit code, lines of stdout, stderr)."""
+    """Run a command in this process: (exit code, lines of stdout, stderr)."""
 
     def run(*argv):
         code = main(list(map(str, argv)))
@@ -52,7 +52,7 @@ def test_the_quickstart_says_what_it_does_and_where_the_results_are(chain):
     assert re.search(r"\nTook (\d+ min )?\d+ s\. Now try: vadapter caption ", log)
 
 
-def test_the_quickstart_again_reuses_what_is_done(chain, run, call):
+def test_a_second_quickstart_reuses_finished_stages(chain, run, call):
     recipe = RECIPES
     before = {p: p.stat().st_mtime_ns for p in run.rglob("checkpoints/*/state/*")}
     code, out, _ = call("quickstart", f"--config={recipe}:{chain / 'shapes'}", f"--workdir={run}")
@@ -134,7 +134,7 @@ def test_an_answer_is_one_line(chain, call):
     assert "nowhere.png: no such file" in err
 
 
-def test_questions_that_cannot_be_asked_are_explained(chain, call):
+def test_unsupported_questions_are_explained(chain, call):
     image = chain / "shapes" / "02.png"
     for question, words in ((" ", "a question is empty"), ("why " * 200, "shorten the question")):
         code, _, err = call("ask", chain / "run", image, question)
@@ -223,7 +223,7 @@ def test_a_renamed_option_works_with_a_warning(capsys):
     assert "nowhere.py: no such file" in error
 
 
-def test_help_and_the_guide_tell_the_same_exit_codes():
+def test_help_and_the_guide_list_the_same_exit_codes():
     table = guides.section("launch/README.md", "Exit codes").split("| exit code |")[1]
     codes = re.findall(r"^\| (\d+) \|", table, re.MULTILINE)
     assert re.findall(r"\b\d+\b", EXIT_CODES) == codes
@@ -231,7 +231,7 @@ def test_help_and_the_guide_tell_the_same_exit_codes():
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
-def test_help_tells_every_option_and_an_example(verb, capsys):
+def test_help_lists_every_option_and_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"] if verb else ["--help"])
     text = capsys.readouterr().out
@@ -271,7 +271,7 @@ def test_mistakes_in_the_command_are_usage_errors(argv, capsys):
     assert "usage: vadapter" in capsys.readouterr().err
 
 
-def test_a_reader_that_leaves_early_is_no_crash(chain):
+def test_a_closed_pipe_is_no_crash(chain):
     words = [sys.executable, "-m", "vadapter", "caption", str(chain / "run")]
     words += [str(chain / "shapes" / "02.png")] * 3
     command = f"{' '.join(words)} | head -c 5; echo ${{PIPESTATUS[0]}}"

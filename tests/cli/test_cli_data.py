@@ -29,7 +29,7 @@ def cached(tmp_path_factory):
 
 @pytest.fixture
 def call(root, capfd):
-    """Runs `vadapter data …` in this process: (exit code, stdout, stderr)."""
+    """Run `vadapter data …` in this process: (exit code, stdout, stderr)."""
 
     def run(*argv):
         code = main(["data", *map(str, argv)])
@@ -40,7 +40,7 @@ def call(root, capfd):
 
 @pytest.fixture
 def look(root, call):
-    """Runs `show` or `stats` on the recipe over root/shapes, in its run."""
+    """Run `show` or `stats` on the recipe over root/shapes, in its run."""
     return lambda verb, *argv: call(
         verb, f"{RECIPES}:{root / 'shapes'}", f"--workdir={root / 'run'}", *argv
     )
@@ -117,14 +117,14 @@ def test_stats_of_zero_looks_at_all(look):
         (["--config.data.imags.size=3"], r"imags"),
     ],
 )
-def test_names_that_are_not_there_are_told(look, verb, argv, told):
+def test_missing_names_are_an_error_that_lists_the_present_ones(look, verb, argv, told):
     code, _, err = look(verb, *argv)
     assert code == USER_ERROR
     assert re.search(told, err)
     assert err.count("\n") == 1
 
 
-def test_without_a_tokenizer_show_stops_and_stats_tells_the_rest(call, root):
+def test_without_a_tokenizer_show_stops_and_stats_reports_the_rest(call, root):
     recipe = f"{RECIPES}:{root / 'shapes'}"
     code, _, err = call("show", recipe, "--data=images")
     assert code == USER_ERROR
@@ -134,7 +134,7 @@ def test_without_a_tokenizer_show_stops_and_stats_tells_the_rest(call, root):
     assert "no lengths in tokens and no rows" in out
 
 
-def test_a_page_that_cannot_be_written_is_told(look, tmp_path):
+def test_a_page_that_cannot_be_written_is_an_error(look, tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "page.html", tmp_path):
         code, out, err = look("show", "--data=images", "--n=1", f"--out={path}")
@@ -167,7 +167,7 @@ def test_cache_writes_and_says_how_to_use_it(call, cached, tmp_path):
         (["--out={file}"], "{file}"),
     ],
 )
-def test_a_cache_that_cannot_be_made_is_told(call, cached, tmp_path, argv, told):
+def test_a_cache_that_cannot_be_created_is_an_error(call, cached, tmp_path, argv, told):
     (file := tmp_path / "file").touch()
     code, out, err = call("cache", cached, *(item.format(file=file) for item in argv))
     assert (code, out) == (USER_ERROR, "")
@@ -175,7 +175,7 @@ def test_a_cache_that_cannot_be_made_is_told(call, cached, tmp_path, argv, told)
     assert err.count("\n") == 1
 
 
-def test_index_writes_one_file_where_it_is_told_to(call, shards, tmp_path):
+def test_index_writes_one_file_at_the_given_path(call, shards, tmp_path):
     code, out, _ = call("index", shards, f"--out={tmp_path / 'elsewhere'}")
     assert code == 0
     assert f"{tmp_path / 'elsewhere'}: 1 shard (1 read now), 4 members, 2 pairs" in out
@@ -185,7 +185,7 @@ def test_index_writes_one_file_where_it_is_told_to(call, shards, tmp_path):
     assert out.endswith("elsewhere: 1 shard unchanged\n")
 
 
-def test_an_index_that_cannot_be_made_is_told(call, shards, tmp_path):
+def test_an_index_that_cannot_be_created_is_an_error(call, shards, tmp_path):
     (file := tmp_path / "file").touch()
     for argv, told in (
         ([file], f"{file}: no such folder"),
@@ -227,7 +227,7 @@ def test_mistakes_in_the_command_are_usage_errors(argv, capsys):
 
 
 @pytest.mark.parametrize("verb", ["", *SUBVERBS])
-def test_help_tells_every_option_and_an_example(verb, capsys):
+def test_help_lists_every_option_and_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["data", *([verb] if verb else []), "--help"])
     text = capsys.readouterr().out

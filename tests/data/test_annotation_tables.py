@@ -75,7 +75,7 @@ def test_splits_of_karpathy_are_his_and_may_be_joined(tmp_path):
         names("dev")
 
 
-def test_karpathys_images_lie_in_their_folders(tmp_path):
+def test_karpathys_images_are_read_from_their_folders(tmp_path):
     (tmp_path / "val2014").mkdir()
     folder_of(tmp_path / "val2014")
     images = [image | {"filepath": "val2014"} for image in karpathy()["images"]]
@@ -83,7 +83,7 @@ def test_karpathys_images_lie_in_their_folders(tmp_path):
     assert contents(ImageFolder(path))[2][:2] == ("val2014/2.png", 40)
 
 
-def test_columns_call_things_by_the_names_of_the_table(tmp_path):
+def test_columns_have_the_names_of_the_table(tmp_path):
     folder_of(tmp_path)
     path = write(tmp_path, "t.csv", "filepath,title,part\n1.png,one,train\n2.png,two,val\n")
     columns = {"image": "filepath", "caption": "title", "split": "part"}
@@ -164,7 +164,7 @@ def test_an_image_with_captions_in_two_places_is_an_error_but_in_csv(tmp_path):
         ImageFolder(path)
 
 
-def test_a_question_id_stands_in_one_row(tmp_path):
+def test_a_question_id_occurs_in_one_row_only(tmp_path):
     folder_of(tmp_path)
     rows = [{"image": f"{i}.png", "question": "?", "question_id": 5} for i in range(2)]
     path = write(tmp_path, "t.jsonl", "\n".join(map(json.dumps, rows)))

@@ -49,7 +49,7 @@ def test_prompts_are_the_papers():
     assert QUESTION.fill("x").before == QUESTION.before
 
 
-def test_siblings_stand_where_the_visual_tokens_will_stand(files):
+def test_sibling_captions_take_the_place_of_the_visual_tokens(files):
     source = only({"groups": files["groups"]}, "siblings")
     for i in range(len(source)):
         caption = [c for g in GROUPS for c in g][i % 6]

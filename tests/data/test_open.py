@@ -103,7 +103,7 @@ def test_documents_are_packed_and_have_no_prompt(data, tokenizer):
     assert batch["segments"].max() > 1
 
 
-def test_everything_a_source_says_is_learnt_from(data):
+def test_every_caption_and_answer_of_a_source_is_trained_on(data):
     said = set(make_source("questions", data["questions"]).texts())
     assert ". Question: what colour is it? Answer:" in said
     assert {"red", "yes", "no"} <= said

@@ -140,7 +140,7 @@ def test_the_id_is_the_index_in_the_source():
         assert batch["id"].dtype == np.int32
 
 
-def test_a_bad_sample_keeps_its_place():
+def test_an_unusable_sample_keeps_its_position():
     batches = load(30)
     bad = np.concatenate([b["bad"] for b in batches])
     items = np.concatenate([b["id"] for b in batches])
@@ -353,7 +353,7 @@ def test_one_integer_resumes_any_mixture_on_any_number_of_hosts(draw):
     assert len(set(draws)) == len(draws)
 
 
-def test_a_run_of_two_hosts_with_workers_goes_on_as_one_host_without():
+def test_a_run_of_two_hosts_with_workers_resumes_on_one_host_without():
     alone = load(10, num_steps=10)[6:]
     parts = [
         load(10, num_steps=10, start_step=6, host_index=h, host_count=2, workers=2, threads=1)

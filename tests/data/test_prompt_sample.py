@@ -56,7 +56,7 @@ def test_the_prompt_is_that_of_training(tokenizer, item, train, before):
     assert not row["bad"]
 
 
-def test_a_caption_is_asked_for_without_looking_at_the_captions(tokenizer):
+def test_a_caption_prompt_needs_no_captions(tokenizer):
     rows = [
         prompt_sample(Example("a", PIXELS, captions), tokenizer, view=ImageTransform(4), text_len=3)
         for captions in ((), ("a red circle",))
@@ -76,7 +76,7 @@ def test_a_question_that_is_too_long_keeps_its_end(tokenizer):
 
 
 @pytest.mark.parametrize("media", [b"not an image", None])
-def test_a_image_that_cannot_be_read_makes_a_bad_row(tokenizer, media):
+def test_an_unreadable_image_gives_an_unusable_row(tokenizer, media):
     row = prompt_sample(Example("a", media), tokenizer, view=ImageTransform(4), text_len=3)
     assert row["bad"]
     assert row["frames"].shape == (1, 4, 4, 3)
@@ -101,7 +101,7 @@ def test_cached_tokens_pass_and_only_the_image_that_is_not_mirrored(tokenizer):
     assert not bad["features"].any()
 
 
-def test_a_clip_is_read_with_as_many_frames_as_asked(tokenizer):
+def test_a_clip_is_read_with_the_requested_number_of_frames(tokenizer):
     clip = Example("a", np.repeat(PIXELS, 16, axis=0))
     row = prompt_sample(clip, tokenizer, view=ImageTransform(2), frames=8, text_len=3)
     assert row["frames"].shape == (8, 2, 2, 3)

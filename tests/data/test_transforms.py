@@ -127,7 +127,7 @@ def test_a_document_and_a_caption_end_in_the_same_tokens():
     np.testing.assert_array_equal(whole, [*prompt, *context, *text])
 
 
-def test_what_does_not_fit_is_cut_the_longest_first_and_keeps_its_eos():
+def test_targets_that_do_not_fit_are_truncated_longest_first_and_keep_their_eos():
     captions = ("a dog", "a dog runs fast a dog runs fast")
     row = caption(Example("x", IMAGE, captions), texts_per_image=2)
     # Ten tokens hold two colons and eight words, eight targets hold two EOS and six words.
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_cut_the_longest_first_and_keeps_its_eos():
     assert document["targets"].tolist() == [A, DOG, RUNS, EOS]
 
 
-def test_a_caption_of_a_megabyte_is_cut_in_no_time():
+def test_a_caption_of_a_megabyte_is_truncated_quickly():
     tok = BPETokenizer.train(["a dog"] * 3, 262)
     start = time.monotonic()
     row = caption_sample(
@@ -167,7 +167,7 @@ def _png(broken: bool) -> bytes:
     ],
     ids=lambda example: example.id,
 )
-def test_a_sample_that_cannot_be_used_keeps_its_shape_and_weighs_nothing(example):
+def test_an_unusable_sample_keeps_its_shape_and_has_weight_zero(example):
     good, row = caption(Example("good", _png(broken=False), ("a dog",))), caption(example)
     assert not good["bad"]
     assert good["frames"].any()
@@ -179,13 +179,13 @@ def test_a_sample_that_cannot_be_used_keeps_its_shape_and_weighs_nothing(example
     }
 
 
-def test_blank_captions_are_passed_over_while_others_are_left():
+def test_blank_captions_are_skipped_if_there_are_others():
     row = caption(Example("x", IMAGE, ("", "a dog", " ")), texts_per_image=2)
     assert row["segments"].max() == 1
     assert not row["bad"]
 
 
-def test_a_question_without_room_is_masked_not_cut():
+def test_a_question_that_does_not_fit_is_masked_not_truncated():
     ask = functools.partial(
         question_sample,
         tokenizer=Words(),
@@ -209,7 +209,7 @@ def test_training_draws_captions_without_repeats_and_evaluation_takes_the_first(
     assert all(a != b for a, b in drawn)
 
 
-def test_half_of_the_images_are_mirrored_but_none_that_tells_left_from_right():
+def test_half_of_the_images_are_mirrored_except_where_the_text_names_left_or_right():
     def mirrored(text, seed, frames=2):
         rng = np.random.default_rng(seed)
         shown = caption(Example("x", IMAGE, (text,)), rng=rng, flip=True, frames=frames)["frames"]

@@ -121,7 +121,7 @@ def test_an_evaluation_shows_the_view_of_training(tokenizer):
 
 
 @pytest.mark.parametrize("fit", ["", "stretch"])
-def test_ones_own_images_are_seen_as_those_of_training(folder, tokenizer, monkeypatch, fit):
+def test_own_images_are_transformed_like_those_of_training(folder, tokenizer, monkeypatch, fit):
     seen = []
     monkeypatch.setattr(describe, "Decoder", lambda *_: Seen(tokenizer, seen))
     data = {"images": dataclasses.replace(ONE, fit=fit)}

@@ -53,7 +53,7 @@ def use_all(*_):
 # -- before -----------------------------------------------------------------------------------
 
 
-def test_what_stays_is_what_lies_on_a_device_once_a_stage_has_begun(folder, tmp_path, mesh):
+def test_allocated_memory_is_that_of_a_stage_before_its_first_step(folder, tmp_path, mesh):
     ready = Run(halves(runs.blind(folder)), tmp_path).stage("decoder")
     stays = ready.check({}, problems := Problems()).memory
     problems.settle()
@@ -112,7 +112,7 @@ def test_the_limit_is_that_of_the_device_with_least_and_of_a_cpu_there_is_none()
     ("NVIDIA H100 80GB HBM3", 1, 8, "h100:8"), ("NVIDIA A100-SXM4-40GB", 1, 1, ""),
     ("NVIDIA H200", 1, 9, "h200"), ("TPU v3", 1, 8, ""), ("cpu", 1, 2, "cpu:2"),
 ])  # fmt: skip
-def test_the_devices_that_are_here_have_the_name_that_plan_knows(
+def test_the_devices_of_this_machine_have_the_name_that_plan_uses(
     monkeypatch, kind, slices, n, name
 ):
     made = [SimpleNamespace(device_kind=kind, slice_index=i % slices) for i in range(n)]
@@ -127,7 +127,7 @@ def test_the_devices_that_are_here_have_the_name_that_plan_knows(
 # for the result waits forever.
 
 
-def test_a_step_that_runs_out_of_memory_is_named_and_what_was_saved_is_intact(
+def test_a_step_that_runs_out_of_memory_is_named_and_checkpoints_stay_intact(
     folder, tmp_path, mesh, monkeypatch, capsys
 ):
     use_fake_step(monkeypatch)
@@ -143,14 +143,14 @@ def test_a_step_that_runs_out_of_memory_is_named_and_what_was_saved_is_intact(
         train(read(runs.blind(folder)), tmp_path)
 
 
-def test_other_errors_of_the_runtime_stay_what_they_are(monkeypatch):
+def test_other_runtime_errors_are_raised_unchanged(monkeypatch):
     other = pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL")
     with other, memory.memory_errors(lambda: "here"):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
     assert not memory.exhausted(MemoryError("RESOURCE_EXHAUSTED"))
 
 
-def test_every_verb_that_computes_says_so(monkeypatch, capsys, tmp_path):
+def test_every_verb_that_computes_is_marked(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("vadapter.hub.load.open_either", use_all)
     assert main.main(["caption", str(tmp_path), "photo.jpg"]) == USER_ERROR
     said = capsys.readouterr().err
@@ -172,7 +172,7 @@ sys.exit(shutdown.end_job(code, reason))
 """
 
 
-def test_the_memory_of_one_host_ends_all_of_them_with_what_to_mend(tmp_path):
+def test_too_little_memory_on_one_host_ends_all_with_what_to_change(tmp_path):
     job = drive.Job(tmp_path, tmp_path).start(command=(sys.executable, "-c", ONE))
     assert job.wait() == [USER_ERROR] * 2, job.logs()
     told = "cpu is out of memory (RESOURCE_EXHAUSTED: "

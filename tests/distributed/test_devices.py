@@ -142,7 +142,7 @@ def test_texts_do_not_depend_on_the_devices():
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_matrices_and_their_moments_lie_in_equal_parts_on_all_devices(stage, mesh):
+def test_matrices_and_their_moments_are_sharded_equally_over_all_devices(stage, mesh):
     stage = program(stage, mesh)
     parts = stage.mesh.shape["fsdp"] * stage.mesh.shape["tensor"]
     matrices = 0

@@ -99,7 +99,7 @@ def done(folder, recipe):
 # --- One run ---------------------------------------------------------------------------------
 
 
-def test_when_one_host_is_killed_the_other_ends_too_and_both_go_on_from_a_common_step(done):
+def test_when_one_host_is_killed_the_other_ends_too_and_both_resume_from_a_common_step(done):
     (first, second), (log, _) = done.killed
     assert second == KILLED
     assert first in (LOST, ABORTED), log
@@ -107,7 +107,7 @@ def test_when_one_host_is_killed_the_other_ends_too_and_both_go_on_from_a_common
     assert resumed in (["llm: resumed at step 2"], ["llm: resumed at step 4"])
 
 
-def test_a_signal_to_one_host_stops_all_at_one_step_and_each_says_so(done):
+def test_a_signal_to_one_host_stops_all_at_one_step_and_each_reports_it(done):
     codes, logs = done.asked
     assert codes == [PREEMPTED, PREEMPTED], logs
     for log in logs:
@@ -128,9 +128,7 @@ def test_the_job_that_was_killed_and_stopped_ends_in_the_same_bits(done):
 @pytest.mark.parametrize(
     "fault", ["RAISE:llm:step:9", "HANG:llm:step:9", "KILL:llm:begin", "KILL:llm:saving:8"]
 )
-def test_whatever_befalls_a_host_all_end_and_what_was_saved_is_not_lost(
-    done, tmp_path, fault, host
-):
+def test_after_any_fault_of_a_host_all_end_and_no_saved_step_is_lost(done, tmp_path, fault, host):
     job = drive.Job(tmp_path, done.stopped.recipe, *done.stopped.overrides)
     shutil.copytree(done.folder / "cut", job.workdir)
     codes = job.start(faults={host: fault}, deadline=30, VADAPTER_WATCHDOG="6").wait()
@@ -150,7 +148,7 @@ def test_whatever_befalls_a_host_all_end_and_what_was_saved_is_not_lost(
     assert not list(job.workdir.rglob("*orbax-checkpoint-tmp*"))
 
 
-def test_only_the_first_host_writes_and_speaks(done):
+def test_only_the_first_host_writes_and_prints(done):
     path = done.whole.workdir / "llm"
     assert [row["step"] for row in rows(path / "metrics.jsonl")] == [*range(1, STEPS + 1)]
     assert len(list((path / "tb").iterdir())) == 1
@@ -194,7 +192,7 @@ def test_two_hosts_train_what_one_process_does(done, tmp_path, seen):
 
 
 @pytest.mark.parametrize("devices", [4, 1])
-def test_one_process_goes_on_with_what_two_hosts_have_saved(
+def test_one_process_resumes_what_two_hosts_saved(
     done, tmp_path, monkeypatch, capsys, seen, devices
 ):
     if devices == 1:
@@ -263,7 +261,7 @@ def noted(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
-def test_hosts_go_on_where_one_process_stopped_and_each_reads_its_own_images(folder, tmp_path, n):
+def test_hosts_resume_where_one_process_stopped_and_each_reads_its_own_images(folder, tmp_path, n):
     recipe = runs.write_recipe(folder, "blind")
     watched = tmp_path / "watched.py"
     watched.write_text(WATCHED + recipe.read_text())
@@ -412,7 +410,7 @@ def test_variables_that_make_no_sense_are_refused(monkeypatch, variables, messag
         hosts.start()
 
 
-def test_a_jax_that_does_not_tell_of_its_cluster_is_left_to_wait_itself(monkeypatch):
+def test_a_jax_without_cluster_detection_initializes_by_itself(monkeypatch):
     asked = []
     monkeypatch.delattr(ClusterEnv, "auto_detect_unset_distributed_params")
     monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: asked.append(settings))
@@ -437,7 +435,7 @@ def test_the_supported_versions_of_jax_are_those_of_the_package():
         assert requirements["optional-dependencies"][extra][0].endswith(f"]{bounds}")
 
 
-def test_only_one_module_knows_private_parts_of_jax_or_who_the_hosts_are():
+def test_only_one_module_uses_private_parts_of_jax_or_process_indices():
     for path in (paths.ROOT / "vadapter").rglob("*.py"):
         text = path.read_text()
         if path.name != "hosts.py":
@@ -487,7 +485,7 @@ def test_all_hosts_are_called_and_the_absent_ones_named_to_all():
     assert {str(e) for e in missing.values()} == {"hosts 1, 3 of 4 did not come within 0.5 s"}
 
 
-def test_hosts_that_were_started_differently_are_told():
+def test_hosts_started_with_different_counts_are_refused():
     other = roll_call(3, [(1, 2)])
     assert {str(e) for e in other.values()} == {
         "host 1 was started with 2 processes, host 0 with 3"
@@ -571,12 +569,12 @@ def ends(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["away", "detected away"])
-def test_a_host_that_stays_away_is_named_to_the_others(ends, name):
+def test_a_host_that_does_not_connect_is_named_by_the_others(ends, name):
     said = "vadapter: host 1 of 3 did not come within 20 s\n"
     assert (ends[name].codes, ends[name].logs) == ([LOST, LOST], [said, said])
 
 
-def test_an_error_on_one_host_is_told_there_in_full_and_by_name_on_the_others(ends):
+def test_an_error_on_one_host_has_its_traceback_there_and_one_line_on_the_others(ends):
     first, second = ends["raise"].logs
     assert ends["raise"].codes == [LOST, LOST]
     assert first.endswith("\nvadapter: host 1 of 2 stopped: RuntimeError: injected at work:2\n")
@@ -586,14 +584,14 @@ def test_an_error_on_one_host_is_told_there_in_full_and_by_name_on_the_others(en
     assert stacks.count(STACK) > 1
 
 
-def test_what_one_host_finds_to_mend_ends_all_with_its_exit_code(ends):
+def test_a_user_error_on_one_host_ends_all_with_its_exit_code(ends):
     assert ends["one"].codes == [USER_ERROR, USER_ERROR]
     first, second = ends["one"].logs
     assert first == "vadapter: host 1 of 2 stopped: no file here\n"
     assert second == "vadapter: no file here\n"
 
 
-def test_what_all_hosts_find_each_of_them_tells(ends):
+def test_an_error_on_all_hosts_is_reported_by_each(ends):
     assert ends["all"].codes == [NON_FINITE] * 2
     assert ends["all"].logs == ["vadapter: diverged\n"] * 2
 
@@ -607,7 +605,7 @@ def test_a_host_that_hangs_is_found_with_the_stacks_of_all_threads(ends):
 
 
 @pytest.mark.parametrize(("name", "lost"), [("kill first", 0), ("frozen", 1)])
-def test_without_a_host_the_others_end_and_say_where_they_were(ends, name, lost):
+def test_when_a_host_is_lost_the_others_end_with_stack_traces(ends, name, lost):
     code, log = ends[name].codes[1 - lost], ends[name].logs[1 - lost]
     assert code in (LOST, ABORTED)
     assert log.count(STACK) > 1
@@ -618,7 +616,7 @@ def test_without_a_host_the_others_end_and_say_where_they_were(ends, name, lost)
     ("name", "limit"),
     [("raise", 0), ("one", 0), ("hang", 5), ("kill first", HEARTBEAT), ("frozen", HEARTBEAT)],
 )
-def test_all_end_within_the_deadline_of_what_befell_one(ends, name, limit):
+def test_all_hosts_end_within_the_deadline_after_a_fault(ends, name, limit):
     assert 0 < ends[name].took < limit + drive.MARGIN
 
 
@@ -629,7 +627,7 @@ def test_between_two_batches_a_signal_to_any_host_stops_all(ends, whom):
     assert all("vadapter: work: stopped by SIGTERM; run" in log for log in end.logs)
 
 
-def test_a_job_that_nothing_befalls_ends_in_success(ends):
+def test_an_undisturbed_job_ends_in_success(ends):
     assert (ends["nothing"].codes, ends["nothing"].logs) == ([0, 0], ["", ""])
 
 
@@ -696,7 +694,7 @@ def test_a_difference_is_an_error_on_all_hosts_that_names_it(talk):
         ]
 
 
-def test_the_first_host_makes_what_the_others_find_and_its_error_is_theirs(talk):
+def test_the_first_host_writes_what_the_others_read_and_its_error_is_raised_on_all(talk):
     assert [lines[6] for lines in talk] == ["by 0", "by 0"]
     assert talk[0][7] == "ConfigError no file for 0"
     assert talk[1][7] == "ConfigError host 0: no file for 0"

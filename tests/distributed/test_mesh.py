@@ -148,7 +148,7 @@ def test_a_dimension_takes_the_mesh_axes_that_it_divides_by_and_that_are_left(
     assert partition(names, shape, mesh) == PartitionSpec(*spec)
 
 
-def test_large_leaves_that_do_not_divide_are_told(mesh):
+def test_large_leaves_that_do_not_divide_are_reported(mesh):
     tree = {
         "odd": box((1027, 1023), "embed", "mlp"),
         "half": box((1026, 1023), "embed", "mlp"),

@@ -26,7 +26,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_topology_has_the_names_that_people_know(name):
+def test_a_topology_has_its_common_names(name):
     assert parse(name) == NAMES[name]
 
 
@@ -61,7 +61,7 @@ def test_accelerator_types_count_cores_of_v4_and_v5p_and_chips_of_the_others(nam
     ("v5e", "write v5e:4x4"),
     ("", "write v5e:4x4"),
 ])  # fmt: skip
-def test_a_topology_that_there_is_not_is_refused_with_the_nearest_in_one_line(name, says):
+def test_an_unknown_topology_is_refused_with_the_nearest_in_one_line(name, says):
     with pytest.raises(ConfigError) as error:
         parse(name)
     assert says in str(error.value)
@@ -114,7 +114,7 @@ def test_a_tpu_without_its_compiler_is_refused_with_the_extra_to_install(monkeyp
 
 @pytest.mark.libtpu
 @pytest.mark.parametrize("name", ["v5e:1x1", "v5e:2x4", "v4-8", "v5p-8", "v6e-4", "2*v5e:2x2"])
-def test_a_chip_is_one_device_and_slices_are_told_apart(name):
+def test_a_chip_is_one_device_and_slices_are_distinguished(name):
     wanted = parse(name)
     made = devices(wanted).ravel()
     assert len(made) == wanted.chips
@@ -123,7 +123,7 @@ def test_a_chip_is_one_device_and_slices_are_told_apart(name):
 
 
 @pytest.mark.libtpu
-def test_the_compiler_knows_every_slice_of_the_table():
+def test_the_compiler_supports_every_slice_of_the_table():
     for chip, row in CHIPS.items():
         for shape in row.shapes.values():
             made = devices(Topology(chip, shape))

@@ -44,9 +44,7 @@ def limits(monkeypatch, clock):
     watchdog.disarm()
 
 
-def test_every_step_has_ten_minutes_unless_told_otherwise_and_one_that_compiles_an_hour(
-    limits, monkeypatch
-):
+def test_a_step_has_ten_minutes_by_default_and_one_that_compiles_an_hour(limits, monkeypatch):
     watchdog.beat()
     watchdog.beat(slow=True)
     monkeypatch.setenv("VADAPTER_WATCHDOG", "7")
@@ -61,7 +59,7 @@ def test_quick_steps_do_not_pay_for_it(limits, clock):
     assert limits == [600, 600]
 
 
-def test_after_a_loop_one_process_may_take_its_time_and_several_may_not(limits, monkeypatch):
+def test_after_a_loop_one_process_has_no_deadline_and_several_have(limits, monkeypatch):
     assert [*watchdog.watch("ab")] == ["a", "b"]
     assert limits == [600, None]
     use_host_count(monkeypatch, 2)
@@ -72,7 +70,7 @@ def test_after_a_loop_one_process_may_take_its_time_and_several_may_not(limits, 
     assert limits[2:] == [600, 3600]
 
 
-def test_whoever_was_asked_to_end_gets_no_more_time_by_working_on(limits, clock):
+def test_a_stopping_process_gets_no_more_time_by_making_progress(limits, clock):
     watchdog.beat()
     watchdog.exit_within(100)
     clock[0] = 1060.0

@@ -133,7 +133,7 @@ def test_every_link_leads_somewhere(name):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_path_that_is_named_exists(name):
+def test_every_named_path_exists(name):
     named = re.findall(
         r"`((?:vadapter|configs|launch|tests|docs|benches)/[\w/.]*\w)`", guides.read(name)
     )

@@ -59,7 +59,7 @@ def test_generations_with_another_key_are_discarded(tmp_path):
     assert PartialResults(path, "key").read(1) == []
 
 
-def test_reading_stops_at_a_line_out_of_order(tmp_path):
+def test_reading_stops_at_a_line_that_is_out_of_order(tmp_path):
     path = tmp_path / "p.part"
     kept = PartialResults(path, "key")
     kept.read(1)

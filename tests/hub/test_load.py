@@ -33,7 +33,7 @@ def copy(intact, tmp_path):
 
 
 def tensors(change, name="model.safetensors"):
-    """Rewrites a file with other tensors."""
+    """Rewrite a file with other tensors."""
 
     def spoil(folder):
         found = load_file(folder / name)
@@ -44,7 +44,7 @@ def tensors(change, name="model.safetensors"):
 
 
 def flip(name, at):
-    """Flips a bit of one byte."""
+    """Flip a bit of one byte."""
 
     def spoil(folder):
         content = bytearray((folder / name).read_bytes())
@@ -55,7 +55,7 @@ def flip(name, at):
 
 
 def record(**keys):
-    """Changes keys of config.json."""
+    """Change keys of config.json."""
 
     def spoil(folder):
         values = json.loads((folder / "config.json").read_text())

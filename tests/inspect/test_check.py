@@ -123,7 +123,7 @@ def shapes(part):
 # -- what it tells -----------------------------------------------------------------------------
 
 
-def test_the_quickstart_is_told_from_pixels_to_words_without_a_problem():
+def test_the_quickstart_is_described_from_pixels_to_words_without_a_problem():
     recipe = config.load("configs/quickstart.py")
     facts = checked(recipe)
     assert facts["problems"] == []
@@ -489,7 +489,7 @@ def test_a_problem_is_reported_once_with_every_component_that_has_it():
     assert problems.lines() == ["tlm, llm: it is gone"]
 
 
-def test_several_broken_components_are_reported_together(world):
+def test_several_invalid_components_are_reported_together(world):
     made = runs.public(world)
     with made.unlocked():
         made.components.encoder.weights = "/nowhere/clip"

@@ -99,14 +99,14 @@ def test_images_of_a_table_in_a_bucket_are_those_of_a_local_one(bucket, tmp_path
     assert contents(ImageFolder(table, FOLDER)) == contents(here)  # the table alone is local
 
 
-def test_a_image_that_a_bucket_lacks_is_named_by_its_row(bucket, tmp_path):
+def test_an_image_missing_from_a_bucket_is_named_by_its_row(bucket, tmp_path):
     folder_of(tmp_path, [row(0), row(9)])
     bucket.upload(tmp_path, "pairs")
     with pytest.raises(DataError, match=rf"line 2: no file {FOLDER}/9.png"):
         ImageFolder(f"{FOLDER}/table.jsonl")
 
 
-def test_shards_that_a_bucket_lacks_are_named(bucket, tmp_path):
+def test_shards_missing_from_a_bucket_are_named(bucket, tmp_path):
     with pytest.raises(DataError, match=re.escape(f"{FOLDER}: no shards train-NNN.tar")):
         CaptionTars(FOLDER, "train")
     with pytest.raises(DataError, match=r"table\.jsonl: no such file"):

@@ -33,7 +33,7 @@ def elsewhere(**who):
     return json.dumps({"pid": 7, "host": "far", "started": "then", "machine": "x", **who}).encode()
 
 
-def test_a_second_run_is_refused_while_the_first_one_lives_and_told_who_it_is(path, bucket):
+def test_a_second_run_is_refused_and_the_running_one_is_named(path, bucket):
     with lock(path):
         assert json.loads(bucket.objects["run/.lock"])["pid"] == os.getpid()
         with pytest.raises(ConfigError, match=rf"in use by another run: process {os.getpid()} on"):
@@ -50,7 +50,7 @@ def test_the_lock_of_a_holder_that_no_longer_writes_it_is_taken_over(path, bucke
     assert "process 7 on far, started then; waiting up to" in capsys.readouterr().err
 
 
-def test_the_lock_of_a_process_of_this_machine_that_is_gone_is_taken_over_at_once(
+def test_the_lock_of_an_ended_process_of_this_machine_is_taken_immediately(
     path, bucket, monkeypatch
 ):
     monkeypatch.setattr(module, "_POLL", None)  # to wait would be an error
@@ -61,7 +61,7 @@ def test_the_lock_of_a_process_of_this_machine_that_is_gone_is_taken_over_at_onc
         assert json.loads(bucket.objects["run/.lock"])["pid"] == os.getpid()
 
 
-def test_who_waits_gets_the_lock_when_the_other_releases_it(path):
+def test_a_waiting_process_gets_the_lock_once_it_is_released(path):
     got = threading.Event()
 
     def second():

@@ -29,7 +29,7 @@ except ConfigError as e:
 
 @pytest.fixture
 def hold():
-    """Starts processes that take the lock of a directory and hold it until a line arrives."""
+    """Start processes that take the lock of a directory and hold it until a line arrives."""
     started = []
 
     def start(directory):
@@ -51,7 +51,7 @@ def hold():
         process.communicate()
 
 
-def test_the_second_process_is_refused_and_told_who_holds_the_lock(tmp_path, hold):
+def test_the_second_process_is_refused_and_the_holder_of_the_lock_is_named(tmp_path, hold):
     first = hold(tmp_path)
     assert first.stdout.readline() == "held\n"
     refused = hold(tmp_path).communicate()[0]
@@ -80,7 +80,7 @@ def test_one_process_cannot_take_the_lock_twice_but_can_take_it_again(tmp_path):
         pass
 
 
-def test_a_missing_directory_may_be_created_by_several_at_once(tmp_path):
+def test_a_missing_directory_may_be_created_by_several_processes(tmp_path):
     def enter(_):
         try:
             held = lock(tmp_path / "a" / "b" / "c" / ".lock")
@@ -95,7 +95,7 @@ def test_a_missing_directory_may_be_created_by_several_at_once(tmp_path):
     locks[0].__exit__(None, None, None)
 
 
-def test_what_cannot_be_written_is_named_before_anything_runs(tmp_path, monkeypatch):
+def test_unwritable_paths_are_named_before_anything_runs(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write .*file/run: Not a directory\. Choose"):
         lock(tmp_path / "file" / "run" / ".lock").__enter__()

@@ -36,7 +36,7 @@ def test_local_paths_stay_those_of_pathlib(text):
     assert not storage.remote(path)
 
 
-def test_a_bucket_is_known_however_its_path_was_written(bucket):
+def test_a_bucket_is_recognized_in_every_form_of_its_path(bucket):
     for text in ("gs://bucket/run", Path("gs://bucket/run"), as_path("gs://bucket/run")):
         path = as_path(text)
         assert str(path) == str(storage.absolute(text)) == "gs://bucket/run"
@@ -44,7 +44,7 @@ def test_a_bucket_is_known_however_its_path_was_written(bucket):
         assert storage.remote(path / "llm")
 
 
-def test_what_another_process_writes_is_seen_at_once(bucket):
+def test_writes_of_another_process_are_seen_immediately(bucket):
     folder = as_path("gs://bucket/run")
     assert not folder.is_dir()
     bucket.put("run/a", b"1")
@@ -103,7 +103,7 @@ def test_a_copy_that_is_killed_does_not_look_complete(bucket, tmp_path, monkeypa
     assert storage.committed(other)
 
 
-def test_rows_that_a_bucket_does_not_take_are_written_later(bucket, capsys):
+def test_rows_that_a_bucket_refused_are_written_later(bucket, capsys):
     directory = as_path("gs://bucket/llm")
     with MetricWriter(directory, "llm", 3) as writer:
         writer.write(1, {"loss": 1.0}, loud=True)
@@ -124,7 +124,7 @@ def test_rows_that_a_bucket_does_not_take_are_written_later(bucket, capsys):
     assert [(row["step"], row["attempt"]) for row in found][-2:] == [(3, 1), (4, 2)]
 
 
-def test_errors_that_are_not_of_a_bucket_stay_what_they_are(bucket):
+def test_errors_that_are_not_of_a_bucket_are_raised_unchanged(bucket):
     with pytest.raises(ZeroDivisionError), buckets.bucket_errors():
         1 // 0  # noqa: B018
     with pytest.raises(ConfigError, match=r"gs://: FileNotFoundError: .*nothing"):  # noqa: SIM117

@@ -57,7 +57,7 @@ def test_another_kind_of_image_is_refused(tmp_path):
     assert install(tmp_path, EXTRA="gpu") == "EXTRA=gpu: tpu, cuda or cpu\n"
 
 
-def test_what_it_copies_is_there_and_not_ignored():
+def test_copied_files_exist_and_are_not_ignored():
     kept = re.findall(r"^!(.*)", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
     for line in instructions("COPY"):
         *sources, _ = (word for word in line.split() if not word.startswith("--"))

@@ -64,7 +64,7 @@ def jobset():
     return yaml.safe_load(done.stdout)
 
 
-def test_its_keys_and_types_are_those_that_kubernetes_knows(jobset):
+def test_keys_and_types_are_those_of_kubernetes(jobset):
     assert not misfits(jobset, JOBSET)
     assert misfits({**jobset, "spec": {}}, JOBSET)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")

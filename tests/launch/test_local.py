@@ -43,7 +43,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture
 def begin(tmp_path):
-    """Starts a launcher with this `vadapter` in a session of its own, gone after the test."""
+    """Start a launcher with this `vadapter` in a session of its own, gone after the test."""
     jobs = []
 
     def start(vadapter, *command):
@@ -97,7 +97,7 @@ def test_the_exit_code_is_that_of_the_first_that_failed(begin, tmp_path):
     assert (tmp_path / "host-1.log").read_text() == "1 of 3: fail\n"
 
 
-def test_what_a_process_leaves_behind_goes_with_it(begin, tmp_path):
+def test_children_of_a_process_end_with_it(begin, tmp_path):
     job = begin(FAKE, *fake(tmp_path, "leave 0", "leave 0"))
     assert end(job)[0] == 0
     assert not session_members(job.pid)
@@ -120,7 +120,7 @@ def test_a_signal_goes_to_all_of_them_once(begin, tmp_path, name):
 # --- Training ------------------------------------------------------------------------------------
 
 
-def test_a_mistake_ends_all_with_its_exit_code(begin, tmp_path):
+def test_a_user_error_ends_all_with_its_exit_code(begin, tmp_path):
     code, out = end(begin(REAL, *train(tmp_path / "none.py", tmp_path / "run")))
     assert code == USER_ERROR, out
     assert out.count("none.py") == 2
@@ -128,7 +128,7 @@ def test_a_mistake_ends_all_with_its_exit_code(begin, tmp_path):
 
 
 @pytest.mark.slow
-def test_after_a_signal_all_have_saved_and_the_same_command_goes_on(begin, recipe, tmp_path):
+def test_after_a_signal_all_have_saved_and_the_same_command_resumes(begin, recipe, tmp_path):
     stopped = begin(REAL, *train(recipe, tmp_path / "run"))
     assert stopped.stdout is not None
     for line in stopped.stdout:
@@ -147,7 +147,7 @@ def test_after_a_signal_all_have_saved_and_the_same_command_goes_on(begin, recip
 
 
 @pytest.mark.slow
-def test_the_supervisor_brings_a_job_whose_process_was_killed_to_its_end(begin, recipe, tmp_path):
+def test_the_supervisor_finishes_a_job_whose_process_was_killed(begin, recipe, tmp_path):
     # The fault comes with the first start alone.
     once = """
 [[ $VADAPTER_PROCESS == 0 || -e $RUN/killed ]] || export FAULT=KILL:llm:step:5

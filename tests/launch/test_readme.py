@@ -38,14 +38,12 @@ def test_hosts_train_what_was_checked(said, on_a_host):
     assert shlex.split(checked)[1:] == ["check", *trains]
 
 
-def test_what_it_installs_can_read_buckets(said):
+def test_the_installed_extras_can_read_buckets(said):
     (line,) = (line for line in said if "pip install" in line)
     assert "vadapter[tpu,gs] @ git+" in line
 
 
-def test_the_check_finds_nothing_wrong_but_what_is_not_in_the_bucket(
-    on_a_host, tmp_path, monkeypatch, capsys
-):
+def test_the_check_reports_only_what_the_bucket_lacks(on_a_host, tmp_path, monkeypatch, capsys):
     # A folder stands in for the bucket.
     words = shlex.split(on_a_host.replace("gs://BUCKET", str(tmp_path)).replace(";", " "))
     (data,) = (word for word in words if word.startswith("VADAPTER_DATA="))

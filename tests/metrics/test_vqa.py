@@ -104,7 +104,7 @@ def test_a_set_is_averaged_and_broken_down():
     assert scores.by_kind == {"yes/no": 1, "other": 0}
 
 
-def test_unanswered_questions_and_broken_annotations_are_refused():
+def test_unanswered_questions_and_invalid_annotations_are_refused():
     with pytest.raises(DataError, match=r"same question ids.*\[2\]"):
         score_answers({1: "a"}, {1: ["a"], 2: ["b"]}, EXACT)
     with pytest.raises(DataError, match="kinds"):

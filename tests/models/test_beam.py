@@ -121,7 +121,7 @@ def test_log_probabilities_are_those_of_the_full_pass(language, beams, penalty):
         assert out["score"][b] == pytest.approx(total / len(text) ** penalty, abs=1e-4)
 
 
-def test_a_finished_text_is_kept_while_others_go_on(language):
+def test_a_finished_beam_is_kept_while_others_continue(language):
     """Of sums the first end that is likely enough wins, however much longer the search may go."""
     short, long = (search(language, Decode(length, 0, 3, 0.0)) for length in (4, 9))
     assert short["ended"].any(), "a text must end early for this test to say anything"
@@ -146,7 +146,7 @@ def test_a_row_does_not_depend_on_the_others(language):
     np.testing.assert_array_equal(other["tokens"], together["tokens"][::-1])
 
 
-def test_what_is_shown_stands_between_prompt_and_image():
+def test_shots_are_between_prompt_and_image():
     model = tiny.stage2()
     params = {k: tiny.filled(v, seed=i) for i, (k, v) in enumerate(tiny.boxed(model).items())}
     rng = np.random.default_rng(0)

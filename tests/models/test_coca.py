@@ -75,7 +75,7 @@ def test_a_caption_is_predicted_from_the_words_before_it(params, forward):
     assert (change[:, 1] > 1e-3).all()
 
 
-def test_four_pairs_are_learned_by_heart_and_told_apart(params):
+def test_four_pairs_are_memorized_and_distinguished(params):
     tx = optax.adam(3e-3)
     step = jax.jit(make_train_step(CocaObjective(MODEL), tx, seed=0), donate_argnums=0)
     state = init_state(jax.tree.map(jnp.array, params), tx)

@@ -118,13 +118,13 @@ def decoder():
 
 
 def with_end_bias(params, strength):
-    """Makes EOS likelier where the last state's first coordinate is positive."""
+    """Make EOS likelier where the last state's first coordinate is positive."""
     kernel = params["llm"]["head"]["kernel"].copy()
     kernel[0, EOS] += strength
     return params | {"llm": params["llm"] | {"head": {"kernel": kernel}}}
 
 
-def test_behind_the_end_there_is_only_padding(decoder):
+def test_after_the_end_token_there_is_only_padding(decoder):
     _, params, run = decoder
     ends = []
     for strength in (0.0, 1.0, 2.0, 3.0):

@@ -27,7 +27,7 @@ def test_token_loss_sums_nats_and_hits_over_weighted_targets():
     assert float(correct) == ((logits.argmax(-1) == targets) * weights).sum()
 
 
-def test_what_stands_at_weightless_targets_does_not_matter():
+def test_targets_of_weight_zero_do_not_matter():
     states, kernel, targets, weights = arrays()
     logits = states @ kernel
     other = np.where(weights[..., None] > 0, logits, 1e30)
@@ -100,7 +100,7 @@ def test_contrastive_loss_is_the_mean_of_both_directions():
     assert float(first) == (scores.argmax(1) == np.arange(4)).mean()
 
 
-def test_an_invalid_row_is_neither_a_pair_nor_a_negative():
+def test_an_invalid_row_is_neither_a_positive_nor_a_negative():
     rng = np.random.default_rng(0)
     image, text = rng.standard_normal((2, 5, 8)).astype(np.float32)
     valid = np.array([True, True, False, True, True])

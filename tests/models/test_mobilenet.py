@@ -137,7 +137,7 @@ def test_real_photos_give_the_golden_features_and_classes(data_root):
         assert logits[i, 0].argmax() == scores.argmax()
 
 
-def test_a_dequantised_kernel_is_unrounded_and_any_other_is_left_alone():
+def test_rounding_is_undone_in_dequantized_kernels_only():
     rng = np.random.default_rng(0)
     counts = rng.integers(-120, 135, 500)
     counts[:2] = -120, 134  # both ends are always used
@@ -186,7 +186,7 @@ def test_a_clip_equals_its_frames_one_by_one():
     assert np.abs(together[:, 0] - together[:, 1]).max() > 0.01
 
 
-def test_images_at_once_changes_no_token():
+def test_the_number_of_images_at_a_time_changes_no_token():
     frames = _frames(1, 8, 32, 32)
     config = dataclasses.replace(_SMALL, images_at_once=6)  # of 8: rounds of 2
     together = _encode(_SMALL, _small_params(), frames)
@@ -215,7 +215,7 @@ def test_computes_in_the_dtype_it_is_given():
     assert set(products) == {"bf16"}
 
 
-def test_wrong_frames_and_settings_are_refused():
+def test_invalid_frames_and_settings_are_refused():
     model = MobileNet(_SMALL)
     with pytest.raises(ValueError, match=r"\[B, F, H, W, 3\]"):
         model.apply({"params": _small_params()}, _frames(1, 32, 32))
@@ -225,7 +225,7 @@ def test_wrong_frames_and_settings_are_refused():
 
 
 @pytest.mark.parametrize("source", ["drawn", pytest.param("real", marks=pytest.mark.data)])
-def test_damaged_weights_and_another_graph_are_refused_by_name(request, source, tmp_path: Path):
+def test_corrupt_weights_and_another_graph_are_refused_by_name(request, source, tmp_path: Path):
     name = "mobilenet_v2_1.0_224"
     if source == "real":
         source = request.getfixturevalue("data_root") / "weights/mobilenet"

@@ -160,7 +160,7 @@ def test_kernels_take_half_of_bfloat16_and_the_rest_stays_as_it_is():
     assert 1 / 2 < size / sum(2 * full[p].size for p in kernels) < 0.51
 
 
-def test_on_a_mesh_scales_lie_as_their_outputs_and_everything_is_computed_the_same(tokens):
+def test_on_a_mesh_scales_are_sharded_like_their_outputs_with_the_same_results(tokens):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     config = dataclasses.replace(CONFIG, tied=False)
     _, params, small, alone = pair(config)
@@ -198,7 +198,7 @@ def test_no_pass_holds_the_floats_of_more_than_a_few_kernels(remat):
     assert few - activations < 3 * layer
 
 
-def test_a_leaf_is_let_go_before_the_next_is_read():
+def test_a_leaf_is_freed_before_the_next_is_read():
     _, params, small, _ = pair()
     seen = []
 

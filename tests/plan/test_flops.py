@@ -80,7 +80,7 @@ def test_what_the_backward_pass_recomputes_is_counted():
     )
 
 
-def test_a_loop_of_unknown_length_counts_as_often_as_it_is_told_to():
+def test_a_loop_of_unknown_length_counts_the_given_trips():
     def fn(x):
         return jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ x, x)
 
@@ -88,7 +88,7 @@ def test_a_loop_of_unknown_length_counts_as_often_as_it_is_told_to():
     assert flops.count(fn, x, loops=3) == 3 * flops.count(fn, x) == 3 * 2 * 8**3
 
 
-def test_models_with_parts_that_have_no_formula_say_so():
+def test_modules_without_a_formula_are_reported():
     stage = program(read(tiny_recipe(Path("nowhere"))), "vision")
     assert flops.formula(stage.model, stage.trained, stage.sizes()) is None
     assert counted(stage) > 0

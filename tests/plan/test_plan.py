@@ -280,7 +280,7 @@ def test_a_compiler_that_runs_out_of_memory_is_a_row_of_the_table():
     assert "train: does not fit: needs 17.5 GB of 16.9 GB" in text.as_text(made)
 
 
-def test_any_other_error_of_the_compiler_is_raised_unchanged():
+def test_other_compiler_errors_are_raised_unchanged():
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         tpu_that_stops("INTERNAL: a bug")
 
@@ -497,7 +497,7 @@ def test_a_generation_alone_is_planned_on_the_smallest_slice_that_fits(call, mon
     assert json.loads((tmp_path / "p.json").read_text())["fits"]
 
 
-def test_where_nothing_fits_the_code_says_so(call, monkeypatch, tmp_path):
+def test_the_exit_code_reports_that_nothing_fits(call, monkeypatch, tmp_path):
     fitting(monkeypatch, lambda setting: False)
     code, out, err = call("--topology=cpu:8", "--stage=vadapter", f"--json={tmp_path / 'p.json'}")
     assert code == USER_ERROR
@@ -519,7 +519,7 @@ def test_a_tpu_without_its_compiler_is_one_line(call, monkeypatch):
     ("--topology=v5e:3x4", "nearest: v5e:2x4"),
     ("--topology=cpu:1 --stage=vadaptr", "did you mean 'vadapter'?"),
 ])  # fmt: skip
-def test_a_mistake_is_one_line(call, option, says):
+def test_a_user_error_is_one_line(call, option, says):
     code, out, err = call(*option.split())
     assert (code, out) == (USER_ERROR, "")
     assert says in err

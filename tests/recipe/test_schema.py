@@ -21,7 +21,7 @@ def config():
 
 
 def assign(config, path, value):
-    """Sets, or with `...` deletes, a key that may not exist yet."""
+    """Set, or delete with `...`, a key that may not exist yet."""
     *parents, leaf = path.split(".")
     with config.unlocked(), config.ignore_type():
         for key in parents:
@@ -139,7 +139,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_in_one_line_with_its_key(config, mistake):
+def test_a_mistake_is_one_line_with_its_key(config, mistake):
     path, value, message = MISTAKES[mistake]
     assign(config, path, value)
     with pytest.raises(ConfigError, match="^" + re.escape(message)) as error:
@@ -179,7 +179,7 @@ def test_widths_that_do_not_meet_are_refused(config):
         make_model(recipe, recipe.stages["vadapter"], 300)
 
 
-def test_a_layer_without_a_width_takes_that_of_the_model_behind_it(config):
+def test_a_layer_without_a_width_takes_that_of_the_next_model(config):
     recipe = read(config)
     modules = make_model(recipe, recipe.stages["vadapter"], 300).modules
     assert (modules["fc_in"].config.width, modules["fc_out"].config.width) == (16, 24)

@@ -107,14 +107,14 @@ def test_the_seconds_of_interrupted_attempts_add_up(tmp_path):
     assert seconds(tmp_path) == pytest.approx(5 + 10 + 30)  # its own clock, with the evaluation
 
 
-def test_a_run_that_has_not_begun_has_a_table_and_nothing_else(chain, tmp_path):
+def test_a_run_without_steps_has_a_table_and_nothing_else(chain, tmp_path):
     recipe = read(tiny_recipe(chain / "shapes"))
     report = write_report(tmp_path, recipe)
     assert report.files() == [tmp_path / "table.md"]
     assert report.text.count("0 of 4") == 6
 
 
-def test_the_plot_is_a_image_and_only_of_adapters(run, report, tmp_path):
+def test_the_plot_is_an_image_and_only_of_adapters(run, report, tmp_path):
     with Image.open(report.plot) as image:
         assert image.size[0] > 1000
         assert np.asarray(image.convert("L")).std() > 10  # something is drawn
@@ -170,7 +170,7 @@ def test_texts_of_data_and_models_are_never_markup(tmp_path):
     assert {attrs["alt"] for tag, attrs in page.tags if tag == "img"} == {shown}
 
 
-def test_images_that_are_gone_or_others_than_before_are_said_to_be(run, tmp_path):
+def test_missing_and_changed_images_are_reported(run, tmp_path):
     target = tmp_path / "run"
     shutil.copytree(run, target)
     config = (target / "config.json").read_text()

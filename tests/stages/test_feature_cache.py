@@ -314,7 +314,7 @@ def test_tokens_that_are_not_finite_are_an_error(cache, encoder, images, tmp_pat
 
 
 @pytest.mark.parametrize(("stored", "size"), [("bfloat16", 24 * 16 * 32), ("int8", 24 * 16 * 20)])
-def test_the_size_is_printed_before_anything_is_computed_and_must_fit(
+def test_the_size_is_printed_and_checked_before_anything_is_computed(
     cache, images, monkeypatch, capsys, small_shards, stored, size
 ):
     free = types.SimpleNamespace(free=size + 3 * files.SLACK_BYTES - 1)

@@ -137,7 +137,7 @@ def test_a_run_directory_gets_the_caches_of_its_stages(recipe, tmp_path):
         ((), ("data.images.cache_dir=$NOWHERE_AT_ALL",), "NOWHERE_AT_ALL is not set"),
     ],
 )
-def test_what_cannot_be_cached_is_an_error(recipe, tmp_path, names, changes, message):
+def test_uncacheable_data_is_an_error(recipe, tmp_path, names, changes, message):
     values = load(str(recipe))
     with values.unlocked():
         vision = {"kind": "vision", "steps": 1, "batch": 8, "data": {"images": 1.0}}
@@ -149,7 +149,7 @@ def test_what_cannot_be_cached_is_an_error(recipe, tmp_path, names, changes, mes
         list(write_caches(read(values), names, out=out))
 
 
-def test_somewhere_to_write_must_be_named(recipe):
+def test_an_output_path_is_required(recipe):
     with pytest.raises(ConfigError, match=r"data\.images: no folder to write to; give --out"):
         list(write_caches(read(load(str(recipe)))))
 

@@ -191,7 +191,7 @@ def test_a_long_list_is_truncated(config, world):
     assert lines[-1].startswith("  … ")
 
 
-def test_a_component_may_have_another_name_in_the_stage_it_starts_from(config, world):
+def test_a_component_may_have_another_name_in_its_source_stage(config, world):
     with config.unlocked():
         config.components.first = config.components.fc_in
         config.stages.vadapter.chain = ("resampler", "first", "tlm", "fc_out")

@@ -42,7 +42,7 @@ def vadapter_in(folder, *arguments):
     return done.stdout + done.stderr
 
 
-def test_it_ends_as_it_did_with_the_version_that_began_it(old):
+def test_a_run_of_an_earlier_version_ends_in_the_same_bits(old):
     expected = json.loads((old / "expected_done.json").read_text())
     done = json.loads((old / "run/vadapter/done.json").read_text())
     if version("jax") == version("jaxlib") == "0.10.2":

@@ -87,7 +87,7 @@ def test_the_checkpoint_overrides_a_recipe_that_was_changed_afterwards(run):
     assert loaded.recipe.components["perceiver"]["layers"] == 2
 
 
-def test_a_mesh_that_this_machine_lacks_becomes_data_parallelism(run, caplog):
+def test_a_mesh_of_more_devices_becomes_data_parallelism(run, caplog):
     config = json.loads((run / "config.json").read_text())
     config["mesh"] = {"data": 16, "fsdp": 16, "tensor": 1}
     (run / "config.json").write_text(json.dumps(config))

@@ -41,7 +41,7 @@ def test_shapes_and_random_parameters_come_from_one_trace(recipe, tmp_path, call
     assert calls == {"ViT": 1, "Pooler": 1, "Fusion": 1, "LM": 1}
 
 
-def test_what_was_checked_is_trained_without_another_trace(recipe, tmp_path):
+def test_a_checked_stage_is_trained_without_another_trace(recipe, tmp_path):
     run = Run(recipe, tmp_path)
     run.check()
     assert run.stage("vision") is run.stage("vision")

@@ -100,7 +100,7 @@ def test_optimizer_state_exists_for_trained_components_alone(params, adam):
     assert moments == 2 * sum(x.size for x in jax.tree.leaves(state.params))
 
 
-def test_split_divides_by_component_and_refuses_names_that_are_not_there(params):
+def test_split_divides_by_component_and_refuses_missing_names(params):
     trained, frozen = split(params, TRAINED)
     assert (set(trained), set(frozen)) == (set(TRAINED), set(FROZEN))
     with pytest.raises(ValueError, match=r"no components \['adaptor'\]; there are \['encoder'"):
@@ -230,7 +230,7 @@ def test_a_bad_row_changes_no_gradient_and_is_counted(stage1, sgd_step):
     assert_close(a.params, b.params, 1e-6)
 
 
-def test_the_state_is_donated_whole(text_params, adam):
+def test_the_whole_state_is_donated(text_params, adam):
     state = init_state(jax.tree.map(jnp.array, text_params), adam)
     step = jax.jit(make_train_step(CaptionObjective(TEXT), adam, seed=0), donate_argnums=0)
     new, _ = step(state, {}, batch_of(frames=0))  # a donation without use warns, and fails here

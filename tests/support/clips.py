@@ -43,7 +43,7 @@ needs = {name for name in ("libx264", "libvpx-vp9") if name not in av.codecs_ava
 
 
 def clip(images, coding=LOSSLESS, *, stamps=None, rate=10, rotation=0) -> bytes:
-    """Encodes images, shown at `stamps` (in units of 1/rate seconds), or one after another."""
+    """Encode images, shown at `stamps` (in units of 1/rate seconds), or one after another."""
     if coding.codec in needs:
         pytest.skip(f"this build of PyAV cannot write {coding.codec}")
     buffer = io.BytesIO()

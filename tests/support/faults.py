@@ -30,7 +30,7 @@ SETATTR: Callable[..., None] = setattr
 
 
 def fault(name: str, point: str) -> None:
-    """Does what a fault does."""
+    """Do what a fault does."""
     if name == "RAISE":
         raise RuntimeError(f"injected at {point}")
     if name == "HANG":
@@ -40,7 +40,7 @@ def fault(name: str, point: str) -> None:
 
 
 def install(text: str | None = None, patch: Callable[..., None] = SETATTR) -> None:
-    """Lets this process meet a fault, `KILL:llm:step:5`; default: of the variable FAULT."""
+    """Let this process meet a fault, `KILL:llm:step:5`; default: of the variable FAULT."""
     name, _, point = (os.environ.get(VARIABLE, "") if text is None else text).partition(":")
     if name:
         at(point, lambda: fault(name, point), patch)
@@ -55,7 +55,7 @@ def injected(text: str) -> Iterator[None]:
 
 
 def at(point: str, action: Callable[[], Any], patch: Callable[..., None] = SETATTR) -> None:
-    """Calls `action` the first time that a run comes to a point."""
+    """Call `action` the first time that a run comes to a point."""
     done = []
 
     def reach(*names: Any) -> None:

@@ -70,7 +70,7 @@ class Bucket:
         }
 
     def put(self, name: str, content: bytes, match: str | None = None) -> dict[str, Any]:
-        """Writes an object, if its generation is `match`; 0: if there is none."""
+        """Write an object, if its generation is `match`; 0: if there is none."""
         with self.lock:
             self.check(name, match)
             self._generation += 1
@@ -98,17 +98,17 @@ class Bucket:
         }  # fmt: skip
 
     def upload(self, folder: Path, prefix: str) -> None:
-        """Puts all files of a folder."""
+        """Put all files of a folder."""
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             self.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def copy(self, prefix: str, target: str) -> None:
-        """Puts all objects below a prefix below another one."""
+        """Put all objects below a prefix below another one."""
         for name in [name for name in self.objects if name.startswith(f"{prefix}/")]:
             self.put(target + name.removeprefix(prefix), self.objects[name])
 
     def download(self, prefix: str, folder: Path) -> Path:
-        """Writes all objects below a prefix as files, as `gcloud storage cp -r` does."""
+        """Write all objects below a prefix as files, as `gcloud storage cp -r` does."""
         for name, content in self.objects.items():
             if name.startswith(f"{prefix}/") and not name.endswith("/"):
                 path = folder / name.removeprefix(f"{prefix}/")

@@ -108,7 +108,7 @@ class Job:
         deadline: float = DEADLINE,
         **env: str,
     ) -> "Job":
-        """Starts `vadapter train`, or another command, on every host.
+        """Start `vadapter train`, or another command, on every host.
 
         Args:
           faults: host -> its fault, see `support.faults`.
@@ -144,7 +144,7 @@ class Job:
         return self
 
     def wait(self, only: tuple[int, ...] = ()) -> list[int]:
-        """Waits until all hosts that were started, or these, have ended; their exit codes."""
+        """Wait until all hosts that were started, or these, have ended; their exit codes."""
         try:
             chosen = only or range(len(self.processes))
             codes = [self.processes[i].wait(timeout=LIMIT) for i in chosen]
@@ -158,7 +158,7 @@ class Job:
         return self.last - mark.stat().st_mtime
 
     def stop(self) -> None:
-        """Kills what is left of it."""
+        """Kill what is left of it."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGKILL)
@@ -176,7 +176,7 @@ class Job:
 
 
 def run_python(script: str, *arguments: str, n: int = 2, deadline: float = DEADLINE) -> list[str]:
-    """Runs a script on several hosts, after `hosts.start()`; what they print, once all are done."""
+    """Run a script on several hosts, after `hosts.start()`; what they print, once all are done."""
     port = free_port()
     begin = "from vadapter.distributed import hosts\nhosts.start()\n"
     processes = [

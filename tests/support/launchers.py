@@ -25,7 +25,7 @@ SLURM = ("--nodes=4", "--gpus=8", "--time=24:00:00", "--partition=gpu", "--logs=
 
 
 def launch(script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs a launcher to its end."""
+    """Run a launcher to its end."""
     return subprocess.run(
         ["bash", str(LAUNCH / script), *arguments], capture_output=True, text=True, timeout=60,
         env={"PATH": os.environ["PATH"], "HOME": "/nowhere", **env},
@@ -39,7 +39,7 @@ def dry_run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def put(folder: Path, **scripts: str) -> str:
-    """Writes commands in bash, by name; returns a PATH that begins with them."""
+    """Write commands in bash, by name; returns a PATH that begins with them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in scripts.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{text}")

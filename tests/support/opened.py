@@ -18,7 +18,7 @@ def recipe(root: Path, **changes: Any) -> Recipe:
 
 
 def prepare(root: Path) -> Path:
-    """Draws root/shapes and writes root/run/tokenizer.json."""
+    """Draw root/shapes and write root/run/tokenizer.json."""
     draw(root / "shapes")
     made = recipe(root)
     sources = {name: make_source(name, made.data[name]) for name in made.tokenizer.data}

@@ -34,7 +34,7 @@ def imported(name):
 
 @functools.cache
 def declare_operators():
-    """Lets torchvision, which the others import, load beside another build of torch.
+    """Let torchvision, which the others import, load beside another build of torch.
 
     Its compiled operators do not load there. Those that it insists on are declared in their place;
     no model here calls them.

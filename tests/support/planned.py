@@ -52,7 +52,7 @@ def row(arg: str, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def make(chip: str) -> None:
-    """Plans the cells of a generation that are not there yet."""
+    """Plan the cells of a generation that are not there yet."""
     there = {_cell_of(r) for r in rows()}
     for arg in CELLS:
         if (arg, chip) in there:
@@ -80,7 +80,7 @@ def measured(found: ProgramStats) -> dict[str, Any]:
 
 
 def record_gate() -> None:
-    """Measures its rows again, for another compiler or a program that is better."""
+    """Measure its rows again, for another compiler or a program that is better."""
     jax.config.update("jax_platforms", "cpu")
     gate = json.loads(GATE.read_text())
     made = [row | measured(gated(row)) for row in gate["rows"]]
@@ -94,7 +94,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def add(more: list[dict[str, Any]]) -> None:
-    """Writes the record with more rows, one a line, or others in place of the same cell's."""
+    """Write the record with more rows, one a line, or others in place of the same cell's."""
     order = list(CELLS)
     cells = {_cell_of(r): r for r in [*rows(), *more]}
     place = lambda cell: (order.index(cell[0]), cell[1])  # noqa: E731
@@ -135,7 +135,7 @@ def _cell(r: dict[str, Any] | None) -> str:
 
 
 def write() -> None:
-    """Puts the table into the README."""
+    """Put the table into the README."""
     path = ROOT / "vadapter" / "plan" / "README.md"
     before, rest = path.read_text().split(MARKS[0])
     _, after = rest.split(MARKS[1])

@@ -41,7 +41,7 @@ def write_model(
     spoil: Callable[[dict], Any] = lambda tensors: None,
     **more: Any,
 ) -> Path:
-    """Writes config.json and model.safetensors; files that are there already stay.
+    """Write config.json and model.safetensors; files that are there already stay.
 
     Args:
       config: of the model, `model_type` among its keys.

@@ -23,7 +23,7 @@ FRAMES = 8
 
 
 def draw(folder: Path) -> Path:
-    """Draws 36 images and 24 clips with captions and questions; a third of them is held out.
+    """Draw 36 images and 24 clips with captions and questions; a third of them is held out.
 
     Files: images.jsonl (captions), questions.jsonl (of the same images) and clips.jsonl.
     """

@@ -65,7 +65,7 @@ if os.environ.get("INTERRUPTED"):
 
 
 def prepare(folder: Path) -> Path:
-    """Draws the images, and makes an encoder that another run might have trained."""
+    """Draw the images, and make an encoder that another run might have trained."""
     spec = tiny_recipe(draw(folder / "shapes")).components.encoder.to_dict()
     size = spec["image_size"]
     params = tiny.init(make_module("encoder", spec), jnp.zeros((1, 1, size, size, 3)))
@@ -74,7 +74,7 @@ def prepare(folder: Path) -> Path:
 
 
 def finish_stage(stage: Path, components: dict[str, Any]) -> None:
-    """Writes what a finished stage leaves behind."""
+    """Write what a finished stage leaves behind."""
     store = ComponentStore(stage.parent / STORE)
     stored = {n: store.put(n, jax.tree.map(jnp.asarray, p)) for n, p in components.items()}
     stage.mkdir(parents=True)
@@ -193,7 +193,7 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
 
 
 def start(recipe: Path, workdir: Path, *overrides: str, **options: Any) -> subprocess.Popen:
-    """Starts `python -m vadapter train`, see `launch`."""
+    """Start `python -m vadapter train`, see `launch`."""
     items = [f"--config.{item}" for item in overrides]
     command = (*VADAPTER, "train", f"--config={recipe}", f"--workdir={workdir}", *items)
     return launch(command, **options)
@@ -207,7 +207,7 @@ def launch(
     more: Mapping[str, str] = {},
     **popen: Any,
 ) -> subprocess.Popen:
-    """Starts a command with both streams in one pipe.
+    """Start a command with both streams in one pipe.
 
     Args:
       fault: see `support.faults`; a command other than vadapter calls `faults.install` itself.
@@ -221,7 +221,7 @@ def launch(
 
 
 def run(recipe: Path, workdir: Path, *overrides: str, **options: Any) -> Any:
-    """Runs it to its end; returns `returncode` and `stdout`, which holds both streams."""
+    """Run it to its end; return `returncode` and `stdout`, which holds both streams."""
     with start(recipe, workdir, *overrides, **options) as process:
         try:
             out, _ = process.communicate(timeout=600)

@@ -18,7 +18,7 @@ QUESTIONS = 30  # of daquar test
 
 
 def write_benchmarks(root: Path, shapes: Path) -> Path:
-    """Makes root/NAME of each of them.
+    """Make root/NAME of each of them.
 
     Args:
       shapes: what `recipes.draw` filled.

@@ -78,7 +78,7 @@ def test_a_run_killed_while_it_saves_to_a_bucket_ends_as_one_on_a_disk(bucket, h
     assert "killed/.lock" not in bucket.objects
 
 
-def test_a_step_that_was_not_committed_is_no_checkpoint_and_is_removed(bucket, killed):
+def test_an_uncommitted_step_is_no_checkpoint_and_is_removed(bucket, killed):
     bucket.put("torn/checkpoints/2/state/d/0", b"x")
     bucket.put(f"torn/checkpoints/1/{storage.COMMIT}", b"")
     directory = storage.as_path("gs://bucket/torn/checkpoints")
@@ -97,9 +97,7 @@ def test_rows_of_steps_before_a_checkpoint_are_in_the_bucket(bucket, resumed):
     assert [row["step"] for row in found if row["attempt"] == 2] == [3, 4, 5, 6]
 
 
-def test_a_run_copied_out_of_a_bucket_opens_on_a_laptop_and_goes_on_there(
-    bucket, here, resumed, tmp_path
-):
+def test_a_run_copied_from_a_bucket_resumes_on_a_local_disk(bucket, here, resumed, tmp_path):
     copied = bucket.download("killed", tmp_path / "laptop")
     one, other = open_run("gs://bucket/killed", "llm"), open_run(copied, "llm")
     assert one.step == other.step == runs.STEPS
@@ -200,14 +198,14 @@ def images(bucket, folder):
 
 
 def vadapter(*arguments):
-    """Runs a verb to its end."""
+    """Run a verb to its end."""
     with runs.launch((*runs.VADAPTER, *map(str, arguments))) as process:
         out, _ = process.communicate(timeout=300)
     return process.returncode, out
 
 
 @pytest.mark.slow
-def test_a_run_with_images_lies_in_a_bucket_with_its_report(bucket, images):
+def test_a_run_with_images_is_written_to_a_bucket_with_its_report(bucket, images):
     names = {name.removeprefix("images/") for name in bucket.objects}
     results = {f"decoder/eval/captions/{name}" for name in ("predictions.jsonl", "score.json")}
     assert {"config.json", "decoder/done.json", "table.md", "gallery.html"} | results <= names
@@ -235,9 +233,7 @@ def test_evaluation_writes_to_the_bucket_what_training_did(bucket, images):
 
 
 @pytest.mark.slow
-def test_a_image_is_captioned_from_the_bucket_as_from_a_copy_of_it(
-    bucket, images, folder, tmp_path
-):
+def test_an_image_in_a_bucket_is_captioned_like_a_local_copy(bucket, images, folder, tmp_path):
     copied = bucket.download("images", tmp_path / "laptop")
     photo = folder / "shapes" / "00.png"
     said = [
@@ -248,7 +244,7 @@ def test_a_image_is_captioned_from_the_bucket_as_from_a_copy_of_it(
     assert said[0][0]
 
 
-def test_texts_of_an_evaluation_in_a_bucket_go_on_behind_the_last_batch(bucket, monkeypatch):
+def test_an_evaluation_in_a_bucket_resumes_after_the_last_batch(bucket, monkeypatch):
     monkeypatch.setattr(part_module, "_UPLOAD_EVERY", -1.0)
     path = storage.as_path("gs://bucket/part/predictions.jsonl.part")
     part = PartialResults(path, "key")
@@ -282,7 +278,7 @@ def test_without_gcsfs_a_bucket_is_refused_with_the_extra_to_install(monkeypatch
         ("gs:///run", "", "has no bucket name"),
     ],
 )
-def test_a_bucket_that_cannot_be_used_is_told_before_anything_runs(
+def test_an_unusable_bucket_is_reported_before_anything_runs(
     bucket, folder, path, forbidden, message
 ):
     bucket.forbidden = forbidden
@@ -300,7 +296,7 @@ def test_reading_a_run_from_a_bucket_that_is_not_there_is_one_line(bucket):
     assert out.startswith("vadapter: no run in gs://bucket/nothing: there is no config.json")
 
 
-def test_a_bucket_out_of_reach_is_one_line(bucket, monkeypatch):
+def test_an_unreachable_bucket_is_one_line(bucket, monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{hosts.free_port()}")
     monkeypatch.setattr(buckets, "REACH", 1.0)
     buckets._client.cache_clear()

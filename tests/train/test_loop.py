@@ -178,7 +178,7 @@ def test_dropped_updates_are_counted_across_a_restart(folder, tmp_path, fake, ba
         train(recipe, tmp_path)
 
 
-def test_a_frozen_component_that_changes_is_an_error_and_nothing_is_handed_over(
+def test_a_frozen_component_that_changes_is_an_error_and_nothing_is_finished(
     folder, tmp_path, fake, monkeypatch
 ):
     honest = loop._steps
@@ -198,7 +198,7 @@ def test_a_frozen_component_that_changes_is_an_error_and_nothing_is_handed_over(
     assert not (tmp_path / "decoder" / DONE).exists()
 
 
-def test_a_stop_between_stages_and_before_the_first_is_honoured(
+def test_a_stop_between_stages_or_before_the_first_ends_the_run(
     folder, tmp_path, fake, monkeypatch
 ):
     recipe = read(runs.blind(folder, steps=2))
@@ -209,7 +209,7 @@ def test_a_stop_between_stages_and_before_the_first_is_honoured(
         train(recipe, tmp_path)
 
 
-def test_what_does_not_change_the_result_may_change_at_a_resume(folder, tmp_path, fake):
+def test_settings_without_effect_on_the_result_may_change_at_a_resume(folder, tmp_path, fake):
     with faults.injected("TERM:decoder:step:2"), pytest.raises(Preempted):
         train(read(runs.blind(folder)), tmp_path)
     free = {"save_every": 5, "keep": 1, "log_every": 3, "chunk_rows": 64, "eval_limit": 2}

@@ -34,7 +34,7 @@ def test_each_writer_is_an_attempt_and_the_last_one_counts(tmp_path):
     assert [(row["step"], row["loss"]) for row in history(path)] == [(1, 1), (2, 2), (3, 2), (4, 2)]
 
 
-def test_scores_and_losses_of_one_step_do_not_push_each_other_out(tmp_path):
+def test_scores_and_losses_of_one_step_are_both_kept(tmp_path):
     with MetricWriter(tmp_path, "stage", 10) as writer:
         writer.write(5, {"loss": 1.0})
         writer.write(5, {"val/loss": 2.0})
@@ -45,7 +45,7 @@ def test_scores_and_losses_of_one_step_do_not_push_each_other_out(tmp_path):
     assert sorted(kept, key=len) == [{"loss"}, {"val/loss", "val/cider"}]
 
 
-def test_a_torn_line_is_left_out_and_does_not_spoil_the_next(tmp_path):
+def test_a_partial_line_is_ignored_and_the_next_is_valid(tmp_path):
     write(tmp_path, 1, 2)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
@@ -60,7 +60,7 @@ def test_no_file_is_no_rows(tmp_path):
     assert list(rows(tmp_path / "metrics.jsonl")) == history(tmp_path / "metrics.jsonl") == []
 
 
-def test_it_is_known_which_steps_were_evaluated_before(tmp_path):
+def test_evaluated_steps_are_recorded(tmp_path):
     write(tmp_path, 3, loss=1.0)
     write(tmp_path, 4, **{"val/cider": 1.0})
     with MetricWriter(tmp_path, "stage", 10) as writer:
@@ -83,7 +83,7 @@ class Full:
         self.file.close()
 
 
-def test_what_a_full_disk_does_not_take_is_written_when_there_is_space_again(tmp_path, capsys):
+def test_rows_that_a_full_disk_refused_are_written_once_there_is_space(tmp_path, capsys):
     with MetricWriter(tmp_path, "stage", 10) as writer:
         writer.write(1, {"loss": 1.0})
         writer._file = Full(writer._file, 30)  # half a line

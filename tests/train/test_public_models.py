@@ -130,7 +130,7 @@ def test_frozen_weights_are_neither_copied_nor_hashed_twice(world, trained, monk
     assert loaded.digests["llm"] == f"sha256:{hashlib.sha256(llm).hexdigest()}"
 
 
-def test_weights_may_move_but_must_be_what_the_run_was_made_with(world, trained, tmp_path, capsys):
+def test_weights_may_move_but_must_have_the_recorded_digests(world, trained, tmp_path, capsys):
     for name in ("clip", "llm"):
         shutil.copytree(world / name, tmp_path / name)
     moved = shutil.copytree(trained, tmp_path / "run")
@@ -184,7 +184,7 @@ def test_the_tokenizer_of_another_model_is_not_taken_for_this_ones(world, tmp_pa
         run.Run(read(second), tmp_path).check()
 
 
-def test_a_folder_that_is_not_there_or_not_a_model_is_named_by_its_key(world, tmp_path):
+def test_a_folder_that_is_missing_or_no_model_is_named_by_its_key(world, tmp_path):
     for folder, message in (
         (tmp_path / "nowhere", r"components\.encoder\.weights: There is no folder"),
         (tmp_path, r"components\.encoder\.weights: No weights file 'config\.json'"),
@@ -194,7 +194,7 @@ def test_a_folder_that_is_not_there_or_not_a_model_is_named_by_its_key(world, tm
 
 
 @pytest.mark.data
-def test_a_real_file_of_llama2c_is_an_llm(world, data_root, tmp_path, capsys):
+def test_a_published_llama2c_file_is_an_llm(world, data_root, tmp_path, capsys):
     folder = data_root / "weights" / "stories260k"
     config = runs.public(world)
     with config.unlocked():
@@ -219,7 +219,7 @@ def test_a_real_file_of_llama2c_is_an_llm(world, data_root, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"{image}: ")
 
 
-def test_an_int8_llm_trains_resumes_and_reads_like_the_one_it_was_made_of(world, trained, tmp_path):
+def test_an_int8_llm_trains_and_resumes_like_its_bfloat16_source(world, trained, tmp_path):
     config = runs.public(world)
     with config.unlocked():
         config.components.llm.int8 = True

@@ -68,7 +68,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(done):
 
 
 @pytest.mark.slow
-def test_each_process_goes_on_where_the_one_before_it_had_saved(done):
+def test_each_process_resumes_from_the_last_saved_step(done):
     for (point, _, at), after in zip(POINTS, done.outputs[1:], strict=True):
         stage = point.split(":")[1]
         resumed = [line for line in after.stdout.splitlines() if line.startswith(f"{stage}: res")]
@@ -78,7 +78,7 @@ def test_each_process_goes_on_where_the_one_before_it_had_saved(done):
 
 
 @pytest.mark.slow
-def test_a_signal_is_told_in_one_line_and_without_a_traceback(done):
+def test_a_signal_is_reported_in_one_line_without_a_traceback(done):
     for (point, code, _), output in zip(POINTS, done.outputs, strict=False):
         assert "Traceback" not in output.stdout, output.stdout
         if code == PREEMPTED:
@@ -103,7 +103,7 @@ def test_the_stopped_run_has_the_metrics_of_the_whole_one(done):
 
 
 @pytest.mark.slow
-def test_a_half_written_cache_is_computed_again_and_a_whole_one_is_not(done):
+def test_an_incomplete_cache_is_computed_again_and_a_complete_one_is_not(done):
     cut, killed, after, *later = (output.stdout for output in done.outputs[3:])
     assert "features: 24/24" not in cut + killed
     assert "features: 24/24" in after
@@ -141,7 +141,7 @@ with signals() as stop:
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_the_second_ctrl_c_ends_at_once(first):
+def test_the_second_ctrl_c_ends_immediately(first):
     command = [sys.executable, "-c", WAIT]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=runs.TESTS.parent, **pipes) as process:
@@ -182,7 +182,7 @@ def test_training_asks_where_signals_go_before_it_compiles(tmp_path):
     assert not (tmp_path / "run/llm/checkpoints").exists()
 
 
-def test_a_signal_while_it_compiles_is_heeded_after_the_first_step(tmp_path):
+def test_a_signal_during_compilation_takes_effect_after_the_first_step(tmp_path):
     recipe = runs.write_recipe(runs.prepare(tmp_path), "text_only")
     recipe.write_text(runs.COMPILING + recipe.read_text())
     fresh = {"VADAPTER_COMPILE_CACHE": str(tmp_path / "programs"), "INTERRUPTED": "yes"}

@@ -27,7 +27,7 @@ def stopped(recipe, tmp_path):
     return tmp_path / "run"
 
 
-def test_training_goes_on_from_the_step_gone_back_to_and_ends_in_the_same_bits(
+def test_training_resumes_from_the_restored_step_and_ends_in_the_same_bits(
     recipe, stopped, tmp_path, capsys
 ):
     assert main(["rewind", str(stopped), "--step=3"]) == 0
@@ -60,7 +60,7 @@ def test_a_step_that_is_quarantined_twice_is_kept_twice(recipe, stopped):
     assert sorted(path.name for path in aside.iterdir()) == ["4", "4.1"]
 
 
-def test_what_cannot_be_gone_back_to_is_explained_and_nothing_moves(stopped, tmp_path, capsys):
+def test_an_impossible_rewind_is_explained_and_changes_nothing(stopped, tmp_path, capsys):
     for argv, says in {
         (stopped, "--step=1"): "no step up to 1 in ",
         (stopped, "--step=2", "--stage=lm"): "--stage=lm: no such stage",

@@ -65,7 +65,7 @@ def test_no_time_falls_between_two_lines_not_even_that_of_writing_them(clock):
     assert [row["step_ms"] for row in lines.rows] == [500.0, 750.0, 750.0, 750.0]
 
 
-def test_a_line_asks_nothing_of_the_device_that_is_busy_with_the_next_step(clock):
+def test_logging_does_not_wait_for_the_next_step(clock):
     lines, asked = Lines(), []
     config = StageConfig("lm", 8, 8, {"text": 1.0}, log_every=1)
 
@@ -83,7 +83,7 @@ def test_a_line_asks_nothing_of_the_device_that_is_busy_with_the_next_step(clock
     assert [row["lr"] for row in lines.rows] == wanted
 
 
-def test_compilation_and_evaluation_do_not_count_as_steps_and_are_told_once(clock):
+def test_compilation_and_evaluation_do_not_count_as_steps_and_are_logged_once(clock):
     lines = Lines()
     journal = make(lines)
     clock[0] += 30.0
@@ -99,7 +99,7 @@ def test_compilation_and_evaluation_do_not_count_as_steps_and_are_told_once(cloc
     assert [row.get("compile_s") for row in lines.rows] == [30.0, None, None]
 
 
-def test_a_step_is_read_when_the_next_is_under_way_or_when_asked_to(clock):
+def test_metrics_of_a_step_are_read_during_the_next_or_on_request(clock):
     lines = Lines()
     journal = make(lines)
     journal.add(1, metrics(loss=1.5), [])
@@ -171,7 +171,7 @@ def test_a_few_unusable_samples_are_tolerated_and_more_end_the_run_by_name():
         journal.flush()
 
 
-def test_one_in_a_thousand_is_tolerated_for_ever():
+def test_one_unusable_sample_in_a_thousand_is_always_tolerated():
     journal = make(Lines(), batch=10_000)
     for step in range(1, 30):
         journal.add(step, metrics(bad=10), [])
@@ -181,7 +181,7 @@ def test_one_in_a_thousand_is_tolerated_for_ever():
         journal.flush()
 
 
-def test_a_stage_may_allow_more_and_is_told_how():
+def test_a_stage_may_allow_more_and_the_message_names_the_key():
     journal = make(Lines())
     journal.add(1, metrics(bad=8), range(8))
     journal.flush()

@@ -50,7 +50,7 @@ def contents(folder: Path) -> set[str]:
     return {str(p) for p in files if p.parts[0] != ".cache"}
 
 
-def test_a_branch_becomes_the_commit_it_stands_for_and_nothing_pickled_is_fetched(hub, env):
+def test_a_branch_is_pinned_to_its_commit_and_no_pickle_is_fetched(hub, env):
     found = ask(at(env, hub), "owner/model")
     assert (found.repo_id, found.revision) == ("owner/model", NEW)
     assert contents(found.path) == WANTED
@@ -83,7 +83,7 @@ def test_offline_the_cache_is_enough_and_keeps_the_commit(hub, env):
 
 
 def run_the_command_in(message: str, env, folder: Path) -> set[str]:
-    """Runs the download command of a message and returns what it fetched."""
+    """Run the download command of a message and return what it fetched."""
     command = shlex.split(next(line for line in message.splitlines() if "hf download" in line))
     hf = shutil.which("hf", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if hf is None:
@@ -105,7 +105,7 @@ def test_offline_without_a_cache_gives_a_command_that_fetches_the_files(hub, env
     assert run_the_command_in(message, at(env, hub), tmp_path / "elsewhere") == WANTED
 
 
-def test_a_half_filled_cache_is_not_taken_for_the_whole(hub, env):
+def test_an_incomplete_cache_is_not_used(hub, env):
     ask(at(env, hub), "owner/model", allow=["config.json"])
     message = ask(at(env, hub, HF_HUB_OFFLINE="1"), "owner/model")
     assert "only partly in the cache" in message
@@ -178,7 +178,9 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path, monkeypatch):
         ("owner/model@a", "contradict: give one of them"),
     ],
 )
-def test_what_is_neither_a_folder_nor_a_hub_id_is_explained(spec, message, tmp_path, monkeypatch):
+def test_a_source_that_is_neither_folder_nor_hub_id_is_explained(
+    spec, message, tmp_path, monkeypatch
+):
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "model.safetensors").touch()
     monkeypatch.chdir(tmp_path)

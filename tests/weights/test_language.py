@@ -192,7 +192,7 @@ def test_every_shard_is_read_for_its_own_device_and_no_more(case, pair):
     assert min(shares) <= 1 / 4
 
 
-def test_a_checkpoint_is_loaded_in_the_dtype_asked_for(pair):
+def test_a_checkpoint_is_loaded_in_the_requested_dtype(pair):
     _, folder = pair("llama")
     checkpoint = Checkpoint.open(folder)
     _, whole, _ = load(folder)
@@ -265,7 +265,7 @@ def test_a_gpt2_whose_names_have_no_prefix_reads_the_same(tied, tmp_path):
     assert report.unused == (("lm_head.weight",) if tied else ())
 
 
-def test_what_the_table_allows_is_left_out_and_told(folder):
+def test_unused_tensors_of_the_table_are_reported(folder):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32),
              "lm_head.weight": np.zeros((V, 32), np.float32)}  # fmt: skip
     _, _, report = load(folder.write(spoil=lambda t: t.update(extra)))
@@ -287,7 +287,7 @@ def test_a_config_that_is_not_understood_is_an_error(config, message, folder):
         Checkpoint.open(folder.write(config))
 
 
-def test_a_config_that_lacks_a_key_or_is_damaged_is_an_error(folder):
+def test_a_config_without_a_key_or_corrupt_is_an_error(folder):
     path = folder.write()
     config = json.loads((path / "config.json").read_text())
     del config["hidden_size"]

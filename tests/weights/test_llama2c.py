@@ -130,7 +130,7 @@ def test_logits_of_stories260k_are_its_goldens(stories):
 
 
 @pytest.mark.data
-def test_stories260k_tells_its_golden_story_with_a_cache_and_without(stories):
+def test_stories260k_writes_its_golden_story_with_a_cache_and_without(stories):
     folder, module, params, golden = stories
     tokenizer, ids = PretrainedTokenizer.load(folder), golden["tokens"]
     told = continued(module, params, [tokenizer.bos_id], 200)
@@ -289,7 +289,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("fault", HOSTILE)
-def test_a_file_that_is_none_or_damaged_is_named(fault, tmp_path):
+def test_a_foreign_or_corrupt_file_is_named(fault, tmp_path):
     spoil, message = HOSTILE[fault]
     file = write(tmp_path) / "model.bin"
     file.write_bytes(spoil(file.read_bytes()))
@@ -297,7 +297,7 @@ def test_a_file_that_is_none_or_damaged_is_named(fault, tmp_path):
         Checkpoint.open(tmp_path)
 
 
-def test_of_a_file_without_end_only_the_header_is_read(tmp_path):
+def test_only_the_header_of_an_endless_file_is_read(tmp_path):
     os.truncate(write(tmp_path) / "model.bin", 2**40)  # takes no room
     with pytest.raises(CheckpointError, match=r"model\.bin: it has 1099511627776 bytes, but a"):
         Checkpoint.open(tmp_path)

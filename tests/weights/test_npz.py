@@ -98,7 +98,7 @@ def test_a_header_that_announces_another_size_is_refused(tmp_path, shape):
         read_npz(path, max_bytes=MB)
 
 
-def test_damaged_archives_are_refused(tmp_path):
+def test_corrupt_archives_are_refused(tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, w=np.arange(1000.0))
     whole = path.read_bytes()
@@ -146,7 +146,7 @@ def test_assign_fills_the_tree_and_widens_float16():
     np.testing.assert_array_equal(params["last"]["bias"], np.arange(4))
 
 
-def test_assign_names_every_difference_at_once():
+def test_assign_names_all_differences_together():
     tensors = {"a.w": np.ones((3, 2), np.float32), "c": np.ones(1), "d": np.ones(2)}
     with pytest.raises(CheckpointError) as caught:
         assign(_MODEL, tensors, _TABLE)
@@ -166,7 +166,7 @@ def test_assign_casts_nothing_else(dtype):
         assign(_MODEL, _FILE | {"b.b": np.zeros(4, dtype)}, _TABLE)
 
 
-def test_assign_leaves_out_only_what_it_is_told_to():
+def test_assign_omits_only_the_listed_leaves():
     extra = _FILE | {"ema/decay": np.ones(())}
     assert jax.tree.structure(
         assign(_MODEL, extra, _TABLE, ignore=["ema/decay"])

@@ -102,7 +102,7 @@ def difference(pixels, module, frames):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", CASES)
-def test_the_row_holds_the_pixels_of_the_original_processor(case, shape, ours, pair, originals):
+def test_a_row_has_the_pixels_of_the_original_processor(case, shape, ours, pair, originals):
     module, image, frames = ours(case, shape)
     pixels = theirs(originals, pair(case)[1], image)
     assert difference(pixels, module, frames) < EQUAL

@@ -104,7 +104,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_done_exactly_is_refused_by_file_and_key(tmp_path, name):
+def test_unsupported_settings_are_refused_by_file_and_key(tmp_path, name):
     config, message = REFUSED[name]
     with pytest.raises(CheckpointError) as caught:
         read_preprocess(write_processor(tmp_path, config))
@@ -112,7 +112,7 @@ def test_what_cannot_be_done_exactly_is_refused_by_file_and_key(tmp_path, name):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_folder_without_the_file_or_with_half_of_it_is_refused(tmp_path):
+def test_a_folder_without_the_file_or_with_a_truncated_one_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"expected one of preprocessor_config\.json, "):
         read_preprocess(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"size": 224')

@@ -51,7 +51,7 @@ def _sharded(folder: Path, shards: dict[str, list[str]], weight_map: object) -> 
 
 
 def _refused(path: Path, match: str) -> str:
-    """Opens what must be refused, in a moment (a second on a machine at rest); the message."""
+    """Open what must be refused, in a moment (a second on a machine at rest); the message."""
     started = time.thread_time()  # whatever threads other tests have left behind
     with pytest.raises(CheckpointError, match=match) as caught:
         TensorFiles.open(path)
@@ -111,7 +111,7 @@ def test_other_indices_than_slices_of_step_one_are_errors_of_the_caller(checkpoi
         checkpoint.read("i8", index)
 
 
-def test_a_name_that_is_not_there_is_named(checkpoint):
+def test_a_missing_name_is_reported(checkpoint):
     with pytest.raises(CheckpointError, match=r"holds no tensor 'f23'\. Use"):
         checkpoint.read("f23")
 
@@ -293,7 +293,7 @@ def test_an_absurd_header_length_is_refused(tmp_path, length):
     ],
     ids=["empty", "tiny", "text", "html", "lfs", "zip", "pickle"],
 )
-def test_another_kind_of_file_is_told_by_its_name(tmp_path, data, match):
+def test_another_kind_of_file_is_named(tmp_path, data, match):
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
     _refused(path, rf"model\.safetensors: .*{match}")

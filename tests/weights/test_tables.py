@@ -96,7 +96,7 @@ def test_every_name_is_of_its_pattern_and_no_pattern_is_left():
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_what_no_pattern_names_is_left_over(table):
+def test_tensors_that_no_pattern_matches_are_unused(table):
     own = table.layers.partition(".")[0] + "." if table.layers.startswith("visual.") else ""
     names = ("score.weight", "model.layers.0.gate", "h.0.attn.c_attn.bias2", "extra")
     strangers = [own + name for name in names]

@@ -122,7 +122,8 @@ def parse(name: str) -> Topology:
     if chip not in CHIPS:
         near = difflib.get_close_matches(chip, CHIPS, 3, 0.4) or CHIPS
         raise invalid(f"no chip {chip!r}; there are {', '.join(near)}")
-    row, dims = CHIPS[chip], tuple[int, ...](int(n) for n in size.split("x") if n)
+    row = CHIPS[chip]
+    dims: tuple[int, ...] = tuple(int(n) for n in size.split("x") if n)
     if slices < 1 or not dims or min(dims) < 1:
         raise invalid("a number in it is below 1")
     if row.kind != "tpu":

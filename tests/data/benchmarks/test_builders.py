@@ -30,7 +30,7 @@ def test_there_is_one_for_each_benchmark():
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_what_is_prepared_is_what_the_official_files_say(name, tmp_path):
+def test_prepared_data_equals_the_official_files(name, tmp_path):
     MAKERS[name](tmp_path / "official")
     path = prepare(name, tmp_path / "official", tmp_path / "out")
     split = BENCHMARKS[name].default_split
@@ -67,7 +67,7 @@ def test_a_prepared_set_can_be_trained_on(tmp_path):
     assert not direct
 
 
-def test_the_prepared_set_says_that_it_is_partial(tmp_path):
+def test_the_prepared_set_is_marked_as_partial(tmp_path):
     vqav2(tmp_path / "official")
     builder = builders.make_builder("vqav2", tmp_path / "out")
     config = tfds.download.DownloadConfig(manual_dir=tmp_path / "official")
@@ -91,7 +91,7 @@ def test_questions_without_answers_keep_their_place(tmp_path):
     ]
 
 
-def test_nothing_there_is_an_error_with_the_official_page(tmp_path):
+def test_an_empty_folder_is_an_error_with_the_official_page(tmp_path):
     (tmp_path / "official").mkdir()
     with pytest.raises(DataError, match=r"no dataset_coco.json.*from https://"):
         prepare("coco", tmp_path / "official", tmp_path / "out")

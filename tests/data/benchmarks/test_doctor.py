@@ -53,7 +53,7 @@ def test_without_training_questions_there_are_no_examples_for_prompts(tmp_path, 
     assert "no v2_mscoco_train2014_annotations.json" in text
 
 
-def test_what_cannot_be_read_is_told(tmp_path, capsys):
+def test_unreadable_files_are_reported(tmp_path, capsys):
     vqav2(tmp_path)
     (tmp_path / "v2_mscoco_val2014_annotations.json").write_text("<html>")
     code, text = run(capsys, "vqav2", f"--dir={tmp_path}")
@@ -79,13 +79,13 @@ def test_the_real_sets_are_complete(name, data_root, capsys):
     assert f"complete: {counts.media:,} images, {counts.texts:,} {task}s" in text
 
 
-def test_an_unknown_name_tells_the_nearest(capsys):
+def test_an_unknown_name_suggests_the_nearest(capsys):
     code, text = run(capsys, "coko")
     assert code == 78
     assert "coco" in text
 
 
-def test_the_readme_tells_the_counts_and_pages_of_all():
+def test_the_readme_lists_counts_and_pages_of_all():
     readme = guides.read("vadapter/evaluate/README.md")
     for name, row in BENCHMARKS.items():
         (line,) = (line for line in readme.splitlines() if line.startswith(f"| {name} | "))
@@ -94,7 +94,7 @@ def test_the_readme_tells_the_counts_and_pages_of_all():
         assert f"({row.homepage})" in line
 
 
-def test_the_folder_is_where_eval_looks(tmp_path, monkeypatch, capsys):
+def test_cache_and_eval_use_the_same_folder(tmp_path, monkeypatch, capsys):
     vqav2(tmp_path / "data" / "vqav2")
     monkeypatch.chdir(tmp_path)
     assert run(capsys, "vqav2") == (0, *run(capsys, "vqav2", "--dir=data/vqav2")[1:])

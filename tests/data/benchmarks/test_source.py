@@ -49,7 +49,7 @@ def test_a_missing_file_is_named_with_its_official_page(name, tmp_path):
         b"\xff\xfe\x00",
     ],
 )
-def test_what_is_not_the_official_format_is_refused_by_name(name, text, tmp_path):
+def test_files_in_another_than_the_official_format_are_named(name, text, tmp_path):
     MAKERS[name](tmp_path)
     row = BENCHMARKS[name]
     wanted = row.files[0].names(row.default_split)
@@ -72,7 +72,7 @@ def test_images_of_another_set_are_not_those_of_the_benchmark(name, tmp_path):
     assert records[0].media in str(error.value)
 
 
-def test_unknown_names_tell_the_nearest(tmp_path):
+def test_unknown_names_suggest_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match="textvqa"):
         open_benchmark("textqva", tmp_path)
     vqav2(tmp_path)
@@ -128,7 +128,7 @@ def test_a_caption_that_is_not_text_and_an_image_without_any_are_refused(tmp_pat
         open_benchmark("msrvtt", tmp_path)
 
 
-def test_ids_that_stand_there_twice_are_refused(tmp_path):
+def test_repeated_ids_are_refused(tmp_path):
     flickr8k(tmp_path / "a")
     edit(tmp_path / "a/dataset_flickr8k.json", lambda d: d["images"].append(d["images"][0]))
     with pytest.raises(DataError, match=r"2258277193_586949ec62\.jpg is listed twice"):
@@ -144,7 +144,7 @@ def test_ids_that_stand_there_twice_are_refused(tmp_path):
             open_benchmark("vqav2", folder)
 
 
-def test_a_question_id_that_stands_there_twice_is_refused(tmp_path):
+def test_a_repeated_question_id_is_refused(tmp_path):
     MAKERS["textvqa"](tmp_path)
     path = tmp_path / "TextVQA_0.5.1_val.json"
     edit(path, lambda data: data["data"][2].update(question_id=34602))
@@ -182,7 +182,7 @@ def test_a_question_with_too_few_answers_makes_the_split_unofficial(tmp_path):
     assert "1 questions without exactly 10 answers" in source.note
 
 
-def test_a_damaged_zip_is_named(tmp_path):
+def test_a_corrupt_zip_is_named(tmp_path):
     vqav2(tmp_path)
     move_into_zip(tmp_path / "val2014", tmp_path / "val2014.zip")
     data = (tmp_path / "val2014.zip").read_bytes()

@@ -78,7 +78,7 @@ def test_only_the_complete_official_split_is_official(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_training_questions_need_no_image_and_have_answers(name, tmp_path):
+def test_training_questions_have_answers_and_need_no_image(name, tmp_path):
     MAKERS[name](tmp_path)
     if name == "daquar":
         text = (tmp_path / "qa.894.raw.train.txt").read_text()
@@ -186,7 +186,7 @@ def test_of_two_files_of_one_name_the_same_is_taken_everywhere(tmp_path):
     assert open_benchmark("vatex", tmp_path)[1].media == tmp_path / "videos" / f"{name}.avi"
 
 
-def test_training_images_of_coco_lie_in_two_folders(tmp_path):
+def test_training_images_of_coco_are_in_two_folders(tmp_path):
     MAKERS["coco"](tmp_path)
     (tmp_path / "train2014").mkdir()
     (tmp_path / "train2014/COCO_train2014_000000000009.jpg").write_bytes(b"9")

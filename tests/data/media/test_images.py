@@ -155,7 +155,7 @@ def test_a_jpeg_of_a_camera_is_turned_upright(orientation):
 @pytest.mark.parametrize(
     "junk", [b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
 )
-def test_broken_exif_is_ignored(junk):
+def test_invalid_exif_is_ignored(junk):
     data = encode(Image.fromarray(photo()), "JPEG", exif=junk)
     assert decode_image(data).shape == (40, 60, 3)
     unknown = encode(Image.fromarray(photo()), "PNG", exif=exif(77))
@@ -219,7 +219,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("frames", [1, 8])
-def test_what_is_no_good_image_is_bad_media_with_a_reason(name, frames):
+def test_an_unusable_image_is_bad_media_with_a_reason(name, frames):
     with pytest.raises(BadMedia) as caught:
         load_media(HOSTILE[name], frames=frames)
     assert caught.value.reason
@@ -246,7 +246,7 @@ def test_flipped_bits_never_raise_anything_else():
 
 
 @pytest.mark.parametrize("frames", [1, 8])
-def test_what_is_not_a_regular_file_neither_blocks_nor_reads(tmp_path, frames):
+def test_irregular_files_are_refused_without_blocking_or_reading(tmp_path, frames):
     os.mkfifo(tmp_path / "fifo.jpg")
     for name in ("fifo.jpg", "missing.jpg", "."):
         with pytest.raises(BadMedia, match="regular file"):
@@ -346,7 +346,7 @@ def test_an_unknown_way_to_resize_is_a_configuration_error(wrong, message):
         ImageTransform(**({"size": 8} | wrong))
 
 
-def test_the_short_side_follows_from_the_share_that_stays_exactly():
+def test_the_short_side_follows_exactly_from_the_share_that_is_kept():
     for size in (224, 336, 518):
         for short in range(size, 2 * size):
             assert ImageTransform(size, crop_pct=size / short).short == short
@@ -362,7 +362,7 @@ def test_a_still_image_repeats():
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("fit", ["crop", "stretch", "pad"])
-def test_the_short_way_to_a_square_gives_what_decoding_and_resizing_give(fit, frames, flip):
+def test_the_shortcut_to_a_square_gives_what_decoding_and_resizing_give(fit, frames, flip):
     gif = [Image.fromarray(np.roll(photo(), 9 * n, 1)).quantize(64) for n in range(5)]
     media = [
         encode(Image.fromarray(photo()), exif=exif(6)),

@@ -52,7 +52,7 @@ def moving(count):
 
 @pytest.mark.parametrize("coding", GROUPS, ids=lambda c: f"{c.container}-{c.codec}-{c.options}")
 @pytest.mark.parametrize("frames", [1, 3, 8])
-def test_the_short_way_gives_the_same_pixels(coding, frames, everything, fallbacks):
+def test_the_shortcut_gives_the_same_pixels(coding, frames, everything, fallbacks):
     data = clip(moving(41), coding)
     short = decode_clip(data, frames)
     reordered = coding.codec == "libx264" or ("bf", "2") in coding.options
@@ -62,7 +62,7 @@ def test_the_short_way_gives_the_same_pixels(coding, frames, everything, fallbac
 
 
 @pytest.mark.parametrize("coding", [CODINGS[1], CODINGS[3], CODINGS[5], CODINGS[7]])
-def test_key_frames_that_are_none_are_noticed(coding, everything, fallbacks, monkeypatch):
+def test_false_key_frames_are_detected(coding, everything, fallbacks, monkeypatch):
     data = clip(moving(41), dataclasses.replace(coding, options=(*coding.options, ("g", "600"))))
     want = everything(data)
     fallbacks.clear()
@@ -78,7 +78,7 @@ def test_key_frames_that_are_none_are_noticed(coding, everything, fallbacks, mon
     assert fallbacks
 
 
-def test_damage_that_no_chosen_frame_depends_on_passes_and_other_damage_never_raises_otherwise():
+def test_corruption_outside_the_chosen_frames_passes_and_any_other_is_bad_media():
     coding = Coding("avi", "mjpeg", "yuvj420p")
     data = clip(moving(16), coding)
     frames = range(data.index(b"movi"), len(data))
@@ -95,14 +95,14 @@ def test_damage_that_no_chosen_frame_depends_on_passes_and_other_damage_never_ra
             assert decode_clip(bytes(damaged)).shape == want.shape
 
 
-def test_a_lost_tail_is_bad_media_where_the_header_promises_more_or_a_frame_is_torn():
+def test_a_missing_tail_is_bad_media_if_the_header_promises_more_or_a_frame_is_partial():
     for coding in (CODINGS[1], CODINGS[3]):
         data = clip([image(i) for i in range(20)], coding)
         with pytest.raises(BadMedia):
             decode_clip(data[: len(data) * 2 // 3])
 
 
-def test_rotation_is_applied_on_the_short_way_too(fallbacks):
+def test_rotation_is_applied_in_the_shortcut_too(fallbacks):
     stored = np.zeros((48, 64, 3), np.uint8)
     stored[:24, :32] = 250
     coding = Coding("mp4", "mpeg4", options=(("g", "3"),))
@@ -112,7 +112,7 @@ def test_rotation_is_applied_on_the_short_way_too(fallbacks):
     assert not fallbacks
 
 
-def test_runs_start_at_the_last_key_frame_shown_no_later_and_meet_where_they_touch():
+def test_decoded_runs_start_at_the_last_key_frame_before_them_and_join_where_they_touch():
     # Decoded I0 P3 B1 B2 I6 B4 B5 P9 …: frames 4 and 5 lean on the group before.
     stamps = [0, 3, 1, 2, 6, 4, 5, 9, 7, 8, 12, 10, 11, 15]
     keys = {0, 4, 10}

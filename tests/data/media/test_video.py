@@ -209,7 +209,7 @@ def sound() -> bytes:
     return buffer.getvalue()
 
 
-def test_what_is_no_good_clip_is_bad_media_with_a_reason():
+def test_an_unusable_clip_is_bad_media_with_a_reason():
     for name, data in broken().items():
         with pytest.raises(BadMedia) as caught:
             print(name, decode_clip(data, 8).shape)

@@ -166,7 +166,7 @@ def test_captions_say_only_what_is_true(media, split):
             check_true(scene, caption)
 
 
-def test_the_caption_check_notices_a_lie():
+def test_the_caption_check_detects_a_false_caption():
     scene = ScenesSource("image").scene(0)
     thing = scene.things[0]
     check_true(scene, f"a {thing.color} {thing.shape}")
@@ -285,7 +285,7 @@ def test_two_sided_answers_come_equally_often(media):
         assert 0.45 < told[one] / (told[one] + told[other]) < 0.55, told
 
 
-def test_frames_have_the_promised_shape_and_show_the_things():
+def test_frames_have_the_stated_shape_and_show_the_objects():
     for media, frames, size in (("image", 1, 64), ("clip", 8, 64), ("image", 1, 96)):
         source = ScenesSource(media, size=size)
         for i in range(20):
@@ -327,7 +327,7 @@ def test_motion_is_only_in_the_order_of_the_frames():
         assert (forth[0] != forth[-1]).any()
 
 
-def test_one_frame_hardly_tells_left_from_right():
+def test_one_frame_hardly_distinguishes_left_from_right():
     """The best cut through the position in the first frame, and in the middle of the clip."""
     source = ScenesSource("clip", count=4000)
     at = {"left": [], "right": []}
@@ -375,7 +375,7 @@ def test_a_source_of_one_form_has_no_other():
         ScenesSource("text", form="sibling")
 
 
-def test_the_fingerprint_tells_sources_apart():
+def test_the_fingerprint_distinguishes_sources():
     base = ScenesSource("image", count=20)
     others = [
         dataclasses.replace(base, **change)
@@ -399,7 +399,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize(("media", "split"), sorted(GOLDEN))
-def test_the_data_stays_what_it_is(media, split):
+def test_the_data_must_stay_the_same(media, split):
     """A changed digest is a new data set: scores before and after do not compare."""
     source = ScenesSource(media, split)
     assert example_digest(source[3])[:16] == GOLDEN[media, split]
@@ -425,7 +425,7 @@ def test_no_combination_of_attributes_is_in_two_splits(media):
 
 
 @pytest.mark.parametrize("media", VISUAL)
-def test_held_out_pairs_are_seen_and_asked_about_only_in_unseen(media):
+def test_held_out_pairs_appear_in_images_and_questions_of_unseen_only(media):
     held = set(HELD_OUT)
     for split in ("train", "val", "test"):
         source, shown = ScenesSource(media, split), set()
@@ -493,7 +493,7 @@ def test_a_sibling_context_is_another_caption_of_the_same_scene():
             check_true(scene, sibling)
 
 
-def test_keywords_name_every_thing():
+def test_keywords_name_every_object():
     for i in range(60):
         scene = draw(Dice(5, 0, i, 0), "clip", "train")
         words = keywords(scene, Dice(5, 0, i, 1))

@@ -82,7 +82,7 @@ def test_an_index_that_no_longer_fits_names_the_shard_and_the_command(tmp_path, 
     assert read(folder)
 
 
-def test_a_shard_that_is_gone_is_named(tmp_path):
+def test_a_missing_shard_is_named(tmp_path):
     folder = pairs(tmp_path)
     index.build(folder, **silent)
     (folder / "00001.tar").unlink()
@@ -91,7 +91,7 @@ def test_a_shard_that_is_gone_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["header", "data", "end", "other file"])
-def test_a_damaged_index_is_refused(tmp_path, where):
+def test_a_corrupt_index_is_refused(tmp_path, where):
     folder = pairs(tmp_path)
     index.build(folder, **silent)
     path = folder / shard_set.INDEX
@@ -108,7 +108,7 @@ def test_a_damaged_index_is_refused(tmp_path, where):
     assert len(read(folder)) == 12
 
 
-def test_the_index_may_lie_elsewhere(tmp_path):
+def test_the_index_may_be_in_another_folder(tmp_path):
     folder, out = pairs(tmp_path / "data"), tmp_path / "made" / "my.index"
     out.parent.mkdir()
     index.build(folder, out, **silent)
@@ -132,7 +132,7 @@ def scanned(monkeypatch, change=lambda name, made: made) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_process_has_not_read_its_shards_in_vain(tmp_path, monkeypatch, number):
+def test_shards_read_by_a_stopped_process_are_not_read_again(tmp_path, monkeypatch, number):
     folder = pairs(tmp_path / "data", count=120, each=60)
     journal = folder / f"{shard_set.INDEX}.part"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -161,7 +161,7 @@ def test_a_stopped_process_has_not_read_its_shards_in_vain(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("keep", [0, 1, 400, 0.5, 0.9, -1, -2, -300])
-def test_a_torn_journal_loses_no_more_than_its_last_line(tmp_path, monkeypatch, keep):
+def test_a_truncated_journal_loses_only_its_last_line(tmp_path, monkeypatch, keep):
     folder = pairs(tmp_path)
     (folder / "bad.tar").write_bytes(b"not a tar")  # keeps the journal
     with pytest.raises(DataError, match=r"bad\.tar"):
@@ -193,7 +193,7 @@ def test_only_what_changed_is_read_again(tmp_path, monkeypatch):
     assert contents(read(folder))[-2:] == [("n", 7, ("new",), ()), ("m", 8, ("newer",), ())]
 
 
-def test_shards_that_cannot_be_read_are_told_together_and_the_others_are_done(
+def test_unreadable_shards_are_reported_together_after_the_others_are_indexed(
     tmp_path, monkeypatch
 ):
     folder = pairs(tmp_path)
@@ -228,7 +228,7 @@ def test_flipped_bytes_that_leave_size_and_time_are_found_by_verify(tmp_path, ca
     assert "00001.tar" not in error
 
 
-def test_progress_tells_shards_bytes_and_time_left(tmp_path):
+def test_progress_shows_shards_bytes_and_time_left(tmp_path):
     folder, said = pairs(tmp_path), []
     index.build(folder, say=said.append, every=0.0)
     assert [line.split()[-2:] for line in said] == [[f"{i}/4", "shards"] for i in range(1, 5)]
@@ -247,7 +247,7 @@ def test_two_processes_do_not_index_one_folder(tmp_path):
             index.build(folder, **silent)
 
 
-def test_what_is_left_out_and_what_will_be_masked_is_counted(tmp_path):
+def test_skipped_members_and_masked_pairs_are_counted(tmp_path):
     folder = pairs(tmp_path)
     files = {"z.png": image(1), "z.txt": b"\xff", "z.pkl": b"x", "z.cls": b"3"}
     write_tar(folder / "00004.tar", files)

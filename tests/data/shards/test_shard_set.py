@@ -48,7 +48,7 @@ def test_shards_may_be_counted_from_one(tmp_path):
     assert find(tmp_path, ".tar", "t", None) == ["t-1.tar", "t-2.tar"]
 
 
-def test_a_glob_is_what_is_there_and_a_range_is_all_of_it(tmp_path):
+def test_a_glob_matches_existing_files_and_a_range_requires_all(tmp_path):
     touch(tmp_path, "00000.tar", "00001.tar", "00003.tar", "b/00000.tar")
     assert find(tmp_path, ".tar", None, "*.tar") == ["00000.tar", "00001.tar", "00003.tar"]
     assert find(tmp_path, ".tar", None, "*/*.tar") == ["b/00000.tar"]

@@ -21,7 +21,7 @@ def content(count: int = 20) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_every_member_comes_back_in_any_order(tmp_path, format):
+def test_members_are_read_in_any_order(tmp_path, format):
     files = content()
     if format != tarfile.USTAR_FORMAT:
         files["d/" * 120 + "größe.jpg"] = b"long"
@@ -159,7 +159,7 @@ def damage(raw: bytes, kind: str) -> bytes:
     ["inside a member", "between members", "inside a header", "flipped header", "two archives",
      "no archive", "empty"],
 )  # fmt: skip
-def test_a_damaged_archive_is_an_error_that_names_it(tmp_path, kind):
+def test_a_corrupt_archive_is_an_error_that_names_it(tmp_path, kind):
     path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": b"x" * 300 for i in range(4)})
     path.write_bytes(damage(path.read_bytes(), kind))
     with pytest.raises(DataError, match=r"a\.tar"):
@@ -215,7 +215,7 @@ def test_a_shard_that_changes_after_indexing_is_noticed(tmp_path, opened):
         index.read("3.jpg")
 
 
-def test_a_shard_that_is_gone_is_an_error_that_names_it(tmp_path):
+def test_a_missing_shard_is_an_error_that_names_it(tmp_path):
     index = tar.scan(write_tar(tmp_path / "a.tar", content()), SUFFIXES)
     (tmp_path / "a.tar").unlink()
     with pytest.raises(DataError, match=r"a\.tar.*restore"):

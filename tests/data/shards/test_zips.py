@@ -57,7 +57,7 @@ def test_streamed_members_are_read_too(tmp_path):
     assert index.shard.read("a.jpg") == b"x" * 5000
 
 
-def test_names_types_and_methods_that_are_not_read_are_told(tmp_path):
+def test_unsupported_names_types_and_methods_are_reported(tmp_path):
     path = write(
         tmp_path / "a.zip",
         {"../a.jpg": b"1", "/b.jpg": b"2", "c.exe": b"3", "big.jpg": b"4" * 100, "ok.jpg": b"5"},
@@ -110,7 +110,7 @@ def test_a_member_that_grows_beyond_its_size_is_not_unpacked(tmp_path):
     assert peak < 1 << 20
 
 
-def test_what_is_no_archive_or_cut_short_is_refused(tmp_path):
+def test_foreign_and_truncated_archives_are_refused(tmp_path):
     path = write(tmp_path / "a.zip", {"a.jpg": b"1" * 1000})
     whole = path.read_bytes()
     for data in (b"", b"<html>", whole[:50], whole[:-30]):
@@ -129,7 +129,7 @@ def test_an_archive_that_changed_is_refused(tmp_path):
         index.shard.read("a.jpg")
 
 
-def test_an_archive_that_is_gone_is_named(tmp_path):
+def test_a_missing_archive_is_named(tmp_path):
     index = zips.scan(write(tmp_path / "a.zip", {"a.jpg": b"1"}), SUFFIXES)
     (tmp_path / "a.zip").unlink()
     with pytest.raises(DataError, match=r"a\.zip: cannot be read"):

@@ -94,7 +94,7 @@ def test_columns_name_images_texts_and_questions(tmp_path):
     assert ParquetImages(tmp_path, shards="*.parquet", columns=columns).kind == "clip"
 
 
-def test_a_row_that_cannot_be_used_is_masked_and_named(tmp_path):
+def test_an_unusable_row_is_masked_and_named(tmp_path):
     bad = [row(0), row(1, caption=None), row(2, caption=" "), row(3)]
     bad[3]["image"] = {"bytes": None, "path": "elsewhere.png"}
     bad.append(row(4))
@@ -110,7 +110,7 @@ def test_a_row_that_cannot_be_used_is_masked_and_named(tmp_path):
     assert "starts with b'<html>404" in describe("x", source, 4)
 
 
-def test_damage_is_refused_by_name(tmp_path):
+def test_a_corrupt_file_is_named(tmp_path):
     plain = {"write_page_checksum": True, "write_statistics": False, "compression": "none"}
     path = write(tmp_path / "a.parquet", [row(i) for i in range(9)], **plain)
     raw = bytearray(path.read_bytes())

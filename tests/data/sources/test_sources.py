@@ -35,7 +35,7 @@ def test_folder_rows_come_in_order_with_their_own_image(tmp_path):
     assert source.kind == "image"
 
 
-def test_a_folder_of_media_may_lie_elsewhere_than_its_table(tmp_path):
+def test_media_may_be_in_another_folder_than_their_table(tmp_path):
     (tmp_path / "a").mkdir()
     folder_of(tmp_path / "a")
     table = write_rows(tmp_path / "b.jsonl", [{"image": "3.png", "caption": "three"}])
@@ -99,7 +99,7 @@ def test_webdataset_pairs_need_no_table(tmp_path):
         ({"0.png": b"x", "0.jpg": b"x", "0.txt": b"x"}, "second media of '0'"),
     ],
 )
-def test_a_broken_pair_names_its_shard(tmp_path, files, message):
+def test_an_unusable_pair_names_its_shard(tmp_path, files, message):
     write_tar(tmp_path / "train-000.tar", files)
     with pytest.raises(DataError) as caught:
         CaptionTars(tmp_path, "train")
@@ -135,7 +135,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, build, bad, message):
     assert "jsonl, line 3" in str(caught.value)
 
 
-def test_strange_but_honest_captions_come_through_unchanged(tmp_path):
+def test_unusual_valid_captions_are_unchanged(tmp_path):
     captions = ["x" * 1_000_000, "שלום", "🐕‍🦺", "a\0b", "<eos><image>", " padded "]
     source = CaptionTars(tars(tmp_path, [row(0, captions=captions)]), "train")
     assert source[0].captions == tuple(captions)
@@ -283,7 +283,7 @@ def test_real_caption_and_question_sets_have_their_official_sizes(data_root):
     assert all(isinstance(load_media(m, frames=1), np.ndarray) for m in media)
 
 
-def test_the_answer_to_learn_is_what_most_annotators_say():
+def test_the_target_answer_is_that_of_most_annotators():
     assert Question("?", ("a", "b", "b", "a", "c")).answer == "a"  # the first of two as frequent
     assert Question("?", ("a", "b", "b")).answer == "b"
     assert Question("?").answer == ""

@@ -117,14 +117,14 @@ def test_a_source_is_picklable(prepared):
         ("tiny", "train[:0]", COLUMNS, DataError, "0 usable examples"),
     ],
 )
-def test_what_cannot_be_read_is_one_clear_line(prepared, name, split, columns, error, message):
+def test_unreadable_input_is_one_clear_line(prepared, name, split, columns, error, message):
     with pytest.raises(error, match=message) as caught:
         TfdsSource(name, split, data_dir=prepared, columns=columns)
     assert "\n" not in str(caught.value)
     assert not (prepared / "mnist").exists()  # nothing is downloaded
 
 
-def test_a_damaged_record_is_refused_by_its_place(prepared, tmp_path):
+def test_a_corrupt_record_is_refused_by_its_position(prepared, tmp_path):
     folder = tmp_path / "tiny" / "1.2.0"
     folder.mkdir(parents=True)
     for path in (prepared / "tiny" / "1.2.0").iterdir():

@@ -95,7 +95,7 @@ def _with(record: dict, **changes) -> str:
     return json.dumps({**record, **changes})
 
 
-def test_a_foreign_or_damaged_file_is_refused_by_name(tok, tmp_path):
+def test_a_foreign_or_corrupt_file_is_refused_by_name(tok, tmp_path):
     path = tmp_path / "tokenizer.json"
     tok.save(path)
     good = json.loads(path.read_text())

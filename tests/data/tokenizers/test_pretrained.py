@@ -47,7 +47,7 @@ def controls(folder: Path) -> set[int]:
 
 
 @pytest.mark.parametrize("text", [*ODD, *SPECIALS])
-def test_no_text_gives_a_special_and_every_text_comes_back(tok, folder, text):
+def test_no_text_encodes_to_a_special_token_and_every_text_round_trips(tok, folder, text):
     for start in (False, True):
         ids = tok.encode(text, start=start)
         assert controls(folder).isdisjoint(ids)
@@ -131,7 +131,7 @@ def test_decode_drops_specials_and_padding_rows_and_stops_at_any_end(tok):
             tok.decode([stranger])
 
 
-def test_id_zero_is_text_where_the_tokenizer_says_so(tmp_path):
+def test_id_zero_is_text_if_the_tokenizer_defines_it(tmp_path):
     tok = PretrainedTokenizer.load(gpt2(tmp_path / "gpt2"))
     assert tok.encode("!") == [0]
     assert tok.decode([0, 0]) == "!!"
@@ -180,13 +180,13 @@ def test_the_model_may_have_more_rows_than_ids_and_never_fewer(tok, folder, tmp_
         PretrainedTokenizer.load(tmp_path / "saved.json", rows=200)
 
 
-def test_a_special_without_a_row_is_no_obstacle(tmp_path):
+def test_a_special_token_without_a_row_is_allowed(tmp_path):
     tok = PretrainedTokenizer.load(gemma(tmp_path / "gemma"))
     spec = json.loads((tmp_path / "gemma" / "tokenizer.json").read_text())
     assert tok.rows == tok.vocab_size == spec["added_tokens"][-1]["id"]
 
 
-def test_the_files_are_asked_in_their_order(tmp_path):
+def test_the_files_are_tried_in_their_order(tmp_path):
     folder = llama2(tmp_path / "m")
     eos = lambda: PretrainedTokenizer.load(folder).eos_id  # noqa: E731
     write(folder, special_tokens_map={}, config={"bos_token_id": 1, "eos_token_id": 5})
@@ -212,7 +212,7 @@ def test_without_an_end_or_with_an_unknown_one_it_is_refused(tmp_path):
         PretrainedTokenizer.load(folder)
 
 
-def test_what_unknown_text_becomes_is_never_the_end(tmp_path):
+def test_unknown_text_never_becomes_the_end_token(tmp_path):
     """OPT and others name one token for "unknown" and for the end of a text."""
     model = {
         "type": "BPE",
@@ -246,7 +246,7 @@ def _spoiled(folder: Path) -> dict[str, str]:
     }
 
 
-def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path):
+def test_a_corrupt_or_foreign_file_is_refused_by_name(tmp_path):
     folder = llama2(tmp_path / "m")
     for name, text in _spoiled(folder).items():
         (folder / "tokenizer.json").write_text(text)
@@ -319,7 +319,7 @@ def test_llama2c_joins_as_its_source_does(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 4, 10, 4000])
-def test_a_damaged_llama2c_file_is_refused(tmp_path, cut):
+def test_a_corrupt_llama2c_file_is_refused(tmp_path, cut):
     path = llama2c(tmp_path / "m", [(" ", 0.0), ("a", -1.0)]) / "tokenizer.bin"
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(DataError, match=r"tokenizer\.bin"):

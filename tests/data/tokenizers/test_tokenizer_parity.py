@@ -141,7 +141,7 @@ def written(request, tmp_path_factory, transformers):
         return folder, kind.from_pretrained(folder, split_special_tokens=True)
 
 
-def test_what_a_models_own_class_writes_is_read_as_it_reads_it(written, texts):
+def test_files_written_by_a_models_own_class_are_read_alike(written, texts):
     folder, theirs = written
     ours = PretrainedTokenizer.load(folder)
     compare_ids(ours, theirs, texts, set(theirs.all_special_ids))
