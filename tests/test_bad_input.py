@@ -424,7 +424,7 @@ def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(train, tmp_path, kin
     )
     train.workdir = tmp_path / "whole"
     assert train()[0] == 0
-    whole = runs.handed_over(train.workdir, ("decoder",))
+    whole = runs.trained_digests(train.workdir, ("decoder",))
     disk = small_disk(tmp_path / "disk") if kind == "disk" else contextlib.nullcontext()
     with disk as enlarge:
         train.workdir = tmp_path / "disk" / "run"
@@ -442,5 +442,5 @@ def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(train, tmp_path, kin
         assert code == 0, message
         assert (f"decoder: resumed at step {max(kept, default=0)}" in train.out) == bool(kept)
         assert bool(kept) == (kind == "disk")
-        assert runs.handed_over(train.workdir, ("decoder",)) == whole
+        assert runs.trained_digests(train.workdir, ("decoder",)) == whole
         assert {row["step"] for row in train.metrics()} == set(range(1, 13))

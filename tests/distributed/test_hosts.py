@@ -119,7 +119,9 @@ def test_a_signal_to_one_host_stops_all_at_one_step_and_each_reports_it(done):
 
 def test_the_job_that_was_killed_and_stopped_ends_in_the_same_bits(done):
     assert done.last[0] == [0, 0], done.last[1]
-    stopped, whole = (runs.handed_over(job.workdir, ("llm",)) for job in (done.stopped, done.whole))
+    stopped, whole = (
+        runs.trained_digests(job.workdir, ("llm",)) for job in (done.stopped, done.whole)
+    )
     assert stopped == whole
 
 
@@ -143,7 +145,7 @@ def test_after_any_fault_of_a_host_all_end_and_no_saved_step_is_lost(done, tmp_p
     codes, (log, _) = attempt(job)
     assert codes == [0, 0]
     assert f"llm: resumed at step {visible}\n" in log
-    stopped, whole = (runs.handed_over(at.workdir, ("llm",)) for at in (job, done.whole))
+    stopped, whole = (runs.trained_digests(at.workdir, ("llm",)) for at in (job, done.whole))
     assert stopped == whole
     assert not list(job.workdir.rglob("*orbax-checkpoint-tmp*"))
 
@@ -451,7 +453,7 @@ def test_without_the_variables_nothing_is_started():
     assert (hosts.count(), hosts.index(), hosts.exchange({"a": 1}, "all")) == (1, 0, [{"a": 1}])
 
 
-def roll_call(n, others, limit=5.0, at="127.0.0.1"):
+def register_hosts(n, others, limit=5.0, at="127.0.0.1"):
     """Process 0 of n, and others as (index, count); what each of them raised, by index.
 
     Args:
@@ -479,18 +481,18 @@ def roll_call(n, others, limit=5.0, at="127.0.0.1"):
 
 
 def test_all_hosts_are_called_and_the_absent_ones_named_to_all():
-    assert roll_call(4, [(3, 4), (1, 4), (2, 4)]) == dict.fromkeys(range(4))
-    assert roll_call(2, [(1, 2)], at="") == dict.fromkeys(range(2))
-    missing = roll_call(4, [(2, 4)], limit=0.5)
+    assert register_hosts(4, [(3, 4), (1, 4), (2, 4)]) == dict.fromkeys(range(4))
+    assert register_hosts(2, [(1, 2)], at="") == dict.fromkeys(range(2))
+    missing = register_hosts(4, [(2, 4)], limit=0.5)
     assert {str(e) for e in missing.values()} == {"hosts 1, 3 of 4 did not come within 0.5 s"}
 
 
 def test_hosts_started_with_different_counts_are_refused():
-    other = roll_call(3, [(1, 2)])
+    other = register_hosts(3, [(1, 2)])
     assert {str(e) for e in other.values()} == {
         "host 1 was started with 2 processes, host 0 with 3"
     }
-    assert isinstance(roll_call(3, [(0, 3)])[0], ConfigError)
+    assert isinstance(register_hosts(3, [(0, 3)])[0], ConfigError)
     with pytest.raises(
         HostError, match=r"host 0 of 2 did not come within 0\.3 s: nothing listens at 127"
     ):

@@ -61,7 +61,7 @@ SLEEP = """
 
 @pytest.fixture
 def submit(tmp_path):
-    """Return a function that starts the job and waits until its tasks wait, and the run directory."""
+    """Return a function that starts the job and waits for its tasks, and the run directory."""
     run, jobs = tmp_path / "run", []
     run.mkdir()
     path = put(

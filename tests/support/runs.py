@@ -230,7 +230,7 @@ def run(recipe: Path, workdir: Path, *overrides: str, **options: Any) -> Any:
     return subprocess.CompletedProcess(process.args, process.returncode, out)
 
 
-def handed_over(workdir: Path, stages: tuple[str, ...] = CHAIN) -> dict[str, str]:
+def trained_digests(workdir: Path, stages: tuple[str, ...] = CHAIN) -> dict[str, str]:
     """The digest of every component that finished stages have trained."""
     records = {name: json.loads((workdir / name / DONE).read_text()) for name in stages}
     return {f"{n}/{k}": v for n, r in records.items() for k, v in r["components"].items()}

@@ -43,7 +43,7 @@ def here(folder):
     """The recipe file of a text stage, and what it comes to on a disk."""
     recipe = runs.write_recipe(folder, "text_only")
     assert (ended := runs.run(recipe, folder / "local")).returncode == 0, ended.stdout
-    return recipe, runs.handed_over(folder / "local", ("llm",))
+    return recipe, runs.trained_digests(folder / "local", ("llm",))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_run_copied_from_a_bucket_resumes_on_a_local_disk(bucket, here, resume
     shutil.rmtree(copied / "llm" / "checkpoints" / "6")
     ended = runs.run(here[0], copied)
     assert "resumed at step 4" in ended.stdout
-    assert runs.handed_over(copied, ("llm",)) == here[1]
+    assert runs.trained_digests(copied, ("llm",)) == here[1]
 
 
 def test_a_bucket_that_does_not_answer_is_not_one_without_checkpoints(bucket, resumed):
@@ -314,4 +314,4 @@ def test_two_hosts_train_in_a_bucket_as_one_does_and_resume(bucket, here, tmp_pa
     assert re.search(r"resumed at step [24]", job.log(0)), job.logs()
     one = hosts.Job(tmp_path / "one", here[0])
     assert one.start().wait() == [0, 0], one.logs()
-    assert digests(bucket, "two")["llm"] == runs.handed_over(one.workdir, ("llm",))["llm/llm"]
+    assert digests(bucket, "two")["llm"] == runs.trained_digests(one.workdir, ("llm",))["llm/llm"]

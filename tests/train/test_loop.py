@@ -110,7 +110,7 @@ def test_a_resumed_run_sees_the_batches_that_come_next_and_ends_alike(
     train(recipe, tmp_path / "cut")
     assert batches == whole
     assert len(batches) == 7
-    assert runs.handed_over(tmp_path / "cut", ("decoder",)) == runs.handed_over(
+    assert runs.trained_digests(tmp_path / "cut", ("decoder",)) == runs.trained_digests(
         tmp_path / "whole", ("decoder",)
     )
 

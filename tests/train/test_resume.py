@@ -64,7 +64,7 @@ def done(tmp_path_factory) -> Runs:
 def test_a_run_stopped_anywhere_ends_in_the_same_bits(done):
     codes = [output.returncode for output in done.outputs]
     assert codes == [*(code for _, code, _ in POINTS), 0], done.outputs[-1].stdout
-    assert runs.handed_over(done.stopped) == runs.handed_over(done.whole)
+    assert runs.trained_digests(done.stopped) == runs.trained_digests(done.whole)
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_kills_at_random_times_change_nothing(done, tmp_path, seed):
     last = runs.run(done.recipe, tmp_path / "run")
     assert last.returncode == 0, last.stdout
     assert killed
-    assert runs.handed_over(tmp_path / "run") == runs.handed_over(done.whole)
+    assert runs.trained_digests(tmp_path / "run") == runs.trained_digests(done.whole)
 
 
 @pytest.mark.slow
@@ -232,4 +232,4 @@ def test_signals_at_random_times_lose_no_step(done, tmp_path):
         if code == 0:
             break
     assert code == 0 or runs.run(done.recipe, tmp_path / "run").returncode == 0
-    assert runs.handed_over(tmp_path / "run") == runs.handed_over(done.whole)
+    assert runs.trained_digests(tmp_path / "run") == runs.trained_digests(done.whole)

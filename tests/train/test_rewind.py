@@ -45,7 +45,9 @@ def test_training_resumes_from_the_restored_step_and_ends_in_the_same_bits(
     again = [(row["step"], row["attempt"]) for row in rows if "loss" in row][4:]
     assert again == [(3, 2), (4, 2), (5, 2), (6, 2)]
     train(recipe, tmp_path / "whole")
-    assert runs.handed_over(stopped, ("llm",)) == runs.handed_over(tmp_path / "whole", ("llm",))
+    assert runs.trained_digests(stopped, ("llm",)) == runs.trained_digests(
+        tmp_path / "whole", ("llm",)
+    )
     with pytest.raises(CheckpointError, match="llm is finished, and later stages start from its"):
         rewind(stopped, 2)
 
