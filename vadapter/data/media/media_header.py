@@ -52,7 +52,7 @@ def _image(media: bytes | Path) -> Probe:
 def _clip(media: bytes | Path) -> Probe:
     with open_media(media) as file:
         timeline = read_timeline(file)
-        with open_stream(file) as stream:
+        with open_stream(file) as (_, stream):
             size = stream.width, stream.height
     frames = sum(packet.stamp is not None for packet in timeline.packets)
     return Probe(*size, frames=frames, seconds=float(timeline.duration))

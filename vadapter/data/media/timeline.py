@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import BinaryIO, NamedTuple
 
 import av
-import av.container
+from av.container import InputContainer
 
 from vadapter.data.media.images import MAX_PIXELS, BadMedia
 
@@ -76,8 +76,10 @@ class Timeline:
 
 
 @contextlib.contextmanager
-def open_stream(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Iterator[av.VideoStream]:
-    """Open a clip from its beginning, in one of `CONTAINERS`, and return the stream to show.
+def open_stream(
+    file: BinaryIO, max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+    """Open a clip from its beginning, in one of `CONTAINERS`, and yield it and the stream to show.
 
     Raises:
       BadMedia: it has no video, or its frames are too large.
@@ -92,7 +94,7 @@ def open_stream(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Iterator[av.Vid
             raise BadMedia(f"{context.width}x{context.height} pixels, more than {max_pixels}")
         context.options = {"max_pixels": str(max_pixels)}  # a stream may change its size later
         context.thread_count = 1  # the pipeline's workers are the parallelism
-        yield stream
+        yield container, stream
 
 
 def read_timeline(
@@ -100,8 +102,7 @@ def read_timeline(
 ) -> Timeline:
     """Read all packets; raise BadMedia without video or times, or if truncated or too large."""
     packets, stamps, end = [], [], 0
-    with open_stream(file, max_pixels) as stream:
-        container = stream.container
+    with open_stream(file, max_pixels) as (container, stream):
         avi = container.format.name == "avi"
         for packet in container.demux(stream):
             if packet.is_corrupt:  # the file ended inside it
@@ -133,7 +134,7 @@ def read_timeline(
     return Timeline(packets, unit, (max(end, last) - first) * unit, avi)
 
 
-def _declared_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction:
+def _declared_seconds(container: InputContainer, stream: av.VideoStream) -> Fraction:
     """Return the length of the video in seconds according to the header, 0 if it has none."""
     if stream.duration is not None and stream.time_base is not None:
         return stream.duration * stream.time_base

@@ -35,6 +35,7 @@ from typing import BinaryIO, TypeVar
 import av
 import numpy as np
 from av.codec.context import Flags
+from av.container import InputContainer
 from PIL import Image
 
 from vadapter.data.media.images import MAX_PIXELS, BadMedia, open_media, to_rgb
@@ -97,21 +98,21 @@ def _decode_stream(file: BinaryIO, frames: int, max_pixels: int, max_frames: int
     timeline = read_timeline(file, max_pixels, max_frames)
     targets = frame_times(timeline.duration, frames)
     for choose in (_decode_runs, _decode_all):
-        with open_stream(file, max_pixels) as stream:
-            if (chosen := choose(stream, timeline, targets)) is not None:
+        with open_stream(file, max_pixels) as (container, stream):
+            if (chosen := choose(container, stream, timeline, targets)) is not None:
                 return _images(chosen)
     raise BadMedia("no frame could be decoded")
 
 
 def _decode_all(
-    stream: av.VideoStream, timeline: Timeline, targets: list[Fraction]
+    container: InputContainer, stream: av.VideoStream, timeline: Timeline, targets: list[Fraction]
 ) -> list[av.VideoFrame]:
     """Return the frames nearest to the targets, decoding everything up to the last of them."""
-    return nearest(_timed(stream.container.decode(stream), timeline), targets)
+    return nearest(_timed(container.decode(stream), timeline), targets)
 
 
 def _decode_runs(
-    stream: av.VideoStream, timeline: Timeline, targets: list[Fraction]
+    container: InputContainer, stream: av.VideoStream, timeline: Timeline, targets: list[Fraction]
 ) -> list[av.VideoFrame] | None:
     """Return the same frames, decoding only from key frames to chosen frames.
 
@@ -124,7 +125,7 @@ def _decode_runs(
         return None
     chosen = nearest(timeline.shown, targets)
     context.flags |= Flags.copy_opaque
-    packets = (packet for packet in stream.container.demux(stream) if packet.size)
+    packets = (packet for packet in container.demux(stream) if packet.size)
     frames: dict[int, av.VideoFrame] = {}
     position = 0
     try:

@@ -127,7 +127,8 @@ def _scan_parquet(path: Path, name: str) -> Scan:
 
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the path")
-    result, first = Scan(name, **storage.facts(path)), 0
+    facts, first = storage.facts(path), 0
+    result = Scan(name, facts["size"], facts["mtime_ns"])
     for number, rows in enumerate(row_groups(path)):
         result.members.append((f"{name}/{number}", first, rows))
         first += rows

@@ -104,8 +104,10 @@ def scan(
     facts = storage.facts(path)
     members, skipped = {}, {}
     try:
-        form = {"mode": "r:", "encoding": "utf-8", "errors": "surrogateescape"}
-        with path.open("rb") as file, tarfile.open(fileobj=file, **form) as archive:
+        with (
+            path.open("rb") as file,
+            tarfile.open(None, "r:", file, encoding="utf-8", errors="surrogateescape") as archive,
+        ):
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore  # tarfile keeps 1 kB per member
                 if member.isdir():
