@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -82,13 +83,14 @@ def test_a_killed_command_resumes_after_the_last_complete_file(recipe, tmp_path)
 @pytest.mark.slow
 def test_kills_at_random_times_leave_nothing_but_complete_files(recipe, tmp_path):
     rng, killed, out = np.random.default_rng(0), 0, tmp_path / "out"
+    began = time.monotonic()
     with start(recipe, f"--out={tmp_path / 'whole'}") as process:
         process.communicate()
-    whole = shards(tmp_path / "whole")
+    length, whole = time.monotonic() - began, shards(tmp_path / "whole")
     for _ in range(12):
         with start(recipe, f"--out={out}") as process:
             try:
-                process.communicate(timeout=rng.uniform(3, 9))
+                process.communicate(timeout=length * rng.uniform(0.4, 1.1))
             except subprocess.TimeoutExpired:
                 process.kill()
         killed += process.returncode == -signal.SIGKILL
