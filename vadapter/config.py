@@ -111,7 +111,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, path)
     if origin is typing.Literal:
-        _require_one_of(path, value, args)
+        require_one_of(f"{path}={value!r}", value, args)
         return value
     return plain(value) if hint is Any else _scalar(hint, value, path)
 
@@ -122,10 +122,11 @@ def _group(value: Any, path: str) -> Mapping[str, Any] | ConfigDict:
     return value
 
 
-def _require_one_of(key: str, value: Any, choices: typing.Iterable[Any]) -> None:
+def require_one_of(setting: str, value: Any, choices: typing.Iterable[Any]) -> None:
+    """Raise ConfigError, with the nearest choice, if the value of a `key=value` is not a choice."""
     if value not in (choices := tuple(choices)):
         names = filter(None, map(str, choices))  # "": the default
-        raise ConfigError(f"{key}={value!r}: unknown{nearest(str(value), names)}")
+        raise ConfigError(f"{setting}: unknown{nearest(str(value), names)}")
 
 
 def _scalar(hint: type, value: Any, path: str) -> Any:
@@ -181,8 +182,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> Any:
     values = dict(defaults)
     for item in filter(None, (arg or "").split(",")):
         key, equals, text = item.partition("=")
-        if key not in defaults:
-            raise ConfigError(f"config argument {key!r}: unknown{nearest(key, defaults)}")
+        require_one_of(f"config argument {key!r}", key, defaults)
         kind = type(defaults[key])
         try:
             values[key] = _FLAGS[text.lower()] if kind is bool else kind(text)
@@ -216,7 +216,7 @@ def resolve(value: Any, key: str = "path") -> Any:
 
 def choose(key: str, value: Any, choices: typing.Iterable[Any]) -> None:
     """Raise ConfigError, with the nearest choice, unless the argument of a recipe is a choice."""
-    _require_one_of(f"config argument {key}", value, choices)
+    require_one_of(f"config argument {key}={value!r}", value, choices)
 
 
 def load(spec: str) -> ConfigDict:

@@ -65,7 +65,7 @@ def test_a_step_that_is_quarantined_twice_is_kept_twice(recipe, stopped):
 def test_an_impossible_rewind_is_explained_and_changes_nothing(stopped, tmp_path, capsys):
     for argv, says in {
         (stopped, "--step=1"): "no step up to 1 in ",
-        (stopped, "--step=2", "--stage=lm"): "--stage=lm: no such stage",
+        (stopped, "--step=2", "--stage=lm"): "--stage=lm: unknown; ",
         (tmp_path, "--step=2"): f"no run in {tmp_path}",
     }.items():
         assert main(["rewind", *map(str, argv)]) == USER_ERROR

@@ -51,7 +51,7 @@ def plan(args: argparse.Namespace) -> None:
     """
     import jax
 
-    from vadapter.config import nearest
+    from vadapter.config import require_one_of
     from vadapter.distributed.topology import parse, require_compiler, reserve, smallest
     from vadapter.errors import ConfigError
     from vadapter.plan import estimate, search
@@ -67,9 +67,7 @@ def plan(args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing runs: leave a TPU of this machine free
     config = recipe(args)
     name = args.stage or config.chain[-1]
-    if name not in config.stages:
-        raise ConfigError(f"--stage={name}: no such stage{nearest(name, config.stages)}")
-
+    require_one_of(f"--stage={name}", name, config.stages)
     attempt = functools.partial(
         estimate.plan, config, name, decode=args.decode, utilization=args.utilization
     )

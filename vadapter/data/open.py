@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vadapter.config import nearest, resolve
+from vadapter.config import nearest, require_one_of, resolve
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Features, Source
 from vadapter.data.items import Windows
@@ -41,8 +41,7 @@ def make_source(name: str, config: DataConfig) -> Source:
     key = f"data.{name}.source"
     arguments = dict(config.source)
     kind = arguments.pop("kind", "")
-    if kind not in SOURCES:
-        raise ConfigError(f"config.{key}.kind={kind!r}: unknown{nearest(str(kind), SOURCES)}")
+    require_one_of(f"config.{key}.kind={kind!r}", kind, SOURCES)
     module, _, attribute = SOURCES[kind].partition(":")
     source = getattr(importlib.import_module(module), attribute)
     parameters = inspect.signature(source).parameters

@@ -10,8 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vadapter.config import build, nearest
-from vadapter.errors import ConfigError
+from vadapter.config import build, require_one_of
 from vadapter.models.layers import Dtype
 
 # kind -> its module class, beside which is a dataclass of the same name and `Config`. Imported when
@@ -54,12 +53,11 @@ def expand(name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return the component's spec with its named size filled in; keeps `kind`, drops `size`."""
     spec = dict(spec)
     size = spec.pop("size", "")
-    if size and size not in SIZES:
-        raise ConfigError(f"components.{name}.size={size!r}: unknown{nearest(size, SIZES)}")
+    if size:
+        require_one_of(f"components.{name}.size={size!r}", size, SIZES)
     spec = SIZES.get(size, {}) | spec
     kind = spec.get("kind", "")
-    if kind not in KINDS:
-        raise ConfigError(f"components.{name}.kind={kind!r}: unknown{nearest(str(kind), KINDS)}")
+    require_one_of(f"components.{name}.kind={kind!r}", kind, KINDS)
     return spec
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vadapter.config import nearest
+from vadapter.config import require_one_of
 from vadapter.data.config import DataConfig
 from vadapter.data.features import FeatureSource, Stored
 from vadapter.data.open import make_source
@@ -43,8 +43,7 @@ def write_caches(
         raise ConfigError("no data set of the recipe has cache=True: name some with --data=NAME,…")
     mesh, dtype = make_mesh(recipe.mesh), DTYPES[recipe.dtype]
     for name in names:
-        if name not in recipe.data:
-            raise ConfigError(f"--data={name}: unknown{nearest(name, recipe.data)}")
+        require_one_of(f"--data={name}", name, recipe.data)
         config = recipe.data[name]
         folder = str(out or config.cache_dir or (workdir / "features" if workdir else ""))
         if not folder:

@@ -20,7 +20,7 @@ from vadapter.checkpoints.array_io import CorruptError
 from vadapter.checkpoints.component_store import ComponentStore
 from vadapter.checkpoints.digest import leaf_paths
 from vadapter.checkpoints.manager import steps
-from vadapter.config import build, nearest, override, plain, with_new_keys
+from vadapter.config import build, override, plain, require_one_of, with_new_keys
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.tokenizers.pretrained import load_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
@@ -131,8 +131,7 @@ def _choose(recipe: Recipe, workdir: Path, stage: str | None) -> str:
                 f"({', '.join(names) or 'the chain has none'}): train first"
             )
         return ready[-1]
-    if stage not in recipe.stages:
-        raise ConfigError(f"--stage={stage}: unknown{nearest(stage, recipe.stages)}")
+    require_one_of(f"--stage={stage}", stage, recipe.stages)
     if recipe.stages[stage].kind == "vision":
         raise ConfigError(
             f"--stage={stage}: it trains the encoder; choose one of {', '.join(names)}"

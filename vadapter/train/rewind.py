@@ -4,8 +4,8 @@ import bisect
 from pathlib import Path
 
 from vadapter.checkpoints.manager import quarantine, steps
-from vadapter.config import nearest
-from vadapter.errors import CheckpointError, ConfigError
+from vadapter.config import require_one_of
+from vadapter.errors import CheckpointError
 from vadapter.io import storage
 from vadapter.io.lock import lock
 from vadapter.stages.initialization import DONE
@@ -24,8 +24,8 @@ def rewind(workdir: Path, step: int, stage: str | None = None) -> tuple[str, int
     """
     workdir = storage.absolute(workdir)
     chain = read_run(workdir).chain
-    if stage is not None and stage not in chain:
-        raise ConfigError(f"--stage={stage}: no such stage{nearest(stage, chain)}")
+    if stage is not None:
+        require_one_of(f"--stage={stage}", stage, chain)
     finished = [name for name in chain if (workdir / name / DONE).is_file()]
     stage = stage or next((name for name in chain if name not in finished), chain[-1])
     with lock(workdir / ".lock"):
