@@ -17,8 +17,7 @@ from vadapter.data.media.frames import load_media
 from vadapter.data.media.images import resize
 from vadapter.errors import ConfigError, DataError
 from vadapter.evaluate.few_shot import build_prompts
-from vadapter.evaluate.protocol import resolve
-from vadapter.evaluate.protocols import PROTOCOLS
+from vadapter.evaluate.protocols import PROTOCOLS, resolve
 from vadapter.evaluate.runner import Decoder, predict
 from vadapter.models.generate import Decode
 from vadapter.stages.restore import open_run

@@ -76,19 +76,22 @@ def _benchmarks(args: argparse.Namespace, protocol: list[str], open_decoder: Cal
 def _evals(args: argparse.Namespace, protocol: list[str], open_decoder: Callable) -> None:
     from vadapter.distributed import hosts
     from vadapter.errors import ConfigError
-    from vadapter.evaluate.recipe_evals import as_table, choose, run_eval
+    from vadapter.evaluate.recipe_evals import choose, run_eval
     from vadapter.report.gallery import read_section, write_gallery
+    from vadapter.report.table import score_table
 
     options = {"--protocol": args.protocol, "--data": args.data}
     misplaced = [f"{name}={value}" for name, value in options.items() if value is not None]
     for option in [*misplaced, *(f"--config.{item}" for item in protocol)]:
         raise ConfigError(f"{option}: applies only to benchmarks; add --benchmarks=A,B or all")
-    decoder, results = open_decoder(), {}
+    decoder, scores = open_decoder(), {}
     loaded = decoder.stage
     for name in choose(loaded, args.evals):
-        results[name], folder = run_eval(decoder, name, limit=args.limit, batch=args.batch)
+        result, folder = run_eval(decoder, name, limit=args.limit, batch=args.batch)
+        scores[name] = result.scores
         if hosts.first():
             paths = {loaded.name: folder / "predictions.jsonl"}
             section = read_section(loaded.recipe, name, paths)
             print(write_gallery(folder / "gallery.html", f"{loaded.name}: {name}", [section]))
-    say(f"\n{as_table(results)}")
+    columns = dict.fromkeys(key for of_eval in scores.values() for key in of_eval)
+    say(f"\n{table(*score_table(scores, columns))}")

@@ -1,6 +1,7 @@
 """A trained stage on the benchmarks: predictions, scores, a file to submit, a gallery."""
 
 import contextlib
+import functools
 import json
 import platform
 import sys
@@ -12,22 +13,20 @@ import jax
 import numpy as np
 
 from vadapter import __version__
-from vadapter.config import digest, plain
+from vadapter.config import digest, plain, require_one_of
 from vadapter.data.benchmarks.source import open_benchmark
 from vadapter.data.items import items_of
-from vadapter.data.media.frames import load_media
 from vadapter.distributed import hosts
 from vadapter.errors import ConfigError, DataError
 from vadapter.evaluate.describe import require_images
 from vadapter.evaluate.few_shot import build_prompts
 from vadapter.evaluate.partial_results import FILE, PartialResults
-from vadapter.evaluate.protocol import POSTS, Protocol, resolve
-from vadapter.evaluate.protocols import PROTOCOLS, find_protocol
+from vadapter.evaluate.protocols import POSTS, PROTOCOLS, Protocol, resolve
 from vadapter.evaluate.recipe_evals import generations_key
 from vadapter.evaluate.runner import Decoder, predict, save_result
 from vadapter.evaluate.submission import submission
 from vadapter.metrics.scoring import METRICS, Generation, score_generations
-from vadapter.report.gallery import Section, write_gallery
+from vadapter.report.gallery import Section, load_frames, write_gallery
 
 BATCH = 32
 
@@ -38,7 +37,8 @@ def choose(names: str, protocol: str, overrides: Sequence[str] = ()) -> list[Pro
     Raises:
       ConfigError: an unknown name, field or value, or no name.
     """
-    table = find_protocol(protocol)
+    require_one_of(f"--protocol={protocol}", protocol, PROTOCOLS)
+    table = PROTOCOLS[protocol]
     chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if chosen == ["all"]:
         chosen = list(table)
@@ -148,12 +148,7 @@ def _write(
     result = score_generations(items, generations, METRICS[protocol.metric])
     name, text = submission(protocol.benchmark, protocol.task, result.rows)
     (directory / name).write_text(text, encoding="utf-8")
-
-    def media(row: Mapping[str, Any]) -> np.ndarray:
-        item = items[row["index"]]
-        example = item[0] if isinstance(item, tuple) else item
-        return load_media(example.media, frames=frames)
-
+    media = functools.partial(load_frames, items=items, frames=frames)
     section = Section(protocol.benchmark, protocol.task, {record["stage"]: result.rows}, media)
     title = f"{record['stage']}: {protocol.benchmark}, {protocol.name} {digest(protocol)[:8]}"
     write_gallery(directory / "gallery.html", title, [section], record["note"])

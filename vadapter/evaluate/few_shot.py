@@ -23,7 +23,7 @@ from vadapter.data.transforms import prompt_sample
 from vadapter.distributed.compile import jit
 from vadapter.errors import ConfigError, DataError
 from vadapter.evaluate.describe import context_len, image_settings
-from vadapter.evaluate.protocol import Protocol, draw, draw_questions
+from vadapter.evaluate.protocols import Protocol, draw, draw_questions
 from vadapter.models.adapter_model import AdapterModel, Params
 from vadapter.stages.stage import Stage
 

@@ -1,13 +1,11 @@
 """The recipe's evaluations, run again with a restored stage."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vadapter import console
 from vadapter.checkpoints.array_io import read_meta
-from vadapter.config import digest, nearest, plain
+from vadapter.config import digest, plain, require_one_of
 from vadapter.data.example import Source
 from vadapter.distributed import hosts
 from vadapter.errors import ConfigError
@@ -15,7 +13,6 @@ from vadapter.evaluate.describe import require_images
 from vadapter.evaluate.partial_results import FILE, PartialResults
 from vadapter.evaluate.runner import Decoder, evaluate, limited, save_result
 from vadapter.metrics.scoring import Result
-from vadapter.report.table import score_rows
 from vadapter.stages.stage import Stage
 
 
@@ -32,8 +29,7 @@ def choose(loaded: Stage, names: str = "") -> list[str]:
     if chosen in ([], ["all"]):
         chosen = list(evals)
     for name in chosen:
-        if name not in evals:
-            raise ConfigError(f"--evals={name}: unknown{nearest(name, evals)}")
+        require_one_of(f"--evals={name}", name, evals)
     if not chosen:
         raise ConfigError("the recipe has no evaluations: config.evals is empty")
     return chosen
@@ -81,11 +77,3 @@ def generations_key(loaded: Stage, source: Source, *settings: Any) -> str:
     checkpoint = loaded.directory / "checkpoints" / str(loaded.step)
     facts = (read_meta(checkpoint), source.fingerprint(), *settings)
     return digest([plain(fact) for fact in facts])
-
-
-def as_table(results: Mapping[str, Result]) -> str:
-    """Return a table of the scores, in percent except for `n`."""
-    scores = {name: result.scores for name, result in results.items()}
-    columns = list(dict.fromkeys(key for of_eval in scores.values() for key in of_eval))
-    columns.sort(key=lambda key: key != "n")
-    return console.table(score_rows(scores, columns), ("evaluation", *columns))

@@ -10,7 +10,7 @@ from vadapter.console import markdown_table
 from vadapter.errors import CheckpointError
 from vadapter.hub.record import WEIGHTS, Exported, frozen_file
 from vadapter.recipe.schema import Recipe
-from vadapter.report.table import score_rows
+from vadapter.report.table import score_table
 from vadapter.stages.stage import Stage
 from vadapter.weights.hub import repository
 
@@ -135,9 +135,8 @@ def _scores(folder: Path) -> str:
     results = {path.parent.name: _read(path) for path in sorted(folder.glob("*/score.json"))}
     if not results:
         return "Not evaluated."
-    keys = {key for scores in results.values() for key in scores}
-    columns = sorted(keys, key=lambda key: (key != "n", key))
-    return markdown_table(score_rows(results, columns), ("evaluation", *columns))
+    columns = sorted({key for scores in results.values() for key in scores})
+    return markdown_table(*score_table(results, columns))
 
 
 def _read(path: Path) -> dict[str, float]:

@@ -46,16 +46,17 @@ def read_section(recipe: Recipe, name: str, predictions: Mapping[str, Path]) -> 
         source = make_source(dataset, config)
         return items_of(source, config.task), config.frames if source.kind == "clip" else 1
 
-    def media(row: Row) -> np.ndarray:
-        items, frames = open_items()
-        item = items[row["index"]] if row["index"] < len(items) else None
-        example = item[0] if isinstance(item, tuple) else item
-        if example is None or example.id != row["id"]:
-            raise BadMedia("the data set has changed since the evaluation")
-        return load_media(example.media, frames=frames)
-
     nonempty = {stage: predicted for stage, predicted in rows.items() if predicted}
-    return Section(name, config.task, nonempty, media)
+    return Section(name, config.task, nonempty, lambda row: load_frames(row, *open_items()))
+
+
+def load_frames(row: Row, items: Any, frames: int) -> np.ndarray:
+    """Return the image of a prediction, u8[F,H,W,3], from `items_of` the evaluated source."""
+    item = items[row["index"]] if row["index"] < len(items) else None
+    example = item[0] if isinstance(item, tuple) else item
+    if example is None or example.id != row["id"]:
+        raise BadMedia("the data set has changed since the evaluation")
+    return load_media(example.media, frames=frames)
 
 
 def write_gallery(

@@ -145,14 +145,16 @@ def benchmarks(directories: Iterable[Path]) -> list[tuple[str, ...]]:
     return table
 
 
-def score_rows(
-    results: Mapping[str, Mapping[str, float]], columns: Sequence[str]
-) -> list[tuple[str, ...]]:
-    """Return one row per evaluation: its name, then its scores in percent; `n` as a number."""
+def score_table(
+    results: Mapping[str, Mapping[str, float]], columns: Iterable[str]
+) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """Return one row per evaluation, and the header: `n` as a number, then scores in percent."""
+    columns = sorted(columns, key=lambda key: key != "n")
 
     def cell(scores: Mapping[str, float], key: str) -> str:
         if key not in scores:
             return "—"
         return f"{scores[key]:.0f}" if key == "n" else f"{100 * scores[key]:.1f}"
 
-    return [(name, *(cell(scores, key) for key in columns)) for name, scores in results.items()]
+    table = [(name, *(cell(scores, key) for key in columns)) for name, scores in results.items()]
+    return table, ("evaluation", *columns)

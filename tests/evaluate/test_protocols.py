@@ -9,8 +9,8 @@ from vadapter.data.benchmarks.table import BENCHMARKS
 from vadapter.data.example import Question
 from vadapter.data.prompts import QUESTION
 from vadapter.errors import ConfigError
-from vadapter.evaluate.protocol import POSTS, draw, draw_questions, resolve
-from vadapter.evaluate.protocols import PROTOCOLS, find_protocol
+from vadapter.evaluate.benchmarks import choose
+from vadapter.evaluate.protocols import POSTS, PROTOCOLS, draw, draw_questions, resolve
 from vadapter.metrics.scoring import METRICS
 from vadapter.metrics.vqa import RULES
 from vadapter.models.generate import Decode
@@ -92,7 +92,7 @@ def test_invalid_protocols_are_refused(benchmark, override, words):
 
 def test_an_unknown_protocol_is_named():
     with pytest.raises(ConfigError, match="--protocol=papr: unknown; did you mean 'paper'"):
-        find_protocol("papr")
+        choose("all", "papr")
 
 
 TRAINING = [Question(f"q{i}", (f"a{i}",) * 3 + ("b",), "", str(i)) for i in range(50)]
