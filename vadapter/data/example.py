@@ -78,6 +78,7 @@ class Source(Protocol):
     """
 
     kind: str  # "image" (one frame), "clip" (several frames) or "text"
+    _digest: str  # what `fingerprint` returns, of sources that do not override it
 
     def __len__(self) -> int:
         """Return the number of examples, at least one."""
@@ -89,7 +90,7 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Return a SHA-256 (hex) of the source's content; a resumed run must find the same."""
-        ...
+        return self._digest
 
     def text_only(self, index: int) -> Example:
         """Return the example without its media, which many sources need not read for it."""

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from support.clips import CODINGS, LOSSLESS, SIZE, Coding, clip, image, numbers
 
-from vadapter.data.media import video
+from vadapter.data.media import images, timeline, video
 from vadapter.data.media.frames import load_media
 from vadapter.data.media.images import BadMedia
 from vadapter.data.media.video import decode_clip, frame_times, nearest
@@ -237,10 +237,14 @@ def test_flipped_bits_never_raise_anything_else():
                 assert decode_clip(bytes(flipped), 4).shape[0] == 4
 
 
-def test_frames_beyond_the_limit_are_refused():
+def test_frames_beyond_the_limit_are_refused(monkeypatch):
     data = clip([image(i) for i in range(5)])
-    assert decode_clip(data, max_pixels=48 * 64).shape == (8, 48, 64, 3)
-    with pytest.raises(BadMedia, match="64x48 pixels"):
-        decode_clip(data, max_pixels=48 * 64 - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "MAX_PIXELS", 48 * 64)
+        assert decode_clip(data).shape == (8, 48, 64, 3)
+        patch.setattr(images, "MAX_PIXELS", 48 * 64 - 1)
+        with pytest.raises(BadMedia, match="64x48 pixels"):
+            decode_clip(data)
+    monkeypatch.setattr(timeline, "MAX_FRAMES", 4)
     with pytest.raises(BadMedia, match="cut it into clips"):
-        decode_clip(data, max_frames=4)
+        decode_clip(data)

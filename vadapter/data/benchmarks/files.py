@@ -13,12 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from vadapter.data.benchmarks.benchmark import Benchmark, File, MediaSet
-from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
+from vadapter.data.media.images import MEDIA_SUFFIXES
 from vadapter.data.shards import tar, zips
 from vadapter.errors import DataError
 
 _MAX_TEXT = 2 << 30  # bytes; the largest official annotation file has 0.4 GB
-_MEDIA = IMAGE_SUFFIXES | CLIP_SUFFIXES
 
 
 class ArchivedFile(NamedTuple):
@@ -127,10 +126,10 @@ def find_media(benchmark: Benchmark, folder: Path, split: str) -> dict[str, Stor
                 with os.scandir(path) as entries:
                     # Sorted: of two files with one stem every machine takes the same one.
                     for entry in sorted(entries, key=lambda entry: entry.name):
-                        if Path(entry.name).suffix.lower() in _MEDIA and entry.is_file():
+                        if Path(entry.name).suffix.lower() in MEDIA_SUFFIXES and entry.is_file():
                             media.setdefault(Path(entry.name).stem, Path(entry.path))
             else:
-                index = (zips if path.suffix.lower() == ".zip" else tar).scan(path, _MEDIA)
+                index = (zips if path.suffix.lower() == ".zip" else tar).scan(path, MEDIA_SUFFIXES)
                 for name, position in index.members.items():
                     archived = ArchivedFile(index.shard, name, position)
                     media.setdefault(PurePosixPath(name).stem, archived)

@@ -1,16 +1,15 @@
 """A split of a benchmark as a data source, read straight from the official files."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from vadapter.config import nearest
 from vadapter.data.benchmarks.benchmark import Benchmark, Record
-from vadapter.data.benchmarks.files import ArchivedFile, Stored, find_media
+from vadapter.data.benchmarks.files import ArchivedFile, find_media
 from vadapter.data.benchmarks.table import find_benchmark
 from vadapter.data.example import Example, Question, Source
+from vadapter.data.sources.common import digest_of
 from vadapter.errors import ConfigError, DataError
 
 _AGAIN = "download the official files again"
@@ -32,7 +31,6 @@ class BenchmarkSource(Source):
       split: the benchmark's default if "".
 
     Attributes:
-      kind: "image" or "clip".
       official: whether it is the complete official split; only then its score is official.
       note: how it differs from the official split, "" if it does not.
       missing: images or clips that the annotation files name and that are missing.
@@ -61,7 +59,12 @@ class BenchmarkSource(Source):
             )
         self.note = _differences(benchmark, split, self._records, self.missing)
         self.official = not self.note
-        self._digest = _digest(self.kind, self._records, self._media)
+        # Of names, sizes and texts, but neither of the pixels nor of the folder.
+        positions = [
+            stored.position if isinstance(stored, ArchivedFile) else stored.stat().st_size
+            for stored in self._media
+        ]
+        self._digest = digest_of(self.kind, zip(self._records, positions, strict=True))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -76,10 +79,6 @@ class BenchmarkSource(Source):
         """Return the example without its image or clip."""
         id_, _, captions, qa = self._records[index]
         return Example(id_, None, captions, qa)
-
-    def fingerprint(self) -> str:
-        """Return a digest of names, sizes and texts, but not of the pixels or the folder."""
-        return self._digest
 
 
 def open_benchmark(name: str, folder: str | Path, split: str = "") -> BenchmarkSource:
@@ -180,12 +179,3 @@ def _differences(
     if not parts:
         return ""
     return f"not the complete official {benchmark.name} {split} split: {'; '.join(parts)}"
-
-
-def _digest(kind: str, records: list[Record], media: list[Stored]) -> str:
-    digest = hashlib.sha256(kind.encode())
-    for record, stored in zip(records, media, strict=True):
-        archived = isinstance(stored, ArchivedFile)
-        position = stored.position if archived else stored.stat().st_size
-        digest.update(json.dumps((record, position)).encode())
-    return digest.hexdigest()

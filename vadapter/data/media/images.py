@@ -30,6 +30,7 @@ from vadapter.errors import DataError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 CLIP_SUFFIXES = frozenset({".avi", ".mp4", ".webm", ".mkv", ".mov", ".gif"})
+MEDIA_SUFFIXES = IMAGE_SUFFIXES | CLIP_SUFFIXES
 MAX_PIXELS = 25_000_000
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -58,22 +59,20 @@ class BadMedia(DataError):  # noqa: N818 - a property of one file, which a pipel
         return BadMedia, (self.reason,)
 
 
-def decode_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_image(data: bytes | Path) -> np.ndarray:
     """Decode one image, encoded or in a file, to u8[H,W,3], writable.
 
     Raises:
-      BadMedia: not an image of a supported format, larger than `max_pixels`, truncated or corrupt.
+      BadMedia: not an image of a supported format, larger than `MAX_PIXELS`, truncated or corrupt.
     """
-    return np.array(read_image(data, max_pixels=max_pixels))
+    return np.array(read_image(data))
 
 
-def read_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(data: bytes | Path) -> Image.Image:
     """Decode one image like `decode_image`, without copying it out of Pillow."""
     try:
         with open_media(data) as file, Image.open(file, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise BadMedia(f"{width}x{height} pixels, more than the {max_pixels} allowed")
+            require_pixels(*image.size)
             return upright(image)
     except (BadMedia, MemoryError):
         raise
@@ -81,6 +80,12 @@ def read_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Ima
         raise BadMedia(f"starts with {head(data)!r}: none of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow raises a dozen kinds on corrupt files
         raise BadMedia(f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def require_pixels(width: int, height: int) -> None:
+    """Raise BadMedia if an image or a frame has more than `MAX_PIXELS`."""
+    if width * height > MAX_PIXELS:
+        raise BadMedia(f"{width}x{height} pixels, more than the {MAX_PIXELS} allowed")
 
 
 def upright(image: Image.Image) -> Image.Image:

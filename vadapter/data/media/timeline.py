@@ -17,7 +17,8 @@ from typing import BinaryIO, NamedTuple
 import av
 from av.container import InputContainer
 
-from vadapter.data.media.images import MAX_PIXELS, BadMedia
+from vadapter.data.media import images
+from vadapter.data.media.images import BadMedia, require_pixels
 
 CONTAINERS = "avi,mov,matroska,gif"
 MAX_FRAMES = 100_000  # about an hour; cut longer recordings into clips first
@@ -76,9 +77,7 @@ class Timeline:
 
 
 @contextlib.contextmanager
-def open_stream(
-    file: BinaryIO, max_pixels: int = MAX_PIXELS
-) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+def open_stream(file: BinaryIO) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     """Open a clip from its beginning, in one of `CONTAINERS`, and yield it and the stream to show.
 
     Raises:
@@ -90,19 +89,16 @@ def open_stream(
         if not isinstance(stream, av.VideoStream):
             raise BadMedia("no video stream")
         context = stream.codec_context
-        if context.width * context.height > max_pixels:
-            raise BadMedia(f"{context.width}x{context.height} pixels, more than {max_pixels}")
-        context.options = {"max_pixels": str(max_pixels)}  # a stream may change its size later
+        require_pixels(context.width, context.height)
+        context.options = {"max_pixels": str(images.MAX_PIXELS)}  # its size may change later
         context.thread_count = 1  # the pipeline's workers are the parallelism
         yield container, stream
 
 
-def read_timeline(
-    file: BinaryIO, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES
-) -> Timeline:
+def read_timeline(file: BinaryIO) -> Timeline:
     """Read all packets; raise BadMedia without video or times, or if truncated or too large."""
     packets, stamps, end = [], [], 0
-    with open_stream(file, max_pixels) as (container, stream):
+    with open_stream(file) as (container, stream):
         avi = container.format.name == "avi"
         for packet in container.demux(stream):
             if packet.is_corrupt:  # the file ended inside it
@@ -115,8 +111,8 @@ def read_timeline(
                 continue
             stamps.append(stamp)
             end = max(end, stamp + (packet.duration or 0))
-            if len(stamps) > max_frames:
-                raise BadMedia(f"more than {max_frames} frames; cut it into clips")
+            if len(stamps) > MAX_FRAMES:
+                raise BadMedia(f"more than {MAX_FRAMES} frames; cut it into clips")
         if not stamps or stream.time_base is None:
             raise BadMedia("no frames with a time stamp")
         if container.format.name == "gif":

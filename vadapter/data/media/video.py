@@ -38,19 +38,13 @@ from av.codec.context import Flags
 from av.container import InputContainer
 from PIL import Image
 
-from vadapter.data.media.images import MAX_PIXELS, BadMedia, open_media, to_rgb
+from vadapter.data.media.images import BadMedia, open_media, require_pixels, to_rgb
 from vadapter.data.media.timeline import MAX_FRAMES, Timeline, open_stream, read_timeline
 
 T = TypeVar("T")
 
 
-def decode_clip(
-    data: bytes | Path,
-    frames: int = 8,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    max_frames: int = MAX_FRAMES,
-) -> np.ndarray:
+def decode_clip(data: bytes | Path, frames: int = 8) -> np.ndarray:
     """Decode F frames of a clip, u8[F,H,W,3]; H and W are those of the first, after rotation.
 
     Raises:
@@ -60,8 +54,8 @@ def decode_clip(
         with open_media(data) as file:
             head = file.read(12)
             if head[:4] == b"RIFF" and head[8:] == b"WEBP":
-                return _decode_webp(file, frames, max_pixels)
-            return _decode_stream(file, frames, max_pixels, max_frames)
+                return _decode_webp(file, frames)
+            return _decode_stream(file, frames)
     except av.FFmpegError as error:  # some of its subclasses are also MemoryError
         raise BadMedia(f"cannot be decoded ({error})") from error
     except (BadMedia, MemoryError):
@@ -94,11 +88,11 @@ def nearest(timed: Iterable[tuple[Fraction, T]], targets: list[Fraction]) -> lis
     return chosen + [last[1]] * (len(targets) - len(chosen))
 
 
-def _decode_stream(file: BinaryIO, frames: int, max_pixels: int, max_frames: int) -> np.ndarray:
-    timeline = read_timeline(file, max_pixels, max_frames)
+def _decode_stream(file: BinaryIO, frames: int) -> np.ndarray:
+    timeline = read_timeline(file)
     targets = frame_times(timeline.duration, frames)
     for choose in (_decode_runs, _decode_all):
-        with open_stream(file, max_pixels) as (container, stream):
+        with open_stream(file) as (container, stream):
             if (chosen := choose(container, stream, timeline, targets)) is not None:
                 return _images(chosen)
     raise BadMedia("no frame could be decoded")
@@ -205,13 +199,12 @@ def _pixels(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
     return np.rot90(pixels, round(frame.rotation / 90))  # both counterclockwise
 
 
-def _decode_webp(file: BinaryIO, frames: int, max_pixels: int) -> np.ndarray:
+def _decode_webp(file: BinaryIO, frames: int) -> np.ndarray:
     """Decode animated WebP, which FFmpeg cannot read."""
     *times, end = itertools.accumulate(_webp_durations(file), initial=Fraction(0))
     file.seek(0)
     with Image.open(file, formats=("WEBP",)) as image:
-        if image.width * image.height > max_pixels:
-            raise BadMedia(f"{image.width}x{image.height} pixels, more than {max_pixels}")
+        require_pixels(*image.size)
         indices = nearest(zip(times, range(len(times)), strict=True), frame_times(end, frames))
         decoded: dict[int, np.ndarray] = {}
         for index in indices:

@@ -23,8 +23,6 @@ from vadapter.data.shards.shard_set import INDEX, VERSION, assemble, differs
 from vadapter.errors import ConfigError, DataError, Problems
 from vadapter.io import storage
 
-_CHUNK = 8 << 20
-
 Say = Callable[[str], Any]
 
 
@@ -119,12 +117,9 @@ def _scan_and_hash(folder: Path, name: str) -> Scan:
 def _sha256(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            total = hashlib.sha256()
-            while chunk := file.read(_CHUNK):
-                total.update(chunk)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}); restore the shard") from error
-    return total.hexdigest()
 
 
 @contextlib.contextmanager

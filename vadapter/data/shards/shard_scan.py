@@ -17,12 +17,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vadapter.data import annotation_tables
-from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
+from vadapter.data.media.images import MEDIA_SUFFIXES
 from vadapter.data.shards import tar
 from vadapter.errors import DataError
 from vadapter.io import storage
 
-MEDIA = IMAGE_SUFFIXES | CLIP_SUFFIXES
 _MAX_REASONS = 100  # per shard; the others are only counted
 
 
@@ -61,7 +60,7 @@ def scan(folder: Path, name: str) -> Scan:
 
 
 def _scan_tar(path: Path, name: str) -> Scan:
-    index = tar.scan(path, MEDIA | {".txt", ".json"})
+    index = tar.scan(path, MEDIA_SUFFIXES | {".txt", ".json"})
     result = Scan(name, index.shard.size, index.shard.mtime_ns, skips=len(index.skipped))
     result.members = [(member, *span) for member, span in index.members.items()]
     result.skipped = dict(itertools.islice(index.skipped.items(), _MAX_REASONS))
@@ -75,7 +74,7 @@ def _pair(result: Scan, index: tar.TarIndex, path: str) -> None:
         folder, slash, base = name.rpartition("/")
         key = folder + slash + base.split(".")[0]
         suffix = PurePosixPath(name).suffix.lower()
-        slot = "media" if suffix in MEDIA else suffix
+        slot = "media" if suffix in MEDIA_SUFFIXES else suffix
         if groups.setdefault(key, {}).setdefault(slot, name) != name:
             result.fault = f"{path}: {name!r} is a second {slot} of {key!r}; keep one"
             return

@@ -24,8 +24,6 @@ from vadapter.io import storage
 
 INDEX = "index.vadapter"  # file name of an index, beside the shards
 VERSION = 1
-_FACTS = ("name", "size", "mtime_ns", "sha256", "skipped", "skips", "suffixes", "bad",
-          "first_bad", "fault", "digest")  # fmt: skip
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -113,7 +111,7 @@ def assemble(scans: Iterable[Scan]) -> tuple[Columns, list[dict[str, Any]]]:
             text_ends.append(len(texts))
             media.append(before + row if row >= 0 else -1)
         counts = {"members": len(shard.members), "pairs": len(shard.pairs)}
-        facts.append({key: getattr(shard, key) for key in _FACTS} | counts)
+        facts.append({k: v for k, v in vars(shard).items() if k not in counts} | counts)
     columns = {
         "names": np.frombuffer(names, np.uint8), "name_ends": np.frombuffer(name_ends, np.int64),
         "hashes": np.frombuffer(hashes, "<u8").astype(np.uint64),

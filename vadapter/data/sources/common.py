@@ -8,15 +8,14 @@ from typing import Any
 
 from vadapter.data import annotation_tables
 from vadapter.data.example import Example, Source
-from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES
-from vadapter.data.shards.shard_scan import MEDIA
+from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES, MEDIA_SUFFIXES
 from vadapter.errors import ConfigError, DataError
 
 
 def kind_of(names: Iterable[str], location: str) -> str:
     """Return "image" or "clip" for file names; a batch holds one kind, and so does a source."""
     suffixes = {PurePosixPath(name).suffix.lower() for name in names}
-    if unknown := suffixes - MEDIA:
+    if unknown := suffixes - MEDIA_SUFFIXES:
         raise DataError(
             f"{location}: files of type {', '.join(sorted(unknown))} are neither images "
             f"({', '.join(sorted(IMAGE_SUFFIXES))}) nor clips ({', '.join(sorted(CLIP_SUFFIXES))})"
@@ -26,11 +25,10 @@ def kind_of(names: Iterable[str], location: str) -> str:
     return "clip" if suffixes & CLIP_SUFFIXES else "image"
 
 
-def digest_of(kind: str, examples: list[Example], positions: Iterable[Any]) -> str:
-    """Return the SHA-256 (hex) of examples without media, and of the positions of their media."""
+def digest_of(kind: str, rows: Iterable[Any]) -> str:
+    """Return the SHA-256 (hex) of a kind of media and of rows as JSON."""
     digest = hashlib.sha256(kind.encode())
-    for example, position in zip(examples, positions, strict=True):
-        row = (example.id, position, example.captions, example.qa)
+    for row in rows:
         digest.update(json.dumps(row).encode())
     return digest.hexdigest()
 
@@ -43,17 +41,13 @@ def digest_json(value: Any) -> str:
 class RowSource(Source):
     """A source whose rows hold their media; a row with unusable texts or media is masked.
 
-    Args:
-      names: names of its columns.
-      columns: key of `annotation_tables` -> column, which may be a path such as `qa.text`.
-      location: the source, for messages.
+    `names` are those of its columns; `columns` maps keys of `annotation_tables` to columns, which
+    may be paths such as `qa.text`; `location` names the source in messages.
 
     Raises:
       ConfigError: `columns` has an unknown key, or names a missing column.
       DataError: no column holds media.
     """
-
-    _digest: str  # of the files, their sizes and numbers of rows, and `columns`
 
     def __init__(self, names: Collection[str], columns: Mapping[str, str] | None, location: str):
         self._columns = dict(columns or {})
@@ -97,10 +91,6 @@ class RowSource(Source):
         """Return why an example's text is masked, "" if it is not."""
         _, location, row = self._read(index, media=False)
         return _texts_or_fault(location, row)[1]
-
-    def fingerprint(self) -> str:
-        """Return a digest of the files, their sizes and numbers of rows, and of `columns`."""
-        return self._digest
 
 
 def _texts_or_fault(location: str, row: dict[str, Any]) -> tuple[annotation_tables.Texts, str]:

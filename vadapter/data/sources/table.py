@@ -44,8 +44,9 @@ class ImageFolder(Source):
         ]
         facts = [listed[name] if listed else storage.facts(folder / name) for name in texts]
         self._generations = [fact["mtime_ns"] for fact in facts] if listed else []
-        sizes = [fact["size"] for fact in facts]
-        self._digest = digest_of(self.kind, self._examples, sizes)
+        sized = zip(texts, (fact["size"] for fact in facts), strict=True)
+        # Neither of pixels nor of the folder.
+        self._digest = digest_of(self.kind, ((name, size, *texts[name]) for name, size in sized))
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -66,10 +67,6 @@ class ImageFolder(Source):
         """Return the example without its media where that has to be fetched."""
         example = self._examples[index]
         return dataclasses.replace(example, media=None) if self._generations else example
-
-    def fingerprint(self) -> str:
-        """Return a digest of names, sizes and texts, but not of pixels or the folder."""
-        return self._digest
 
 
 def _check_files(

@@ -57,7 +57,7 @@ class CaptionTars(Source):
             self._rows: _TableRows | _PairRows = _TableRows(self._shards, rows, folder)
         else:
             self._rows = _PairRows(self._shards, folder, max_bad)
-        self.kind = self._rows.kind
+        self.kind, self._digest = self._rows.kind, self._rows.digest
         if not len(self._rows):
             raise DataError(f"{folder}: 0 usable examples in split {split!r}; check its rows")
 
@@ -77,10 +77,6 @@ class CaptionTars(Source):
         """Return why an example's text is masked, "" if it is not."""
         return self._rows[index][2]
 
-    def fingerprint(self) -> str:
-        """Return a digest of names, positions, sizes and texts, but not of pixels or the folder."""
-        return self._rows.digest
-
 
 _Row = tuple[Example, int, str]  # without media; the member with its media, or -1; its fault
 
@@ -99,8 +95,9 @@ class _TableRows:
         ]
         self._members = np.array([member_of[name] for name in texts], np.int64)
         self.kind = kind_of(texts, str(folder))
-        spans = (shards.span(int(member)) for member in self._members)
-        self.digest = digest_of(self.kind, self._examples, spans)
+        # Of names, positions, sizes and texts, but neither of pixels nor of the folder.
+        spans = ((name, shards.span(member_of[name])) for name in texts)
+        self.digest = digest_of(self.kind, ((name, span, *texts[name]) for name, span in spans))
 
     def __len__(self) -> int:
         return len(self._examples)
