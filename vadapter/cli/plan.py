@@ -1,6 +1,7 @@
 """`vadapter plan`: estimate what a stage takes on accelerators that are not here."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -97,8 +98,6 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def _record(plan: "Plan") -> dict[str, Any]:
-    import dataclasses
-
     record = dataclasses.asdict(plan) | {"parameters": plan.parameters, "fits": plan.fits}
     # The names of 0.1.0 remain beside the new ones for one release.
     record |= {"utilisation": plan.utilization, "utilised_ms": plan.utilized_ms}

@@ -32,7 +32,7 @@ BATCH = 32
 
 
 def choose(names: str, protocol: str, overrides: Sequence[str] = ()) -> list[Protocol]:
-    """Return a protocol for the benchmarks `a,b`, or for "all" of them; `overrides`: see `resolve`.
+    """Return a protocol for each of the benchmarks `a,b`, or "all"; `overrides`: see `resolve`.
 
     Raises:
       ConfigError: an unknown name, field or value, or no name.
@@ -52,17 +52,13 @@ def run(
 ) -> Path:
     """Run a benchmark; write predictions.jsonl, score.json, gallery.html and submission.*.
 
-    An interrupted benchmark resumes after its last complete batch; one that is complete is not run
-    again.
+    Returns the directory of the files, which the first host writes. An interrupted benchmark
+    resumes after its last complete batch; one that is complete is not run again.
 
     Args:
       decoder: of the restored stage; benchmarks whose rows have the same shape share its program.
-      protocol: from `choose`.
       data: contains the folder of the benchmark's official files, named like the benchmark.
       limit, batch: number of items, 0: all; rows per batch, 0: `BATCH`.
-
-    Returns:
-      The directory of the files, which the first host writes.
 
     Raises:
       ConfigError: a text-only stage, or a prompt longer than the language model's context.

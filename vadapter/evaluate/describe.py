@@ -33,17 +33,11 @@ _LENGTH_STEP = 16
 
 
 class Reply(NamedTuple):
-    """The caption of an image or the answer to a question about it, or an error.
-
-    Attributes:
-      media: the image.
-      text: one line.
-      error: why there is no text; "" if there is.
-    """
+    """The caption of an image or the answer to a question about it, or an error."""
 
     media: Media
-    text: str = ""
-    error: str = ""
+    text: str = ""  # one line
+    error: str = ""  # why there is no text
 
 
 class Describer:
@@ -60,25 +54,14 @@ class Describer:
         self._decoder = Decoder(loaded)
 
     def replies(
-        self,
-        media: Sequence[Media],
-        questions: Sequence[str] | None = None,
-        *,
-        max_new: int = 32,
+        self, media: Sequence[Media], questions: Sequence[str] | None = None, *, max_new: int = 32,
         batch: int = 8,
-    ) -> Iterator[Reply]:
+    ) -> Iterator[Reply]:  # fmt: skip
         """Caption images, or answer a question about each. Greedy decoding: deterministic.
 
         Files with the suffix of a clip (.mp4, .gif, …) and arrays of several frames are clips, all
         others are images. An unreadable one gets a reply with `error`; the others are unaffected.
-
-        Args:
-          media: images and clips, `batch` at a time.
-          questions: one per image; None for captions.
-          max_new: maximum number of generated tokens.
-
-        Yields:
-          One reply per image, in order.
+        Yields one reply per image, in order, of at most `max_new` tokens.
 
         Raises:
           ConfigError: a question that is empty or too long.

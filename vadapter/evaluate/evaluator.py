@@ -63,9 +63,7 @@ class Evaluator:
         for name in config.evals:
             spec = limited(stage.recipe.evals[name], limit)
             data = stage.recipe.data[spec.data]
-            source = stage.source(spec.data)
-            if data.cache:
-                source = stage.features(spec.data, self.frozen)
+            source = stage.features(spec.data, self.frozen)
             result = evaluate(self._decoder, params, source, data, spec, stage.view)
             scores |= {f"{name}/{k}": v for k, v in result.scores.items()}
             if directory is not None and hosts.first():

@@ -31,31 +31,21 @@ ImageShot = tuple[Example, str]  # and the text after its image, up to the next 
 
 
 class Prompts(NamedTuple):
-    """How the items of a benchmark become rows.
+    """How the items of a benchmark become rows."""
 
-    Attributes:
-      row: turns an item into a row of a batch.
-      frames: F of its images.
-      examples: text of the examples in the prompt.
-      shown: embeddings of examples with images, see `generate.prefill`; None without any.
-    """
-
-    row: Callable[..., Any]
-    frames: int
-    examples: tuple[str, ...] = ()
-    shown: jax.Array | None = None
+    row: Callable[..., Any]  # turns an item into a row of a batch
+    frames: int  # F of its images
+    examples: tuple[str, ...] = ()  # text of the examples in the prompt
+    shown: jax.Array | None = None  # embeddings of examples with images, see `generate.prefill`
 
 
 def build_prompts(
     loaded: Stage, protocol: Protocol, folder: Path, kind: str, items: Any
 ) -> Prompts:
-    """Return the prompts of a benchmark for a stage.
+    """Return the prompts of a benchmark, of kind "image" or "clip", for the items of `items_of`.
 
-    Args:
-      folder: the official files. Examples need the annotations of the training split; examples
-        with images also need its images.
-      kind: "image" or "clip".
-      items: from `items_of`.
+    The folder has the official files. Examples need the annotations of the training split, and
+    with `shot_kind=image` also its images.
 
     Raises:
       ConfigError: the longest row does not fit into the language model's context.

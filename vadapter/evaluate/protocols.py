@@ -131,11 +131,7 @@ PROTOCOLS: dict[str, Mapping[str, Protocol]] = {
 def resolve(
     table: Mapping[str, Protocol], benchmark: str, overrides: Sequence[str] = ()
 ) -> Protocol:
-    """Return the protocol of a benchmark with some fields overridden.
-
-    Args:
-      table: benchmark -> protocol, of `PROTOCOLS`.
-      overrides: `shots=0`, `decode.beams=3` and the like.
+    """Return the protocol of a benchmark with some fields overridden, such as `decode.beams=3`.
 
     Raises:
       ConfigError: the table lacks the benchmark, or a field or value is invalid.

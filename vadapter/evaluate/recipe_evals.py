@@ -38,15 +38,12 @@ def choose(loaded: Stage, names: str = "") -> list[str]:
 def run_eval(decoder: Decoder, name: str, *, limit: int = 0, batch: int = 0) -> tuple[Result, Path]:
     """Run one evaluation of a restored stage as training does at its end, and write its files.
 
-    An interrupted evaluation resumes after its last complete batch.
+    An interrupted evaluation resumes after its last complete batch. Returns the result, and the
+    directory with predictions.jsonl and score.json; with fewer items than the recipe says it is
+    another one, so that they never replace the full result.
 
     Args:
-      limit: number of items; 0: as the recipe says. Results on fewer items are written to a
-        directory of their own and never replace the full result.
-      batch: rows per batch; 0: as the recipe says.
-
-    Returns:
-      The result, and the directory with predictions.jsonl and score.json.
+      limit, batch: number of items, rows per batch; 0: as the recipe says.
 
     Raises:
       UserError: data that cannot be read.
@@ -55,9 +52,7 @@ def run_eval(decoder: Decoder, name: str, *, limit: int = 0, batch: int = 0) -> 
     full = loaded.recipe.evals[name]
     spec = dataclasses.replace(limited(full, limit), batch=batch or full.batch)
     data = loaded.recipe.data[spec.data]
-    source = loaded.source(spec.data)
-    if data.cache:  # the rounding of cached features is part of the score
-        source = loaded.features(spec.data, loaded.params)
+    source = loaded.features(spec.data, loaded.params)  # cached ones are scored as rounded
     fewer = f"-first-{limit}" if spec.limit != full.limit else ""
     directory = loaded.directory / "eval" / f"{name}{fewer}"
     # The batch size does not change a generation, so it is not part of the key.

@@ -50,11 +50,9 @@ class Decoder:
     def generate(
         self, params: Params, batches: Iterator[Batch], how: Decode, shown: jax.Array | None = None
     ) -> Iterator[list[Generation]]:
-        """Yield the generations of the real rows of each batch.
+        """Yield the generations of the real rows of each batch, which is on the host.
 
-        Args:
-          batches: rows on the host.
-          shown: embeddings of examples in the prompt, see `generate.prefill`.
+        `shown` has the embeddings of examples in the prompt, see `generate.prefill`.
         """
         pending: tuple[Any, Any] | None = None
         for batch in self._watch(batches):
@@ -78,32 +76,20 @@ class Decoder:
 
 
 def predict(
-    decoder: Decoder,
-    params: Params,
-    items: Any,
-    row: Transform,
-    *,
-    batch: int,
-    how: Decode,
-    shown: jax.Array | None = None,
-    partial: PartialResults | None = None,
-    title: str = "",
-) -> list[Generation]:
+    decoder: Decoder, params: Params, items: Any, row: Transform, *, batch: int, how: Decode,
+    shown: jax.Array | None = None, partial: PartialResults | None = None, title: str = "",
+) -> list[Generation]:  # fmt: skip
     """Return one generation per item, in order; those in `partial` are not generated again.
 
     Batches are spread over the hosts and the mesh; the last one is padded, so that all hosts take
-    the same number of steps.
+    the same number of steps. Hosts other than the first return only what was not in `partial`.
 
     Args:
-      items: from `items_of`.
-      row: turns an item into a row of a batch.
+      items: from `items_of`; `row` turns each into a row of a batch.
       batch: rows of a global batch; rounded up to a multiple of the devices.
       how, shown: see `Decoder.generate`.
       partial: keeps the generations as they are made; None: nothing is kept.
       title: of the progress on stderr; "" hides it.
-
-    Returns:
-      The generations; on hosts other than the first only those that were not in `partial`.
 
     Raises:
       DataError: no items.
@@ -139,26 +125,13 @@ def predict(
 
 
 def evaluate(
-    decoder: Decoder,
-    params: Params,
-    source: Source,
-    data: DataConfig,
-    spec: EvalConfig,
-    view: ImageTransform | None,
-    *,
-    partial: PartialResults | None = None,
-    title: str = "",
-) -> Result:
-    """Run one evaluation: generate captions or answers for a source and score them.
+    decoder: Decoder, params: Params, source: Source, data: DataConfig, spec: EvalConfig,
+    view: ImageTransform | None, *, partial: PartialResults | None = None, title: str = "",
+) -> Result:  # fmt: skip
+    """Generate captions or answers for a source, as `data` says and with images as in `view`.
 
-    Args:
-      source: examples with captions or questions.
-      data: how they become rows.
-      view: how the encoder expects its images.
-      partial, title: see `predict`.
-
-    Returns:
-      The scores and predictions; with `partial` empty on hosts other than the first.
+    Returns the scores and predictions; with `partial` (see `predict`), none on hosts other than
+    the first.
     """
     tokenizer = decoder.tokenizer
     items = items_of(source, data.task, spec.limit)

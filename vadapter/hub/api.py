@@ -42,12 +42,9 @@ class VAdapter:
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | os.PathLike[str],
-        *,
-        weights: Mapping[str, str] | None = None,
+        cls, source: str | os.PathLike[str], *, weights: Mapping[str, str] | None = None,
         mesh: Mapping[str, int] | None = None,
-    ) -> "VAdapter":
+    ) -> "VAdapter":  # fmt: skip
         """Load an adapter that `vadapter export` wrote.
 
         Args:
@@ -72,12 +69,8 @@ class VAdapter:
     def caption(self, media: Any, *, max_new: int = 32, batch: int = 8) -> Any:
         """Caption an image or a clip, or each of a list. Greedy decoding: deterministic.
 
-        Args:
-          max_new: maximum number of generated tokens.
-          batch: images per batch.
-
-        Returns:
-          A line of text; for a list, a list.
+        Returns a line of at most `max_new` tokens; for a list, a list. `batch` images are read and
+        captioned at a time.
 
         Raises:
           DataError: an image that cannot be read.
@@ -93,10 +86,7 @@ class VAdapter:
         """Answer a question about an image or a clip, see `caption`.
 
         Two lists have the same length; a single image or question is combined with each element of
-        the other list.
-
-        Returns:
-          A line of text; a list if either argument is one.
+        the other list. Returns a list if either argument is one.
 
         Raises:
           DataError: an image that cannot be read.

@@ -35,17 +35,11 @@ _IMAGES = "images"  # a recipe needs a data set, for the image transform; it is 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A frozen component.
+    """A frozen component."""
 
-    Attributes:
-      digest: of its public files, `sha256:…`, or of its arrays.
-      weights: hub id or folder of its public weights; "" if they are a file of the export.
-      revision: commit of the hub id.
-    """
-
-    digest: str
-    weights: str = ""
-    revision: str = ""
+    digest: str  #: of its public files, `sha256:…`, or of its arrays
+    weights: str = ""  #: hub id or folder of its public weights; "": they are in the export
+    revision: str = ""  #: commit of the hub id
 
     @property
     def location(self) -> str:

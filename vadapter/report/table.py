@@ -12,15 +12,9 @@ from vadapter.recipe.schema import Recipe, StageConfig
 from vadapter.stages.initialization import DONE
 
 HEADER = (
-    "stage",
-    "kind",
-    "steps",
-    "training\nloss",
-    "held-out loss\nright / wrong / mean image",
-    "CIDEr",
-    "correct\nanswers, %",
-    "seconds",
-)
+    "stage", "kind", "steps", "training\nloss", "held-out loss\nright / wrong / mean image",
+    "CIDEr", "correct\nanswers, %", "seconds",
+)  # fmt: skip
 BENCHMARKS = ("benchmark", "stage", "metric", "score", "n", "protocol", "set")
 _METRICS = (("cider", "caption"), ("accuracy", "question"))  # (metric, task) of two columns
 
@@ -61,14 +55,14 @@ def _blind_rows(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
 def _stage_row(directory: Path, name: str, recipe: Recipe) -> tuple[str, ...]:
     stage = recipe.stages[name]
     log = history(directory / "metrics.jsonl")
-    done = _read(directory / DONE)
+    record = _read(directory / DONE)
     losses = [row["loss"] for row in log if "loss" in row]
     reached = max((row["step"] for row in log), default=0)
-    scores = done.get("scores", {}) or {k: v for row in log for k, v in row.items() if "/" in k}
+    scores = record.get("scores", {}) or {k: v for row in log for k, v in row.items() if "/" in k}
     return (
         name,
         stage.kind,
-        str(stage.steps) if done else f"{reached} of {stage.steps}",
+        str(stage.steps) if record else f"{reached} of {stage.steps}",
         f"{losses[-1]:.3f}" if losses else "—",
         _losses(stage, scores),
         *(_scores(recipe, stage.evals, scores, *column) for column in _METRICS),
@@ -92,8 +86,8 @@ def seconds(directory: Path) -> float:
         + log[0].get("step_ms", 0.0) / 1000 + log[0].get("compile_s", 0.0)
         for attempt, log in attempts.items()
     }  # fmt: skip
-    if (done := _read(directory / DONE)) and spent:
-        spent[max(spent)] = done["seconds"]
+    if (record := _read(directory / DONE)) and spent:
+        spent[max(spent)] = record["seconds"]
     return sum(spent.values())
 
 

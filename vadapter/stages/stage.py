@@ -418,7 +418,9 @@ class Stage:
         return make_stream(name, config, source, self.tokenizer, self.view)
 
     def features(self, name: str, params: dict[str, Any]) -> Source:
-        """Return the data set's source with the frozen encoder's tokens instead of its images."""
+        """Return the data set's source; with `cache`, over tokens of the frozen encoder."""
+        if not self.recipe.data[name].cache:
+            return self.source(name)
         from vadapter.stages.feature_cache import encoded
 
         encoder = self.model.encoder
