@@ -6,6 +6,7 @@
 import dataclasses
 from typing import Literal, get_args
 
+from vadapter.config import require_one_of
 from vadapter.errors import ConfigError
 
 Fit = Literal["crop", "stretch", "pad"]
@@ -37,8 +38,7 @@ class ImageTransform:
 
     def __post_init__(self) -> None:
         for key, names in (("fit", get_args(Fit)), ("interpolation", get_args(Interpolation))):
-            if (value := getattr(self, key)) not in names:
-                raise ConfigError(f"{key}={value!r}: one of {', '.join(names)}")
+            require_one_of(f"{key}={getattr(self, key)!r}", getattr(self, key), names)
         if self.size < 1 or not 0 < self.crop_pct <= 1:
             raise ConfigError(
                 f"image_size={self.size}, crop_pct={self.crop_pct}: image_size must be at least 1, "

@@ -48,8 +48,7 @@ def make_source(name: str, config: DataConfig) -> Source:
     if unknown := [argument for argument in arguments if argument not in parameters]:
         suggestion = nearest(unknown[0], parameters)
         raise ConfigError(f"config.{key}.{unknown[0]}: unknown key{suggestion}")
-    if config.task not in TASKS:
-        raise ConfigError(f"config.data.{name}.task={config.task!r}: one of {', '.join(TASKS)}")
+    require_one_of(f"config.data.{name}.task={config.task!r}", config.task, TASKS)
     arguments = {k: resolve(v, f"{key}.{k}") for k, v in arguments.items()}
     try:
         return source(**arguments)

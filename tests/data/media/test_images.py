@@ -337,8 +337,11 @@ def test_a_line_of_pixels_costs_no_more_than_another_image(fit, shape):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"interpolation": "nearest"}, "interpolation='nearest': one of bicubic, bilinear"),
-        ({"fit": "squash"}, "fit='squash': one of crop, stretch, pad"),
+        (
+            {"interpolation": "nearest"},
+            "interpolation='nearest': unknown; known: bicubic, bilinear",
+        ),
+        ({"fit": "squash"}, "fit='squash': unknown; known: crop, pad, stretch"),
         ({"size": 0}, "image_size=0, .*image_size must be at least 1"),
         ({"crop_pct": 87.5}, "crop_pct=87.5: .*above 0 and at most 1"),
         ({"crop_pct": 0.0}, "crop_pct=0.0: .*above 0 and at most 1"),

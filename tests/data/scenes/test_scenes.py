@@ -371,7 +371,9 @@ def test_a_source_of_one_form_has_no_other():
         assert [source[i].pieces for i in range(20)] != [
             ScenesSource("text", "test", count=20)[i].pieces for i in range(20)
         ]
-    with pytest.raises(ConfigError, match="scenes: form='sibling'; choose one of"):
+    with pytest.raises(
+        ConfigError, match="scenes: form='sibling': unknown; did you mean 'siblings'"
+    ):
         ScenesSource("text", form="sibling")
 
 
@@ -532,7 +534,7 @@ def test_phases_are_symmetric_and_images_stand_still():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"media": "video"}, "media='video'; choose one of image, clip, text"),
+        ({"media": "video"}, "media='video': unknown; known: clip, image, text"),
         ({"split": "dev"}, "split='dev'"),
         ({"size": 32}, "size=32; give an integer in 64..256"),
         ({"count": 0}, "count=0"),

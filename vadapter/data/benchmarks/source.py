@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from vadapter.config import nearest
+from vadapter.config import require_one_of
 from vadapter.data.benchmarks.benchmark import Benchmark, Record
 from vadapter.data.benchmarks.files import ArchivedFile, find_media
 from vadapter.data.benchmarks.table import find_benchmark
@@ -114,11 +114,7 @@ def _checked_records(benchmark: Benchmark, folder: Path, split: str) -> Iterator
     Texts stay unchanged, blank ones too, since the official scorers keep them; but one caption or
     answer at least has to have a word. Questions for prompts may lack answers.
     """
-    if split not in benchmark.splits:
-        raise ConfigError(
-            f"benchmark {benchmark.name!r}: no split {split!r}{nearest(split, benchmark.splits)}; "
-            f"choose from {', '.join(benchmark.splits)}"
-        )
+    require_one_of(f"benchmark {benchmark.name!r}: split {split!r}", split, benchmark.splits)
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder; download the official files of {benchmark.name} to it, "

@@ -9,10 +9,9 @@ complete.
 
 from functools import partial
 
-from vadapter.config import nearest
+from vadapter.config import require_one_of
 from vadapter.data.benchmarks import formats
 from vadapter.data.benchmarks.benchmark import Benchmark, Counts, File, MediaSet
-from vadapter.errors import ConfigError
 
 KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
 COCO = "https://cocodataset.org/#download"
@@ -214,9 +213,5 @@ def find_benchmark(name: str) -> Benchmark:
     Raises:
       ConfigError: there is none; names the nearest.
     """
-    if name not in BENCHMARKS:
-        raise ConfigError(
-            f"benchmark {name!r}: unknown{nearest(name, BENCHMARKS)}; "
-            f"choose from {', '.join(BENCHMARKS)}"
-        )
+    require_one_of(f"benchmark {name!r}", name, BENCHMARKS)
     return BENCHMARKS[name]

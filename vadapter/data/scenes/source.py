@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from vadapter.config import require_one_of
 from vadapter.data.example import Example, Question, Source
 from vadapter.data.prompts import CAPTION, QUESTION, text_piece
 from vadapter.data.scenes.captions import captions, keywords, whole
@@ -57,8 +58,8 @@ class ScenesSource(Source):
     def __post_init__(self):
         names = {"media": MEDIA, "split": SPLITS, "form": ("", *DOCUMENTS)}
         for name, choices in names.items():
-            if (value := getattr(self, name)) not in choices:
-                raise ConfigError(f"scenes: {name}={value!r}; choose one of {', '.join(choices)}")
+            value = getattr(self, name)
+            require_one_of(f"scenes: {name}={value!r}", value, choices)
         for name, low, high in (("size", 64, 256), ("count", 1, 2**31 - 1), ("seed", 0, 2**63 - 1)):
             value = getattr(self, name)
             if not (isinstance(value, int) and low <= value <= high):
