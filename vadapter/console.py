@@ -19,6 +19,11 @@ LIMIT = 12  # lines of a table of differences, or of a list of problems, in a me
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
+def note(text: object) -> None:
+    """Print a line about the command itself to stderr, after its name; stdout is for results."""
+    print(f"vadapter: {text}", file=sys.stderr, flush=True)
+
+
 def size(count: float) -> str:
     """Return a number of bytes in decimal units, with three digits: `999 kB`, `1.71 GB`."""
     for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):

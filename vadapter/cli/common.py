@@ -2,10 +2,10 @@
 
 import argparse
 import inspect
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vadapter.console import note
 from vadapter.io.storage import as_path
 
 if TYPE_CHECKING:
@@ -80,10 +80,9 @@ class Renamed(argparse.Action):
     """The old name of an option, which still works for one release, with a warning."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        print(
-            f"vadapter: {option_string} is now --{self.dest}; the old name will be removed in the "
-            "next release",
-            file=sys.stderr,
+        note(
+            f"{option_string} is now --{self.dest}; the old name will be removed in the next "
+            "release"
         )
         setattr(namespace, self.dest, values)
 

@@ -15,6 +15,7 @@ from typing import Any
 from vadapter import __version__, errors
 from vadapter.cli import data, evaluate, plan, train, use
 from vadapter.cli.common import add_verbs
+from vadapter.console import note
 from vadapter.io.buckets import bucket_errors
 
 VERBS = (
@@ -85,7 +86,7 @@ def _attempt(args: argparse.Namespace) -> tuple[int, str]:
     except FAILURES as error:
         return _failed(error), str(error)
     except KeyboardInterrupt:
-        print("vadapter: stopped", file=sys.stderr)
+        note("stopped")
         return 130, "stopped"
     except BrokenPipeError:  # the reader of the output has exited, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -97,7 +98,7 @@ def _attempt(args: argparse.Namespace) -> tuple[int, str]:
 
 
 def _failed(error: Any) -> int:
-    print(f"vadapter: {error}", file=sys.stderr)
+    note(error)
     return error.exit_code
 
 
@@ -112,12 +113,12 @@ def _unexpected(error: Exception) -> tuple[int, str]:
 
     if memory.exhausted(error):
         reason = memory.described(error)
-        print(f"vadapter: {reason}", file=sys.stderr)
+        note(reason)
         return errors.USER_ERROR, reason
     if hosts.count() == 1:
         raise error
     if cause := shutdown.cause(error):  # another host failed first
-        print(f"vadapter: {cause[1]}", file=sys.stderr)
+        note(cause[1])
         return cause
     traceback.print_exception(error)
     return errors.LOST, f"{type(error).__name__}: {error}"

@@ -4,11 +4,11 @@ import argparse
 import dataclasses
 import functools
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vadapter.cli.common import CONFIG, Renamed, arg, at_least, recipe, verb
+from vadapter.console import note
 
 if TYPE_CHECKING:
     from vadapter.plan.estimate import Plan
@@ -72,18 +72,17 @@ def plan(args: argparse.Namespace) -> None:
     attempt = functools.partial(
         estimate.plan, config, name, decode=args.decode, utilization=args.utilization
     )
-    say = functools.partial(print, "vadapter:", file=sys.stderr)
     if least is None:
         planned = attempt(setting)
     else:
         peak = functools.partial(estimate.estimate_peak, config, name)
         most = None if tpu else MAX_GPUS
-        setting, planned = search.smallest(config, name, setting, attempt, peak, say, most)
+        setting, planned = search.smallest(config, name, setting, attempt, peak, note, most)
     print(as_text(planned))
     record = _record(planned) | {"change": "", "nearest": None}
     closest = None
     if not planned.fits:
-        closest = search.search(config, name, setting, planned, attempt, say)
+        closest = search.search(config, name, setting, planned, attempt, note)
     if closest:
         change = search.overrides(config, name, setting, closest[0])
         print(f"\nfits with {change}:\n\n{as_text(closest[1])}")

@@ -1,10 +1,10 @@
 """Verbs that use a trained stage: `caption`, `ask`, `export`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from vadapter.cli.common import RUN, STAGE, WEIGHTS, arg, at_least, verb
+from vadapter.console import note
 from vadapter.errors import USER_ERROR
 from vadapter.io.storage import as_path
 
@@ -58,14 +58,14 @@ def _describe(args: argparse.Namespace, files: list[Path], question: str | None)
     from vadapter.hub.load import open_either
 
     loaded = open_either(args.workdir, args.stage, args.overrides)
-    print(f"vadapter: {loaded.name}, step {loaded.step}", file=sys.stderr)
+    note(f"{loaded.name}, step {loaded.step}")
     code = 0
     questions = None if question is None else [question] * len(files)
     for reply in Describer(loaded).replies(files, questions, max_new=args.max_new):
         name = str(reply.media).encode("utf-8", "backslashreplace").decode()
         if reply.error:
             code = USER_ERROR
-            print(f"vadapter: {name}: {reply.error}", file=sys.stderr)
+            note(f"{name}: {reply.error}")
         else:
             print(reply.text if question else f"{name}: {reply.text}")
     return code

@@ -16,6 +16,7 @@ import time
 
 import jax
 
+from vadapter.console import note
 from vadapter.distributed import hosts, watchdog
 from vadapter.errors import HostError
 
@@ -97,7 +98,7 @@ def _exit(code: int, reason: str, *, quiet: bool = False) -> None:
         sys.stderr.flush()
         faulthandler.dump_traceback(file=2)  # sys.stderr may have been replaced
     if not quiet:
-        print(f"vadapter: {reason}", file=sys.stderr)
+        note(reason)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     watchdog.exit_within(_LINGER + _GRACE)

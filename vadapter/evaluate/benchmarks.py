@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import platform
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from vadapter import __version__
 from vadapter.config import digest, plain, require_one_of
+from vadapter.console import note
 from vadapter.data.benchmarks.source import open_benchmark
 from vadapter.data.items import items_of
 from vadapter.distributed import hosts
@@ -73,8 +73,8 @@ def run(
         notes = [source.note] if not source.official else []
         if limit and limit < len(items_of(source, protocol.task)):
             notes.append(f"only the first {limit}")
-        for note in notes:
-            _log(f"{name}: not official: {note}")
+        for reason in notes:
+            _log(f"{name}: not official: {reason}")
         prompts = build_prompts(loaded, protocol, folder, source.kind, items)
 
     directory = loaded.directory / "eval" / _directory(protocol, limit)
@@ -121,7 +121,7 @@ def _suggest_doctor(name: str, folder: Path) -> Iterator[None]:
 
 def _log(text: str) -> None:
     if hosts.first():
-        print(f"vadapter: {text}", file=sys.stderr, flush=True)
+        note(text)
 
 
 def _is_complete(directory: Path, record: Mapping[str, Any]) -> bool:

@@ -1,6 +1,5 @@
 """`vadapter export`: a trained stage as a folder to share, see `hub.record`."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from vadapter.hub import record
 from vadapter.hub.model_card import model_card
 from vadapter.hub.record import Exported, Frozen, frozen_file
 from vadapter.io import storage
+from vadapter.io.json_files import write_json
 from vadapter.models.registry import expand
 from vadapter.stages.stage import Stage
 from vadapter.weights.hf_checkpoint import locate
@@ -115,8 +115,7 @@ def _write(folder: Path, loaded: Stage, exported: Exported) -> None:
         if not part.weights:
             _save(folder / frozen_file(name), {name: loaded.params[name]})
     loaded.tokenizer.save(folder / record.TOKENIZER)
-    config = json.dumps(plain(exported), indent=1) + "\n"
-    (folder / record.CONFIG).write_text(config, encoding="utf-8")
+    write_json(folder / record.CONFIG, plain(exported))
     (folder / record.CARD).write_text(model_card(loaded, exported), encoding="utf-8")
 
 

@@ -9,13 +9,13 @@ import contextlib
 import json
 import os
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vadapter.console import note
 from vadapter.errors import USER_ERROR
 from vadapter.io import buckets
 from vadapter.io.lock import holder_name, in_use, parse_holder, this_process
@@ -23,10 +23,6 @@ from vadapter.io.lock import holder_name, in_use, parse_holder, this_process
 BEAT = 15.0
 STALE = 60.0
 _POLL = 1.0  # seconds between two looks at the lock of another process
-
-
-def _say(text: str) -> None:
-    print(f"vadapter: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -70,7 +66,7 @@ class _LockObject:
                 if seen is not None and not wait:
                     raise in_use(self.path, holder_name(holder))
                 if seen is None and not wait and not gone:
-                    _say(
+                    note(
                         f"{self.path} is held by {holder_name(holder)}; waiting up to "
                         f"{STALE:.0f} s to see whether it is alive (if you know that it is not, "
                         f"delete {self.path})"
@@ -89,10 +85,10 @@ class _LockObject:
                     continue
                 holder, generation = self._read()
             except Exception as error:  # no network: try again at the next beat
-                _say(f"{self.path}: {error!r:.160}")
+                note(f"{self.path}: {error!r:.160}")
                 continue
             taken = f"was taken over by {holder_name(holder)}" if generation else "was deleted"
-            _say(
+            note(
                 f"{self.path} {taken} while this run could not write it; this run ends, because "
                 "both would write to the same directory"
             )
