@@ -121,20 +121,12 @@ def document_sample(
 ) -> Row:
     """Return a row of packed documents, each a segment that starts with BOS.
 
-    The documents of the window are tried in their order; each enters that still fits uncut, and
-    the others are left out (see `items.Windows`). A document longer than a row enters an empty
-    row cut (with `last_only` it is left out, since its targets may be past the cut).
-
-    Args:
-      examples: a window of documents; their `pieces` are tokenized separately.
-      rng: unused; nothing is drawn.
-      text_len: T.
-      target_len: M; None: T, which always suffices.
-      last_only: only the last piece (usually a caption) and EOS are targets, for a loss that can
-        be compared between documents of different layouts.
-
-    Returns:
-      The arrays of `caption_sample` without frames and with prompt i32[0].
+    The documents of the window `examples` are tried in their order; each enters that still fits
+    uncut, and the others are left out (see `items.Windows`). A document longer than a row enters an
+    empty row cut. With `last_only` it is left out, since its targets may be past the cut: only the
+    last piece (usually a caption) and EOS are then targets, for a loss that can be compared between
+    documents of different layouts. T is `text_len`, M `target_len`, by default T, which suffices.
+    Nothing is drawn. The arrays are those of `caption_sample` without frames, with prompt i32[0].
     """
     del rng
     segments, room = [], text_len
@@ -165,13 +157,10 @@ def prompt_sample(
 ) -> Row:
     """Return a row for the model to continue, with a caption or an answer.
 
-    The text is the lead alone, its last `text_len` tokens; the only target is EOS, so M is 1. The
-    arrays are those of `caption_sample`.
-
-    Args:
-      item: an example, to be captioned, or (example, `Question`).
-      template: the prompt that a question is put into.
-      shots: (question, answer) pairs that precede it, without images.
+    An item is an example, to be captioned, or (example, `Question`): the question is put into
+    `template`, after `shots`, (question, answer) pairs without images. The text is the lead alone,
+    its last `text_len` tokens; the only target is EOS, so M is 1. The arrays are those of
+    `caption_sample`.
     """
     example, question = item if isinstance(item, tuple) else (item, None)
     around = CAPTION if question is None else template.fill(question.text, shots)

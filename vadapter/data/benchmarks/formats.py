@@ -34,11 +34,8 @@ def karpathy(
     """Read `dataset_<name>.json` of Karpathy and Fei-Fei (CVPR 2015), or `captions.jsonl`.
 
     {"images": [{"filename", "split", "sentences": [{"raw", …}], "cocoid" (of COCO), …}], …}; the
-    rows of `captions.jsonl` are described in `annotation_tables`.
-
-    Args:
-      folder, split, file: see above.
-      values: split -> the values of "split" that belong to it, where it is not the name itself.
+    rows of `captions.jsonl` are described in `annotation_tables`. `values` maps a split to the
+    values of "split" that belong to it, where it is not the name itself.
     """
     if rows_path := _rows_path(folder, split, file):
         yield from _rows(rows_path, split)
@@ -89,13 +86,9 @@ def vqa(
 
     {"questions": [{"image_id", "question", "question_id"}], …} and
     {"annotations": [{"question_id", "answers": [{"answer", …}], "answer_type", …}], …}, where
-    "question_types" may hold the names of the question types.
-
-    Args:
-      folder, split, questions, annotations: see above; a split that `annotations` does not name has
-        no public answers.
-      images: split -> the part of COCO that has its images, such as "val2014".
-      kind: key of an annotation by which scores are broken down.
+    "question_types" may hold the names of the question types. A split that `annotations` does not
+    name has no public answers. `images` maps a split to the part of COCO that has its images, such
+    as "val2014"; `kind` is the key of an annotation by which scores are broken down.
 
     Raises:
       DataError: also for a question without annotation, or an annotation without question.
@@ -194,12 +187,9 @@ def daquar(folder: Path, split: str, file: File) -> Iterator[Record]:
 def video_qa(folder: Path, split: str, file: File, mapping: File | None = None) -> Iterator[Record]:
     """Read `<split>_qa.json` of xudejing/video-question-answering.
 
-    [{"answer", "id", "question", "video_id"}, …]; scores are broken down by the first word.
-
-    Args:
-      folder, split, file: see above.
-      mapping: a file whose lines "<file name> vid<number>" name the clips; None where they are
-        called video<number>.
+    [{"answer", "id", "question", "video_id"}, …]; scores are broken down by the first word. The
+    lines "<file name> vid<number>" of `mapping` name the clips; without it they are called
+    video<number>.
     """
     names, prefix, qa = {}, "video", _Questions(list)
     if mapping is not None:

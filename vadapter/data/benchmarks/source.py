@@ -22,13 +22,9 @@ class NoMediaError(DataError):
 class BenchmarkSource(Source):
     """One split; an example is an image or clip with its captions or all questions about it.
 
-    Records whose image or clip is missing (videos disappear) are left out, and the split is then
-    partial: `official` is False and `note` says how it differs.
-
-    Args:
-      benchmark: a row of `table.BENCHMARKS`.
-      folder: folder with the official files under their official names.
-      split: the benchmark's default if "".
+    `folder` has the official files under their official names; a split of "" is the benchmark's
+    default. Records whose image or clip is missing (videos disappear) are left out, and the split
+    is then partial: `official` is False and `note` says how it differs.
 
     Attributes:
       official: whether it is the complete official split; only then its score is official.

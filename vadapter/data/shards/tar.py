@@ -90,10 +90,8 @@ def scan(
 ) -> TarIndex:
     """Index an uncompressed tar file by reading its headers only.
 
-    Args:
-      path: the archive.
-      suffixes: allowed suffixes in lower case, such as ".jpg"; case is ignored in names.
-      max_bytes: size above which a member is left out.
+    Members of more than `max_bytes`, and those whose suffix is not one of `suffixes`, in lower case
+    (such as ".jpg"; case is ignored in names), are left out.
 
     Raises:
       DataError: not a plain tar file, truncated, corrupt between members, or a duplicate name.

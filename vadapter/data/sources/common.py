@@ -73,29 +73,26 @@ class RowSource(Source):
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Example:
-        return self._example(index, media=True)
+        return self._example(index, media=True)[0]
 
     def text_only(self, index: int) -> Example:
         """Return the example without its media."""
-        return self._example(index, media=False)
-
-    def _example(self, index: int, *, media: bool) -> Example:
-        id_, location, row = self._read(index, media=media)
-        value = row.get(self._media) if media else None
-        value = value.get("bytes") if isinstance(value, Mapping) else value
-        (captions, qa), _ = _texts_or_fault(location, row)
-        usable = value if isinstance(value, bytes) else None
-        return Example(str(row.get("id", id_)), usable, captions, qa)
+        return self._example(index, media=False)[0]
 
     def fault(self, index: int) -> str:
         """Return why an example's text is masked, "" if it is not."""
-        _, location, row = self._read(index, media=False)
-        return _texts_or_fault(location, row)[1]
+        return self._example(index, media=False)[1]
 
-
-def _texts_or_fault(location: str, row: dict[str, Any]) -> tuple[annotation_tables.Texts, str]:
-    """Return the texts of a row and "", or no texts and why they are unusable."""
-    try:
-        return annotation_tables.texts(location, row), ""
-    except DataError as error:
-        return ((), ()), str(error)
+    def _example(self, index: int, *, media: bool) -> tuple[Example, str]:
+        """Return an example, and why its texts are unusable: it then has none."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        id_, location, row = self._read(index, media=media)
+        try:
+            texts, fault = annotation_tables.texts(location, row), ""
+        except DataError as error:
+            texts, fault = ((), ()), str(error)
+        value = row.get(self._media) if media else None
+        value = value.get("bytes") if isinstance(value, Mapping) else value
+        usable = value if isinstance(value, bytes) else None
+        return Example(str(row.get("id", id_)), usable, *texts), fault

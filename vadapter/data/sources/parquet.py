@@ -19,7 +19,6 @@ class ParquetImages(RowSource):
     FILE#ROW, or those of the column `id`.
 
     Args:
-      folder: folder of the files.
       split: selects the files `<split>-NNN-of-NNN.parquet`.
       shards: instead, a pattern of files, see `CaptionTars`.
       columns: key of `annotation_tables` -> column, such as {"caption": "text"}.
@@ -54,8 +53,6 @@ class ParquetImages(RowSource):
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def _read(self, index: int, *, media: bool) -> tuple[str, str, dict[str, Any]]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         place = int(self._ends.searchsorted(index, "right"))
         member = int(self._groups[place])
         shard, first, count = self._shards.span(member)

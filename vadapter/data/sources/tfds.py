@@ -75,8 +75,6 @@ class TfdsSource(RowSource):
 
     def _read(self, index: int, *, media: bool) -> tuple[int, str, dict[str, Any]]:
         del media  # a record is read as a whole
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         try:
             record = self._records[index]
         except Exception as error:  # array_record and protobuf raise many classes
