@@ -183,7 +183,6 @@ def make_loader(
         stream's share of all steps.
       global_batch: B, a multiple of `host_count`; host h yields the rows h·b … (h+1)·b - 1.
       seed: >= 0; order, mixture and every augmentation derive from it.
-      start_step: the global step of the first batch.
       num_steps: length of the whole run: the last batch is that of step num_steps - 1. None: no
         end.
       workers: processes; 0 makes the rows in this process. They are spawned, so a script that uses

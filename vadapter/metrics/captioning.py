@@ -27,14 +27,8 @@ def cider_d(candidates: Sequence[Tokens], references: References) -> tuple[float
     The cosine of tf-idf vectors with clipped candidate counts and a Gaussian penalty on the
     difference in length (in bigrams, as in the official code), averaged over n = 1..4 and the
     references. The idf comes from the evaluated set itself, so the score of a subset is not
-    comparable with that of the full set.
-
-    Args:
-      candidates: tokens of one caption per item; may be empty, which scores 0.
-      references: at least one tokenized caption per item.
-
-    Returns:
-      The corpus score (mean over items) and f64[I] scores per item, both in 0..10.
+    comparable with that of the full set. Returned are the corpus score (mean over items) and f64[I]
+    scores per item, both in 0..10. An empty candidate scores 0.
 
     Raises:
       DataError: fewer than two items (each idf would be 0), or an item without references.

@@ -149,9 +149,7 @@ def prepare(name: str, folder: str | Path, out: str | Path) -> Path:
     """Write the splits of a benchmark whose official files are in `folder`.
 
     This is `vadapter data prepare`. Splits that are already in `out`, TFDS's `data_dir`, are kept.
-
-    Returns:
-      The folder for `tfds.builder_from_directory`.
+    Returns the folder for `tfds.builder_from_directory`.
 
     Raises:
       ConfigError: no benchmark of that name.

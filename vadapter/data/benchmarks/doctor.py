@@ -23,10 +23,9 @@ def list_benchmarks() -> list[str]:
 def diagnose(name: str, folder: Path) -> tuple[list[str], bool]:
     """Report which official files of a benchmark `folder` has, and the pages of the missing ones.
 
-    Returns:
-      Lines to print, and whether the default split can be scored: its files are present and in the
-      official format, and so are the training questions, which few-shot prompts take examples
-      from. A split that lacks some images or clips can be scored, and is reported as partial.
+    Returns lines to print, and whether the default split can be scored: its files are present and
+    in the official format, and so are the training questions, which few-shot prompts take examples
+    from. A split that lacks some images or clips can be scored, and is reported as partial.
 
     Raises:
       ConfigError: no benchmark of that name.
