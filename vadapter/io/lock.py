@@ -28,8 +28,8 @@ def lock(path: Path, *, wait: bool = False) -> AbstractContextManager[None]:
     Two runs in one directory would both report successful saves and lose them. On several hosts the
     first one takes the lock for all. A second lock in the same process is refused too. On a disk
     the file stays afterwards and names the last holder. With `wait`, for short writes of shared
-    files, another holder is waited for, however long; otherwise it is refused, and the directory is
-    checked to be writable.
+    files, another holder is waited for, however long; otherwise a lock in use is refused, and the
+    directory is checked to be writable.
 
     Raises:
       ConfigError: another process holds the lock, or the directory cannot be written.
