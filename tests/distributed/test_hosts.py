@@ -664,12 +664,12 @@ told(hosts.exchange, 1, f"place {me}")
 checkpointer = Checkpointer(folder / "checkpoints", keep=1)
 told(checkpointer.save, 3 + me, {"w": jnp.ones(2)}, {})
 if me == 1:
-    hosts.report_end({"code": 78, "reason": "no file"})
+    hosts.report_end(78, "no file")
 hosts.exchange("", "one ends")
 if me == 0:
-    hosts.report_end({"code": 1, "reason": "follows"})
+    hosts.report_end(1, "follows")
 hosts.exchange("", "both end")
-told(shutdown._report)
+told(hosts.first_to_end)
 if me == 0:
     told(checkpointer.save, 9, {"w": jnp.ones(2)}, {})
 shutdown._exit(0, "done", quiet=True)

@@ -22,9 +22,10 @@ from vadapter.distributed import topology
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.distributed.topology import CHIPS, Topology, parse
 from vadapter.errors import USER_ERROR, ConfigError
-from vadapter.plan import compiled_stats, estimate, search, text
+from vadapter.plan import compiled_stats, estimate, text
 from vadapter.plan.compiled_stats import memory_needed
 from vadapter.plan.estimate import Setting, estimate_peak, plan
+from vadapter.plan.search import Search
 from vadapter.recipe.schema import read
 
 HERE = Path(__file__).parent
@@ -300,10 +301,11 @@ def tried(stage="vadapter", fits=lambda setting: False, over=False):
     rest = dataclasses.replace(train, limit=10**12)
 
     def attempt(change):
-        order.append(search.overrides(recipe(), stage, setting, change))
+        order.append(search.overrides(setting, change))
         return with_train(made, rest if fits(change) else train)
 
-    return order, search.search(recipe(), stage, setting, made, attempt)
+    search = Search(recipe(), stage, attempt)
+    return order, search.closest(setting, made)
 
 
 @pytest.mark.usefixtures("qwix")
@@ -360,7 +362,7 @@ def test_the_nearest_setting_is_found_by_planning_it(nearest):
     requested = Setting(parse("cpu:1"), batch=64)
     made = attempt(requested)
     assert not made.fits
-    closest = search.search(recipe(), "vadapter", requested, made, attempt)
+    closest = Search(recipe(), "vadapter", attempt).closest(requested, made)
     assert closest is not None
     assert closest[0] == Setting(parse(f"cpu:{chips}"), batch=64, remat=remat)
     assert closest[1].fits
@@ -376,9 +378,8 @@ def least(fits, peak=lambda setting: 0, chip="cpu:1", limit=None):
     def attempt(change):
         return rest if fits(change) else over
 
-    setting, _ = search.smallest(
-        recipe(), "vadapter", Setting(parse(chip)), attempt, peak, order.append, limit
-    )
+    search = Search(recipe(), "vadapter", attempt, order.append)
+    setting, _ = search.smallest(Setting(parse(chip)), peak, limit)
     return setting, order
 
 

@@ -100,7 +100,6 @@ def load(
     """Return the tree, in the shardings of `abstract`, and the meta; verify every leaf.
 
     Args:
-      path: the directory.
       abstract: tree of `jax.ShapeDtypeStruct` with shardings, or of arrays to take them from.
       expect: values that `meta` must hold, compared key by key, nested dicts included.
       upgrade: converts meta that an earlier version wrote, before it is compared.

@@ -55,7 +55,8 @@ def plan(args: argparse.Namespace) -> None:
     from vadapter.config import require_one_of
     from vadapter.distributed.topology import parse, require_compiler, reserve, smallest
     from vadapter.errors import ConfigError
-    from vadapter.plan import estimate, search
+    from vadapter.plan import estimate
+    from vadapter.plan.search import Search
     from vadapter.plan.text import as_text
 
     least = smallest(args.topology)
@@ -72,19 +73,18 @@ def plan(args: argparse.Namespace) -> None:
     attempt = functools.partial(
         estimate.plan, config, name, decode=args.decode, utilization=args.utilization
     )
+    search = Search(config, name, attempt, note)
     if least is None:
         planned = attempt(setting)
     else:
         peak = functools.partial(estimate.estimate_peak, config, name)
         most = None if tpu else MAX_GPUS
-        setting, planned = search.smallest(config, name, setting, attempt, peak, note, most)
+        setting, planned = search.smallest(setting, peak, most)
     print(as_text(planned))
     record = _record(planned) | {"change": "", "nearest": None}
-    closest = None
-    if not planned.fits:
-        closest = search.search(config, name, setting, planned, attempt, note)
+    closest = None if planned.fits else search.closest(setting, planned)
     if closest:
-        change = search.overrides(config, name, setting, closest[0])
+        change = search.overrides(setting, closest[0])
         print(f"\nfits with {change}:\n\n{as_text(closest[1])}")
         record |= {"change": change, "nearest": _record(closest[1])}
     if args.json:

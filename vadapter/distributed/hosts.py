@@ -334,15 +334,16 @@ def require_same(facts: Mapping[str, Any], what: str) -> None:
 # -- end ---------------------------------------------------------------------------------------
 
 
-def report_end(record: Mapping[str, Any]) -> None:
-    """Report to the other hosts that this process ends, and why."""
+def report_end(code: int, reason: str) -> None:
+    """Report to the other hosts that this process ends, with which exit code, and why."""
+    reason = f"host {index()} of {count()} stopped: {reason}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host has reported before
-        _client().key_value_set("cause/0", json.dumps([index(), dict(record)]))
+        _client().key_value_set("cause/0", json.dumps([code, reason]))
     _client().key_value_set(f"ended/{index()}", "true", allow_overwrite=True)
 
 
-def first_to_end() -> tuple[int, dict[str, Any]] | None:
-    """Return the host that reported its end first, as the coordinator saw it, and its record.
+def first_to_end() -> tuple[int, str] | None:
+    """Return exit code and reason of the first host to end, as the coordinator saw it.
 
     Returns None if none has; raises JaxRuntimeError if the coordinator is gone.
     """

@@ -39,18 +39,10 @@ def follow() -> None:
 def _follow() -> None:
     with _IGNORE_LOST_COORDINATOR:  # then JAX ends this process
         while not _over.wait(_EVERY):
-            if report := _report():
+            if report := hosts.first_to_end():
                 if not _over.wait(_GRACE):
                     _exit(*report)
                 return
-
-
-def _report() -> tuple[int, str] | None:
-    """Return exit code and reason of the host that failed first; None if none has."""
-    if end := hosts.first_to_end():
-        i, record = end
-        return record["code"], f"host {i} of {hosts.count()} stopped: {record['reason']}"
-    return None
 
 
 def end_job(code: int, reason: str = "") -> int:
@@ -85,7 +77,7 @@ def cause(error: BaseException) -> tuple[int, str] | None:
     end = time.monotonic() + _GRACE
     with _IGNORE_LOST_COORDINATOR:
         while time.monotonic() < end:
-            if report := _report():
+            if report := hosts.first_to_end():
                 return report
             time.sleep(_EVERY / 10)
     return None
@@ -103,7 +95,7 @@ def _exit(code: int, reason: str, *, quiet: bool = False) -> None:
         stream.flush()
     watchdog.exit_within(_LINGER + _GRACE)
     with _IGNORE_LOST_COORDINATOR:
-        hosts.report_end({"code": code, "reason": reason})
+        hosts.report_end(code, reason)
         end = time.monotonic() + _LINGER
         while hosts.first() and time.monotonic() < end and not hosts.all_end():
             time.sleep(_EVERY / 10)

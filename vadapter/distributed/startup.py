@@ -9,7 +9,9 @@ import contextlib
 import json
 import socket
 import time
+from typing import Any
 
+from vadapter.distributed import hosts
 from vadapter.errors import ConfigError, HostError
 
 _PAUSE = 0.1  # seconds between two attempts to reach process 0
@@ -17,12 +19,9 @@ _PATIENCE = 10.0  # seconds for a line from a peer that is connected
 
 
 def gather(name: str, port: int, n: int, limit: float) -> None:
-    """Wait, as process 0, until processes 1 to n - 1 have connected.
+    """Wait, as process 0, until processes 1 to n - 1 have connected; at most `limit` seconds.
 
-    Args:
-      name, port: the address to listen at; name "": every address.
-      n: number of processes.
-      limit: seconds to wait.
+    It listens at this address; name "": at every address.
 
     Raises:
       ConfigError: the port is taken, or the processes were started with different numbers.
@@ -49,7 +48,7 @@ def gather(name: str, port: int, n: int, limit: float) -> None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 peer = stack.enter_context(server.accept()[0])
                 peer.settimeout(min(_PATIENCE, limit))
-                message = json.loads(_line(peer))
+                message = _receive(peer)
                 host, of = message["host"], message["of"]
                 if of != n:
                     mismatch = f"host {host} was started with {of} processes, host 0 with {n}"
@@ -59,11 +58,10 @@ def gather(name: str, port: int, n: int, limit: float) -> None:
         missing = [i for i in range(1, n) if i not in peers]
         error = mismatch
         if missing and not mismatch:
-            names = f"host{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-            error = f"{names} of {n} did not come within {limit:g} s"
+            error = f"{hosts.host_names(missing)} of {n} did not come within {limit:g} s"
         for peer in peers.values():
             with contextlib.suppress(OSError):
-                peer.sendall(json.dumps({"error": error}).encode() + b"\n")
+                _send(peer, {"error": error})
                 peer.settimeout(_PATIENCE)
                 peer.recv(1)  # it closes first, which leaves the port free for JAX
     if error:
@@ -76,10 +74,10 @@ def check_in(name: str, port: int, n: int, i: int, limit: float) -> None:
     while (left := end - time.monotonic()) > 0:
         try:
             with socket.create_connection((name, port), timeout=left) as peer:
-                peer.sendall(json.dumps({"host": i, "of": n}).encode() + b"\n")
+                _send(peer, {"host": i, "of": n})
                 # Process 0 may have begun to wait later than this one.
                 peer.settimeout(limit + _PATIENCE)
-                error = json.loads(_line(peer))["error"]
+                error = _receive(peer)["error"]
         except (OSError, ValueError):  # not listening yet, or something else listens there
             time.sleep(_PAUSE)
             continue
@@ -90,12 +88,11 @@ def check_in(name: str, port: int, n: int, i: int, limit: float) -> None:
     raise HostError(f"host 0 of {n} did not come within {limit:g} s: nothing listens at {address}")
 
 
-def _line(peer: socket.socket) -> bytes:
-    """Receive up to the end of a line, at most 1,000 bytes."""
-    text = b""
-    while not text.endswith(b"\n"):
-        received = peer.recv(1000 - len(text))
-        if not received:
-            raise ValueError("no line")
-        text += received
-    return text
+def _send(peer: socket.socket, message: dict[str, Any]) -> None:
+    peer.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _receive(peer: socket.socket) -> Any:
+    """Return the next message, of at most 1,000 bytes; ValueError if it is none."""
+    with peer.makefile("rb") as file:
+        return json.loads(file.readline(1000))

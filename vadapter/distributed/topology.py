@@ -127,7 +127,7 @@ def parse(name: str) -> Topology:
     if slices < 1 or not dims or min(dims) < 1:
         raise invalid("a number in it is below 1")
     if row.kind != "tpu":
-        if len(dims) > 1 or slices > 1 or not row.fills_hosts(dims[0]):
+        if len(dims) > 1 or slices > 1 or not row.fills_hosts(math.prod(dims)):
             limit = row.per_host
             raise invalid(f"{chip}:N with N up to {limit}, or whole hosts of {limit}")
         return Topology(chip, dims)

@@ -1,6 +1,5 @@
 """Validation of a recipe from shapes and headers alone: what it trains and what would stop it."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from vadapter.errors import Problems
 from vadapter.models.registry import expand
 from vadapter.recipe.schema import Recipe, StageConfig, components, trained
 from vadapter.stages import initialization
+from vadapter.stages.abstract_state import bytes_per_device
 from vadapter.stages.run import read_tokenizer
 from vadapter.stages.stage import NO_RUN, Findings, Sources, Stage
 from vadapter.weights.hf_checkpoint import locate
@@ -29,13 +29,8 @@ Facts = dict[str, Any]
 def check(load: Callable[[], Recipe], workdir: Path | None = None) -> tuple[Facts, Problems]:
     """Validate the stages of a recipe's chain; reads no tensors and writes nothing.
 
-    Args:
-      load: reads the recipe.
-      workdir: the run directory, which need not exist.
-
-    Returns:
-      The facts as JSON values: `recipe`, `dtype`, `mesh`, `stages` (a list) and `problems` (a list
-      of messages); and the same problems as errors.
+    The run directory need not exist. Returns the facts as JSON values, `recipe`, `dtype`, `mesh`,
+    `stages` (a list) and `problems` (a list of messages), and the same problems as errors.
     """
     problems, facts = Problems(), {"stages": []}
     with problems.gather():
@@ -91,11 +86,13 @@ def _weights(recipe: Recipe, config: StageConfig) -> str:
 
 def _stage_facts(stage: Stage, findings: Findings) -> Facts:
     config = stage.config
+    params = stage.abstract_params() if findings.built else ({}, {})
+    trainable, frozen = map(_count, params)
     return {
         "name": stage.name, "kind": config.kind, "steps": config.steps, "batch": config.batch,
         "components": [_component(stage, findings, part) for part in components(config)],
-        "parameters": _parameters(stage, findings),
-        "memory": _memory(stage, findings),
+        "parameters": {"total": trainable + frozen, "trained": trainable, "frozen": frozen},
+        "memory": _memory(*params),
         "tokenizer": _tokenizer(stage, findings),
         "data": [_data(stage, findings, data) for data in stage.data()],
     }  # fmt: skip
@@ -105,17 +102,13 @@ def _component(stage: Stage, findings: Findings, name: str) -> Facts:
     spec = stage.recipe.components[name]
     enters, leaves = findings.flow.get(name, (None, None))
     return {
-        "name": name,
-        "kind": expand(name, spec)["kind"],
-        "size": spec.get("size", ""),
-        "enters": jax.tree.map(_shape, enters),
-        "leaves": jax.tree.map(_shape, leaves),
+        "name": name, "kind": expand(name, spec)["kind"], "size": spec.get("size", ""),
+        "enters": jax.tree.map(_shape, enters), "leaves": jax.tree.map(_shape, leaves),
         "vocab_size": getattr(_config(stage, findings, name), "vocab_size", None),
         "parameters": _count(stage.abstract[name]) if findings.built else None,
-        "trained": name in trained(stage.config),
-        "int8": bool(spec.get("int8")),
+        "trained": name in trained(stage.config), "int8": bool(spec.get("int8")),
         "start": _start(stage, findings, name),
-    }
+    }  # fmt: skip
 
 
 def _config(stage: Stage, findings: Findings, name: str) -> Any:
@@ -140,27 +133,14 @@ def _start(stage: Stage, findings: Findings, name: str) -> Facts:
     }  # fmt: skip
 
 
-def _parameters(stage: Stage, findings: Findings) -> Facts:
-    trainable, frozen = map(_count, stage.abstract_params() if findings.built else ({}, {}))
-    return {"total": trainable + frozen, "trained": trainable, "frozen": frozen}
-
-
-def _memory(stage: Stage, findings: Findings) -> Facts:
+def _memory(trainable: Any, frozen: Any) -> Facts:
     """Return the bytes of parameters and moments in total and per device, but not activations."""
-    params = stage.abstract_params() if findings.built else ({}, {})
-    trainable, frozen = map(jax.tree.leaves, params)
 
-    def bytes_of(count: Callable[[Any], int]) -> Facts:
-        parameters = sum(map(count, trainable))
-        return {
-            "frozen": sum(count(x) * jnp.dtype(x.dtype).itemsize for x in frozen),
-            "trained": 4 * parameters,
-            "moments": 8 * parameters,
-        }
+    def bytes_of(size: Callable[[Any], int]) -> Facts:
+        trained = size(trainable)
+        return {"frozen": size(frozen), "trained": trained, "moments": 2 * trained}
 
-    return bytes_of(lambda x: x.size) | {
-        "per_device": bytes_of(lambda x: math.prod(x.sharding.shard_shape(x.shape)))
-    }
+    return bytes_of(_bytes) | {"per_device": bytes_of(bytes_per_device)}
 
 
 def _tokenizer(stage: Stage, findings: Findings) -> Facts:
@@ -217,3 +197,7 @@ def _shape(leaf: Any) -> Facts:
 
 def _count(tree: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

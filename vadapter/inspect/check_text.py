@@ -7,7 +7,7 @@ from typing import Any
 from vadapter.console import quantity, size, table, wrap
 
 Facts = Mapping[str, Any]
-_DTYPES = {"uint8": "u8", "int32": "i32", "float32": "f32"}
+_DTYPES = {"uint8": "u8", "int32": "i32"}  # floats are of the stage's dtype
 _PARTS = ("component", "kind", "enters → leaves", "parameters", "state", "starts from")
 _DATA = ("data", "task", "use", "examples", "row")
 _START = 30  # width of the last column of components
@@ -67,8 +67,7 @@ def _shapes(stage: Facts, part: Facts) -> Iterator[str]:
 
 
 def _shape(leaf: Facts) -> str:
-    dtype = _DTYPES.get(leaf["dtype"], "") if leaf["dtype"] != "float32" else ""
-    return f"{dtype}[{','.join(map(str, leaf['shape']))}]"
+    return f"{_DTYPES.get(leaf['dtype'], '')}[{','.join(map(str, leaf['shape']))}]"
 
 
 def _start(start: Facts) -> Iterator[str]:

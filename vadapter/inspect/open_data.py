@@ -13,7 +13,7 @@ from vadapter.data.open import make_source, make_stream
 from vadapter.data.pipeline import Stream
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.errors import ConfigError
-from vadapter.recipe.schema import Recipe, make_model
+from vadapter.recipe.schema import Recipe, make_model, used_data
 from vadapter.stages.abstract_state import view_of
 from vadapter.stages.run import read_tokenizer
 from vadapter.stages.stage import NO_RUN
@@ -83,13 +83,10 @@ def without_tokenizer(data: OpenData) -> str:
 
 def _reader(recipe: Recipe, name: str) -> str:
     """Return the first stage that trains on a data set, or else measures or evaluates on it."""
-    for stage in recipe.chain:
-        if name in recipe.stages[stage].data:
-            return stage
-    for stage in recipe.chain:
-        config = recipe.stages[stage]
-        if name in (*config.loss, *(recipe.evals[e].data for e in config.evals)):
-            return stage
+    trained = [stage for stage in recipe.chain if name in recipe.stages[stage].data]
+    used = [stage for stage in recipe.chain if name in used_data(recipe, recipe.stages[stage])]
+    if trained or used:
+        return (trained or used)[0]
     raise ConfigError(
         f"config.data.{name}: no stage of config.chain={','.join(recipe.chain)} reads it; pass the "
         "stage whose image transform and tokenizer to use with --stage"
@@ -108,11 +105,8 @@ def _open(recipe: Recipe, workdir: Path | None, stage: str, names: Iterable[str]
         if tokenizer is not None:
             items, transform = make_stream(name, data, source, tokenizer, view)
         own_view = None if view is None or data.task == "document" else data.view(view)
-        trains = name in config.data
-        opened.append(
-            OpenData(
-                name, data, source, stage, trains, tokenizer, own_view, items, transform,
-                recipe.seed,
-            )
-        )  # fmt: skip
+        opened.append(OpenData(
+            name, data, source, stage, trains=name in config.data, tokenizer=tokenizer,
+            view=own_view, items=items, transform=transform, seed=recipe.seed,
+        ))  # fmt: skip
     return opened

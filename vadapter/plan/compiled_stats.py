@@ -45,13 +45,10 @@ class ProgramStats:
 
 
 def tpu_stats(topology: Topology, traced: Any, arguments: Any, loops: int = 1) -> ProgramStats:
-    """Return what the TPU compiler reports about a program.
+    """Return what the TPU compiler reports about a program for the devices of a topology.
 
-    Args:
-      topology: TPUs to compile for.
-      traced: result of `jax.jit(fn).trace(*arguments)`, for the devices of the topology.
-      arguments: arrays or abstract arrays, with shardings.
-      loops: iterations of each `while` loop.
+    `traced` is the result of `jax.jit(fn).trace(*arguments)`; the arguments are arrays or abstract
+    arrays, with shardings. A `while` loop counts as `loops` iterations.
     """
     chip, start = topology.row, time.perf_counter()
     common: dict[str, Any] = {

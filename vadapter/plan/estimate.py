@@ -120,19 +120,13 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe,
-    name: str,
-    setting: Setting,
-    *,
-    decode: int | None = None,
+    recipe: Recipe, name: str, setting: Setting, *, decode: int | None = None,
     utilization: float = 0.4,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Estimate what a stage needs; the programs are compiled or analyzed, not run.
 
-    Args:
-      decode: tokens to generate; 0: no generation; None: that of the stage's evaluations, if it
-        generates and its train step fits.
-      utilization: assumed share of the peak FLOP/s.
+    `decode` is the number of tokens to generate; 0: no generation; None: that of the stage's
+    evaluations, if it generates and its train step fits.
 
     Raises:
       ConfigError: batch, mesh and topology do not match, or the compiler is not installed.

@@ -33,7 +33,6 @@ def temporaries(
     Results replace donated arguments, so they need no memory of their own.
 
     Args:
-      fn, arguments: a function of arrays, and arrays or abstract arrays.
       rows: B, a number that no other dimension has as a factor: arrays with it belong to the batch.
       scale: rows of a device, as a multiple of B.
       share: share of a device in all other arrays.

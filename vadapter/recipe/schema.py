@@ -296,6 +296,12 @@ def components(stage: StageConfig) -> tuple[str, ...]:
     return (*encoder, *stage.chain, stage.lm)
 
 
+def used_data(recipe: Recipe, stage: StageConfig) -> tuple[str, ...]:
+    """Return the data sets that a stage trains on, measures losses on and evaluates on."""
+    evaluated = (recipe.evals[name].data for name in stage.evals)
+    return tuple(dict.fromkeys((*stage.data, *stage.loss, *evaluated)))
+
+
 def trained(stage: StageConfig) -> tuple[str, ...]:
     """Return the names of the components that the stage trains."""
     parts = {"lm": (stage.lm,), "chain": stage.chain, "all": COCA}

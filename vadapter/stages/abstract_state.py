@@ -96,10 +96,7 @@ def abstract_state(
 ) -> Any:
     """Return shapes and shardings of the train state; moments are sharded as their parameters.
 
-    Args:
-      trainable: shapes with shardings of the trainable components.
-      tx: their optimizer.
-      mesh: of the shardings.
+    `trainable` are the shapes with shardings of the trainable components, `tx` is their optimizer.
     """
     state = jax.eval_shape(lambda p: init_state(p, tx), trainable)
 

@@ -12,7 +12,7 @@ from vadapter.data.open import make_source
 from vadapter.distributed.mesh import make_mesh
 from vadapter.errors import ConfigError
 from vadapter.models.registry import make_module
-from vadapter.recipe.schema import DTYPES, STAGES, Recipe, StageConfig, trained
+from vadapter.recipe.schema import DTYPES, STAGES, Recipe, StageConfig, trained, used_data
 from vadapter.stages import initialization
 from vadapter.stages.abstract_state import abstract_encoder
 from vadapter.stages.feature_cache import Watch, encoded
@@ -70,8 +70,8 @@ def _encoders(recipe: Recipe, data: str) -> list[tuple[str, StageConfig]]:
     """Return the frozen encoders that a data set is used with, each with its first stage."""
     encoders: dict[tuple[str, str], tuple[str, StageConfig]] = {}
     for stage in (recipe.stages[name] for name in recipe.chain):
-        used = {*stage.data, *stage.loss, *(recipe.evals[ev].data for ev in stage.evals)}
-        if STAGES[stage.kind].visual and stage.encoder not in trained(stage) and data in used:
+        frozen = STAGES[stage.kind].visual and stage.encoder not in trained(stage)
+        if frozen and data in used_data(recipe, stage):
             start = stage.start.get(stage.encoder, "")
             encoders.setdefault((stage.encoder, start), (stage.encoder, stage))
     if not encoders:

@@ -24,12 +24,9 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 def flow(
-    model: Model,
-    params: Mapping[str, Any],
-    batch: Shapes,
-    exact: bool = True,
+    model: Model, params: Mapping[str, Any], batch: Shapes, exact: bool = True,
     memo: dict[Any, Any] | None = None,
-) -> Iterator[tuple[str, tuple[Any, Any]]]:
+) -> Iterator[tuple[str, tuple[Any, Any]]]:  # fmt: skip
     """Yield each component with the shapes of its input and output, in the order of the data flow.
 
     The input of the last language model is {prompt, prefix, tokens}: i32[B,P], [B,Q,E], i32[B,T].

@@ -155,7 +155,6 @@ def find(
     It has no digest if it is from public weights or from an upcoming stage.
 
     Args:
-      recipe, stage, workdir, component: of the run.
       abstract: tree of shapes that the stage's model needs.
       upcoming: stage -> component -> tree of shapes, of stages that will run before this one.
       vocab_bound: upper bound of the size of a vocabulary that is not trained yet: a stored
@@ -296,8 +295,6 @@ def load(start: Start, abstract: Any, initial: Any | None, dtype: Any = None) ->
     What is int8 in `abstract` is quantized after reading.
 
     Args:
-      start: from `find` or `plan`.
-      abstract: tree of `jax.ShapeDtypeStruct`.
       initial: random parameters; needed only where the start is random or leaves are fresh.
       dtype: of the result; None: that of `abstract`.
 

@@ -15,7 +15,7 @@ from vadapter.io import storage
 from vadapter.io.json_files import write_json
 from vadapter.recipe.schema import Recipe, StageConfig
 from vadapter.stages import initialization
-from vadapter.stages.stage import Sources, Stage
+from vadapter.stages.stage import Sources, Stage, once
 
 TOKENIZER = "tokenizer.json"  # trained by the run; those of public models are in tokenizers/
 
@@ -49,19 +49,13 @@ class Run:
           UserError: it cannot be read or trained.
         """
         path = tokenizer_path(self.recipe, stage, self.workdir)
-        if path not in self._tokenizers:
 
-            def read_or_train() -> Tokenizer:
-                tokenizer = read_tokenizer(self.recipe, stage, self.workdir)
-                return self._train_tokenizer(path) if tokenizer is None else tokenizer
+        def read_or_train() -> Tokenizer:
+            tokenizer = read_tokenizer(self.recipe, stage, self.workdir)
+            return self._train_tokenizer(path) if tokenizer is None else tokenizer
 
-            try:
-                self._tokenizers[path] = hosts.in_turn(read_or_train, f"tokenizer {path.name}")
-            except UserError as error:
-                self._tokenizers[path] = error
-        if isinstance(tokenizer := self._tokenizers[path], UserError):
-            raise tokenizer
-        return tokenizer
+        what = f"tokenizer {path.name}"
+        return once(self._tokenizers, path, lambda: hosts.in_turn(read_or_train, what))
 
     def _train_tokenizer(self, path: Path) -> Tokenizer:
         # Its configuration first: a tokenizer in the run directory then always has one.

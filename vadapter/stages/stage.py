@@ -1,10 +1,9 @@
 """One stage of a recipe on a mesh: what it computes, what would stop it, and its parameters."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
@@ -36,45 +35,52 @@ from vadapter.stages.steps import CaptionObjective, CocaObjective, make_train_st
 if TYPE_CHECKING:
     from vadapter.models.generate import Decode
 
+K = TypeVar("K")
+T = TypeVar("T")
+
 NO_RUN = Path("RUN")  # a run directory where none is given: nothing is finished there
 PROMPT = 8  # P without a tokenizer: "Describe the following:" is 4 to 7 tokens in most vocabularies
 
 Earlier = dict[str, dict[str, Any]]  # stage -> component -> tree of shapes
 
 
+def once(results: dict[K, T | UserError], key: K, make: Callable[[], T]) -> T:
+    """Return `make()`, called once per key; a UserError that it raises is raised every time."""
+    if key not in results:
+        try:
+            results[key] = make()
+        except UserError as error:
+            results[key] = error
+    result = results[key]
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
 class Sources:
     """The data sets of a recipe, each opened once; one that cannot be opened keeps its error."""
 
     def __init__(self, recipe: Recipe):
-        self._recipe, self._opened = recipe, {}
+        self._recipe = recipe
+        self._opened: dict[str, Source | UserError] = {}
 
     def __call__(self, name: str) -> Source:
         """Return the source of a data set, or raise what is wrong with it."""
-        if name not in self._opened:
-            try:
-                self._opened[name] = make_source(name, self._recipe.data[name])
-            except UserError as error:
-                self._opened[name] = error
-        if isinstance(self._opened[name], UserError):
-            raise self._opened[name]
-        return self._opened[name]
+        return once(self._opened, name, lambda: make_source(name, self._recipe.data[name]))
 
 
-@dataclasses.dataclass
 class Findings:
     """Results of `Stage.check`, from shapes and headers, by name of a data set or a component."""
 
-    built: bool = False  #: the model can be built; if not, only `sources` are filled in
-    #: of the data sets that can be opened
-    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
-    #: shapes of a batch of one row of a data set
-    rows: dict[str, Shapes] = dataclasses.field(default_factory=dict)
-    #: shapes of a component's input and output, for the largest of the rows
-    flow: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
-    #: of the components that have one
-    starts: dict[str, initialization.Start] = dataclasses.field(default_factory=dict)
-    #: bytes on each device that stay allocated while it trains, by component or use
-    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    def __init__(self):
+        self.built = False  #: the model can be built; if not, only `sources` are filled in
+        self.sources: dict[str, Source] = {}  #: of the data sets that can be opened
+        self.rows: dict[str, Shapes] = {}  #: shapes of a batch of one row of a data set
+        #: shapes of a component's input and output, for the largest of the rows
+        self.flow: dict[str, tuple[Any, Any]] = {}
+        self.starts: dict[str, initialization.Start] = {}  #: of the components that have one
+        #: bytes on each device that stay allocated while it trains, by component or use
+        self.memory: dict[str, int] = {}
 
 
 class Stage:
@@ -172,8 +178,7 @@ class Stage:
 
     def data(self) -> tuple[str, ...]:
         """Return the data sets that it trains on, measures losses on and evaluates on."""
-        evaluated = (self.recipe.evals[name].data for name in self.config.evals)
-        return tuple(dict.fromkeys((*self.config.data, *self.config.loss, *evaluated)))
+        return schema.used_data(self.recipe, self.config)
 
     def on(self, mesh: jax.sharding.Mesh, *, batch: int = 0, remat: str = "") -> "Stage":
         """Return the stage on another mesh, with another batch size or rematerialization."""
@@ -261,12 +266,9 @@ class Stage:
     def check(self, earlier: Earlier, problems: Problems, limit: int | None = None) -> Findings:
         """Collect everything that would stop the stage in `problems`, from shapes and headers.
 
-        No tensor is read, nothing is computed on a device and nothing is written.
-
-        Args:
-          earlier: components that stages before this one will have trained; this one adds its own.
-          problems: receives what is wrong.
-          limit: bytes that programs may use on a device; None: unknown.
+        No tensor is read, nothing is computed on a device and nothing is written. `earlier` has the
+        components that stages before this one will have trained; this one adds its own. Programs
+        may use `limit` bytes on a device; None: unknown.
         """
         findings, section = Findings(), f"stages.{self.name}"
         with problems.gather(self.name), shape_errors(f"{section}: its model cannot be built"):

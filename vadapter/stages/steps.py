@@ -54,14 +54,9 @@ class Objective(Protocol):
     def loss(self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: Key) -> Loss:
         """Return the loss of a batch or micro-batch, and its metrics.
 
-        Args:
-          params: of all components.
-          visual: from `prepare`.
-          batch: see `vadapter.data.batch`.
-          total: f32[], weight of the targets of the whole batch. Dividing by it, and not by the
-            weight of the micro-batch, makes losses and metrics of micro-batches add up to those of
-            the batch.
-          rng: key of the dropout masks.
+        `params` are those of all components, `visual` is from `prepare`, and `total` f32[] is the
+        weight of the targets of the whole batch. Dividing by it, and not by the weight of the
+        micro-batch, makes losses and metrics of micro-batches add up to those of the batch.
         """
         ...
 
@@ -136,12 +131,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:  # fmt: skip
     """Return the train step, a pure function (state, frozen, batch) -> (state, metrics).
 
-    Args:
-      objective: the stage's loss.
-      tx: optimizer of the trained components.
-      seed: of dropout.
-      accumulate: A, number of micro-batches per step; must divide B.
-      dropout: draw dropout masks.
+    `tx` is the optimizer of the trained components. `accumulate` is A, the number of micro-batches
+    per step, which must divide B. With `dropout`, masks are drawn from `seed`.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -50,10 +50,7 @@ def train(
 ) -> None:
     """Train the recipe's chain of stages in `workdir`, resuming where it stopped.
 
-    Args:
-      recipe: the stages, data and components.
-      workdir: the run directory.
-      before: called with the name of each stage before it starts, or is skipped as finished.
+    `before` is called with the name of each stage before it starts, or is skipped as finished.
 
     Raises:
       UserError: invalid configuration, data or checkpoints; the message says what to fix.

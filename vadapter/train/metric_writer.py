@@ -22,12 +22,8 @@ _UPLOAD_EVERY = 30.0  # seconds
 class MetricWriter:
     """The metrics of one stage; a progress bar on a terminal, plain lines elsewhere.
 
-    The first host writes and prints for all; on the others only `tell` does anything.
-
-    Args:
-      directory: of the stage; metrics.jsonl is appended to.
-      title: shown before every line.
-      total: number of steps of the stage.
+    The first host writes and prints for all; on the others only `tell` does anything. An existing
+    metrics.jsonl is appended to, and `title` is printed before every line.
     """
 
     def __init__(self, directory: Path, title: str, total: int):
