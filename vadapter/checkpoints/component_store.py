@@ -54,7 +54,11 @@ class ComponentStore:
             first = hosts.first()
             with lock(self._root / ".put", wait=True) if first else contextlib.nullcontext():
                 if self._must_write(path, digest):
-                    self._write(path, params, {"component": name})
+                    if first:  # remove what an interrupted `put` left
+                        storage.remove_tree(path.with_name(path.name + array_io.TMP))
+                    handler = ocp.CompositeCheckpointHandler(**array_io.handlers())
+                    with ocp.Checkpointer(handler) as writer:
+                        writer.save(path, args=array_io.items(params, {"component": name}))
         except CheckpointError:
             raise
         except Exception as e:
@@ -81,8 +85,7 @@ class ComponentStore:
     def describe(self, name: str, digest: str) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return `{leaf path: (shape, dtype)}` of a component without reading its arrays.
 
-        Raises:
-          CheckpointError: the component is missing, or its record is corrupt.
+        CheckpointError if the component is missing or its record is corrupt.
         """
         path = self._existing(name, digest)
         meta = array_io.read_meta(path)
@@ -105,13 +108,6 @@ class ComponentStore:
             if missing:
                 storage.remove_tree(path)
         return hosts.exchange(missing, f"storing {path.name}", patience=hosts.WORK)[0]
-
-    def _write(self, path: Path, params: PyTree, meta: dict[str, Any]) -> None:
-        if hosts.first():  # remove what an interrupted `put` left
-            storage.remove_tree(path.with_name(path.name + array_io.TMP))
-        handler = ocp.CompositeCheckpointHandler(**array_io.handlers())
-        with ocp.Checkpointer(handler) as writer:
-            writer.save(path, args=array_io.items(params, meta))
 
 
 def _check_content(path: Path, meta: dict[str, Any], digest: str) -> None:

@@ -60,8 +60,7 @@ _leaf_digests = jax.jit(lambda leaves: [leaf_digest(x) for x in leaves])
 def leaf_paths(tree: PyTree) -> dict[str, Any]:
     """Return the leaves of a tree by dotted path, such as `params.adapter.block_0.kernel`.
 
-    Raises:
-      ValueError: two leaves would have the same path (a key that itself contains a dot).
+    Two leaves of the same path (a key that itself contains a dot) are a ValueError.
     """
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

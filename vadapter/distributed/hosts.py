@@ -55,9 +55,7 @@ def seconds(variable: str, default: float, least: float = 0.0) -> float:
 
 
 def start() -> None:
-    """Join the other processes of the job, if the environment describes one.
-
-    Call it before anything uses a device.
+    """Join the other processes, if the environment describes a job, before a device is used.
 
     Raises:
       ConfigError: invalid variables.
@@ -310,9 +308,7 @@ def in_turn(make: Callable[[], T], what: str) -> T:
 def require_same(facts: Mapping[str, Any], what: str) -> None:
     """Refuse hosts that would run different programs, which no collective would notice.
 
-    Args:
-      facts: nested dicts of JSON values.
-      what: name of the facts in messages.
+    The facts are nested dicts of JSON values, and `what` is their name in messages.
 
     Raises:
       ConfigError: on all hosts, with the keys that differ, and their values.

@@ -38,9 +38,8 @@ LARGE = 2**20  # elements of a parameter that counts as large
 class MeshConfig:
     """The number of devices along each axis; one may be -1: all that remain.
 
-    Attributes:
-      slices: groups of devices with a fast network within, such as TPU slices. Only `data` crosses
-        from one to another: it is a multiple of `slices`.
+    `slices` are groups of devices with a fast network within, such as TPU slices. Only `data`
+    crosses from one to another: it is a multiple of `slices`.
     """
 
     data: int = -1
@@ -172,8 +171,7 @@ def partition(
 def shardings(boxed: Any, mesh: Mesh) -> Any:
     """Return the sharding of every leaf of an abstract parameter tree with logical axes.
 
-    Raises:
-      ValueError: a leaf without logical axes, or with an unknown one.
+    A leaf without logical axes, or with an unknown one, is a ValueError.
     """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:

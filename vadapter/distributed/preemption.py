@@ -22,12 +22,9 @@ class Stop:
     On several hosts a signal to one of them stops all at the same point. While training, each host
     marks its rows of a batch with the signal it has received, the step returns the maximum over all
     rows, and every host reads it one step later. Elsewhere the hosts exchange their signals.
-
-    Attributes:
-      signal: number of the signal that this process has received; 0: none.
     """
 
-    signal = 0
+    signal = 0  # number of the signal that this process has received; 0: none
     _agreed = 0  # signal of any host, once all hosts have seen it
     _mark: Any = None  # result of the step that is running
     _handler: Any = None  # of SIGTERM

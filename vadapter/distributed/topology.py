@@ -220,11 +220,7 @@ def devices(topology: Topology) -> np.ndarray:
 
 
 def require_compiler(topology: Topology) -> None:
-    """Set the environment variables of the TPU compiler.
-
-    Raises:
-      ConfigError: it is not installed.
-    """
+    """Set the environment variables of the TPU compiler; ConfigError if it is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             f"topology {topology}: its compiler is not installed; pip install 'vadapter[tpu]'"

@@ -104,16 +104,16 @@ def _component(stage: Stage, findings: Findings, name: str) -> Facts:
     return {
         "name": name, "kind": expand(name, spec)["kind"], "size": spec.get("size", ""),
         "enters": jax.tree.map(_shape, enters), "leaves": jax.tree.map(_shape, leaves),
-        "vocab_size": getattr(_config(stage, findings, name), "vocab_size", None),
+        "vocab_size": _vocab_size(stage, findings, name),
         "parameters": _count(stage.abstract[name]) if findings.built else None,
         "trained": name in trained(stage.config), "int8": bool(spec.get("int8")),
         "start": _start(stage, findings, name),
     }  # fmt: skip
 
 
-def _config(stage: Stage, findings: Findings, name: str) -> Any:
-    module: Any = stage.model.modules.get(name) if findings.built else None
-    return module.config if module is not None else None
+def _vocab_size(stage: Stage, findings: Findings, name: str) -> int | None:
+    module = stage.model.modules.get(name) if findings.built else None
+    return getattr(getattr(module, "config", None), "vocab_size", None)
 
 
 def _start(stage: Stage, findings: Findings, name: str) -> Facts:
@@ -146,7 +146,7 @@ def _memory(trainable: Any, frozen: Any) -> Facts:
 def _tokenizer(stage: Stage, findings: Findings) -> Facts:
     tokenizer, own = stage.tokenizer, _weights(stage.recipe, stage.config)
     name = stage.config.lm or ("text" if stage.config.kind == "vision" else "")
-    rows = getattr(_config(stage, findings, name), "vocab_size", None)
+    rows = _vocab_size(stage, findings, name)
     ids = {"bos": [tokenizer.bos_id], "eos": [tokenizer.eos_id], "stop": [*tokenizer.stop_ids]}
     names: dict[int, str] = {}
     if isinstance(tokenizer, PretrainedTokenizer):

@@ -1,5 +1,4 @@
-"""Statistics of a data set and of the rows a stage reads from it: lengths, truncation, faults,
-sizes, speed.
+"""Statistics of a data set and its rows: lengths, truncation, faults, sizes, speed.
 
 Nothing is trained, and no image stays in memory.
 """

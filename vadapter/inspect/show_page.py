@@ -28,23 +28,21 @@ def _card(row: Shown) -> str:
     head = f"<b>{text(row.data)}[{row.index}]</b> {text(row.name)}"
     if row.mirrored:
         head += " <span class=mark>mirrored</span>"
+    bad = f"<p class=bad>bad row, weight 0: {text(row.bad)}</p>" if row.bad else ""
+    frames = ""
     if row.frames is not None:
-        frames, size = row.frames.shape[:2]
-        head += f" <span class=size>{frames} × {size} × {size}</span>"
-    parts = [f"<h2>{head}</h2>"]
-    if row.bad:
-        parts.append(f"<p class=bad>bad row, weight 0: {text(row.bad)}</p>")
-    if row.frames is not None:
+        count, size = row.frames.shape[:2]
+        head += f" <span class=size>{count} × {size} × {size}</span>"
         images = "".join(
             f'<img src="{_uri(frame)}" alt="frame {n}" title="frame {n}">'
             for n, frame in enumerate(row.frames)
         )
-        parts.append(f"<div class=frames>{images}</div>")
+        frames = f"<div class=frames>{images}</div>"
     lines = [_line("prompt", row.prompt, row.padding[0])] if row.prompt else []
     lines += [_line(f"text {n}", tokens, 0) for n, tokens in enumerate(row.texts, 1)]
     if row.padding[1]:
         lines.append(_line("", (), row.padding[1]))
-    return f"<article>{''.join(parts)}<table>{''.join(lines)}</table></article>"
+    return f"<article><h2>{head}</h2>{bad}{frames}<table>{''.join(lines)}</table></article>"
 
 
 def _line(head: str, tokens: Sequence[Token], padding: int) -> str:

@@ -281,14 +281,11 @@ def _rows(stage: Stage, data: tuple[str, ...], train: ProgramStats | None) -> Ro
         plain = stage.on(stage.mesh, remat="none")
         counted = flops.count(plain.train_step, *stage.arguments(data[0]))
     return Rows(
-        data=data,
-        share=sum(weights[name] for name in data) / sum(weights.values()),
-        frames=sizes.get("F", 0),
-        batch_bytes=bytes_per_device(stage.batch_shapes(data[0])),
+        data, share=sum(weights[name] for name in data) / sum(weights.values()),
+        frames=sizes.get("F", 0), batch_bytes=bytes_per_device(stage.batch_shapes(data[0])),
         flops=stage.config.batch * sum(per_row.values()) if per_row else None,
-        counted=counted,
-        train=train,
-    )
+        counted=counted, train=train,
+    )  # fmt: skip
 
 
 def _mean(rows: Sequence[Rows], values: Sequence[float | None]) -> float | None:
@@ -300,9 +297,8 @@ def _mean(rows: Sequence[Rows], values: Sequence[float | None]) -> float | None:
 
 def _parts(stage: Stage) -> dict[str, Part]:
     trainable, frozen = stage.abstract_params()
-    parts = {}
+    parts, params = {}, trainable | frozen
     for name in components(stage.config):
-        params = (trainable | frozen)[name]
-        count = sum(x.size for x in jax.tree.leaves(params))
-        parts[name] = Part(count, name in trainable, bytes_per_device(params))
+        count = sum(x.size for x in jax.tree.leaves(params[name]))
+        parts[name] = Part(count, name in trainable, bytes_per_device(params[name]))
     return parts

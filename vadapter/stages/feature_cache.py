@@ -51,11 +51,9 @@ def encoded(
     same call, with the folder on a shared file system, and each writes its own shards.
 
     Args:
-      source, config: of the data set; the folder of `config` holds any number of caches, each in a
-        folder named by its key.
-      workdir: the run directory, for a data set without a folder.
+      config: of the data set; its folder holds any number of caches, each in a folder named by its
+        key. Without a folder, they are in the run directory.
       encoder, params, digest: the frozen encoder's module, its parameters and their digest.
-      mesh: to compute on.
       watch: yields the batches, or raises to stop; the next call resumes after the last complete
         shard.
       batch: B.
@@ -105,11 +103,7 @@ def _missing(cache: Cache) -> list[int]:
 
 
 def _announce(cache: Cache, missing: list[int], key: Any) -> None:
-    """Print what will be written.
-
-    Raises:
-      ConfigError: the disk has too little space.
-    """
+    """Print what will be written; ConfigError if the disk has too little space."""
     if not hosts.first():
         return
     count = sum(len(cache.span(shard)) for shard in missing)
@@ -219,8 +213,7 @@ def _encode(
 def _records(out: Any, stored: np.ndarray) -> list[bytes]:
     """Return the records of this host's rows that are to be stored, bool[B]; the rest is padding.
 
-    Raises:
-      DataError: tokens are not finite.
+    DataError if tokens are not finite.
     """
     finite, arrays = jax.tree.map(local_rows, out)
     if not finite[stored].all():

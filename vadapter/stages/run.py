@@ -43,10 +43,8 @@ class Run:
     def tokenizer(self, stage: StageConfig) -> Tokenizer:
         """Return the tokenizer of the stage's language model: that of public weights, or the run's.
 
-        The latter is trained once, by the first host, and then read from the run directory.
-
-        Raises:
-          UserError: it cannot be read or trained.
+        The latter is trained once, by the first host, and then read from the run directory. If it
+        cannot be read or trained, every call raises the same UserError.
         """
         path = tokenizer_path(self.recipe, stage, self.workdir)
 

@@ -107,8 +107,7 @@ class CocaObjective:
 def split(params: Mapping[str, Any], names: tuple[str, ...]) -> tuple[dict, dict]:
     """Return (the named components, the others). This is the whole mechanism of freezing.
 
-    Raises:
-      ValueError: a name is not a component.
+    ValueError if a name is not a component.
     """
     if missing := set(names) - params.keys():
         raise ValueError(f"no components {sorted(missing)}; there are {sorted(params)}")

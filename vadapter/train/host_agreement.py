@@ -90,11 +90,7 @@ def _appears(path: Path) -> bool:
 
 
 def require_own_rows(mesh: jax.sharding.Mesh) -> None:
-    """Refuse a mesh where two hosts need the same rows of a batch: each reads its own.
-
-    Raises:
-      ConfigError: the mesh has the same rows on devices of several hosts.
-    """
+    """Raise ConfigError if two hosts need the same rows of a batch: each reads its own."""
     if hosts.count() == 1:
         return
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)

@@ -77,11 +77,7 @@ class Supervisor:
             yield step, self.stage.stop.mark(batch)
 
     def after(self, step: int, metrics: dict[str, Any]) -> None:
-        """Take the metrics of a step that was started; read and act on those of the step before.
-
-        Raises:
-          NonFiniteError, DataError: see `Monitor.add`.
-        """
+        """Take the metrics of a step that was started; raises as `Monitor.add`."""
         if self._compiles:
             self.monitor.exclude(time.monotonic() - self._began, compiling=True)
         assert self._batch is not None, "no step was started"
@@ -103,7 +99,6 @@ class Monitor:
     and evaluation). Single batches say little, because images and clips alternate.
 
     Args:
-      writer, name, config: of the stage.
       rate: learning rate at each optimizer step, from 0.
       describe: (step, id in the source) -> the name of an unusable sample.
     """
