@@ -8,7 +8,7 @@ import pytest
 from support.recipes import draw, tiny_recipe
 
 from vadapter.checkpoints.digest import combined, tree_digests
-from vadapter.models.adapter_model import component_seed
+from vadapter.models.adapter_model import component_key
 from vadapter.recipe.schema import read
 from vadapter.stages.run import Run
 
@@ -51,7 +51,7 @@ def test_a_checked_stage_is_trained_without_another_trace(recipe, tmp_path):
 
 def test_the_values_of_a_component_depend_on_seed_stage_and_its_name_alone(recipe, tmp_path):
     stage = Run(recipe, tmp_path).stage("vision")
-    rng = jax.random.fold_in(jax.random.key(recipe.seed), component_seed("vision"))
+    rng = component_key(jax.random.key(recipe.seed), "vision")
     all_of_them, _ = stage.load_params()
     for name, params in all_of_them.items():
         alone = stage.initializer.random([name], rng, stage.abstract)[name]

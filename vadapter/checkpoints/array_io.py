@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
@@ -29,6 +28,7 @@ from vadapter.checkpoints.digest import is_key, leaf_paths, tree_digests
 from vadapter.config import differences
 from vadapter.console import difference_table
 from vadapter.distributed import hosts
+from vadapter.distributed.mesh import read_sharded
 from vadapter.errors import CheckpointError
 from vadapter.io import buckets, storage
 
@@ -151,7 +151,7 @@ def _unreadable(text: str, e: Exception) -> CheckpointError:
 
 
 def _read_leaf(path: Path, name: str, target: Any) -> jax.Array:
-    """Return one array; each host reads the shards of its own devices, each of them once."""
+    """Return one array, see `read_sharded`."""
     stored = jax.eval_shape(jax.random.key_data, target) if is_key(target) else target
     files = {"driver": "ocdbt", "base": storage.kvstore(path / "state"), "path": f"{name}/"}
     # Without filling, a missing chunk is an error, not zeros.
@@ -159,14 +159,8 @@ def _read_leaf(path: Path, name: str, target: Any) -> jax.Array:
     store = ts.open(spec, open=True, read=True).result()
     if store.shape != stored.shape or store.dtype.numpy_dtype != stored.dtype:
         raise ValueError(f"holds {store.dtype.name}{list(store.shape)}")
-    shards: dict[str, Any] = {}  # JAX asks once per device, also where devices hold the same shard
-
-    def shard(index: Any) -> np.ndarray:
-        if (key := str(index)) not in shards:
-            shards[key] = store[index].read().result()
-        return shards[key]
-
-    array = jax.make_array_from_callback(stored.shape, target.sharding, shard)
+    read = lambda index: store[index].read().result()  # noqa: E731
+    array = read_sharded(stored.shape, target.sharding, read)
     if is_key(target):
         impl: list[Any] = []
         jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), target)

@@ -141,6 +141,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def read_sharded(
+    shape: tuple[int, ...], sharding: jax.sharding.Sharding, read: Callable[[Any], np.ndarray]
+) -> jax.Array:
+    """Return an array of which this host reads the shards of its own devices, each of them once.
+
+    `read` takes the slices of a shard. JAX asks once per device, also where devices hold the same.
+    """
+    shards: dict[str, np.ndarray] = {}
+
+    def shard(index: Any) -> np.ndarray:
+        if (key := str(index)) not in shards:
+            shards[key] = read(index)
+        return shards[key]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
 def partition(
     names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:

@@ -17,6 +17,7 @@ S = P + Q + T, M targets, D encoder width, E width of a language model, V vocabu
 """
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,11 +27,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vadapter.data.batch import Batch
-from vadapter.models.component import Components, Params, component_key, component_seed
 from vadapter.models.lm import LM
 from vadapter.models.transformer import text_mask, unpadded_rows
 
-__all__ = ["AdapterModel", "Batch", "Params", "component_seed"]
+Params = Mapping[str, Any]  # component name -> tree of arrays
+
+
+def component_key(rng: jax.Array, name: str) -> jax.Array:
+    """Return a component's own key, which does not depend on what else is in the model."""
+    return jax.random.fold_in(rng, zlib.crc32(name.encode()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """Flax modules by name, each trained, frozen, stored and initialized on its own."""
+
+    modules: Mapping[str, nn.Module]
+
+    def apply(
+        self, params: Params, name: str, *args: Any, rng: jax.Array | None = None, **kwargs: Any
+    ) -> Any:
+        """Call `Module.apply` of a component with its parameters; `rng` turns dropout on."""
+        rngs = {} if rng is None else {"dropout": component_key(rng, name)}
+        return self.modules[name].apply({"params": params[name]}, *args, rngs=rngs, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,22 +172,17 @@ class AdapterModel(Components):
         params: dict[str, Any] = {}
         x = visual
         for name in self.chain:
-            module = self.modules[name]
             assert x is not None
-            # Through `hidden` alone: a language model of the chain needs neither embedding nor
-            # head, so it gets none.
-            init = nn.init_with_output(_hidden if isinstance(module, LM) else _call, module)
-            out, variables = init(component_key(rng, name), jnp.zeros(x.shape, x.dtype))
+            init, key = self.modules[name].init_with_output, component_key(rng, name)
+            zeros = jnp.zeros(x.shape, x.dtype)
+            if isinstance(self.modules[name], LM):
+                # Through `hidden` alone: in the chain it needs neither embedding nor head.
+                positions = jnp.zeros(x.shape[:2], jnp.int32)
+                (out, _), variables = init(key, zeros, method="hidden", positions=positions)
+            else:
+                out, variables = init(key, zeros)
             params[name] = variables["params"]
             x = jax.ShapeDtypeStruct(out.shape, out.dtype)
         tokens = jnp.zeros((1, 2), jnp.int32)
         params[self.lm] = self.modules[self.lm].init(component_key(rng, self.lm), tokens)["params"]
         return params
-
-
-def _call(module: Any, x: jax.Array) -> jax.Array:
-    return module(x)
-
-
-def _hidden(module: LM, x: Float[Array, "B Q D"]) -> Float[Array, "B Q E"]:
-    return module.hidden(x, positions=jnp.zeros(x.shape[:2], jnp.int32))[0]

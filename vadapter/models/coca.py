@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vadapter.data.batch import Batch
-from vadapter.models.component import Components, Params, component_key
+from vadapter.models.adapter_model import Components, Params, component_key
 from vadapter.models.layers import Dtype, Norm, NormKind, linear, partitioned
 from vadapter.models.lm import LM
 from vadapter.models.transformer import BlockConfig, Remat, Stack, text_mask

@@ -1,5 +1,7 @@
 """Greedy decoding and beam search with a key-value cache: one prefill, then one token at a time.
 
+`decode` chooses between the searches `greedy` and `beam`, for which `Decoder` runs the model.
+
 Legend: B rows, K beams, C candidates of a step, S cache slots, G new tokens, X tokens of examples,
 E language model width, V vocabulary.
 """
@@ -13,12 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vadapter.data.batch import EOS, PAD, Batch
-from vadapter.models.adapter_model import AdapterModel
-from vadapter.models.component import Params
+from vadapter.models.adapter_model import AdapterModel, Params
 from vadapter.models.lm import LM, empty_cache
 from vadapter.models.transformer import Cache, text_mask
 
-_NOTHING = -1e9  # the score of an empty place among the beams; finite, so that sums are no NaN
+_NOTHING = -1e9  # the score of an empty place among K texts; finite, so that sums are no NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +186,26 @@ def greedy(
     return {k: out[k] for k in ("tokens", "ended", "logprob")}
 
 
+class Finished(NamedTuple):
+    """The K best finished texts of every row, best first."""
+
+    score: Float[Array, "B K"]
+    logprob: Float[Array, "B K"]
+    tokens: Int[Array, "B K G"]
+    ended: Bool[Array, "B K"]  # by one of `stop`, not by the greatest length
+
+
+class Beams(NamedTuple):
+    """A beam search after `length` new tokens: the texts that continue, and those that do not."""
+
+    length: Int[Array, ""]
+    logprob: Float[Array, "B K"]  # of the continuing texts, best first
+    tokens: Int[Array, "B K G"]
+    parents: Int[Array, "B K"]  # the beams of one token less that they continue
+    active: Bool[Array, " B"]  # rows whose search is not over
+    finished: Finished
+
+
 def beam(
     decoder: Decoder, batch: Batch, shown: Float[Array, "1 X E"] | None = None
 ) -> dict[str, jax.Array]:
@@ -202,71 +223,64 @@ def beam(
     """
     K, G, penalty = decoder.how.beams, decoder.how.max_new, decoder.how.length_penalty
 
-    def score(logp: jax.Array, length: jax.Array | int) -> jax.Array:
-        return logp / jnp.asarray(length, jnp.float32) ** penalty
+    def score(logprob: jax.Array, length: jax.Array | int) -> jax.Array:
+        return logprob / jnp.asarray(length, jnp.float32) ** penalty
 
-    def advance(
-        carry: dict[str, Any], logp: Float[Array, "BK V"], i: Int[Array, ""] | int
-    ) -> dict[str, Any]:
-        """Choose the beams after one more token, from the log probabilities after i new ones."""
-        V = logp.shape[-1]
-        logp = decoder.permitted(logp, i).reshape(-1, K, V)
-        total = jnp.maximum(carry["logp"][:, :, None] + logp, 2 * _NOTHING)
-        # Even if every stop token of every beam is among them, K of the candidates do not end.
+    def advance(beams: Beams, logp: Float[Array, "BK V"]) -> Beams:
+        """Choose the texts of one more token; `logp` are the log probabilities of that token."""
+        i, V = beams.length, logp.shape[-1]
+        # 1. The best continuations. Even if every stop token of every beam is among them, K of
+        # them do not end.
         count = min((1 + len(decoder.stop)) * K, K * V)
-        best, index = jax.lax.top_k(total.reshape(-1, K * V), count)
+        logp = decoder.permitted(logp, i).reshape(-1, K, V)
+        total = jnp.maximum(beams.logprob[:, :, None] + logp, 2 * _NOTHING)
+        total, index = jax.lax.top_k(total.reshape(-1, K * V), count)
         parents, token = index // V, (index % V).astype(jnp.int32)
-        tokens = _pick(carry["tokens"], parents).at[:, :, i].set(token)
-        over = decoder.ends(token) | (i == G - 1)
+        tokens = _pick(beams.tokens, parents).at[:, :, i].set(token)
+        ended = decoder.ends(token)
+        over = ended | (i == G - 1)
 
-        finishes = over & (jnp.arange(over.shape[1]) < K)[None, :] & (best > _NOTHING / 2)
-        finishes &= carry["active"][:, None]
-        candidates = {
-            "score": jnp.where(finishes, score(best, i + 1), _NOTHING),
-            "logprob": best,
-            "texts": tokens,
-            "ended": decoder.ends(token),
-        }
-        merged = {k: jnp.concatenate([carry[k], v], axis=1) for k, v in candidates.items()}
-        _, kept = jax.lax.top_k(merged["score"], K)
-        finished = {k: _pick(v, kept) for k, v in merged.items()}
+        # 2. Those of the first K that are over compete with the texts that finished earlier.
+        finishes = over & (jnp.arange(count) < K)[None, :] & (total > _NOTHING / 2)
+        finishes &= beams.active[:, None]
+        scores = jnp.where(finishes, score(total, i + 1), _NOTHING)
+        new = Finished(scores, total, tokens, ended)
+        both = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), beams.finished, new)
+        _, kept = jax.lax.top_k(both.score, K)
+        finished = jax.tree.map(lambda x: _pick(x, kept), both)
 
-        running, kept = jax.lax.top_k(jnp.where(over, _NOTHING, best), K)
-        length = i + 1 if penalty <= 0 else G
-        can_win = score(running[:, 0], length) > finished["score"].min(axis=1)
-        return finished | {
-            "i": jnp.int32(i + 1),
-            "logp": running,
-            "tokens": _pick(tokens, kept),
-            "token": _pick(token, kept),
-            "parents": _pick(parents, kept),
-            "active": carry["active"] & can_win & (running[:, 0] > _NOTHING / 2),
-        }
+        # 3. The K best of the others continue, while the best of them can still win.
+        logprob, kept = jax.lax.top_k(jnp.where(over, _NOTHING, total), K)
+        best, length = logprob[:, 0], i + 1 if penalty <= 0 else G
+        active = beams.active & (score(best, length) > finished.score.min(axis=1))
+        active &= best > _NOTHING / 2
+        tokens, parents = _pick(tokens, kept), _pick(parents, kept)
+        return Beams(i + 1, logprob, tokens, parents, active, finished)
 
-    def body(carry: dict[str, Any]) -> dict[str, Any]:
-        beams = jnp.arange(B)[:, None] * K + carry["parents"]
-        context = _take(carry["context"], beams.reshape(-1))
-        logp, context = decoder.extend(context, carry["token"].reshape(-1))
-        return advance(carry, logp, carry["i"]) | {"context": context}
+    def step(state: tuple[Beams, Context]) -> tuple[Beams, Context]:
+        beams, context = state
+        parents = jnp.arange(B)[:, None] * K + beams.parents
+        token = beams.tokens[:, :, beams.length - 1]
+        logp, context = decoder.extend(_take(context, parents.reshape(-1)), token.reshape(-1))
+        return advance(beams, logp), context
 
     logp, context = decoder.prefill(batch, shown)
     B = len(logp)
-    rows = jnp.repeat(jnp.arange(B), K)
     nothing = jnp.full((B, K), _NOTHING)
     blank = jnp.full((B, K, G), PAD, jnp.int32)
-    start = {
-        "logp": nothing.at[:, 0].set(0.0),  # all beams are equal: only one counts
-        "tokens": blank,
-        "texts": blank,
-        "score": nothing,
-        "logprob": jnp.zeros((B, K)),
-        "ended": jnp.zeros((B, K), bool),
-        "active": jnp.ones(B, bool),  # rows whose search is not over
-    }
-    carry = advance(start, logp[rows], 0) | {"context": _take(context, rows)}
-    out = jax.lax.while_loop(lambda c: (c["i"] < G) & jnp.any(c["active"]), body, carry)
-    names = {"tokens": "texts", "ended": "ended", "logprob": "logprob", "score": "score"}
-    return {name: out[key][:, 0] for name, key in names.items()}
+    start = Beams(
+        length=jnp.int32(0),
+        logprob=nothing.at[:, 0].set(0.0),  # all beams are equal: only one counts
+        tokens=blank,
+        parents=jnp.zeros((B, K), jnp.int32),
+        active=jnp.ones(B, bool),
+        finished=Finished(nothing, jnp.zeros((B, K)), blank, jnp.zeros((B, K), bool)),
+    )
+    rows = jnp.repeat(jnp.arange(B), K)
+    state = advance(start, logp[rows]), _take(context, rows)
+    searching = lambda s: (s[0].length < G) & jnp.any(s[0].active)  # noqa: E731
+    beams, _ = jax.lax.while_loop(searching, step, state)
+    return {name: x[:, 0] for name, x in beams.finished._asdict().items()}
 
 
 def _pick(values: Shaped[Array, "B C ..."], index: Int[Array, "B K"]) -> Shaped[Array, "B K ..."]:
@@ -279,4 +293,5 @@ def _take(context: Context, rows: Int[Array, " BK"]) -> Context:
     """Return the context of other rows."""
     cache = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), context.cache)
     per_row = (context.positions, context.visible, context.position)
-    return Context(cache, *(jnp.take(x, rows, axis=0) for x in per_row), context.slot)
+    positions, visible, position = (jnp.take(x, rows, axis=0) for x in per_row)
+    return Context(cache, positions, visible, position, context.slot)

@@ -65,14 +65,12 @@ def frequencies(config: RopeConfig, head_dim: int) -> Float[np.ndarray, " P"]:
     if config.original_len < 1:
         message = f"rope.scaling={config.scaling!r} needs original_len, the training length"
         raise ConfigError(message)
-    blend = _llama3 if config.scaling == "llama3" else _yarn
-    kept = blend(config, freq, rotated)
+    kept = _llama3(config, freq) if config.scaling == "llama3" else _yarn(config, freq, rotated)
     return (kept * freq + (1 - kept) * (freq / np.float32(config.factor))).astype(np.float32)
 
 
-def _llama3(config: RopeConfig, freq: np.ndarray, rotated: int) -> np.ndarray:
+def _llama3(config: RopeConfig, freq: np.ndarray) -> np.ndarray:
     """Return the share of each frequency that is kept (Llama 3.1's inference code)."""
-    del rotated
     turns = np.float32(config.original_len) * freq / np.float32(2 * math.pi)
     low, high = config.low_freq_factor, config.high_freq_factor
     return np.clip((turns - low) / np.float32(high - low), 0, 1)

@@ -17,16 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.distributed.mesh import constrain
-from vadapter.models.layers import (
-    Attention,
-    Dtype,
-    Mlp,
-    MlpKind,
-    Norm,
-    NormKind,
-    linear,
-    partitioned,
-)
+from vadapter.models.layers import Attention, Dtype, Mlp, MlpKind, Norm, NormKind, linear
 from vadapter.models.quantize import Int8Linear
 
 # What `remat="names"` keeps for the backward pass. A frozen stack has no weight gradients, so the
@@ -139,7 +130,7 @@ class Block(nn.Module):
         def post(name: str, y: jax.Array) -> jax.Array:
             y = norm(name)(y) if c.post_norms else y
             if c.layer_scale:
-                init = partitioned(nn.initializers.ones, "norm")
+                init: Any = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
                 scale = self.param(name.replace("norm", "scale"), init, (y.shape[-1],))
                 y = y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
             return drop(y)
@@ -186,12 +177,9 @@ class Stack(nn.Module):
         """Run the blocks.
 
         Args:
-          mask: for self-attention, True where a query attends; None: everywhere.
-          positions: for rotary positions.
+          mask, positions, cache, index: of self-attention, see `Attention`.
           distance: positions from key to query, for windows.
           kv: inputs of the keys and values of cross-attention, with their mask.
-          cache: keys and values of a sequence that is being decoded, or None.
-          index: first cache slot of `x`.
           last: the last block computes only this many last tokens, the text, as nothing reads the
             states of the others; 0: all. Only for frozen parameters, without cache and `kv`.
 

@@ -15,7 +15,7 @@ from vadapter.data.batch import SPEC
 from vadapter.data.image_transform import ImageTransform
 from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import replicated, shardings, shardings_of
-from vadapter.models.adapter_model import AdapterModel, component_seed
+from vadapter.models.adapter_model import AdapterModel, component_key
 from vadapter.models.coca import CoCa
 from vadapter.stages.steps import TrainState, init_state
 
@@ -77,7 +77,7 @@ def _init(model: Model, rng: jax.Array) -> dict[str, Any]:
         return model.init(rng, frames)
     if not model.encoder:
         return model.init(rng, None)
-    key = jax.random.fold_in(rng, component_seed(model.encoder))
+    key = component_key(rng, model.encoder)
     encoder, zeros = model.modules[model.encoder], jnp.zeros(frames.shape, frames.dtype)
     visual, variables = encoder.init_with_output(key, zeros)
     shape = jax.ShapeDtypeStruct(visual.shape, visual.dtype)

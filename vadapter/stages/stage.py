@@ -20,7 +20,7 @@ from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import batch_sharding, shardings_of, with_mesh
 from vadapter.distributed.preemption import Stop
 from vadapter.errors import ConfigError, Problems, UserError
-from vadapter.models.adapter_model import AdapterModel, component_seed
+from vadapter.models.adapter_model import AdapterModel, component_key
 from vadapter.models.coca import CoCa
 from vadapter.models.registry import KINDS, expand
 from vadapter.recipe import schema
@@ -355,7 +355,7 @@ class Stage:
         """
         names = [name for name in self.starts if not (resumed and name in self.trained)]
         initialized = [name for name in names if self.starts[name].needs_init]
-        rng = jax.random.fold_in(jax.random.key(self.recipe.seed), component_seed(self.name))
+        rng = component_key(jax.random.key(self.recipe.seed), self.name)
         initial = self.initializer.random(initialized, rng, self.abstract)
         params = {name: self.load(name, self.starts[name], initial.get(name)) for name in names}
         return split(params, tuple(name for name in self.trained if name in params))

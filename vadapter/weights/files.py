@@ -59,8 +59,9 @@ def stamp(file: Path | BufferedReader) -> Stamp:
 
 
 def sha256(files: Iterable[BufferedReader]) -> str:
-    """Return the SHA-256 (hex) of the concatenated files."""
+    """Return the SHA-256 (hex) of the concatenated files, closing each."""
     digest = hashlib.sha256()
     for file in files:
-        hashlib.file_digest(file, lambda: digest)
+        with file:
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()

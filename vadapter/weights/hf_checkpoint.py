@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from vadapter.config import nearest, resolve
 from vadapter.console import listing, quantity, truncate
+from vadapter.distributed.mesh import read_sharded
 from vadapter.errors import CheckpointError
 from vadapter.weights import hub, llama2c
 from vadapter.weights.families import language, openclip, vision
@@ -116,9 +117,10 @@ class Checkpoint:
                         f"shape mismatch: {name} is {list(shape)}, but {path} needs "
                         f"{list(source.expected)}"
                     )
+        unused = sorted(self.files.tensors.keys() - used)
         faults += [
             f"unexpected: {name}"
-            for name in table.unneeded(sorted(self.files.tensors), used)
+            for name in unused
             if not self._may_ignore(name, table, prefix, leaves)
         ]
         if faults:
@@ -127,9 +129,8 @@ class Checkpoint:
                 f"({quantity(len(faults), 'tensor')}):\n  " + "\n  ".join(truncate(faults, _SHOWN))
             )
         count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
-        unused = tuple(sorted(self.files.tensors.keys() - used))
         matched = {path: source for path, source in sources.items() if source is not None}
-        return Report(len(used), count, unused), matched
+        return Report(len(used), count, tuple(unused)), matched
 
     def _names(self, leaves: Mapping[str, Any]) -> tuple[Table, str, dict[str, Source | None]]:
         """Return the table and prefix that match most tensors, and the sources of our leaves."""
@@ -146,13 +147,14 @@ class Checkpoint:
     def _may_ignore(self, name: str, table: Table, prefix: str, leaves: Mapping[str, Any]) -> bool:
         """Return whether the component does without a tensor of the checkpoint.
 
-        That is: a copy of the embedding as head; layers after the one that is tapped, and the norm
-        after them; embedding and head of a language model that is used through its hidden states;
-        optional modules that are not used.
+        That is: what the family ignores; a copy of the embedding as head; layers after the one that
+        is tapped, and the norm after them; embedding and head of a language model that is used
+        through its hidden states; optional modules that are not used.
         """
-        for part, pattern in table.optional.items():
-            if re.search(pattern, name) and not any(k.startswith(f"{part}/") for k in leaves):
-                return True
+        parts = {path.partition("/")[0] for path in leaves}
+        optional = (pattern for part, pattern in table.optional.items() if part not in parts)
+        if any(re.search(pattern, name) for pattern in (*table.ignored, *optional)):
+            return True
         modules = {path.rpartition("/")[0] for path in leaves}
         ends = [(m, leaf) for m, leaf in _ENDS if m not in modules]
         unused = {f"{prefix}{table.modules.get(m)}.{leaf}": m for m, leaf in ends}
@@ -169,18 +171,10 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 
 def _place(leaf: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
-    """Return an array of which each device's shard is read alone, and replicas once."""
+    """Return an array of which each device's shard is read alone."""
     if leaf.sharding is None:
         return jax.device_put(read(tuple(slice(0, n) for n in leaf.shape)))
-    shards: dict[str, np.ndarray] = {}
-
-    def shard(index: Any) -> np.ndarray:
-        key = str(index)
-        if key not in shards:
-            shards[key] = read(index)
-        return shards[key]
-
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
+    return read_sharded(leaf.shape, leaf.sharding, read)
 
 
 def locate(weights: str, key: str) -> hub.Snapshot:

@@ -86,10 +86,8 @@ def repository(spec: str) -> tuple[str, str]:
 def upload(folder: Path, files: Sequence[str], repo_id: str, *, private: bool | None = None) -> str:
     """Upload files of a folder to a repository, creating it if necessary; return its URL.
 
-    Args:
-      folder: of the files.
-      files: their names; other frozen components of an earlier upload are removed.
-      private: visibility of a new repository; None takes the default of its owner.
+    Other frozen components of an earlier upload are removed. `private` is the visibility of a new
+    repository; None takes the default of its owner.
 
     Raises:
       CheckpointError: an invalid hub id, a missing file, or the upload fails.

@@ -5,7 +5,6 @@ The folder holds a .json that lists the graph's layers in order (batch norm fold
 network, so that the rounding to float16 can be undone.
 """
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -25,8 +24,8 @@ from vadapter.weights.files import Stamp, require_file, sha256, stamp
 from vadapter.weights.hf_checkpoint import Report
 from vadapter.weights.name_mapping import assign, match_names
 
-_NAME = "mobilenet_v2_1.0_224"
-_ENDS = (".json", "_float16.npz")
+_GRAPH = "mobilenet_v2_1.0_224.json"
+_ARRAYS = "mobilenet_v2_1.0_224_float16.npz"
 _CLASSES = 1001  # ImageNet's 1000 and, at index 0, "background"
 _MAX_BYTES = 64 * 2**20  # the file holds 7 MB
 _STEPS = 254  # between the smallest and the largest value of a kernel: 8 bits, one code unused
@@ -47,18 +46,17 @@ class MobileNetFiles:
 
     def stamps(self) -> dict[Path, Stamp]:
         """Return the two files with their stamps."""
-        files = [require_file(self.path / f"{_NAME}{end}") for end in _ENDS]
+        files = [require_file(self.path / name) for name in (_GRAPH, _ARRAYS)]
         return {file: stamp(file) for file in files}
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of the concatenated files."""
-        with contextlib.ExitStack() as stack:
-            return sha256(stack.enter_context(file.open("rb")) for file in self.stamps())
+        return sha256(file.open("rb") for file in self.stamps())
 
     def match(self, abstract: Any) -> Report:
         """Match the tensors to the parameters, by the graph and the headers of the arrays."""
         _, names, ignored = _names(self.path, head=False)
-        headers = npz.read_npz_headers(self.path / f"{_NAME}{_ENDS[1]}", max_bytes=_MAX_BYTES)
+        headers = npz.read_npz_headers(self.path / _ARRAYS, max_bytes=_MAX_BYTES)
         used = match_names(abstract, headers, names, ignore=ignored)
         count = sum(int(np.prod(headers[name].shape)) for name, _ in used.values())
         return Report(len(used), count, ("head",))
@@ -81,7 +79,7 @@ def load_mobilenet(path: Path, *, head: bool = False) -> tuple[MobileNetConfig, 
       CheckpointError: a file is missing or corrupt, or describes another network.
     """
     config, names, ignored = _names(path, head=head)
-    tensors = npz.read_npz(path / f"{_NAME}{_ENDS[1]}", max_bytes=_MAX_BYTES)
+    tensors = npz.read_npz(path / _ARRAYS, max_bytes=_MAX_BYTES)
     tensors = {name: unround(tensor) for name, tensor in tensors.items()}
     return config, assign(abstract_params(config), tensors, names, ignore=ignored)
 
@@ -89,7 +87,7 @@ def load_mobilenet(path: Path, *, head: bool = False) -> tuple[MobileNetConfig, 
 def _names(path: Path, *, head: bool) -> tuple[MobileNetConfig, dict[str, str], list[str]]:
     """Return the configuration; name in the .npz -> path in our tree; ignored names."""
     config = MobileNetConfig(classes=_CLASSES if head else 0)
-    table = _name_table(config, path / f"{_NAME}.json")
+    table = _name_table(config, path / _GRAPH)
     ignored = [] if head else [name for name in table if table[name].startswith("head/")]
     return config, {k: v for k, v in table.items() if k not in ignored}, ignored
 

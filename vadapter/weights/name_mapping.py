@@ -10,7 +10,6 @@ here, and a linear layer's `weight` [out, in] is our `kernel` [in, out].
 import collections
 import dataclasses
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -123,11 +122,6 @@ class Table:
         names = tuple(f"{prefix}{front}{name}" for front in fronts)
         transposed = leaf == "kernel" and (self.transposed or not inside)
         return Source(names, tuple(shape), inside, transposed, form)
-
-    def unneeded(self, names: Sequence[str], used: set[str]) -> list[str]:
-        """Return the tensors of a checkpoint that are neither used nor ignored."""
-        pattern = re.compile("|".join(self.ignored) or r"(?!)")
-        return [name for name in names if name not in used and not pattern.search(name)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,7 +318,7 @@ def match_names(
     ]
     leaves, mismatched = {}, []
     for path, leaf in params.items():
-        if (name := sources.get(path)) not in tensors:
+        if (name := sources.get(path)) is None or name not in tensors:
             continue
         tensor, dtype = tensors[name], np.dtype(leaf.dtype)
         castable = tensor.dtype == dtype or (tensor.dtype, dtype) in _WIDENINGS
