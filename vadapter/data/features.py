@@ -162,6 +162,8 @@ class _Part:
 class FeatureSource(Source):
     """A source whose media are `Features` instead of images, and the cache of their tokens."""
 
+    _digest = ""  # has its own `fingerprint`
+
     def __init__(self, source: Source, cache: Cache):
         """Open the cache; raise DataError unless all of its shards are intact."""
         self.source, self.cache, self.kind = source, cache, source.kind
