@@ -25,7 +25,7 @@ def jobs() -> dict:
 
 
 def minor(version: str) -> tuple[int, int]:
-    """Return (0, 9) of "0.9.1" or "0.9.*"."""
+    """Return (0, 12) of "0.12.1" or "0.12.*"."""
     major, minor, *_ = version.split(".")
     return int(major), int(minor)
 

@@ -423,7 +423,7 @@ def test_a_jax_without_cluster_detection_initializes_by_itself(monkeypatch):
 
 def test_a_jax_without_its_private_store_is_refused_with_the_versions_that_have_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax._src.distributed", types.ModuleType("distributed"))
-    with pytest.raises(ConfigError, match=r"has no key-value store .*pip install 'jax>=0\.9,<0\."):
+    with pytest.raises(ConfigError, match=r"has no key-value store .*pip install 'jax>=0\.10,<0\."):
         hosts._client()
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)  # by the program itself
     assert (hosts.index(), hosts.count()) == (0, 1)

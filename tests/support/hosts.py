@@ -8,6 +8,7 @@ Each host has two devices, so that arrays are split within hosts and between the
 """
 
 import contextlib
+import re
 import signal
 import socket
 import subprocess
@@ -176,7 +177,10 @@ class Job:
 
 
 def run_python(script: str, *arguments: str, n: int = 2, deadline: float = DEADLINE) -> list[str]:
-    """Run a script on several hosts, after `hosts.start()`; what they print, once all are done."""
+    """Run a script on several hosts, after `hosts.start()`; return what each of them prints.
+
+    Lines of XLA's own log, such as those of jax 0.10.0 about cached programs, are left out.
+    """
     port = free_port()
     begin = "from vadapter.distributed import hosts\nhosts.start()\n"
     processes = [
@@ -191,7 +195,8 @@ def run_python(script: str, *arguments: str, n: int = 2, deadline: float = DEADL
         for i in range(n)
     ]  # fmt: skip
     try:
-        return [process.communicate(timeout=LIMIT)[0] for process in processes]
+        printed = [process.communicate(timeout=LIMIT)[0] for process in processes]
+        return [re.sub(r"^[EWI]\d{4} .*\n", "", text, flags=re.MULTILINE) for text in printed]
     finally:
         for process in processes:
             process.kill()

@@ -31,7 +31,7 @@ from vadapter.errors import ConfigError, HostError, UserError
 T = TypeVar("T")
 
 _COORDINATOR = ("VADAPTER_COORDINATOR", "VADAPTER_PROCESSES", "VADAPTER_PROCESS")
-SUPPORTED_JAX = "jax>=0.9,<0.13"
+SUPPORTED_JAX = "jax>=0.10,<0.13"
 WORK = 12  # deadlines that the other hosts wait while one host works
 _numbers = itertools.count()  # of exchanges, the same on every host
 _joined: tuple[int, int] | None = None  # (index, count) of this process, as `start` joined it
