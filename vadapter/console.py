@@ -110,8 +110,9 @@ def markdown_table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> str:
 
 def difference_table(
     rows: Sequence[tuple[str, Any, Any]],
-    header: tuple[str, str, str] = ("key", "saved", "this run"), limit: int = LIMIT,
-) -> str:  # fmt: skip
+    header: tuple[str, str, str] = ("key", "saved", "this run"),
+    limit: int = LIMIT,
+) -> str:
     """Return differences, see `config.differences`, as an indented table for a message."""
     shown = [(key, str(saved), str(current)) for key, saved, current in rows[:limit]]
     text = table(shown, header, separator=" | ", rule=False)

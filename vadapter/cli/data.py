@@ -10,9 +10,11 @@ from vadapter.io.storage import as_path
 
 _RECIPE = arg("config", metavar=RECIPE, help="the recipe")
 _OFFICIAL = arg(
-    "--dir", type=Path, metavar="DIR",
+    "--dir",
+    type=Path,
+    metavar="DIR",
     help="folder of its official files (default: data/BENCHMARK, as in `vadapter eval`)",
-)  # fmt: skip
+)
 
 
 def _data(default: str) -> Argument:
@@ -56,8 +58,10 @@ def cache(args: argparse.Namespace) -> None:
         "benchmark", nargs="?", metavar="BENCHMARK", help="its name (default: list all benchmarks)"
     ),
     _OFFICIAL,
-    example="vqav2 --dir=/data/vqav2", computes=False, overrides="",
-)  # fmt: skip
+    example="vqav2 --dir=/data/vqav2",
+    computes=False,
+    overrides="",
+)
 def doctor(args: argparse.Namespace) -> int:
     """Check the official files of a benchmark.
 
@@ -78,8 +82,10 @@ def doctor(args: argparse.Namespace) -> int:
     arg("benchmark", metavar="BENCHMARK", help="its name"),
     _OFFICIAL,
     arg("--out", type=Path, required=True, metavar="DIR", help="data_dir of TensorFlow Datasets"),
-    example="vqav2 --dir=/data/vqav2 --out=/data/tfds", computes=False, overrides="",
-)  # fmt: skip
+    example="vqav2 --dir=/data/vqav2 --out=/data/tfds",
+    computes=False,
+    overrides="",
+)
 def prepare(args: argparse.Namespace) -> None:
     """Write a benchmark as array_record files of TensorFlow Datasets.
 
@@ -94,8 +100,10 @@ def prepare(args: argparse.Namespace) -> None:
     arg("path", type=as_path, metavar="PATH", help="a folder of shards"),
     arg("--out", type=as_path, metavar="FILE", help="index file (default: PATH/index.vadapter)"),
     arg("--verify", action="store_true", help="read all shards again and compare their digests"),
-    example="/data/pairs", computes=False, overrides="",
-)  # fmt: skip
+    example="/data/pairs",
+    computes=False,
+    overrides="",
+)
 def index(args: argparse.Namespace) -> None:
     """Index a folder of tar or parquet shards: positions, counts and digests.
 

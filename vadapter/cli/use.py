@@ -9,9 +9,11 @@ from vadapter.errors import USER_ERROR
 from vadapter.io.storage import as_path
 
 _MODEL = arg(
-    "workdir", type=as_path, metavar="RUN",
+    "workdir",
+    type=as_path,
+    metavar="RUN",
     help="run directory, or a folder written by `vadapter export`",
-)  # fmt: skip
+)
 _MAX_NEW = arg(
     "--max-new", type=at_least(1), default=32, metavar="N",
     help="maximum length of the generated text, in tokens (default: 32)",

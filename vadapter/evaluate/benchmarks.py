@@ -81,9 +81,11 @@ def run(
     shots = {"frames": prompts.frames, "examples": list(prompts.examples)}
     key = generations_key(loaded, source, protocol, limit, shots)
     versions = {
-        "vadapter": __version__, "python": platform.python_version(), "jax": jax.__version__,
+        "vadapter": __version__,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
         "numpy": np.__version__,
-    }  # fmt: skip
+    }
     record = plain({
         "benchmark": name, "official": not notes, "note": "; ".join(notes),
         "stage": loaded.name, "step": loaded.step, "limit": limit, "versions": versions,

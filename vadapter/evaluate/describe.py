@@ -69,9 +69,11 @@ class Describer:
         # The pixels below are already transformed: only the size is still needed, as `crop_pct`
         # must not be applied twice.
         row = functools.partial(
-            prompt_sample, tokenizer=self.loaded.tokenizer, view=ImageTransform(self.view.size),
+            prompt_sample,
+            tokenizer=self.loaded.tokenizer,
+            view=ImageTransform(self.view.size),
             text_len=self._text_len(questions, max_new),
-        )  # fmt: skip
+        )
         rows = filled(min(batch, len(media)), self.loaded.mesh)
         for start in range(0, len(media), batch):
             replies: dict[int, Reply] = {}

@@ -137,10 +137,12 @@ def evaluate(
     items = items_of(source, data.task, spec.limit)
     question = data.task == "question"
     row = functools.partial(
-        prompt_sample, tokenizer=tokenizer, view=data.view(view),
+        prompt_sample,
+        tokenizer=tokenizer,
+        view=data.view(view),
         frames=data.frames if source.kind == "clip" else 1,
         text_len=MAX_QUESTION if question else len(tokenizer.encode(CAPTION.after)),
-    )  # fmt: skip
+    )
     generations = predict(
         decoder, params, items, row, batch=spec.batch, how=spec.decode, partial=partial, title=title
     )

@@ -60,14 +60,16 @@ def shown(data: OpenData, count: int) -> Iterator[Shown]:
         index, row = data.row(n)
         example = data.source[index] if data.config.task != "document" else None
         yield Shown(
-            data=data.name, index=index, frames=row.get("frames"),
+            data=data.name,
+            index=index,
+            frames=row.get("frames"),
             name=f"window {index}" if example is None else example.id,
             mirrored=example is not None and _mirrored(data, example.media, row),
             bad=describe(data.name, data.source, index) if row["bad"] else "",
             prompt=_prompt(row, data.tokenizer),
             texts=list(texts_of(row, data.tokenizer)),
             padding=(int((row["prompt"] < 0).sum()), int((row["segments"] == 0).sum())),
-        )  # fmt: skip
+        )
 
 
 def texts_of(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> Iterator[list[Token]]:

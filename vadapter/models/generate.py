@@ -186,7 +186,7 @@ def greedy(
     return {k: out[k] for k in ("tokens", "ended", "logprob")}
 
 
-class Finished(NamedTuple):
+class _Finished(NamedTuple):
     """The K best finished texts of every row, best first."""
 
     score: Float[Array, "B K"]
@@ -195,7 +195,7 @@ class Finished(NamedTuple):
     ended: Bool[Array, "B K"]  # by one of `stop`, not by the greatest length
 
 
-class Beams(NamedTuple):
+class _Beams(NamedTuple):
     """A beam search after `length` new tokens: the texts that continue, and those that do not."""
 
     length: Int[Array, ""]
@@ -203,7 +203,7 @@ class Beams(NamedTuple):
     tokens: Int[Array, "B K G"]
     parents: Int[Array, "B K"]  # the beams of one token less that they continue
     active: Bool[Array, " B"]  # rows whose search is not over
-    finished: Finished
+    finished: _Finished
 
 
 def beam(
@@ -226,7 +226,7 @@ def beam(
     def score(logprob: jax.Array, length: jax.Array | int) -> jax.Array:
         return logprob / jnp.asarray(length, jnp.float32) ** penalty
 
-    def advance(beams: Beams, logp: Float[Array, "BK V"]) -> Beams:
+    def advance(beams: _Beams, logp: Float[Array, "BK V"]) -> _Beams:
         """Choose the texts of one more token; `logp` are the log probabilities of that token."""
         i, V = beams.length, logp.shape[-1]
         # 1. The best continuations. Even if every stop token of every beam is among them, K of
@@ -244,7 +244,7 @@ def beam(
         finishes = over & (jnp.arange(count) < K)[None, :] & (total > _NOTHING / 2)
         finishes &= beams.active[:, None]
         scores = jnp.where(finishes, score(total, i + 1), _NOTHING)
-        new = Finished(scores, total, tokens, ended)
+        new = _Finished(scores, total, tokens, ended)
         both = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), beams.finished, new)
         _, kept = jax.lax.top_k(both.score, K)
         finished = jax.tree.map(lambda x: _pick(x, kept), both)
@@ -255,9 +255,9 @@ def beam(
         active = beams.active & (score(best, length) > finished.score.min(axis=1))
         active &= best > _NOTHING / 2
         tokens, parents = _pick(tokens, kept), _pick(parents, kept)
-        return Beams(i + 1, logprob, tokens, parents, active, finished)
+        return _Beams(i + 1, logprob, tokens, parents, active, finished)
 
-    def step(state: tuple[Beams, Context]) -> tuple[Beams, Context]:
+    def step(state: tuple[_Beams, Context]) -> tuple[_Beams, Context]:
         beams, context = state
         parents = jnp.arange(B)[:, None] * K + beams.parents
         token = beams.tokens[:, :, beams.length - 1]
@@ -268,13 +268,13 @@ def beam(
     B = len(logp)
     nothing = jnp.full((B, K), _NOTHING)
     blank = jnp.full((B, K, G), PAD, jnp.int32)
-    start = Beams(
+    start = _Beams(
         length=jnp.int32(0),
         logprob=nothing.at[:, 0].set(0.0),  # all beams are equal: only one counts
         tokens=blank,
         parents=jnp.zeros((B, K), jnp.int32),
         active=jnp.ones(B, bool),
-        finished=Finished(nothing, jnp.zeros((B, K)), blank, jnp.zeros((B, K), bool)),
+        finished=_Finished(nothing, jnp.zeros((B, K)), blank, jnp.zeros((B, K), bool)),
     )
     rows = jnp.repeat(jnp.arange(B), K)
     state = advance(start, logp[rows]), _take(context, rows)

@@ -96,9 +96,11 @@ def chunked_xent(
 
 
 def contrastive(
-    image: Float[Array, "B U"], text: Float[Array, "B U"], temperature: Float[Array, ""],
+    image: Float[Array, "B U"],
+    text: Float[Array, "B U"],
+    temperature: Float[Array, ""],
     valid: Bool[Array, "B"],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:  # fmt: skip
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return symmetric InfoNCE between unit vectors of a batch (CLIP, arXiv 2103.00020).
 
     That is the mean loss in nats over valid rows, and the share of images whose own text scores

@@ -101,9 +101,11 @@ def amplitude(config: RopeConfig) -> float:
 
 
 def rotate(
-    x: Float[Array, "B T H K"], positions: Int[Array, "B T"], freq: Float[Array, " P"],
+    x: Float[Array, "B T H K"],
+    positions: Int[Array, "B T"],
+    freq: Float[Array, " P"],
     scale: float = 1.0,
-) -> Float[Array, "B T H K"]:  # fmt: skip
+) -> Float[Array, "B T H K"]:
     """Rotate pairs (i, R/2 + i) of the first R dims of every head; the rest is unchanged.
 
     `freq` is from `frequencies`, `scale` from `amplitude`.

@@ -82,10 +82,12 @@ def seconds(directory: Path) -> float:
         attempts.setdefault(row.get("attempt", 1), []).append(row)
     # A row is written after its step, so the first one comes after compilation and a step.
     spent = {
-        attempt: log[-1]["time"] - log[0]["time"]
-        + log[0].get("step_ms", 0.0) / 1000 + log[0].get("compile_s", 0.0)
+        attempt: log[-1]["time"]
+        - log[0]["time"]
+        + log[0].get("step_ms", 0.0) / 1000
+        + log[0].get("compile_s", 0.0)
         for attempt, log in attempts.items()
-    }  # fmt: skip
+    }
     if (record := _read(directory / DONE)) and spent:
         spent[max(spent)] = record["seconds"]
     return sum(spent.values())

@@ -406,9 +406,11 @@ class Stage:
     def setup(self) -> dict[str, Any]:
         """Return what else the last bits of a result depend on, for the record."""
         return {
-            "mesh": dict(self.mesh.shape), "hosts": hosts.count(),
-            "device": self.mesh.devices.flat[0].device_kind, "jax": jax.__version__,
-        }  # fmt: skip
+            "mesh": dict(self.mesh.shape),
+            "hosts": hosts.count(),
+            "device": self.mesh.devices.flat[0].device_kind,
+            "jax": jax.__version__,
+        }
 
     # -- data ----------------------------------------------------------------------------------
 

@@ -101,8 +101,10 @@ def _gemma(c: Config) -> Spec:
         name = "gelu_pytorch_tanh"
     tied = c.get("tie_word_embeddings", True)
     return _llama({**c, "hidden_act": name}) | {
-        "norm_offset": 1.0, "embed_scale": True, "tied": tied,
-    }  # fmt: skip
+        "norm_offset": 1.0,
+        "embed_scale": True,
+        "tied": tied,
+    }
 
 
 def _gemma2(c: Config) -> Spec:

@@ -94,9 +94,11 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     model = config["model_cfg"]
     return {
-        "model_type": "open_clip", "embed_dim": model["embed_dim"],
-        "quick_gelu": model.get("quick_gelu", False), "vision_cfg": {**model["vision_cfg"]},
-    }  # fmt: skip
+        "model_type": "open_clip",
+        "embed_dim": model["embed_dim"],
+        "quick_gelu": model.get("quick_gelu", False),
+        "vision_cfg": {**model["vision_cfg"]},
+    }
 
 
 def _vit(c: Config) -> Spec:
