@@ -11,7 +11,7 @@ Six stages, trained in this order:
     perceiver  baseline: a perceiver-resampler between the frozen ViT and the frozen larger LM
     vadapter   stage 2 of the paper: resampler and tiny LM of stage 1 as the adapter
 
-`perceiver` and `vadapter` read the same batches in the same order. Run 2026-11-27: 3 minutes.
+`perceiver` and `vadapter` read the same batches in the same order. Run 2026-11-30: 3 minutes.
 
 Every key of a recipe is explained here once; the other recipes comment only on what they change.
 """

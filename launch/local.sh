@@ -5,7 +5,7 @@
 #   launch/local.sh --processes=4 --gpus -- train --config=… --workdir=RUN
 #
 #   --processes  number of processes
-#   --devices    fake CPU devices of each process
+#   --devices    simulated CPU devices of each process
 #   --gpus       use GPU I for process I instead
 #   --logs       folder for host-I.log (default: RUN/logs); the lines are printed too
 #

@@ -12,8 +12,9 @@
 # # From installation to captions of your own images
 #
 # This notebook installs vadapter, trains the whole method on generated images (a few minutes on
-# two CPU cores), exports the adapter and captions images of your own. Open it with
-# `jupytext --to ipynb own_images.py`, or run it as a script.
+# two CPU cores), exports the adapter and captions images of your own. Run it as a script, or
+# convert it with `pip install jupytext && jupytext --to ipynb own_images.py`. It uses the run in
+# the environment variable NOTEBOOK_RUN, by default `runs/quickstart` in the current directory.
 
 # %%
 import os

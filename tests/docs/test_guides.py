@@ -15,7 +15,7 @@ from vadapter.cli.main import main
 from vadapter.config import load
 
 HEADINGS = (
-    "Install", "60 seconds of use", "The method", "Results", "Your models", "Your data", "Evaluate",
+    "Install", "Quickstart", "The method", "Results", "Your models", "Your data", "Evaluate",
     "Scale", "Code", "Links",
 )  # fmt: skip
 LINES = 170
@@ -91,7 +91,7 @@ def folder(chain, tmp_path_factory):
 
 def test_the_sixty_seconds_of_use_run_as_they_are_printed(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    text = guides.section("README.md", "60 seconds of use")
+    text = guides.section("README.md", "Quickstart")
     quickstart, use = guides.blocks(text, "bash")
     assert guides.commands(quickstart) == [[".venv/bin/vadapter", "quickstart"]]
     verbs = []

@@ -138,7 +138,7 @@ def test_after_a_signal_all_have_saved_and_the_same_command_resumes(begin, recip
     code, out = end(stopped, drive.LIMIT)
     assert code == PREEMPTED, out
     assert {f"host {i}: vadapter: llm, step" in out for i in (0, 1)} == {True}
-    assert not members(stopped.pid)
+    assert not session_members(stopped.pid)
     at = steps(tmp_path / "run/llm/checkpoints")[-1]
     assert 0 < at < STEPS
     code, out = end(begin(REAL, *train(recipe, tmp_path / "run")), drive.LIMIT)
