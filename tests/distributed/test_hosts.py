@@ -76,7 +76,7 @@ def recipe(folder):
 
 def said(log):
     """Lines of a log without those of Gloo, which speaks of ranks."""
-    return [line for line in log.splitlines() if "ank" not in line]
+    return [line for line in log.splitlines() if line and "ank" not in line]
 
 
 def attempt(job, fault="", **options):

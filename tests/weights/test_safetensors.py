@@ -475,7 +475,8 @@ def test_the_command_converts_every_tensor(tmp_path):
         "torch.save(m.state_dict(), sys.argv[1] + '/pytorch_model.bin')\n"
         "print(*m.state_dict())\n"
     )
-    (tmp_path / "sitecustomize.py").write_text("import original; original.declare_operators()")
+    start = "from support import original\noriginal.declare_operators()\n"
+    (tmp_path / "sitecustomize.py").write_text(start)
     path = f"{tmp_path}{os.pathsep}{TESTS}"
     run = {"capture_output": True, "text": True, "check": True,
            "env": {**os.environ, "PYTHONPATH": path}}  # fmt: skip
