@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support import runs
 from support.patches import with_recipe
 
 from vadapter import VAdapter, console
@@ -47,6 +48,18 @@ def test_an_export_has_the_parameters_of_the_run_and_generates_the_same(pair, fo
     question = "what colour is it?"
     said = [reply.text for reply in describer.replies(paths[:2], [question] * 2)]
     assert model.ask(paths[:2], question) == said
+
+
+def test_an_export_is_not_a_run_and_training_leaves_it_as_it_is(exported, folder, capsys):
+    before = contents(exported)
+    recipe = runs.write_recipe(folder)
+    assert main.main(["train", f"--config={recipe}", f"--workdir={exported}"]) == 78
+    said = capsys.readouterr().err
+    assert said.endswith(f"--workdir={exported} is an exported adapter; choose another directory\n")
+    for verb in (["eval"], ["export", "DIR"], ["rewind", "--step=1"]):
+        assert main.main([verb[0], str(exported), *verb[1:]]) == 78
+        assert f"{exported} is an exported adapter, not a run: give" in capsys.readouterr().err
+    assert contents(exported) == before
 
 
 def test_trained_components_are_stored_in_float32_under_their_names(own, exported):

@@ -171,4 +171,4 @@ def test_a_few_steps_on_one_device_are_a_matter_of_options(begin, recipe, tmp_pa
     command = ("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}")
     code, out = end(begin(REAL, str(LAUNCH / "one_gpu.sh"), *few, "--", *command), drive.LIMIT)
     assert code == 0, out
-    assert "llm: lm, 2 steps of 2, mesh {'data': 1, " in out
+    assert "llm: lm, 2 steps of 2, mesh data=1 " in out

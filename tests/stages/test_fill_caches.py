@@ -135,7 +135,7 @@ def test_a_run_directory_gets_the_caches_of_its_stages(recipe, tmp_path):
         ((), ("data.images.cache=false",), "no data set of the recipe has cache=True"),
         (("documents",), (), "data.documents: no stage of the recipe's chain uses it with a"),
         (("clips",), (), "data.clips: no stage of the recipe's chain uses it with a f"),
-        ((), ("stages.decoder.start.encoder=vision",), "RUN/vision is not finished"),
+        ((), ("stages.decoder.start.encoder=vision",), "stage vision: pass --workdir=RUN"),
         ((), ("data.images.cache_dir=$NOWHERE_AT_ALL",), "NOWHERE_AT_ALL is not set"),
     ],
 )

@@ -135,8 +135,10 @@ def test_a_tokenizer_of_another_run_is_refused(run):
 
 def test_overrides_reach_the_data_but_not_what_was_trained(run):
     assert read_run(run, ["data.held.source.split=train"]).data["held"].source["split"] == "train"
-    with pytest.raises(ConfigError, match=r"components\.NAME\.weights can be changed"):
+    with pytest.raises(ConfigError, match=r"cannot be .*components\.NAME\.weights can$"):
         read_run(run, ["components.llm.width=8"])
+    with pytest.raises(ConfigError, match=r"components\.llm has no public weights in this run"):
+        read_run(run, ["components.llm.weights=/x"])
     with pytest.raises(ConfigError, match=r"data\.held\.taks: unknown key; did you mean 'task'"):
         read_run(run, ["data.held.taks=caption"])
 

@@ -276,11 +276,13 @@ def test_without_gcsfs_a_bucket_is_refused_with_the_extra_to_install(monkeypatch
         ("gs://bucket/run", r"POST", r"gs://: Forbidden: 403 .* Check the bucket"),
         ("s3://bucket/run", "", "paths are local or gs://BUCKET/NAME"),
         ("gs:///run", "", "has no bucket name"),
+        ("gs://bucket/adapter", "", "--workdir=gs://bucket/adapter is an exported adapter"),
     ],
 )
 def test_an_unusable_bucket_is_reported_before_anything_runs(
     bucket, folder, path, forbidden, message
 ):
+    bucket.put("adapter/config.json", b'{"format": "vadapter-export"}')
     bucket.forbidden = forbidden
     with pytest.raises(ConfigError, match=message):
         train(read(runs.text_only(folder)), path)

@@ -48,7 +48,7 @@ def test_training_resumes_from_the_restored_step_and_ends_in_the_same_bits(
     assert runs.trained_digests(stopped, ("llm",)) == runs.trained_digests(
         tmp_path / "whole", ("llm",)
     )
-    with pytest.raises(CheckpointError, match="llm is finished, and later stages start from its"):
+    with pytest.raises(CheckpointError, match="llm is finished; a finished stage cannot be"):
         rewind(stopped, 2)
 
 

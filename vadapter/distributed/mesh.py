@@ -48,6 +48,11 @@ class MeshConfig:
     slices: int = 1
 
 
+def axes(shape: Mapping[str, int]) -> str:
+    """Return the sizes of a mesh's axes as text."""
+    return " ".join(f"{axis}={size}" for axis, size in shape.items())
+
+
 def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
     """Return the mesh over some devices, by default all of them.
 

@@ -21,6 +21,7 @@ from vadapter.evaluate.describe import image_settings
 from vadapter.hub import record
 from vadapter.hub.record import Exported, Frozen
 from vadapter.io import storage
+from vadapter.io.json_files import is_export
 from vadapter.recipe.schema import DTYPES
 from vadapter.stages import initialization
 from vadapter.stages.restore import open_run
@@ -36,7 +37,7 @@ def open_either(folder: Path, stage: str | None, overrides: Sequence[str]) -> St
       ConfigError: for an export, a stage other than its own, or an override of anything but the
         location of weights.
     """
-    if not record.is_export(folder):
+    if not is_export(folder):
         return open_run(folder, stage, overrides=overrides)
     exported_stage = record.read(folder).stage
     if stage not in (None, exported_stage):

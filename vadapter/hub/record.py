@@ -20,14 +20,14 @@ from vadapter.data.config import DataConfig
 from vadapter.data.image_transform import ImageTransform
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.io import buckets, storage
+from vadapter.io.json_files import EXPORT_FORMAT
 from vadapter.recipe.optim import OptimConfig
 from vadapter.recipe.schema import Recipe, StageConfig, TokenizerConfig
 from vadapter.recipe.schema import read as read_recipe
 from vadapter.stages.restore import describing
 
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
-FORMAT, VERSION = "vadapter-export", 1
+FORMAT, VERSION = EXPORT_FORMAT, 1
 PROMPTS = {"caption": dataclasses.asdict(CAPTION), "question": dataclasses.asdict(QUESTION)}
 
 _IMAGES = "images"  # a recipe needs a data set, for the image transform; it is never opened
@@ -122,16 +122,6 @@ def files(exported: Exported) -> tuple[str, ...]:
     """Return the names of all files of an export."""
     included = [frozen_file(name) for name in exported.frozen if name not in exported.public()]
     return (CONFIG, WEIGHTS, *included, TOKENIZER, CARD)
-
-
-def is_export(folder: Path) -> bool:
-    """Return whether a folder is an export, of any version."""
-    folder = storage.as_path(folder)
-    buckets.require_bucket(folder)
-    try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def read(folder: Path) -> Exported:

@@ -20,7 +20,7 @@ from vadapter.hub import record
 from vadapter.hub.model_card import model_card
 from vadapter.hub.record import Exported, Frozen, frozen_file
 from vadapter.io import storage
-from vadapter.io.json_files import write_json
+from vadapter.io.json_files import is_export, write_json
 from vadapter.models.registry import expand
 from vadapter.stages.stage import Stage
 from vadapter.weights.hf_checkpoint import locate
@@ -94,7 +94,7 @@ def _check_target(target: Path) -> None:
     """Raise ConfigError if anything other than an earlier export would be replaced."""
     if not (target.exists() or target.is_symlink()):
         return
-    if not record.is_export(target):
+    if not is_export(target):
         raise ConfigError(
             f"{target} exists and is not an export: choose a folder that does not exist yet"
         )

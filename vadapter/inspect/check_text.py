@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vadapter.console import quantity, size, table, wrap
+from vadapter.distributed.mesh import axes
 
 Facts = Mapping[str, Any]
 _DTYPES = {"uint8": "u8", "int32": "i32"}  # floats are of the stage's dtype
@@ -19,8 +20,7 @@ def as_text(facts: Facts) -> str:
 
 
 def _stage(facts: Facts, stage: Facts) -> str:
-    axes = " ".join(f"{axis}={n}" for axis, n in (facts["mesh"] or {}).items())
-    mesh = axes or "does not fit these devices"
+    mesh = axes(facts["mesh"] or {}) or "does not fit these devices"
     head = f"{stage['name']}: {stage['kind']}, {stage['steps']:,} steps of {stage['batch']:,}"
     done = ", finished" if stage["done"] else ""
     parts = [_part(stage, part) for part in stage["components"]]

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vadapter.io import storage
+from vadapter.io import buckets, storage
+
+EXPORT_FORMAT = "vadapter-export"  # `format` in the config.json of an exported adapter
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -35,6 +37,17 @@ def history(path: Path) -> list[dict[str, Any]]:
         key = (row["step"], "loss" in row)
         last[key] = last.get(key, {}) | row if key[1] is False else row
     return [last[key] for key in sorted(last)]
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether a folder is an exported adapter, of any version."""
+    folder = storage.as_path(folder)
+    buckets.require_bucket(folder)
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return values["format"] == EXPORT_FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from vadapter.console import quantity, size, table, wrap
+from vadapter.distributed.mesh import axes
 from vadapter.distributed.topology import parse
 from vadapter.plan.compiled_stats import ProgramStats
 from vadapter.plan.estimate import Plan, Rows
@@ -17,13 +18,12 @@ def as_text(plan: Plan) -> str:
 
 
 def _blocks(plan: Plan) -> Iterator[list[str]]:
-    mesh = " ".join(f"{axis}={n}" for axis, n in plan.mesh.items())
     remat = ", ".join(f"{name} {kind}" for name, kind in plan.remat.items()) or "—"
     int8 = f"; int8 {', '.join(plan.int8)}" if plan.int8 else ""
     yield [
         f"{plan.stage}: {plan.kind}, {plan.steps:,} steps of {plan.batch:,} rows",
         f"on {plan.topology}: {quantity(plan.chips, 'chip')}, {quantity(plan.hosts, 'host')}",
-        f"mesh {mesh}; remat {remat}{int8}",
+        f"mesh {axes(plan.mesh)}; remat {remat}{int8}",
         *wrap(plan.train.how, subsequent=""),
     ]
     yield [

@@ -54,6 +54,12 @@ def write_caches(
             config, cache=True, cache_dir=folder, cache_dtype=stored or config.cache_dtype
         )
         for component, stage in _encoders(recipe, name):
+            source = stage.start.get(component)
+            if workdir is None and source in recipe.stages:
+                raise ConfigError(
+                    f"data.{name}: the encoder is trained by stage {source}: pass --workdir=RUN, "
+                    "a run in which it is finished"
+                )
             module: Any = make_module(component, recipe.components[component], dtype=dtype)
             abstract, root = abstract_encoder(module, mesh), workdir or NO_RUN
             start = initialization.find(recipe, stage, root, component, abstract)

@@ -25,7 +25,8 @@ from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.tokenizers.pretrained import load_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
-from vadapter.io import buckets, storage
+from vadapter.io import storage
+from vadapter.io.json_files import is_export
 from vadapter.recipe.schema import STAGES, Recipe, StageConfig, read
 from vadapter.stages.initialization import STORE, Start
 from vadapter.stages.run import tokenizer_path
@@ -43,11 +44,16 @@ def read_run(workdir: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Return the recipe that a run was started with, with overrides `a.b=VALUE` of keys in `OPEN`.
 
     Raises:
-      CheckpointError: there is no run, or its config.json is corrupt.
-      ConfigError: an override is unknown, or of a key that is part of what was trained.
+      CheckpointError: there is no run, it is an exported adapter, or its config.json is corrupt.
+      ConfigError: an override is unknown, or cannot be changed after training.
     """
     workdir = storage.as_path(workdir)
-    buckets.require_bucket(workdir)
+    if is_export(workdir):
+        raise CheckpointError(
+            f"{workdir} is an exported adapter, not a run: give the run directory (the --workdir "
+            "of `vadapter train`). Exports work with `vadapter caption`, `vadapter ask` and "
+            "`VAdapter.from_pretrained`."
+        )
     path = workdir / "config.json"
     if not path.is_file():
         raise CheckpointError(
@@ -63,8 +69,12 @@ def read_run(workdir: Path, overrides: Iterable[str] = ()) -> Recipe:
         group, *keys = item.partition("=")[0].split(".")
         if group not in OPEN and (group != "components" or keys[1:] != ["weights"]):
             raise ConfigError(
-                f"--config.{item}: part of what was trained; of a finished stage only "
-                f"{', '.join(OPEN)} can be changed"
+                f"--config.{item}: cannot be changed after training; only {', '.join(OPEN)} can"
+            )
+        if group == "components" and not values[group].get(keys[0], {"weights": True}).get(keys[1]):
+            raise ConfigError(
+                f"--config.{item}: components.{keys[0]} has no public weights in this run; leave "
+                "this option out"
             )
     override(config, overrides, Recipe)
     return read(config)
@@ -87,7 +97,7 @@ def open_run(
 
     Args:
       workdir, overrides: see `read_run`.
-      stage: by default the last of the chain that writes about images and has a checkpoint.
+      stage: by default the last of the chain that can caption and has a checkpoint.
       step: of the checkpoint; by default the newest intact one.
 
     Raises:
@@ -127,8 +137,9 @@ def _choose(recipe: Recipe, workdir: Path, stage: str | None) -> str:
         ready = [n for n in names if steps(workdir / n / "checkpoints")]
         if not ready:
             raise CheckpointError(
-                f"no checkpoint yet in {workdir} of a stage that writes about images "
-                f"({', '.join(names) or 'the chain has none'}): train first"
+                f"{workdir} has no checkpoint yet of a stage that can caption "
+                f"({', '.join(names) or 'the chain has none'}). Wait until one is trained, or run "
+                "`vadapter train`."
             )
         return ready[-1]
     require_one_of(f"--stage={stage}", stage, recipe.stages)

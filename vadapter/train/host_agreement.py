@@ -18,9 +18,10 @@ import numpy as np
 from vadapter import __version__
 from vadapter.config import plain
 from vadapter.distributed import hosts
+from vadapter.distributed.mesh import axes
 from vadapter.errors import ConfigError
-from vadapter.io import storage
-from vadapter.io.json_files import write_json
+from vadapter.io import buckets, storage
+from vadapter.io.json_files import is_export, write_json
 from vadapter.io.lock import lock, probe
 from vadapter.recipe.schema import Recipe
 
@@ -33,14 +34,19 @@ def shared_run(recipe: Recipe, workdir: Path) -> Iterator[None]:
     """Hold the lock of the run directory, for all hosts of this run.
 
     Raises:
-      ConfigError: another run holds it, it cannot be written, it is not the same directory on all
-        hosts, or they were started with different recipes or versions.
+      ConfigError: another run holds it, it is an exported adapter, it cannot be written, it is not
+        the same directory on all hosts, or they were started with different recipes or versions.
       HostError: a host did not come in time.
     """
     hosts.require_connected()
     devices = [jax.devices()[0].device_kind, jax.device_count()]
     facts = {"recipe": plain(recipe), **_versions(), "devices": devices}
     hosts.require_same(facts, "recipe or versions")
+    with buckets.bucket_errors():
+        if is_export(workdir):
+            raise ConfigError(
+                f"--workdir={workdir} is an exported adapter; choose another directory"
+            )
     with lock(workdir / ".lock") if hosts.first() else contextlib.nullcontext():
         if hosts.count() > 1:
             _require_same_directory(workdir)
@@ -98,7 +104,7 @@ def require_own_rows(mesh: jax.sharding.Mesh) -> None:
     shares = np.bincount(owners[:, 0], minlength=hosts.count())
     if (owners != owners[:, :1]).any() or len(set(shares.tolist())) > 1:
         raise ConfigError(
-            f"mesh {dict(mesh.shape)} on {hosts.count()} hosts of {jax.local_device_count()} "
+            f"mesh {axes(mesh.shape)} on {hosts.count()} hosts of {jax.local_device_count()} "
             "devices: mesh.tensor must divide the devices of a host, as every host reads its own "
             "rows; lower it, and raise mesh.fsdp"
         )

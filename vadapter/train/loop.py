@@ -26,7 +26,7 @@ from vadapter.data.pipeline import make_loader
 from vadapter.distributed import hosts, watchdog
 from vadapter.distributed.compile import jit
 from vadapter.distributed.memory import memory_errors
-from vadapter.distributed.mesh import to_mesh, with_mesh
+from vadapter.distributed.mesh import axes, to_mesh, with_mesh
 from vadapter.distributed.preemption import signals
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted, disk_errors
 from vadapter.io import buckets, storage
@@ -95,7 +95,7 @@ def train_stage(stage: "Stage") -> None:
     checkpointer = Checkpointer(stage.directory / "checkpoints", keep=c.keep)
     with MetricWriter(stage.directory, stage.name, c.steps) as writer:
         writer.say(
-            f"{c.kind}, {c.steps} steps of {c.batch}, mesh {dict(stage.mesh.shape)}\n"
+            f"{c.kind}, {c.steps} steps of {c.batch}, mesh {axes(stage.mesh.shape)}\n"
             + initialization.report(stage.starts, c, stage.abstract)
         )
         state, frozen = _begin(stage, checkpointer, identity, writer)

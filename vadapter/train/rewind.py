@@ -31,8 +31,8 @@ def rewind(workdir: Path, step: int, stage: str | None = None) -> tuple[str, int
     with lock(workdir / ".lock"):
         if stage in finished:
             raise CheckpointError(
-                f"{workdir / stage} is finished, and later stages start from its result, so it "
-                "cannot be rewound. Train in another --workdir"
+                f"{stage} is finished; a finished stage cannot be rewound. Train in another "
+                "--workdir"
             )
         directory = workdir / stage / "checkpoints"
         saved = steps(directory)
