@@ -255,7 +255,7 @@ class Groups:
 
 
 def test_a_renamed_key_still_works_and_says_its_new_name():
-    with pytest.warns(FutureWarning, match=r"c\.groups\.a\.old is now called new; the old name"):
+    with pytest.warns(FutureWarning, match=r"c\.groups\.a\.old is now new; the old name"):
         assert config.build(Groups, {"groups": {"a": {"old": 3}}}, "c").groups["a"] == Group(3)
     with pytest.raises(ConfigError, match=r"c\.groups\.a\.old is the old name of new: remove one"):
         config.build(Groups, {"groups": {"a": {"old": 3, "new": 3}}}, "c")
@@ -270,7 +270,7 @@ def test_an_override_finds_a_key_by_both_names(written, given):
         config.override(values, [f"groups.a.{given}=4"], Groups)
         assert config.build(Groups, values).groups["a"] == Group(4)
     said = [str(warning.message).split(";")[0] for warning in caught]
-    assert said == ["--config.groups.a.old is now called new"] * (given == "old")
+    assert said == ["--config.groups.a.old is now new"] * (given == "old")
 
 
 def test_stored_values_are_read_under_new_names_without_a_warning():

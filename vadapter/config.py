@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from vadapter.errors import ConfigError
+from vadapter.errors import ConfigError, RenamedWarning
 
 T = TypeVar("T")
 
@@ -56,8 +56,8 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
 
 def _warn_renamed(old: str, new: str) -> None:
     warnings.warn(
-        f"{old} is now called {new}; the old name will be removed in the next release",
-        FutureWarning,
+        f"{old} is now {new}; the old name will be removed in the next release",
+        RenamedWarning,
         stacklevel=2,
     )
 
@@ -85,10 +85,11 @@ def _hint_of(hint: Any, key: str) -> Any:
 
 
 def nearest(key: str, names: typing.Iterable[str]) -> str:
-    """Return `; did you mean 'x'?`, or the list of known names."""
+    """Return `; did you mean 'x'?`, or the known names, at most 15."""
     names = sorted(names)
-    close = difflib.get_close_matches(key, names, 1, 0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+    close = difflib.get_close_matches(key, names, 1, 0.65)
+    known = ", ".join(names[:15]) + f" and {len(names) - 15} more" * (len(names) > 15)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {known}"
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

@@ -33,6 +33,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, corrupt, or of another configuration."""
 
 
+class RenamedWarning(FutureWarning):
+    """The old name of a configuration key, which still works for one release."""
+
+
 class Problems:
     """Collects user errors, so that all of them are reported at once."""
 

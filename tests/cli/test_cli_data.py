@@ -128,10 +128,10 @@ def test_without_a_tokenizer_show_stops_and_stats_reports_the_rest(call, root):
     recipe = f"{RECIPES}:{root / 'shapes'}"
     code, _, err = call("show", recipe, "--data=images")
     assert code == USER_ERROR
-    assert "pass a run that has it, --workdir=RUN" in err
+    assert "need the tokenizer of stage vision: pass --workdir=RUN" in err
     code, out, err = call("stats", recipe, "--data=images")
     assert (code, err) == (0, "")
-    assert "no lengths in tokens and no rows" in out
+    assert "need the tokenizer of stage vision: pass --workdir=RUN" in out
 
 
 def test_a_page_that_cannot_be_written_is_an_error(look, tmp_path):
@@ -151,7 +151,7 @@ def test_cache_writes_and_says_how_to_use_it(call, cached, tmp_path):
     assert f"images: {folder}\n" in said
     use = f"cache_dir={out} --config.data.images.cache_dtype=int8\n"
     assert f"  --config.data.images.cache=True --config.data.images.{use}" in said
-    assert "features: 24 of 24 examples" in said
+    assert "feature cache: 24 of 24 examples" in said
     again = call("cache", cached, f"--out={out}", "--dtype=int8")
     assert again[0] == 0
     assert "features:" not in again[1]  # all of it is there
@@ -178,7 +178,9 @@ def test_a_cache_that_cannot_be_created_is_an_error(call, cached, tmp_path, argv
 def test_index_writes_one_file_at_the_given_path(call, shards, tmp_path):
     code, out, _ = call("index", shards, f"--out={tmp_path / 'elsewhere'}")
     assert code == 0
-    assert f"{tmp_path / 'elsewhere'}: 1 shard (1 read now), 4 members, 2 pairs" in out
+    assert (
+        f"{tmp_path / 'elsewhere'}: 1 shard (1 read now), 4 files, 2 pairs of media and text" in out
+    )
     assert [p.name for p in shards.iterdir()] == ["0.tar"]
     code, out, _ = call("index", shards, f"--out={tmp_path / 'elsewhere'}", "--verify")
     assert code == 0

@@ -135,7 +135,8 @@ def test_an_unusable_sample_is_called_by_its_name_and_its_fault(shapes, data, tm
     said = [describe("images", source, i) for i in range(3)]
     assert said[0].startswith("images '00.png' (cannot be decoded")
     assert said[1] == (
-        "images '01.png' (starts with b'<html>not found<': none of JPEG, PNG, WEBP, GIF, BMP)"
+        "images '01.png' (not an image (JPEG, PNG, WEBP, GIF, BMP) or a clip; it starts with "
+        "b'<html>not found<')"
     )
     assert said[2] == "images '03.png' (no text that fits)"
     (folder / rows[0]["image"]).unlink()

@@ -53,7 +53,7 @@ def test_accelerator_types_count_cores_of_v4_and_v5p_and_chips_of_the_others(nam
     ("v5p:4x4", "v5p:2x2x4 (v5p-32, 32 cores)"),
     ("v4-9", "v4:2x2x1 (v4-8, 8 cores)"),
     ("v5e-4x4", "a shape is v5e:4x4"),
-    ("v5x:4x4", "no chip 'v5x'; there are v5"),
+    ("v5x:4x4", "unknown chip 'v5x'; known: v4, v5e, v5p, v6e, a100, h100, h200, cpu"),
     ("h100:12", "whole hosts of 8"),
     ("2*h100:8", "whole hosts of 8"),
     ("v5e:0x4", "below 1"),

@@ -46,7 +46,7 @@ def test_a_single_question_or_image_is_combined_with_each_of_the_other_list(mode
     assert model.ask(paths, asked) == [one[paths[0], asked[0]], one[paths[1], asked[1]]]
     with pytest.raises(ConfigError, match="got 2 images but 3 questions"):
         model.ask(paths, [*asked, "why?"])
-    with pytest.raises(ConfigError, match="a question is empty"):
+    with pytest.raises(ConfigError, match="the question is empty"):
         model.ask(paths, ["what?", " "])
 
 
@@ -96,7 +96,7 @@ def test_unreadable_images_are_named(model, shapes, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     for media, words in (
         ([shapes / "00.png", tmp_path / "none.jpg"], r"none\.jpg: no such file"),
-        (tmp_path / "broken.jpg", r"broken\.jpg: starts with"),
+        (tmp_path / "broken.jpg", r"broken\.jpg: not an image"),
         ([shapes / "00.png", np.zeros((8, 8, 3), np.float32)], "image 1: raw frames must be u8"),
     ):
         with pytest.raises(DataError, match=words):

@@ -203,9 +203,10 @@ def test_an_export_killed_between_its_renames_is_not_lost(own, exported, tmp_pat
 def test_the_verb_prints_the_files_and_the_source_of_the_rest(public, tmp_path, capsys):
     target = tmp_path / "adapter"
     assert main.main(["export", str(public), str(target)]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "vadapter: using stage vadapter, step 2\n" in err
     size = (target / "model.safetensors").stat().st_size
-    assert out.startswith(f"vadapter, step 2\n{target}\n")
+    assert out.startswith(f"{target}\n")
     assert re.search(rf"model\.safetensors +{console.size(size)}\n", out)
     assert f"llm: not included, public weights {public.parent / 'llm'}\n" in out
     assert "--config.components.llm.weights=OWNER/NAME" in out

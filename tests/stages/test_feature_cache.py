@@ -19,6 +19,7 @@ import pytest
 from support import tiny
 from support.recipes import SIZE, draw, tiny_recipe
 
+from vadapter import console
 from vadapter.config import digest
 from vadapter.data import features as files
 from vadapter.data.batch import check_batch
@@ -279,7 +280,7 @@ def test_an_interrupted_computation_resumes_after_the_last_complete_file(
     capsys.readouterr()
 
     made = cache(images, batch=batch, flip=flip)
-    assert "features: 16 of 24 examples" in capsys.readouterr().out
+    assert "feature cache: 16 of 24 examples" in capsys.readouterr().out
     assert names(folder) == complete(range(3))
     assert before.items() <= {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}.items()
     whole = cache(images, batch=batch, flip=flip, folder=tmp_path / "whole").cache
@@ -323,7 +324,7 @@ def test_the_size_is_printed_and_checked_before_anything_is_computed(
         cache(images, stored=stored, watch=refuse)
     free.free += 1
     made = cache(images, stored=stored)
-    line = f"24 of 24 examples × 1 × 1 × 16 tokens × 16 {stored}: {size:,} bytes"
+    line = f"24 of 24 examples, 16 tokens × 16 {stored} each, {console.size(size)} in 3 files in "
     assert line in capsys.readouterr().out
     records = sum(len(record) for i in range(24) for record in [made._records[i]])
     assert records == size

@@ -107,7 +107,7 @@ def test_training_reads_what_the_command_wrote(recipe, tmp_path, capsys):
     ((name, config, made),) = write_caches(read(values), stored="int8")
     assert (name, config.cache_dtype, config.flip) == ("images", "int8", True)
     override(values, ["data.images.cache_dtype=int8", "chain=decoder"])
-    assert "features: 24 of 24 examples" in capsys.readouterr().out
+    assert "feature cache: 24 of 24 examples" in capsys.readouterr().out
     identities = []
     for workdir in ("a", "b"):  # two runs, one folder
         stage = Run(read(values), tmp_path / workdir).stage("decoder")

@@ -27,8 +27,8 @@ def old(tmp_path_factory):
     renamed = "--config.stages.vadapter.dropout=false"
     log = vadapter_in(folder, "train", "--config=recipe.py:shapes", "--workdir=run", renamed, *free)
     assert "resumed at step 2" in log
-    assert "--config.stages.vadapter.dropout is now called use_dropout" in log
-    assert "config.stages.llm.dropout is now called use_dropout" in log
+    assert "vadapter: warning: --config.stages.vadapter.dropout is now use_dropout" in log
+    assert "vadapter: warning: config.stages.llm.dropout is now use_dropout" in log
     return folder
 
 

@@ -99,7 +99,7 @@ def run_the_command_in(message: str, env, folder: Path) -> set[str]:
 def test_offline_without_a_cache_gives_a_command_that_fetches_the_files(hub, env, tmp_path):
     message = ask(at(env, hub, HF_HUB_OFFLINE="1"), "owner/model@release-1")
     assert "'release-1' is not in the cache" in message
-    assert "HF_HUB_OFFLINE forbids" in message
+    assert "HF_HUB_OFFLINE forbids downloading it" in message
     assert download_command("owner/model", "release-1") in message
     assert not hub.asked
     assert run_the_command_in(message, at(env, hub), tmp_path / "elsewhere") == WANTED
@@ -117,9 +117,9 @@ def test_a_refused_connection_gives_the_command_and_the_reason(env):
         taken.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
         message = ask({**env, "HF_ENDPOINT": endpoint}, "owner/model")
-    assert f"cannot be fetched from {endpoint} (ConnectError: " in message
+    assert f"cannot be downloaded from {endpoint} (ConnectError: " in message
     assert "hf download owner/model --revision main" in message
-    assert message.rstrip().endswith("give its path in the place of the hub id.")
+    assert message.rstrip().endswith("use its path instead of the hub id.")
 
 
 @pytest.mark.parametrize("repo", ["owner/gated-info", "owner/gated-files"])
@@ -167,13 +167,13 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("", "neither a folder nor a hub id, which reads owner/name"),
-        ("llma", "neither a folder; did you mean 'llama'? nor a hub id"),
+        ("", "neither an existing folder nor a hub id (owner/name or owner/name@revision"),
+        ("llma", "such as 'openai-community/gpt2'); did you mean 'llama'?"),
         ("./llma", "no folder './llma'; did you mean 'llama'?"),
         ("deep/er/model", "no folder 'deep/er/model'; 'deep/er' does not exist either"),
         ("llama/model.safetensors", "is a file: give the folder that holds it, 'llama'"),
-        ("owner/model@", "neither a folder nor a hub id"),
-        ("owner/mo del", "neither a folder nor a hub id"),
+        ("owner/model@", "neither an existing folder nor a hub id"),
+        ("owner/mo del", "neither an existing folder nor a hub id"),
         ("https://huggingface.co/owner/model", "no folder 'https://huggingface.co/owner/model'"),
         ("owner/model@a", "contradict: give one of them"),
     ],

@@ -298,7 +298,7 @@ def test_a_config_without_a_key_or_corrupt_is_an_error(folder):
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read .*download it again"):
         Checkpoint.open(path)
     (path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"No weights file 'config\.json'"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json: give a Hugging Face"):
         Checkpoint.open(path)
 
 

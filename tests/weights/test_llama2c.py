@@ -240,7 +240,7 @@ def test_a_folder_that_does_not_say_which_file_is_refused(tmp_path):
     (tmp_path / "stories15M.bin").unlink()
     (tmp_path / "folder.bin").mkdir()
     os.mkfifo(tmp_path / "fifo.bin")  # reading it would never end
-    with pytest.raises(CheckpointError, match=r"No weights file 'config\.json'"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json: give a Hugging Face"):
         Checkpoint.open(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": "llama2c"}))
     with pytest.raises(CheckpointError, match=r"holds no \.bin of a llama2\.c model"):

@@ -10,6 +10,7 @@ from vadapter.io.storage import as_path
 
 if TYPE_CHECKING:
     from vadapter.recipe.schema import Recipe
+    from vadapter.stages.stage import Stage
 
 OVERRIDES = "override a key of the recipe"
 WEIGHTS = "set the folder of public weights: components.NAME.weights=FOLDER"
@@ -81,8 +82,8 @@ class Renamed(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         note(
-            f"{option_string} is now --{self.dest}; the old name will be removed in the next "
-            "release"
+            f"warning: {option_string} is now --{self.dest}; the old name will be removed in the "
+            "next release"
         )
         setattr(namespace, self.dest, values)
 
@@ -119,6 +120,14 @@ def recipe(args: argparse.Namespace) -> "Recipe":
     values = config.load(args.config)
     config.override(values, args.overrides, Recipe)
     return read(values)
+
+
+def note_stage(stage: "Stage") -> None:
+    """Print to stderr which stage is used, and its step, on the first host only."""
+    from vadapter.distributed import hosts
+
+    if hosts.first():
+        note(f"using stage {stage.name}, step {stage.step}")
 
 
 def say(text: object = "") -> None:

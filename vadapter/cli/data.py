@@ -129,7 +129,7 @@ _INSPECT = (
     *_INSPECT,
     arg("--n", type=at_least(1), default=4, metavar="N", help="rows of each data set (default: 4)"),
     arg("--out", type=Path, metavar="FILE.html", help="write an HTML page instead"),
-    example="configs/flickr8k.py --data=train --workdir=runs/flickr8k --out=rows.html",
+    example="configs/flickr8k.py --data=photos --workdir=runs/flickr8k --out=rows.html",
     computes=False,
 )
 def show(args: argparse.Namespace) -> None:
@@ -157,13 +157,13 @@ def show(args: argparse.Namespace) -> None:
     arg("--limit", type=at_least(0), default=500, metavar="N",
         help="examples to read, evenly spaced (default: 500); 0: all"),
     arg("--json", action="store_true", help="print one JSON list"),
-    example="configs/flickr8k.py --data=train --workdir=runs/flickr8k", computes=False,
+    example="configs/flickr8k.py --data=photos --workdir=runs/flickr8k", computes=False,
 )  # fmt: skip
 def stats(args: argparse.Namespace) -> None:
     """Summarize data sets.
 
     Counts texts, lengths in tokens, texts that are cut or left out, unusable samples, image sizes
-    and video lengths, and measures the reading speed.
+    and clip lengths, and measures the reading speed.
     """
     from vadapter.inspect import data_stats
     from vadapter.inspect.open_data import open_data

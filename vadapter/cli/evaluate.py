@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from vadapter.cli.common import RUN, STAGE, arg, at_least, either, say, verb
+from vadapter.cli.common import RUN, STAGE, arg, at_least, either, note_stage, say, verb
 from vadapter.console import table
 
 
@@ -41,7 +41,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     def open_decoder() -> Decoder:
         loaded = open_run(args.workdir, args.stage, overrides=others)
-        say(f"{loaded.name}, step {loaded.step}")
+        note_stage(loaded)
         return Decoder(loaded)
 
     score = _evals if args.benchmarks is None else _benchmarks

@@ -9,6 +9,7 @@ import os
 import stat
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ VERBS = (
 DATA = "Inspect and prepare data sets."
 SUBVERBS = (data.cache, data.doctor, data.prepare, data.index, data.show, data.stats)
 FAILURES = (errors.UserError, errors.NonFiniteError, errors.Preempted, errors.HostError)
+_FORMAT_WARNING = warnings.formatwarning
 EXIT_CODES = (
     "exit codes: 0 success, 1 a host died or hung, or an internal error, 2 invalid command line,\n"
     "75 stopped by a signal with its state saved: rerun the same command, 77 training diverged,\n"
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file gets its lines as they are printed
+    warnings.formatwarning = _one_line
     parser, overrides, rest = _parser(), [], []
     for word in sys.argv[1:] if argv is None else argv:
         (overrides if word.startswith("--config.") else rest).append(word)
@@ -95,6 +98,13 @@ def _attempt(args: argparse.Namespace) -> tuple[int, str]:
         if not args.row.computes:
             raise
         return _unexpected(error)
+
+
+def _one_line(message: Any, category: type[Warning], *place: Any) -> str:
+    """Return a warning as text, for renamed keys without the line of code that warns."""
+    if issubclass(category, errors.RenamedWarning):
+        return f"vadapter: warning: {message}\n"
+    return _FORMAT_WARNING(message, category, *place)
 
 
 def _failed(error: Any) -> int:

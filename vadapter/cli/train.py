@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # What a stage of each kind does, for people who see it for the first time.
 STAGES = {
-    "lm": "train {lm} as a language model, on text alone",
-    "vision": "train the vision encoder {encoder} on images with captions",
+    "lm": "train {lm} as a language model on text only",
+    "vision": "train {encoder} on images with captions (CoCa)",
     "decoder": "train {chain} and {lm} to caption what the frozen {encoder} sees (stage 1)",
     "adapter": "train {chain} to connect the frozen {encoder} to the frozen {lm} ({role})",
 }
@@ -55,7 +55,7 @@ def _sentence(config: "Recipe", name: str) -> str:
 
     stage = config.stages[name]
     kinds = {expand(part, config.components[part])["kind"] for part in stage.chain}
-    role = "stage 2" if "lm" in kinds else "a baseline, with no language model in between"
+    role = "stage 2" if "lm" in kinds else "baseline without a tiny LM"
     words = STAGES[stage.kind].format(
         lm=stage.lm, encoder=stage.encoder, chain=", ".join(stage.chain), role=role
     )

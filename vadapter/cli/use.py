@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vadapter.cli.common import RUN, STAGE, WEIGHTS, arg, at_least, verb
+from vadapter.cli.common import RUN, STAGE, WEIGHTS, arg, at_least, note_stage, verb
 from vadapter.console import note
 from vadapter.errors import USER_ERROR
 from vadapter.io.storage import as_path
@@ -22,16 +22,16 @@ _MAX_NEW = arg(
 
 @verb(
     _MODEL,
-    arg("files", nargs="+", type=Path, metavar="FILE", help="images and videos"),
+    arg("files", nargs="+", type=Path, metavar="FILE", help="images and clips"),
     STAGE,
     _MAX_NEW,
     example="runs/quickstart photo.jpg clip.mp4",
     overrides=WEIGHTS,
 )
 def caption(args: argparse.Namespace) -> int:
-    """Caption images and videos: prints one line `FILE: CAPTION` for each.
+    """Caption images and clips: prints one line `FILE: CAPTION` for each.
 
-    Files that cannot be read are reported and skipped; the exit code is then 78. Videos are
+    Files that cannot be read are reported and skipped; the exit code is then 78. Clips are
     sampled at eight frames, or at as many as the stage was trained with.
     """
     return _describe(args, args.files, None)
@@ -39,7 +39,7 @@ def caption(args: argparse.Namespace) -> int:
 
 @verb(
     _MODEL,
-    arg("file", type=Path, metavar="FILE", help="an image or a video"),
+    arg("file", type=Path, metavar="FILE", help="an image or a clip"),
     arg("question", metavar="QUESTION", help="the question, in quotes"),
     STAGE,
     _MAX_NEW,
@@ -47,7 +47,7 @@ def caption(args: argparse.Namespace) -> int:
     overrides=WEIGHTS,
 )
 def ask(args: argparse.Namespace) -> int:
-    """Answer a question about an image or a video.
+    """Answer a question about an image or a clip.
 
     Prints the answer.
     """
@@ -60,7 +60,7 @@ def _describe(args: argparse.Namespace, files: list[Path], question: str | None)
     from vadapter.hub.load import open_either
 
     loaded = open_either(args.workdir, args.stage, args.overrides)
-    note(f"{loaded.name}, step {loaded.step}")
+    note_stage(loaded)
     code = 0
     questions = None if question is None else [question] * len(files)
     for reply in Describer(loaded).replies(files, questions, max_new=args.max_new):
@@ -91,6 +91,6 @@ def export(args: argparse.Namespace) -> None:
     from vadapter.stages.restore import open_run
 
     loaded = open_run(args.workdir, args.stage, overrides=args.overrides)
-    print(f"{loaded.name}, step {loaded.step}")
+    note_stage(loaded)
     write.export(loaded, args.folder)
     print(write.report(args.folder))

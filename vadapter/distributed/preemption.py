@@ -84,7 +84,8 @@ def signals() -> Iterator[Stop]:
         if stop.signal and number == signal.SIGINT:
             os._exit(130)
         if not stop.signal:
-            print("\nstopping after this step, saving (Ctrl-C again: at once)", file=sys.stderr)
+            again = "; press Ctrl-C again to stop immediately" * (number == signal.SIGINT)
+            print(f"\nstopping after this step and saving a checkpoint{again}", file=sys.stderr)
             watchdog.exit_within(limit)
         stop.signal = number
 

@@ -5,7 +5,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import math
 import os
@@ -120,8 +119,7 @@ def parse(name: str) -> Topology:
         raise invalid("write v5e:4x4, 2*v5e:4x4, v5p-128 or h100:8")
     slices, chip, separator, size = int(match[1] or 1), _chip(match[2]), match[3], match[4]
     if chip not in CHIPS:
-        near = difflib.get_close_matches(chip, CHIPS, 3, 0.4) or CHIPS
-        raise invalid(f"no chip {chip!r}; there are {', '.join(near)}")
+        raise invalid(f"unknown chip {chip!r}; known: {', '.join(CHIPS)}")
     row = CHIPS[chip]
     dims: tuple[int, ...] = tuple(int(n) for n in size.split("x") if n)
     if slices < 1 or not dims or min(dims) < 1:

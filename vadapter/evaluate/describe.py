@@ -110,7 +110,7 @@ class Describer:
         if max_new < 1:
             raise ConfigError(f"max_new={max_new}: must be at least 1")
         if not all(question.strip() for question in questions or ()):
-            raise ConfigError("a question is empty: pass at least one word")
+            raise ConfigError("the question is empty")
         after = [QUESTION.after(question) for question in questions or ()] or [CAPTION.after]
         longest = max(len(self.loaded.tokenizer.encode(text)) for text in after)
         if longest + max_new > (limit := context_len(self.loaded)):

@@ -224,9 +224,9 @@ def _shares(facts: Mapping[str, Any]) -> Iterator[str]:
         if key in facts and (key != "left_out" or facts["task"] == "question"):
             yield f"{title}: {share(key)}"
     if "without_tokenizer" in facts:
-        yield f"no lengths in tokens and no rows: {facts['without_tokenizer']}"
+        yield facts["without_tokenizer"]
         return
-    yield f"bad rows: {share('bad')}"
+    yield f"unusable rows: {share('bad')}"
     yield from (f"  {printable(fault)}" for fault in facts["bad"]["first"])
     yield f"text tokens that are not padding: {facts['fill']:.1%}"
     yield (

@@ -76,8 +76,8 @@ def open_data(
 def without_tokenizer(data: OpenData) -> str:
     """Return what to do while the tokenizer has not been trained."""
     return (
-        f"the tokenizer of stage {data.stage} has not been trained yet: pass a run that has it, "
-        "--workdir=RUN (`vadapter train` writes RUN/tokenizer.json before its first stage)"
+        f"token lengths and rows need the tokenizer of stage {data.stage}: pass --workdir=RUN "
+        "(`vadapter train` writes RUN/tokenizer.json before its first stage)"
     )
 
 

@@ -142,7 +142,7 @@ def as_text(rows: Iterable[Shown], *, color: bool) -> Iterator[str]:
         mirrored = ", mirrored" if row.mirrored else ""
         yield f"{row.data}[{row.index}] {printable(row.name)}{size}{mirrored}"
         if row.bad:
-            yield paint(f"  bad row, weight 0: {printable(row.bad)}", "bad")
+            yield paint(f"  unusable row, weight 0: {printable(row.bad)}", "bad")
         if color and row.frames is not None:
             yield from _draw(row.frames)
         if row.prompt:

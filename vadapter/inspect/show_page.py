@@ -28,7 +28,7 @@ def _card(row: Shown) -> str:
     head = f"<b>{text(row.data)}[{row.index}]</b> {text(row.name)}"
     if row.mirrored:
         head += " <span class=mark>mirrored</span>"
-    bad = f"<p class=bad>bad row, weight 0: {text(row.bad)}</p>" if row.bad else ""
+    bad = f"<p class=bad>unusable row, weight 0: {text(row.bad)}</p>" if row.bad else ""
     frames = ""
     if row.frames is not None:
         count, size = row.frames.shape[:2]

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,11 +109,11 @@ def _announce(cache: Cache, missing: list[int], key: Any) -> None:
         return
     count = sum(len(cache.span(shard)) for shard in missing)
     size, free = count * cache.record_bytes, shutil.disk_usage(cache.folder).free
-    M, F, N, D = cache.shape
+    *tokens, width = cache.shape
     print(
-        f"features: {count:,} of {cache.count:,} examples × {M} × {F} × {N} tokens × {D:,} "
-        f"{cache.stored}: {size:,} bytes ({console.size(size)}) in {len(missing)} files of "
-        f"{cache.folder}, where {console.size(free)} are free",
+        f"feature cache: {count:,} of {cache.count:,} examples, {math.prod(tokens):,} tokens × "
+        f"{width:,} {cache.stored} each, {console.size(size)} in "
+        f"{console.quantity(len(missing), 'file')} in {cache.folder} ({console.size(free)} free)",
         flush=True,
     )
     if free < size + len(missing) * SLACK_BYTES:

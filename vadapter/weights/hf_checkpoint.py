@@ -18,7 +18,7 @@ from vadapter.distributed.mesh import read_sharded
 from vadapter.errors import CheckpointError
 from vadapter.weights import hub, llama2c
 from vadapter.weights.families import language, openclip, vision
-from vadapter.weights.files import Stamp, require_file
+from vadapter.weights.files import Stamp
 from vadapter.weights.name_mapping import BLOCKS, Source, Table
 from vadapter.weights.preprocessor import PREPROCESSORS, read_preprocess
 from vadapter.weights.safetensors import TensorFiles
@@ -234,7 +234,11 @@ def read_config(path: Path) -> dict[str, Any]:
             return config
     if file := llama2c.find(path):
         return llama2c.read_config(file)
-    require_file(path / "config.json")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} has no config.json: give a Hugging Face model folder, or set the component's "
+            "`kind` for weights of another format"
+        )
     return config
 
 

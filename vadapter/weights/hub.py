@@ -97,7 +97,7 @@ def upload(folder: Path, files: Sequence[str], repo_id: str, *, private: bool | 
     import huggingface_hub
 
     if not _REPO_ID.fullmatch(repo_id):
-        raise CheckpointError(f"{repo_id!r} is not a hub id, which reads owner/name")
+        raise CheckpointError(f"{repo_id!r} is not a hub id (owner/name)")
     for name in files:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing: export again")
@@ -112,8 +112,8 @@ def upload(folder: Path, files: Sequence[str], repo_id: str, *, private: bool | 
         root = list(_causes(error))[-1]
         reason = f"{type(root).__name__}: {' '.join(str(root).split())}"
         raise CheckpointError(
-            f"{folder} could not be pushed to {repo_id} ({reason}). A token that may write there "
-            "belongs in the environment variable HF_TOKEN, or run `hf auth login`."
+            f"{folder} could not be pushed to {repo_id} ({reason}). Set HF_TOKEN to a "
+            "token with write access, or run `hf auth login`."
         ) from error
     return str(url)
 
@@ -136,10 +136,10 @@ def _neither(spec: str, folder: Path) -> str:
     beside = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
     if spec.startswith(_NO_LEAD) or spec.count("/") > 1:
         missing = "" if parent.is_dir() else f"; {str(parent)!r} does not exist either"
-        return f"There is no folder {spec!r}{missing}{_close(folder.name, beside)}."
+        return f"There is no folder {spec!r}{missing}{_close(folder.name, beside)}"
     return (
-        f"{spec!r} is neither a folder{_close(spec, beside)} nor a hub id, which reads owner/name "
-        "or owner/name@revision, as in 'openai-community/gpt2'."
+        f"{spec!r} is neither an existing folder nor a hub id (owner/name or owner/name@revision, "
+        f"such as 'openai-community/gpt2'){_close(spec, beside)}"
     )
 
 
@@ -160,14 +160,14 @@ def _explain(error: Exception, repo_id: str, revision: str) -> str:
         )
     if isinstance(answer, errors.RevisionNotFoundError):
         refs = _names_from(_refs, repo_id)
-        return f"{repo_id} has no revision {revision!r}{_close(revision, refs)}; see {page}/commits"
+        return f"{repo_id} has no revision {revision!r}{_close(revision, refs)} See {page}/commits"
     # Without a token the hub answers alike for missing and for private repositories.
     hidden = status == 401 and not get_token()
     if hidden or isinstance(answer, errors.RepositoryNotFoundError):
         models = _names_from(_models, repo_id)
         return (
             f"There is no folder {repo_id!r} here and no such repository at {constants.ENDPOINT}"
-            f"{_close(repo_id, models)}. If it is private, set the environment variable HF_TOKEN "
+            f"{_close(repo_id, models)} If it is private, set the environment variable HF_TOKEN "
             f"to a token that may read it ({tokens})."
         )
     if status in (401, 403):
@@ -184,14 +184,14 @@ def _unreachable(error: Exception, repo_id: str, revision: str, allow: Sequence[
     root = list(_causes(error))[-1]
     reason = f"{type(root).__name__}: {str(root).strip().splitlines()[0] if str(root) else ''}"
     if constants.HF_HUB_OFFLINE:
-        reason = "the environment variable HF_HUB_OFFLINE forbids to fetch it"
+        reason = "the environment variable HF_HUB_OFFLINE forbids downloading it"
     partly = getattr(errors, "IncompleteSnapshotError", ())
     state = "only partly in the cache" if isinstance(error, partly) else "not in the cache"
     return (
         f"{repo_id} at revision {revision!r} is {state} ({constants.HF_HUB_CACHE}), and it cannot "
-        f"be fetched from {constants.ENDPOINT} ({reason}).\nWhere there is a network, run\n"
-        f"  {download_command(repo_id, revision, allow)}\n"
-        "bring the folder here, and give its path in the place of the hub id."
+        f"be downloaded from {constants.ENDPOINT} ({reason}).\nOn a machine with internet access, "
+        f"run\n  {download_command(repo_id, revision, allow)}\n"
+        "then copy the folder to this machine and use its path instead of the hub id."
     )
 
 
@@ -225,4 +225,4 @@ def _names_from(query, repo_id: str) -> list[str]:
 
 def _close(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), 1, 0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -180,7 +180,7 @@ def test_a_truncated_journal_loses_only_its_last_line(tmp_path, monkeypatch, kee
 
 def test_only_what_changed_is_read_again(tmp_path, monkeypatch):
     folder = pairs(tmp_path)
-    assert "4 shards (4 read now), 36 members, 12 pairs" in index.build(folder, **silent)
+    assert "4 shards (4 read now), 36 files, 12 pairs" in index.build(folder, **silent)
     before = (folder / shard_set.INDEX).read_bytes()
     names = scanned(monkeypatch)
     assert "(0 read now)" in index.build(folder, **silent)
@@ -252,7 +252,7 @@ def test_skipped_members_and_masked_pairs_are_counted(tmp_path):
     files = {"z.png": image(1), "z.txt": b"\xff", "z.pkl": b"x", "z.cls": b"3"}
     write_tar(folder / "00004.tar", files)
     text = index.build(folder, **silent)
-    assert "2 members left out, for example z.pkl: files of type .pkl are not read" in text
+    assert "2 files left out, for example z.pkl: files of type .pkl are not read" in text
     assert "1 pair without usable text, to be masked, the first: " in text
     assert "z.txt: not UTF-8" in text
 

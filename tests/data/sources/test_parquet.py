@@ -67,7 +67,7 @@ def test_one_sample_reads_one_group_and_texts_no_image(tmp_path, monkeypatch):
 def test_an_index_gives_the_same_source(tmp_path, monkeypatch):
     scanned = ParquetImages(files(tmp_path), "train")
     text = index.build(tmp_path, say=lambda text: None)
-    assert "2 shards (2 read now), 8 members" in text
+    assert "2 shards (2 read now), 8 row groups" in text
     monkeypatch.setattr(shard_set, "scan", None)
     indexed = ParquetImages(tmp_path, "train")
     assert contents(indexed) == contents(scanned)

@@ -77,7 +77,10 @@ def read_image(data: bytes | Path) -> Image.Image:
     except (BadMedia, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
-        raise BadMedia(f"starts with {head(data)!r}: none of {', '.join(FORMATS)}") from error
+        formats = ", ".join(FORMATS)
+        raise BadMedia(
+            f"not an image ({formats}) or a clip; it starts with {head(data)!r}"
+        ) from error
     except Exception as error:  # Pillow raises a dozen kinds on corrupt files
         raise BadMedia(f"cannot be decoded ({type(error).__name__}: {error})") from error
 
@@ -105,7 +108,8 @@ def open_media(data: bytes | Path) -> BinaryIO:
     if isinstance(data, bytes):
         return io.BytesIO(data)
     if not data.is_file():  # a FIFO or a device would block or never end
-        raise BadMedia(f"{data} is not a regular file")
+        folder = "is a directory; pass image or clip files"
+        raise BadMedia(folder if data.is_dir() else f"{data} is not a regular file")
     return data.open("rb")
 
 

@@ -57,7 +57,7 @@ def decode_clip(data: bytes | Path, frames: int = 8) -> np.ndarray:
                 return _decode_webp(file, frames)
             return _decode_stream(file, frames)
     except av.FFmpegError as error:  # some of its subclasses are also MemoryError
-        raise BadMedia(f"cannot be decoded ({error})") from error
+        raise BadMedia(f"cannot be decoded ({error.strerror})") from error
     except (BadMedia, MemoryError):
         raise
     except Exception as error:  # Pillow raises a dozen kinds on corrupt files

@@ -59,13 +59,14 @@ def build(folder: Path, out: Path | None = None, *, say: Say = print, every: flo
     members, pairs, bad, skips = (
         sum(fact[key] for fact in facts) for key in ("members", "pairs", "bad", "skips")
     )
+    noun = "row group" if any(name.endswith(".parquet") for name in sizes) else "file"
     text = (
         f"{out}: {quantity(len(sizes), 'shard')} ({len(todo)} read now), "
-        f"{quantity(members, 'member')}, {quantity(pairs, 'pair')} with texts in them"
+        f"{quantity(members, noun)}, {quantity(pairs, 'pair')} of media and text"
     )
     if skips:
         name, reason = next(item for fact in facts for item in fact["skipped"].items())
-        text += f"\n{quantity(skips, 'member')} left out, for example {name}: {reason}"
+        text += f"\n{quantity(skips, noun)} left out, for example {name}: {reason}"
     if bad:
         first = next(fact["first_bad"] for fact in facts if fact["bad"])
         text += f"\n{quantity(bad, 'pair')} without usable text, to be masked, the first: {first}"
