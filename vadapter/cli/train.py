@@ -122,7 +122,8 @@ def rewind(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Validate a recipe: shapes, parameters, weights, tokenizers, data, memory.
 
-    Lists every problem at once. Reads no tensors and writes nothing.
+    Lists all problems at once; weights that cannot be read come first, as shapes depend on them.
+    Reads no tensors and writes nothing.
     """
     from vadapter.inspect.check import check
     from vadapter.inspect.check_text import as_text
