@@ -98,6 +98,11 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
          errno.ENOTDIR, errno.EEXIST)  # fmt: skip
 
 
+def one_line(error: BaseException, limit: int | None = 160) -> str:
+    """Return an error's type and its message, cut to `limit` characters, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
+
+
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
     """Turn errors of a full disk or of missing permissions into a ConfigError."""

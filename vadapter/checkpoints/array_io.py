@@ -29,7 +29,7 @@ from vadapter.config import differences
 from vadapter.console import difference_table
 from vadapter.distributed import hosts
 from vadapter.distributed.mesh import read_sharded
-from vadapter.errors import CheckpointError
+from vadapter.errors import CheckpointError, one_line
 from vadapter.io import buckets, storage
 
 PyTree = Any
@@ -147,7 +147,7 @@ def _read_leaves(path: Path, targets: Mapping[str, Any]) -> dict[str, jax.Array]
 def _unreadable(text: str, e: Exception) -> CheckpointError:
     """Return a CorruptError; a CheckpointError if a bucket that cannot be reached is the reason."""
     kind = CheckpointError if buckets.out_of_reach(e) else CorruptError
-    return kind(f"{text} ({reason(e)})")
+    return kind(f"{text} ({one_line(e)})")
 
 
 def _read_leaf(path: Path, name: str, target: Any) -> jax.Array:
@@ -196,11 +196,6 @@ def _sha256(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def reason(e: BaseException) -> str:
-    """Return an error's type and message in one short line."""
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
-
-
 def on_all_hosts(read: Callable[[], T]) -> T:
     """Run `read` on every host. If it fails on one, it fails on all, so that none waits forever."""
     result, error = None, None
@@ -208,7 +203,7 @@ def on_all_hosts(read: Callable[[], T]) -> T:
         result = read()
     except Exception as e:
         error = e
-    failures = hosts.exchange(error and reason(error), "reading", patience=hosts.WORK)
+    failures = hosts.exchange(error and one_line(error), "reading", patience=hosts.WORK)
     for host, failure in enumerate(failures):
         if error is None and failure is not None:
             error = CorruptError(f"unreadable on host {host}: {failure}")

@@ -15,7 +15,7 @@ from vadapter.checkpoints import array_io
 from vadapter.checkpoints.array_io import CorruptError
 from vadapter.checkpoints.digest import combined, tree_digests
 from vadapter.distributed import hosts
-from vadapter.errors import CheckpointError
+from vadapter.errors import CheckpointError, one_line
 from vadapter.io import storage
 from vadapter.io.lock import lock
 
@@ -62,7 +62,7 @@ class ComponentStore:
         except CheckpointError:
             raise
         except Exception as e:
-            raise CheckpointError(f"could not store {name} in {path}: {array_io.reason(e)}") from e
+            raise CheckpointError(f"could not store {name} in {path}: {one_line(e)}") from e
         return digest
 
     def get(self, name: str, digest: str, abstract: PyTree, *, subset: bool = False) -> PyTree:

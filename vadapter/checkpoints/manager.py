@@ -20,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers as ocm
 from vadapter.checkpoints import array_io
 from vadapter.checkpoints.array_io import CorruptError
 from vadapter.distributed import hosts
-from vadapter.errors import CheckpointError, ConfigError
+from vadapter.errors import CheckpointError, ConfigError, one_line
 from vadapter.io import storage
 
 PyTree = Any
@@ -103,7 +103,7 @@ class Checkpointer:
         except Exception as e:
             if hosts.count() > 1:  # the others may be waiting inside Orbax
                 raise CheckpointError(
-                    f"could not save step {step} in {self._directory} ({array_io.reason(e)})"
+                    f"could not save step {step} in {self._directory} ({one_line(e)})"
                 ) from e
             self._failed(step, e)
             return False
@@ -196,7 +196,7 @@ class Checkpointer:
                 raise OSError("no such directory afterwards")
         except Exception as e:
             error = e
-        failures = hosts.exchange(error and array_io.reason(error), f"saved step {step}")
+        failures = hosts.exchange(error and one_line(error), f"saved step {step}")
         for host, failure in enumerate(failures):
             if error is None and failure is not None:
                 error = OSError(f"host {host}: {failure}")
@@ -211,7 +211,7 @@ class Checkpointer:
         self._failures += 1
         self._drop_manager()  # Orbax assumes that the step exists
         self._remove_leftovers()  # otherwise a full disk would stay full
-        message = f"could not save step {step} in {self._directory} ({array_io.reason(e)})"
+        message = f"could not save step {step} in {self._directory} ({one_line(e)})"
         if self._failures > MAX_FAILURES:
             raise CheckpointError(
                 f"{message}; {self._failures} saves in a row failed, the newest checkpoint is that "
@@ -227,7 +227,7 @@ class Checkpointer:
             try:
                 manager.close()
             except Exception as e:
-                log.debug("closing after a failed save: %s", array_io.reason(e))
+                log.debug("closing after a failed save: %s", one_line(e))
 
     def _remove_leftovers(self) -> None:
         """Remove the directories of interrupted saves."""

@@ -27,7 +27,7 @@ from vadapter.recipe.schema import read as read_recipe
 from vadapter.stages.restore import describing
 
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
-FORMAT, VERSION = EXPORT_FORMAT, 1
+VERSION = 1
 PROMPTS = {"caption": dataclasses.asdict(CAPTION), "question": dataclasses.asdict(QUESTION)}
 
 _IMAGES = "images"  # a recipe needs a data set, for the image transform; it is never opened
@@ -138,7 +138,7 @@ def read(folder: Path) -> Exported:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+        if not isinstance(values, Mapping) or values.get("format") != EXPORT_FORMAT:
             raise CheckpointError(
                 f"{path} is not the record of an exported adapter; if {folder} is a run, export it "
                 f"first: `vadapter export {folder} DIR`"

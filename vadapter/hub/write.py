@@ -20,7 +20,7 @@ from vadapter.hub import record
 from vadapter.hub.model_card import model_card
 from vadapter.hub.record import Exported, Frozen, frozen_file
 from vadapter.io import storage
-from vadapter.io.json_files import is_export, write_json
+from vadapter.io.json_files import EXPORT_FORMAT, is_export, write_json
 from vadapter.models.registry import expand
 from vadapter.stages.stage import Stage
 from vadapter.weights.hf_checkpoint import locate
@@ -61,7 +61,7 @@ def _record(loaded: Stage) -> Exported:
     model = loaded.adapter_model
     specs = {name: expand(name, loaded.recipe.components[name]) for name in model.names()}
     return Exported(
-        format=record.FORMAT, version=record.VERSION, vadapter=__version__,
+        format=EXPORT_FORMAT, version=record.VERSION, vadapter=__version__,
         stage=loaded.name, kind=loaded.config.kind, step=loaded.step,
         lm=model.lm, chain=model.chain, encoder=model.encoder, bidirectional=model.bidirectional,
         dtype=loaded.recipe.dtype,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vadapter.errors import ConfigError
+from vadapter.errors import ConfigError, one_line
 
 REACH = 30.0  # seconds for a bucket to answer
 _LIBRARIES = {"aiohttp", "gcsfs", "google", "requests"}
@@ -45,10 +45,6 @@ def filesystem() -> Any:
     return fsspec.filesystem("gcs")
 
 
-def _line(error: BaseException, limit: int) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
-
-
 def refusal(error: BaseException) -> str:
     """Return the error of one of these libraries as a line; "" if it comes from elsewhere."""
     if not prepare.cache_info().currsize:
@@ -56,7 +52,7 @@ def refusal(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
-            return _line(error, 240)
+            return one_line(error, 240)
         trace = trace.tb_next
     return ""
 
@@ -105,7 +101,7 @@ def require_bucket(path: Path) -> None:
         ) from None
     except Exception as error:
         raise ConfigError(
-            f"{path}: cannot reach gs://{name} ({_line(error, 160)}); check the network and the "
+            f"{path}: cannot reach gs://{name} ({one_line(error, 160)}); check the network and the "
             "credentials (`gcloud auth application-default login`)"
         ) from error
 

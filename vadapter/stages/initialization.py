@@ -26,14 +26,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from vadapter.checkpoints import array_io
 from vadapter.checkpoints.component_store import ComponentStore
 from vadapter.checkpoints.digest import leaf_paths
 from vadapter.config import resolve
 from vadapter.console import listing, truncate
 from vadapter.distributed import hosts
 from vadapter.distributed.mesh import poorly_sharded
-from vadapter.errors import CheckpointError, ConfigError
+from vadapter.errors import CheckpointError, ConfigError, one_line
 from vadapter.io import storage
 from vadapter.recipe.schema import STAGES, Recipe, StageConfig, components, trained
 
@@ -282,7 +281,7 @@ def _copy(other: Path, own: Path, name: str, digest: str) -> None:
         try:
             storage.copy_tree(source, target)
         except Exception as e:
-            raise CheckpointError(f"could not copy {name} to {target}: {array_io.reason(e)}") from e
+            raise CheckpointError(f"could not copy {name} to {target}: {one_line(e)}") from e
     hosts.exchange("", f"copied {name}", patience=hosts.WORK)
 
 

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from vadapter.errors import CheckpointError
+from vadapter.errors import CheckpointError, one_line
 
 ALLOW = ("*.json", "*.safetensors", "merges.txt")
 # Pickled files, and subfolders: other formats of the same weights, mostly.
@@ -110,10 +110,9 @@ def upload(folder: Path, files: Sequence[str], repo_id: str, *, private: bool | 
         )  # fmt: skip
     except Exception as error:  # those of the hub, of its HTTP library, and of the file system
         root = list(_causes(error))[-1]
-        reason = f"{type(root).__name__}: {' '.join(str(root).split())}"
         raise CheckpointError(
-            f"{folder} could not be pushed to {repo_id} ({reason}). Set HF_TOKEN to a "
-            "token with write access, or run `hf auth login`."
+            f"{folder} could not be pushed to {repo_id} ({one_line(root, None)}). Set HF_TOKEN to "
+            "a token with write access, or run `hf auth login`."
         ) from error
     return str(url)
 
