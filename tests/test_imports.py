@@ -16,9 +16,9 @@ PACKAGE = ROOT / "vadapter"
 ROOMS = (
     "errors", "config", "console", "html_page", "io", "distributed", "data", "models", "metrics",
     "weights", "recipe", "checkpoints", "stages", "report", "evaluate", "train", "plan", "inspect",
-    "hub", "cli",
+    "compare", "hub", "cli",
 )  # fmt: skip
-PRODUCTS = {"plan", "inspect", "hub"}  # none imports another
+PRODUCTS = {"plan", "inspect", "compare", "hub"}  # none imports another
 FACADE = {"vadapter", "vadapter.__main__"}
 
 # `import vadapter.train.loop` loaded 111 modules with 18,587 lines before registries were lazy.

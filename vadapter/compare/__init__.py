@@ -1,0 +1,1 @@
+"""Comparisons: several connectors over the same frozen parts, trained alike and read together."""
