@@ -11,7 +11,7 @@ from support import tiny
 
 from benches.fake_batch import fake_batch
 from vadapter.data.batch import EOS
-from vadapter.models.adapter_model import AdapterModel
+from vadapter.models.adapter_model import AdapterModel, Training
 from vadapter.models.adapters.mlp import MlpAdapter, MlpAdapterConfig
 from vadapter.models.adapters.pooler import Pooler, PoolerConfig
 from vadapter.models.adapters.projection import Projection, ProjectionConfig
@@ -237,13 +237,14 @@ def test_a_text_batch_needs_no_encoder_and_costs_what_its_documents_cost_alone()
     assert float(loss) == pytest.approx(total, rel=1e-4)
 
 
-def test_dropout_in_the_chain_follows_the_rng():
+def test_dropout_in_the_chain_follows_the_training_key():
     config = dataclasses.replace(tiny.TLM, dropout=0.3)
     model = make(CHAINS["vadapter"][0])
     model = dataclasses.replace(model, modules=model.modules | {"tlm": LM(config)})
     params = tiny.filled(tiny.boxed(model))
     visual = np.random.default_rng(0).standard_normal((1, 1, 4, 16)).astype(np.float32)
-    noisy = jax.jit(lambda k: model.prefix(params, visual, k))
+    step = jnp.int32(0)
+    noisy = jax.jit(lambda key: model.prefix(params, visual, Training(key, step)))
     a, b, again = (noisy(jax.random.key(s)) for s in (0, 1, 0))
     np.testing.assert_array_equal(a, again)
     assert np.abs(a - b).max() > 1e-3

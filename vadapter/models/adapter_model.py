@@ -22,8 +22,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from vadapter.data.batch import Batch
@@ -38,6 +40,15 @@ def component_key(rng: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(rng, zlib.crc32(name.encode()))
 
 
+@flax.struct.dataclass
+class Training:
+    """What a training step knows beyond its arguments; evaluations have none of it."""
+
+    key: jax.Array  #: of everything random, a function of seed and step
+    step: jax.Array  #: i32[], number of steps before this one, for schedules inside the model
+    dropout: bool = flax.struct.field(pytree_node=False, default=True)  #: draw dropout masks
+
+
 @dataclasses.dataclass(frozen=True)
 class Components:
     """Flax modules by name, each trained, frozen, stored and initialized on its own."""
@@ -45,11 +56,18 @@ class Components:
     modules: Mapping[str, nn.Module]
 
     def apply(
-        self, params: Params, name: str, *args: Any, rng: jax.Array | None = None, **kwargs: Any
+        self, params: Params, name: str, *args: Any, training: Training | None = None, **kwargs: Any
     ) -> Any:
-        """Call `Module.apply` of a component with its parameters; `rng` turns dropout on."""
-        rngs = {} if rng is None else {"dropout": component_key(rng, name)}
+        """Call `Module.apply` of a component with its parameters; dropout needs `training`."""
+        rngs = {}
+        if training is not None and training.dropout:
+            rngs["dropout"] = component_key(training.key, name)
         return self.modules[name].apply({"params": params[name]}, *args, rngs=rngs, **kwargs)
+
+
+def merge_frames(x: Float[Array, "B ..."]) -> Float[Array, "B Q E"]:
+    """Return visual tokens [B, F, N, E] as one sequence [B, F·N, E]; a sequence as it is."""
+    return rearrange(x, "b f n e -> b (f n) e") if x.ndim == 4 else x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,38 +108,40 @@ class AdapterModel(Components):
         return jax.lax.stop_gradient(tokens)
 
     def prefix(
-        self, params: Params, visual: Float[Array, "B F N D"], rng: jax.Array | None = None
+        self, params: Params, visual: Float[Array, "B F N D"], training: Training | None = None
     ) -> Float[Array, "B Q E"]:
         """Return the prefix of the language model: visual tokens passed through the chain."""
-        x = visual
+        x: Any = visual
         for name in self.chain:
             if isinstance(self.modules[name], LM):  # as an adapter: its states, one per query
+                x = merge_frames(x)
                 positions, causal = unpadded_rows(*x.shape[:2])
                 mask = None if self.bidirectional else causal
                 x, _ = self.apply(
-                    params, name, x, rng=rng, method="hidden", positions=positions, mask=mask
-                )
+                    params, name, x, training=training, method="hidden", positions=positions,
+                    mask=mask,
+                )  # fmt: skip
             else:
-                x = self.apply(params, name, x)
-        return x
+                x = self.apply(params, name, x, training=training)
+        return merge_frames(x)
 
     def hidden(
         self, params: Params, visual: Float[Array, "B F N D"] | None, batch: Batch,
-        rng: jax.Array | None = None,
+        training: Training | None = None,
     ) -> Float[Array, "B M E"]:  # fmt: skip
-        """Return the language model's states that predict the targets; `rng` turns dropout on."""
-        prefix = None if visual is None else self.prefix(params, visual, rng)
-        return self.read(params, prefix, batch, rng)
+        """Return the language model's states that predict the targets."""
+        prefix = None if visual is None else self.prefix(params, visual, training)
+        return self.read(params, prefix, batch, training)
 
     def read(
         self, params: Params, prefix: Float[Array, "B Q E"] | None, batch: Batch,
-        rng: jax.Array | None = None,
+        training: Training | None = None,
     ) -> Float[Array, "B M E"]:  # fmt: skip
         """Return the same as `hidden`, given the prefix instead of the visual tokens."""
         x, segments, positions = self.layout(params, prefix, batch)
         text_len = batch["tokens"].shape[1]
         states, _ = self.apply(
-            params, self.lm, x, rng=rng, method="hidden", positions=positions,
+            params, self.lm, x, training=training, method="hidden", positions=positions,
             mask=text_mask(segments), last=text_len if self.frozen_lm else 0,
         )  # fmt: skip
         # Only the states at targets go on to the output head, whose logits are the largest array
@@ -177,11 +197,12 @@ class AdapterModel(Components):
             zeros = jnp.zeros(x.shape, x.dtype)
             if isinstance(self.modules[name], LM):
                 # Through `hidden` alone: in the chain it needs neither embedding nor head.
-                positions = jnp.zeros(x.shape[:2], jnp.int32)
+                zeros = merge_frames(zeros)
+                positions = jnp.zeros(zeros.shape[:2], jnp.int32)
                 (out, _), variables = init(key, zeros, method="hidden", positions=positions)
             else:
                 out, variables = init(key, zeros)
-            params[name] = variables["params"]
+            params[name] = variables.get("params", {})
             x = jax.ShapeDtypeStruct(out.shape, out.dtype)
         tokens = jnp.zeros((1, 2), jnp.int32)
         params[self.lm] = self.modules[self.lm].init(component_key(rng, self.lm), tokens)["params"]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vadapter.data.batch import Batch
-from vadapter.models.adapter_model import Components, Params, component_key
+from vadapter.models.adapter_model import Components, Params, Training, component_key
 from vadapter.models.layers import Dtype, Norm, NormKind, linear, partitioned
 from vadapter.models.lm import LM
 from vadapter.models.transformer import BlockConfig, Remat, Stack, text_mask
@@ -96,21 +96,22 @@ class CoCa(Components):
         return self.encoder, self.pooler, self.text, self.fusion
 
     def __call__(
-        self, params: Params, batch: Batch, rng: jax.Array | None = None
+        self, params: Params, batch: Batch, training: Training | None = None
     ) -> tuple[Float[Array, "B M V"], Unit, Float[Array, ""]]:
         """Return caption logits, unit vectors, and the temperature; one caption a row."""
         assert "frames" in batch
-        visual = self.apply(params, self.encoder, batch["frames"], rng=rng)
+        visual = self.apply(params, self.encoder, batch["frames"], training=training)
         pooled = self.apply(params, self.pooler, visual)
         mask = text_mask(batch["segments"])
         x = self.apply(params, self.text, batch["tokens"], method="embed")
         states, _ = self.apply(
-            params, self.text, x, method="hidden", positions=batch["positions"], mask=mask, rng=rng
-        )
+            params, self.text, x, training=training, method="hidden",
+            positions=batch["positions"], mask=mask,
+        )  # fmt: skip
         last = jnp.maximum((batch["segments"] > 0).sum(1, keepdims=True) - 1, 0)
         summary = (pooled[:, 0], _select(states, last)[:, 0])
         fused, unit, temperature = self.apply(
-            params, self.fusion, states, pooled[:, 1:], summary, mask, rng=rng
+            params, self.fusion, states, pooled[:, 1:], summary, mask, training=training
         )
         targets = _select(fused, batch["target_at"])
         logits = self.apply(params, self.text, targets, method="logits")

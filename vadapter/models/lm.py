@@ -5,7 +5,7 @@ K head dim.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -70,6 +70,8 @@ class LMConfig:
     remat: Remat = "none"
     dropout: float = 0.0
     int8: bool = False
+
+    DERIVED: ClassVar = ("vocab_size",)
 
     def block(self) -> BlockConfig:
         """Return the configuration of a block: the fields of the same names."""

@@ -197,7 +197,12 @@ class MobileNet(nn.Module):
 
     def tokens_per_frame(self) -> int:
         """Return N at `image_size`: 49 for 224 px."""
-        return math.ceil(self.config.image_size / _TOTAL_STRIDE) ** 2
+        return math.prod(self.grid())
+
+    def grid(self) -> tuple[int, ...]:
+        """Return the (rows, columns) of the tokens of a frame at `image_size`."""
+        side = math.ceil(self.config.image_size / _TOTAL_STRIDE)
+        return side, side
 
     def setup(self) -> None:
         config, specs = self.config, block_specs(self.config)

@@ -68,7 +68,8 @@ def make_module(
 
     Args:
       spec: `kind` or `size`, and fields of the kind's config; `weights` is ignored.
-      **derived: values of fields that are 0 or missing in the spec, such as `width`, `vocab_size`.
+      **derived: values for the fields in the config's `DERIVED` that are empty in the spec, such as
+        `width`, `vocab_size`, `grid`.
 
     Raises:
       ConfigError: unknown kind, size or field, or an invalid value.
@@ -76,5 +77,7 @@ def make_module(
     spec = expand(name, spec)
     spec.pop("weights", None)
     config_type, module_type = load_kind(spec.pop("kind"))
-    spec |= {key: value for key, value in derived.items() if not spec.get(key)}
+    for key in getattr(config_type, "DERIVED", ()):
+        if key in derived and not spec.get(key):
+            spec[key] = derived[key]
     return module_type(build(config_type, spec, f"components.{name}"), dtype=dtype)  # type: ignore[call-arg]

@@ -95,6 +95,11 @@ class ViT(nn.Module):
         extra = 0 if c.patches_only else c.class_token + c.registers
         return (c.image_size // c.patch) ** 2 + extra
 
+    def grid(self) -> tuple[int, ...]:
+        """Return the (rows, columns) of the tokens of a frame; () if they are no grid."""
+        side = self.config.image_size // self.config.patch
+        return (side, side) if not self.config.pooled and self.tokens_per_frame() == side**2 else ()
+
     @nn.compact
     def __call__(self, frames: Num[Array, "B F H W 3"]) -> Float[Array, "B F N D"]:
         c = self.config

@@ -345,14 +345,20 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> "AdapterM
 
     dtype = DTYPES[recipe.dtype]
     modules: dict[str, nn.Module] = {}
-    width = 0  # of the language model that follows
+    # Values for fields that follow from other components; `width` is that of the next LM.
+    derived: dict[str, Any] = {"vocab_size": vocab_size, "width": 0}
+    encoder = stage.encoder if STAGES[stage.kind].visual and stage.kind != "vision" else ""
+    if encoder:
+        modules[encoder] = make_module(encoder, recipe.components[encoder], dtype=dtype)
+        derived["grid"] = modules[encoder].grid()  # type: ignore[attr-defined]
     for name in reversed(components(stage)):
-        module = make_module(
-            name, recipe.components[name], dtype=dtype, **_derived(recipe, name, vocab_size, width)
-        )
+        if name == encoder:
+            continue
+        module = make_module(name, recipe.components[name], dtype=dtype, **derived)
+        _check_grid(name, module, encoder)
         modules[name] = module
         if isinstance(module, LM):
-            width = module.config.width
+            derived["width"] = module.config.width
             if name == stage.lm and module.config.vocab_size < vocab_size:
                 raise ConfigError(
                     f"components.{name}.vocab_size={module.config.vocab_size} is smaller than the "
@@ -361,18 +367,18 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> "AdapterM
     if stage.kind == "vision":
         return CoCa(modules)
     _check_widths(stage, modules)
-    encoder = stage.encoder if STAGES[stage.kind].visual else ""
     frozen = stage.lm not in trained(stage)
     return AdapterModel(modules, stage.lm, stage.chain, encoder, stage.bidirectional, frozen)
 
 
-def _derived(recipe: Recipe, name: str, vocab_size: int, width: int) -> dict[str, int]:
-    from vadapter.models.registry import expand
-
-    kind = expand(name, recipe.components[name])["kind"]
-    return {"lm": {"vocab_size": vocab_size}, "fc": {"width": width}, "mlp": {"width": width}}.get(
-        kind, {}
-    )
+def _check_grid(name: str, module: Any, encoder: str) -> None:
+    """Check that a component that reads the visual tokens as a grid has one."""
+    if getattr(module.config, "needs_grid", False) and not module.config.grid:
+        raise ConfigError(
+            f"components.{name} reads the visual tokens as a grid, but those of {encoder} are none "
+            "(pooled queries, or a class token among them): set its tap to last or penultimate and "
+            f"patches_only=True, or components.{name}.grid=(rows, columns)"
+        )
 
 
 def _check_widths(stage: StageConfig, modules: "dict[str, nn.Module]") -> None:

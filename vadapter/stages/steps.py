@@ -25,13 +25,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vadapter.models.adapter_model import AdapterModel, Batch, Params
+from vadapter.models.adapter_model import AdapterModel, Batch, Params, Training
 from vadapter.models.coca import CoCa
 from vadapter.models.losses import chunked_xent, contrastive, token_xent
 
 Metrics = dict[str, jax.Array]
 Loss = tuple[jax.Array, Metrics]
-Key = jax.Array | None  # of the dropout masks; None turns dropout off
 
 
 @flax.struct.dataclass
@@ -51,7 +50,10 @@ class Objective(Protocol):
         """Return what needs no gradient: visual tokens [B,F,N,D], or None."""
         ...
 
-    def loss(self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: Key) -> Loss:
+    def loss(
+        self, params: Params, visual: Any, batch: Batch, total: jax.Array,
+        training: Training | None,
+    ) -> Loss:  # fmt: skip
         """Return the loss of a batch or micro-batch, and its metrics.
 
         `params` are those of all components, `visual` is from `prepare`, and `total` f32[] is the
@@ -72,9 +74,12 @@ class CaptionObjective:
         """Return the visual tokens of the frozen encoder, [B,F,N,D]; None for text only."""
         return self.model.encode(frozen, batch)
 
-    def loss(self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: Key) -> Loss:
+    def loss(
+        self, params: Params, visual: Any, batch: Batch, total: jax.Array,
+        training: Training | None,
+    ) -> Loss:  # fmt: skip
         """Return the cross entropy in nats per target, and the accuracy; see `Objective`."""
-        states = self.model.hidden(params, visual, batch, rng)
+        states = self.model.hidden(params, visual, batch, training)
         head = functools.partial(self.model.logits, params)
         targets, weights = batch["targets"], batch["weights"]
         if self.chunk_rows:
@@ -95,9 +100,12 @@ class CocaObjective:
     def prepare(self, frozen: Params, batch: Batch) -> None:
         """Return None: the stage trains its encoder, so that nothing is frozen."""
 
-    def loss(self, params: Params, visual: Any, batch: Batch, total: jax.Array, rng: Key) -> Loss:
+    def loss(
+        self, params: Params, visual: Any, batch: Batch, total: jax.Array,
+        training: Training | None,
+    ) -> Loss:  # fmt: skip
         """Return the weighted sum of both losses, and their metrics; see `Objective`."""
-        logits, (image, text), temperature = self.model(params, batch, rng)
+        logits, (image, text), temperature = self.model(params, batch, training)
         nats, correct = token_xent(logits, batch["targets"], batch["weights"])
         pair, first = contrastive(image, text, temperature, batch["weights"].sum(1) > 0)
         loss = self.caption_weight * nats / total + self.contrastive_weight * pair
@@ -138,24 +146,25 @@ def make_train_step(
         frozen, batch = dict(frozen), batch.copy()
         # The key depends on (seed, step) alone: a resumed run draws the masks of one that was never
         # interrupted.
-        rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        training = Training(key, state.step, dropout)
         total = jnp.maximum(batch["weights"].sum(), 1.0)  # a batch may be all padding
 
-        def gradients(part: Batch, rng: Key) -> tuple[Any, Metrics]:
+        def gradients(part: Batch, training: Training) -> tuple[Any, Metrics]:
             # The encoder runs outside the differentiated function: it is frozen, so that its
             # activations need not be kept for a backward pass.
             visual = objective.prepare(frozen, part)
 
             def loss_fn(params: Params) -> Loss:
-                return objective.loss({**frozen, **params}, visual, part, total, rng)
+                return objective.loss({**frozen, **params}, visual, part, total, training)
 
             (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
             return grads, {"loss": loss} | metrics
 
         if accumulate == 1:
-            grads, metrics = gradients(batch, rng)
+            grads, metrics = gradients(batch, training)
         else:
-            grads, metrics = _sum_over_micro_batches(gradients, batch, rng, accumulate)
+            grads, metrics = _sum_over_micro_batches(gradients, batch, training, accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
@@ -181,7 +190,10 @@ def make_train_step(
 
 
 def _sum_over_micro_batches(
-    fn: Callable[[Batch, Key], tuple[Any, Metrics]], batch: Batch, rng: Key, count: int
+    fn: Callable[[Batch, Training], tuple[Any, Metrics]],
+    batch: Batch,
+    training: Training,
+    count: int,
 ) -> tuple[Any, Metrics]:
     """Return the sum of `fn` over micro-batches, one after the other, each with its own key.
 
@@ -195,9 +207,9 @@ def _sum_over_micro_batches(
 
     def add(sums: Any, indexed: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         i, part = indexed
-        key = None if rng is None else jax.random.fold_in(rng, i)
-        return jax.tree.map(jnp.add, sums, fn(part, key)), None
+        own = training.replace(key=jax.random.fold_in(training.key, i))
+        return jax.tree.map(jnp.add, sums, fn(part, own)), None
 
-    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts), rng)
+    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts), training)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, (jnp.arange(count), parts))[0]

@@ -5,6 +5,7 @@ E output width.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ class MlpAdapterConfig:
     hidden_dim: int
     width: int
     frames: int = 1
+
+    DERIVED: ClassVar = ("width",)
 
 
 class MlpAdapter(nn.Module):

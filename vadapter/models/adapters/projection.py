@@ -4,7 +4,7 @@ Legend: D input width, E output width.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,8 @@ class ProjectionConfig:
 
     width: int = 0
     scale: float = 1.0
+
+    DERIVED: ClassVar = ("width",)
 
 
 class Projection(nn.Module):
