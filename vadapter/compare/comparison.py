@@ -32,12 +32,15 @@ class Arm:
     Attributes:
       name: unique in the comparison.
       runs: one per seed, at the chosen learning rate.
-      grid: validation loss by learning rate at the first seed; empty for runs that are only read.
+      grid: validation loss by learning rate at the first seed, infinite where training diverged;
+        empty for runs that are only read.
+      diverged: seeds whose training diverged at the chosen learning rate: they have no run.
     """
 
     name: str
     runs: tuple[Trained, ...]
     grid: Mapping[float, float]
+    diverged: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from vadapter.io import buckets, storage
 
 EXPORT_FORMAT = "vadapter-export"  # `format` in the config.json of an exported adapter
+COMPARISON = "compare.json"  # the record of a comparison, in its directory
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -48,6 +49,11 @@ def is_export(folder: Path) -> bool:
         return values["format"] == EXPORT_FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def is_comparison(folder: Path) -> bool:
+    """Return whether a folder is that of a comparison, finished or not."""
+    return (storage.as_path(folder) / COMPARISON).is_file()
 
 
 def write_json(path: Path, value: Any) -> None:
