@@ -23,6 +23,8 @@ from vadapter.models.rope import rotate
 Dtype = jax.typing.DTypeLike
 # Added to the scores of masked keys. Finite, so that a row without any visible key stays finite.
 MASKED = -1e30
+# The collection in which attentions sow their weights where `apply` makes it mutable (not `init`).
+ATTENTION = "intermediates"
 
 default_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -224,7 +226,9 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, index, 0, 0))
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, index, 0, 0))
             cache = (k, v)
-        y = attend(q, k, v, mask, self.scale, self.softcap)
+        weights = attention_weights(q, k, mask, self.scale, self.softcap, v.dtype)
+        self.sow(ATTENTION, "weights", weights)  # nothing, unless `apply` is asked for it
+        y = _weighted(weights, v)
         out = self.linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")
         return out(rearrange(y, "b t h k -> b t (h k)")), cache
 
@@ -233,7 +237,15 @@ def attend(
     q: Float[Array, "B T H K"], k: Float[Array, "B S N K"], v: Float[Array, "B S N K"],
     mask: Bool[Array, "B T S"] | None, scale: float = 0.0, softcap: float = 0.0,
 ) -> Float[Array, "B T H K"]:  # fmt: skip
-    """Return scaled dot-product attention; `scale` and `softcap` as in `Attention`.
+    """Return scaled dot-product attention; `scale` and `softcap` as in `Attention`."""
+    return _weighted(attention_weights(q, k, mask, scale, softcap, v.dtype), v)
+
+
+def attention_weights(
+    q: Float[Array, "B T H K"], k: Float[Array, "B S N K"], mask: Bool[Array, "B T S"] | None,
+    scale: float, softcap: float, dtype: Dtype,
+) -> Float[Array, "B N G T S"]:  # fmt: skip
+    """Return the weight of every key for every query of every head; they add up to 1.
 
     The query heads of a KV head are an axis of their own, [B, N, G, T, K], so that both products
     are plain batched matrix products and the mask is one for all heads.
@@ -247,6 +259,11 @@ def attend(
     if mask is not None:
         # Added rather than selected by `where`, whose backward pass keeps the mask of every head.
         scores = scores + jnp.where(mask[:, None, None], jnp.float32(0), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jax.nn.softmax(scores, axis=-1).astype(dtype)
+
+
+def _weighted(
+    weights: Float[Array, "B N G T S"], v: Float[Array, "B S N K"]
+) -> Float[Array, "B T H K"]:
     y = jnp.einsum("bngts,bsnk->bngtk", weights, v)
     return rearrange(y, "b n g t k -> b t (n g) k")

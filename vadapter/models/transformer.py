@@ -17,7 +17,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.distributed.mesh import constrain
-from vadapter.models.layers import Attention, Dtype, Mlp, MlpKind, Norm, NormKind, linear
+from vadapter.models.layers import (
+    ATTENTION,
+    Attention,
+    Dtype,
+    Mlp,
+    MlpKind,
+    Norm,
+    NormKind,
+    linear,
+)
 from vadapter.models.quantize import Int8Linear
 
 # What `remat="names"` keeps for the backward pass. A frozen stack has no weight gradients, so the
@@ -235,7 +244,7 @@ def scan_layers(layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any) 
         layer = nn.remat(layer, prevent_cse=depth == 1, policy=REMAT[remat])
     return nn.scan(
         layer,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, ATTENTION: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,
