@@ -29,6 +29,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from vadapter.data.batch import Batch
+from vadapter.models.layers import ATTENTION
 from vadapter.models.lm import LM
 from vadapter.models.transformer import text_mask, unpadded_rows
 
@@ -51,9 +52,15 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Flax modules by name, each trained, frozen, stored and initialized on its own."""
+    """Flax modules by name, each trained, frozen, stored and initialized on its own.
+
+    Attributes:
+      sown: component -> list that receives what its attentions sow in each of its calls, see
+        `layers.ATTENTION`; for components that are not in it they sow nothing.
+    """
 
     modules: Mapping[str, nn.Module]
+    sown: Mapping[str, list[Any]] = dataclasses.field(default_factory=dict, kw_only=True)
 
     def apply(
         self, params: Params, name: str, *args: Any, training: Training | None = None, **kwargs: Any
@@ -62,7 +69,12 @@ class Components:
         rngs = {}
         if training is not None and training.dropout:
             rngs["dropout"] = component_key(training.key, name)
-        return self.modules[name].apply({"params": params[name]}, *args, rngs=rngs, **kwargs)
+        module, variables = self.modules[name], {"params": params[name]}
+        if name not in self.sown:
+            return module.apply(variables, *args, rngs=rngs, **kwargs)
+        out, sown = module.apply(variables, *args, rngs=rngs, mutable=[ATTENTION], **kwargs)
+        self.sown[name].append(sown)
+        return out
 
 
 def merge_frames(x: Float[Array, "B ..."]) -> Float[Array, "B Q E"]:
