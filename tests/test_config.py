@@ -216,6 +216,49 @@ def test_a_config_argument_that_does_not_fit_is_an_error(arg, message):
         config.parse_arg(arg, steps=1, fast=False, rate=0.5)
 
 
+@pytest.mark.parametrize(
+    ("arg", "values"),
+    [
+        ("names=a,b,c,n=2", (("a", "b", "c"), (1.0,), 2, False)),
+        ("n=2,names=a,on", (("a", "on"), (1.0,), 2, False)),
+        ("on,rates=1,2e-3,names=x", (("x",), (1.0, 2e-3), 0, True)),
+        ("rates=3,names=", ((), (3.0,), 0, False)),
+        ("names=a,names=b", (("b",), (1.0,), 0, False)),
+        ("", ((), (1.0,), 0, False)),
+    ],
+)
+def test_a_config_argument_with_several_values_ends_at_the_next_key(arg, values):
+    got = config.parse_arg(arg, names=(), rates=(1.0,), n=0, on=False)
+    assert (got.names, got.rates, got.n, got.on) == values
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("n=1,x", "'x': unknown; known: n, names, rates"),
+        ("names=a,b,nmes=c", "'nmes': unknown; did you mean 'names'"),
+        ("rates=1,x", "'rates': 'x' is not of type float"),
+    ],
+)
+def test_a_value_that_continues_nothing_is_an_error(arg, message):
+    with pytest.raises(ConfigError, match=message):
+        config.parse_arg(arg, names=(), rates=(1.0,), n=0)
+
+
+@pytest.mark.parametrize(
+    ("arg", "own", "rest"),
+    [
+        ("base=b,scale=2,names=x,y,fast", "base=b,names=x,y,fast", "scale=2"),
+        ("fast,base=b", "base=b", "fast"),
+        ("names=,q=", "names=", "q="),
+        ("base", "base", ""),
+        (None, "", ""),
+    ],
+)
+def test_an_argument_is_divided_into_that_of_a_recipe_and_that_of_its_base(arg, own, rest):
+    assert config.split_arg(arg, base="", names=()) == (own, rest)
+
+
 def test_differences_are_dotted_paths_with_both_values():
     a = {"x": {"y": 1, "z": [1, 2]}, "only": 3}
     b = {"x": {"y": 2, "z": [1, 2]}, "new": {"k": 4}}
@@ -271,6 +314,23 @@ def test_an_override_finds_a_key_by_both_names(written, given):
         assert config.build(Groups, values).groups["a"] == Group(4)
     said = [str(warning.message).split(";")[0] for warning in caught]
     assert said == ["--config.groups.a.old is now new"] * (given == "old")
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+    first: int
+    group: Group = dataclasses.field(default_factory=Group)
+    items: tuple[str, ...] = ("a",)
+    free: int = 0
+
+
+def test_stored_values_take_the_defaults_of_keys_that_were_added_since():
+    stored = {"first": 1, "group": {"new": 3}}
+    expected = {"first": 1, "group": {"new": 3, "other": 0}, "items": ["a"]}
+    assert config.with_defaults(Later, stored, ("free",)) == expected
+    assert config.with_defaults(Later, {"free": 2}) == {
+        "free": 2, "group": {"new": 0, "other": 0}, "items": ["a"],
+    }  # fmt: skip
 
 
 def test_stored_values_are_read_under_new_names_without_a_warning():

@@ -75,6 +75,25 @@ def with_new_keys(hint: Any, value: Any) -> Any:
     return {key: with_new_keys(_hint_of(hint, key), item) for key, item in value.items()}
 
 
+def with_defaults(
+    cls: type, values: Mapping[str, Any], leave_out: typing.Collection[str] = ()
+) -> Any:
+    """Return stored values of a dataclass with the defaults of keys that it had not yet.
+
+    The keys of `leave_out` are not added. Dataclasses within are completed, too.
+    """
+    out = dict(values)
+    for f in dataclasses.fields(cls):
+        if f.name not in out and f.name not in leave_out:
+            if f.default is not dataclasses.MISSING:
+                out[f.name] = plain(f.default)
+            elif f.default_factory is not dataclasses.MISSING:
+                out[f.name] = plain(f.default_factory())
+        elif dataclasses.is_dataclass(hint := _hint_of(cls, f.name)) and f.name in out:
+            out[f.name] = with_defaults(hint, out[f.name])  # type: ignore[arg-type]
+    return out
+
+
 def _hint_of(hint: Any, key: str) -> Any:
     """Return the type of a key of a dataclass or of a dict; None if it is neither."""
     if dataclasses.is_dataclass(hint):
@@ -175,25 +194,60 @@ _FLAGS = {"": True, "1": True, "true": True, "0": False, "false": False}
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> Any:
-    """Parse the argument of a recipe, `a=1,b=x`, against typed defaults.
+    """Parse the argument of a recipe, `a=1,b=x,y`, against typed defaults.
+
+    A default that is a tuple takes several values, of the type of its first element, text if it is
+    empty: items without `=` continue it, as `y` does above.
 
     Raises:
       ConfigError: an argument without a default, or a value of another type.
     """
     values = dict(defaults)
+    for key, items in _items(arg, defaults):
+        require_one_of(f"config argument {key!r}", key, defaults)
+        default = defaults[key]
+        if isinstance(default, tuple):
+            kind = type(default[0]) if default else str
+            values[key] = tuple(_typed(key, text, kind) for text in items if text)
+        else:
+            values[key] = _typed(key, *items, kind=type(default))
+    return types.SimpleNamespace(**values)
+
+
+def split_arg(arg: str | None, **defaults: Any) -> tuple[str, str]:
+    """Divide the argument of a recipe into that with the keys of `defaults` and the rest.
+
+    For a recipe over another one: `parse_arg` reads the first part, the other recipe the second.
+    """
+    parts: tuple[list[str], list[str]] = [], []
+    for key, items in _items(arg, defaults):
+        text = ",".join(item for item in items if item is not None)
+        parts[key not in defaults].append(key if items == [None] else f"{key}={text}")
+    return ",".join(parts[0]), ",".join(parts[1])
+
+
+def _items(arg: str | None, defaults: Mapping[str, Any]) -> list[tuple[str, list[str | None]]]:
+    """Return every key of a recipe's argument with its values; None is a key without `=`."""
+    out: list[tuple[str, list[str | None]]] = []
     for item in filter(None, (arg or "").split(",")):
         key, equals, text = item.partition("=")
-        require_one_of(f"config argument {key!r}", key, defaults)
-        kind = type(defaults[key])
-        try:
-            values[key] = _FLAGS[text.lower()] if kind is bool else kind(text)
-            if (kind is str and not equals) or values[key] != values[key]:  # not a number
-                raise ValueError
-        except (KeyError, ValueError):
-            raise ConfigError(
-                f"config argument {key!r}: {text!r} is not of type {kind.__name__}"
-            ) from None
-    return types.SimpleNamespace(**values)
+        if not equals and out and isinstance(defaults.get(out[-1][0]), tuple):
+            out[-1][1].append(item)
+        else:
+            out.append((key, [text if equals else None]))
+    return out
+
+
+def _typed(key: str, text: str | None, kind: type) -> Any:
+    try:
+        value = _FLAGS[(text or "").lower()] if kind is bool else kind(text or "")
+        if (kind is str and text is None) or value != value:  # not a number
+            raise ValueError
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"config argument {key!r}: {text or ''!r} is not of type {kind.__name__}"
+        ) from None
+    return value
 
 
 def resolve(value: Any, key: str = "path") -> Any:

@@ -154,3 +154,30 @@ def test_a_text_that_cannot_fit_at_all_is_an_error_and_not_a_bad_sample(data, to
     with pytest.raises(ConfigError, match="text_len=4, target_len=4 are too small for 2 texts"):
         next(iter(eval_batches(items, transform, 4)))
     assert np.asarray(items[0].captions).shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["images", "clips", "questions"])
+def test_a_blank_data_set_has_the_texts_of_the_other_and_gray_in_place_of_all_pixels(
+    data, tokenizer, name
+):
+    view = ImageTransform(16)
+    blank = dataclasses.replace(data[name], blank=True)
+    rows = []
+    for config in (data[name], blank):
+        items, transform = make_stream(name, config, make_source(name, config), tokenizer, view)
+        rows.append([transform(items[i], rng=np.random.default_rng(i)) for i in range(len(items))])
+    assert len(rows[0]) == len(rows[1]) > 0
+    for seen, unseen in zip(*rows, strict=True):
+        assert not np.array_equal(seen["frames"], unseen["frames"])
+        assert unseen["frames"].shape == seen["frames"].shape
+        assert set(unseen.pop("frames").ravel()) == {127}
+        del seen["frames"]
+        for key, values in seen.items():
+            assert np.array_equal(values, unseen[key])
+    assert make_source(name, blank).fingerprint() == make_source(name, data[name]).fingerprint()
+    assert [*make_source(name, blank).texts()] == [*make_source(name, data[name]).texts()]
+
+
+def test_documents_cannot_be_blank(data):
+    with pytest.raises(ConfigError, match=r"config\.data\.documents\.blank: .* no images"):
+        make_source("documents", dataclasses.replace(data["documents"], blank=True))

@@ -23,6 +23,7 @@ from vadapter import console
 from vadapter.config import digest
 from vadapter.data import features as files
 from vadapter.data.batch import check_batch
+from vadapter.data.blank import BlankSource
 from vadapter.data.config import DataConfig
 from vadapter.data.media.images import ImageTransform
 from vadapter.data.open import make_source, make_stream, train_tokenizer
@@ -90,11 +91,12 @@ def cache(encoder, tmp_path):
 
     def encode(
         source, *, folder=tmp_path, encoder=module, view=None, flip=False, stored="bfloat16",
-        frames=1, **more,
+        frames=1, blank=False, **more,
     ):  # fmt: skip
         config = DataConfig(
-            {}, "caption", 16, cache_dir=str(folder), flip=flip, frames=frames, cache_dtype=stored
-        )
+            {}, "caption", 16, cache_dir=str(folder), flip=flip, frames=frames, cache_dtype=stored,
+            blank=blank,
+        )  # fmt: skip
         arguments = {"params": params, "digest": "d" * 64, "batch": 16} | more
         arguments.setdefault("mesh", make_mesh(MeshConfig(), jax.devices()[:1]))
         return encoded(
@@ -145,6 +147,25 @@ def test_each_example_has_its_own_tokens_and_those_of_its_mirror_image(
         assert made[index].captions == images[index].captions
     if flip:
         assert not np.array_equal(made[0].media.tokens[0], made[0].media.tokens[1])
+
+
+def test_blank_images_are_encoded_once_for_all_examples_and_data_sets(
+    cache, encoder, images, recipe, small_shards
+):
+    module, params = encoder
+    held = make_source("held", recipe.data["held"])
+    made = cache(BlankSource(images), blank=True)
+    gray = np.full((1, 1, SIZE, SIZE, 3), 127, np.uint8)
+    tokens = np.asarray(module.apply({"params": params}, gray))
+    assert len(made) == len(images)
+    for index in (0, 7, 23):
+        np.testing.assert_allclose(
+            made[index].media.tokens.astype(np.float32), tokens, rtol=2**-7, atol=1e-5
+        )
+        assert made[index].captions == images[index].captions
+    same = cache(BlankSource(held), blank=True, watch=refuse)
+    assert (same.cache.folder, same.cache.count) == (made.cache.folder, 1)
+    assert same[len(held) - 1].captions == held[len(held) - 1].captions
 
 
 def test_the_loss_on_cached_tokens_is_that_on_images(cache, encoder, images, recipe, tmp_path):
@@ -233,6 +254,7 @@ def test_another_encoder_or_preprocessing_is_another_cache(
         {"source": Clips(images), "frames": 2},
         {"stored": "int8"},
         {"source": held},
+        {"source": BlankSource(images), "blank": True},
         {"encoder": type(module)(module.config, dtype=jnp.bfloat16)},
         {"encoder": deeper, "params": tiny.init(deeper, jnp.zeros((1, 1, SIZE, SIZE, 3)))},
     ]

@@ -28,6 +28,8 @@ class DataConfig:
       cache_dir: folder of the stored features, which runs may share; "": RUN/features.
       cache_dtype: bfloat16 | int8 (with one scale for each token).
       last_only: only a document's last piece is a target.
+      blank: every image and clip is replaced by uniform mid-gray, as input of a blind control: a
+        model of the same shapes that has nothing to see.
     """
 
     source: dict[str, Any]
@@ -44,6 +46,7 @@ class DataConfig:
     cache_dir: str = ""
     cache_dtype: Stored = "bfloat16"
     last_only: bool = False
+    blank: bool = False
 
     def view(self, own: ImageTransform | None) -> ImageTransform:
         """Return the encoder's image transform `own`, changed as this data set requires.

@@ -177,11 +177,15 @@ class FeatureSource(Source):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        """Return an example; raise DataError if its record is corrupt or its file was deleted."""
+        """Return an example; raise DataError if its record is corrupt or its file was deleted.
+
+        A cache of one record has the tokens of all examples, whose images are blank.
+        """
+        record = index if self.cache.count > 1 else 0
         try:
-            tokens = self.cache.unpack(self._records[index])
+            tokens = self.cache.unpack(self._records[record])
         except RuntimeError as error:
-            shard, row = divmod(index, self.cache.rows)
+            shard, row = divmod(record, self.cache.rows)
             raise self.cache.corrupt(shard, f"record {row}: {_short(error)}") from error
         features = Features(tokens, readable=not np.isnan(tokens.flat[0]))
         return dataclasses.replace(self.source.text_only(index), media=features)

@@ -35,7 +35,8 @@ def make_source(name: str, config: DataConfig) -> Source:
     """Return the source of the data set `name` of a recipe.
 
     Raises:
-      ConfigError: an unknown kind or argument, or an environment variable that is not set.
+      ConfigError: an unknown kind or argument, an environment variable that is not set, or `blank`
+        where there are no images.
       DataError: the source's files are missing or invalid.
     """
     key = f"data.{name}.source"
@@ -51,9 +52,16 @@ def make_source(name: str, config: DataConfig) -> Source:
     require_one_of(f"config.data.{name}.task={config.task!r}", config.task, TASKS)
     arguments = {k: resolve(v, f"{key}.{k}") for k, v in arguments.items()}
     try:
-        return source(**arguments)
+        opened = source(**arguments)
     except TypeError as error:  # a required argument is missing
         raise ConfigError(f"config.{key}: {error}") from None
+    if not config.blank:
+        return opened
+    from vadapter.data.blank import BlankSource
+
+    if opened.kind == "text":
+        raise ConfigError(f"config.data.{name}.blank: its source has no images to replace")
+    return BlankSource(opened)
 
 
 def make_stream(

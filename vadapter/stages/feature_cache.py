@@ -76,8 +76,11 @@ def encoded(
     key = {"source": source.fingerprint(), "encoder": digest, "model": plain(encoder.config),
            "dtype": jnp.dtype(encoder.dtype).name, "view": plain(view), "frames": frames,
            "flip": flip, "stored": stored, "format": FORMAT}  # fmt: skip
+    count = len(source)
+    if config.blank:  # one image, whatever the data set
+        key, count = {**key, "source": "blank"}, 1
     name, shape = digest_of(key), (1 + flip, *tokens.shape[1:])
-    cache = Cache(root / name[:16], name, len(source), shape, stored)
+    cache = Cache(root / name[:16], name, count, shape, stored)
     if not _missing(cache):
         return FeatureSource(source, cache)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
-from vadapter.config import plain, with_new_keys
+from vadapter.config import plain, with_defaults, with_new_keys
 from vadapter.data.batch import EOS
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Source
@@ -40,6 +40,10 @@ T = TypeVar("T")
 
 NO_RUN = Path("RUN")  # a run directory where none is given: nothing is finished there
 PROMPT = 8  # P without a tokenizer: "Describe the following:" is 4 to 7 tokens in most vocabularies
+
+# What the identity of a stage leaves out of its section, and of those of its data sets.
+_NO_CONFIG = (*StageConfig.FREE, "start")
+_NO_DATA = ("source", "cache_dir")
 
 Earlier = dict[str, dict[str, Any]]  # stage -> component -> tree of shapes
 
@@ -380,9 +384,9 @@ class Stage:
         names, recipe = schema.components(self.config), self.recipe
         identity = {
             "stage": self.name,
-            "config": _without(self.config, *StageConfig.FREE, "start"),
+            "config": _without(self.config, *_NO_CONFIG),
             "components": {n: _without(recipe.components[n], "weights") for n in names},
-            "data": {n: _without(recipe.data[n], "source", "cache_dir") for n in self.config.data},
+            "data": {n: _without(recipe.data[n], *_NO_DATA) for n in self.config.data},
             "fingerprints": {n: self.source(n).fingerprint() for n in self.config.data},
             "tokenizer": self.tokenizer.digest,
             "start": {n: self.starts[n].digest for n in names},
@@ -393,9 +397,16 @@ class Stage:
 
     @staticmethod
     def upgrade_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Return an identity that an earlier version wrote with the current names of its keys."""
+        """Return an identity that an earlier version wrote with the keys of this one."""
         sections = {"config": StageConfig, "data": dict[str, DataConfig]}
         new = {key: with_new_keys(sections.get(key), value) for key, value in identity.items()}
+        if "config" in new:
+            new["config"] = with_defaults(StageConfig, new["config"], _NO_CONFIG)
+        if "data" in new:
+            new["data"] = {
+                name: with_defaults(DataConfig, values, _NO_DATA)
+                for name, values in new["data"].items()
+            }
         if "components" in new:
             new["components"] = {
                 name: with_new_keys(KINDS[expand(name, spec)["kind"]][0], spec)
