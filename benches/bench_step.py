@@ -23,8 +23,8 @@ from vadapter import __version__, config
 from vadapter.distributed.memory import exhausted
 from vadapter.distributed.mesh import make_mesh, shardings_of
 from vadapter.models.generate import Decode
-from vadapter.plan import flops
 from vadapter.recipe.schema import Recipe, read, resized
+from vadapter.stages import flops
 from vadapter.stages.stage import Stage
 from vadapter.stages.steps import init_state
 
@@ -97,8 +97,7 @@ def bench(stage: Stage, *, repeats: int = 20, max_new: int = 0) -> dict[str, Any
     seconds = statistics.median(_times(run, repeats))
     loss = float(run()["loss"])
     counted = flops.count(stage.train_step, *stage.arguments())
-    each = flops.formula(stage.model, stage.trained, stage.sizes())
-    needed = rows * sum(each.values()) if each else counted
+    needed = sum(flops.formula(stage).values())
     out |= {
         "ms": 1000 * seconds,
         "rows_s": rows / seconds,

@@ -19,7 +19,7 @@ from vadapter.models.adapters.resampler import Resampler
 from vadapter.models.lm import LM
 from vadapter.models.losses import token_xent
 from vadapter.models.vit import ViT
-from vadapter.plan import flops
+from vadapter.stages import flops
 
 E = tiny.LLM.width
 MODULES = {

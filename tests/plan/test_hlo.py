@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vadapter.distributed.mesh import MeshConfig, make_mesh
-from vadapter.plan import flops
 from vadapter.plan.hlo import Sent, walk
+from vadapter.stages import flops
 
 D = 16
 

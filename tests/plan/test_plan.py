@@ -199,11 +199,11 @@ def test_generation_is_planned_as_the_stages_evaluations_run_it():
     assert 2 * greedy.stats.flops < generation.stats.flops
 
 
-def test_a_model_without_a_formula_is_counted():
+def test_the_formula_holds_for_the_training_of_an_encoder_too():
     made = planned(stage="vision")
-    assert made.flops is None
+    assert made.flops == made.counted > 0
     assert made.step_ms == pytest.approx(1000 * made.counted / CHIPS["cpu"].peak)
-    assert "no formula" in text.as_text(made)
+    assert "ratio 1.0000" in text.as_text(made)
 
 
 def test_rows_that_do_not_divide_over_the_chips_are_refused():

@@ -20,5 +20,5 @@ LONG_FILES = (
     "weights/test_language.py",
     "hub/test_load.py",
     "stages/test_old_run.py",
-    "plan/test_flops.py",
+    "stages/test_flops.py",
 )

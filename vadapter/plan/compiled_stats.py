@@ -18,7 +18,8 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from vadapter.distributed.compile import TPU
 from vadapter.distributed.topology import Topology
-from vadapter.plan import flops, hlo
+from vadapter.plan import hlo
+from vadapter.stages import flops
 from vadapter.stages.abstract_state import bytes_per_device
 
 

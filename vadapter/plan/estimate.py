@@ -17,9 +17,10 @@ from vadapter.distributed.topology import Topology, devices
 from vadapter.errors import ConfigError
 from vadapter.models.generate import Decode
 from vadapter.models.registry import expand, load_kind
-from vadapter.plan import flops, liveness
+from vadapter.plan import liveness
 from vadapter.plan.compiled_stats import ProgramStats, tpu_stats, traced_stats, versions
 from vadapter.recipe.schema import EvalConfig, Recipe, components, resized, trained
+from vadapter.stages import flops
 from vadapter.stages.abstract_state import bytes_per_device
 from vadapter.stages.flow import check_batch_size
 from vadapter.stages.stage import Stage
@@ -56,7 +57,7 @@ class Rows:
     share: float  # of the stage's steps
     frames: int  # F; 0: no images
     batch_bytes: int  # of a batch on each device
-    flops: int | None  # of a step on all devices by formula, without recomputation, if there is one
+    flops: int  # of a step on all devices by formula, without recomputation
     counted: int  # the same, counted in the trace
     train: ProgramStats | None  # None: not planned, as a step that needs more memory does not fit
 
@@ -90,7 +91,7 @@ class Plan:
     parts: dict[str, Part]
     optimizer: int  # bytes of the optimizer state on each device
     decode: Generation | None  # None: not planned
-    flops: float | None  # mean of a step, see `Rows`
+    flops: float  # mean of a step, see `Rows`
     counted: float  # mean of a step, see `Rows`
     estimated_ms: float | None  # mean of a step by the compiler's cycles; None: no estimate
     step_ms: float  # duration of `flops` at the chips' peak FLOP/s
@@ -145,10 +146,10 @@ def plan(
         fits = train is not None and train.fits
         rows.append(_rows(stage, data, train))
     generates = fits and stage.captions if decode is None else bool(decode)
-    by_formula = _mean(rows, [each.flops for each in rows])
+    by_formula = _mean(rows, [each.flops for each in rows]) or 0
     counted = _mean(rows, [each.counted for each in rows]) or 0
     estimated_ms = _mean(rows, [each.train and each.train.estimated_ms for each in rows])
-    at_peak = (by_formula or counted) / (topology.row.peak * topology.chips)  # seconds
+    at_peak = by_formula / (topology.row.peak * topology.chips)  # seconds
     seconds = at_peak / utilization
     return Plan(
         stage=name, kind=config.kind, topology=str(topology), chips=topology.chips,
@@ -273,7 +274,6 @@ def _function(stage: Stage, data: str, decode: Decode | None) -> tuple[Any, Any]
 
 def _rows(stage: Stage, data: tuple[str, ...], train: ProgramStats | None) -> Rows:
     weights, sizes = stage.config.data, stage.sizes(data[0])
-    per_row = flops.formula(stage.model, stage.trained, sizes)
     specs = stage.recipe.components.values()
     if train and all(spec.get("remat", "none") == "none" for spec in specs):
         counted = train.flops
@@ -283,8 +283,7 @@ def _rows(stage: Stage, data: tuple[str, ...], train: ProgramStats | None) -> Ro
     return Rows(
         data, share=sum(weights[name] for name in data) / sum(weights.values()),
         frames=sizes.get("F", 0), batch_bytes=bytes_per_device(stage.batch_shapes(data[0])),
-        flops=stage.config.batch * sum(per_row.values()) if per_row else None,
-        counted=counted, train=train,
+        flops=sum(flops.formula(stage, sizes).values()), counted=counted, train=train,
     )  # fmt: skip
 
 

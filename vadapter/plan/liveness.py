@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from vadapter.plan.flops import subprograms
+from vadapter.stages.flops import subprograms
 
 # Operations that compilers compute where the result is read: the result is never stored.
 FREE = {

@@ -85,12 +85,11 @@ def _fit(program: str, stats: ProgramStats | None) -> str:
 
 
 def _time(plan: Plan) -> Iterator[str]:
-    formula, ratio = "no formula", ""
-    if plan.flops is not None:
-        formula = f"{_tera(plan.flops)} by formula"
-        ratio = f", ratio {plan.counted / plan.flops:.4f}"
     mean = "" if len(plan.rows) == 1 else "mean "
-    yield f"{mean}TFLOP per step: {formula}, {_tera(plan.counted)} counted{ratio}"
+    yield (
+        f"{mean}TFLOP per step: {_tera(plan.flops)} by formula, {_tera(plan.counted)} counted, "
+        f"ratio {plan.counted / plan.flops:.4f}"
+    )
     for rows in plan.rows:
         if rows.train is not None:
             yield _program(rows.train, f"a step{_data(rows, plan)}")
