@@ -9,7 +9,6 @@ images, h/w rows and columns, C input and O output channels, i/j kernel rows and
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -24,6 +23,7 @@ from jaxtyping import Array, Float, Num
 from vadapter.data.image_transform import ImageTransform
 from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
+from vadapter.models.convolution import depthwise
 from vadapter.models.encoder import EncoderConfig, normalize_pixels
 from vadapter.models.layers import Dtype, partitioned
 
@@ -127,21 +127,7 @@ def _pointwise(x: Images, kernel: Kernel, stride: int) -> jax.Array:
     return jnp.einsum("nhwc,cd->nhwd", x, kernel[0, 0])
 
 
-def _depthwise_shifts(x: Images, kernel: Float[Array, "i j 1 C"], stride: int) -> jax.Array:
-    (height, width), strides = kernel.shape[:2], (stride, stride)
-    pads = lax.padtype_to_pads(x.shape[1:3], (height, width), strides, "SAME")
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    n, rows, columns, channels = x.shape
-
-    def tap(i: int, j: int) -> jax.Array:
-        end = (n, i + rows - height + 1, j + columns - width + 1, channels)
-        shifted = lax.slice(x, (0, i, j, 0), end, (1, *strides, 1))
-        return shifted * kernel[i : i + 1, j : j + 1]
-
-    return functools.reduce(jnp.add, (tap(i, j) for i in range(height) for j in range(width)))
-
-
-_DEPTHWISE = {"shifts": _depthwise_shifts, "grouped": _conv}
+_DEPTHWISE = {"shifts": depthwise, "grouped": _conv}
 
 
 class ConvBias(nn.Module):

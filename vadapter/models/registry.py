@@ -21,12 +21,14 @@ KINDS: dict[str, str] = {
     "resampler": "vadapter.models.adapters.resampler:Resampler",
     "pooler": "vadapter.models.adapters.pooler:Pooler",
     "mlp": "vadapter.models.adapters.mlp:MlpAdapter",
+    "c_abstractor": "vadapter.models.adapters.c_abstractor:CAbstractor",
     "fc": "vadapter.models.adapters.projection:Projection",
     "lm": "vadapter.models.lm:LM",
     "fusion": "vadapter.models.coca:Fusion",
 }
 
 _coca = {"kind": "vit", "image_size": 288, "patch": 18}
+_mlp = {"kind": "mlp", "frames": 8}
 _palm = {"kind": "lm", "vocab_size": 256_000, "kv_heads": 1}
 
 # CoCa's encoders at the paper's 288 px and patch 18: 256 tokens a frame (paper, section 4.1; widths
@@ -41,6 +43,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "llm_8b": _palm | {"width": 4096, "depth": 32, "heads": 16, "head_dim": 256, "mlp_dim": 18944},
     "resampler_x1": {"kind": "resampler", "layers": 1},
     "resampler_x6": {"kind": "resampler", "layers": 6},
+    "linear": _mlp | {"layers": 1},  # LLaVA (arXiv 2304.08485)
+    "mlp_2": _mlp | {"layers": 2},  # LLaVA 1.5 (arXiv 2310.03744)
+    # nanoVLM (models/modality_projector.py)
+    "shuffle_4_linear": _mlp
+    | {"pool": "shuffle", "factor": 4, "layers": 1, "bias": False, "kernel_std": 0.02},
+    # InternVL 1.5 (arXiv 2404.16821); VILA's mlp_downsample (arXiv 2412.04468)
+    "shuffle_2_mlp": _mlp | {"pool": "shuffle", "factor": 2, "layers": 2, "norm": True},
+    "mean_2_mlp": _mlp | {"pool": "mean", "factor": 2, "layers": 2},  # DeCo (arXiv 2405.20985)
+    # Perception-LM (arXiv 2504.13180)
+    "mlp_mean_2": _mlp | {"pool": "mean_after", "factor": 2, "layers": 2},
 }
 
 
