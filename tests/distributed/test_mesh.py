@@ -36,6 +36,7 @@ TINY = {
                   "space_embed": True},
     "pooler": {"queries": 4, "width": 16, "heads": 2},
     "mlp": {"hidden_dim": 16, "width": 16},
+    "c_abstractor": {"queries": 4, "width": 16, "hidden_dim": 16, "grid": (2, 2)},
     "fc": {"width": 16},
     "lm": {"vocab_size": 32, "width": 16, "depth": 1, "heads": 2, "mlp_dim": 32, "bias": True,
            "positions": "learned", "tied": False, "norm": "layer"},
@@ -93,7 +94,7 @@ def test_every_parameter_of_every_kind_gets_a_valid_sharding(kind, mesh):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_large_parameter_of_a_named_size_is_split_as_far_as_the_mesh_allows(name, mesh):
-    module = make_module(name, {"size": name})
+    module = make_module(name, {"size": name}, width=2048, grid=(2, 2))
     tree = laid_out(boxes(module, expand(name, {"size": name})["kind"]), mesh)
     assert poorly_sharded(tree) == []
     for path, leaf in tiny.paths(tree).items():

@@ -22,15 +22,21 @@ COUNTS = {
     "llm_8b": 8_590_000_000,
     "resampler_x1": 8_070_000,
     "resampler_x6": 43_490_000,
+    "linear": 2_100_000,  # these at widths 1024 and 2048
+    "mlp_2": 6_296_000,
+    "shuffle_4_linear": 33_554_000,
+    "shuffle_2_mlp": 12_595_000,
+    "mean_2_mlp": 6_296_000,
+    "mlp_mean_2": 6_296_000,
 }
 
 
 def shapes(name):
-    module = make_module(name, {"size": name})
+    module = make_module(name, {"size": name}, width=2048, grid=(16, 16))
     kind = expand(name, {"size": name})["kind"]
     if kind == "lm":
         x = jnp.zeros((1, 2), jnp.int32)
-    elif kind == "resampler":
+    elif kind in ("resampler", "mlp"):
         x = jnp.zeros((1, 8, 256, 1024))
     else:
         x = jnp.zeros((1, 1, module.view.size, module.view.size, 3))

@@ -24,6 +24,11 @@ ADAPTERS = {
     "resampler": {}, "pooler": {"kind": "pooler", "queries": 3, "width": 16, "heads": 2},
     "mlp": {"kind": "mlp", "hidden_dim": 8, "width": 16},
 }
+ON_GRID = {  # they give a prefix, which the rest of the model reads like any other
+    "c_abstractor": {"kind": "c_abstractor", "queries": 4, "width": 16, "hidden_dim": 8},
+    **{pool: {"kind": "mlp", "width": 16, "pool": pool, "norm": True}
+       for pool in ("shuffle", "mean", "mean_after")},
+}
 ENCODERS = {
     "vit": tiny.VIT, "mobilenet": load_kind("mobilenet")[0](image_size=tiny.IMAGE, width_mult=0.35),
 }
@@ -45,6 +50,12 @@ for adapter, spec in ADAPTERS.items():
         model = dataclasses.replace(stage2, modules=modules)
         params = jax.tree.map(jnp.asarray, tiny.filled(tiny.boxed(model, 4)))
         jax.eval_shape(functools.partial(trace, model), params, batch)
+for name, config in ENCODERS.items():
+    encoder = load_kind(name)[1](config)
+    tokens = jnp.zeros((2, 4, encoder.tokens_per_frame(), encoder.width), jnp.float32)
+    for adapter, spec in ON_GRID.items():
+        module = make_module(adapter, spec, grid=encoder.grid())
+        jax.eval_shape(module.init, jax.random.key(0), tokens)
 try:
     gray = jnp.zeros((2, 1, 32, 32, 1))
     jax.eval_shape(modules["encoder"].init, jax.random.key(0), gray)

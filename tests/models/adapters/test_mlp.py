@@ -45,7 +45,7 @@ def run(module, params, x):
 COUNTS = {1: ["out"], 2: ["up", "down"], 3: ["up", "middle_1", "down"]}
 
 
-@pytest.mark.parametrize(("n", "bias"), itertools.product(COUNTS, (True, False)))
+@pytest.mark.parametrize(("n", "bias"), [*itertools.product(COUNTS, (True, False))])
 def test_layers_are_linear_with_a_gelu_between_them(n, bias):
     module, params = build(layers=n, bias=bias, hidden_dim=HIDDEN)
     assert set(params) == set(COUNTS[n])
