@@ -58,6 +58,11 @@ def build_prompts(
     image_shots: list[ImageShot] = []
     if protocol.shots and protocol.shot_kind == "text":
         text_shots = draw_questions(training_questions(protocol.benchmark, folder), protocol)
+    elif protocol.shots and loaded.adapter_model.cross:
+        raise ConfigError(
+            f"config.protocol.shot_kind=image: {loaded.name} reads one image, by gated "
+            "cross-attention; use shot_kind=text"
+        )
     elif protocol.shots:
         image_shots = _draw_image_shots(protocol, folder)
 
@@ -112,7 +117,9 @@ def _prefix(model: AdapterModel, params: Params, frames: jax.Array) -> jax.Array
 
 
 def _prefix_length(loaded: Stage, size: int, frames: int) -> int:
-    """Return Q, the length of an image's prefix, without computing it."""
+    """Return Q, the length of an image's prefix, without computing it; 0 where there is none."""
+    if loaded.adapter_model.cross:
+        return 0
     pixels = jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.uint8)
     prefix = functools.partial(_prefix, loaded.adapter_model)
     return jax.eval_shape(prefix, loaded.params, pixels).shape[1]

@@ -6,6 +6,7 @@ Stage 1, stage 2 and every baseline are this one model with other parts in the c
     stage 2     resampler, fc_in, tlm, fc_out   → llm
     baseline    resampler, fc_out               → llm
     LLaVA       mlp                             → llm
+    Flamingo    perceiver, cross_attention      → llm, between its layers
     text only   (no encoder, empty chain)       → tlm or llm
 
 Stage 1 teaches the tiny LM to caption from visual tokens. Stage 2 moves it into the chain, in front
@@ -26,9 +27,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.data.batch import Batch
+from vadapter.models.adapters import cross_attention, words
+from vadapter.models.adapters.cross_attention import CrossAttention, Gated, KeysValues
+from vadapter.models.adapters.words import Words
 from vadapter.models.layers import ATTENTION
 from vadapter.models.lm import LM
 from vadapter.models.transformer import text_mask, unpadded_rows
@@ -122,10 +126,15 @@ class AdapterModel(Components):
     def prefix(
         self, params: Params, visual: Float[Array, "B F N D"], training: Training | None = None
     ) -> Float[Array, "B Q E"]:
-        """Return the prefix of the language model: visual tokens passed through the chain."""
+        """Return the prefix of the language model: visual tokens passed through the chain.
+
+        If the chain ends in gated cross-attention, there is no prefix: these are the media tokens.
+        """
         x: Any = visual
         for name in self.chain:
-            if isinstance(self.modules[name], LM):  # as an adapter: its states, one per query
+            if isinstance(self.modules[name], Words):
+                x = self._words(params, name, merge_frames(x), training)
+            elif isinstance(self.modules[name], LM):  # as an adapter: its states, one per query
                 x = merge_frames(x)
                 positions, causal = unpadded_rows(*x.shape[:2])
                 mask = None if self.bidirectional else causal
@@ -155,11 +164,65 @@ class AdapterModel(Components):
         states, _ = self.apply(
             params, self.lm, x, training=training, method="hidden", positions=positions,
             mask=text_mask(segments), last=text_len if self.frozen_lm else 0,
+            **self.between(params, self.media(params, prefix), segments > 0),
         )  # fmt: skip
         # Only the states at targets go on to the output head, whose logits are the largest array
         # of a step.
         text = states[:, -text_len:]
         return jnp.take_along_axis(text, batch["target_at"][:, :, None], axis=1)
+
+    # -- gated cross-attention and words --------------------------------------------------------
+
+    @property
+    def cross(self) -> str:
+        """The component of gated cross-attention; "" without."""
+        last = self.chain[-1] if self.chain else ""
+        return last if last and isinstance(self.modules[last], CrossAttention) else ""
+
+    def media(self, params: Params, prefix: Float[Array, "B Q D"] | None) -> KeysValues | None:
+        """Return the keys and values of the media tokens; None without gated cross-attention."""
+        if not self.cross or prefix is None:
+            return None
+        module: Any = self.modules[self.cross]
+        return cross_attention.keys_values(module, params[self.cross], prefix)
+
+    def between(
+        self, params: Params, media: KeysValues | None, seen: Bool[Array, "B T"]
+    ) -> dict[str, Any]:
+        """Return the arguments of `LM.hidden` for gated cross-attention from the tokens `seen`."""
+        if media is None:
+            return {}
+        module: Any = self.modules[self.cross]
+        gated = Gated(params[self.cross]["layers"], media, module.config, module.dtype)
+        return {"gated": gated, "seen": seen}
+
+    def word_ids(self, params: Params, x: Float[Array, "B Q E"], name: str) -> Int[Array, "B Q"]:
+        """Return the words that component `name` makes of soft tokens outside training."""
+        config: Any = self.modules[name].config  # type: ignore[attr-defined]
+        return words.nearest(config, lambda x: self.logits(params, x), x)
+
+    def _words(
+        self, params: Params, name: str, x: Float[Array, "B Q E"], training: Training | None
+    ) -> Float[Array, "B Q E"]:
+        """Return the embeddings of the words that soft tokens are turned into."""
+        if training is None:
+            return self.apply(params, self.lm, self.word_ids(params, x, name), method="embed")
+        config: Any = self.modules[name].config  # type: ignore[attr-defined]
+        return words.sample(
+            config, lambda x: self.logits(params, x),
+            lambda weights: self.apply(params, self.lm, weights, method="mix"),
+            x, component_key(training.key, name), training.step,
+        )  # fmt: skip
+
+    def spoken(self, params: Params, visual: Float[Array, "B F N D"]) -> Int[Array, "B Q"] | None:
+        """Return the ids of a prefix that consists of words; None if it does not."""
+        last = self.chain[-1] if self.chain else ""
+        if not last or not isinstance(self.modules[last], Words):
+            return None
+        before = dataclasses.replace(self, chain=self.chain[:-1])
+        return self.word_ids(params, before.prefix(params, visual), last)
+
+    # -- the language model's sequence ----------------------------------------------------------
 
     def logits(self, params: Params, states: Float[Array, "*n E"]) -> Float[Array, "*n V"]:
         """Return the scores of the next token, see `LM.logits`."""
@@ -171,12 +234,14 @@ class AdapterModel(Components):
         """Join [prompt][visual prefix][text] into the sequence that the language model reads.
 
         Padding, wherever it is, takes no position, so that a short prompt reads as it would alone;
-        every text of a row starts at the position after the prefix.
+        every text of a row starts at the position after the prefix. With gated cross-attention
+        `prefix` are media tokens, which are not part of the sequence.
 
         Returns:
           Embeddings, segments (-1 prompt and prefix, 0 padding, 1… texts) and positions.
         """
         prompt, tokens = batch["prompt"], batch["tokens"]
+        prefix = None if self.cross else prefix
         # One lookup for both: the gradient of each is as large as the vocabulary.
         ids = jnp.concatenate([jnp.maximum(prompt, 0), tokens], axis=1)
         words = self.apply(params, self.lm, ids, method="embed")

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vadapter.data.batch import EOS, PAD, Batch
 from vadapter.models.adapter_model import AdapterModel, Params
+from vadapter.models.adapters.cross_attention import KeysValues
 from vadapter.models.lm import LM, empty_cache
 from vadapter.models.transformer import Cache, text_mask
 
@@ -47,6 +48,7 @@ class Context(NamedTuple):
     visible: Bool[Array, "B S"]  # slots that are filled, and not with padding
     position: Int[Array, " B"]  # of the last token of each text
     slot: Int[Array, ""]  # the next free one
+    media: KeysValues | None = None  # of gated cross-attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +78,18 @@ class Decoder:
         cache = empty_cache(lm.config, B, S + room, lm.dtype)
         mask = jnp.pad(text_mask(segments), ((0, 0), (0, 0), (0, room)))
         slots = jnp.pad(positions, ((0, 0), (0, room)))
+        media = model.media(params, prefix)
         states, cache = model.apply(
             params, model.lm, x, method="hidden", positions=positions, mask=mask,
-            key_positions=slots, cache=cache, index=0,
+            key_positions=slots, cache=cache, index=0, **model.between(params, media, segments > 0),
         )  # fmt: skip
         # Texts are padded at the end: each row continues after its own last token.
         last = jnp.argmax(jnp.where(segments > 0, jnp.arange(S)[None, :], -1), axis=1)
         states = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
         position = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0]
         visible = jnp.pad(segments != 0, ((0, 0), (0, room)))
-        return self._log_probs(states), Context(cache, slots, visible, position, jnp.int32(S))
+        context = Context(cache, slots, visible, position, jnp.int32(S), media)
+        return self._log_probs(states), context
 
     def extend(
         self, context: Context, token: Int[Array, " B"]
@@ -99,8 +103,10 @@ class Decoder:
         states, cache = model.apply(
             self.params, model.lm, embedded, method="hidden", positions=position[:, None],
             mask=visible[:, None, :], key_positions=slots, cache=context.cache, index=slot,
+            **model.between(self.params, context.media, jnp.ones((len(token), 1), bool)),
         )  # fmt: skip
-        return self._log_probs(states[:, 0]), Context(cache, slots, visible, position, slot + 1)
+        context = Context(cache, slots, visible, position, slot + 1, context.media)
+        return self._log_probs(states[:, 0]), context
 
     def _log_probs(self, states: Float[Array, "B E"]) -> Float[Array, "B V"]:
         logits = self.model.logits(self.params, states)
@@ -291,7 +297,8 @@ def _pick(values: Shaped[Array, "B C ..."], index: Int[Array, "B K"]) -> Shaped[
 
 def _take(context: Context, rows: Int[Array, " BK"]) -> Context:
     """Return the context of other rows."""
-    cache = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), context.cache)
+    layered = (context.cache, context.media)
+    cache, media = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), layered)
     per_row = (context.positions, context.visible, context.position)
     positions, visible, position = (jnp.take(x, rows, axis=0) for x in per_row)
-    return Context(cache, positions, visible, position, context.slot)
+    return Context(cache, positions, visible, position, context.slot, media)

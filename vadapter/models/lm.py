@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
+from vadapter.models.adapters.cross_attention import Gated
 from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, partitioned
 from vadapter.models.rope import RopeConfig, amplitude, frequencies
 from vadapter.models.transformer import BlockConfig, Cache, PerLayer, Remat, Stack, unpadded_rows
@@ -125,11 +126,18 @@ class LM(nn.Module):
         scale = self.config.width**0.5 if self.config.embed_scale else 1.0
         return constrain(self.embedding(tokens), "batch") * jnp.asarray(scale, self.dtype)
 
+    def mix(self, weights: Float[Array, "*n V"]) -> Float[Array, "*n E"]:
+        """Return sums of embeddings with a weight for every word; one-hot rows equal `embed`."""
+        scale = self.config.width**0.5 if self.config.embed_scale else 1.0
+        table = self.embedding.embedding.astype(self.dtype)
+        return weights.astype(self.dtype) @ table * jnp.asarray(scale, self.dtype)
+
     def hidden(
         self, x: Float[Array, "B T E"], *,
         positions: Int[Array, "B T"], mask: Bool[Array, "B T S"] | None = None,
         key_positions: Int[Array, "B S"] | None = None,
         cache: Cache | None = None, index: Int[Array, ""] | int = 0, last: int = 0,
+        gated: Gated | None = None, seen: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B _ E"], Cache | None]:  # fmt: skip
         """Return the hidden states of embeddings after the final norm, and the updated cache.
 
@@ -140,6 +148,7 @@ class LM(nn.Module):
           cache: from `empty_cache`, or None; `index` is the first slot of `x` in it.
           last: return the states of this many last tokens only, for frozen parameters, see `Stack`;
             0: of all.
+          gated, seen: gated cross-attention between the layers, see `Stack`.
         """
         x = x.astype(self.dtype)
         if self.config.positions == "learned":
@@ -155,7 +164,7 @@ class LM(nn.Module):
             distance = positions[:, :, None] - keys[:, None, :]
         x, cache = self.stack(
             x, mask=mask, positions=positions, layers=layers, distance=distance, cache=cache,
-            index=index, last=last,
+            index=index, last=last, gated=gated, seen=seen,
         )  # fmt: skip
         return self.norm(x), cache
 

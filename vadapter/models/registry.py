@@ -22,6 +22,8 @@ KINDS: dict[str, str] = {
     "pooler": "vadapter.models.adapters.pooler:Pooler",
     "mlp": "vadapter.models.adapters.mlp:MlpAdapter",
     "c_abstractor": "vadapter.models.adapters.c_abstractor:CAbstractor",
+    "cross_attention": "vadapter.models.adapters.cross_attention:CrossAttention",
+    "words": "vadapter.models.adapters.words:Words",
     "fc": "vadapter.models.adapters.projection:Projection",
     "lm": "vadapter.models.lm:LM",
     "fusion": "vadapter.models.coca:Fusion",

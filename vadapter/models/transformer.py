@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.distributed.mesh import constrain
+from vadapter.models.adapters.cross_attention import Gated
 from vadapter.models.layers import (
     ATTENTION,
     Attention,
@@ -182,6 +183,7 @@ class Stack(nn.Module):
         layers: PerLayer | None = None, distance: Int[Array, "B T S"] | None = None,
         kv: Float[Array, "B C D"] | None = None, kv_mask: Bool[Array, "B T C"] | None = None,
         cache: Cache | None = None, index: Int[Array, ""] | int = 0, last: int = 0,
+        gated: Gated | None = None, seen: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B _ E"], Cache | None]:  # fmt: skip
         """Run the blocks.
 
@@ -191,11 +193,18 @@ class Stack(nn.Module):
           kv: inputs of the keys and values of cross-attention, with their mask.
           last: the last block computes only this many last tokens, the text, as nothing reads the
             states of the others; 0: all. Only for frozen parameters, without cache and `kv`.
+          gated: layers of gated cross-attention to run between the blocks, whose parameters must be
+            frozen; `seen` are the tokens that attend to the image. None: without.
 
         Returns:
           States of all T tokens, or of the `last`; and the updated cache (None without one).
         """
         layers = layers or PerLayer()
+        if gated is not None:
+            assert kv is None
+            masks = (mask, positions, distance)
+            x, cache = self._between(x, layers, masks, cache, index, gated, seen)
+            return x[:, -last:] if last else x, cache
         if last:
             assert cache is None
             assert kv is None
@@ -214,13 +223,9 @@ class Stack(nn.Module):
         would first copy them. That is for frozen parameters only: the gradient of a slice is as
         large as the stack, in every block.
         """
-        stacked = self.variables["params"]["blocks"], layers
 
         def run(x: jax.Array, i: jax.Array | int, last: int) -> jax.Array:
-            slice_of = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
-            params, layer = jax.tree.map(slice_of, stacked)
-            block = Block(self.config, self.dtype, last, parent=None)
-            return block.apply({"params": params}, x, None, layer, *masks, None, None, 0)[0]  # type: ignore[index]
+            return self._block(i, layers, last)(x, None, masks, 0)[0]
 
         if self.config.remat != "none":
             policy = REMAT[self.config.remat]
@@ -228,6 +233,53 @@ class Stack(nn.Module):
         body = lambda x, i: (run(x, i, 0), None)  # noqa: E731
         x, _ = jax.lax.scan(body, constrain(x, "batch"), jnp.arange(self.depth - 1))
         return run(x, self.depth - 1, last)
+
+    def _block(self, i: jax.Array | int, layers: PerLayer, last: int = 0) -> Callable[..., Any]:
+        """Return block `i` as a function (x, its cache, masks, index) -> (states, cache).
+
+        Its parameters are sliced out of the whole stack.
+        """
+        slice_of = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+        params, layer = jax.tree.map(slice_of, (self.variables["params"]["blocks"], layers))
+        block = Block(self.config, self.dtype, last, parent=None)
+        return lambda x, cache, masks, index: block.apply(
+            {"params": params}, x, cache, layer, *masks, None, None, index
+        )
+
+    def _between(
+        self, x: Float[Array, "B T E"], layers: PerLayer, masks: tuple[Any, ...],
+        cache: Cache | None, index: Any, gated: Gated, seen: Any,
+    ) -> tuple[Float[Array, "B T E"], Cache | None]:  # fmt: skip
+        """Run groups of `every` blocks, each with a gated layer before its last block.
+
+        The blocks that remain follow. Caches are grouped alike: [groups, every, B, …].
+        """
+        every, groups = gated.config.every, gated.config.layers
+        split = lambda x: x[: groups * every].reshape(groups, every, *x.shape[1:])  # noqa: E731
+
+        def group(x: jax.Array, scanned: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+            g, layer, caches = scanned
+            new = []
+            for j in range(every):
+                # Compiled as if alone: closed gates leave the states as they are, bit for bit.
+                x = jax.lax.optimization_barrier(layer(x, seen) if j == every - 1 else x)
+                own = jax.tree.map(lambda c, j=j: c[j], caches)
+                x, own = self._block(g * every + j, layers)(x, own, masks, index)
+                new.append(own)
+            return constrain(x, "batch"), jax.tree.map(lambda *c: jnp.stack(c), *new)
+
+        if self.config.remat != "none":
+            policy = REMAT[self.config.remat]
+            group = jax.checkpoint(group, prevent_cse=False, policy=policy)
+        scanned = (jnp.arange(groups), gated, jax.tree.map(split, cache))
+        x, caches = jax.lax.scan(group, constrain(x, "batch"), scanned)
+        caches = jax.tree.map(lambda c: c.reshape(-1, *c.shape[2:]), caches)
+        for i in range(groups * every, self.depth):
+            x = jax.lax.optimization_barrier(x)
+            own = jax.tree.map(lambda c, i=i: c[i], cache)
+            x, own = self._block(i, layers)(x, own, masks, index)
+            caches = jax.tree.map(lambda c, o: jnp.concatenate([c, o[None]]), caches, own)
+        return x, caches
 
 
 def scan_layers(layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any) -> Any:

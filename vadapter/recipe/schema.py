@@ -345,8 +345,8 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> "AdapterM
 
     dtype = DTYPES[recipe.dtype]
     modules: dict[str, nn.Module] = {}
-    # Values for fields that follow from other components; `width` is that of the next LM.
-    derived: dict[str, Any] = {"vocab_size": vocab_size, "width": 0}
+    # Values for fields that follow from other components; width and depth are of the next LM.
+    derived: dict[str, Any] = {"vocab_size": vocab_size, "width": 0, "depth": 0}
     encoder = stage.encoder if STAGES[stage.kind].visual and stage.kind != "vision" else ""
     if encoder:
         modules[encoder] = make_module(encoder, recipe.components[encoder], dtype=dtype)
@@ -358,7 +358,7 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> "AdapterM
         _check_grid(name, module, encoder)
         modules[name] = module
         if isinstance(module, LM):
-            derived["width"] = module.config.width
+            derived |= {"width": module.config.width, "depth": module.config.depth}
             if name == stage.lm and module.config.vocab_size < vocab_size:
                 raise ConfigError(
                     f"components.{name}.vocab_size={module.config.vocab_size} is smaller than the "
@@ -366,7 +366,7 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> "AdapterM
                 )
     if stage.kind == "vision":
         return CoCa(modules)
-    _check_widths(stage, modules)
+    _check_chain(stage, modules)
     frozen = stage.lm not in trained(stage)
     return AdapterModel(modules, stage.lm, stage.chain, encoder, stage.bidirectional, frozen)
 
@@ -381,13 +381,23 @@ def _check_grid(name: str, module: Any, encoder: str) -> None:
         )
 
 
-def _check_widths(stage: StageConfig, modules: "dict[str, nn.Module]") -> None:
+def _check_chain(stage: StageConfig, modules: "dict[str, nn.Module]") -> None:
+    """Check that widths fit together, and that what works on the LLM stands before it."""
+    from vadapter.models.adapters.cross_attention import CrossAttention
+    from vadapter.models.adapters.words import Words
     from vadapter.models.lm import LM
 
     before, width = "", 0
     for name in (*stage.chain, stage.lm):
-        config: Any = modules[name].config  # type: ignore[attr-defined]
-        if isinstance(modules[name], LM) and before and width != config.width:
+        module, config = modules[name], modules[name].config  # type: ignore[attr-defined]
+        if isinstance(module, CrossAttention | Words):
+            kind = "cross_attention" if isinstance(module, CrossAttention) else "words"
+            if name != stage.chain[-1] or stage.lm in trained(stage):
+                raise ConfigError(
+                    f"components.{name}: a component of kind {kind} works on the frozen LLM; put "
+                    "it at the end of the chain of a stage of kind adapter"
+                )
+        if isinstance(module, LM | Words) and before and width != config.width:
             raise ConfigError(
                 f"{before} gives width {width}, but {name} reads {config.width}; put a component "
                 "of kind fc between them"

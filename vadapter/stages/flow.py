@@ -6,6 +6,7 @@ E language model width, P prompt tokens, T text tokens, M targets, V vocabulary.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -29,7 +30,8 @@ def flow(
 ) -> Iterator[tuple[str, tuple[Any, Any]]]:  # fmt: skip
     """Yield each component with the shapes of its input and output, in the order of the data flow.
 
-    The input of the last language model is {prompt, prefix, tokens}: i32[B,P], [B,Q,E], i32[B,T].
+    The input of the last language model is {prompt, prefix, tokens}: i32[B,P], [B,Q,E], i32[B,T];
+    with gated cross-attention, prefix are the media tokens, which are not part of its sequence.
     A row longer than a language model's max_len is a ConfigError; P counts only if it is `exact`,
     not an upper bound. `memo` keeps outputs of components for further batches, most of which differ
     in the length of texts alone.
@@ -59,11 +61,11 @@ def flow(
         yield model.encoder, (x, y)
         x = y
     for name in model.chain:
-        _check_length(name, model.modules[name], x.shape[1])
+        _check_length(name, model.modules[name], math.prod(x.shape[1:-1]))
         y = output(name, x, dataclasses.replace(model, chain=(name,)).prefix, params, x)
         yield name, (x, y)
         x = y
-    prompt, prefix = batch["prompt"].shape[1], 0 if x is None else x.shape[1]
+    prompt, prefix = batch["prompt"].shape[1], 0 if x is None or model.cross else x.shape[1]
     text = batch["tokens"].shape[1]
     _check_length(model.lm, model.modules[model.lm], (prompt if exact else 0) + prefix + text)
     states = output(model.lm, (x, batch), model.read, params, x, batch)
