@@ -382,7 +382,7 @@ def _check_grid(name: str, module: Any, encoder: str) -> None:
 
 
 def _check_chain(stage: StageConfig, modules: "dict[str, nn.Module]") -> None:
-    """Check that widths fit together, and that what works on the LLM stands before it."""
+    """Check that widths fit together, and that what works on the LLM is last in the chain."""
     from vadapter.models.adapters.cross_attention import CrossAttention
     from vadapter.models.adapters.words import Words
     from vadapter.models.lm import LM
