@@ -136,7 +136,7 @@ def _load_file(
         )
     leaves = {name: jax.device_put(file.read(name), x.sharding) for name, x in expected.items()}
     # A component without parameters is not in the file.
-    params = dict.fromkeys(digests, {}) | traverse_util.unflatten_dict(leaves, sep="/")
+    params = {name: {} for name in digests} | traverse_util.unflatten_dict(leaves, sep="/")
     for name, digest in digests.items():
         if combined(tree_digests(params[name])) != digest:
             raise CheckpointError(
