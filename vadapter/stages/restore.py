@@ -26,7 +26,7 @@ from vadapter.data.tokenizers.pretrained import load_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.io import storage
-from vadapter.io.json_files import is_export
+from vadapter.io.json_files import is_comparison, is_export
 from vadapter.recipe.schema import STAGES, Recipe, StageConfig, read
 from vadapter.stages.initialization import STORE, Start
 from vadapter.stages.run import tokenizer_path
@@ -53,6 +53,11 @@ def read_run(workdir: Path, overrides: Iterable[str] = ()) -> Recipe:
             f"{workdir} is an exported adapter, not a run: give the run directory (the --workdir "
             "of `vadapter train`). Exports work with `vadapter caption`, `vadapter ask` and "
             "`VAdapter.from_pretrained`."
+        )
+    if is_comparison(workdir):
+        raise CheckpointError(
+            f"{workdir} is a comparison, not a run: give one of its runs, "
+            f"{workdir / 'ARM' / 'lr-RATE-seed-SEED'}"
         )
     path = workdir / "config.json"
     if not path.is_file():

@@ -381,17 +381,12 @@ class Stage:
 
         Data and starts count by their content, wherever they are stored.
         """
-        names, recipe = schema.components(self.config), self.recipe
+        names = schema.components(self.config)
         identity = {
-            "stage": self.name,
-            "config": _without(self.config, *_NO_CONFIG),
-            "components": {n: _without(recipe.components[n], "weights") for n in names},
-            "data": {n: _without(recipe.data[n], *_NO_DATA) for n in self.config.data},
+            **settings(self.recipe, self.name),
             "fingerprints": {n: self.source(n).fingerprint() for n in self.config.data},
             "tokenizer": self.tokenizer.digest,
             "start": {n: self.starts[n].digest for n in names},
-            "seed": recipe.seed,
-            "dtype": recipe.dtype,
         }
         return self.upgrade_identity(identity)  # specs of components may have old names of keys
 
@@ -445,6 +440,20 @@ class Stage:
             digest=self.digests.get(encoder) or self.starts[encoder].digest,
             watch=lambda batches: self.stop.watch(batches, self.name, "features"),
         )  # fmt: skip
+
+
+def settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """Return the part of a stage's identity that follows from the recipe alone."""
+    config = recipe.stages[stage]
+    names = schema.components(config)
+    return {
+        "stage": stage,
+        "config": _without(config, *_NO_CONFIG),
+        "components": {n: _without(recipe.components[n], "weights") for n in names},
+        "data": {n: _without(recipe.data[n], *_NO_DATA) for n in config.data},
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+    }
 
 
 def _without(group: Any, *keys: str) -> dict[str, Any]:

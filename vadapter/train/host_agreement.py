@@ -21,7 +21,7 @@ from vadapter.distributed import hosts
 from vadapter.distributed.mesh import axes
 from vadapter.errors import ConfigError
 from vadapter.io import buckets, storage
-from vadapter.io.json_files import is_export, write_json
+from vadapter.io.json_files import is_comparison, is_export, write_json
 from vadapter.io.lock import lock, probe
 from vadapter.recipe.schema import Recipe
 
@@ -46,6 +46,10 @@ def shared_run(recipe: Recipe, workdir: Path) -> Iterator[None]:
         if is_export(workdir):
             raise ConfigError(
                 f"--workdir={workdir} is an exported adapter; choose another directory"
+            )
+        if is_comparison(workdir):
+            raise ConfigError(
+                f"--workdir={workdir} is a comparison, not a run; choose another directory"
             )
     with lock(workdir / ".lock") if hosts.first() else contextlib.nullcontext():
         if hosts.count() > 1:

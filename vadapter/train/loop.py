@@ -27,7 +27,7 @@ from vadapter.distributed import hosts, watchdog
 from vadapter.distributed.compile import jit
 from vadapter.distributed.memory import memory_errors
 from vadapter.distributed.mesh import axes, to_mesh, with_mesh
-from vadapter.distributed.preemption import signals
+from vadapter.distributed.preemption import Stop, signals
 from vadapter.errors import CheckpointError, NonFiniteError, Preempted, disk_errors
 from vadapter.io import buckets, storage
 from vadapter.io.json_files import write_json
@@ -46,11 +46,14 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Recipe, workdir: Path, *, before: Callable[[str], None] = lambda name: None
-) -> None:
+    recipe: Recipe, workdir: Path, *, before: Callable[[str], None] = lambda name: None,
+    stop: Stop | None = None,
+) -> None:  # fmt: skip
     """Train the recipe's chain of stages in `workdir`, resuming where it stopped.
 
-    `before` is called with the name of each stage before it starts, or is skipped as finished.
+    Args:
+      before: called with the name of each stage before it starts, or is skipped as finished.
+      stop: of `preemption.signals`, of a caller that trains several runs; None: of this run alone.
 
     Raises:
       UserError: invalid configuration, data or checkpoints; the message says what to fix.
@@ -58,7 +61,8 @@ def train(
       NonFiniteError: the loss diverged.
     """
     workdir = storage.as_path(workdir)
-    with shared_run(recipe, workdir), buckets.bucket_errors(), disk_errors(), signals() as stop:
+    handlers = signals() if stop is None else contextlib.nullcontext(stop)
+    with shared_run(recipe, workdir), buckets.bucket_errors(), disk_errors(), handlers as stop:
         from vadapter.stages.run import Run
 
         run = Run(recipe, workdir, stop)

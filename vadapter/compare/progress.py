@@ -1,0 +1,102 @@
+"""How far the runs of a comparison are, read from their directories."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from vadapter.checkpoints.array_io import read_meta
+from vadapter.checkpoints.manager import steps
+from vadapter.compare import fairness
+from vadapter.compare.plan import PlannedRun
+from vadapter.config import differences, plain
+from vadapter.console import difference_table
+from vadapter.errors import CheckpointError, NonFiniteError, Problems
+from vadapter.io.json_files import write_json
+from vadapter.recipe.schema import Recipe
+from vadapter.stages import initialization
+from vadapter.stages.restore import read_run
+from vadapter.stages.stage import Stage, settings
+
+DIVERGED = "diverged.json"  # in the directory of a run whose training diverged
+
+
+def finished(recipe: Recipe, workdir: Path) -> bool:
+    """Return whether all stages of a run are finished."""
+    return all((workdir / name / initialization.DONE).is_file() for name in recipe.chain)
+
+
+def outcome(run: PlannedRun, metric: str) -> float | None:
+    """Return the validation loss of a run, infinite if it diverged; None: not finished.
+
+    Raises:
+      CheckpointError: the run was finished without measuring the metric.
+    """
+    if (run.workdir / DIVERGED).is_file():
+        return math.inf
+    if not finished(run.recipe, run.workdir):
+        return None
+    directory = run.workdir / run.trained.stage
+    scores = initialization.finished(directory).get("scores", {})
+    if metric not in scores:
+        raise CheckpointError(
+            f"{directory} was trained without measuring {metric} (it has "
+            f"{', '.join(scores) or 'nothing'}): use the validation_loss of before, or another "
+            "--workdir"
+        )
+    loss = float(scores[metric])
+    return loss if math.isfinite(loss) else math.inf
+
+
+def write_diverged(run: PlannedRun, error: NonFiniteError) -> None:
+    """Record that a run diverged, so that it is not trained again."""
+    identity = {name: settings(run.recipe, name) for name in run.recipe.chain}
+    write_json(run.workdir / DIVERGED, {"error": str(error), "identity": plain(identity)})
+
+
+# -- does a directory fit ------------------------------------------------------------------------
+
+
+def require_same(
+    recipe: Recipe, workdir: Path, problems: Problems, content: dict[str, Any] | None = None
+) -> None:
+    """Collect in `problems` if stages of a run directory were trained with another recipe.
+
+    Args:
+      content: fingerprints of data sets by name, as they are now; None: not known yet.
+    """
+    for name in recipe.chain:
+        before = _recorded(workdir, name)
+        if before is None:
+            continue
+        now: dict[str, Any] = Stage.upgrade_identity(plain(settings(recipe, name)))
+        if content is not None and "fingerprints" in before:
+            now["fingerprints"] = {n: content[n] for n in recipe.stages[name].data}
+        saved = {key: before[key] for key in now if key in before}
+        if name == recipe.chain[-1] and (workdir / "config.json").is_file():
+            saved["protocol"] = fairness.protocol(read_run(workdir), name)
+            now["protocol"] = fairness.protocol(recipe, name)
+        with problems.gather():
+            if rows := differences(saved, now):
+                raise CheckpointError(
+                    f"{workdir / name} was trained with another recipe:\n"
+                    + difference_table(rows)
+                    + "\nUse another --workdir, the previous configuration, or remove "
+                    f"{workdir} to train it again."
+                )
+
+
+def _recorded(workdir: Path, stage: str) -> dict[str, Any] | None:
+    """Return what a stage was trained with, as far as it is recorded; None: it never began."""
+    directory = workdir / stage
+    if (directory / initialization.DONE).is_file():
+        return Stage.upgrade_identity(initialization.finished(directory)["identity"])
+    for step in reversed(steps(directory / "checkpoints")):
+        try:
+            return Stage.upgrade_identity(read_meta(directory / "checkpoints" / str(step)))
+        except CheckpointError:  # corrupt: training takes the one before, too
+            continue
+    if (workdir / DIVERGED).is_file():
+        record = json.loads((workdir / DIVERGED).read_text(encoding="utf-8"))
+        return record["identity"].get(stage)
+    return None
