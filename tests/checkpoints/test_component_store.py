@@ -54,6 +54,16 @@ def test_a_stored_component_is_restored_on_any_mesh(tmp_path):
         )
 
 
+def test_a_component_without_parameters_is_stored_and_restored(tmp_path):
+    store = ComponentStore(tmp_path / "components")
+    digest = store.put("words", {})
+    assert store.put("words", {}) == digest
+    assert store.describe("words", digest) == {}
+    assert store.get("words", digest, {}) == {}
+    with pytest.raises(CheckpointError, match="does not fit"):
+        store.get("words", digest, _abstract(_params()))
+
+
 def test_storing_a_component_twice_writes_nothing(tmp_path):
     store = ComponentStore(tmp_path)
     digest = store.put("llm", _params())

@@ -173,11 +173,16 @@ def test_an_evaluation_prints_scores_and_leaves_its_files(run, call):
     code, out, err = call("eval", run)
     assert code == 0
     assert "vadapter: using stage perceiver, step 40" in err
-    head, _, values = out[-3:]
-    table = dict(zip(head.split(), values.split(), strict=True))
-    assert table["evaluation"] == "captions"
+    head = next(i for i, line in enumerate(out) if line.split() == ["score", "captions"])
+    table = dict(re.split(r"\s{2,}", line) for line in out[head + 2 :])
+    saved = json.loads((folder / "score.json").read_text())
+    assert list(table) == ["n", *(name for name in saved["scores"] if name != "n")]
     assert table["n"] == "12"
-    assert float(table["cider"]) == pytest.approx(100 * scores["captions/cider"], abs=0.06)
+    score, low, high = map(float, re.fullmatch(r"(.+) \[(.+), (.+)\]", table["cider"]).groups())
+    assert score == pytest.approx(100 * scores["captions/cider"], abs=0.06)
+    assert (low, high) == pytest.approx([100 * x for x in saved["intervals"]["cider"]], abs=0.06)
+    assert low < score < high
+    assert re.fullmatch(r"\d+\.\d", table["ended"])  # a share, without an interval
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["gallery.html", "predictions.jsonl", "score.json"]
     assert "perceiver: captions" in (folder / "gallery.html").read_text()

@@ -290,6 +290,14 @@ def test_complete_benchmarks_are_not_run_again(run, evaluate, evaluated, monkeyp
     assert "daquar: already complete" in err
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["daquar", "flickr8k"]
     assert contents(folder) == whole
+    score = json.loads((folder / "score.json").read_text())
+    low, high = score.pop("intervals")["accuracy"]
+    text = f"{100 * score['scores']['accuracy']:.1f}"
+    assert f"  {text} [{100 * low:.1f}, {100 * high:.1f}]  " in out
+    (folder / "score.json").write_text(json.dumps(score))  # as earlier versions wrote it
+    _, out, err = evaluate("--benchmarks=daquar", SHOTLESS)
+    assert "daquar: already complete" in err
+    assert re.search(rf"  {text}  +{QUESTIONS}  ", out)
     (folder / "predictions.jsonl").unlink()
     evaluate("--benchmarks=daquar", SHOTLESS)
     assert contents(folder) == whole

@@ -1,6 +1,7 @@
 """Evaluations reproduce the scores of training; the ablation shows whether images are used."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import types
@@ -13,14 +14,17 @@ from support import tiny
 from support.patches import with_recipe
 from support.sources import ListSource
 
+from vadapter.config import differences, digest
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Example, Source
 from vadapter.data.items import Questions, Slice
 from vadapter.data.media.images import ImageTransform
+from vadapter.data.scenes.source import ScenesSource
 from vadapter.errors import ConfigError
 from vadapter.evaluate.image_ablation import image_ablation_scores, make_image_ablation
 from vadapter.evaluate.recipe_evals import choose, run_eval
-from vadapter.evaluate.runner import Decoder, evaluate
+from vadapter.evaluate.runner import Decoder, evaluate, record_of
+from vadapter.metrics.scoring import Result
 from vadapter.recipe.schema import EvalConfig
 from vadapter.stages.restore import open_run
 
@@ -98,6 +102,43 @@ def test_the_limit_and_the_batch_size_change_no_generation(run, decoder):
     assert [row["prediction"] for row in result.rows] == full[:5]
     assert (run / "vadapter" / "eval" / "captions" / "predictions.jsonl").read_text() == whole
     assert json.loads((directory / "score.json").read_text())["eval"]["limit"] == 5
+
+
+def test_a_result_has_the_protocol_that_says_what_it_can_be_compared_with(run, decoder):
+    saved = lambda folder: json.loads((folder / "score.json").read_text())  # noqa: E731
+    folders = {stage: run / stage / "eval" for stage in ("vadapter", "perceiver")}
+    trained = {stage: saved(folder / "captions") for stage, folder in folders.items()}
+    asked = saved(folders["vadapter"] / "answers")
+    assert len({record["protocol_digest"] for record in trained.values()}) == 1
+    protocol = trained["vadapter"]["protocol"]
+    assert trained["vadapter"]["protocol_digest"] == digest(protocol)
+    assert protocol["items"] == 12
+    assert protocol["metric"] == "cider"
+    assert protocol["prompt"] == {"before": "Describe the following:", "after": " :"}
+    assert protocol["decode"]["max_new"] == decoder.stage.recipe.evals["captions"].max_new
+    assert "{question}" in asked["protocol"]["prompt"]["after"]
+    assert asked["protocol"]["metric"] == "simple"
+
+    again, folder = run_eval(decoder, "captions", batch=5)
+    assert saved(folder)["protocol_digest"] == digest(protocol)  # the batch size changes nothing
+    assert saved(folder)["intervals"] == {k: list(v) for k, v in again.intervals.items()}
+    assert again.intervals.keys() == {"cider", "bleu4", "rouge_l"}
+    _, folder = run_eval(decoder, "captions", limit=5)
+    assert differences(protocol, saved(folder)["protocol"]) == [("items", 12, 5)]
+
+
+def test_the_protocol_differs_with_the_data_the_decoding_and_the_task():
+    scenes = functools.partial(ScenesSource, split="test", count=3)
+    result = Result({}, [{}] * 3)
+    same = record_of(scenes(), CAPTIONS, EIGHT, result)
+    assert record_of(scenes(), CAPTIONS, EIGHT, result) == same
+    others = (
+        (scenes(seed=1), CAPTIONS, EIGHT),
+        (scenes(), CAPTIONS, dataclasses.replace(EIGHT, beams=2)),
+        (scenes(), dataclasses.replace(CAPTIONS, task="question"), EIGHT),
+    )
+    digests = [record_of(*other, result)["protocol_digest"] for other in others]
+    assert len({same["protocol_digest"], *digests}) == 4
 
 
 def test_an_unreadable_image_has_no_text_and_does_not_shift_the_others(decoder):

@@ -123,10 +123,12 @@ def test_the_card_has_components_data_recipe_scores_and_usage(own, exported):
     assert "the last of `llm → decoder → vadapter`" in card.text
     assert "step 2 of 2, batches of 8, seed 0" in card.text
     assert "| images | folder | caption | 1 |" in card.text
-    scores = json.loads((own / "vadapter/eval/captions/score.json").read_text())["scores"]
-    names = ["n", *sorted(scores.keys() - {"n"})]
-    assert f"| evaluation | {' | '.join(names)} |" in card.text
-    assert f"| captions | {scores['n']:.0f} | {100 * scores['bleu4']:.1f} |" in card.text
+    record = json.loads((own / "vadapter/eval/captions/score.json").read_text())
+    rows = re.findall(r"^\| (\w+) \| (\d.*) \|$", card.text.split("| score | captions |")[1], re.M)
+    assert [name for name, _ in rows] == ["n", *sorted(record["scores"].keys() - {"n"})]
+    assert dict(rows)["n"] == f"{record['scores']['n']:.0f}"
+    ends = ", ".join(f"{100 * end:.1f}" for end in record["intervals"]["bleu4"])
+    assert dict(rows)["bleu4"] == f"{100 * record['scores']['bleu4']:.1f} [{ends}]"
     assert "VAdapter.from_pretrained(" in card.text
     assert "The base models remain under their own\nlicenses" in card.text
     assert str(own.parents[1]) not in card.content

@@ -70,6 +70,12 @@ def test_the_table_has_a_row_a_stage_with_what_was_measured(run, report):
     losses = " / ".join(
         f"{scores[f'held/{key}']:.3f}" for key in ("loss", "loss_wrong", "loss_mean")
     )
+
+    def stated(name, metric):
+        saved = json.loads((run / "vadapter" / "eval" / name / "score.json").read_text())
+        ends = ", ".join(f"{100 * end:.1f}" for end in saved["intervals"][metric])
+        return f"{100 * scores[f'{name}/{metric}']:.1f} [{ends}]"
+
     last = (run / "vadapter" / "metrics.jsonl").read_text().splitlines()
     last = [row["loss"] for row in map(json.loads, last) if "loss" in row][-1]
     assert rows["vadapter"] == (
@@ -78,8 +84,8 @@ def test_the_table_has_a_row_a_stage_with_what_was_measured(run, report):
         "40",
         f"{last:.3f}",
         losses,
-        "\n".join(f"{name} {100 * scores[f'{name}/cider']:.1f}" for name in ("captions", "clips")),
-        f"{100 * scores['answers/accuracy']:.1f}",
+        "\n".join(f"{name} {stated(name, 'cider')}" for name in ("captions", "clips")),
+        stated("answers", "accuracy"),
         f"{done['seconds']:.0f}",
     )
     assert rows["vision"][4:7] == ("—",) * 3
@@ -89,12 +95,34 @@ def test_the_table_has_a_row_a_stage_with_what_was_measured(run, report):
         for name in ("captions", "clips")
     }
     majority = majority_answer([(row["question"], row["answer"]) for row in said("answers")])
-    assert rows["blind"][5:7] == (
-        "\n".join(f"{name} {100 * cider:.1f}" for name, cider in ciders.items()),
+    interval = r" \[(\d+\.\d), (\d+\.\d)\]"
+    cells = "\n".join(rows["blind"][5:7])
+    for low, high in re.findall(interval, cells):
+        assert float(low) <= float(high)
+    assert re.sub(interval, "", cells).split("\n") == [
+        *(f"{name} {100 * cider:.1f}" for name, cider in ciders.items()),
         f"{100 * majority:.1f}",
-    )
+    ]
+    assert len(re.findall(interval, cells)) == 3
     assert (run / "table.txt").read_text() == report.text + "\n"
     assert report.table.read_text() == markdown_table(list(rows.values()), HEADER)
+
+
+def test_an_interval_is_left_out_where_it_is_absent_or_of_another_score(run, tmp_path):
+    target = shutil.copytree(run, tmp_path / "run")
+    captions, clips = (
+        target / "vadapter" / "eval" / n / "score.json" for n in ("captions", "clips")
+    )
+    saved = json.loads(captions.read_text())
+    del saved["intervals"]  # as earlier versions wrote it
+    captions.write_text(json.dumps(saved))
+    repeated = json.loads(clips.read_text())
+    repeated["scores"]["cider"] += 0.01
+    clips.write_text(json.dumps(repeated))
+    before = {row[0]: row for row in summary(run, read_run(run))}["vadapter"]
+    after = {row[0]: row for row in summary(target, read_run(target))}["vadapter"]
+    assert after[5] == re.sub(r" \[.*\]", "", before[5])
+    assert after[6] == before[6]
 
 
 def test_the_seconds_of_interrupted_attempts_add_up(tmp_path):

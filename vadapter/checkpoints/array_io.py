@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
@@ -68,6 +69,7 @@ def items(tree: PyTree, meta: Mapping[str, Any]) -> ocp.args.Composite:
     record = _as_json({**meta, "schema": SCHEMA, "digests": tree_digests(leaves)})
     record["sha256"] = _sha256(record)
     arrays = {name: jax.random.key_data(x) if is_key(x) else x for name, x in leaves.items()}
+    arrays = arrays or {"none": np.zeros(1)}  # a component without parameters; Orbax needs an array
     return ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(record))
 
 

@@ -29,9 +29,10 @@ from vadapter.console import table
 def evaluate(args: argparse.Namespace) -> None:
     """Score a trained stage: the recipe's evaluations, or benchmarks.
 
-    Uses the newest checkpoint. Writes predictions.jsonl, score.json and gallery.html in
-    RUN/STAGE/eval/NAME, and for benchmarks the file for their evaluation server. Rerun the same
-    command to resume; finished benchmarks are skipped.
+    Uses the newest checkpoint. Scores are in percent, with 95 % intervals over images or clips.
+    Writes predictions.jsonl, score.json and gallery.html in RUN/STAGE/eval/NAME, and for benchmarks
+    the file for their evaluation server. Rerun the same command to resume; finished benchmarks are
+    skipped.
     """
     from vadapter.evaluate.runner import Decoder
     from vadapter.stages.restore import open_run
@@ -84,14 +85,13 @@ def _evals(args: argparse.Namespace, protocol: list[str], open_decoder: Callable
     misplaced = [f"{name}={value}" for name, value in options.items() if value is not None]
     for option in [*misplaced, *(f"--config.{item}" for item in protocol)]:
         raise ConfigError(f"{option}: applies only to benchmarks; add --benchmarks=A,B or all")
-    decoder, scores = open_decoder(), {}
+    decoder, results = open_decoder(), {}
     loaded = decoder.stage
     for name in choose(loaded, args.evals):
         result, folder = run_eval(decoder, name, limit=args.limit, batch=args.batch)
-        scores[name] = result.scores
+        results[name] = result.summary
         if hosts.first():
             paths = {loaded.name: folder / "predictions.jsonl"}
             section = read_section(loaded.recipe, name, paths)
             print(write_gallery(folder / "gallery.html", f"{loaded.name}: {name}", [section]))
-    columns = dict.fromkeys(key for of_eval in scores.values() for key in of_eval)
-    say(f"\n{table(*score_table(scores, columns))}")
+    say(f"\n{table(*score_table(results))}")

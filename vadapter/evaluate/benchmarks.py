@@ -132,15 +132,15 @@ def _is_complete(directory: Path, record: Mapping[str, Any]) -> bool:
     if not all((directory / name).is_file() for name in names):
         return False
     saved = json.loads((directory / "score.json").read_text(encoding="utf-8"))
-    saved.pop("scores")
-    return saved == record
+    of_scores = ("scores", "intervals")  # earlier versions wrote no intervals
+    return {key: value for key, value in saved.items() if key not in of_scores} == record
 
 
 def _write(
     directory: Path, protocol: Protocol, items: Any, generations: Sequence[Generation], frames: int,
     record: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Write the files of a result; `record` is the content of score.json except the scores."""
+    """Write the files of a result; `record` is the content of score.json without the scores."""
     post = POSTS[protocol.post]
     generations = [g._replace(text=g.text and post(g.text)) for g in generations]
     result = score_generations(items, generations, METRICS[protocol.metric])

@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 
-from vadapter.config import plain
 from vadapter.data.pipeline import eval_batches
 from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import to_mesh, with_mesh
 from vadapter.evaluate.image_ablation import image_ablation_scores, make_image_ablation
-from vadapter.evaluate.runner import Decoder, evaluate, limited, save_result
+from vadapter.evaluate.runner import Decoder, evaluate, limited, record_of, save_result
 from vadapter.models.coca import CoCa
 from vadapter.stages.stage import Stage
 
@@ -67,5 +66,6 @@ class Evaluator:
             result = evaluate(self._decoder, params, source, data, spec, stage.view)
             scores |= {f"{name}/{k}": v for k, v in result.scores.items()}
             if directory is not None and hosts.first():
-                save_result(directory / name, result, eval=plain(spec))
+                record = record_of(source, data, spec, result)
+                save_result(directory / name, result, **record)
         return scores

@@ -11,7 +11,7 @@ from vadapter.distributed import hosts
 from vadapter.errors import ConfigError
 from vadapter.evaluate.describe import require_images
 from vadapter.evaluate.partial_results import FILE, PartialResults
-from vadapter.evaluate.runner import Decoder, evaluate, limited, save_result
+from vadapter.evaluate.runner import Decoder, evaluate, limited, record_of, save_result
 from vadapter.metrics.scoring import Result
 from vadapter.stages.stage import Stage
 
@@ -62,7 +62,7 @@ def run_eval(decoder: Decoder, name: str, *, limit: int = 0, batch: int = 0) -> 
         decoder, loaded.params, source, data, spec, loaded.view, partial=partial, title=name
     )
     if hosts.first():
-        save_result(directory, result, eval=plain(spec))
+        save_result(directory, result, **record_of(source, data, spec, result))
     partial.remove()
     return result, directory
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
+from vadapter.config import digest, plain
 from vadapter.console import Progress
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Source
 from vadapter.data.image_transform import ImageTransform
 from vadapter.data.items import Slice, items_of
 from vadapter.data.pipeline import Transform, eval_batches, require_usable
-from vadapter.data.prompts import CAPTION
+from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.transforms import prompt_sample
 from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
@@ -148,7 +149,7 @@ def evaluate(
     )
     if partial is not None and not hosts.first():  # it lacks the generations of earlier attempts
         return Result({}, [])
-    return score_generations(items, generations, METRICS["simple" if question else "cider"])
+    return score_generations(items, generations, METRICS[_metric(data)])
 
 
 def limited(spec: EvalConfig, limit: int) -> EvalConfig:
@@ -156,8 +157,31 @@ def limited(spec: EvalConfig, limit: int) -> EvalConfig:
     return dataclasses.replace(spec, limit=min((n for n in (limit, spec.limit) if n), default=0))
 
 
+def record_of(source: Source, data: DataConfig, spec: EvalConfig, result: Result) -> dict[str, Any]:
+    """Return the record of a recipe's evaluation: its settings, and its protocol with the digest.
+
+    The protocol is what was asked about which items, and how it was scored: two results are
+    comparable if theirs are equal.
+    """
+    prompt, after = CAPTION, CAPTION.after
+    if data.task == "question":
+        prompt, after = QUESTION, QUESTION.template
+    protocol = plain({
+        "data": source.fingerprint(),
+        "items": len(result.rows),
+        "prompt": {"before": prompt.before, "after": after},
+        "decode": spec.decode,
+        "metric": _metric(data),
+    })  # fmt: skip
+    return {"eval": plain(spec), "protocol": protocol, "protocol_digest": digest(protocol)}
+
+
+def _metric(data: DataConfig) -> str:
+    return "simple" if data.task == "question" else "cider"
+
+
 def save_result(directory: Path, result: Result, **record: Any) -> None:
-    """Write predictions.jsonl, then score.json with the scores and a record of the evaluation."""
+    """Write predictions.jsonl, then score.json: scores, their intervals and a record."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
     storage.write_bytes(directory / "predictions.jsonl", text.encode())
-    write_json(directory / "score.json", {"scores": result.scores, **record})
+    write_json(directory / "score.json", {**result.summary, **record})

@@ -134,10 +134,9 @@ def _load_file(
             f"{path} does not match {record.CONFIG} in the same folder; download both again:\n"
             + difference_table(differing, ("tensor", "expected", "in the file"))
         )
-    params = traverse_util.unflatten_dict(
-        {name: jax.device_put(file.read(name), leaf.sharding) for name, leaf in expected.items()},
-        sep="/",
-    )
+    leaves = {name: jax.device_put(file.read(name), x.sharding) for name, x in expected.items()}
+    # A component without parameters is not in the file.
+    params = {name: {} for name in digests} | traverse_util.unflatten_dict(leaves, sep="/")
     for name, digest in digests.items():
         if combined(tree_digests(params[name])) != digest:
             raise CheckpointError(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -131,17 +132,23 @@ def _training(loaded: Stage) -> str:
 
 
 def _scores(folder: Path) -> str:
-    """Return a table of the stage's evaluations, in percent except for `n`."""
+    """Return a table of the stage's evaluations, in percent with intervals, except for `n`."""
     results = {path.parent.name: _read(path) for path in sorted(folder.glob("*/score.json"))}
     if not results:
         return "Not evaluated."
-    columns = sorted({key for scores in results.values() for key in scores})
-    return markdown_table(*score_table(results, columns))
+    return markdown_table(*score_table(results))
 
 
-def _read(path: Path) -> dict[str, float]:
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the scores and the intervals of a score.json, in the order of their names."""
     try:
-        return {key: float(x) for key, x in json.loads(path.read_text("utf-8"))["scores"].items()}
+        record = json.loads(path.read_text("utf-8"))
+        scores = {key: float(value) for key, value in sorted(record["scores"].items())}
+        intervals = record.get("intervals", {}).items()
+        return {
+            "scores": scores,
+            "intervals": {k: [float(x) for x in pair] for k, pair in intervals},
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is corrupt ({error!r}): run the evaluation again, or delete the file"

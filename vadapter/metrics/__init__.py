@@ -5,6 +5,7 @@
   ngrams           n-gram counts of a whole test set at once, which makes `captioning` fast
   vqa              accuracy by the official rules of VQAv2, OK-VQA, TextVQA, VizWiz, iVQA, MSRVTT-QA
                    and MSVD-QA, and by the rules of other papers under names of their own
+  bootstrap        95 % intervals of scores and paired tests of two systems, over images or clips
   blind_baselines  scores that need no image: the best constant caption, the majority answer
   scoring          `METRICS`, which names the metric of each benchmark, and `score_generations`
 

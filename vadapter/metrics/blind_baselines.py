@@ -15,7 +15,14 @@ CANDIDATES = 20
 
 
 def constant_caption(references: Sequence[Sequence[str]], candidates: int = CANDIDATES) -> float:
-    """Return the CIDEr-D of giving every image the same caption, a fraction on the official scale.
+    """Return the CIDEr-D of giving every image the same caption, see `constant_caption_scores`."""
+    return float(constant_caption_scores(references, candidates).mean())
+
+
+def constant_caption_scores(
+    references: Sequence[Sequence[str]], candidates: int = CANDIDATES
+) -> np.ndarray:
+    """Return the CIDEr-D of every image, f64[I] on the official scale, with the same caption.
 
     Cross-validated: the images with even indices get the candidate that scores best on those with
     odd indices, and vice versa. The candidates are the first captions of evenly spaced images.
@@ -28,23 +35,34 @@ def constant_caption(references: Sequence[Sequence[str]], candidates: int = CAND
     sampled = sorted({i * n // candidates for i in range(candidates)})
     scores = cider_of_constants([tokens[i][0] for i in sampled], tokens)
     even, odd = scores[:, 0::2], scores[:, 1::2]
-    best_of_other_half = odd[even.mean(1).argmax()], even[odd.mean(1).argmax()]
-    return float(np.concatenate(best_of_other_half).mean())
+    best = np.empty(n)
+    best[0::2], best[1::2] = even[odd.mean(1).argmax()], odd[even.mean(1).argmax()]
+    return best
 
 
 def majority_answer(pairs: Sequence[tuple[str, str]]) -> float:
-    """Return the accuracy of answering with the most common answer to the same question elsewhere.
+    """Return the share of questions that the most common answer is right for; 0 without questions.
 
-    A question that occurs only once gets the most common answer to all other questions.
+    See `majority_answer_scores`.
+    """
+    return float(np.mean(majority_answer_scores(pairs))) if pairs else 0.0
+
+
+def majority_answer_scores(pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Return 1 where the most common answer to the same question elsewhere is right, else 0.
+
+    A question that occurs only once gets the most common answer to all other questions. The pairs
+    are of a question and its answer.
     """
     pairs = [(question.strip().lower(), answer.strip().lower()) for question, answer in pairs]
     by_question, total = collections.defaultdict(collections.Counter), collections.Counter()
     for question, answer in pairs:
         by_question[question][answer] += 1
         total[answer] += 1
-    correct = 0
+    correct = []
     for question, answer in pairs:
         same = by_question[question]
         others = (same if same.total() > 1 else total) - collections.Counter({answer: 1})
-        correct += bool(others) and max(others, key=lambda a: others[a]) == answer
-    return correct / max(len(pairs), 1)
+        right = bool(others) and max(others, key=lambda a: others[a]) == answer
+        correct.append(float(right))
+    return correct

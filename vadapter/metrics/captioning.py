@@ -86,10 +86,12 @@ def bleu(candidates: Sequence[Tokens], references: References) -> tuple[np.ndarr
     Like `cider_d`, but one item is enough: f64[4] of the corpus (from summed counts, not a mean)
     and f64[I, 4] per item, in 0..1.
     """
-    return _bleu(_one_each(candidates, references))
+    counts = _bleu_counts(_one_each(candidates, references))
+    return bleu_of(counts.sum(0)), bleu_of(counts)
 
 
-def _bleu(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+def _bleu_counts(corpus: Corpus) -> np.ndarray:
+    """Return what each item adds to the sums of `bleu_of`, f64[I, 10]."""
     length = corpus.length[: corpus.candidates]
     others = corpus.length[corpus.candidates :]
     nearest = np.lexsort((others, np.abs(others - length[corpus.owner]), corpus.owner))
@@ -104,16 +106,26 @@ def _bleu(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
         clipped = np.minimum(allowed, grams.count[:own])
         correct[:, n] = np.bincount(grams.caption[:own], clipped, corpus.items)
     guessed = np.maximum(length[:, None] - np.arange(ORDERS), 0)
+    return np.column_stack([correct, guessed, length, closest])
 
-    def score(correct: np.ndarray, guessed: np.ndarray, length, closest) -> np.ndarray:
-        """Return f64[…, 4] from counts […, 4] and lengths […]."""
-        precision = np.cumprod((correct + _TINY) / (guessed + _SMALL), axis=-1)
-        ratio = (length + _TINY) / (closest + _SMALL)
-        brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
-        return precision ** (1 / np.arange(1, ORDERS + 1)) * np.asarray(brevity)[..., None]
 
-    corpus_score = score(correct.sum(0), guessed.sum(0), length.sum(), closest.sum())
-    return corpus_score, score(correct, guessed, length, closest)
+def bleu_of(counts: np.ndarray) -> np.ndarray:
+    """Return BLEU-1 to BLEU-4, f64[…, 4] in 0..1, from counts f64[…, 10] of items or their sums.
+
+    The counts are the candidate's correct n-grams (clipped) and all its n-grams, for n = 1 to 4,
+    its length and that of the closest reference, in words.
+    """
+    correct, guessed = counts[..., :ORDERS], counts[..., ORDERS : 2 * ORDERS]
+    length, closest = counts[..., -2], counts[..., -1]
+    precision = np.cumprod((correct + _TINY) / (guessed + _SMALL), axis=-1)
+    ratio = (length + _TINY) / (closest + _SMALL)
+    brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    return precision ** (1 / np.arange(1, ORDERS + 1)) * brevity[..., None]
+
+
+def bleu4_of(counts: np.ndarray) -> np.ndarray:
+    """Return BLEU-4, f64[…], see `bleu_of`."""
+    return bleu_of(counts)[..., -1]
 
 
 def _common_subsequence(candidate: Tokens, reference: Tokens, positions: Mapping[str, int]) -> int:
@@ -162,6 +174,8 @@ class CaptionScores:
     rouge_l: float  # 0..1
     n: int  # items
     cider_of: Mapping[Hashable, float]  # by the item's id
+    rouge_l_of: Mapping[Hashable, float]
+    bleu_counts_of: Mapping[Hashable, Sequence[float]]  # 10 each, see `bleu_of`
 
 
 def score_captions(
@@ -186,11 +200,15 @@ def score_captions(
     candidates = [tokenize(predictions[key]) for key in references]
     human = [[tokenize(caption) for caption in captions] for captions in references.values()]
     corpus = _one_each(candidates, human)
-    per_item = _cider(corpus, corpus.owner)
+    ciders = _cider(corpus, corpus.owner)
+    counts = _bleu_counts(corpus)
+    rouge, rouges = rouge_l(candidates, human)
     return CaptionScores(
-        cider=float(per_item.mean()),
-        bleu4=float(_bleu(corpus)[0][-1]),
-        rouge_l=rouge_l(candidates, human)[0],
+        cider=float(ciders.mean()),
+        bleu4=float(bleu4_of(counts.sum(0))),
+        rouge_l=rouge,
         n=len(references),
-        cider_of=dict(zip(references, per_item.tolist(), strict=True)),
+        cider_of=dict(zip(references, ciders.tolist(), strict=True)),
+        rouge_l_of=dict(zip(references, rouges.tolist(), strict=True)),
+        bleu_counts_of=dict(zip(references, counts.tolist(), strict=True)),
     )

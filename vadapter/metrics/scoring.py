@@ -4,12 +4,21 @@ Scores are fractions on the official scale (multiply by 100 to print them). Besi
 or shares: `n`, the scored items; `ended`, generations that ended by themselves; `distinct`,
 different generations; `unreadable`, items whose image cannot be read, if there are any: they count
 with an empty generation.
+
+Each score has a 95 % interval over images or clips, see `bootstrap`. That of CIDEr-D resamples the
+items' scores with the idf of the evaluated set: it says how much the score depends on which of its
+images were drawn, not how it would differ with another set's idf.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from vadapter.errors import DataError
+from vadapter.metrics.bootstrap import Interval, Sample, intervals
 
 
 class Generation(NamedTuple):
@@ -20,14 +29,27 @@ class Generation(NamedTuple):
     ended: bool  # by itself, and not at the limit of its length
 
 
-class Result(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Result:
     """Scores of an evaluation, and a row per item.
 
-    A row has id, prediction, references or question, answer, kind; score; ended.
+    A row has id (of the image or clip: several questions about one share it), index, prediction,
+    references or question, answer, kind; score; ended.
     """
 
     scores: dict[str, float]
     rows: list[dict[str, Any]]
+    samples: Mapping[str, Sample] = dataclasses.field(default_factory=dict)  # of most scores
+
+    @functools.cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """The 95 % interval of each score that has one; computed when first used."""
+        return intervals(self.samples)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The scores and their intervals, as score.json has them."""
+        return {"scores": self.scores, "intervals": self.intervals}
 
 
 class Metric(NamedTuple):
@@ -65,19 +87,20 @@ def score_generations(items: Any, generations: Sequence[Generation], metric: Met
     """
     unreadable = sum(g.text is None for g in generations)
     score = _score_captions if metric.task == "caption" else _score_answers
-    scores, rows = score(items, [g._replace(text=g.text or "") for g in generations], metric)
-    scores |= {
+    scored = score(items, [g._replace(text=g.text or "") for g in generations], metric)
+    rows = scored.rows
+    scores = scored.scores | {
         "ended": float(np.mean([row["ended"] for row in rows])),
         "distinct": len({row["prediction"] for row in rows}) / len(rows),
         "n": len(rows),
     }
     if unreadable:
         scores["unreadable"] = unreadable / len(generations)
-    return Result(scores, rows)
+    return dataclasses.replace(scored, scores=scores)
 
 
 def _score_captions(items: Any, generations: Sequence[Generation], metric: Metric) -> Result:
-    from vadapter.metrics.captioning import score_captions
+    from vadapter.metrics.captioning import bleu4_of, score_captions
 
     examples = {g.index: items.text_only(g.index) for g in generations}
     references: dict[Any, Any] = {i: example.captions for i, example in examples.items()}
@@ -86,7 +109,13 @@ def _score_captions(items: Any, generations: Sequence[Generation], metric: Metri
     for i, text, ended in generations:
         scored = {"references": list(references[i]), "score": scores.cider_of[i], "ended": ended}
         rows.append({"id": examples[i].id, "index": i, "prediction": text, **scored})
-    return Result({"cider": scores.cider, "bleu4": scores.bleu4, "rouge_l": scores.rouge_l}, rows)
+    names = _keys(rows), _images(rows)
+    samples = {
+        "cider": Sample.of_means(*names, [*scores.cider_of.values()]),
+        "bleu4": Sample(*names, np.array([*scores.bleu_counts_of.values()]), bleu4_of),
+        "rouge_l": Sample.of_means(*names, [*scores.rouge_l_of.values()]),
+    }
+    return Result({name: getattr(scores, name) for name in samples}, rows, samples)
 
 
 def _score_answers(items: Any, generations: Sequence[Generation], metric: Metric) -> Result:
@@ -108,7 +137,43 @@ def _score_answers(items: Any, generations: Sequence[Generation], metric: Metric
     predictions: dict[Any, str] = {g.index: g.text or "" for g in generations}
     official = score_answers(predictions, answers, RULES[metric.rules], kinds)
     scores = {"accuracy": official.accuracy}
-    scores |= {f"accuracy_{k}": v for k, v in sorted(official.by_kind.items()) if k}
-    for name in metric.variants:
-        scores[f"accuracy_{name}"] = score_answers(predictions, answers, RULES[name]).accuracy
-    return Result(scores, [row | {"score": official.accuracy_of[row["index"]]} for row in rows])
+    names = _keys(rows), _images(rows)
+    sample = Sample.of_means(*names, [*official.accuracy_of.values()])
+    samples = {"accuracy": sample}
+    for kind, accuracy in sorted(official.by_kind.items()):
+        if kind:
+            scores[f"accuracy_{kind}"] = accuracy
+            samples[f"accuracy_{kind}"] = sample.where([row["kind"] == kind for row in rows])
+    for rules in metric.variants:
+        variant = score_answers(predictions, answers, RULES[rules])
+        scores[f"accuracy_{rules}"] = variant.accuracy
+        samples[f"accuracy_{rules}"] = Sample.of_means(*names, [*variant.accuracy_of.values()])
+    rows = [row | {"score": official.accuracy_of[row["index"]]} for row in rows]
+    return Result(scores, rows, samples)
+
+
+def sample_of(rows: Sequence[Mapping[str, Any]]) -> Sample:
+    """Return the items of predictions.jsonl with their scores, for tests between two systems.
+
+    The score is the mean of the rows' `score`: CIDEr-D or accuracy.
+
+    Raises:
+      DataError: rows without scores: the answers are not public.
+    """
+    unscored = [row for row in rows if "score" not in row]
+    if unscored:
+        raise DataError(
+            f"{len(unscored)} of {len(rows)} predictions have no score, the first is of "
+            f"{unscored[0].get('id')!r}: sets without public answers cannot be compared"
+        )
+    return Sample.of_means(_keys(rows), _images(rows), [row["score"] for row in rows])
+
+
+def _keys(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """Return what names an item in all evaluations of the same data."""
+    return [(row["index"], row["id"], row.get("question", "")) for row in rows]
+
+
+def _images(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the image or clip of each item: the clusters of the bootstrap."""
+    return [row["id"] for row in rows]

@@ -7,12 +7,12 @@ from typing import Any
 
 from vadapter.io import storage
 from vadapter.io.json_files import history, lines, rows
-from vadapter.metrics.scoring import METRICS
+from vadapter.metrics.scoring import METRICS, Result, sample_of
 from vadapter.recipe.schema import Recipe, StageConfig
 from vadapter.stages.initialization import DONE
 
 HEADER = (
-    "stage", "kind", "steps", "training\nloss", "held-out loss\nright / wrong / mean image",
+    "stage", "kind", "steps", "training\nloss", "held-out loss\nright / wrong /\nmean image",
     "CIDEr", "correct\nanswers, %", "seconds",
 )  # fmt: skip
 BENCHMARKS = ("benchmark", "stage", "metric", "score", "n", "protocol", "set")
@@ -33,23 +33,32 @@ def summary(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
 
 def _blind_rows(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
     """Return the row of the blind baselines, on the items that the stages were evaluated on."""
-    from vadapter.metrics.blind_baselines import constant_caption, majority_answer
+    from vadapter.metrics.blind_baselines import constant_caption_scores, majority_answer_scores
 
-    scores: dict[str, float] = {}
+    records: dict[str, dict[str, Any]] = {}
     for name in recipe.evals:
         paths = [workdir / s / "eval" / name / "predictions.jsonl" for s in reversed(recipe.chain)]
         items = next(filter(None, (list(lines(path)) for path in paths)), [])
         if not items:
             continue
         if recipe.data[recipe.evals[name].data].task == "question":
-            pairs = [(item["question"], item["answer"]) for item in items]
-            scores[f"{name}/accuracy"] = majority_answer(pairs)
+            right = majority_answer_scores([(item["question"], item["answer"]) for item in items])
+            records[name] = _of_items("accuracy", items, right)
         elif len(items) > 1:
-            scores[f"{name}/cider"] = constant_caption([item["references"] for item in items])
-    if not scores:
+            ciders = constant_caption_scores([item["references"] for item in items])
+            records[name] = _of_items("cider", items, ciders.tolist())
+    if not records:
         return []
-    cells = [_scores(recipe, tuple(recipe.evals), scores, *column) for column in _METRICS]
+    cells = [_scores(recipe, records, *column) for column in _METRICS]
     return [("blind", "—", "—", "—", "—", *cells, "—")]
+
+
+def _of_items(
+    metric: str, items: Sequence[Mapping[str, Any]], scores: Sequence[float]
+) -> dict[str, Any]:
+    """Return the mean of the items' scores and its interval, as in score.json."""
+    sample = sample_of([{**item, "score": s} for item, s in zip(items, scores, strict=True)])
+    return Result({metric: sample.value}, [], {metric: sample}).summary
 
 
 def _stage_row(directory: Path, name: str, recipe: Recipe) -> tuple[str, ...]:
@@ -59,13 +68,14 @@ def _stage_row(directory: Path, name: str, recipe: Recipe) -> tuple[str, ...]:
     losses = [row["loss"] for row in log if "loss" in row]
     reached = max((row["step"] for row in log), default=0)
     scores = record.get("scores", {}) or {k: v for row in log for k, v in row.items() if "/" in k}
+    records = {eval_: _record(directory / "eval" / eval_, scores) for eval_ in stage.evals}
     return (
         name,
         stage.kind,
         str(stage.steps) if record else f"{reached} of {stage.steps}",
         f"{losses[-1]:.3f}" if losses else "—",
         _losses(stage, scores),
-        *(_scores(recipe, stage.evals, scores, *column) for column in _METRICS),
+        *(_scores(recipe, records, *column) for column in _METRICS),
         f"{seconds(directory):.0f}" if log else "—",
     )
 
@@ -102,12 +112,27 @@ def _losses(stage: StageConfig, scores: Mapping[str, float]) -> str:
     return _cell(cells, len(stage.loss) > 1)
 
 
+def _record(folder: Path, scores: Mapping[str, float]) -> dict[str, Any]:
+    """Return the stage's scores in an evaluation, with the intervals of its score.json.
+
+    An interval is left out if its score is not the stage's: since the stage ended, the evaluation
+    may have been repeated on other data or devices.
+    """
+    prefix = f"{folder.name}/"
+    own = {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)}
+    saved = _read(folder / "score.json")
+    intervals = saved.get("intervals", {}).items()
+    same = {name: ends for name, ends in intervals if saved["scores"][name] == own.get(name)}
+    return {"scores": own, "intervals": same}
+
+
 def _scores(
-    recipe: Recipe, evals: Sequence[str], scores: Mapping[str, float], metric: str, task: str
+    recipe: Recipe, records: Mapping[str, Mapping[str, Any]], metric: str, task: str
 ) -> str:
+    """Return a cell with a score per evaluation; `records` are as in their score.json."""
     same_task = [spec for spec in recipe.evals.values() if recipe.data[spec.data].task == task]
-    keys = {name: f"{name}/{metric}" for name in evals}
-    cells = {name: f"{100 * scores[key]:.1f}" for name, key in keys.items() if key in scores}
+    scored = {name: record for name, record in records.items() if metric in record["scores"]}
+    cells = {name: _score(record, metric) for name, record in scored.items()}
     return _cell(cells, len(same_task) > 1)
 
 
@@ -132,7 +157,7 @@ def benchmarks(directories: Iterable[Path]) -> list[tuple[str, ...]]:
             record["benchmark"],
             record["stage"],
             metric if metric == protocol["metric"] else f"{metric}, {protocol['metric']}",
-            f"{100 * scores[metric]:.1f}" if metric in scores else "no public answers",
+            _score(record, metric) if metric in scores else "no public answers",
             str(int(scores["n"])),
             f"{protocol['name']} {record['protocol_digest'][:8]}",
             "official" if record["official"] else f"NOT OFFICIAL: {record['note']}",
@@ -142,15 +167,29 @@ def benchmarks(directories: Iterable[Path]) -> list[tuple[str, ...]]:
 
 
 def score_table(
-    results: Mapping[str, Mapping[str, float]], columns: Iterable[str]
+    results: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Return one row per evaluation, and the header: `n` as a number, then scores in percent."""
-    columns = sorted(columns, key=lambda key: key != "n")
+    """Return one row per score, `n` first, and the header with one column per evaluation.
 
-    def cell(scores: Mapping[str, float], key: str) -> str:
-        if key not in scores:
-            return "—"
-        return f"{scores[key]:.0f}" if key == "n" else f"{100 * scores[key]:.1f}"
+    Args:
+      results: by evaluation, the content of score.json.
+    """
+    names = dict.fromkeys(key for record in results.values() for key in record["scores"])
+    rows = sorted(names, key=lambda name: name != "n")
+    cells = [(row, *(_score(record, row) for record in results.values())) for row in rows]
+    return cells, ("score", *results)
 
-    table = [(name, *(cell(scores, key) for key in columns)) for name, scores in results.items()]
-    return table, ("evaluation", *columns)
+
+def _score(record: Mapping[str, Any], name: str) -> str:
+    """Return a score of the content of score.json in percent with its interval; n as a number."""
+    if (value := record["scores"].get(name)) is None:
+        return "—"
+    if name == "n":
+        return f"{value:.0f}"
+    return with_interval(value, record.get("intervals", {}).get(name))
+
+
+def with_interval(score: float, interval: Sequence[float] | None) -> str:
+    """Return a score in percent with its interval, if it has one: `55.1 [51.9, 58.4]`."""
+    ends = "" if interval is None else f" [{', '.join(f'{100 * end:.1f}' for end in interval)}]"
+    return f"{100 * score:.1f}{ends}"
