@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from vadapter.data.open import prompt_len
+from vadapter.models.adapter_model import Training
 from vadapter.recipe import schema
 from vadapter.stages.abstract_state import row_shapes
 from vadapter.stages.stage import Stage
@@ -90,20 +91,20 @@ def formula(
 
 
 def _forward_products(stage: Stage, sizes: dict[str, int]) -> Products:
-    """Return the products of the loss of a batch; nothing is computed."""
+    """Return the products of the loss of a batch in training; nothing is computed."""
     trainable, frozen = stage.abstract_params()
     params, batch = trainable | frozen, row_shapes(sizes, stage.config.batch)
-    objective = stage.objective
+    objective, dropout = stage.objective, stage.config.use_dropout
 
-    def loss(params: Any, batch: Any) -> jax.Array:
+    def loss(params: Any, batch: Any, step: jax.Array) -> jax.Array:
+        training = Training(jax.random.fold_in(jax.random.key(0), step), step, dropout)
         visual = objective.prepare(params, batch)
-        return objective.loss(params, visual, batch, jnp.ones(()), None)[0]
+        return objective.loss(params, visual, batch, jnp.ones(()), training)[0]
 
-    origins = [
-        *(frozenset({name}) for name in sorted(params) for _ in jax.tree.leaves(params[name])),
-        *(NOTHING for _ in batch),
-    ]
-    return products(jax.make_jaxpr(loss)(params, batch).jaxpr, origins)[0]
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    program = jax.make_jaxpr(loss)(params, batch, step).jaxpr
+    origins = [frozenset({n}) for n in sorted(params) for _ in jax.tree.leaves(params[n])]
+    return products(program, origins + [NOTHING] * (len(program.invars) - len(origins)))[0]
 
 
 def count(fn: Callable, *args: Any, loops: int = 1) -> int:
