@@ -1,0 +1,297 @@
+"""Every connector, and the rows of the paper's Tables 1 to 4, 9, 12 and 13, over any base.
+
+    vadapter train --config=configs/ablations.py:base=scenes,row=mlp --workdir=RUN
+    vadapter compare --config=configs/compare.py:base=scenes,arms=table1e_1,table1e_3,table1e_6
+
+Arguments:
+    base   paper | scenes | flickr8k | public: the recipe that trains the frozen parts
+    row    a row of ROWS; ROW.blind trains the same on blank images, its blind control
+    clip   weights of the other encoder of Table 12, a hub id or folder
+
+All other arguments are those of the base: `scale=0.1`, `encoder=b`, `rung=laptop`, … The recipe has
+the stages that the row needs alone, and its last one is named after it. Not run.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vadapter import config
+from vadapter.config import choose, parse_arg, split_arg
+from vadapter.errors import ConfigError
+
+CLIP_B = "openai/clip-vit-base-patch16"
+
+
+class Row:
+    """What stands between encoder and LLM.
+
+    Args:
+      chain: the components, from the encoder to the LLM.
+      tlm: where a tiny LM in the chain, and what precedes it, starts: stage1, text (the
+        tiny LM pretrained on text, the rest random) or random.
+      encoder: "clip" for the encoder of Table 12.
+      images: trained on images alone, at base=paper.
+      **changes: fields of components; a `Times` is a factor on the base's value.
+    """
+
+    def __init__(self, chain: str, *, tlm="stage1", encoder="", images=False, **changes: Any):
+        self.chain, self.tlm, self.encoder = tuple(chain.split()), tlm, encoder
+        self.images, self.changes = images, changes
+
+    @property
+    def stage1(self) -> bool:
+        """Whether it starts from the paper's stage 1."""
+        return "tlm" in self.chain and self.tlm == "stage1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """A factor on what the base says."""
+
+    factor: float
+
+
+HALF, SAME, DOUBLE = Times(0.5), Times(1), Times(2)
+# Table 9 does not state the rate of decay: from temperature 2 to 1/2 over the steps of the stage.
+DECAY = dict(temperature=2.0, min_temperature=0.5, decay="to_min_temperature")
+PERCEIVER = "perceiver fc_out"
+VADAPTER = "resampler fc_in tlm fc_out"
+
+
+def perceiver(**changes: Any) -> Row:
+    """Return a row of Table 1, over images alone."""
+    return Row(PERCEIVER, images=True, perceiver=changes)
+
+
+# The connectors, then the rows of the paper's tables in its order. tableN_WHAT is row WHAT of Table
+# N; numbers of dimensions are half, the same and double those of the base's perceiver, 384, 768 and
+# 1536 at base=paper.
+ROWS: dict[str, Row] = {
+    "vadapter": Row(VADAPTER),
+    "perceiver": Row(PERCEIVER),
+    "pooler": Row("attention_pool fc_out"),
+    "mlp": Row("mlp"),
+    "linear": Row("linear"),
+    "shuffle": Row("shuffle"),
+    "pool": Row("pool"),
+    "qformer": Row("qformer fc_out"),
+    "c_abstractor": Row("c_abstractor"),
+    "cross_attention": Row("media cross_attention"),
+    "words": Row(f"{VADAPTER} words", words=DECAY),
+    "table1a_none": perceiver(norm="none", final_norm=True),
+    "table1a_shared": perceiver(norm="shared", final_norm=False),
+    "table1a_separate": perceiver(norm="separate", final_norm=False),
+    "table1a_separate_final": perceiver(norm="separate", final_norm=True),
+    "table1b_time": perceiver(ffn=False, time_embed=True),
+    "table1b_ffn": perceiver(ffn=True, time_embed=False),
+    "table1b_both": perceiver(ffn=True, time_embed=True),
+    "table1c_half": perceiver(query_dim=HALF),
+    "table1c_same": perceiver(query_dim=SAME),
+    "table1c_double": perceiver(query_dim=DOUBLE),
+    "table1d_half": perceiver(hidden_dim=HALF),
+    "table1d_same": perceiver(hidden_dim=SAME),
+    "table1d_double": perceiver(hidden_dim=DOUBLE),
+    "table1e_1": perceiver(layers=1),
+    "table1e_3": perceiver(layers=3),
+    "table1e_6": perceiver(layers=6),
+    "table2_resampler": Row(PERCEIVER),
+    "table2_vadapter": Row(VADAPTER),
+    "table3_random": Row(VADAPTER, tlm="random"),
+    "table3_text": Row(VADAPTER, tlm="text"),
+    "table3_stage1": Row(VADAPTER),
+    "table4_pooler": Row("attention_pool fc_in tlm fc_out"),
+    "table4_resampler_1": Row(VADAPTER),
+    "table4_resampler_6": Row("perceiver fc_in tlm fc_out"),
+    "table9_none": Row(VADAPTER),
+    "table9_tau_1": Row(f"{VADAPTER} words", words=dict(temperature=1.0, decay=0.0)),
+    "table9_tau_2": Row(f"{VADAPTER} words", words=dict(temperature=2.0, decay=0.0)),
+    "table9_tau_2_decay": Row(f"{VADAPTER} words", words=DECAY),
+    "table12_resampler": Row(PERCEIVER, encoder="clip"),
+    "table12_vadapter": Row(VADAPTER, encoder="clip"),
+    "table13_mlp": Row("mlp"),
+    "table13_resampler": Row(PERCEIVER),
+    "table13_vadapter": Row(VADAPTER),
+}
+
+
+def connectors(perceiver: Any) -> dict[str, dict[str, Any]]:
+    """Return the components that the bases lack, as large as published, or as the base's perceiver.
+
+    Args:
+      perceiver: the config dataclass of the base's perceiver.
+    """
+    queries, width, heads = perceiver.queries, perceiver.query_dim, perceiver.heads
+    time, side = perceiver.time_embed, round(queries**0.5)
+    mlp = dict(kind="mlp", hidden_dim=0, width=0, frames=8)  # 0: the width of the LLM
+    return dict(
+        attention_pool=dict(kind="pooler", queries=queries, width=width, heads=heads),
+        mlp=dict(mlp, layers=2),
+        linear=dict(mlp, layers=1),
+        shuffle=dict(mlp, layers=2, pool="shuffle", factor=2, norm=True),  # InternVL
+        pool=dict(mlp, layers=2, pool="mean_after", factor=2),  # Perception-LM
+        qformer=dict(kind="qformer", time_embed=time),  # BLIP-2
+        c_abstractor=dict(kind="c_abstractor", queries=side**2, merge="concat"),  # Honeybee
+        media=dict(concat_queries=True),  # Flamingo; the rest as in the perceiver
+        cross_attention=dict(kind="cross_attention", every=4),
+        words=dict(kind="words"),
+    )
+
+
+# Sizes over the small bases, for about as many trained parameters as the perceiver has, and for
+# clips of at most 128 tokens in the LLM.
+SMALL = dict(
+    scenes=dict(
+        mlp=dict(hidden_dim=2944, frames=2),
+        linear=dict(frames=2),
+        shuffle=dict(hidden_dim=1280),
+        pool=dict(hidden_dim=2944),
+        qformer=dict(queries=8, width=96, depth=6, heads=3, mlp_dim=288),
+        c_abstractor=dict(hidden_dim=200),
+        media=dict(layers=2),
+        cross_attention=dict(every=2, heads=4, head_dim=32),
+    ),
+    flickr8k=dict(
+        mlp=dict(hidden_dim=896),
+        shuffle=dict(hidden_dim=256),
+        pool=dict(hidden_dim=896),
+        qformer=dict(queries=16, width=128, depth=6, heads=4, mlp_dim=384),
+        c_abstractor=dict(hidden_dim=208),
+        media=dict(layers=2),
+        cross_attention=dict(every=2, heads=6, head_dim=32),
+    ),
+)
+
+
+def packaged(base: str, arg: str) -> ConfigDict:
+    """Return the recipe of a base that trains both stages of the method."""
+    return config.load(f"configs/{base}.py:{arg}")
+
+
+def paper(base: str, arg: str) -> ConfigDict:
+    """Return the paper's recipe with both stages and a held-out loss, to choose between rates."""
+    for key in ("stage", "adapter", "front", "init"):
+        if split_arg(arg, **{key: ""})[0]:
+            raise ConfigError(f"config argument {key!r}: at base=paper, the row says it")
+    recipe, first = (packaged(base, f"{arg},stage={stage}") for stage in (2, 1))
+    stage = recipe.stages.vadapter
+    stage.start = {n: "decoder" if s == "stage1/decoder" else s for n, s in stage.start.items()}
+    recipe.stages.decoder = first.stages.decoder
+    recipe.chain = ("decoder", "vadapter")
+    recipe.data.val = recipe.data.pairs.to_dict()
+    recipe.data.val.source.split = "val"
+    for stage in recipe.stages.values():
+        stage.update(loss=("val",), loss_batches=16, eval_every=max(1, stage.steps // 50))
+    return recipe
+
+
+BASES = dict(paper=paper, scenes=packaged, flickr8k=packaged, public=packaged)
+# What passes all visual tokens of a clip to the LLM: at base=paper 2048 of them, which leaves room
+# for the inputs of its blocks alone.
+MANY_TOKENS = {"mlp", "linear", "c_abstractor"}
+
+
+def get_config(arg=None):
+    defaults = dict(base="scenes", row="vadapter", clip=CLIP_B)
+    own, rest = split_arg(arg, **defaults)
+    arg = parse_arg(own, **defaults)
+    choose("base", arg.base, BASES)
+    name, blind = named("row", arg.row)
+    row, recipe = ROWS[name], BASES[arg.base](arg.base, rest)
+    components = with_row(recipe, arg.base, row, recipe.stages.vadapter.steps)
+    if row.encoder:
+        if arg.base not in ("paper", "public"):
+            raise ConfigError(
+                f"config argument row={name!r}: it needs another encoder, of public weights, which "
+                f"base={arg.base} does not take; use base=paper or base=public"
+            )
+        components["encoder"] = dict(weights=arg.clip)
+
+    stages = recipe.stages.to_dict()
+    first, last = stages["decoder"], stages.pop("vadapter")
+    frozen = (last.get("encoder", "encoder"), last["lm"])
+    inner = (row.chain[0], "fc_in", "tlm")
+    starts = dict(
+        stage1=dict.fromkeys(inner, "decoder"),
+        text=dict(tlm=first.get("start", {}).get("tlm", "weights")),
+        random=dict(tlm="random"),
+    )
+    last["start"] = {n: s for n, s in last["start"].items() if n in frozen}
+    last["start"] |= starts[row.tlm] if "tlm" in row.chain else {}
+    last["chain"], first["chain"] = row.chain, inner[:2]
+    first["start"] = {n: s for n, s in first.get("start", {}).items() if n in (*frozen, "tlm")}
+    stages[name] = last
+    for stage in (first, last):
+        if row.encoder:
+            stage["start"].pop("encoder", None)
+        if row.images and arg.base == "paper":
+            stage["data"] = dict(pairs=1.0)
+        # Tests are run once, on what validation chose.
+        stage["evals"] = tuple(n for n in stage.get("evals", ()) if not n.startswith("test"))
+
+    recipe.name = f"{arg.base}-{name}{'-blind' * blind}"
+    recipe.chain = (*(n for n in recipe.chain if n in needed(stages, name)), name)
+    recipe.stages = {n: stages[n] for n in recipe.chain}
+    recipe.components = components
+    keep_used(recipe, blind=blind)
+    return recipe
+
+
+def named(key: str, row: str) -> tuple[str, bool]:
+    """Return the name of a row and whether it is the blind one; ConfigError if there is none."""
+    name, dot, _ = row.partition(".")
+    choose(key, name, ROWS)
+    if dot:
+        choose(key, row, (name, f"{name}.blind"))
+    return name, bool(dot)
+
+
+def with_row(recipe: ConfigDict, base: str, row: Row, steps: int) -> dict[str, dict[str, Any]]:
+    """Return all components of a base with those of a row, whose last stage takes `steps` steps."""
+    from vadapter.config import build
+    from vadapter.models.registry import expand, load_kind
+
+    components = recipe.components.to_dict()
+    spec = expand("perceiver", components["perceiver"])
+    config_type, _ = load_kind(spec.pop("kind"))
+    perceiver = build(config_type, spec)
+    for name, new in connectors(perceiver).items():
+        components[name] = new | SMALL.get(base, {}).get(name, {})
+    components["media"] = components["perceiver"] | components["media"]
+    for name, changes in row.changes.items():
+        for key, value in changes.items():
+            if isinstance(value, Times):
+                value = round(getattr(perceiver, key) * value.factor)
+            components[name] = components[name] | {key: value}
+    words = components["words"]
+    if words.get("decay") == "to_min_temperature":
+        words["decay"] = math.log(words["temperature"] / words["min_temperature"]) / steps
+    if base == "paper" and MANY_TOKENS & {*row.chain}:
+        components["llm"]["remat"] = "full"
+    return components
+
+
+def needed(stages: dict[str, dict[str, Any]], name: str) -> set[str]:
+    """Return the stages that a stage starts from, directly or not."""
+    before = {s for s in stages[name].get("start", {}).values() if s in stages}
+    return before.union(*(needed(stages, stage) for stage in before))
+
+
+def keep_used(recipe: ConfigDict, *, blind: bool) -> None:
+    """Remove components and data that nothing uses; if `blind`, make what the arms see blank."""
+    from vadapter.config import build
+    from vadapter.recipe.schema import StageConfig, components
+
+    stages = {n: build(StageConfig, stage) for n, stage in recipe.stages.items()}
+    used = {name for stage in stages.values() for name in components(stage)}
+    recipe.components = {n: c for n, c in recipe.components.items() if n in used}
+    seen = {evaluation.data for evaluation in recipe.get("evals", {}).values()}
+    read = set(recipe.get("tokenizer", {}).get("data", ()))
+    for stage in stages.values():
+        names = {*stage.data, *stage.loss}
+        (read if stage.kind in ("lm", "vision") else seen).update(names)
+    recipe.data = {n: d for n, d in recipe.data.items() if n in seen | read}
+    for name in seen if blind else ():
+        recipe.data[name].blank = True
