@@ -5,6 +5,7 @@ frozen dataclasses and checks that its parts fit together, before anything is lo
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -348,14 +349,16 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> "AdapterM
     # Values for fields that follow from other components; width and depth are of the next LM.
     derived: dict[str, Any] = {"vocab_size": vocab_size, "width": 0, "depth": 0}
     encoder = stage.encoder if STAGES[stage.kind].visual and stage.kind != "vision" else ""
+    tokens = 0
     if encoder:
         modules[encoder] = make_module(encoder, recipe.components[encoder], dtype=dtype)
         derived["grid"] = modules[encoder].grid()  # type: ignore[attr-defined]
+        tokens = modules[encoder].tokens_per_frame()  # type: ignore[attr-defined]
     for name in reversed(components(stage)):
         if name == encoder:
             continue
         module = make_module(name, recipe.components[name], dtype=dtype, **derived)
-        _check_grid(name, module, encoder)
+        _check_grid(name, module, encoder, tokens)
         modules[name] = module
         if isinstance(module, LM):
             derived |= {"width": module.config.width, "depth": module.config.depth}
@@ -371,13 +374,21 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> "AdapterM
     return AdapterModel(modules, stage.lm, stage.chain, encoder, stage.bidirectional, frozen)
 
 
-def _check_grid(name: str, module: Any, encoder: str) -> None:
-    """Check that a component that reads the visual tokens as a grid has one."""
-    if getattr(module.config, "needs_grid", False) and not module.config.grid:
+def _check_grid(name: str, module: Any, encoder: str, tokens: int) -> None:
+    """Check that a component that reads the visual tokens as a grid has one of that many tokens."""
+    if not getattr(module.config, "needs_grid", False):
+        return
+    grid = module.config.grid
+    if not grid:
         raise ConfigError(
             f"components.{name} reads the visual tokens as a grid, but those of {encoder} are none "
-            "(pooled queries, or a class token among them): set its tap to last or penultimate and "
-            f"patches_only=True, or components.{name}.grid=(rows, columns)"
+            "(pooled queries, or a class token or registers among them): set its tap to last or "
+            f"penultimate and patches_only=True, or components.{name}.grid=(rows, columns)"
+        )
+    if len(grid) != 2 or math.prod(grid) != tokens:
+        raise ConfigError(
+            f"components.{name}.grid={tuple(grid)}: {encoder} gives {tokens} tokens a frame, which "
+            "rows times columns must be; leave it out to take the encoder's grid"
         )
 
 
