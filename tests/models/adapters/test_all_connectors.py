@@ -26,16 +26,24 @@ from vadapter.stages.stage import Stage
 from vadapter.stages.steps import init_state, make_train_step, split
 
 FC = {"kind": "fc"}
-# kind -> the components of a chain that has it, each without the kind where it is this one.
+QUERIES = {"queries": 4, "query_dim": 16, "hidden_dim": 16, "layers": 1, "heads": 2}
+# kind -> the components of a chain that has it, in order; its own has no "kind".
 CHAINS = {
-    "resampler": ({"queries": 4, "query_dim": 16, "hidden_dim": 16, "layers": 1, "heads": 2}, FC),
+    "resampler": (QUERIES, FC),
     "pooler": ({"queries": 3, "width": 16, "heads": 2}, FC),
     "mlp": ({"pool": "shuffle", "norm": True, "frames": 8},),
     "c_abstractor": ({"queries": 9, "hidden_dim": 8, "blocks": 1},),
+    "cross_attention": (QUERIES | {"kind": "resampler"}, {"heads": 2, "head_dim": 8}),
+    "words": (FC, {"hard": False}),  # words themselves change in jumps
     "fc": ({},),
 }
 NOT_CONNECTORS = {"vit", "mobilenet", "lm", "fusion"}
 ROWS = 4
+
+
+def _name(kind, spec):
+    """The name of a component: that of the kind itself, or of another in its chain."""
+    return f"{kind}_{spec['kind']}" if "kind" in spec else f"my_{kind}"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +63,7 @@ def make_recipe(shapes):
             config.dtype = dtype
             config.stages = {name: config.stages[name] for name in ("llm", "vision")}
             for kind, specs in CHAINS.items():
-                names = tuple(f"{kind}_{i}" for i in range(len(specs)))
+                names = tuple(_name(kind, spec) for spec in specs)
                 for name, spec in zip(names, specs, strict=True):
                     config.components[name] = {"kind": kind} | spec
                 config.stages[kind] = {**every, "chain": names}
@@ -168,12 +176,12 @@ def test_check_prints_every_connector_with_its_parameters(make_recipe, make_stag
     facts, problems = check(make_recipe)
     assert not problems.lines()
     text = as_text(facts)
-    for kind, specs in CHAINS.items():
-        first = jax.tree.leaves(make_stage(kind).abstract[f"{kind}_0"])
-        count = sum(math.prod(leaf.shape) for leaf in first)
-        (line,) = (line for line in text.splitlines() if line.strip().startswith(f"{kind}_0 "))
+    for kind in CHAINS:
+        own = jax.tree.leaves(make_stage(kind).abstract[f"my_{kind}"])
+        count = sum(math.prod(leaf.shape) for leaf in own)
+        (line,) = (line for line in text.splitlines() if line.strip().startswith(f"my_{kind} "))
         assert f"{count:,}" in line
-        assert specs[0].get("kind", kind) in line
+        assert f" {kind} " in line
 
 
 # -- grids ---------------------------------------------------------------------------------------
@@ -187,7 +195,7 @@ GRIDLESS = {
 
 
 def needs_grid(kind):
-    fields = {key: value for key, value in CHAINS[kind][0].items() if key != "kind"}
+    (fields,) = (spec for spec in CHAINS[kind] if "kind" not in spec)
     return getattr(load_kind(kind)[0](**fields), "needs_grid", False)
 
 
@@ -197,7 +205,7 @@ GRID_KINDS = [kind for kind in CHAINS if needs_grid(kind)]
 def model_of(recipe, kind, encoder=None, **own):
     """The model of a kind's stage with other keys of the encoder and of the connector."""
     spec = recipe.components
-    changed = {"encoder": spec["encoder"] | (encoder or {}), f"{kind}_0": spec[f"{kind}_0"] | own}
+    changed = {"encoder": spec["encoder"] | (encoder or {}), f"my_{kind}": spec[f"my_{kind}"] | own}
     recipe = dataclasses.replace(recipe, components=spec | changed)
     return make_model(recipe, recipe.stages[kind], 64)
 
@@ -207,19 +215,19 @@ def model_of(recipe, kind, encoder=None, **own):
 def test_an_encoder_without_a_grid_is_refused_with_what_to_do(kind, encoder, make_recipe):
     recipe, keys = make_recipe(), GRIDLESS[encoder]
     fix = "those of encoder are none.*tap to last or penultimate and patches_only=True"
-    with pytest.raises(ConfigError, match=rf"components\.{kind}_0 reads.*{fix}"):
+    with pytest.raises(ConfigError, match=rf"components\.my_{kind} reads.*{fix}"):
         model_of(recipe, kind, keys)
     fixed = {key: value for key, value in keys.items() if key != "tap"} | {"patches_only": True}
-    assert model_of(recipe, kind, fixed).modules[f"{kind}_0"].config.grid == (4, 4)
+    assert model_of(recipe, kind, fixed).modules[f"my_{kind}"].config.grid == (4, 4)
 
 
 @pytest.mark.parametrize("kind", GRID_KINDS)
 def test_a_grid_in_the_recipe_must_have_the_encoders_tokens(kind, make_recipe):
     recipe = make_recipe()
     queries = GRIDLESS["queries"]
-    assert model_of(recipe, kind, queries, grid=(2, 8)).modules[f"{kind}_0"].config.grid == (2, 8)
+    assert model_of(recipe, kind, queries, grid=(2, 8)).modules[f"my_{kind}"].config.grid == (2, 8)
     for grid in ((4, 5), (16,), (2, 2, 4)):
-        with pytest.raises(ConfigError, match=rf"components\.{kind}_0\.grid=.*gives 16 tokens"):
+        with pytest.raises(ConfigError, match=rf"components\.my_{kind}\.grid=.*gives 16 tokens"):
             model_of(recipe, kind, grid=grid)
 
 
@@ -228,4 +236,4 @@ def test_mobilenet_has_a_grid(kind, make_recipe):
     recipe = make_recipe()
     mobilenet = {"kind": "mobilenet", "image_size": 96, "width_mult": 0.35}
     recipe = dataclasses.replace(recipe, components=recipe.components | {"encoder": mobilenet})
-    assert make_model(recipe, recipe.stages[kind], 64).modules[f"{kind}_0"].config.grid == (3, 3)
+    assert make_model(recipe, recipe.stages[kind], 64).modules[f"my_{kind}"].config.grid == (3, 3)
