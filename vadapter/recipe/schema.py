@@ -111,7 +111,7 @@ class StageConfig:
     keep: int = 2  #: number of checkpoints to keep
     log_every: int = 20  #: steps between log lines
     max_bad: float = 0.001  #: share of unusable samples, beyond the first ten, that stops the run
-    use_dropout: bool = False  #: draw dropout masks in the language models, at their own rates
+    use_dropout: bool = False  #: draw dropout masks, in each component at its own rate
     bidirectional: bool = False  #: in a language model of the chain, queries attend both ways
     chunk_rows: int = 0  #: rows of logits that exist at a time, which saves memory; 0 for all
 

@@ -49,7 +49,7 @@ _BLIP2 = Table(
         "norm_visual": "vision_model.post_layernorm",
     },
     ignored=(rf"^qformer\.{_TEXT_BRANCH}", r"^(qformer\.)?embeddings\.",
-             r"^vision_model\.(?!post_layernorm\.)", r"^language_(model|projection)\.",
+             r"^vision_model\.(?!post_layernorm\b)", r"^language_(model|projection)\.",
              r"^((vision|text)_projection|itm_head)\."),
     optional={"norm_visual": r"^vision_model\.post_layernorm\."},
 )  # fmt: skip
