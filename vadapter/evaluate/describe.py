@@ -100,9 +100,9 @@ class Describer:
                 for generations in self._decoder.generate(
                     self.loaded.params, batches, Decode(max_new)
                 ):
-                    for index, text, _ in generations:
-                        i = indices[index]
-                        replies[i] = Reply(media[i], " ".join((text or "").split()))
+                    for generation in generations:
+                        i = indices[generation.index]
+                        replies[i] = Reply(media[i], " ".join((generation.text or "").split()))
             yield from (replies[i] for i in sorted(replies))
 
     def _text_len(self, questions: Sequence[str] | None, max_new: int) -> int:

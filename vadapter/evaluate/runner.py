@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -67,13 +68,17 @@ class Decoder:
             yield self._detokenize(*pending)
 
     def _detokenize(self, arrays: Batch, out: Any) -> list[Generation]:
+        def text(ids: Any) -> str:
+            return self.tokenizer.decode([int(id) for id in ids]).strip()
+
         columns = (arrays["id"], arrays["bad"], out["tokens"], out["ended"])
-        generations = []
-        for index, bad, tokens, ended in zip(*map(to_host, columns), strict=True):
-            if index >= 0:  # not padding of the last batch
-                text = None if bad else self.tokenizer.decode([int(t) for t in tokens]).strip()
-                generations.append(Generation(int(index), text, bool(ended)))
-        return generations
+        prefixes = map(text, to_host(out["prefix"])) if "prefix" in out else itertools.repeat("")
+        rows = zip(zip(*map(to_host, columns), strict=True), prefixes, strict=False)
+        return [
+            Generation(int(index), None if bad else text(tokens), bool(ended), prefix)
+            for (index, bad, tokens, ended), prefix in rows
+            if index >= 0  # not padding of the last batch
+        ]
 
 
 def predict(
