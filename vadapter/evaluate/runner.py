@@ -19,6 +19,7 @@ from vadapter.data.image_transform import ImageTransform
 from vadapter.data.items import Slice, items_of
 from vadapter.data.pipeline import Transform, eval_batches, require_usable
 from vadapter.data.prompts import CAPTION, QUESTION
+from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.transforms import prompt_sample
 from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
@@ -139,22 +140,28 @@ def evaluate(
     Returns the scores and predictions; with `partial` (see `predict`), none on hosts other than
     the first.
     """
-    tokenizer = decoder.tokenizer
     items = items_of(source, data.task, spec.limit)
-    question = data.task == "question"
-    row = functools.partial(
-        prompt_sample,
-        tokenizer=tokenizer,
-        view=data.view(view),
-        frames=data.frames if source.kind == "clip" else 1,
-        text_len=MAX_QUESTION if question else len(tokenizer.encode(CAPTION.after)),
-    )
+    row = prompt_row(data, source, decoder.tokenizer, view)
     generations = predict(
         decoder, params, items, row, batch=spec.batch, how=spec.decode, partial=partial, title=title
     )
     if partial is not None and not hosts.first():  # it lacks the generations of earlier attempts
         return Result({}, [])
     return score_generations(items, generations, METRICS[_metric(data)])
+
+
+def prompt_row(
+    data: DataConfig, source: Source, tokenizer: Tokenizer, view: ImageTransform | None
+) -> Transform:
+    """Return the transform from an item of a data set to the row that is continued."""
+    question = data.task == "question"
+    return functools.partial(
+        prompt_sample,
+        tokenizer=tokenizer,
+        view=data.view(view),
+        frames=data.frames if source.kind == "clip" else 1,
+        text_len=MAX_QUESTION if question else len(tokenizer.encode(CAPTION.after)),
+    )
 
 
 def limited(spec: EvalConfig, limit: int) -> EvalConfig:
