@@ -34,6 +34,7 @@ class Settings:
     name: str  #: of the comparison
     lr: tuple[float, ...]  #: peak learning rates of the last stage, the same for every arm
     validation_loss: str  #: DATA/loss, by which a rate is chosen
+    order: tuple[str, ...] = ()  #: in which the arms are shown; (): alphabetical
     baseline: str = ""  #: arm that the others are measured against; "" for the first
     score: str = ""  #: EVAL/METRIC of the curves; "" for none
     test: tuple[str, ...] = ()  #: evaluations that are run once, on the chosen runs
@@ -143,7 +144,10 @@ def read_plan(
         )
     _override(config, overrides)
     settings = build(Settings, {key: config[key] for key in config if key != "arms"})
-    arms = {name: _read_arm(name, recipe) for name, recipe in config.arms.items()}
+    order = settings.order or tuple(config.arms)
+    if sorted(order) != sorted(config.arms):
+        raise ConfigError(f"config.order={','.join(order)}: must name every arm once")
+    arms = {name: _read_arm(name, config.arms[name]) for name in order}
     if len(arms) < 2:
         raise ConfigError(f"config.arms: {', '.join(arms) or 'none'}; a comparison needs two arms")
     baseline = baseline or settings.baseline or next(iter(arms))
