@@ -1,16 +1,27 @@
 # ruff: noqa: C408
 """A comparison in seconds: three arms over an encoder of another run and one trained LLM.
 
-    recipe = write_comparison(runs.prepare(folder))
-    main(["compare", f"--config={recipe}", "--seeds=2", f"--workdir={folder / 'compare'}"])
+recipe = write_comparison(runs.prepare(folder))
+main(["compare", f"--config={recipe}", "--seeds=2", f"--workdir={folder / 'compare'}"])
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ml_collections import ConfigDict
 from support.paths import TESTS
-from support.runs import small
+from support.runs import prepare, small
+from support.shared import make_once
+
+from vadapter.config import plain
+from vadapter.io.json_files import write_json
+from vadapter.recipe.schema import Recipe, components
+from vadapter.stages.initialization import DONE
+from vadapter.stages.run import Run
+from vadapter.stages.stage import Sources, settings
+from vadapter.train import loop
 
 ARMS = ("mlp", "perceiver", "vadapter")
 RATES = (1e-3, 1e-2)
@@ -75,3 +86,41 @@ def write_comparison(folder: Path, to: Path | None = None, change: str = "pass")
     path = (to or folder) / "compare.py"
     path.write_text(RECIPE.format(tests=str(TESTS), folder=str(folder), change=change))
     return path
+
+
+def prepared(factory: pytest.TempPathFactory) -> Path:
+    """The folder that `runs.prepare` fills, once for all tests of comparisons."""
+    return make_once(factory, "comparison_world", prepare)
+
+
+def use_fake_runs(
+    patch: pytest.MonkeyPatch, loss: Callable[[str, float, int], float]
+) -> list[tuple[Any, ...]]:
+    """Let runs finish at once, without a model; return the list that each of them is added to.
+
+    Args:
+      loss: (arm, lr, seed) -> validation loss of a run, or raises.
+    """
+    trained: list[tuple[Any, ...]] = []
+
+    def train(recipe: Recipe, workdir: Path, **_: Any) -> None:
+        stage = recipe.stages[recipe.chain[-1]]
+        run = (recipe.chain[-1], stage.optim.lr, recipe.seed)
+        trained.append(run)
+        source = Sources(recipe)
+        scores = {"held/loss": loss(*run)} if stage.kind == "adapter" else {}
+        for name in recipe.chain:
+            data = recipe.stages[name].data
+            identity = {
+                **plain(settings(recipe, name)),
+                "fingerprints": {n: source(n).fingerprint() for n in data},
+                "tokenizer": "that of the parts",
+                "start": {n: f"content of {n}" for n in components(recipe.stages[name])},
+            }
+            done = {"components": {"part": "digest"}, "identity": identity, "scores": scores}
+            write_json(workdir / name / DONE, done)
+        write_json(workdir / "config.json", plain(recipe))
+
+    patch.setattr(loop, "train", train)
+    patch.setattr(Run, "check", lambda run: None)
+    return trained
