@@ -1,0 +1,113 @@
+"""Scores of the final evaluations: intervals over items, and differences between arms.
+
+The scores of an item are averaged over the seeds of an arm first. Intervals are then over the
+items, drawn by image or clip: they say how far a score would move on other images, and not how far
+it moves with another seed, which minimum and maximum over the seeds show.
+"""
+
+import json
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vadapter.compare.comparison import Trained
+from vadapter.compare.curves import Measured, MeasuredArm, Spread
+from vadapter.io import storage
+from vadapter.io.json_files import lines
+from vadapter.metrics import bootstrap
+from vadapter.metrics.bootstrap import Difference, Interval, Sample
+
+PRIMARY = ("cider", "accuracy")  # the score of an evaluation: the first that it has
+
+
+class FinalScore(NamedTuple):
+    """The score of one evaluation of one arm."""
+
+    metric: str
+    spread: Spread  # over seeds
+    interval: Interval | None  # 95 %, over items; None for a single image
+    sample: Sample  # averaged over seeds
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of all arms that have it."""
+
+    name: str
+    scores: Mapping[str, FinalScore]  # by arm
+    differences: Mapping[tuple[str, str], Difference]  # (arm, other arm): the first minus the other
+
+    @property
+    def metric(self) -> str:
+        """The metric of the scores."""
+        return next(iter(self.scores.values())).metric
+
+    @property
+    def items(self) -> int:
+        """The number of items."""
+        return len(next(iter(self.scores.values())).sample.items)
+
+
+def evaluations(measured: Measured) -> list[Evaluation]:
+    """Return the evaluations of a comparison that at least one arm has finished.
+
+    Raises:
+      DataError: two arms, or two seeds of one, were evaluated on different items.
+    """
+    found = []
+    for name in measured.comparison.test:
+        scores = {arm.name: score for arm in measured.arms if (score := _score(arm, name))}
+        differences: dict[tuple[str, str], Difference] = {}
+        for a, b in combinations(scores, 2):
+            differences[a, b] = bootstrap.paired(scores[a].sample, scores[b].sample)
+            differences[b, a] = _negative(differences[a, b])
+        if scores:
+            found.append(Evaluation(name, scores, differences))
+    return found
+
+
+def _score(arm: MeasuredArm, name: str) -> FinalScore | None:
+    """Return the score of an arm over its seeds that have it; None without any."""
+    read = [found for curve in arm.curves if (found := _read(curve.run, name))]
+    if not read:
+        return None
+    metric = read[0][0]
+    values = [record["scores"][metric] for _, record, _ in read]
+    sample = bootstrap.average([sample for *_, sample in read])
+    stored = read[0][1].get("intervals", {}).get(metric) if len(read) == 1 else None
+    interval = tuple(stored) if stored else bootstrap.interval(sample)
+    spread = Spread.of(values)
+    assert spread is not None
+    return FinalScore(metric, spread, interval, sample)
+
+
+def _read(run: Trained, name: str) -> tuple[str, dict[str, Any], Sample] | None:
+    """Return metric, score.json and items of an evaluation of a run; None if it has no score."""
+    directory = evaluation_folder(run, name)
+    path = directory / "score.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    metric = next((key for key in PRIMARY if key in record["scores"]), None)
+    if metric is None:
+        return None
+    rows = list(lines(directory / "predictions.jsonl"))
+    items, clusters = [row["index"] for row in rows], [row["id"] for row in rows]
+    return metric, record, Sample.of_means(items, clusters, [row["score"] for row in rows])
+
+
+def evaluation_folder(run: Trained, name: str) -> Path:
+    """Return the folder of an evaluation of a run."""
+    return storage.as_path(run.workdir) / run.stage / "eval" / name
+
+
+def _negative(difference: Difference) -> Difference:
+    ends = difference.interval
+    return Difference(-difference.value, ends and (-ends[1], -ends[0]), difference.p)
+
+
+def is_shown(difference: Difference) -> bool:
+    """Return whether the interval of a difference leaves out 0."""
+    return difference.interval is not None and not (
+        difference.interval[0] <= 0 <= difference.interval[1]
+    )
