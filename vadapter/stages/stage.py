@@ -112,8 +112,6 @@ class Stage:
       config: the stage's section of the recipe.
       directory: of the stage in the run directory.
       activity: what it is doing, for error messages.
-      params, step, digests: of a restored stage, the parameters of every component, the number of
-        steps they were trained for, and the digests of the frozen ones.
     """
 
     def __init__(
@@ -127,9 +125,9 @@ class Stage:
         self.activity = "before its first step"
         self.source = source or Sources(recipe)
         self.stop = stop or Stop()
-        self.params: dict[str, Any] = {}
-        self.step = 0
-        self.digests: dict[str, str] = {}
+        self.params: dict[str, Any] = {}  #: of a restored stage, of every component
+        self.step = 0  #: of a restored stage, number of steps that `params` were trained for
+        self.digests: dict[str, str] = {}  #: of a restored stage, of its frozen components
         self._tokenizer = tokenizer
         self.vocab_size = vocab_size or (tokenizer or recipe.tokenizer).vocab_size
 
