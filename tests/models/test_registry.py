@@ -22,6 +22,7 @@ COUNTS = {
     "llm_8b": 8_590_000_000,
     "resampler_x1": 8_070_000,
     "resampler_x6": 43_490_000,
+    "qformer_blip2": 101_600_000,
     "linear": 2_100_000,  # these at widths 1024 and 2048
     "mlp_2": 6_296_000,
     "shuffle_4_linear": 33_554_000,
@@ -36,7 +37,7 @@ def shapes(name):
     kind = expand(name, {"size": name})["kind"]
     if kind == "lm":
         x = jnp.zeros((1, 2), jnp.int32)
-    elif kind in ("resampler", "mlp"):
+    elif kind in ("resampler", "qformer", "mlp"):
         x = jnp.zeros((1, 8, 256, 1024))
     else:
         x = jnp.zeros((1, 1, module.view.size, module.view.size, 3))

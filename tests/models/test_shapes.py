@@ -23,6 +23,7 @@ from vadapter.models.losses import chunked_xent
 ADAPTERS = {
     "resampler": {}, "pooler": {"kind": "pooler", "queries": 3, "width": 16, "heads": 2},
     "mlp": {"kind": "mlp", "hidden_dim": 8, "width": 16},
+    "qformer": {"kind": "qformer", "width": 16, "depth": 2, "heads": 2, "mlp_dim": 8},
 }
 ON_GRID = {  # they give a prefix, which the rest of the model reads like any other
     "c_abstractor": {"kind": "c_abstractor", "queries": 4, "width": 16, "hidden_dim": 8},

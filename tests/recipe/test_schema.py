@@ -53,6 +53,10 @@ MISTAKES = {
         "stages.decoder.chain", ("resample",),
         "config.stages.decoder: component: unknown 'resample'; did you mean 'resampler'?",
     ),
+    "an encoder that reads no images": (
+        "components.encoder", {"kind": "qformer"},
+        "config.stages.decoder: components.encoder is of kind qformer, which reads no images; an e",
+    ),
     "no language model": ("stages.decoder.lm", "", "config.stages.decoder.lm: missing; which"),
     "nothing in the chain": ("stages.decoder.chain", (), "config.stages.decoder.chain: empty;"),
     "no data": ("stages.llm.data", {}, "config.stages.llm.data: empty; nothing to train on"),

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from support import runs, tiny
+from support.qformer_files import write_blip2
 from support.recipes import draw, tiny_recipe
 
 from vadapter.distributed.mesh import make_mesh
@@ -222,6 +223,38 @@ def test_a_stage_that_is_not_finished_or_is_corrupt_is_refused(config, world, tm
         planned(config, run)
 
 
+def test_what_public_weights_do_not_fit_starts_random_where_the_recipe_lists_it(
+    config, world, tmp_path
+):
+    """A Q-Former that was trained with an encoder of another width."""
+    with config.unlocked():
+        config.components.perceiver = {"weights": str(write_blip2(tmp_path))}
+    with pytest.raises(
+        CheckpointError, match=r"key\.weight is \[8, 6\].* needs \[8, 16\]"
+    ) as error:
+        planned(config, world[1], "perceiver")
+    misfits = ("groups/layer_0/cross/k/kernel", "groups/layer_0/cross/v/kernel",
+               "norm_visual/bias", "norm_visual/scale")  # fmt: skip
+    advice = str(error.value).splitlines()[-1]
+    assert "an encoder of the same width, or list the parameters in the stage's fresh" in advice
+    assert all(f"perceiver/{path}" in advice for path in misfits)
+
+    config.stages.perceiver.fresh = ("perceiver/norm_visual",)
+    with pytest.raises(CheckpointError, match=r"key\.weight is \[8, 6\]"):
+        planned(config, world[1], "perceiver")
+    config.stages.perceiver.fresh = ("perceiver/norm_visual", "perceiver/groups/layer_0/cross")
+    starts, shapes, recipe = planned(config, world[1], "perceiver")
+    start, drawn = starts["perceiver"], tiny.filled(shapes["perceiver"], seed=9)
+    assert start.fresh == tuple(path.replace("/", ".") for path in misfits)
+    assert start.needs_init
+    assert "vision_model.post_layernorm.bias" in start.dropped
+    made, own = (tiny.paths(t) for t in (load(start, shapes["perceiver"], drawn), drawn))
+    assert made.keys() == own.keys()
+    assert {path for path in own if np.array_equal(made[path], own[path])} == set(misfits)
+    line = report(starts, recipe.stages["perceiver"], shapes).splitlines()[1]
+    assert "; fresh: groups.layer_0.cross.k.kernel, " in line
+
+
 def test_a_frozen_component_needs_a_source_of_weights(config, world):
     with config.unlocked():
         del config.stages.vadapter.start.llm
@@ -252,7 +285,9 @@ def test_starts_that_no_stage_of_the_run_provides_are_checked_beforehand(config,
         check(encoder="weights")
     with config.unlocked():
         config.components.resampler.weights = "x"
-    with pytest.raises(ConfigError, match="for mobilenet, vit, lm, not for kind 'resampler'"):
+    with pytest.raises(
+        ConfigError, match="for mobilenet, vit, lm, qformer, not for kind 'resampler'"
+    ):
         check(resampler="weights", encoder="vision")
     with config.unlocked():
         config.components.encoder = {"kind": "mobilenet", "weights": str(tmp_path / "no")}

@@ -21,7 +21,7 @@ def draw(name, p):
 
     if p.ndim > 1:
         return 0.3 * torch.randn_like(p)
-    scale = "norm" in name or ".ln_" in name or "lambda" in name
+    scale = "norm" in name.lower() or ".ln_" in name or "lambda" in name
     return 0.1 * torch.randn_like(p) + (1.0 if scale and not name.endswith("bias") else 0.0)
 
 

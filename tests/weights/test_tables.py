@@ -12,7 +12,9 @@ TABLES = [
     for name, family in FAMILIES.items()
     for i, table in enumerate(family.tables)
 ]
-ENDS = ("embedding", "head", "norm", "position_embedding", "patches", "pre_norm")  # not of a layer
+ENDS = (  # not of a layer
+    "embedding", "head", "norm", "position_embedding", "patches", "pre_norm", "norm_visual",
+)  # fmt: skip
 
 # Pattern: tensors of published checkpoints that it is for, and of which one.
 REAL = {
@@ -57,6 +59,27 @@ REAL = {
     ],
     r"^visual\.proj$": ["visual.proj"],
     r"^freqs_(cos|sin)$": ["freqs_cos", "freqs_sin"],  # llama2.c
+    r"^qformer\.encoder\.layer\.\d+\.(intermediate|output)\.": [  # Salesforce/blip2-itm-vit-g
+        "qformer.encoder.layer.0.intermediate.dense.weight",
+        "qformer.encoder.layer.11.output.LayerNorm.bias",
+    ],
+    r"^encoder\.layer\.\d+\.(intermediate|output)\.": [  # its Q-Former, saved alone
+        "encoder.layer.0.intermediate.dense.bias",
+        "encoder.layer.11.output.dense.weight",
+    ],
+    r"^(qformer\.)?embeddings\.": [
+        "embeddings.word_embeddings.weight",
+        "qformer.embeddings.position_ids",
+    ],
+    r"^((vision|text)_projection|itm_head)\.": ["vision_projection.bias", "itm_head.weight"],
+    r"^vision_model\.(?!post_layernorm\b)": [  # Salesforce/blip2-opt-2.7b
+        "vision_model.embeddings.class_embedding",
+        "vision_model.encoder.layers.38.self_attn.qkv.bias",
+    ],
+    r"^language_(model|projection)\.": [
+        "language_projection.weight",
+        "language_model.model.decoder.embed_tokens.weight",
+    ],
 }
 
 

@@ -20,6 +20,7 @@ KINDS: dict[str, str] = {
     "mobilenet": "vadapter.models.mobilenet:MobileNet",
     "resampler": "vadapter.models.adapters.resampler:Resampler",
     "pooler": "vadapter.models.adapters.pooler:Pooler",
+    "qformer": "vadapter.models.adapters.qformer:QFormer",
     "mlp": "vadapter.models.adapters.mlp:MlpAdapter",
     "c_abstractor": "vadapter.models.adapters.c_abstractor:CAbstractor",
     "cross_attention": "vadapter.models.adapters.cross_attention:CrossAttention",
@@ -28,6 +29,9 @@ KINDS: dict[str, str] = {
     "lm": "vadapter.models.lm:LM",
     "fusion": "vadapter.models.coca:Fusion",
 }
+
+# Kinds that turn frames into visual tokens: a stage's encoder is one of them.
+ENCODERS = ("vit", "mobilenet")
 
 _coca = {"kind": "vit", "image_size": 288, "patch": 18}
 _mlp = {"kind": "mlp", "frames": 8}
@@ -45,6 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "llm_8b": _palm | {"width": 4096, "depth": 32, "heads": 16, "head_dim": 256, "mlp_dim": 18944},
     "resampler_x1": {"kind": "resampler", "layers": 1},
     "resampler_x6": {"kind": "resampler", "layers": 6},
+    "qformer_blip2": {"kind": "qformer"},  # BLIP-2 (arXiv 2301.12597)
     "linear": _mlp | {"layers": 1},  # LLaVA (arXiv 2304.08485)
     "mlp_2": _mlp | {"layers": 2},  # LLaVA 1.5 (arXiv 2310.03744)
     # nanoVLM (models/modality_projector.py)

@@ -111,7 +111,7 @@ class StageConfig:
     keep: int = 2  #: number of checkpoints to keep
     log_every: int = 20  #: steps between log lines
     max_bad: float = 0.001  #: share of unusable samples, beyond the first ten, that stops the run
-    use_dropout: bool = False  #: draw dropout masks in the language models, at their own rates
+    use_dropout: bool = False  #: draw dropout masks, in each component at its own rate
     bidirectional: bool = False  #: in a language model of the chain, queries attend both ways
     chunk_rows: int = 0  #: rows of logits that exist at a time, which saves memory; 0 for all
 
@@ -229,6 +229,8 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
         raise ConfigError(
             f"{place}.evals: a stage of kind {stage.kind} does not write about images"
         )
+    if visual:
+        _check_encoder(place, recipe, components(stage)[0])
     if vision and (stage.loss or stage.lm or stage.chain):
         raise ConfigError(f"{place}: kind vision takes no loss, lm or chain")
     if not stage.data:
@@ -254,6 +256,16 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
         )
     if vision and stage.accumulate > 1:
         raise ConfigError(f"{place}: the contrastive loss needs the whole batch: accumulate=1")
+
+
+def _check_encoder(place: str, recipe: Recipe, name: str) -> None:
+    from vadapter.models.registry import ENCODERS, expand
+
+    if (kind := expand(name, recipe.components[name])["kind"]) not in ENCODERS:
+        raise ConfigError(
+            f"{place}: components.{name} is of kind {kind}, which reads no images; an encoder is "
+            f"of kind {' or '.join(ENCODERS)}"
+        )
 
 
 def _check_starts(recipe: Recipe, name: str, stage: StageConfig) -> None:

@@ -18,8 +18,9 @@ instead, see `train.loop`.
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,12 +170,7 @@ def find(
 
     abstract = full_precision(abstract)  # int8 kernels are stored as floats
     if source == "weights":
-        weights = _reference(recipe, component)
-        match = weights.open().match(abstract)
-        return Start(
-            component, f"weights {weights.weights}", weights=weights, report=match,
-            loaded=tuple(leaf_paths(abstract)), dropped=match.unused,
-        )  # fmt: skip
+        return _public(stage, _reference(recipe, component), abstract)
     start = Start(component, f"stage {source}")
     if upcoming and source in upcoming:
         tree = upcoming[source][stage.rename.get(component, component)]
@@ -186,6 +182,46 @@ def find(
         leaves = ComponentStore(start.root).describe(name, digest)
         stored = {path: shape for path, (shape, _) in leaves.items()}
     return _account(stage, start, abstract, stored, vocab_bound)
+
+
+def _public(stage: StageConfig, weights: "Reference", abstract: Any) -> Start:
+    """Return the start from public weights; fresh is what no tensor fits and may start random.
+
+    Raises:
+      CheckpointError: parameters and tensors do not match, see `Checkpoint.match`.
+    """
+    from vadapter.weights.hf_checkpoint import MismatchError
+
+    component = weights.component
+    try:
+        report = weights.open().match(abstract)
+    except MismatchError as error:
+        fresh = (p for p in error.paths if _listed(f"{component}/{p}", stage.fresh))
+        weights = dataclasses.replace(weights, fresh=frozenset(fresh))
+        if weights.fresh != frozenset(error.paths):
+            raise CheckpointError(f"{error}{_advice(stage, component, error.paths)}") from None
+        report = weights.open().match(abstract)
+    fresh = tuple(path.replace("/", ".") for path in sorted(weights.fresh))
+    return Start(
+        component, f"weights {weights.weights}", weights=weights, report=report,
+        loaded=tuple(path for path in leaf_paths(abstract) if path not in fresh),
+        dropped=report.unused, fresh=fresh,
+    )  # fmt: skip
+
+
+def _advice(stage: StageConfig, component: str, paths: Sequence[str]) -> str:
+    """Return how parameters that no tensor of public weights fits may start nevertheless."""
+    if not paths or component not in trained(stage):
+        return ""
+    names = ", ".join(truncate([f"{component}/{path}" for path in paths], _SHOWN))
+    return (
+        "\nTake what these weights were trained with, such as an encoder of the same width, or "
+        f"list the parameters in the stage's fresh to start them random: {names}"
+    )
+
+
+def _listed(leaf: str, prefixes: Sequence[str]) -> bool:
+    return any(f"{leaf}/".startswith(f"{prefix}/") for prefix in prefixes)
 
 
 def _account(
@@ -207,9 +243,6 @@ def _account(
     def key(path: str) -> str:
         return f"{component}/{path.replace('.', '/')}"
 
-    def listed(path: str, prefixes: tuple[str, ...]) -> bool:
-        return any(f"{key(path)}/".startswith(f"{prefix}/") for prefix in prefixes)
-
     def same_shape(path: str) -> bool:
         have, want = stored[path], needed[path]
         same = (a == b or a < b == vocab_bound for a, b in zip(have, want, strict=False))
@@ -221,8 +254,8 @@ def _account(
     fresh = {p: f"shape {stored[p]} is stored, but {needed[p]} is needed" for p in differing}
     fresh |= {p: f"missing (list {key(p)} in fresh to start it random)" for p in missing}
     dropped = {p: f"unexpected (list {key(p)} in drop to leave it out)" for p in unexpected}
-    problems = [f"{path}: {text}" for path, text in fresh.items() if not listed(path, stage.fresh)]
-    problems += [f"{path}: {text}" for path, text in dropped.items() if not listed(path, drop)]
+    problems = [f"{p}: {text}" for p, text in fresh.items() if not _listed(key(p), stage.fresh)]
+    problems += [f"{p}: {text}" for p, text in dropped.items() if not _listed(key(p), drop)]
     if problems:
         raise CheckpointError(
             f"{component} from {start.source} does not fit:\n  "
@@ -306,7 +339,10 @@ def load(start: Start, abstract: Any, initial: Any | None, dtype: Any = None) ->
 
     full = full_precision(abstract)
     if start.weights is not None:
-        return quantize(start.weights.open().leaves(full, dtype), abstract)
+        read = start.weights.open().leaves(full, dtype)
+        random = leaf_paths(initial) if start.fresh else {}
+        fresh = [(path.replace(".", "/"), random[path]) for path in start.fresh]
+        return quantize(itertools.chain(read, fresh), abstract)
     targets = {path: x for path, x in leaf_paths(full).items() if path in start.loaded}
     stored = ComponentStore(start.root).get(start.name, start.digest, targets, subset=True)
     leaves = (leaf_paths(initial) if start.fresh else {}) | stored

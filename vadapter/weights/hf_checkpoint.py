@@ -17,14 +17,14 @@ from vadapter.console import listing, quantity, truncate
 from vadapter.distributed.mesh import read_sharded
 from vadapter.errors import CheckpointError
 from vadapter.weights import hub, llama2c
-from vadapter.weights.families import language, openclip, vision
+from vadapter.weights.families import language, openclip, qformer, vision
 from vadapter.weights.files import Stamp
-from vadapter.weights.name_mapping import BLOCKS, Source, Table
+from vadapter.weights.name_mapping import Source, Table
 from vadapter.weights.preprocessor import PREPROCESSORS, read_preprocess
 from vadapter.weights.safetensors import TensorFiles
 
 ENCODERS = vision.FAMILIES | openclip.FAMILIES
-FAMILIES = language.FAMILIES | ENCODERS
+FAMILIES = language.FAMILIES | ENCODERS | qformer.FAMILIES
 # Models of several parts: model_type -> the part that is used, and its model_type.
 PARTS = {
     "clip": ("vision_config", "clip_vision_model"),
@@ -36,6 +36,14 @@ _MAX_CONFIG = 2**20  # bytes of a config.json
 _SHOWN = 8  # names in a message
 # The two ends of a model, which it does without if it is used through its hidden states alone.
 _ENDS = (("embedding", "weight"), ("head", "weight"), ("norm", "weight"), ("norm", "bias"))
+
+
+class MismatchError(CheckpointError):
+    """Tensors of a checkpoint do not match the parameters of a component."""
+
+    def __init__(self, message: str, paths: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.paths = paths  # of the parameters that no tensor fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Checkpoint:
     spec: Mapping[str, Any]  # of the component: `kind` and the fields of its configuration
     tables: tuple[Table, ...]  # the names that the family may give its tensors
     files: TensorFiles
+    fresh: frozenset[str] = frozenset()  # paths of parameters that are not read from it
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
@@ -72,7 +81,7 @@ class Checkpoint:
         """Match the tensors to the parameters, by their names and shapes alone.
 
         Raises:
-          CheckpointError: tensors are missing or unexpected, or their shapes do not match.
+          MismatchError: tensors are missing or unexpected, or their shapes do not match.
         """
         return self._match(_flat(abstract))[0]
 
@@ -80,15 +89,16 @@ class Checkpoint:
         """Read the tensors straight into each device's shard, one leaf after the other.
 
         `abstract` is a tree of `jax.ShapeDtypeStruct`, with shardings where there is a mesh, and
-        with the dtypes of the result unless `dtype` is given. Yields (path, array), the parts of a
-        path joined by "/"; raises as `match`.
+        with the dtypes of the result unless `dtype` is given. Yields (path, array) of all that is
+        not fresh, the parts of a path joined by "/"; raises as `match`.
         """
         leaves = _flat(abstract)
         sources = self._match(leaves)[1]
         head_dim = self.spec.get("head_dim") or self.spec["width"] // self.spec["heads"]
-        for path, leaf in leaves.items():
+        for path, source in sources.items():
+            leaf = leaves[path]
             read = functools.partial(
-                sources[path].read, self.files, head_dim=head_dim, dtype=dtype or leaf.dtype
+                source.read, self.files, head_dim=head_dim, dtype=dtype or leaf.dtype
             )
             yield path, _place(leaf, read)
 
@@ -101,36 +111,43 @@ class Checkpoint:
         return self.files.digest()
 
     def _match(self, leaves: Mapping[str, Any]) -> tuple[Report, dict[str, Source]]:
-        """Return the report, and the source of each of our leaves."""
+        """Return the report, and the source of each of our leaves that is not fresh."""
         table, prefix, sources = self._names(leaves)
-        faults, used = [], set()
-        for path, source in sources.items():
-            if source is None:
-                faults.append(f"unknown parameter: {path} (no tensor of {self.model_type})")
-                continue
-            for name in source.names:
-                used.add(name)
-                if name not in self.files.tensors:
-                    faults.append(f"missing: {name} (for {path})")
-                elif not source.fits(shape := self.files.tensors[name].shape):
-                    faults.append(
-                        f"shape mismatch: {name} is {list(shape)}, but {path} needs "
-                        f"{list(source.expected)}"
-                    )
+        named = {name for source in sources.values() if source for name in source.names}
+        needed = {path: source for path, source in sources.items() if path not in self.fresh}
+        misfits = {path: found for path, s in needed.items() if (found := self._faults(path, s))}
+        matched = {path: s for path, s in needed.items() if s is not None and path not in misfits}
+        used = {name for source in matched.values() for name in source.names}
         unused = sorted(self.files.tensors.keys() - used)
+        faults = [fault for found in misfits.values() for fault in found]
         faults += [
             f"unexpected: {name}"
             for name in unused
-            if not self._may_ignore(name, table, prefix, leaves)
+            if name not in named and not self._may_ignore(name, table, prefix, leaves)
         ]
         if faults:
-            raise CheckpointError(
+            raise MismatchError(
                 f"{self.path} does not match the parameters of {self.model_type} "
-                f"({quantity(len(faults), 'tensor')}):\n  " + "\n  ".join(truncate(faults, _SHOWN))
+                f"({quantity(len(faults), 'tensor')}):\n  " + "\n  ".join(truncate(faults, _SHOWN)),
+                tuple(misfits),
             )
-        count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
-        matched = {path: source for path, source in sources.items() if source is not None}
+        count = sum(int(np.prod(leaves[path].shape)) for path in matched)
         return Report(len(used), count, tuple(unused)), matched
+
+    def _faults(self, path: str, source: Source | None) -> list[str]:
+        """Return what is wrong with the tensors of a leaf."""
+        if source is None:
+            return [f"unknown parameter: {path} (no tensor of {self.model_type})"]
+        faults = []
+        for name in source.names:
+            if name not in self.files.tensors:
+                faults.append(f"missing: {name} (for {path})")
+            elif not source.fits(shape := self.files.tensors[name].shape):
+                faults.append(
+                    f"shape mismatch: {name} is {list(shape)}, but {path} needs "
+                    f"{list(source.expected)}"
+                )
+        return faults
 
     def _names(self, leaves: Mapping[str, Any]) -> tuple[Table, str, dict[str, Source | None]]:
         """Return the table and prefix that match most tensors, and the sources of our leaves."""
@@ -161,7 +178,7 @@ class Checkpoint:
         if name in unused:
             tied = self.spec.get("tied") or "embedding" not in modules
             return bool(tied) or unused[name] == "norm"
-        depth = next(leaf.shape[0] for path, leaf in leaves.items() if path.startswith(BLOCKS))
+        depth = table.depth({path: leaf.shape for path, leaf in leaves.items()})
         later = range(depth, self.spec["depth"])
         return any(name.startswith(prefix + table.layers.format(i)) for i in later)
 
@@ -252,7 +269,9 @@ def _read_json(file: Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, A
 
 
 def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
-    if (kind := config.get("model_type")) in PARTS:
+    if (kind := config.get("model_type")) == "blip-2":
+        return qformer.read_config(config)
+    if kind in PARTS:
         key, model_type = PARTS[kind]
         return {**config[key], "model_type": model_type}
     return dict(config)

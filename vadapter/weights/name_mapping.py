@@ -2,7 +2,8 @@
 
 A family's table maps our modules to theirs; the leaves follow: `kernel`, `scale` and `embedding`
 are their `weight`, `bias` is `bias`. Layers, which are tensors of their own there, are stacked
-here, and a linear layer's `weight` [out, in] is our `kernel` [in, out].
+here, all of them or, where kinds of layers alternate, those of a kind; and a linear layer's
+`weight` [out, in] is our `kernel` [in, out].
 
     Table(layers="model.layers.{}.", modules={"attn/q": "self_attn.q_proj", "norm": "model.norm"})
 """
@@ -20,7 +21,6 @@ from flax import traverse_util
 from vadapter.errors import CheckpointError
 from vadapter.weights.safetensors import TensorFiles
 
-BLOCKS = "stack/blocks/"
 _ALIGNMENT = 64  # bytes, of XLA's arrays
 _STRIP = 64  # columns
 _WIDENINGS = {(np.dtype(np.float16), np.dtype(np.float32))}  # the casts of `assign`: lossless
@@ -87,6 +87,8 @@ class Table:
     Attributes:
       modules: our module's path (within a layer for those of the stack) -> form of theirs.
       layers: prefix of the names in layer {}.
+      stacks: prefix of our paths in a stack -> the first of their layers that it holds, and the
+        step from one to the next.
       prefixes: prefixes of all names, which depend on the class that saved the checkpoint.
       transposed: the linear layers of the stack are stored [out, in]; GPT-2's are [in, out].
       ignored: patterns of tensors that a checkpoint may have and no component needs.
@@ -95,6 +97,9 @@ class Table:
 
     modules: Mapping[str, Form]
     layers: str
+    stacks: Mapping[str, tuple[int, int]] = dataclasses.field(
+        default_factory=lambda: {"stack/blocks/": (0, 1)}
+    )
     prefixes: tuple[str, ...] = ("",)
     transposed: bool = True
     ignored: tuple[str, ...] = ()
@@ -106,8 +111,8 @@ class Table:
 
     def source(self, path: str, shape: Sequence[int], prefix: str = "") -> "Source | None":
         """Return the source of our leaf, `stack/blocks/attn/q/kernel`; None if it has none."""
-        inside = path.startswith(BLOCKS)
-        own = path.removeprefix(BLOCKS)
+        stack = self._stack(path)
+        inside, own = bool(stack), path.removeprefix(stack)
         module, _, leaf = own.rpartition("/")
         form = self.modules.get(own, self.modules.get(module))
         if isinstance(form, Tokens):
@@ -118,10 +123,21 @@ class Table:
             name = form if isinstance(form, str) else form.module
             if own not in self.modules:  # otherwise a leaf with a name of its own
                 name = f"{name}.{_LEAVES[leaf]}"
-        fronts = [self.layers.format(i) for i in range(shape[0])] if inside else [""]
+        fronts = [""]
+        if inside:
+            first, step = self.stacks[stack]
+            fronts = [self.layers.format(first + i * step) for i in range(shape[0])]
         names = tuple(f"{prefix}{front}{name}" for front in fronts)
         transposed = leaf == "kernel" and (self.transposed or not inside)
         return Source(names, tuple(shape), inside, transposed, form)
+
+    def depth(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Return the number of layers in all stacks together, given the shapes of our leaves."""
+        depths = {self._stack(path): shape[0] for path, shape in shapes.items()}
+        return sum(depth for stack, depth in depths.items() if stack)
+
+    def _stack(self, path: str) -> str:
+        return next((stack for stack in self.stacks if path.startswith(stack)), "")
 
 
 @dataclasses.dataclass(frozen=True)

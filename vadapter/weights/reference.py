@@ -39,6 +39,7 @@ FORMATS = {
     "mobilenet": "vadapter.weights.mobilenet:MobileNetFiles",
     "vit": "vadapter.weights.hf_checkpoint:Checkpoint",
     "lm": "vadapter.weights.hf_checkpoint:Checkpoint",
+    "qformer": "vadapter.weights.hf_checkpoint:Checkpoint",
 }
 
 
@@ -50,6 +51,7 @@ class Reference:
     weights: str  # as in the recipe; a hub id with its commit
     path: Path
     kind: str
+    fresh: frozenset[str] = frozenset()  # paths of parameters that start random instead
 
     @classmethod
     def of(cls, component: str, spec: Mapping[str, Any]) -> "Reference":
@@ -71,7 +73,8 @@ class Reference:
 
     def open(self) -> Weights:
         """Read and check the headers of the weights."""
-        return pkgutil.resolve_name(FORMATS[self.kind]).open(self.path)
+        opened = pkgutil.resolve_name(FORMATS[self.kind]).open(self.path)
+        return dataclasses.replace(opened, fresh=self.fresh) if self.fresh else opened
 
     def digest(self, folder: Path, *, write: bool = True) -> str:
         """Return `sha256:` and the digest of the files; the recorded one if they are unchanged.

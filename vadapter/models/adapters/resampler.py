@@ -106,19 +106,30 @@ class Resampler(nn.Module):
             shape = (1, 1, x.shape[2], c.query_dim)
             x = x + embedding_param(self, "space_embed", shape, init).astype(x.dtype)
         if c.time_embed:
-            F = x.shape[1]
-            if c.frames % F:
-                raise ValueError(
-                    f"{F} frames cannot be repeated to the {c.frames} frames of the time embedding"
-                )
-            # An image is encoded once and counts as `frames` equal frames, so it is repeated here,
-            # after the encoder. A shorter clip repeats each of its frames, which keeps their order.
-            x = jnp.repeat(x, c.frames // F, axis=1)
-            shape = (1, c.frames, 1, c.query_dim)
-            x = x + embedding_param(self, "time_embed", shape, init).astype(x.dtype)
+            x = add_time_embedding(self, x, c.frames)
         x = constrain(rearrange(x, "b f n d -> b (f n) d"), "batch")
         shape, init = (len(x), c.queries, c.query_dim), nn.initializers.normal(c.query_std)
         queries = trainable_tokens(self, "queries", shape, init, self.dtype)
         layers = scan_layers(ResamplerLayer, c.layers, c.remat, nn.broadcast)
         queries, _ = layers(c, self.dtype, name="layers")(queries, x)
         return Norm("layer", dtype=self.dtype, name="norm")(queries) if c.final_norm else queries
+
+
+def add_time_embedding(
+    module: nn.Module, x: Float[Array, "B F N D"], frames: int
+) -> Float[Array, "B T N D"]:
+    """Add a parameter of `module`, one vector for each of `frames`, to the tokens of a clip.
+
+    An image is encoded once and counts as `frames` equal frames, so it is repeated here, after the
+    encoder. A shorter clip repeats each of its frames, which keeps their order.
+
+    Raises:
+      ValueError: `frames` is not a multiple of the clip's.
+    """
+    if frames % x.shape[1]:
+        raise ValueError(
+            f"{x.shape[1]} frames cannot be repeated to the {frames} frames of the time embedding"
+        )
+    x = jnp.repeat(x, frames // x.shape[1], axis=1)
+    shape, init = (1, frames, 1, x.shape[-1]), nn.initializers.normal(0.02)
+    return x + embedding_param(module, "time_embed", shape, init).astype(x.dtype)
