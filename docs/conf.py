@@ -28,6 +28,7 @@ include_patterns = [
     "docs/api/*.md",
     "vadapter/README.md",
     "vadapter/*/README.md",
+    "vadapter/models/adapters/README.md",
 ]
 myst_heading_anchors = 4
 myst_enable_extensions = ["fieldlist"]

@@ -47,11 +47,17 @@ def component_key(rng: jax.Array, name: str) -> jax.Array:
 
 @flax.struct.dataclass
 class Training:
-    """What a training step knows beyond its arguments; evaluations have none of it."""
+    """What a training step knows beyond its arguments; evaluations have none of it.
 
-    key: jax.Array  #: of everything random, a function of seed and step
-    step: jax.Array  #: i32[], number of steps before this one, for schedules inside the model
-    dropout: bool = flax.struct.field(pytree_node=False, default=True)  #: draw dropout masks
+    Attributes:
+      key: of everything random, a function of seed and step.
+      step: i32[], number of steps before this one, for schedules inside the model.
+      dropout: draw dropout masks.
+    """
+
+    key: jax.Array
+    step: jax.Array
+    dropout: bool = flax.struct.field(pytree_node=False, default=True)
 
 
 @dataclasses.dataclass(frozen=True)

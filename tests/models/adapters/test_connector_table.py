@@ -11,7 +11,7 @@ from support.paths import ROOT
 
 from vadapter import config
 from vadapter.distributed.mesh import MeshConfig, make_mesh
-from vadapter.models.registry import KINDS, SIZES
+from vadapter.models.registry import KINDS
 from vadapter.recipe.schema import read
 from vadapter.stages.stage import Stage
 
