@@ -65,6 +65,7 @@ def get_config(arg=None):
         dict(
             name=f"compare {arg.base}",
             arms=arms,
+            order=tuple(arms),  # as shown
             baseline=baseline.replace(".", "_"),
             lr=tuple(float(f"{rate * factor:.6g}") for factor in arg.lr),
             **MEASURED[arg.base],

@@ -35,6 +35,8 @@ TINY = {
     "resampler": {"queries": 4, "query_dim": 16, "hidden_dim": 16, "layers": 1, "heads": 2,
                   "space_embed": True},
     "pooler": {"queries": 4, "width": 16, "heads": 2},
+    "qformer": {"queries": 4, "width": 16, "depth": 2, "heads": 2, "mlp_dim": 32,
+                "time_embed": True},
     "mlp": {"hidden_dim": 16, "width": 16},
     "c_abstractor": {"queries": 4, "width": 16, "hidden_dim": 16, "grid": (2, 2)},
     "fc": {"width": 16},

@@ -13,7 +13,7 @@ from support import faults, runs
 
 from vadapter.config import load, override
 from vadapter.errors import PREEMPTED, ConfigError, UserError
-from vadapter.recipe.schema import read
+from vadapter.recipe.schema import read, used_data
 from vadapter.stages.fill_caches import write_caches
 from vadapter.stages.run import Run
 
@@ -126,6 +126,14 @@ def test_a_run_directory_gets_the_caches_of_its_stages(recipe, tmp_path):
     made = [m for _, _, m in write_caches(read(load(str(recipe))), workdir=tmp_path / "run")]
     assert [m.cache.folder.parent for m in made] == [tmp_path / "run" / "features"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["features"]
+
+
+def test_data_of_an_evaluation_that_no_stage_runs_by_itself_is_cached(recipe, tmp_path):
+    values = load(str(recipe))
+    values.chain, values.stages.decoder.evals = ("decoder",), ()
+    assert "held" not in used_data(read(values), read(values).stages["decoder"])
+    ((name, _, made),) = write_caches(read(values), ("held",), out=tmp_path)
+    assert (name, len(made)) == ("held", 12)
 
 
 @pytest.mark.parametrize(

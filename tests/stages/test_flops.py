@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,14 @@ ENCODERS = {
         "kind": "mobilenet", "image_size": SIZE, "depthwise": "grouped", "images_at_once": 2,
     },
 }  # fmt: skip
-CONNECTORS = {
-    "resampler": {"kind": "resampler", "layers": 2, "concat_queries": True},
-    "plain": {"kind": "resampler", "layers": 1, "ffn": False, "time_embed": False, "norm": "none"},
-    "pooler": {"kind": "pooler", "norm_queries": True},
-    "mlp": {"kind": "mlp", "hidden_dim": 20, "width": 0, "frames": 2},
+RESAMPLER = {"kind": "resampler", "queries": 4, "query_dim": 16, "hidden_dim": 16, "heads": 2}
+RESAMPLERS = {
+    "concatenated": {"layers": 2, "concat_queries": True},
+    "plain": {"layers": 1, "ffn": False, "time_embed": False, "norm": "none"},
+    "shared": {"layers": 1, "norm": "shared", "space_embed": True, "final_norm": False},
 }
-QUERIES = {
-    "resampler": {"queries": 4, "query_dim": 16, "hidden_dim": 16, "heads": 2},
-    "pooler": POOLER,
-}
+ROWS_OF_ABLATIONS = runpy.run_path(str(config.find_recipe("configs/ablations.py")))["ROWS"]
+CONNECTORS = [row for row in ROWS_OF_ABLATIONS if not row.startswith("table")]
 
 
 def program(recipe, name, frames=1, remat="none"):
@@ -53,19 +52,13 @@ def program(recipe, name, frames=1, remat="none"):
     return Stage(resized(recipe, name, batch=ROWS, frames=frames, remat=remat), name, mesh)
 
 
-def tiny(name, frames=1, *, encoder=None, connector=None, kind="adapter"):
-    """A stage of the tiny recipe, with another encoder, or another connector before its LM."""
+def tiny(name, frames=1, *, encoder=None, resampler=None):
+    """A stage of the tiny recipe, with another encoder or resampler."""
     values: Any = tiny_recipe(Path("nowhere"))
     if encoder is not None:
         values.components.encoder = encoder if "kind" in encoder else VIT | encoder
-    if connector is not None:
-        spec = QUERIES.get(connector["kind"], {}) | connector
-        values.components.connector = spec
-        values.stages[name].chain = (
-            ("connector",) if spec["kind"] == "mlp" else ("connector", "fc_out")
-        )
-        values.stages[name].kind = kind
-    values.chain = ()
+    if resampler is not None:
+        values.components.resampler = RESAMPLER | resampler
     return program(read(values), name, frames)
 
 
@@ -103,11 +96,22 @@ def test_formula_and_count_are_equal_for_every_encoder(encoder):
     assert formula(stage) == counted(stage)
 
 
-@pytest.mark.parametrize("kind", ["adapter", "decoder"])  # a frozen and a trained language model
-@pytest.mark.parametrize("connector", CONNECTORS)
-def test_formula_and_count_are_equal_for_every_connector(connector, kind):
-    stage = tiny("perceiver", 8, connector=CONNECTORS[connector], kind=kind)
-    assert formula(stage) == counted(stage)
+@pytest.mark.parametrize("stage", ["decoder", "vadapter"])  # a trained and a frozen LM
+@pytest.mark.parametrize("resampler", RESAMPLERS)
+def test_formula_and_count_are_equal_for_every_option_of_the_resampler(resampler, stage):
+    made = tiny(stage, 8, resampler=RESAMPLERS[resampler])
+    assert formula(made) == counted(made)
+
+
+@pytest.mark.parametrize("row", CONNECTORS)
+def test_formula_and_count_are_equal_for_every_connector(row):
+    recipe = read(config.load(f"configs/ablations.py:base=scenes,row={row}"))
+    stage = program(recipe, recipe.chain[-1], frames=8)
+    recomputed = 0
+    if "words" in stage.config.chain:  # always recomputes its logits
+        queries, llm = recipe.components["resampler"]["queries"], stage.model.modules["llm"].config
+        recomputed = ROWS * 2 * queries * llm.width * stage.vocab_size
+    assert formula(stage) == counted(stage) - recomputed
 
 
 @pytest.mark.parametrize(("arg", "tera"), [

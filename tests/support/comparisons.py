@@ -1,20 +1,32 @@
 # ruff: noqa: C408
-"""A comparison in seconds: arms over the stages of `recipes.tiny_recipe`.
+"""A comparison in seconds: three arms over an encoder of another run and one trained LLM.
 
-recipe = write_comparison(folder)
+recipe = write_comparison(runs.prepare(folder))
 main(["compare", f"--config={recipe}", "--seeds=2", f"--workdir={folder / 'compare'}"])
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ml_collections import ConfigDict
 from support.paths import TESTS
-from support.recipes import tiny_recipe
+from support.runs import prepare, small
+from support.shared import make_once
 
-ARMS = ("vadapter", "perceiver", "mlp")
-RATES = (1e-2, 1e-3)
-# A recipe file; its argument is a,b,c: the arms. `change` is lines that change `config`.
+from vadapter.config import plain
+from vadapter.io.json_files import write_json
+from vadapter.recipe.schema import Recipe, components
+from vadapter.stages.initialization import DONE
+from vadapter.stages.run import Run
+from vadapter.stages.stage import Sources, settings
+from vadapter.train import loop
+
+ARMS = ("mlp", "perceiver", "vadapter")
+RATES = (1e-3, 1e-2)
+SEEDS = 2
+# A recipe file; `change` are statements that change `config`.
 RECIPE = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -22,51 +34,93 @@ from pathlib import Path
 from support import comparisons
 
 def get_config(arg):
-    config = comparisons.tiny_comparison(Path({shapes!r}), tuple(filter(None, (arg or "").split("+"))))
+    arms = tuple((arg or "").split(",")) if arg else comparisons.ARMS
+    config = comparisons.tiny_comparison(Path({folder!r}), arms)
     with config.unlocked():
         {change}
     return config
-"""  # noqa: E501
+"""
 
 
-def tiny_arm(shapes: Path, name: str, steps: int = 4) -> ConfigDict:
-    """The recipe of an arm: frozen parts, and one adapter that trains on images alone."""
-    config = tiny_recipe(shapes, steps=steps)
-    own = {"vadapter": ("tlm", "decoder", "vadapter")}.get(name, (name,))
+def tiny_arm(folder: Path, name: str) -> ConfigDict:
+    """The recipe of an arm: the part llm, for vadapter the decoder (stage 1), and the adapter.
+
+    Args:
+      folder: what `runs.prepare` filled.
+    """
+    config = small(folder)
+    chains = {"vadapter": ("front", "tlm", "fc_out"), "perceiver": ("perceiver", "fc_out")}
+    own = ("decoder", "vadapter") if name == "vadapter" else (name,)
+    stage = config.stages.vadapter.to_dict()
+    chain = chains.get(name, ("mlp",))
+    start = {n: source for n, source in stage["start"].items() if n in ("encoder", "llm", *chain)}
+    stage |= dict(chain=chain, start=start, steps=4, save_every=2, eval_every=0)
+    stage |= dict(loss=("held",), loss_batches=1)
     with config.unlocked():
         config.components.mlp = dict(kind="mlp", hidden_dim=16, width=0)
-        config.stages.mlp = dict(config.stages.perceiver.to_dict(), chain=("mlp",))
-        for stage in ("vadapter", "perceiver", "mlp"):
-            config.stages[stage].data = dict(images=1.0)
-            config.stages[stage].evals = ("captions",)
-        config.data.images.cache = True
         config.evals.test = dict(data="held", max_new=6, batch=8, limit=0)
-        parts = tuple(n for n in ("tlm", "llm", "vision") if n in own or n != "tlm")
-        config.chain = parts + tuple(n for n in own if n not in parts)
+        config.stages[own[-1]] = stage
+        config.stages.decoder.update(steps=2, save_every=2)
+        config.stages.llm.update(steps=2, save_every=2, accumulate=1, use_dropout=False)
+        config.chain = ("llm", *own)
         config.stages = {n: config.stages[n] for n in config.chain}
     return config
 
 
-def tiny_comparison(
-    shapes: Path, arms: tuple[str, ...] = (), steps: int = 4, **keys: Any
-) -> ConfigDict:
+def tiny_comparison(folder: Path, arms: tuple[str, ...] = ARMS, **keys: Any) -> ConfigDict:
     """A comparison as `configs/compare.py` returns it; `keys` are its keys beside `arms`."""
-    return ConfigDict(
-        dict(
-            name="tiny",
-            arms={name: tiny_arm(shapes, name, steps) for name in arms or ARMS},
-            baseline="perceiver",
-            lr=RATES,
-            validation_loss="held/loss",
-            score="captions/cider",
-            test=("test",),
-        )
-        | keys
+    values = dict(
+        name="tiny",
+        arms={name: tiny_arm(folder, name) for name in arms},
+        baseline="perceiver",
+        lr=RATES,
+        validation_loss="held/loss",
+        score="captions/cider",
+        test=("test",),
     )
+    return ConfigDict(values | keys)
 
 
-def write_comparison(folder: Path, shapes: Path, change: str = "pass") -> Path:
-    """The comparison as a file; `change` is a line of Python that changes `config`."""
-    path = folder / "compare.py"
-    path.write_text(RECIPE.format(tests=str(TESTS), shapes=str(shapes), change=change))
+def write_comparison(folder: Path, to: Path | None = None, change: str = "pass") -> Path:
+    """The comparison over `folder` as a file in `to`; `change` is a line that changes `config`."""
+    path = (to or folder) / "compare.py"
+    path.write_text(RECIPE.format(tests=str(TESTS), folder=str(folder), change=change))
     return path
+
+
+def prepared(factory: pytest.TempPathFactory) -> Path:
+    """The folder that `runs.prepare` fills, once for all tests of comparisons."""
+    return make_once(factory, "comparison_world", prepare)
+
+
+def use_fake_runs(
+    patch: pytest.MonkeyPatch, loss: Callable[[str, float, int], float]
+) -> list[tuple[Any, ...]]:
+    """Let runs finish at once, without a model; return the list that each of them is added to.
+
+    Args:
+      loss: (arm, lr, seed) -> validation loss of a run, or raises.
+    """
+    trained: list[tuple[Any, ...]] = []
+
+    def train(recipe: Recipe, workdir: Path, **_: Any) -> None:
+        stage = recipe.stages[recipe.chain[-1]]
+        run = (recipe.chain[-1], stage.optim.lr, recipe.seed)
+        trained.append(run)
+        source = Sources(recipe)
+        scores = {"held/loss": loss(*run)} if stage.kind == "adapter" else {}
+        for name in recipe.chain:
+            data = recipe.stages[name].data
+            identity = {
+                **plain(settings(recipe, name)),
+                "fingerprints": {n: source(n).fingerprint() for n in data},
+                "tokenizer": "that of the parts",
+                "start": {n: f"content of {n}" for n in components(recipe.stages[name])},
+            }
+            done = {"components": {"part": "digest"}, "identity": identity, "scores": scores}
+            write_json(workdir / name / DONE, done)
+        write_json(workdir / "config.json", plain(recipe))
+
+    patch.setattr(loop, "train", train)
+    patch.setattr(Run, "check", lambda run: None)
+    return trained

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from vadapter import __version__, errors
-from vadapter.cli import compare, data, evaluate, plan, train, use
+from vadapter.cli import compare, data, evaluate, inspect, plan, train, use
 from vadapter.cli.common import add_verbs
 from vadapter.console import note
 from vadapter.io.buckets import bucket_errors
 
 VERBS = (
     train.quickstart, train.train, train.rewind, train.check, evaluate.evaluate, use.caption,
-    use.ask, use.export, plan.plan, compare.compare,
+    use.ask, inspect.inspect, use.export, plan.plan, compare.compare,
 )  # fmt: skip
 DATA = "Inspect and prepare data sets."
 SUBVERBS = (data.cache, data.doctor, data.prepare, data.index, data.show, data.stats)

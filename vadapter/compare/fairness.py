@@ -36,7 +36,7 @@ def planned_facts(recipe: Recipe, name: str) -> Facts:
             "dtype": recipe.dtype,
             "tokenizer": {} if weights else plain(recipe.tokenizer),
             **{
-                n: {"component": plain(recipe.components[n]), "start": stage.start.get(n, "")}
+                n: {"component": _component(recipe.components[n]), "start": stage.start.get(n, "")}
                 for n in (stage.encoder, stage.lm)
             },
         },
@@ -63,7 +63,10 @@ def trained_facts(recipe: Recipe, workdir: Path, name: str, test: Collection[str
             "dtype": identity["dtype"],
             "tokenizer": identity["tokenizer"],
             **{
-                n: {"component": identity["components"][n], "content": identity["start"][n]}
+                n: {
+                    "component": _component(identity["components"][n]),
+                    "content": identity["start"][n],
+                }
                 for n in (stage.encoder, stage.lm)
             },
         },
@@ -108,6 +111,11 @@ def _batches(stage: StageConfig) -> dict[str, Any]:
 
 def _data(data: DataConfig) -> dict[str, Any]:
     return _without(plain(data), *FREE)
+
+
+def _component(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a component without what changes memory and time alone."""
+    return _without(plain(spec), "remat")
 
 
 def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Settings:
     name: str  #: of the comparison
     lr: tuple[float, ...]  #: peak learning rates of the last stage, the same for every arm
     validation_loss: str  #: DATA/loss, by which a rate is chosen
+    order: tuple[str, ...] = ()  #: in which the arms are shown; (): alphabetical
     baseline: str = ""  #: arm that the others are measured against; "" for the first
     score: str = ""  #: EVAL/METRIC of the curves; "" for none
     test: tuple[str, ...] = ()  #: evaluations that are run once, on the chosen runs
@@ -143,7 +144,10 @@ def read_plan(
         )
     _override(config, overrides)
     settings = build(Settings, {key: config[key] for key in config if key != "arms"})
-    arms = {name: _read_arm(name, recipe) for name, recipe in config.arms.items()}
+    order = settings.order or tuple(config.arms)
+    if sorted(order) != sorted(config.arms):
+        raise ConfigError(f"config.order={','.join(order)}: must name every arm once")
+    arms = {name: _read_arm(name, config.arms[name]) for name in order}
     if len(arms) < 2:
         raise ConfigError(f"config.arms: {', '.join(arms) or 'none'}; a comparison needs two arms")
     baseline = baseline or settings.baseline or next(iter(arms))
@@ -263,19 +267,23 @@ def _override(config: ConfigDict, items: tuple[str, ...]) -> None:
     Raises:
       ConfigError: no arm has the key; seeds are set by --seeds.
     """
-    own = [key for key in config if key != "arms"] + [f.name for f in dataclasses.fields(Settings)]
+    own = [field.name for field in dataclasses.fields(Settings)]
+    shared = [field.name for field in dataclasses.fields(Recipe) if field.name != "seed"]
     for item in items:
         key = item.partition("=")[0]
         first, *rest = key.split(".")
         if first == "seed":
             raise ConfigError(f"--config.{item}: the seeds of a comparison are those of --seeds=N")
+        require_one_of(f"--config.{key}", first, ("arms", *own, *shared))
         if first == "arms":
             require_one_of(f"--config.{key}", rest[0] if rest else "", config.arms)
             override(config.arms[rest[0]], [item.removeprefix(f"arms.{rest[0]}.")], Recipe)
         elif first in own:
-            with config.unlocked():
-                config.setdefault(first, "")
-            override(config, [item], Settings)
+            if first not in config:
+                with config.unlocked():
+                    config[first] = ""
+            one = first == "lr" and not set(",[(") & set(item)  # a number, where a list is meant
+            override(config, [f"{item}," if one else item], Settings)
         else:
             for recipe in _owners(config, first, rest[0] if rest else "", item):
                 override(recipe, [item], Recipe)

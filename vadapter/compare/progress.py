@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +59,23 @@ def write_diverged(run: PlannedRun, error: NonFiniteError) -> None:
 
 
 def require_same(
-    recipe: Recipe, workdir: Path, problems: Problems, content: dict[str, Any] | None = None
+    recipe: Recipe, workdir: Path, problems: Problems, content: Mapping[str, Any] = {}
 ) -> None:
     """Collect in `problems` if stages of a run directory were trained with another recipe.
 
     Args:
-      content: fingerprints of data sets by name, as they are now; None: not known yet.
+      content: fingerprints of data sets by name, as they are now, as far as they are known.
     """
     for name in recipe.chain:
         before = _recorded(workdir, name)
         if before is None:
             continue
         now: dict[str, Any] = Stage.upgrade_identity(plain(settings(recipe, name)))
-        if content is not None and "fingerprints" in before:
-            now["fingerprints"] = {n: content[n] for n in recipe.stages[name].data}
         saved = {key: before[key] for key in now if key in before}
+        for data, fingerprint in content.items():
+            if data in before.get("fingerprints", {}):
+                saved[f"content of {data}"] = before["fingerprints"][data]
+                now[f"content of {data}"] = fingerprint
         if name == recipe.chain[-1] and (workdir / "config.json").is_file():
             saved["protocol"] = fairness.protocol(read_run(workdir), name)
             now["protocol"] = fairness.protocol(recipe, name)

@@ -12,7 +12,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,33 +98,45 @@ class _Trainer:
 
     def _check(self) -> None:
         """Check all recipes, and all directories that exist, before anything is trained."""
-        plan, problems = self.plan, Problems()
-        if plan.parts is not None:
-            progress.require_same(plan.parts, plan.folder / PARTS, problems)
-        for run in plan.all():
-            progress.require_same(run.recipe, run.workdir, problems)
-        problems.settle()
+        plan, problems, content = self.plan, Problems(), dict[str, Any]()
+        self._check_directories(problems)
         for arm, recipe in plan.arms.items():
-            with problems.gather(f"arm {arm}"):
-                self._check_arm(arm, recipe, problems)
+            if not self._complete(arm):
+                with problems.gather(f"arm {arm}"):
+                    content |= self._check_arm(arm, recipe)
         problems.settle()
+        self._check_directories(problems, content)
         self._record(self._comparison(), {})
 
-    def _check_arm(self, arm: str, recipe: Recipe, problems: Problems) -> None:
-        """Check the recipe of an arm that has unfinished runs: it is checked as if it were one run.
+    def _check_directories(self, problems: Problems, content: Mapping[str, Any] = {}) -> None:
+        """Raise CheckpointError if a run has another recipe or, with `content`, had other data."""
+        plan = self.plan
+        if plan.parts is not None:
+            progress.require_same(plan.parts, plan.folder / PARTS, problems, content)
+        for run in plan.all():
+            progress.require_same(run.recipe, run.workdir, problems, content)
+        problems.settle()
+
+    def _check_arm(self, arm: str, recipe: Recipe) -> dict[str, Any]:
+        """Check the recipe of an arm as if it were one run; return the content of its data.
 
         In the directory of the parts, so that finished ones are found and the others come first.
         """
-        plan = self.plan
-        runs = [run for run in plan.all() if run.arm == arm]
-        if all(self._finished(run.recipe, run.workdir) for run in runs):
-            return
-        whole = Run(recipe, plan.folder / PARTS, self.stop)
+        whole = Run(recipe, self.plan.folder / PARTS, self.stop)
         whole.check()
-        own = {name for run in runs[:1] for name in run.recipe.chain}
-        content = {n: whole.source(n).fingerprint() for s in own for n in recipe.stages[s].data}
-        for run in runs:
-            progress.require_same(run.recipe, run.workdir, problems, content)
+        own = self.plan.run(arm, self.plan.settings.lr[0], 0).recipe
+        names = {data for stage in own.stages.values() for data in stage.data}
+        return {name: whole.source(name).fingerprint() for name in names}
+
+    def _complete(self, arm: str) -> bool:
+        """Return whether nothing of an arm is left to train, and keep its losses."""
+        for lr in self.plan.settings.lr:
+            loss = self._outcome(self.plan.run(arm, lr, 0))
+            if loss is None:
+                return False
+            self._losses[arm, lr, 0] = loss
+        runs = [self.plan.run(arm, self._chosen(arm), seed) for seed in range(self.plan.seeds)]
+        return all(self._outcome(run) is not None for run in runs)
 
     # -- runs ----------------------------------------------------------------------------------
 

@@ -79,19 +79,13 @@ class Describer:
             replies: dict[int, Reply] = {}
             by_frames: dict[int, dict[int, Any]] = {}  # each number of frames has its own shape
             for i, item in enumerate(media[start : start + batch], start):
-                frames = self.clip_frames if _is_clip(item) else 1
-                try:
-                    pixels = np.array(upright(item)) if isinstance(item, Image) else item
-                    pixels = resize(load_media(pixels, frames=frames), self.view)
-                except BadMedia as error:
-                    missing = isinstance(item, Path) and not item.exists()
-                    replies[i] = Reply(item, error="no such file" if missing else error.reason)
-                except OSError as error:
-                    replies[i] = Reply(item, error=error.strerror or str(error))
-                else:
-                    example = Example(str(i), pixels)
-                    pair = example if questions is None else (example, Question(questions[i]))
-                    by_frames.setdefault(frames, {})[i] = pair
+                pixels, reason = read_pixels(item, self.view, self.clip_frames)
+                if pixels is None:
+                    replies[i] = Reply(item, error=reason)
+                    continue
+                example = Example(str(i), pixels)
+                pair = example if questions is None else (example, Question(questions[i]))
+                by_frames.setdefault(len(pixels), {})[i] = pair
             for frames, group in by_frames.items():
                 indices = list(group)
                 items: Any = list(group.values())
@@ -100,9 +94,9 @@ class Describer:
                 for generations in self._decoder.generate(
                     self.loaded.params, batches, Decode(max_new)
                 ):
-                    for index, text, _ in generations:
-                        i = indices[index]
-                        replies[i] = Reply(media[i], " ".join((text or "").split()))
+                    for generation in generations:
+                        i = indices[generation.index]
+                        replies[i] = Reply(media[i], " ".join((generation.text or "").split()))
             yield from (replies[i] for i in sorted(replies))
 
     def _text_len(self, questions: Sequence[str] | None, max_new: int) -> int:
@@ -120,6 +114,24 @@ class Describer:
                 "--max-new"
             )
         return -(-longest // _LENGTH_STEP) * _LENGTH_STEP if questions else longest
+
+
+def read_pixels(
+    media: Media, view: ImageTransform, clip_frames: int
+) -> tuple[np.ndarray | None, str]:
+    """Return an image or clip as the encoder sees it, u8[F,S,S,3], or None and why not.
+
+    Files with the suffix of a clip and arrays of several frames have `clip_frames`, others one.
+    """
+    frames = clip_frames if _is_clip(media) else 1
+    try:
+        pixels = np.array(upright(media)) if isinstance(media, Image) else media
+        return resize(load_media(pixels, frames=frames), view), ""
+    except BadMedia as error:
+        missing = isinstance(media, Path) and not media.exists()
+        return None, "no such file" if missing else error.reason
+    except OSError as error:
+        return None, error.strerror or str(error)
 
 
 def require_images(loaded: Stage) -> None:

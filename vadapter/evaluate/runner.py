@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from vadapter.data.image_transform import ImageTransform
 from vadapter.data.items import Slice, items_of
 from vadapter.data.pipeline import Transform, eval_batches, require_usable
 from vadapter.data.prompts import CAPTION, QUESTION
+from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.transforms import prompt_sample
 from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
@@ -67,13 +69,17 @@ class Decoder:
             yield self._detokenize(*pending)
 
     def _detokenize(self, arrays: Batch, out: Any) -> list[Generation]:
+        def text(ids: Any) -> str:
+            return self.tokenizer.decode([int(id) for id in ids]).strip()
+
         columns = (arrays["id"], arrays["bad"], out["tokens"], out["ended"])
-        generations = []
-        for index, bad, tokens, ended in zip(*map(to_host, columns), strict=True):
-            if index >= 0:  # not padding of the last batch
-                text = None if bad else self.tokenizer.decode([int(t) for t in tokens]).strip()
-                generations.append(Generation(int(index), text, bool(ended)))
-        return generations
+        prefixes = map(text, to_host(out["prefix"])) if "prefix" in out else itertools.repeat("")
+        rows = zip(zip(*map(to_host, columns), strict=True), prefixes, strict=False)
+        return [
+            Generation(int(index), None if bad else text(tokens), bool(ended), prefix)
+            for (index, bad, tokens, ended), prefix in rows
+            if index >= 0  # not padding of the last batch
+        ]
 
 
 def predict(
@@ -134,22 +140,28 @@ def evaluate(
     Returns the scores and predictions; with `partial` (see `predict`), none on hosts other than
     the first.
     """
-    tokenizer = decoder.tokenizer
     items = items_of(source, data.task, spec.limit)
-    question = data.task == "question"
-    row = functools.partial(
-        prompt_sample,
-        tokenizer=tokenizer,
-        view=data.view(view),
-        frames=data.frames if source.kind == "clip" else 1,
-        text_len=MAX_QUESTION if question else len(tokenizer.encode(CAPTION.after)),
-    )
+    row = prompt_row(data, source, decoder.tokenizer, view)
     generations = predict(
         decoder, params, items, row, batch=spec.batch, how=spec.decode, partial=partial, title=title
     )
     if partial is not None and not hosts.first():  # it lacks the generations of earlier attempts
         return Result({}, [])
     return score_generations(items, generations, METRICS[_metric(data)])
+
+
+def prompt_row(
+    data: DataConfig, source: Source, tokenizer: Tokenizer, view: ImageTransform | None
+) -> Transform:
+    """Return the transform from an item of a data set to the row that is continued."""
+    question = data.task == "question"
+    return functools.partial(
+        prompt_sample,
+        tokenizer=tokenizer,
+        view=data.view(view),
+        frames=data.frames if source.kind == "clip" else 1,
+        text_len=MAX_QUESTION if question else len(tokenizer.encode(CAPTION.after)),
+    )
 
 
 def limited(spec: EvalConfig, limit: int) -> EvalConfig:

@@ -27,6 +27,7 @@ class Generation(NamedTuple):
     index: int  # of the item
     text: str | None  # the caption or answer; None if the image cannot be read
     ended: bool  # by itself, and not at the limit of its length
+    prefix: str = ""  # what the language model read of the image, if that is text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Result:
     """Scores of an evaluation, and a row per item.
 
     A row has id (of the image or clip: several questions about one share it), index, prediction,
-    references or question, answer, kind; score; ended.
+    references or question, answer, kind; score; ended; and prefix, if the image is read as text.
     """
 
     scores: dict[str, float]
@@ -106,9 +107,10 @@ def _score_captions(items: Any, generations: Sequence[Generation], metric: Metri
     references: dict[Any, Any] = {i: example.captions for i, example in examples.items()}
     scores = score_captions({g.index: g.text or "" for g in generations}, references)
     rows = []
-    for i, text, ended in generations:
+    for i, text, ended, prefix in generations:
         scored = {"references": list(references[i]), "score": scores.cider_of[i], "ended": ended}
-        rows.append({"id": examples[i].id, "index": i, "prediction": text, **scored})
+        row = {"id": examples[i].id, "index": i, "prediction": text, **scored}
+        rows.append(row | _of_prefix(prefix))
     names = _keys(rows), _images(rows)
     samples = {
         "cider": Sample.of_means(*names, [*scores.cider_of.values()]),
@@ -118,18 +120,22 @@ def _score_captions(items: Any, generations: Sequence[Generation], metric: Metri
     return Result({name: getattr(scores, name) for name in samples}, rows, samples)
 
 
+def _of_prefix(prefix: str) -> dict[str, str]:
+    return {"prefix": prefix} if prefix else {}
+
+
 def _score_answers(items: Any, generations: Sequence[Generation], metric: Metric) -> Result:
     from vadapter.metrics.vqa import RULES, score_answers
 
     pairs = {g.index: items.text_only(g.index) for g in generations}
     rows = []
-    for i, text, ended in generations:
+    for i, text, ended, prefix in generations:
         example, question = pairs[i]
         row: dict[str, Any] = {"id": example.id, "index": i}
         if question.id:
             row["question_id"] = question.id
         row |= {"question": question.text, "answer": question.answer, "kind": question.kind}
-        rows.append(row | {"prediction": text, "ended": ended})
+        rows.append(row | {"prediction": text, "ended": ended} | _of_prefix(prefix))
     answers: dict[Any, Any] = {i: question.answers for i, (_, question) in pairs.items()}
     if not any(answers.values()):
         return Result({}, rows)

@@ -220,7 +220,9 @@ class AdapterModel(Components):
             x, component_key(training.key, name), training.step,
         )  # fmt: skip
 
-    def spoken(self, params: Params, visual: Float[Array, "B F N D"]) -> Int[Array, "B Q"] | None:
+    def prefix_words(
+        self, params: Params, visual: Float[Array, "B F N D"]
+    ) -> Int[Array, "B Q"] | None:
         """Return the ids of a prefix that consists of words; None if it does not."""
         last = self.chain[-1] if self.chain else ""
         if not last or not isinstance(self.modules[last], Words):

@@ -49,6 +49,7 @@ class Context(NamedTuple):
     position: Int[Array, " B"]  # of the last token of each text
     slot: Int[Array, ""]  # the next free one
     media: KeysValues | None = None  # of gated cross-attention
+    words: Int[Array, "B Q"] | None = None  # words of a prefix that consists of words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,13 @@ class Decoder:
         model, params, room = self.model, self.params, self.how.max_new
         lm, visual = model.modules[model.lm], model.encode(params, batch)
         assert isinstance(lm, LM)
-        prefix = None if visual is None else model.prefix(params, visual)
+        prefix, words = None, None
+        if visual is not None:
+            words = model.prefix_words(params, visual)
+            if words is None:
+                prefix = model.prefix(params, visual)
+            else:
+                prefix = model.apply(params, model.lm, words, method="embed")
         if shown is not None:
             assert prefix is not None
             examples = jnp.broadcast_to(shown, (len(prefix), *shown.shape[1:]))
@@ -88,7 +95,7 @@ class Decoder:
         states = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
         position = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0]
         visible = jnp.pad(segments != 0, ((0, 0), (0, room)))
-        context = Context(cache, slots, visible, position, jnp.int32(S), media)
+        context = Context(cache, slots, visible, position, jnp.int32(S), media, words)
         return self._log_probs(states), context
 
     def extend(
@@ -105,8 +112,10 @@ class Decoder:
             mask=visible[:, None, :], key_positions=slots, cache=context.cache, index=slot,
             **model.between(self.params, context.media, jnp.ones((len(token), 1), bool)),
         )  # fmt: skip
-        context = Context(cache, slots, visible, position, slot + 1, context.media)
-        return self._log_probs(states[:, 0]), context
+        extended = context._replace(
+            cache=cache, positions=slots, visible=visible, position=position, slot=slot + 1
+        )
+        return self._log_probs(states[:, 0]), extended
 
     def _log_probs(self, states: Float[Array, "B E"]) -> Float[Array, "B V"]:
         logits = self.model.logits(self.params, states)
@@ -148,7 +157,8 @@ def decode(
 
     Returns:
       tokens: i32[B, G], PAD after the end; ended: bool[B], whether the row ends with one of `stop`;
-      logprob: f32[B], sum over the generated tokens; and of a beam search score: f32[B].
+      logprob: f32[B], sum over the generated tokens; of a beam search score: f32[B]; of a prefix
+      that consists of words prefix: i32[B, Q].
     """
     search = greedy if how.beams == 1 else beam
     return search(Decoder(model, params, how, stop, vocab), batch, shown)
@@ -189,7 +199,7 @@ def greedy(
         "context": context,
     }
     out = jax.lax.while_loop(lambda c: (c["i"] < G - 1) & ~jnp.all(c["ended"]), body, start)
-    return {k: out[k] for k in ("tokens", "ended", "logprob")}
+    return {k: out[k] for k in ("tokens", "ended", "logprob")} | _words(out["context"])
 
 
 class _Finished(NamedTuple):
@@ -285,8 +295,9 @@ def beam(
     rows = jnp.repeat(jnp.arange(B), K)
     state = advance(start, logp[rows]), _take(context, rows)
     searching = lambda s: (s[0].length < G) & jnp.any(s[0].active)  # noqa: E731
-    beams, _ = jax.lax.while_loop(searching, step, state)
-    return {name: x[:, 0] for name, x in beams.finished._asdict().items()}
+    beams, context = jax.lax.while_loop(searching, step, state)
+    best = {name: x[:, 0] for name, x in beams.finished._asdict().items()}
+    return best | _words(context, K)
 
 
 def _pick(values: Shaped[Array, "B C ..."], index: Int[Array, "B K"]) -> Shaped[Array, "B K ..."]:
@@ -299,6 +310,12 @@ def _take(context: Context, rows: Int[Array, " BK"]) -> Context:
     """Return the context of other rows."""
     layered = (context.cache, context.media)
     cache, media = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), layered)
-    per_row = (context.positions, context.visible, context.position)
-    positions, visible, position = (jnp.take(x, rows, axis=0) for x in per_row)
-    return Context(cache, positions, visible, position, context.slot, media)
+    per_row = (context.positions, context.visible, context.position, context.words)
+    taken = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), per_row)
+    positions, visible, position, words = taken
+    return Context(cache, positions, visible, position, context.slot, media, words)
+
+
+def _words(context: Context, beams: int = 1) -> dict[str, jax.Array]:
+    """Return the words of a prefix that consists of words, [B, Q]."""
+    return {} if context.words is None else {"prefix": context.words[::beams]}

@@ -123,6 +123,8 @@ def _card(section: Section, row: Row, size: int) -> str:
         mark = _mark(section.task, prediction.get("score"))
         words = _text(prediction["prediction"]) or "<i>empty</i>"
         parts.append(f"<p class=stage><b>{_text(stage)}</b> <span>{mark}</span></p><p>{words}</p>")
+        if prefix := prediction.get("prefix"):  # the image as words
+            parts.append(f"<p class=reference>reads: {_text(prefix)}</p>")
     parts += [f"<p class=reference>{_text(ref)}</p>" for ref in row.get("references", ())[:5]]
     content = "\n".join(parts)
     return f"<article>{_image(section, row, size)}\n{content}</article>"

@@ -75,9 +75,10 @@ def write_caches(
 def _encoders(recipe: Recipe, data: str) -> list[tuple[str, StageConfig]]:
     """Return the frozen encoders that a data set is used with, each with its first stage."""
     encoders: dict[tuple[str, str], tuple[str, StageConfig]] = {}
+    evaluated = {evaluation.data for evaluation in recipe.evals.values()}  # on request, any of them
     for stage in (recipe.stages[name] for name in recipe.chain):
         frozen = STAGES[stage.kind].visual and stage.encoder not in trained(stage)
-        if frozen and data in used_data(recipe, stage):
+        if frozen and data in evaluated.union(used_data(recipe, stage)):
             start = stage.start.get(stage.encoder, "")
             encoders.setdefault((stage.encoder, start), (stage.encoder, stage))
     if not encoders:

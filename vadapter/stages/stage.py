@@ -22,7 +22,7 @@ from vadapter.distributed.preemption import Stop
 from vadapter.errors import ConfigError, Problems, UserError
 from vadapter.models.adapter_model import AdapterModel, component_key
 from vadapter.models.coca import CoCa
-from vadapter.models.registry import KINDS, expand
+from vadapter.models.registry import expand, load_kind
 from vadapter.recipe import schema
 from vadapter.recipe.optim import make_optimizer
 from vadapter.recipe.schema import DTYPES, STAGES, Recipe, StageConfig
@@ -402,7 +402,7 @@ class Stage:
             }
         if "components" in new:
             new["components"] = {
-                name: with_new_keys(KINDS[expand(name, spec)["kind"]][0], spec)
+                name: with_new_keys(load_kind(expand(name, spec)["kind"])[0], spec)
                 for name, spec in new["components"].items()
             }
         return new

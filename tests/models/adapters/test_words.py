@@ -12,9 +12,11 @@ from vadapter.models.adapter_model import AdapterModel, Training
 from vadapter.models.adapters.projection import Projection, ProjectionConfig
 from vadapter.models.adapters.resampler import Resampler
 from vadapter.models.adapters.words import Words, WordsConfig
+from vadapter.models.generate import Decode, decode
 from vadapter.models.lm import LM
 from vadapter.models.vit import ViT
 
+VIEW = (tiny.IMAGE, tiny.IMAGE)
 E, V, PADDED = tiny.LLM.width, 24, tiny.V  # the embedding has PADDED rows, of which V are words
 
 
@@ -50,7 +52,7 @@ def test_an_evaluation_reads_the_most_probable_words_and_can_say_which(embed_sca
     model, params = make(embed_scale)
     logits = np.asarray(model.logits(params, soft_tokens(model, params)))
     ids = logits[..., :V].argmax(-1)
-    np.testing.assert_array_equal(model.spoken(params, visual()), ids)
+    np.testing.assert_array_equal(model.prefix_words(params, visual()), ids)
     words = model.apply(params, "llm", ids, method="embed")
     np.testing.assert_array_equal(model.prefix(params, visual()), words)
     assert len(np.unique(ids)) > 2
@@ -139,3 +141,18 @@ def test_one_hot_weights_mix_to_the_embeddings():
     ids = np.arange(V)[None]
     mixed = model.apply(params, "llm", jax.nn.one_hot(ids, PADDED), method="mix")
     np.testing.assert_array_equal(mixed, model.apply(params, "llm", ids, method="embed"))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generations_come_with_the_words_of_their_own_image(beams):
+    model, params = make()
+    frames = np.random.default_rng(0).integers(0, 256, (3, 1, *VIEW, 3), np.uint8)
+    text = np.ones((3, 2), np.int32)
+    batch = {
+        "frames": frames, "prompt": np.full((3, 2), 4, np.int32), "tokens": 5 * text,
+        "segments": text, "positions": np.arange(2)[None] * text,
+    }  # fmt: skip
+    out = jax.jit(lambda p: decode(model, p, batch, Decode(4, beams=beams)))(params)
+    expected = model.prefix_words(params, model.encode(params, batch))
+    np.testing.assert_array_equal(out["prefix"], expected)
+    assert len({tuple(row) for row in np.asarray(expected).tolist()}) > 1

@@ -109,6 +109,11 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, media: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
         """Create the parameters; return the media tokens, which the language model attends to."""
+        if self.is_initializing():
+            self._create(media)
+        return media
+
+    def _create(self, media: Float[Array, "B Q D"]) -> None:
         c = self.config
 
         def run(layer: GatedLayer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -124,7 +129,6 @@ class CrossAttention(nn.Module):
         )
         x = jnp.zeros((len(media), 1, c.width), self.dtype)
         layers(GatedLayer(c, self.dtype, name="layers"), x, None)
-        return media
 
 
 @flax.struct.dataclass

@@ -1,0 +1,89 @@
+"""`vadapter inspect RUN [IMAGE…]`: what an adapter says to the language model."""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vadapter.cli.common import arg, at_least, say, verb
+from vadapter.console import note, table
+from vadapter.errors import USER_ERROR
+from vadapter.io.storage import as_path
+
+if TYPE_CHECKING:
+    from vadapter.inspect.inspection import Inspected
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+@verb(
+    arg("paths", nargs="+", type=as_path, metavar="RUN", help="run directories, or the directory "
+        "of a comparison; then, optionally, images and clips to look at"),
+    arg("--stage", metavar="S",
+        help="stage of the run (default: all adapter stages, side by side)"),
+    arg("--evals", type=_names, default=(), metavar="A,B",
+        help="evaluations whose items are looked at (default: those of the stage)"),
+    arg("--layer", default="", metavar="N,M",
+        help="layers of the language model to read words from (default: the middle one)"),
+    arg("--limit", type=at_least(0), default=None, metavar="N",
+        help="items of each evaluation, evenly spaced (default: 64); 0: all"),
+    arg("--show", type=at_least(1), default=None, metavar="N",
+        help="items of each evaluation on the page, with attention maps (default: 4)"),
+    arg("--top", type=at_least(1), default=None, metavar="N",
+        help="nearest words of each soft token (default: 5)"),
+    arg("--out", type=Path, metavar="FILE.html",
+        help="page to write, and beside it FILE.json (default: RUN/inspect.html, or "
+        "RUN/inspect_files.html for images)"),
+    example="runs/quickstart photo.jpg",
+    overrides="override data, evals, mesh, workers, components.NAME.weights",
+)  # fmt: skip
+def inspect(args: argparse.Namespace) -> int:
+    """Show what an adapter says to the language model, and whether the image is used.
+
+    Loss and score with the right image, a wrong, a blank and (clips) a frame-shuffled one; the
+    nearest words of every soft token, where the queries look, and the words in the language
+    model's states. Writes one HTML page and one JSON file, for several stages, runs or the arms of
+    a comparison side by side. With images, only these are looked at; those that cannot be read are
+    reported and skipped, and the exit code is then 78.
+    """
+    from vadapter.distributed import hosts
+    from vadapter.inspect import look, subjects
+    from vadapter.inspect.inspection import Settings
+    from vadapter.inspect.probe import parse_layers
+
+    given = {key: getattr(args, key) for key in ("limit", "show", "top")}
+    settings = Settings(
+        **{key: value for key, value in given.items() if value is not None},
+        layers=parse_layers(args.layer), evals=args.evals,
+    )  # fmt: skip
+    folders, files = look.divide(args.paths)
+    out = look.destination(args.out, folders, files)
+    chosen = subjects.find(folders, args.stage, args.overrides)
+    say_to_stderr = note if hosts.first() else functools.partial(print, file=sys.stderr)
+    facts, found, errors = look.look(chosen, files, settings, args.overrides, say_to_stderr)
+    for file, reason in errors.items():
+        note(f"{_printable(file)}: {reason}")
+    if any(each.shown for each in found) and len(errors) < len(set(files) or {0}):
+        say(_files(found) if files else table(*look.overview(found), right=range(2, 12)))
+        page = look.write(out, " · ".join(map(str, folders)), facts, found)
+        say(f"\n{page}")
+    return USER_ERROR if errors else 0
+
+
+def _files(found: "list[Inspected]") -> str:
+    """Return the caption of every file by every subject."""
+    lines = []
+    for each in found:
+        for facts in each.facts["files"]:
+            words = [token[0][0] for token in facts.get("soft_tokens", [])]
+            lines.append(f"{facts['file']}: {each.label}: {facts['text']}")
+            if words:
+                lines.append(f"  nearest words: {' '.join(words)}")
+    return "\n".join(lines)
+
+
+def _printable(path: Any) -> str:
+    return str(path).encode("utf-8", "backslashreplace").decode()
