@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vadapter import config
-from vadapter.config import choose, parse_arg, split_arg
+from vadapter.config import build, choose, parse_arg, split_arg
 from vadapter.errors import ConfigError
 
 CLIP_B = "openai/clip-vit-base-patch16"
@@ -40,11 +40,6 @@ class Row:
     def __init__(self, chain: str, *, tlm="stage1", encoder="", images=False, **changes: Any):
         self.chain, self.tlm, self.encoder = tuple(chain.split()), tlm, encoder
         self.images, self.changes = images, changes
-
-    @property
-    def stage1(self) -> bool:
-        """Whether it starts from the paper's stage 1."""
-        return "tlm" in self.chain and self.tlm == "stage1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,26 +160,28 @@ SMALL = dict(
 )
 
 
-def packaged(base: str, arg: str) -> ConfigDict:
+Recipe = dict[str, Any]  # the groups and keys of a recipe, plain
+
+
+def packaged(base: str, arg: str) -> Recipe:
     """Return the recipe of a base that trains both stages of the method."""
-    return config.load(f"configs/{base}.py:{arg}")
+    return config.load(f"configs/{base}.py:{arg}").to_dict()
 
 
-def paper(base: str, arg: str) -> ConfigDict:
+def paper(base: str, arg: str) -> Recipe:
     """Return the paper's recipe with both stages and a held-out loss, to choose between rates."""
     for key in ("stage", "adapter", "front", "init"):
         if split_arg(arg, **{key: ""})[0]:
             raise ConfigError(f"config argument {key!r}: at base=paper, the row says it")
     recipe, first = (packaged(base, f"{arg},stage={stage}") for stage in (2, 1))
-    stage = recipe.stages.vadapter
-    stage.start = {n: "decoder" if s == "stage1/decoder" else s for n, s in stage.start.items()}
-    recipe.stages.decoder = first.stages.decoder
-    recipe.chain = ("decoder", "vadapter")
-    recipe.data.val = recipe.data.pairs.to_dict()
-    recipe.data.val.source.split = "val"
-    for stage in recipe.stages.values():
-        stage.update(loss=("val",), loss_batches=16, eval_every=max(1, stage.steps // 50))
-    return recipe
+    stages = recipe["stages"] | first["stages"]
+    start = stages["vadapter"]["start"]
+    start |= {n: "decoder" for n, source in start.items() if source == "stage1/decoder"}
+    for stage in stages.values():
+        stage |= dict(loss=("val",), loss_batches=16, eval_every=max(1, stage["steps"] // 50))
+    pairs = recipe["data"]["pairs"]
+    recipe["data"]["val"] = pairs | dict(source=pairs["source"] | dict(split="val"))
+    return recipe | dict(stages=stages, chain=("decoder", "vadapter"))
 
 
 BASES = dict(paper=paper, scenes=packaged, flickr8k=packaged, public=packaged)
@@ -200,43 +197,39 @@ def get_config(arg=None):
     choose("base", arg.base, BASES)
     name, blind = named("row", arg.row)
     row, recipe = ROWS[name], BASES[arg.base](arg.base, rest)
-    components = with_row(recipe, arg.base, row, recipe.stages.vadapter.steps)
-    if row.encoder:
-        if arg.base not in ("paper", "public"):
-            raise ConfigError(
-                f"config argument row={name!r}: it needs another encoder, of public weights, which "
-                f"base={arg.base} does not take; use base=paper or base=public"
-            )
-        components["encoder"] = dict(weights=arg.clip)
-
-    stages = recipe.stages.to_dict()
-    first, last = stages["decoder"], stages.pop("vadapter")
-    frozen = (last.get("encoder", "encoder"), last["lm"])
+    if row.encoder and arg.base not in ("paper", "public"):
+        raise ConfigError(
+            f"config argument row={name!r}: it needs another encoder, of public weights, which "
+            f"base={arg.base} does not take; use base=paper or base=public"
+        )
+    stages = recipe["stages"]
+    first, last = stages["decoder"], stages["vadapter"]
+    steps, start1, start2 = last["steps"], first.get("start", {}), last["start"]
+    frozen = {"encoder", "llm"} - ({"encoder"} if row.encoder else set())
     inner = (row.chain[0], "fc_in", "tlm")
     starts = dict(
         stage1=dict.fromkeys(inner, "decoder"),
-        text=dict(tlm=first.get("start", {}).get("tlm", "weights")),
+        text=dict(tlm=start1.get("tlm", "weights")),
         random=dict(tlm="random"),
     )
-    last["start"] = {n: s for n, s in last["start"].items() if n in frozen}
+    first["chain"], last["chain"] = inner[:2], row.chain
+    first["start"] = {n: s for n, s in start1.items() if n in frozen | {"tlm"}}
+    last["start"] = {n: s for n, s in start2.items() if n in frozen}
     last["start"] |= starts[row.tlm] if "tlm" in row.chain else {}
-    last["chain"], first["chain"] = row.chain, inner[:2]
-    first["start"] = {n: s for n, s in first.get("start", {}).items() if n in (*frozen, "tlm")}
-    stages[name] = last
     for stage in (first, last):
-        if row.encoder:
-            stage["start"].pop("encoder", None)
         if row.images and arg.base == "paper":
             stage["data"] = dict(pairs=1.0)
         # Tests are run once, on what validation chose.
         stage["evals"] = tuple(n for n in stage.get("evals", ()) if not n.startswith("test"))
+    stages[name] = stages.pop("vadapter")
 
-    recipe.name = f"{arg.base}-{name}{'-blind' * blind}"
-    recipe.chain = (*(n for n in recipe.chain if n in needed(stages, name)), name)
-    recipe.stages = {n: stages[n] for n in recipe.chain}
-    recipe.components = components
-    keep_used(recipe, blind=blind)
-    return recipe
+    recipe["name"] = f"{arg.base}-{name}{'-blind' * blind}"
+    recipe["chain"] = (*(n for n in recipe["chain"] if n in needed(stages, name)), name)
+    recipe["stages"] = {n: stages[n] for n in recipe["chain"]}
+    recipe["components"] = with_row(recipe["components"], arg.base, row, steps)
+    if row.encoder:
+        recipe["components"]["encoder"] = dict(weights=arg.clip)
+    return ConfigDict(used(recipe, blind=blind))
 
 
 def named(key: str, row: str) -> tuple[str, bool]:
@@ -248,12 +241,11 @@ def named(key: str, row: str) -> tuple[str, bool]:
     return name, bool(dot)
 
 
-def with_row(recipe: ConfigDict, base: str, row: Row, steps: int) -> dict[str, dict[str, Any]]:
-    """Return all components of a base with those of a row, whose last stage takes `steps` steps."""
-    from vadapter.config import build
+def with_row(components: Recipe, base: str, row: Row, steps: int) -> Recipe:
+    """Return the components of a base and those of a row whose last stage takes `steps` steps."""
     from vadapter.models.registry import expand, load_kind
 
-    components = recipe.components.to_dict()
+    components = dict(components)
     spec = expand("perceiver", components["perceiver"])
     config_type, _ = load_kind(spec.pop("kind"))
     perceiver = build(config_type, spec)
@@ -261,37 +253,45 @@ def with_row(recipe: ConfigDict, base: str, row: Row, steps: int) -> dict[str, d
         components[name] = new | SMALL.get(base, {}).get(name, {})
     components["media"] = components["perceiver"] | components["media"]
     for name, changes in row.changes.items():
-        for key, value in changes.items():
-            if isinstance(value, Times):
-                value = round(getattr(perceiver, key) * value.factor)
-            components[name] = components[name] | {key: value}
+        sized = {
+            key: round(getattr(perceiver, key) * value.factor)
+            for key, value in changes.items()
+            if isinstance(value, Times)
+        }
+        components[name] = components[name] | changes | sized
     words = components["words"]
     if words.get("decay") == "to_min_temperature":
         words["decay"] = math.log(words["temperature"] / words["min_temperature"]) / steps
     if base == "paper" and MANY_TOKENS & {*row.chain}:
-        components["llm"]["remat"] = "full"
+        components["llm"] = components["llm"] | dict(remat="full")
     return components
 
 
-def needed(stages: dict[str, dict[str, Any]], name: str) -> set[str]:
+def needed(stages: Recipe, name: str) -> set[str]:
     """Return the stages that a stage starts from, directly or not."""
     before = {s for s in stages[name].get("start", {}).values() if s in stages}
     return before.union(*(needed(stages, stage) for stage in before))
 
 
-def keep_used(recipe: ConfigDict, *, blind: bool) -> None:
-    """Remove components and data that nothing uses; if `blind`, make what the arms see blank."""
-    from vadapter.config import build
+def used(recipe: Recipe, *, blind: bool) -> Recipe:
+    """Return a recipe without components and data that nothing uses.
+
+    If `blind`, all images are blank that stages with an adapter see, and evaluations.
+    """
     from vadapter.recipe.schema import StageConfig, components
 
-    stages = {n: build(StageConfig, stage) for n, stage in recipe.stages.items()}
-    used = {name for stage in stages.values() for name in components(stage)}
-    recipe.components = {n: c for n, c in recipe.components.items() if n in used}
-    seen = {evaluation.data for evaluation in recipe.get("evals", {}).values()}
-    read = set(recipe.get("tokenizer", {}).get("data", ()))
+    stages = {n: build(StageConfig, stage) for n, stage in recipe["stages"].items()}
+    parts = {name for stage in stages.values() for name in components(stage)}
+    seen = {evaluation["data"] for evaluation in recipe.get("evals", {}).values()}
+    read = {*recipe.get("tokenizer", {}).get("data", ())}
     for stage in stages.values():
-        names = {*stage.data, *stage.loss}
-        (read if stage.kind in ("lm", "vision") else seen).update(names)
-    recipe.data = {n: d for n, d in recipe.data.items() if n in seen | read}
-    for name in seen if blind else ():
-        recipe.data[name].blank = True
+        (read if stage.kind in ("lm", "vision") else seen).update(stage.data, stage.loss)
+    blank = dict(blank=True)
+    return recipe | dict(
+        components={n: spec for n, spec in recipe["components"].items() if n in parts},
+        data={
+            n: data | (blank if blind and n in seen else {})
+            for n, data in recipe["data"].items()
+            if n in seen | read
+        },
+    )

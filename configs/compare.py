@@ -56,11 +56,11 @@ def get_config(arg=None):
     choose("baseline", baseline, arg.arms)
 
     def recipe(row):
-        return ablations["get_config"](f"base={arg.base},row={row},{rest}")
+        return ablations["get_config"](f"base={arg.base},row={row},{rest}").to_dict()
 
     arms = {row.replace(".", "_"): recipe(row) for row in arg.arms}
     first = next(iter(arms.values()))
-    rate = first.stages[first.chain[-1]].optim.lr
+    rate = first["stages"][first["chain"][-1]]["optim"]["lr"]
     return ConfigDict(
         dict(
             name=f"compare {arg.base}",

@@ -14,26 +14,28 @@ Training, validation (`captions`, `clips`, `answers`) and test (`test_captions`,
 share no scene. configs/quickstart.py explains every key. Not run as it is.
 """
 
+from ml_collections import ConfigDict
+
 from vadapter import config
 from vadapter.config import parse_arg
 
 
 def get_config(arg=None):
     arg = parse_arg(arg, scale=1.0, pretrain=1.0, queries=8, test=400)
-    recipe = config.load(f"configs/quickstart.py:scale={arg.scale},queries={arg.queries}")
-    recipe.name = "scenes"
-    for stage in recipe.stages.values():
-        if stage.kind in ("lm", "vision"):
-            stage.steps = max(2, int(stage.steps * arg.pretrain))
+    recipe = config.load(f"configs/quickstart.py:scale={arg.scale},queries={arg.queries}").to_dict()
+    for stage in recipe["stages"].values():
+        if stage["kind"] in ("lm", "vision"):
+            stage["steps"] = max(2, int(stage["steps"] * arg.pretrain))
 
-    for data in recipe.data.values():  # the quickstart has one held-out split
-        if data.source.split == "test":
-            data.source.split = "val"
+    data, evals = recipe["data"], recipe["evals"]
+    for rows in data.values():  # the quickstart has one held-out split
+        if rows["source"]["split"] == "test":
+            rows["source"]["split"] = "val"
     for name, like, test, count in (
         ("captions", "held_images", "test_images", arg.test),
         ("answers", "questions", "test_questions", max(1, arg.test // 2)),
     ):
-        recipe.data[test] = recipe.data[like].to_dict()
-        recipe.data[test].source.update(split="test", count=count)
-        recipe.evals[f"test_{name}"] = {**recipe.evals[name].to_dict(), "data": test}
-    return recipe
+        source = data[like]["source"] | dict(split="test", count=count)
+        data[test] = data[like] | dict(source=source)
+        evals[f"test_{name}"] = evals[name] | dict(data=test)
+    return ConfigDict(recipe | dict(name="scenes"))
