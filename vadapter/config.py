@@ -6,6 +6,7 @@ Each dataclass is defined next to the code that reads it; this module only build
 import ast
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -35,7 +36,7 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
       ConfigError: unknown key (with the nearest known one), missing key, wrong type; messages
         begin with `path`, the dotted path of `values`.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     renamed = {old: new for old, new in getattr(cls, "RENAMED", {}).items() if old in values}
     for old, new in renamed.items():
@@ -94,10 +95,13 @@ def with_defaults(
     return out
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def _hint_of(hint: Any, key: str) -> Any:
     """Return the type of a key of a dataclass or of a dict; None if it is neither."""
     if dataclasses.is_dataclass(hint):
-        return typing.get_type_hints(hint).get(key)
+        return _hints(hint).get(key)
     if typing.get_origin(hint) in (dict, Mapping):
         return typing.get_args(hint)[1]
     return None

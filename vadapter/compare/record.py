@@ -11,6 +11,7 @@ Directories of runs are relative to that of the comparison, or absolute if they 
 record is written again after every run, so that whatever a killed comparison has is in it.
 """
 
+import functools
 import json
 import math
 import subprocess
@@ -114,6 +115,7 @@ def _read_arm(name: str, arm: dict[str, Any], folder: Path) -> Arm:
     return Arm(name, runs, grid, tuple(arm["diverged"]))
 
 
+@functools.cache
 def commit() -> str | None:
     """Return the commit of the package's source; None if it is not in a Git repository."""
     package = Path(vadapter.__file__).resolve().parent

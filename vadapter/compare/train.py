@@ -105,7 +105,8 @@ class _Trainer:
                 with problems.gather(f"arm {arm}"):
                     content |= self._check_arm(arm, recipe)
         problems.settle()
-        self._check_directories(problems, content)
+        if content:
+            self._check_directories(problems, content)
         self._record(self._comparison(), {})
 
     def _check_directories(self, problems: Problems, content: Mapping[str, Any] = {}) -> None:
