@@ -1,8 +1,6 @@
 """`vadapter inspect RUN [IMAGE…]`: what an adapter says to the language model."""
 
 import argparse
-import functools
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +47,6 @@ def inspect(args: argparse.Namespace) -> int:
     a comparison side by side. With images, only these are looked at; those that cannot be read are
     reported and skipped, and the exit code is then 78.
     """
-    from vadapter.distributed import hosts
     from vadapter.inspect import look, subjects
     from vadapter.inspect.inspection import Settings
     from vadapter.inspect.probe import parse_layers
@@ -62,11 +59,10 @@ def inspect(args: argparse.Namespace) -> int:
     folders, files = look.divide(args.paths)
     out = look.destination(args.out, folders, files)
     chosen = subjects.find(folders, args.stage, args.overrides)
-    say_to_stderr = note if hosts.first() else functools.partial(print, file=sys.stderr)
-    facts, found, errors = look.look(chosen, files, settings, args.overrides, say_to_stderr)
+    facts, found, errors = look.look(chosen, files, settings, args.overrides, note)
     for file, reason in errors.items():
         note(f"{_printable(file)}: {reason}")
-    if any(each.shown for each in found) and len(errors) < len(set(files) or {0}):
+    if len(errors) < len(set(files)) or not files:
         say(_files(found) if files else table(*look.overview(found), right=range(2, 12)))
         page = look.write(out, " · ".join(map(str, folders)), facts, found)
         say(f"\n{page}")

@@ -1,4 +1,4 @@
-"""Attention over images as small pictures for a page: images once, heat over them in color.
+"""Attention over images for a page: every image once, and heat over it in color.
 
 Legend: F frames, S pixels a side, h rows and w columns of a map.
 """
@@ -14,7 +14,7 @@ _SIDE = 128  # pixels of an image on the page
 _RAMP = np.array([(72, 20, 110), (187, 55, 84), (249, 142, 9), (252, 255, 164)], np.float64)
 
 
-class Pictures:
+class Backgrounds:
     """The images of a page as CSS backgrounds, each kept once however often it is shown."""
 
     def __init__(self):

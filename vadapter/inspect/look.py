@@ -1,6 +1,7 @@
 """`vadapter inspect`: every subject in turn, then one page and one JSON file."""
 
 import gc
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from vadapter.inspect.inspection import (
 )
 from vadapter.inspect.subjects import Subject
 from vadapter.io import storage
-from vadapter.io.json_files import write_json
 from vadapter.recipe.schema import EvalConfig
 from vadapter.stages.restore import open_run
 from vadapter.stages.stage import Stage
@@ -146,7 +146,7 @@ def write(out: Path, name: str, facts: Facts, found: Sequence[Inspected]) -> Pat
     from vadapter.inspect.look_page import inspection_page
 
     content = inspection_page(f"What the language model is told: {name}", found)
-    write_json(out.with_suffix(".json"), facts)
+    storage.write_bytes(out.with_suffix(".json"), f"{json.dumps(facts)}\n".encode())
     storage.write_bytes(out, content.encode("utf-8", "replace"))
     return out
 

@@ -12,7 +12,7 @@ import numpy as np
 from vadapter.console import number, quantity
 from vadapter.html_page import page, text
 from vadapter.inspect.attention import Maps
-from vadapter.inspect.heat import FULL, Pictures, heat, ramp
+from vadapter.inspect.heat import FULL, Backgrounds, heat, ramp
 from vadapter.inspect.inspection import Facts, Inspected, Shown
 from vadapter.inspect.words import Vocabulary
 
@@ -29,13 +29,13 @@ _CLIP = {"right": "right clip", "wrong": "another clip"}
 
 def inspection_page(title: str, found: Sequence[Inspected]) -> str:
     """Return the page of what was found about one or more subjects."""
-    pictures = Pictures()
+    backgrounds = Backgrounds()
     names = dict.fromkeys(name for each in found for name in each.shown)
     body = [_summary(found)]
     for name in names:
         having = [each for each in found if name in each.shown]
-        body.append(_section(name, having, pictures))
-    return page(title, _STYLE + pictures.style(), _LEGEND + "\n".join(body))
+        body.append(_section(name, having, backgrounds))
+    return page(title, _STYLE + backgrounds.style(), _LEGEND + "\n".join(body))
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def _words_used(generations: Facts | None) -> str:
 # -- an evaluation ---------------------------------------------------------------------------------
 
 
-def _section(name: str, found: Sequence[Inspected], pictures: Pictures) -> str:
+def _section(name: str, found: Sequence[Inspected], backgrounds: Backgrounds) -> str:
     parts = [f"<h2>{text(name)}</h2>"]
     if all("evals" in each.facts for each in found):
         evals = [each.facts["evals"][name] for each in found]
@@ -149,7 +149,7 @@ def _section(name: str, found: Sequence[Inspected], pictures: Pictures) -> str:
                 panels.append(_panel(title, by_label, first["media"]))
         parts.append(f"<div class=panels>{''.join(panels)}</div>")
         parts += [_common(each, facts) for each, facts in zip(found, evals, strict=True)]
-    parts.append(_cards(name, found, pictures))
+    parts.append(_cards(name, found, backgrounds))
     return "\n".join(parts)
 
 
@@ -215,26 +215,26 @@ def _common(each: Inspected, facts: Facts) -> str:
 # -- items -----------------------------------------------------------------------------------------
 
 
-def _cards(name: str, found: Sequence[Inspected], pictures: Pictures) -> str:
+def _cards(name: str, found: Sequence[Inspected], backgrounds: Backgrounds) -> str:
     """Return a card for each item that is shown, with all subjects beside each other."""
     by_item: dict[Any, list[tuple[str, Shown]]] = {}
     for each in found:
         for shown in each.shown[name]:
             key = shown.facts.get("index", shown.facts.get("file"))
             by_item.setdefault(key, []).append((each.label, shown))
-    cards = "\n".join(_card(having, pictures) for having in by_item.values())
+    cards = "\n".join(_card(having, backgrounds) for having in by_item.values())
     return f"<div class=cards>{cards}</div>"
 
 
-def _card(having: Sequence[tuple[str, Shown]], pictures: Pictures) -> str:
+def _card(having: Sequence[tuple[str, Shown]], backgrounds: Backgrounds) -> str:
     shown = having[0][1]
     facts = shown.facts
     frames = "".join(
-        f'<span class="frame {pictures.add(frame)}" role=img aria-label="frame {n}"></span>'
+        f'<span class="frame {backgrounds.add(frame)}" role=img aria-label="frame {n}"></span>'
         for n, frame in enumerate(shown.frames)
     )
     kind = "clip" if len(shown.frames) > 1 else "still"
-    parts = [f"<h3>{text(facts.get('file', facts.get('id', '')))}</h3>"]
+    parts = [f"<h3><bdi>{text(facts.get('file', facts.get('id', '')))}</bdi></h3>"]
     if "question" in facts:
         question = f"{text(facts['question'])} → {text(facts['answer'])}"
         parts.append(f"<p class=question dir=auto>{question}</p>")
@@ -245,11 +245,11 @@ def _card(having: Sequence[tuple[str, Shown]], pictures: Pictures) -> str:
         parts.append(f"<details><summary>{count}</summary><ul>{lines}</ul></details>")
     known = Vocabulary(references)
     head = f'<div class="media {kind}">{frames}</div><div>{"".join(parts)}</div>'
-    arms = "".join(_arm(label, each, known, pictures) for label, each in having)
+    arms = "".join(_arm(label, each, known, backgrounds) for label, each in having)
     return f"<article><header>{head}</header><div class=arms>{arms}</div></article>"
 
 
-def _arm(label: str, shown: Shown, known: Vocabulary, pictures: Pictures) -> str:
+def _arm(label: str, shown: Shown, known: Vocabulary, backgrounds: Backgrounds) -> str:
     facts = shown.facts
     parts = [f"<h4>{text(label)}</h4>", _said(facts, len(shown.frames) > 1)]
     if "prefix_text" in facts:
@@ -257,13 +257,13 @@ def _arm(label: str, shown: Shown, known: Vocabulary, pictures: Pictures) -> str
     tokens = facts.get("soft_tokens", [])
     maps = [m for m in shown.maps if not tokens or len(m.maps) == len(tokens)]
     others = [m for m in shown.maps if m not in maps[:1]]
-    parts += [_strip(m, shown.frames, pictures) for m in (*maps[:1], *others)]
+    parts += [_strip(m, shown.frames, backgrounds) for m in (*maps[:1], *others)]
     tiles = max(len(tokens), len(maps[0].maps) if maps else 0)
     lens = {key[5:]: value for key, value in facts.items() if key.startswith("lens_")}
     cells = [
         _tile(
             i, tokens[i] if tokens else [], {n: each[i] for n, each in lens.items()},
-            maps[0] if maps else None, known, shown.frames, pictures,
+            maps[0] if maps else None, known, shown.frames, backgrounds,
         )
         for i in range(min(tiles, MAX_TILES))
     ]  # fmt: skip
@@ -294,13 +294,13 @@ def _generation(entry: Facts) -> str:
     return (text(entry["text"]) or "<i>empty</i>") + ("" if entry["ended"] else " …")
 
 
-def _strip(maps: Maps, frames: np.ndarray, pictures: Pictures) -> str:
+def _strip(maps: Maps, frames: np.ndarray, backgrounds: Backgrounds) -> str:
     """Return the mean attention of all queries of a component."""
     mean = maps.maps.mean(0)
     uniform = 1 / mean.size
     if maps.is_grid and len(mean) == len(frames):
         cells = "".join(
-            _over(pictures.add(frame), each, uniform)
+            _over(backgrounds.add(frame), each, uniform)
             for frame, each in zip(frames, mean, strict=True)
         )
     else:  # tokens without places in the image
@@ -317,17 +317,17 @@ def _queries(count: int) -> str:
     return "1 query" if count == 1 else f"all {count:,} queries"
 
 
-def _over(picture: str, shares: np.ndarray, uniform: float) -> str:
+def _over(background: str, shares: np.ndarray, uniform: float) -> str:
     """Return an image with heat over it."""
     return (
-        f'<span class=frame><span class="{picture} gray"></span>'
+        f'<span class=frame><span class="{background} gray"></span>'
         f'<img src="{heat(shares, uniform)}" alt=""></span>'
     )
 
 
 def _tile(
     number: int, words: Sequence[Any], lens: Mapping[str, Sequence[Any]], maps: Maps | None,
-    known: Vocabulary, frames: np.ndarray, pictures: Pictures,
+    known: Vocabulary, frames: np.ndarray, backgrounds: Backgrounds,
 ) -> str:  # fmt: skip
     """Return a soft token: where its query looks, and the nearest words."""
     parts = []
@@ -335,7 +335,7 @@ def _tile(
         own = maps.maps[number]
         uniform, place = 1 / own.size, int(own.sum((1, 2)).argmax())
         if maps.is_grid and len(own) == len(frames):
-            parts.append(_over(pictures.add(frames[place]), own[place], uniform))
+            parts.append(_over(backgrounds.add(frames[place]), own[place], uniform))
         else:
             source = heat(own.reshape(len(own), -1), uniform)
             parts.append(f'<span class=bar><img src="{source}" alt=""></span>')
