@@ -69,7 +69,6 @@ def test_the_nearest_words_are_those_of_the_largest_cosine(model, params, batch,
         look.words.score, np.take_along_axis(cosine, order, axis=-1), atol=1e-5
     )
     np.testing.assert_allclose(look.norm, norms, rtol=1e-5)
-    assert look.spoken is None
 
 
 def test_the_lens_reads_the_states_of_a_layer_with_the_final_norm_and_the_head(

@@ -57,8 +57,8 @@ def inspect(args: argparse.Namespace) -> int:
         layers=parse_layers(args.layer), evals=args.evals,
     )  # fmt: skip
     folders, files = look.divide(args.paths)
-    out = look.destination(args.out, folders, files)
     chosen = subjects.find(folders, args.stage, args.overrides)
+    out = look.destination(args.out, folders, files)
     facts, found, errors = look.look(chosen, files, settings, args.overrides, note)
     for file, reason in errors.items():
         note(f"{_printable(file)}: {reason}")

@@ -23,7 +23,6 @@ from vadapter.evaluate.describe import image_settings, read_pixels
 from vadapter.inspect.attention import Maps
 from vadapter.inspect.held_out import Chosen, Encoded, HeldOut, batches, open_held_out
 from vadapter.inspect.probe import Look, Nearest, Probe
-from vadapter.inspect.show_data import pieces
 from vadapter.inspect.words import Vocabulary, Words, whole_words, words_of
 from vadapter.metrics.bootstrap import Sample, intervals, paired
 from vadapter.metrics.scoring import METRICS, Generation, score_generations
@@ -180,8 +179,10 @@ def _read_files(
             if index >= 0:
                 file, pixels = group[int(index)]
                 name = str(file).encode("utf-8", "backslashreplace").decode()
-                facts: Facts = {"file": name, "text": _line(said[int(index)].text)}
-                facts["ended"] = said[int(index)].ended
+                own = said[int(index)]
+                facts: Facts = {"file": name, "text": _line(own.text), "ended": own.ended}
+                if own.prefix:
+                    facts["prefix_text"] = own.prefix
                 if look is not None:
                     facts |= _soft_tokens(probe, look, i)
                 norm = np.zeros(0) if look is None else look.norm[i]
@@ -264,6 +265,8 @@ class _Evaluation:
             for index, row in zip(indices, result.rows, strict=True):
                 entry = self._items[index]["inputs"][condition]
                 entry |= {"text": _line(row["prediction"]), "ended": row["ended"]}
+                if condition == "right" and said[index].prefix:
+                    self._items[index]["prefix_text"] = said[index].prefix
                 if "score" in row:
                     entry["score"] = row["score"]
 
@@ -367,9 +370,6 @@ def _soft_tokens(probe: Probe, look: Look, row: int) -> Facts:
     """Return the nearest words of every soft token of a row, and of its states in the LM."""
     facts: Facts = {"soft_tokens": _nearest(probe.words, look.words, row)}
     facts |= {f"lens_{n}": _nearest(probe.words, each, row) for n, each in look.lens.items()}
-    if look.spoken is not None:
-        ids = [int(i) for i in look.spoken[row]]
-        facts["prefix_text"] = "".join(pieces(ids, probe.stage.tokenizer)).strip()
     return facts
 
 

@@ -41,7 +41,6 @@ class Look(NamedTuple):
     norm: Any  # f32[B,Q]
     words: Nearest  # by cosine to the embeddings
     lens: dict[int, Nearest]  # layer -> by the probability of the head
-    spoken: Any  # i32[B,Q], the tokens of a prefix that consists of words; None if it does not
 
 
 class Probe:
@@ -159,7 +158,7 @@ def make_look(
         soft = prefix.astype(jnp.float32)
         lens = {n: _lens(model, params, prefix, batch, n, words, top) for n in layers}
         norm = jnp.linalg.norm(soft, axis=-1)
-        return Look(norm, jax.lax.map(near, soft), lens, model.spoken(params, visual))
+        return Look(norm, jax.lax.map(near, soft), lens)
 
     return look
 
