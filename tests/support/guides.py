@@ -14,6 +14,7 @@ NAMES = (
     "vadapter/data/README.md",
     "vadapter/evaluate/README.md",
     "vadapter/hub/README.md",
+    "vadapter/inspect/README.md",
     "vadapter/plan/README.md",
     "vadapter/weights/README.md",
     "docs/index.md",

@@ -145,7 +145,7 @@ def write(out: Path, name: str, facts: Facts, found: Sequence[Inspected]) -> Pat
     """Write the page, and the JSON file beside it; return the page."""
     from vadapter.inspect.look_page import inspection_page
 
-    content = inspection_page(f"What the language model is told: {name}", found)
+    content = inspection_page(f"What the language model reads: {name}", found)
     storage.write_bytes(out.with_suffix(".json"), f"{json.dumps(facts)}\n".encode())
     storage.write_bytes(out, content.encode("utf-8", "replace"))
     return out

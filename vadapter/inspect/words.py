@@ -34,7 +34,7 @@ def whole_words(tokenizer: Tokenizer, texts: Iterable[str] = ()) -> Words:
     With texts, those that encode a word of the texts alone, after a space: for a run's own small
     vocabulary, half of which are pieces such as " squ", of the words that it was trained on.
     Without texts nothing tells " squ" from " square". Then they are the tokens of letters (with
-    apostrophes and hyphens inside) after a space, or after the mark that stands for it; all tokens
+    apostrophes and hyphens inside) after a space, or after the mark that replaces it; all tokens
     of letters where hardly any token has such a mark, as in vocabularies of characters. A single
     letter of an alphabet with two cases is no word then.
 
