@@ -15,8 +15,8 @@ from vadapter.cli.main import main
 from vadapter.config import load
 
 HEADINGS = (
-    "Install", "Quickstart", "The method", "Results", "Your models", "Your data", "Evaluate",
-    "Scale", "Code", "Links",
+    "Install", "Quickstart", "The method", "Compare", "Results", "Your models", "Your data",
+    "Evaluate", "Scale", "Code", "Links",
 )  # fmt: skip
 LINES = 170
 TEXTS = guides.guides()
