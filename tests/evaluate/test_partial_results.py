@@ -5,12 +5,13 @@ import json
 import pytest
 
 from vadapter.evaluate.partial_results import PartialResults
+from vadapter.metrics.scoring import Generation
 
 GENERATIONS = [
-    (0, "a dog", True),
-    (1, "", False),
-    (2, "zwei\nHunde \u2028 \ud800", True),
-    (3, "b", True),
+    Generation(0, "a dog", True),
+    Generation(1, "", False),
+    Generation(2, "zwei\nHunde \u2028 \ud800", True, "tree of\tnight"),
+    Generation(3, "b", True),
 ]
 
 
