@@ -6,6 +6,7 @@
 LONG_FILES = (
     "distributed/test_hosts.py",
     "cli/test_cli.py",
+    "compare/test_compare.py",
     "evaluate/test_benchmarks.py",
     "distributed/test_devices.py",
     "test_bad_input.py",
@@ -21,4 +22,5 @@ LONG_FILES = (
     "hub/test_load.py",
     "stages/test_old_run.py",
     "stages/test_flops.py",
+    "compare/test_train.py",
 )
