@@ -35,7 +35,11 @@ AXES = {
         "LLM tokens",
         "tokens that the frozen LLM reads, padding included: prompt, visual tokens and text",
     ),
-    "flops": Axis("training FLOPs", "of matrix products and convolutions, forward and backward"),
+    "flops": Axis(
+        "training FLOPs",
+        "of matrix products and convolutions, forward and backward; a frozen encoder whose tokens "
+        "are cached is not counted",
+    ),
     "seconds": Axis(
         "seconds", "time in training steps, without compilation, evaluation and interruptions"
     ),

@@ -62,7 +62,7 @@ def _arm(measured: Measured, name: str) -> str:
 def _words(value: str) -> str:
     """Return text whose lines end within long names, and not within a number and its unit."""
     value = value.replace(" × ", "\xa0×\xa0").replace(" %", "\xa0%").replace("–", "–\u2060")
-    return re.sub(r"([_/])(?=\w)", r"\1<wbr>", text(value))
+    return re.sub(r"([_/])(?=\w\w)", r"\1<wbr>", text(value))
 
 
 def _findings(heading: str, found: Sequence[Finding]) -> str:
@@ -75,7 +75,9 @@ def _findings(heading: str, found: Sequence[Finding]) -> str:
 
 def _table(table: Table, arms: Mapping[str, str]) -> str:
     """Return a table that scrolls in its own container; its first column stays."""
-    head = "".join(f"<th>{_cell(cell, arms)}</th>" for cell in table.header)
+    of_rows = arms if table.kind in ("arms", "pairs") else {}
+    of_header = arms if table.kind == "pairs" else {}
+    head = "".join(f"<th>{_cell(cell, of_header)}</th>" for cell in table.header)
     body = []
     for i, (first, *cells) in enumerate(table.rows):
         marked = ((i, 1 + j) in table.marked for j in range(len(cells)))
@@ -83,7 +85,7 @@ def _table(table: Table, arms: Mapping[str, str]) -> str:
             f"<td{' class=marked' * mark}>{_cell(cell)}</td>"
             for mark, cell in zip(marked, cells, strict=True)
         )
-        body.append(f"<tr><th>{_cell(first, arms)}</th>{''.join(tags)}</tr>")
+        body.append(f"<tr><th>{_cell(first, of_rows)}</th>{''.join(tags)}</tr>")
     return (
         f"<section><h2>{_words(table.title)}</h2>\n"
         f'<div class="scroll" tabindex="0"><table class="{table.kind}">'
@@ -114,6 +116,11 @@ def _plots(measured: Measured, index: int, arms: Mapping[str, str]) -> str:
         figures = "".join(f"<figure>{plots.svg(measured, panel)}</figure>" for panel in row)
         parts.append(f"<h3>{heading}</h3>" * bool(heading))
         parts.append(f'<div class="plots" tabindex="0">{figures}</div>')
+    if criterion.count is not None:
+        parts.append(
+            f'<p class="note">Evaluations on {criterion.count:,.0f} items; those on another number '
+            "are left out, since a score depends on the items.</p>"
+        )
     return f"<section><h2>{_words(title(criterion))}</h2>\n" + "\n".join(parts) + "</section>"
 
 
@@ -136,8 +143,8 @@ and LLM, with one grid of learning rates; each arm uses the rate with its lowest
 plots and counted in the second.</p>
 <p>Lines are means over seeds and <b>bands</b> reach from the lowest to the highest seed: they are
 not confidence intervals. The <b>dashed line</b> is the baseline's best. An arm that crosses it
-further left needed less. The best of many evaluations is a little too good for every arm alike;
-the final scores are measured once, on other data.</p>
+further left needed less. The best of many evaluations is a little too good, for every arm alike;
+the final scores are measured once, at the end.</p>
 <p><b>Brackets</b> are 95 % bootstrap intervals over test items, with whole images or clips drawn.
 Two arms whose intervals overlap may still differ: the table of differences compares them item by
 item, which is sharper. Many pairs of arms are compared: one in twenty intervals leaves out 0 by
@@ -176,7 +183,7 @@ table { border-collapse: separate; border-spacing: 0; font-size: .9rem; line-hei
  font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .5rem .8rem; text-align: right; vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; }
-thead th { color: var(--muted); font-size: .8rem; vertical-align: bottom;
+thead th { min-width: 6rem; color: var(--muted); font-size: .8rem; vertical-align: bottom;
  border-bottom: 1px solid var(--line); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 th:first-child { background: var(--page); left: 0; min-width: clamp(7.5rem, 18vw, 13rem);

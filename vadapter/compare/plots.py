@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from vadapter.compare.curves import AXES, Criterion, Measured, band
 from vadapter.compare.table import compact, title
+from vadapter.html_page import text
 from vadapter.report.plots import COLORS
 
 SHOWN = ("steps", "samples", "flops", "seconds")  # axes of the panels
@@ -129,7 +130,7 @@ def _inline(markup: str, label: str) -> str:
     for i, color in enumerate(COLORS):
         body = body.replace(color.lower(), f"var(--arm-{i})")
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", body)
-    return f'<svg viewBox="{box[1]}" role="img" aria-label="{label}">{body}'
+    return f'<svg viewBox="{box[1]}" role="img" aria-label="{text(label)}">{body}'
 
 
 def png(measured: Measured, criterion: Criterion) -> bytes:
@@ -156,9 +157,9 @@ def png(measured: Measured, criterion: Criterion) -> bytes:
         handles, ["-"] * len(names), loc="outside lower center", ncols=columns, frameon=False
     )
     texts = [figure.suptitle(""), *legend.get_texts()]
-    for text, name in zip(texts, [measured.comparison.name, *names], strict=True):
-        text.set_parse_math(False)  # a $ in a name is a dollar
-        text.set_text(name)  # a label that begins with _ would be left out
+    for label, name in zip(texts, [measured.comparison.name, *names], strict=True):
+        label.set_parse_math(False)  # a $ in a name is a dollar
+        label.set_text(name)  # a label that begins with _ would be left out
     file = io.BytesIO()
     figure.savefig(file, dpi=130, format="png")
     return file.getvalue()

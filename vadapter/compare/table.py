@@ -32,7 +32,8 @@ class Table(NamedTuple):
     rows: list[Row]
     note: str
     marked: Collection[tuple[int, int]] = ()  # (row, column) of cells to be emphasized
-    kind: Literal["numbers", "words"] = "numbers"
+    #: what the first column names: arms, arms like the header (pairs), or anything else
+    kind: Literal["arms", "pairs", "words"] = "arms"
 
 
 # -- cells ---------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def _parts(criterion: Criterion) -> tuple[str, str]:
 
 def metric_title(metric: str) -> str:
     """Return the name of a score with its unit."""
-    return {"cider": "CIDEr × 100", "accuracy": "accuracy, %"}.get(metric, f"{metric} × 100")
+    return {"cider": "CIDEr × 100", "accuracy": "accuracy in %"}.get(metric, f"{metric} × 100")
 
 
 def spread(value: Spread | None, show: Callable[[float], str], gap: str = "\n") -> str:
@@ -275,7 +276,7 @@ def difference_table(evaluation: Evaluation) -> Table:
         "(95 % interval). Emphasized: the interval leaves out 0. Anything else is not a difference "
         "that these items show."
     )
-    return Table(f"Differences: {evaluation.name}", ("", *names), rows, note, marked)
+    return Table(f"Differences: {evaluation.name}", ("", *names), rows, note, marked, "pairs")
 
 
 def tables(measured: Measured, evaluations: Sequence[Evaluation]) -> list[Table]:

@@ -1,0 +1,323 @@
+"""The files of a comparison: numbers against sums written out here, and one safe page."""
+
+import csv
+import html.parser
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.compared import LOSS, SCORE, compare, points, write_run
+
+from vadapter.compare import curves
+from vadapter.compare.comparison import Arm, Comparison
+from vadapter.compare.costs import Cost
+from vadapter.compare.csv_file import COLUMNS, csv_text
+from vadapter.compare.curves import AXES, measure
+from vadapter.compare.final_scores import evaluations
+from vadapter.compare.provenance import origin
+from vadapter.compare.summary import findings
+from vadapter.compare.table import compact, learning_rates, results, tables, to_baseline
+from vadapter.compare.write import write_comparison
+from vadapter.metrics import bootstrap
+from vadapter.metrics.bootstrap import Sample
+
+COSTS = {
+    "perceiver": Cost(8, 3e9, 400.0, {"images": 4, "clips": 32}, 10_000, 1_234_567),
+    "vadapter": Cost(8, 5e9, 400.0, {"images": 4, "clips": 4}, 12_345, 110_000),
+    "decoder": Cost(8, 1e9, 0.0, {"images": 4}, 20, 50),
+}
+STEPS = (10, 20, 30, 40)
+NASTY = '<script>alert("1")</script>|$x^2_y$ & \' onload="x" _'
+
+
+@pytest.fixture(autouse=True)
+def known_costs(monkeypatch):
+    """Costs from the table above: a model need not be traced for each run."""
+    monkeypatch.setattr(
+        curves, "stage_costs", lambda workdir, names: {name: COSTS[name] for name in names}
+    )
+
+
+def items(name, seed=0):
+    """(image, score) of two items for each of 40 images; `worse` differs by 0 on average."""
+    draw = np.random.default_rng(seed)
+    shift = {"better": lambda i: 0.5, "worse": lambda i: 0.1 - 0.2 * (i // 2 % 2)}
+    by = shift.get(name, lambda i: 0.0)
+    return [(f"image-{i // 2}", float(draw.uniform()) + by(i)) for i in range(80)]
+
+
+def averaged(name):
+    """The items of an arm, averaged over both seeds."""
+    both = zip(items(name, 0), items(name, 1), strict=True)
+    pairs = [(a[0], (a[1] + b[1]) / 2) for a, b in both]
+    return Sample.of_means(range(80), *zip(*pairs, strict=True))
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Perceiver, an arm with stage 1 that is better and a worse one, with two seeds each."""
+    made = []
+    for name, stage, prior, losses in (
+        ("perceiver", "perceiver", {}, ([4, 3, 2, 2.5], [4, 3, 3, 1])),
+        ("better", "vadapter", {"decoder": 6}, ([3, 2, 1, 1], [3, 2, 2, 1])),
+        ("worse", "perceiver", {}, ([5, 5, 4, 4], [5, 5, 4, 1])),
+    ):
+        runs = tuple(
+            write_run(
+                tmp_path / f"{name}-{seed}", stage,
+                points(STEPS, losses[seed], [1 / y for y in losses[seed]]), seed=seed, prior=prior,
+                finals={"test": items(name, seed)}, step_ms=100.0 + 100 * seed,
+            )
+            for seed in (0, 1)
+        )  # fmt: skip
+        made.append(Arm(name, runs, {1e-2: 1.5, 1e-3: 1.25 + len(made), 1e-1: math.inf}))
+    return Comparison("three", tuple(made), "perceiver", LOSS, SCORE, ("test",))
+
+
+def test_the_results_hold_means_ranges_and_sizes(three):
+    measured = measure(three)
+    scored = evaluations(measured)
+    table = results(measured, scored)
+    row = dict(zip(table.header, table.rows[0], strict=True))
+    assert row["captions\nbest CIDEr × 100"] == "75.0\n(50.0–100.0)"  # 1/2 and 1/1
+    assert row["held\nbest loss in nats per token"] == "1.500\n(1.000–2.000)"
+    assert row["visual\ntokens"] == "images 4\nclips 32"
+    assert dict(zip(table.header, table.rows[1], strict=True))["visual\ntokens"] == "4"
+    assert (row["parameters\ntrained"], row["parameters\nin all"]) == ("10k", "1.23M")
+    assert row["samples/s"] == "60.0\n(40.0–80.0)"  # 8 samples in 0.1 s and in 0.2 s
+    assert row["seeds"] == "2"
+    means = [np.mean([x for _, x in items("perceiver", seed)]) for seed in (0, 1)]
+    ends = bootstrap.interval(averaged("perceiver"))
+    assert ends is not None
+    assert row["test\nCIDEr × 100"] == (
+        f"{100 * np.mean(means):.1f}\n({100 * min(means):.1f}–{100 * max(means):.1f})\n"
+        f"[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+    )
+
+
+def test_the_interval_of_a_single_seed_is_that_of_its_score_file(tmp_path):
+    run = write_run(tmp_path / "run", "perceiver", {}, finals={"test": items("perceiver")})
+    path = tmp_path / "run" / "perceiver" / "eval" / "test" / "score.json"
+    path.write_text('{"scores": {"cider": 0.5}, "intervals": {"cider": [0.25, 0.75]}}')
+    comparison = Comparison("x", (Arm("a", (run,), {}),), "a", LOSS, "", ("test", "absent"))
+    (evaluation,) = evaluations(measure(comparison))
+    assert evaluation.scores["a"].interval == (0.25, 0.75)
+    assert evaluation.differences == {}
+
+
+def test_differences_are_paired_over_items_averaged_over_seeds(three):
+    (evaluation,) = evaluations(measure(three))
+    assert len(evaluation.differences) == 6
+    for (a, b), difference in evaluation.differences.items():
+        expected = bootstrap.paired(averaged(a), averaged(b))
+        assert difference.value == pytest.approx(expected.value, abs=1e-9)
+        assert difference.interval == pytest.approx(expected.interval, abs=0.01)
+        mirrored = evaluation.differences[b, a]
+        assert mirrored.value == -difference.value
+
+
+def test_the_way_to_the_baseline_says_never_some_seeds_and_ratios(three):
+    measured = measure(three)
+    loss = measured.criteria[1]
+    table = to_baseline(measured, loss)
+    cells = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    counted = "steps\nwith stage 1"
+    # Seed 0: its best, 2, at step 30; seed 1: 1 at step 40.
+    assert cells["perceiver"]["steps"] == "35 (30–40)\n1.00×"
+    assert cells["perceiver"][counted] == "35 (30–40)\n1.00×"
+    assert cells["better"]["steps"] == "30 (20–40)\n0.83× (0.67–1.00)"  # 20/30 and 40/40
+    assert cells["better"][counted] == "36 (26–46)\n1.01× (0.87–1.15)"  # 26/30 and 46/40
+    assert cells["better"]["training FLOPs"] == "150 (100–200) GFLOP\n1.39× (1.11–1.67)"
+    assert cells["worse"]["steps"] == "40\n1.00×\nin 1 of 2 seeds"
+    first = Comparison("x", three.arms[:1] + three.arms[2:], "perceiver", LOSS, SCORE, ())
+    alone = Arm("worse", three.arms[2].runs[:1], {})
+    without = measure(Comparison("x", (first.arms[0], alone), "perceiver", LOSS, SCORE, ()))
+    table = to_baseline(without, without.criteria[1])
+    assert table.rows[1] == ("worse", "never", "never", "never")  # no columns with stage 1
+
+
+def test_the_grid_shows_what_was_chosen_what_diverged_and_where_it_ends(three):
+    table = learning_rates(measure(three))
+    assert table is not None
+    assert table.header == ("arm", "0.001", "0.01", "0.1")
+    assert table.rows[1] == ("better", "2.250", "1.500 ✓", "diverged")
+    assert "edge" not in table.note
+    arms = tuple(Arm(a.name, a.runs, {1e-2: 1.0, 1e-3: 2.0}) for a in three.arms)
+    edge = learning_rates(measure(Comparison("x", arms, "perceiver", LOSS, "", ())))
+    assert edge is not None
+    assert "edge of the grid: perceiver, better, worse" in edge.note
+    none = tuple(Arm(a.name, a.runs, {}) for a in three.arms)
+    assert learning_rates(measure(Comparison("x", none, "perceiver", LOSS, "", ()))) is None
+
+
+def test_the_findings_say_no_more_than_the_numbers(three):
+    measured = measure(three)
+    found = findings(measured, evaluations(measured))
+    score, loss = found["Speed"]
+    assert loss.text == "held, loss in nats per token: perceiver's best is 1.500 (1.000–2.000)."
+    assert loss.arms == [
+        "better reaches it after 30 (20–40) steps: 0.83× (0.67–1.00) of what perceiver itself "
+        "takes, 1.01× (0.87–1.15) with stage 1 counted.",
+        "worse reaches it in 1 of 2 seeds after 40 steps: 1.00× of what perceiver itself takes.",
+    ]
+    assert len(score.arms) == 2
+    better, worse = found["Final scores"][0].arms
+    assert re.fullmatch(r"better: \+\d+\.\d \[\+[\d.]+, \+[\d.]+\]\.", better)
+    assert worse.endswith("within the interval: no difference is shown.")
+    assert found["Limits"] == []
+
+
+def test_the_findings_say_what_is_missing(tmp_path):
+    arms = (
+        ("perceiver", "perceiver", {}, {0: points(STEPS, [4, 3, 2, 1])}),
+        ("worse", "perceiver", {}, {0: points(STEPS, [9, 9, 9, 8])}),
+    )
+    comparison = compare(tmp_path, *arms)
+    (tmp_path / "1-0" / "perceiver" / "done.json").unlink()
+    lost = Arm("lost", (), {1e-2: math.inf}, diverged=(0, 1))
+    comparison = Comparison("x", (*comparison.arms, lost), "perceiver", LOSS, "", ("test",))
+    measured = measure(comparison)
+    found = findings(measured, evaluations(measured))
+    assert found["Speed"][0].arms == ["worse never does; its best is 8.000."]
+    assert found["Final scores"] == []
+    limits = " ".join(each.text for each in found["Limits"])
+    for words in ("one seed", "Not finished", "worse seed 0", "lost diverged with seed 0, 1"):
+        assert words in limits
+
+
+@pytest.mark.parametrize("power", range(20))
+def test_amounts_are_short_and_within_half_a_percent(power):
+    draw = np.random.default_rng(power)
+    for value in (10.0**power, *(draw.uniform(0.9, 10, 20) * 10**power)):
+        for unit in ("", "FLOP"):
+            shown = compact(value, unit).removesuffix(unit).strip()
+            prefix = shown[-1] if shown[-1].isalpha() else ""
+            number = shown.removesuffix(prefix).strip()
+            scale = 10 ** (3 * " kMGTPE".index(prefix or " "))
+            assert float(number) * scale == pytest.approx(value, rel=0.0051)
+            assert len(number) <= 5
+
+
+def test_the_csv_has_every_point_with_all_digits(three):
+    measured = measure(three)
+    origins = {c.run: origin(c.run, three.test) for arm in measured.arms for c in arm.curves}
+    read = list(csv.DictReader(io.StringIO(csv_text(measured, origins))))
+    assert list(read[0]) == list(COLUMNS)
+    assert all(column.meaning for column in COLUMNS.values())
+    flat = [(arm, c, p) for arm in measured.arms for c in arm.curves for p in c.points]
+    assert len(read) == len(flat) == 6 * 21
+    for row, (arm, curve, point) in zip(read, flat, strict=True):
+        assert (row["arm"], int(row["seed"])) == (arm.name, curve.run.seed)
+        for axis in AXES:
+            assert float(row[axis]) == point.spent[axis]
+            assert float(row[f"{axis}_with_stage_1"]) == point.spent[axis] + curve.before[axis]
+        for column, key in (("training_loss", "loss"), ("held_out_loss", LOSS), ("score", SCORE)):
+            logged = point.values.get(key)
+            assert row[column] == ("" if logged is None else repr(logged))
+        assert re.fullmatch("[0-9a-f]{64}", row["recipe"])
+    alike = [row for row in read if row["stage"] == "perceiver"]  # two arms, two seeds
+    for column in ("data", "protocol", "frozen"):
+        (digest,) = {row[column] for row in alike}
+        assert re.fullmatch("[0-9a-f]{64}", digest)
+    assert len({row["recipe"] for row in read}) > 1  # the seed is part of a recipe
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, markup):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(markup)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def plain(text):
+    """Text of a page without what guides its line breaks."""
+    return text.replace("\u2060", "").replace("\xa0", " ")
+
+
+def test_the_page_is_whole_and_loads_nothing(three, tmp_path):
+    written = write_comparison(three, tmp_path / "out")
+    markup = written.page.read_text(encoding="utf-8")
+    page = Page(markup)
+    assert "http" not in markup.replace('http-equiv="Content', "")
+    assert not {"script", "link", "iframe", "object", "img", "metadata"} & {t for t, _ in page.tags}
+    for _, attrs in page.tags:
+        for name, value in attrs.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href"):
+                assert value.startswith("#")
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    uses = [v for _, attrs in page.tags for k, v in attrs.items() if k.endswith("href")]
+    assert {use.removeprefix("#") for use in uses} <= set(ids)
+    figures = [attrs for tag, attrs in page.tags if tag == "svg"]
+    assert len(figures) == 2 * 2 * 4  # criteria, stage 1 counted or not, axes
+    measured = measure(three)
+    shown = tables(measured, evaluations(measured))
+    assert len(shown) == 5
+    for table in shown:
+        for row in table.rows:
+            for line in "\n".join(row).split("\n"):
+                assert line in plain(page.text)
+    for name in COLUMNS:
+        assert name in page.text
+
+
+def test_the_text_and_markdown_hold_the_same_tables(three, tmp_path):
+    written = write_comparison(three, tmp_path)
+    markdown = written.table.read_text(encoding="utf-8")
+    for part in ("Results", "To perceiver's best", "Differences: test", "Learning rates", "Equal"):
+        assert part in written.text
+        assert part in markdown
+    assert "| better |" in markdown
+    assert max(map(len, written.text.split("Results")[0].split("\n"))) <= 98
+    assert [path.name for path in written.plots] == ["score.png", "loss.png"]
+    for path in written.files():
+        assert path.is_file()
+    for path in written.plots:
+        with Image.open(path) as image:
+            assert image.size[0] > 1500
+            assert np.asarray(image.convert("L")).std() > 10  # something is drawn
+
+
+def test_names_are_text_wherever_they_are_shown(tmp_path):
+    arms = (
+        (NASTY, "perceiver", {}, {0: points(STEPS, [4, 3, 2, 1])}),
+        ("_$\\frac{", "perceiver", {}, {0: points(STEPS, [4, 3, 2, 1])}),
+    )
+    comparison = compare(tmp_path / "runs", *arms)
+    written = write_comparison(comparison, tmp_path / "out")
+    markup = written.page.read_text(encoding="utf-8")
+    page = Page(markup)
+    assert "<script" not in markup
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    for name, *_ in arms:
+        assert plain(page.text).count(name) >= 3
+    rows = list(csv.DictReader(io.StringIO(written.csv.read_text(encoding="utf-8"))))
+    assert {row["arm"] for row in rows} == {name for name, *_ in arms}
+
+
+def test_a_comparison_that_has_measured_nothing_yet_has_a_page(tmp_path):
+    comparison = compare(tmp_path / "runs", ("perceiver", "perceiver", {}, {0: {}}))
+    written = write_comparison(comparison, tmp_path / "out")
+    assert written.plots == ()
+    assert "perceiver" in Page(written.page.read_text(encoding="utf-8")).text
+
+
+def test_arms_look_different_from_each_other():
+    from vadapter.compare.curves import Measured, MeasuredArm
+    from vadapter.compare.plots import looks
+
+    arms = tuple(Arm(str(i), (), {}) for i in range(30))
+    comparison = Comparison("x", arms, "0", LOSS, "", ())
+    measured = Measured(comparison, tuple(MeasuredArm(arm, None, ()) for arm in arms), ())
+    assert len(set(looks(measured).values())) == 30
