@@ -27,7 +27,7 @@ def _names(text: str) -> tuple[str, ...]:
     arg("--layer", default="", metavar="N,M",
         help="layers of the language model to read words from (default: the middle one)"),
     arg("--limit", type=at_least(0), default=None, metavar="N",
-        help="items of each evaluation, evenly spaced (default: 64); 0: all"),
+        help="items of each evaluation, evenly spaced (default: 200); 0: all"),
     arg("--show", type=at_least(1), default=None, metavar="N",
         help="items of each evaluation on the page, with attention maps (default: 4)"),
     arg("--top", type=at_least(1), default=None, metavar="N",

@@ -47,7 +47,7 @@ class Settings:
       evals: names of evaluations; (): those of the stage.
     """
 
-    limit: int = 64
+    limit: int = 200
     show: int = 4
     layers: tuple[int, ...] = ()
     top: int = 5
