@@ -36,7 +36,8 @@ class Trainer:
         self.world, self.folder, self.patch = world, folder, patch
         self.said: list[str] = []
         self.loss: Callable[[str, float, int], float] = lambda arm, lr, seed: 1.0
-        self.trained = use_fake_runs(patch, lambda *run: self.loss(*run))
+        self.part = "a digest"
+        self.trained = use_fake_runs(patch, lambda *run: self.loss(*run), lambda: self.part)
 
     def __call__(self, *overrides: str, seeds: int = 2, arms: Any = ARMS, **keys: Any):
         config = tiny_comparison(self.world, arms, test=(), **keys)
@@ -230,6 +231,16 @@ def test_runs_of_another_recipe_are_refused_before_anything_is_trained(train, ca
     assert key in str(raised.value)
     assert train.trained == []
     assert train.files() == before
+
+
+def test_runs_that_started_from_other_parts_are_refused(train):
+    train(seeds=1)
+    shutil.rmtree(train.folder / "parts")
+    train.part = "another digest"  # they would not be the same bits on another machine
+    with pytest.raises(CheckpointError, match="was trained with another recipe") as raised:
+        train(seeds=2)
+    assert "start of llm" in str(raised.value)
+    assert [run[0] for run in train.trained] == ["llm"]
 
 
 def test_keys_that_do_not_change_what_is_trained_may_change(train):

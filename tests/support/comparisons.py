@@ -5,6 +5,7 @@ recipe = write_comparison(runs.prepare(folder))
 main(["compare", f"--config={recipe}", "--seeds=2", f"--workdir={folder / 'compare'}"])
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from support.shared import make_once
 
 from vadapter.config import plain
 from vadapter.io.json_files import write_json
-from vadapter.recipe.schema import Recipe, components
+from vadapter.recipe.schema import Recipe, StageConfig, components
+from vadapter.recipe.schema import trained as trained_by
 from vadapter.stages.initialization import DONE
 from vadapter.stages.run import Run
 from vadapter.stages.stage import Sources, settings
@@ -94,14 +96,25 @@ def prepared(factory: pytest.TempPathFactory) -> Path:
 
 
 def use_fake_runs(
-    patch: pytest.MonkeyPatch, loss: Callable[[str, float, int], float]
+    patch: pytest.MonkeyPatch,
+    loss: Callable[[str, float, int], float],
+    digest: Callable[[], str],
 ) -> list[tuple[Any, ...]]:
     """Let runs finish at once, without a model; return the list that each of them is added to.
 
     Args:
       loss: (arm, lr, seed) -> validation loss of a run, or raises.
+      digest: that of every component which a run trains now.
     """
     trained: list[tuple[Any, ...]] = []
+
+    def starts(stage: StageConfig) -> dict[str, str]:
+        found = {}
+        for name in components(stage):
+            path = Path(stage.start.get(name, "")) / DONE
+            done = json.loads(path.read_text())["components"] if path.is_file() else {}
+            found[name] = done.get(name, "")
+        return found
 
     def train(recipe: Recipe, workdir: Path, **_: Any) -> None:
         stage = recipe.stages[recipe.chain[-1]]
@@ -115,9 +128,10 @@ def use_fake_runs(
                 **plain(settings(recipe, name)),
                 "fingerprints": {n: source(n).fingerprint() for n in data},
                 "tokenizer": "that of the parts",
-                "start": {n: f"content of {n}" for n in components(recipe.stages[name])},
+                "start": starts(recipe.stages[name]),
             }
-            done = {"components": {"part": "digest"}, "identity": identity, "scores": scores}
+            parts = dict.fromkeys(trained_by(recipe.stages[name]), digest())
+            done = {"components": parts, "identity": identity, "scores": scores}
             write_json(workdir / name / DONE, done)
         write_json(workdir / "config.json", plain(recipe))
 

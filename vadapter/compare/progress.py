@@ -10,11 +10,12 @@ from vadapter.checkpoints.array_io import read_meta
 from vadapter.checkpoints.manager import steps
 from vadapter.compare import fairness
 from vadapter.compare.plan import PlannedRun
-from vadapter.config import differences, plain
+from vadapter.config import differences, plain, resolve
 from vadapter.console import difference_table
 from vadapter.errors import CheckpointError, NonFiniteError, Problems
+from vadapter.io import storage
 from vadapter.io.json_files import write_json
-from vadapter.recipe.schema import Recipe
+from vadapter.recipe.schema import Recipe, StageConfig
 from vadapter.stages import initialization
 from vadapter.stages.restore import read_run
 from vadapter.stages.stage import Stage, settings
@@ -76,6 +77,10 @@ def require_same(
             if data in before.get("fingerprints", {}):
                 saved[f"content of {data}"] = before["fingerprints"][data]
                 now[f"content of {data}"] = fingerprint
+        for component, digest in _starts(recipe.stages[name]).items():
+            if component in before.get("start", {}):
+                saved[f"start of {component}"] = before["start"][component]
+                now[f"start of {component}"] = digest
         if name == recipe.chain[-1] and (workdir / "config.json").is_file():
             saved["protocol"] = fairness.protocol(read_run(workdir), name)
             now["protocol"] = fairness.protocol(recipe, name)
@@ -87,6 +92,18 @@ def require_same(
                     + "\nUse another --workdir, the previous configuration, or remove "
                     f"{workdir} to train it again."
                 )
+
+
+def _starts(stage: StageConfig) -> dict[str, str]:
+    """Return the digests of the components that start from a finished stage of another run."""
+    digests = {}
+    for component, source in stage.start.items():
+        directory = storage.as_path(resolve(source))
+        if "/" in source and (directory / initialization.DONE).is_file():
+            stored = initialization.finished(directory)["components"]
+            name = stage.rename.get(component, component)
+            digests |= {component: stored[name]} if name in stored else {}
+    return digests
 
 
 def _recorded(workdir: Path, stage: str) -> dict[str, Any] | None:

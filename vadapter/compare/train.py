@@ -80,6 +80,7 @@ class _Trainer:
             self.say(f"frozen parts: {', '.join(plan.parts.chain)}")
             loop.train(plan.parts, plan.folder / PARTS, stop=self.stop)
             gc.collect()
+            self._check_directories(Problems())  # of runs that started from other parts
         for run in plan.grid():
             self._train(run)
         for arm in plan.arms:
@@ -180,7 +181,7 @@ class _Trainer:
         if not self._seconds:
             return ""
         left = (self._total - self._reached + 1) * sum(self._seconds) / len(self._seconds)
-        return f", at most {duration(left)} left"
+        return f", about {duration(left)} left"
 
     def _prepare(self, run: PlannedRun) -> None:
         """Give a run the tokenizer of the parts, and stages that it has in common with others."""
