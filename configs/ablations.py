@@ -152,7 +152,7 @@ SMALL = dict(
         mlp=dict(hidden_dim=896),
         shuffle=dict(hidden_dim=256),
         pool=dict(hidden_dim=896),
-        qformer=dict(queries=16, width=128, depth=6, heads=4, mlp_dim=384),
+        qformer=dict(queries=16, width=128, depth=4, heads=4, mlp_dim=384),
         c_abstractor=dict(hidden_dim=208),
         media=dict(layers=2),
         cross_attention=dict(every=2, heads=6, head_dim=32),

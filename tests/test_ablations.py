@@ -16,7 +16,7 @@ from vadapter.data.open import make_source
 from vadapter.data.scenes.world import split_of
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import ConfigError
-from vadapter.models.registry import KINDS, expand, load_kind
+from vadapter.models.registry import expand, load_kind
 from vadapter.recipe.schema import components, read
 from vadapter.stages.stage import Stage
 
@@ -65,8 +65,7 @@ def parameters(base, row):
 
 
 def expressible(base):
-    rows = [row for row in ROWS if base in ("paper", "public") or row not in OTHER_ENCODER]
-    return [row for row in rows if row in KINDS or row != "qformer"]
+    return [row for row in ROWS if base in ("paper", "public") or row not in OTHER_ENCODER]
 
 
 # -- rows ------------------------------------------------------------------------------------------
@@ -157,13 +156,16 @@ def built(model):
     return out, *rest
 
 
-# Millions, and a tolerance: of stage 2 (paper, section 4.2), and of the C-Abstractor between widths
-# 1024 and 2048 (Honeybee's code).
+# Millions, and a tolerance: of stage 2 (paper, section 4.2); of Honeybee's C-Abstractor between
+# widths 1024 and 2048; of BLIP-2's Q-Former, which has a projection behind it here.
 PUBLISHED = {
     ("vadapter", "encoder=b"): (120, 0.1),
     ("vadapter", "encoder=l"): (120, 0.1),
     ("vadapter", "encoder=g"): (130, 0.1),
     ("c_abstractor", "encoder=l"): (22.4, 0.01),
+    ("qformer", "encoder=b"): (99.3 + 1.57, 0.001),
+    ("qformer", "encoder=l"): (101.6 + 1.57, 0.001),
+    ("qformer", "encoder=g"): (105.2 + 1.57, 0.001),
 }
 
 
