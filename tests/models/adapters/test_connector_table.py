@@ -53,9 +53,11 @@ def tokens(stage, frames):
     return 0 if model.cross else prefix.shape[1]
 
 
-def test_every_kind_of_connector_is_in_the_table():
+def test_every_kind_of_connector_and_every_connector_of_the_ablations_is_in_the_table():
     listed = {kind.strip() for row in TABLE.values() for kind in row["kinds"].split(",")}
     assert listed == set(KINDS) - NOT_CONNECTORS
+    connectors = {row for row in ROWS if not row.startswith("table")}
+    assert connectors == set(TABLE) & set(ROWS)
 
 
 @pytest.mark.parametrize("row", TABLE)
