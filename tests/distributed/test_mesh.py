@@ -39,6 +39,8 @@ TINY = {
                 "time_embed": True},
     "mlp": {"hidden_dim": 16, "width": 16},
     "c_abstractor": {"queries": 4, "width": 16, "hidden_dim": 16, "grid": (2, 2)},
+    "cross_attention": {"heads": 2, "head_dim": 8, "width": 16, "depth": 2},
+    "words": {"width": 16, "vocab_size": 32},
     "fc": {"width": 16},
     "lm": {"vocab_size": 32, "width": 16, "depth": 1, "heads": 2, "mlp_dim": 32, "bias": True,
            "positions": "learned", "tied": False, "norm": "layer"},
@@ -54,11 +56,11 @@ def boxes(module, kind):
         args = (text, text, (text[:, 0], text[:, 0]), None)
     elif kind in ("vit", "mobilenet"):
         args = (jnp.zeros((1, 1, module.view.size, module.view.size, 3)),)
-    elif kind == "fc":
+    elif kind in ("fc", "cross_attention", "words"):
         args = (jnp.zeros((1, 2, 16)),)
     else:
         args = (jnp.zeros((1, 8, 4, 16)),)
-    return jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+    return jax.eval_shape(module.init, jax.random.key(0), *args).get("params", {})
 
 
 def is_box(x):
