@@ -65,10 +65,8 @@ def choose(items: Any, limit: int) -> Chosen:
 class HeldOut:
     """The items of an evaluation, as a stage reads them.
 
-    Attributes:
-      name: of the evaluation.
-      spec, data, source: its sections of the recipe, and its data set.
-      items: those that are looked at.
+    Its name and section of the recipe, the section of its data set, that data set, and those of its
+    items that are looked at.
     """
 
     name: str

@@ -378,7 +378,7 @@ td { white-space: nowrap; } tbody th { font-weight: normal; min-width: 8em; opac
  30em), 1fr)); }
 .who { font-weight: 600; margin: .6em 0 .1em; }
 .row { align-items: center; display: grid; gap: .6em; grid-template-columns: 8.4em minmax(4em,
- 1fr) 12.5em; }
+ 1fr) 14.6em; }
 .row > span { min-width: 0; }
 .track { background: #8882; border-radius: 5px; height: 10px; position: relative; }
 .track i { border-radius: 3px; height: 4px; opacity: .55; position: absolute; top: 3px; }
@@ -430,7 +430,9 @@ figcaption { font-size: .75em; opacity: .55; position: absolute; right: 6px; top
 @media (max-width: 600px) {
  .row { gap: 0 .6em; grid-template-columns: 7.2em 1fr; }
  .row .value { grid-column: 2; margin-bottom: .3em; }
- td { white-space: normal; min-width: 9em; }
+ table { font-size: .9em; }
+ td { min-width: 6.6em; white-space: normal; } tbody th { min-width: 6.2em; }
+ td, th { padding-right: .6em; }
 }
 """
 _LEGEND = f"""\
