@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from support import paths
 from support.compared import LOSS, SCORE, compare, points, write_run
 
 from vadapter.compare import curves
@@ -321,3 +322,11 @@ def test_arms_look_different_from_each_other():
     comparison = Comparison("x", arms, "0", LOSS, "", ())
     measured = Measured(comparison, tuple(MeasuredArm(arm, None, ()) for arm in arms), ())
     assert len(set(looks(measured).values())) == 30
+
+
+def test_the_guide_names_every_column_of_the_csv():
+    guide = (paths.ROOT / "vadapter" / "compare" / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", guide))
+    named |= {f"{name}_with_stage_1" for name in AXES if "_with_stage_1" in named}
+    named |= {f"held_out_loss{end}" for end in ("_wrong", "_mean") if end in named}
+    assert set(COLUMNS) <= named

@@ -137,17 +137,17 @@ def _columns(columns: Mapping[str, str]) -> str:
 
 _READING = """\
 <section><h2>How to read this</h2>
-<p>All arms are trained on the same batches in the same order, in front of the same frozen encoder
-and LLM, with one grid of learning rates; each arm uses the rate with its lowest validation loss.
-<b>Stage 1</b> is what an arm trains before the compared stage; it is left out of the first row of
-plots and counted in the second.</p>
+<p>All arms are trained on the same data, in the same order for the same seed, in front of the same
+frozen encoder and LLM. Where a grid of learning rates is shown, each arm uses the rate with its
+lowest validation loss. <b>Stage 1</b> is what an arm trains before the compared stage: numbers
+count it only where they say so.</p>
 <p>Lines are means over seeds and <b>bands</b> reach from the lowest to the highest seed: they are
 not confidence intervals. The <b>dashed line</b> is the baseline's best. An arm that crosses it
 further left needed less. The best of many evaluations is a little too good, for every arm alike;
 the final scores are measured once, at the end.</p>
-<p><b>Brackets</b> are 95 % bootstrap intervals over test items, with whole images or clips drawn.
-Two arms whose intervals overlap may still differ: the table of differences compares them item by
-item, which is sharper. Many pairs of arms are compared: one in twenty intervals leaves out 0 by
+<p><b>Brackets</b> are 95&nbsp;% bootstrap intervals over test items, with whole images or clips
+drawn. Two arms whose intervals overlap may still differ: the table of differences compares them
+item by item, which is sharper. Where nothing differs, one interval in twenty leaves out 0 by
 chance.</p></section>
 """
 

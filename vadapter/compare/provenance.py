@@ -1,6 +1,8 @@
 """Where the numbers of a comparison come from: what was equal in all runs, and digests of each."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,20 +48,19 @@ def origin(run: Trained, test: Sequence[str]) -> Origin:
 
 def equal(measured: Measured, origins: Mapping[Trained, Origin]) -> Table:
     """Return what was equal in all runs, as the first finished one has it."""
-    origins_done = (each for each in origins.values() if each.facts)
-    facts: Mapping[str, Any] = next((each.facts for each in origins_done), {})
-    sections = {name: facts.get(name, {}) for name in ("data", "protocol", "frozen")}
+    facts = next((each.facts for each in origins.values() if each.facts), {})
+    sections: dict[str, Any] = {n: facts.get(n, {}) for n in ("data", "protocol", "frozen")}
     runs = [curve.run for arm in measured.arms for curve in arm.curves]
     seeds = sorted({run.seed for run in runs})
     rows = [
         ("data", _lines(_data(sections["data"]))),
         ("batch", str(sections["data"].get("batch", NONE))),
         ("seeds", ", ".join(map(str, seeds)) or NONE),
-        ("order of the data", "a function of seed and step alone, so the same in all arms"),
+        ("order", "a function of seed and step alone: equal for equal seeds"),
         ("frozen", _lines(_frozen(sections["frozen"]))),
         ("protocol", _protocol(sections["protocol"])),
-        ("made with", f"vadapter {vadapter.__version__}, commit {(commit() or 'unknown')}"),
-        ("machine", _lines(sorted({_machine(run.workdir) for run in runs}))),
+        ("written by", f"vadapter {vadapter.__version__}, commit {commit() or 'unknown'}"),
+        ("trained on", _lines(sorted({_machine(run.workdir) for run in runs}))),
     ]
     note = (
         "Digests are SHA-256 of content, wherever it is stored; compare.csv has those of each run."
@@ -80,13 +81,11 @@ def _data(section: Mapping[str, Any]) -> list[str]:
 
 
 def _frozen(section: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            lines.append(f"{name} {str(value.get('content', NONE))[:_SHORT]}")
-        else:
-            lines.append(f"{name} {str(value)[:_SHORT]}")
-    return lines
+    content = {
+        name: value.get("content", NONE) if isinstance(value, Mapping) else value
+        for name, value in section.items()
+    }
+    return [f"{name} {str(value)[:_SHORT]}" for name, value in content.items()]
 
 
 def _protocol(section: Mapping[str, Any]) -> str:
@@ -100,9 +99,7 @@ def _machine(workdir: Path) -> str:
     if not path.is_file():
         return "unknown"
     record = json.loads(path.read_text(encoding="utf-8"))
-    devices = record.get("devices", ())
-    return (
-        f"jax {record.get('jax', NONE)}, {len(devices)} × {str(devices[0]).split(':')[0]}"
-        if (devices)
-        else "unknown"
-    )
+    kinds = [re.match(r"\w*?(?=[:_]|$)", device) for device in record.get("devices", ())]
+    count = Counter(kind[0] for kind in kinds if kind)
+    devices = ", ".join(f"{number} × {kind}" for kind, number in count.items())
+    return f"{devices or 'unknown devices'}, jax {record.get('jax', 'unknown')}"
