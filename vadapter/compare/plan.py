@@ -120,7 +120,7 @@ class Plan:
 
 
 def read_plan(
-    config: ConfigDict, folder: Path, *, seeds: int, baseline: str = "",
+    config: Any, folder: Path, *, seeds: int, baseline: str = "",
     overrides: tuple[str, ...] = (),
 ) -> Plan:  # fmt: skip
     """Return the plan of a ConfigDict as `configs/compare.py` returns it, checked.
@@ -258,7 +258,7 @@ def _shared(one: Recipe, other: Recipe) -> dict[str, Any]:
 # -- overrides -----------------------------------------------------------------------------------
 
 
-def _override(config: ConfigDict, items: tuple[str, ...]) -> None:
+def _override(config: Any, items: tuple[str, ...]) -> None:
     """Apply overrides in place: of the comparison, of one arm, or of every arm that has the key.
 
     `lr`, `baseline`, `test`, … are keys of the comparison, `arms.NAME.key` is of one recipe; any
@@ -289,7 +289,7 @@ def _override(config: ConfigDict, items: tuple[str, ...]) -> None:
                 override(recipe, [item], Recipe)
 
 
-def _owners(config: ConfigDict, group: str, name: str, item: str) -> list[ConfigDict]:
+def _owners(config: Any, group: str, name: str, item: str) -> list[ConfigDict]:
     """Return the recipes that an override of a key of the arms is for."""
     recipes = list(config.arms.values())
     if group not in _NAMED:
