@@ -126,15 +126,19 @@ def test_the_rate_is_chosen_among_complete_runs_and_stage_1_is_trained_once_per_
 
 
 @pytest.mark.slow
-def test_two_hosts_train_a_comparison_together(world, whole, tmp_path):
+def test_two_hosts_train_a_comparison_together(world, tmp_path):
+    workdir = tmp_path / "compare"
+    recipe = f"--config={world / 'compare.py'}:mlp,vadapter"
+    words = (*runs.VADAPTER, "compare", recipe, "--seeds=2", f"--workdir={workdir}",
+             "--config.lr=0.01", "--baseline=mlp")  # fmt: skip
     job = Job(tmp_path / "job", world / "compare.py")
-    codes = job.start(command=command(world, tmp_path / "compare")).wait()
-    assert codes == [0, 0], job.logs()
-    assert len(points(tmp_path / "compare")) == len(points(whole))
-    first, second = re.findall(r"\[\d/9\]", job.log(0)), re.findall(r"\[\d/9\]", job.log(1))
-    assert len(first) == 9  # the first host alone reports
-    assert second == []
-    assert record(tmp_path / "compare")["finished"]
+    assert job.start(command=words).wait() == [0, 0], job.logs()
+    numbers = [re.findall(r"^\[(\d)/4\]", job.log(host), re.MULTILINE) for host in (0, 1)]
+    assert numbers == [["1", "2", "3", "4"], []]  # the first host alone reports
+    assert {(row["arm"], row["seed"]) for row in points(workdir)} == {
+        (arm, seed) for arm in ("mlp", "vadapter") for seed in "01"
+    }
+    assert record(workdir)["finished"]
     again = Job(tmp_path / "again", world / "compare.py")
-    assert again.start(command=command(world, tmp_path / "compare")).wait() == [0, 0], again.logs()
-    assert again.log(0).count("already finished") == 9
+    assert again.start(command=words).wait() == [0, 0], again.logs()
+    assert again.log(0).count("already finished") == 4
