@@ -56,7 +56,12 @@ def get_config(arg=None):
     choose("baseline", baseline, arg.arms)
 
     def recipe(row):
-        return ablations["get_config"](f"base={arg.base},row={row},{rest}").to_dict()
+        recipe = ablations["get_config"](f"base={arg.base},row={row},{rest}").to_dict()
+        last = recipe["stages"][recipe["chain"][-1]]
+        # A score depends on the items it is measured on. Always on all of them, so that the curve
+        # has its last step, which is often the best.
+        last |= dict(eval_limit=0, eval_every=max(1, min(last["eval_every"], last["steps"] // 6)))
+        return recipe
 
     arms = {row.replace(".", "_"): recipe(row) for row in arg.arms}
     first = next(iter(arms.values()))

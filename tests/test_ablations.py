@@ -282,7 +282,10 @@ def test_arms_of_every_base_can_be_compared(base, tmp_path):
     assert values.order == ("vadapter", "mlp_blind", "perceiver", "mlp")
     for recipe in values.arms.values():
         as_if_downloaded(recipe)
-        assert not set(values.test) & set(recipe.stages[recipe.chain[-1]].evals)
+        last = recipe.stages[recipe.chain[-1]]
+        assert not set(values.test) & set(last.evals)
+        assert last.eval_limit == 0  # every score on all items, as that of the last step is
+        assert last.steps / 60 <= last.eval_every <= last.steps / 6
     plan = read_plan(values, tmp_path, seeds=2)
     assert tuple(plan.arms) == values.order
     assert plan.settings.baseline == "perceiver"
