@@ -168,25 +168,38 @@ def test_the_findings_say_no_more_than_the_numbers(three):
     better, worse = found["Final scores"][0].arms
     assert re.fullmatch(r"better: \+\d+\.\d \[\+[\d.]+, \+[\d.]+\]\.", better)
     assert worse.endswith("within the interval: no difference is shown.")
-    assert found["Limits"] == []
+    (limit,) = found["Limits"]  # the tiny LM of stage 1 was trained on text
+    assert limit.text.startswith("better starts with what was trained before: tlm (stage tlm).")
 
 
-def test_the_findings_say_what_is_missing(tmp_path):
+def test_the_limits_say_where_arms_were_not_trained_alike(tmp_path):
+    measured = points(STEPS, [4, 3, 2, 1], [0.1, 0.2, 0.3, 0.4])
+    longer = points((10, 80), [4, 1], [0.1, 0.4])
+    longer[80]["captions/n"] = 100.0
+    first = [write_run(tmp_path / f"a{s}", "perceiver", measured, seed=s) for s in (0, 1)]
+    second = write_run(tmp_path / "b", "perceiver", longer, steps=80)
+    arms = (Arm("perceiver", tuple(first), {}), Arm("longer", (second,), {}))
+    measured = measure(Comparison("x", arms, "perceiver", LOSS, SCORE, ()))
+    limits = [each.text for each in findings(measured, [])["Limits"]]
+    assert "Arms differ in steps: perceiver 40, longer 80." in limits
+    assert any("longer has seeds 0 and perceiver 0, 1" in limit for limit in limits)
+    assert any(f"of {SCORE} is over 8 items and lacks the last" in limit for limit in limits)
+    alike = measure(Comparison("x", arms[:1], "perceiver", LOSS, SCORE, ()))
+    assert findings(alike, [])["Limits"] == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_evaluation_that_is_not_finite_is_no_best_and_no_point(tmp_path, bad):
     arms = (
-        ("perceiver", "perceiver", {}, {0: points(STEPS, [4, 3, 2, 1])}),
-        ("worse", "perceiver", {}, {0: points(STEPS, [9, 9, 9, 8])}),
+        ("perceiver", "perceiver", {}, {0: points(STEPS, [bad, 3, 2, bad])}),
+        ("ours", "perceiver", {}, {0: points(STEPS, [bad, bad, 2, 1])}),
     )
-    comparison = compare(tmp_path, *arms)
-    (tmp_path / "1-0" / "perceiver" / "done.json").unlink()
-    lost = Arm("lost", (), {1e-2: math.inf}, diverged=(0, 1))
-    comparison = Comparison("x", (*comparison.arms, lost), "perceiver", LOSS, "", ("test",))
-    measured = measure(comparison)
-    found = findings(measured, evaluations(measured))
-    assert found["Speed"][0].arms == ["worse never does; its best is 8.000."]
-    assert found["Final scores"] == []
-    limits = " ".join(each.text for each in found["Limits"])
-    for words in ("one seed", "Not finished", "worse seed 0", "lost diverged with seed 0, 1"):
-        assert words in limits
+    measured = measure(compare(tmp_path, *arms, score=""))
+    (criterion,) = measured.criteria
+    found = [criterion.best(arm.curves[0]) for arm in measured.arms]
+    assert [(each[0].step, each[1]) for each in found if each] == [(30, 2), (40, 1)]
+    (ours,) = curves.reached(measured, measured.arms[1], criterion)
+    assert (ours.target, ours.point and ours.point.step) == (2, 30)
 
 
 @pytest.mark.parametrize("power", range(20))

@@ -4,6 +4,7 @@ A curve is read from `metrics.jsonl` alone, so a run that is still training has 
 criteria say how good a stage is: the held-out loss and, where the comparison names one, a score.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ AXES = {
         "are cached is not counted",
     ),
     "seconds": Axis(
-        "seconds", "time in training steps, without compilation, evaluation and interruptions"
+        "seconds",
+        "time in training steps, waiting for data and saving checkpoints included, without "
+        "compilation, evaluation and interruptions",
     ),
 }
 
@@ -104,11 +107,11 @@ class Criterion:
         return f"{self.key.rpartition('/')[0]}/n"
 
     def series(self, curve: Curve) -> list[tuple[Point, float]]:
-        """Return the points at which it was measured, with the values."""
+        """Return the points at which it was measured and finite, with the values."""
         return [
             (point, point.values[self.key])
             for point in curve.points
-            if self.key in point.values
+            if math.isfinite(point.values.get(self.key, math.nan))
             and (self.count is None or point.values.get(self.count_key) == self.count)
         ]
 

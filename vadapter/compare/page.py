@@ -142,7 +142,8 @@ frozen encoder and LLM. Where a grid of learning rates is shown, each arm uses t
 lowest validation loss. <b>Stage 1</b> is what an arm trains before the compared stage: numbers
 count it only where they say so.</p>
 <p>Lines are means over seeds and <b>bands</b> reach from the lowest to the highest seed: they are
-not confidence intervals. The <b>dashed line</b> is the baseline's best. An arm that crosses it
+not confidence intervals, and as all runs share the frozen parts they do not show how much others
+would change. The <b>dashed line</b> is the baseline's best. An arm that crosses it
 further left needed less. The best of many evaluations is a little too good, for every arm alike;
 the final scores are measured once, at the end.</p>
 <p><b>Brackets</b> are 95&nbsp;% bootstrap intervals over test items, with whole images or clips

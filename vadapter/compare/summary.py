@@ -1,6 +1,6 @@
 """What a comparison shows, in sentences made from its numbers: no more than they say."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from vadapter.compare.curves import (
@@ -23,7 +23,13 @@ from vadapter.compare.table import (
     times,
     title,
 )
+from vadapter.config import plain
 from vadapter.metrics.bootstrap import Difference
+from vadapter.recipe.schema import trained
+from vadapter.stages.restore import read_run
+
+# Keys of a stage that may differ between arms, beside the learning rate, which is in a table.
+_SCHEDULE = ("steps", "accumulate", "use_dropout")
 
 
 class Finding(NamedTuple):
@@ -117,4 +123,78 @@ def _limits(measured: Measured) -> list[Finding]:
         if arm.arm.diverged:
             seeds = ", ".join(map(str, arm.arm.diverged))
             limits.append(f"{arm.name} diverged with seed {seeds}, which is in no mean.")
+    limits += [*_other_seeds(measured), *_unequal(measured), *_uncounted(measured)]
+    limits += _beyond_the_curve(measured)
     return [Finding(text) for text in limits]
+
+
+def _other_seeds(measured: Measured) -> Iterator[str]:
+    """Say which arms have other seeds than the baseline, beside those that diverged."""
+
+    def seeds(arm: MeasuredArm) -> list[int]:
+        return sorted({curve.run.seed for curve in arm.curves} | {*arm.arm.diverged})
+
+    baseline = measured.baseline
+    for arm in _others(measured):
+        if seeds(arm) != seeds(baseline):
+            own, other = (", ".join(map(str, seeds(each))) for each in (arm, baseline))
+            yield (
+                f"{arm.name} has seeds {own} and {baseline.name} {other}: they read other batches, "
+                "and the way to the baseline's best is over equal seeds alone."
+            )
+
+
+def _unequal(measured: Measured) -> Iterator[str]:
+    """Say in which settings of their training arms differ."""
+    settings = {}
+    for arm in measured.arms:
+        for curve in arm.curves[:1]:
+            stage = plain(read_run(curve.run.workdir).stages[curve.run.stage])
+            optim = {f"optim.{key}": x for key, x in stage["optim"].items() if key != "lr"}
+            settings[arm.name] = {key: stage[key] for key in _SCHEDULE} | optim
+    for key in next(iter(settings.values()), {}):
+        values = {name: each[key] for name, each in settings.items()}
+        if len({repr(value) for value in values.values()}) > 1:
+            listed = ", ".join(f"{name} {value}" for name, value in values.items())
+            yield f"Arms differ in {key}: {listed}."
+
+
+def _uncounted(measured: Measured) -> Iterator[str]:
+    """Say which arms start from something whose training is not counted."""
+    for arm in measured.arms:
+        for curve in arm.curves[:1]:
+            run, recipe = curve.run, read_run(curve.run.workdir)
+            counted, found = ("random", *run.prior), dict[str, str]()
+            for name in (*run.prior, run.stage):
+                stage = recipe.stages[name]
+                for part in trained(stage):
+                    known = "weights" if recipe.components[part].get("weights") else "random"
+                    source = stage.start.get(part, known)
+                    if source not in counted:
+                        short = source.rpartition("/")[2]
+                        found[part] = "public weights" if source == "weights" else f"stage {short}"
+            if found:
+                listed = ", ".join(f"{part} ({source})" for part, source in found.items())
+                yield (
+                    f"{arm.name} starts with what was trained before: {listed}. What that took is "
+                    "not counted, nor in stage 1."
+                )
+
+
+def _beyond_the_curve(measured: Measured) -> Iterator[str]:
+    """Say where the last score of the runs is on other items than the curve."""
+    for criterion in measured.criteria:
+        lasts = [
+            point.values.get(criterion.count_key)
+            for arm in measured.arms
+            for curve in arm.curves
+            if curve.finished
+            and curve.points
+            and criterion.key in (point := curve.points[-1]).values
+        ]
+        if criterion.count is not None and any(count != criterion.count for count in lasts):
+            yield (
+                f"The curve of {criterion.key} is over {criterion.count:,.0f} items and lacks the "
+                "last step of runs, which was evaluated on others. The best, and when it was "
+                "reached, are of the steps before; train with eval_limit=0 to include the last."
+            )
