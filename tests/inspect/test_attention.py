@@ -20,6 +20,8 @@ CONNECTORS = {
     "resampler": RESAMPLER | {"layers": 2, "frames": 2},
     "resampler with its queries as keys": RESAMPLER | {"layers": 1, "frames": 4,
                                                        "concat_queries": True},
+    "resampler with more queries as keys than a frame has tokens": RESAMPLER | {
+        "layers": 1, "frames": 2, "queries": 2 * N, "concat_queries": True},
     "pooler": {"kind": "pooler", "queries": 4, "width": 16, "heads": 2},
     "qformer": {"kind": "qformer", "queries": 4, "width": 16, "depth": 4, "heads": 2,
                 "mlp_dim": 32},
@@ -41,7 +43,7 @@ def test_every_query_distributes_its_attention_over_the_visual_tokens(name):
     found = jax.jit(make_attention(model))(params, {"features": jnp.asarray(VISUAL)})
     assert list(found) == ["connector"]
     maps = arrange("connector", np.asarray(found["connector"][1]), F, encoder((2, 3)))
-    assert maps.maps.shape == (4, F, 2, 3)
+    assert maps.maps.shape == (CONNECTORS[name]["queries"], F, 2, 3)
     np.testing.assert_allclose(maps.maps.sum((1, 2, 3)).mean() + maps.rest, 1, atol=1e-5)
     assert (maps.rest > 0.01) == ("keys" in name)
     assert 0 < maps.spread <= 1

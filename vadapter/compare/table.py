@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from vadapter.compare.costs import Cost
@@ -207,8 +208,17 @@ def to_baseline(measured: Measured, criterion: Criterion) -> Table:
         "seed. Below, the ratio to what the baseline took for its best itself, with minimum and "
         "maximum over the seeds. Never: not within the steps of the run."
     )
+    if gap := _widest_gap(measured, criterion):
+        note += f" Evaluations are up to {gap:,} steps apart: nothing finer is seen."
     name = measured.comparison.baseline
     return Table(f"To {name}'s best: {title(criterion)}", header, rows, note)
+
+
+def _widest_gap(measured: Measured, criterion: Criterion) -> int:
+    """Return the most steps from one evaluation, or the start, to the next; 0 without any."""
+    curves = [curve for arm in measured.arms for curve in arm.curves]
+    steps = ([0, *(point.step for point, _ in criterion.series(curve))] for curve in curves)
+    return max((b - a for each in steps for a, b in pairwise(each)), default=0)
 
 
 def _took(seeds: Sequence[Reached], axis: str, counted: bool) -> str:

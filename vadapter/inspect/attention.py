@@ -59,14 +59,16 @@ def make_attention(
 ) -> Callable[[Params, Mapping[str, Any]], dict[str, Any]]:
     """Return a function (params, batch) -> component -> f32[B,Q,S], to compile.
 
-    The weights are means over the layers and heads of the component. One row is computed at a
-    time: the weights of all layers would not fit for a batch.
+    The weights are means over the layers and heads of the component, on the visual tokens alone:
+    those on queries, where they are keys behind the visual tokens, are left out. One row is
+    computed at a time: the weights of all layers would not fit for a batch.
     """
 
     def of_row(params: Params, visual: Float[Array, "F N D"]) -> dict[str, Any]:
         sown = sown_by_chain(model, params, visual[None])
         parts: dict[str, list[Any]] = {}
         for place, weights in weights_in(sown, visual.shape[1]).items():
+            weights = weights[..., : weights.shape[-1] - _queries_in_keys(model, place.component)]
             flat = weights.astype(jnp.float32).reshape(-1, *weights.shape[-2:])
             parts.setdefault(place.component, []).append(flat)
         return {name: jnp.concatenate(each).mean(0) for name, each in parts.items()}
@@ -76,6 +78,12 @@ def make_attention(
         return jax.lax.map(lambda row: of_row(params, row), visual)
 
     return of_rows
+
+
+def _queries_in_keys(model: AdapterModel, component: str) -> int:
+    """Return how many of the keys of a component are its queries, which are the last ones."""
+    config: Any = model.modules[component].config  # type: ignore[attr-defined]
+    return config.queries if getattr(config, "concat_queries", False) else 0
 
 
 class Maps(NamedTuple):
@@ -100,8 +108,8 @@ def arrange(component: str, weights: np.ndarray, frames: int, encoder: nn.Module
     """Return the weights f32[Q,S] of one image or clip by frame, row and column.
 
     A connector may repeat frames (an image counts as a clip of equal frames); the repetitions of
-    a frame are added up. Keys past the visual tokens, which are queries, and leading tokens that
-    are no patches are in `rest`.
+    a frame are added up. Weights that are not there, on other keys than the visual tokens, and
+    those of leading tokens that are no patches are in `rest`.
     """
     module: Any = encoder
     N = module.tokens_per_frame()
