@@ -177,11 +177,12 @@ def test_the_limits_say_where_arms_were_not_trained_alike(tmp_path):
     longer = points((10, 80), [4, 1], [0.1, 0.4])
     longer[80]["captions/n"] = 100.0
     first = [write_run(tmp_path / f"a{s}", "perceiver", measured, seed=s) for s in (0, 1)]
-    second = write_run(tmp_path / "b", "perceiver", longer, steps=80)
+    second = write_run(tmp_path / "b", "perceiver", longer, steps=80, blank=True)
     arms = (Arm("perceiver", tuple(first), {}), Arm("longer", (second,), {}))
     measured = measure(Comparison("x", arms, "perceiver", LOSS, SCORE, ()))
     limits = [each.text for each in findings(measured, [])["Limits"]]
     assert "Arms differ in steps: perceiver 40, longer 80." in limits
+    assert "longer sees blank images, in images: a blind control." in limits
     assert any("longer has seeds 0 and perceiver 0, 1" in limit for limit in limits)
     assert any(f"of {SCORE} is over 8 items and lacks the last" in limit for limit in limits)
     alike = measure(Comparison("x", arms[:1], "perceiver", LOSS, SCORE, ()))

@@ -31,6 +31,7 @@ def write_run(
     workdir: Path, stage: str, evaluated: Evaluated, *, seed: int = 0, lr: float = 1e-2,
     steps: int = 40, step_ms: float = 100.0, prior: Mapping[str, int] = {},
     finals: Mapping[str, Sequence[tuple[str, float]]] = {}, finished: bool = True,
+    blank: bool = False,
 ) -> Trained:  # fmt: skip
     """Write a run of the tiny recipe as training leaves it, and return the stage to compare.
 
@@ -40,12 +41,14 @@ def write_run(
       steps, step_ms: the steps that are logged, every second and the first, and what each took.
       prior: steps of the stages before it, which belong to the arm.
       finals: (image, score) of each item of an evaluation.
+      blank: the images it is trained on are blank.
     """
     config = tiny_recipe(workdir / "shapes", steps=max(steps, 4))  # more than its warm-up
     config.seed = seed
     config.stages[stage].optim.lr = lr
     for name, data in config.data.items():
         data.media = "clip" if "clips" in name else "image"
+    config.data.images.blank = blank
     recipe = read(config)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(plain(recipe)))

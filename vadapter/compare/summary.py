@@ -25,11 +25,11 @@ from vadapter.compare.table import (
 )
 from vadapter.config import plain
 from vadapter.metrics.bootstrap import Difference
-from vadapter.recipe.schema import trained
+from vadapter.recipe.schema import trained, used_data
 from vadapter.stages.restore import read_run
 
 # Keys of a stage that may differ between arms, beside the learning rate, which is in a table.
-_SCHEDULE = ("steps", "accumulate", "use_dropout")
+_SCHEDULE = ("steps", "accumulate", "use_dropout", "eval_every")
 
 
 class Finding(NamedTuple):
@@ -123,9 +123,20 @@ def _limits(measured: Measured) -> list[Finding]:
         if arm.arm.diverged:
             seeds = ", ".join(map(str, arm.arm.diverged))
             limits.append(f"{arm.name} diverged with seed {seeds}, which is in no mean.")
-    limits += [*_other_seeds(measured), *_unequal(measured), *_uncounted(measured)]
+    limits += [*_blind(measured), *_other_seeds(measured), *_unequal(measured)]
+    limits += _uncounted(measured)
     limits += _beyond_the_curve(measured)
     return [Finding(text) for text in limits]
+
+
+def _blind(measured: Measured) -> Iterator[str]:
+    """Say which arms see blank images, whatever their names are."""
+    for arm in measured.arms:
+        for curve in arm.curves[:1]:
+            recipe = read_run(curve.run.workdir)
+            blank = [n for n, rows in recipe.data.items() if rows.blank]
+            if set(blank) & {*used_data(recipe, recipe.stages[curve.run.stage])}:
+                yield f"{arm.name} sees blank images, in {', '.join(blank)}: a blind control."
 
 
 def _other_seeds(measured: Measured) -> Iterator[str]:
