@@ -178,10 +178,12 @@ def test_the_limits_say_where_arms_were_not_trained_alike(tmp_path):
     longer[80]["captions/n"] = 100.0
     first = [write_run(tmp_path / f"a{s}", "perceiver", measured, seed=s) for s in (0, 1)]
     second = write_run(tmp_path / "b", "perceiver", longer, steps=80, blank=True)
+    (tmp_path / "b" / "env.json").write_text('{"jax": "0.10.2", "devices": ["tpu:0", "tpu:1"]}')
     arms = (Arm("perceiver", tuple(first), {}), Arm("longer", (second,), {}))
     measured = measure(Comparison("x", arms, "perceiver", LOSS, SCORE, ()))
     limits = [each.text for each in findings(measured, [])["Limits"]]
     assert "Arms differ in steps: perceiver 40, longer 80." in limits
+    assert any("different machines" in limit and "2 × tpu" in limit for limit in limits)
     assert "longer sees blank images, in images: a blind control." in limits
     assert any("longer has seeds 0 and perceiver 0, 1" in limit for limit in limits)
     assert any(f"of {SCORE} is over 8 items and lacks the last" in limit for limit in limits)

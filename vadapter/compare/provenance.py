@@ -60,7 +60,7 @@ def equal(measured: Measured, origins: Mapping[Trained, Origin]) -> Table:
         ("frozen", _lines(_frozen(sections["frozen"]))),
         ("protocol", _protocol(sections["protocol"])),
         ("written by", f"vadapter {vadapter.__version__}, commit {commit() or 'unknown'}"),
-        ("trained on", _lines(sorted({_machine(run.workdir) for run in runs}))),
+        ("trained on", _lines(sorted({machine(run.workdir) for run in runs}))),
     ]
     note = (
         "Digests are SHA-256 of content, wherever it is stored; compare.csv has those of each run."
@@ -93,7 +93,7 @@ def _protocol(section: Mapping[str, Any]) -> str:
     return f"{names}\ndigest {digest(section)[:_SHORT]}" if section else NONE
 
 
-def _machine(workdir: Path) -> str:
+def machine(workdir: Path) -> str:
     """Return where a run was trained: speed depends on it, and nothing else should."""
     path = storage.as_path(workdir) / "env.json"
     if not path.is_file():

@@ -12,6 +12,7 @@ from vadapter.compare.curves import (
     reached,
 )
 from vadapter.compare.final_scores import Evaluation, is_shown
+from vadapter.compare.provenance import machine
 from vadapter.compare.table import (
     best,
     formatter,
@@ -125,6 +126,10 @@ def _limits(measured: Measured) -> list[Finding]:
             limits.append(f"{arm.name} diverged with seed {seeds}, which is in no mean.")
     limits += [*_blind(measured), *_other_seeds(measured), *_unequal(measured)]
     limits += _uncounted(measured)
+    curves = [curve for arm in measured.arms for curve in arm.curves]
+    if len(machines := sorted({machine(curve.run.workdir) for curve in curves})) > 1:
+        listed = "; ".join(machines)
+        limits.append(f"Seconds are of different machines and cannot be compared: {listed}.")
     limits += _beyond_the_curve(measured)
     return [Finding(text) for text in limits]
 
