@@ -74,6 +74,31 @@ def run_steps(stage, n=2, tx=SGD):
     return state, metrics
 
 
+CONNECTORS = {
+    "cross_attention": ({"kind": "cross_attention", "every": 1, "heads": 4, "head_dim": 8},
+                        ("perceiver", "connector")),
+    "words": ({"kind": "words", "hard": False}, ("mlp", "connector")),
+    "qformer": ({"kind": "qformer", "queries": 4, "width": 32, "depth": 2, "heads": 4,
+                 "mlp_dim": 64}, ("connector", "fc_out")),
+    "c_abstractor": ({"kind": "c_abstractor", "queries": 1, "hidden_dim": 32, "blocks": 1},
+                     ("connector",)),
+    "shuffle": ({"kind": "mlp", "hidden_dim": 32, "pool": "shuffle", "norm": True},
+                ("connector",)),
+}  # fmt: skip
+
+
+@functools.cache
+def with_connector(name):
+    """The recipe with a stage `llava` whose chain has another connector."""
+    whole = recipe()
+    spec, chain = CONNECTORS[name]
+    stage = dataclasses.replace(whole.stages["llava"], chain=chain)
+    return dataclasses.replace(
+        whole, components={**whole.components, "connector": spec},
+        stages={**whole.stages, "llava": stage},
+    )  # fmt: skip
+
+
 @functools.cache
 def one_device(stage):
     return jax.device_get(run_steps(program(stage)))
@@ -91,6 +116,14 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize(("stage", "mesh"), PAIRS)
 def test_many_devices_take_the_steps_of_one(stage, mesh):
     assert_close(run_steps(program(stage, mesh)), one_device(stage))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_many_devices_take_the_steps_of_one_with_every_connector(name):
+    one, many = (program("llava", mesh, everything=with_connector(name)) for mesh in (None, "all"))
+    assert_close(run_steps(many), jax.device_get(run_steps(one)))
+    assert_same_texts(one, many)
 
 
 def test_the_recipes_own_optimizer_takes_the_step_of_one_device():
@@ -129,8 +162,12 @@ def test_micro_batches_on_many_devices_take_the_steps_of_one():
 
 
 def test_texts_do_not_depend_on_the_devices():
+    assert_same_texts(program("vadapter"), program("vadapter", "all"))
+
+
+def assert_same_texts(*stages):
     texts = []
-    for stage in (program("vadapter"), program("vadapter", "all")):
+    for stage in stages:
         state, frozen = begin(stage)
         batch = put(batch_of(stage, 0), stage.batch_shapes())
         out = jax.jit(stage.decode(Decode(8)))(state.params | frozen, batch)
