@@ -33,8 +33,8 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     `RENAMED: ClassVar[dict[str, str]]` of old to new keys, old ones still work, with a warning.
 
     Raises:
-      ConfigError: unknown key (with the nearest known one), missing key, wrong type; messages
-        begin with `path`, the dotted path of `values`.
+      ConfigError: unknown key (with the nearest known one), missing key, wrong type, values that the
+        dataclass itself refuses; messages begin with `path`, the dotted path of `values`.
     """
     hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
@@ -52,7 +52,10 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in out:
             raise ConfigError(f"{path}.{name}: missing; it has no default")
-    return cls(**out)
+    try:
+        return cls(**out)
+    except ConfigError as error:  # of its own check: values that do not fit together
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _warn_renamed(old: str, new: str) -> None:

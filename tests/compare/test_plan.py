@@ -87,6 +87,8 @@ MISTAKES = {
                                     "did you mean 'held/loss'"),
     "a score that is not measured": ({"change": lambda c: c.update(score="caption/cider")},
                                      "did you mean 'captions'"),
+    "a score that there is not": ({"change": lambda c: c.update(score="captions/cidre")},
+                                  "did you mean 'captions/cider'"),
     "an unknown test": ({"change": lambda c: c.update(test=("tests",))}, "did you mean 'test'"),
     "the name of a folder": ({"change": lambda c: c.arms.update(parts=c.arms.mlp)},
                              "config.arms.parts: cannot be the name of a folder"),

@@ -25,6 +25,8 @@ FEATURES = "features"
 PART_KINDS = ("lm", "vision")
 _RESERVED = (PARTS, FEATURES, "plots")  # folders of a comparison that are no arms
 _NAMED = ("components", "data", "stages", "evals")  # keys of a recipe that are groups by name
+# Scores of an evaluation by the task of its data; accuracy_KIND for a kind of question, too.
+_SCORES = {"caption": ("cider", "bleu4", "rouge_l"), "question": ("accuracy",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +191,12 @@ def _check_arm(name: str, recipe: Recipe, settings: Settings, folder: Path) -> N
     require_one_of(f"{place}: validation_loss={settings.validation_loss!r}",
                    settings.validation_loss, losses)  # fmt: skip
     if settings.score:
-        evaluation = settings.score.partition("/")[0]
+        evaluation, _, metric = settings.score.partition("/")
         require_one_of(f"{place}: score={settings.score!r}", evaluation, stage.evals)
+        task = recipe.data[recipe.evals[evaluation].data].task
+        if not (task == "question" and metric.startswith("accuracy_")):
+            known = [f"{evaluation}/{name}" for name in _SCORES[task]]
+            require_one_of(f"{place}: score={settings.score!r}", settings.score, known)
     for evaluation in settings.test:
         require_one_of(f"{place}: test={evaluation!r}", evaluation, recipe.evals)
     uncached = [n for n, data in recipe.data.items() if data.cache and not data.cache_dir]

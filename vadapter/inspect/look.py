@@ -115,8 +115,8 @@ def _require_same_items(before: Sequence[Inspected], new: Inspected) -> None:
 
 PAGE, FILES = "inspect.html", "inspect_files.html"
 _HEADER = (
-    "adapter", "evaluation", "loss", "wrong", "blank", "score", "wrong", "blank", "own words, %",
-    "another's", "ended, %",
+    "adapter", "evaluation", "items", "loss", "wrong", "blank", "score", "wrong", "blank",
+    "own words, %", "another's", "ended, %",
 )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def overview(found: Sequence[Inspected]) -> tuple[list[list[str]], tuple[str, ..
             losses, scores = facts["inputs"]["loss"], facts["inputs"]["score"]
             near = facts.get("nearest", {})
             rows.append([
-                each.label, name,
+                each.label, name, str(facts["n"]),
                 *(_cell(losses, key, 1, 3) for key in ("right", "wrong", "blank")),
                 *(_cell(scores, key, 100, 1) for key in ("right", "wrong", "blank")),
                 *(_cell(near, key, 100, 1) for key in ("own", "other")),

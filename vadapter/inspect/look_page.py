@@ -61,7 +61,7 @@ def _summary(found: Sequence[Inspected]) -> str:
             ]
         said = [e and e["generations"] for e in evals]
         rows += [
-            (f"{name}: ended", [f"{g['ended']:.0%}" if g else "–" for g in said]),
+            (f"{name}: ended", [f"{100 * g['ended']:.0f} %" if g else "–" for g in said]),
             ("… words each (5–95 %)", [_lengths(g) for g in said]),
             ("… distinct words", [_words_used(g) for g in said]),
         ]
@@ -103,11 +103,16 @@ def _ratio(facts: Facts) -> str:
 def _percent(measured: Facts | None, sign: str = "") -> str:
     if not measured:
         return "–"
-    value = f"{100 * measured['value']:{sign}.1f} %"
+    value = f"{_fixed(100 * measured['value'], 1, sign)} %"
     if not measured["interval"]:
         return value
-    low, high = (f"{100 * end:{sign}.1f}" for end in measured["interval"])
+    low, high = (_fixed(100 * end, 1, sign) for end in measured["interval"])
     return f"{value} [{low}, {high}]"
+
+
+def _fixed(value: float, digits: int, sign: str = "") -> str:
+    """Return a number with some digits and a true minus sign, which 0 does not have."""
+    return f"{value:{sign}z.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _lengths(generations: Facts | None) -> str:
@@ -137,7 +142,9 @@ def _section(name: str, found: Sequence[Inspected], backgrounds: Backgrounds) ->
         about = f"{quantity(first['n'], f'held-out {noun}')} of data set {text(first['data'])}"
         if noun == "question":
             about += f" about {quantity(first['images'], first['media'])}"
-        parts.append(f"<p>{about}. Lines are 95 % intervals, by bootstrap over images.</p>")
+        parts.append(
+            f"<p>{about}. Lines are 95 % intervals, by bootstrap over {first['media']}s.</p>"
+        )
         panels = []
         for key, title in (("loss", "Loss, nats per token"), ("score", _score_title(first))):
             by_label = {
@@ -182,9 +189,9 @@ def _panel(title: str, by_label: Mapping[str, Facts], media: str) -> str:
             minus = each.get("minus_right")
             change = ""  # to the right image
             if minus:
-                value = f"{factor * minus['value']:+.{digits}f}"
+                value = _fixed(factor * minus["value"], digits, "+")
                 if minus["interval"]:
-                    ends = (f"{factor * e:+.{digits}f}" for e in minus["interval"])
+                    ends = (_fixed(factor * e, digits, "+") for e in minus["interval"])
                     value += f" [{', '.join(ends)}]"
                 change = f"<small>{value}</small>"
             shown = (_CLIP if media == "clip" else {}).get(name, _INPUTS[name])
@@ -202,8 +209,9 @@ def _common(each: Inspected, facts: Facts) -> str:
     if "nearest" not in facts:
         return ""
     words = " ".join(
-        f"<span class=chip>{_word(word)} <small>{share:.0%}</small></span>"
+        f"<span class=chip>{_word(word)} <small>{100 * share:.0f} %</small></span>"
         for word, share in facts["nearest"]["common"]
+        if share >= 0.005  # others would read 0 %
     )
     count = facts["nearest"]["distinct"]
     return (
@@ -308,8 +316,9 @@ def _strip(maps: Maps, frames: np.ndarray, backgrounds: Backgrounds) -> str:
             f'<span class=bar><img src="{heat(each.reshape(1, -1), uniform)}" alt=""></span>'
             for each in mean
         )
-    rest = f", {maps.rest:.0%} elsewhere" if maps.rest >= 0.005 else ""
-    note = f"{text(maps.component)}: {_queries(len(maps.maps))}, on {maps.spread:.0%} of the tokens"
+    rest = f", {100 * maps.rest:.0f} % elsewhere" if maps.rest >= 0.005 else ""
+    spread = f"{100 * maps.spread:.0f} % of the tokens"
+    note = f"{text(maps.component)}: {_queries(len(maps.maps))}, on {spread}"
     return f"<div class=strip>{cells}</div><p class=note>{note}{rest}</p>"
 
 

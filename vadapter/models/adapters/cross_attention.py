@@ -48,14 +48,16 @@ class CrossAttentionConfig:
 
     DERIVED: ClassVar = ("width", "depth")
 
-    @property
-    def layers(self) -> int:
-        """G."""
-        if not 1 <= self.every <= self.depth:
+    def __post_init__(self) -> None:
+        if self.depth and not 1 <= self.every <= self.depth:
             raise ConfigError(
                 f"every={self.every}: the language model has {self.depth} layers; give 1 to "
                 f"{self.depth}"
             )
+
+    @property
+    def layers(self) -> int:
+        """G."""
         return self.depth // self.every
 
 
