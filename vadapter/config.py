@@ -33,8 +33,8 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     `RENAMED: ClassVar[dict[str, str]]` of old to new keys, old ones still work, with a warning.
 
     Raises:
-      ConfigError: unknown key (with the nearest known one), missing key, wrong type, values that the
-        dataclass itself refuses; messages begin with `path`, the dotted path of `values`.
+      ConfigError: unknown key (with the nearest known one), missing key, wrong type, values that
+        the dataclass itself refuses; messages begin with `path`, the dotted path of `values`.
     """
     hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]

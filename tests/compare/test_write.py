@@ -20,7 +20,7 @@ from vadapter.compare.curves import AXES, measure
 from vadapter.compare.final_scores import evaluations
 from vadapter.compare.provenance import origin
 from vadapter.compare.summary import findings
-from vadapter.compare.table import compact, learning_rates, results, tables, to_baseline
+from vadapter.compare.table import compact, learning_rates, results, signed, tables, to_baseline
 from vadapter.compare.write import write_comparison
 from vadapter.metrics import bootstrap
 from vadapter.metrics.bootstrap import Sample
@@ -164,6 +164,7 @@ def test_the_findings_say_no_more_than_the_numbers(three):
         "takes, 1.01× (0.87–1.15) with stage 1 counted.",
         "worse reaches it in 1 of 2 seeds after 40 steps: 1.00× of what perceiver itself takes.",
     ]
+    assert ", on 8 items: perceiver's best is " in score.text
     assert len(score.arms) == 2
     better, worse = found["Final scores"][0].arms
     assert re.fullmatch(r"better: \+\d+\.\d \[\+[\d.]+, \+[\d.]+\]\.", better)
@@ -203,6 +204,12 @@ def test_an_evaluation_that_is_not_finite_is_no_best_and_no_point(tmp_path, bad)
     assert [(each[0].step, each[1]) for each in found if each] == [(30, 2), (40, 1)]
     (ours,) = curves.reached(measured, measured.arms[1], criterion)
     assert (ours.target, ours.point and ours.point.step) == (2, 30)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 4e-4, -4e-4])
+def test_a_difference_that_rounds_to_zero_is_not_negative(value):
+    assert signed(value) == "+0.0"
+    assert signed(value - 1e-3) == "\N{MINUS SIGN}0.1"
 
 
 @pytest.mark.parametrize("power", range(20))

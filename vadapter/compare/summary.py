@@ -18,6 +18,7 @@ from vadapter.compare.table import (
     formatter,
     interval,
     metric_title,
+    on_items,
     ratios,
     signed,
     spread,
@@ -66,7 +67,8 @@ def _speed(measured: Measured, criterion: Criterion) -> Finding | None:
             own = spread(best(arm, criterion), show, " ")
             lines.append(f"{arm.name} never does; its best is {own}.")
     goal_text = spread(goal, show, " ")
-    return Finding(f"{title(criterion)}: {baseline.name}'s best is {goal_text}.", lines)
+    what = f"{title(criterion)}{on_items(criterion)}"
+    return Finding(f"{what}: {baseline.name}'s best is {goal_text}.", lines)
 
 
 def _when(measured: Measured, arm: MeasuredArm, seeds: Sequence[Reached]) -> str:

@@ -86,6 +86,11 @@ def title(criterion: Criterion) -> str:
     return ", ".join(_parts(criterion))
 
 
+def on_items(criterion: Criterion) -> str:
+    """Return on how many items it is measured, after a comma; "" if that does not matter."""
+    return "" if criterion.count is None else f", on {criterion.count:,.0f} items"
+
+
 def _parts(criterion: Criterion) -> tuple[str, str]:
     name, _, metric = criterion.key.rpartition("/")
     return name, metric_title(metric) if criterion.higher else "loss in nats per token"
@@ -111,7 +116,7 @@ def interval(ends: Interval | None, show: Callable[[float], str] = points) -> st
 
 def signed(value: float) -> str:
     """Return a difference of scores in hundredths with its sign; the minus sign is a true one."""
-    return f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return f"{100 * value:+z.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def difference(value: Difference) -> str:
@@ -157,6 +162,9 @@ def results(measured: Measured, evaluations: Sequence[Evaluation]) -> Table:
         "Brackets: 95 % interval over the test items, drawn by image or clip. Visual tokens: what "
         "the LLM reads for one sample. Samples/s: in training steps."
     )
+    for criterion in criteria:
+        if criterion.count is not None:
+            note += f" Best {criterion.key}: of evaluations while training{on_items(criterion)}."
     return Table("Results", header, rows, note)
 
 
