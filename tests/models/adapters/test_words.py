@@ -115,6 +115,12 @@ def test_the_gradient_is_that_of_the_soft_sample(hard):
     assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(ours))
 
 
+def test_without_noise_a_training_step_takes_the_most_probable_words():
+    model, params = make(hard=True, noise=0.0)
+    trained = model.prefix(params, visual(), training())
+    np.testing.assert_allclose(trained, model.prefix(params, visual()), atol=1e-6)
+
+
 def test_noise_depends_on_the_key_alone():
     model, params = make(hard=False)
     run = jax.jit(lambda seed: model.prefix(params, visual(), training(seed=seed)))

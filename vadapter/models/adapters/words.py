@@ -28,6 +28,7 @@ class WordsConfig:
 
     Attributes:
       hard: samples are words, with the gradient of the soft ones (straight-through).
+      noise: factor on the Gumbel noise; 1: samples follow the head's probabilities, 0: no noise.
       width: E, and vocab_size: V without the padding of a public model's embedding; 0 takes those
         of the language model that follows.
     """
@@ -36,6 +37,7 @@ class WordsConfig:
     min_temperature: float = 0.1
     decay: float = 0.0
     hard: bool = True
+    noise: float = 1.0
     width: int = 0
     vocab_size: int = 0
 
@@ -89,7 +91,8 @@ def sample(
     def of_token(arguments: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, key = arguments
         scores = _scores(c, head, x)
-        weights = jax.nn.softmax((scores + jax.random.gumbel(key, scores.shape)) / temperature)
+        noise = c.noise * jax.random.gumbel(key, scores.shape)
+        weights = jax.nn.softmax((scores + noise) / temperature)
         if c.hard:
             word = jax.nn.one_hot(jnp.argmax(weights, -1), weights.shape[-1], dtype=weights.dtype)
             weights = word + (weights - jax.lax.stop_gradient(weights))
