@@ -52,8 +52,8 @@ class Times:
 HALF, SAME, DOUBLE = Times(0.5), Times(1), Times(2)
 # Table 9 does not state the rate of decay: from temperature 2 to 1/2 over the steps of the stage.
 DECAY = dict(temperature=2.0, min_temperature=0.5, decay="to_min_temperature")
-# Soft words with little noise that become nearly hard: they learn from images where those of Table 9
-# hardly do.
+# Soft words with little noise that become nearly hard: they learn from images, where those of
+# Table 9 hardly do.
 SOFT = dict(temperature=1.0, min_temperature=0.1, decay="to_min_temperature", hard=False, noise=0.1)
 PERCEIVER = "perceiver fc_out"
 VADAPTER = "resampler fc_in tlm fc_out"
