@@ -68,7 +68,7 @@ def filtered(x, kernel):
 def block(params, x):
     """A block on one image [h, w, C]."""
     y = silu(norm(params["norm_expand"], x @ params["expand"]["kernel"]))
-    y = silu(norm(params["norm_depthwise"], filtered(y, params["depthwise"])))
+    y = silu(norm(params["norm_depthwise"], filtered(y, params["depthwise"]["kernel"])))
     inner = silu(y.mean((0, 1)) @ params["squeeze"]["kernel"] + params["squeeze"]["bias"])
     gate = inner @ params["excite"]["kernel"] + params["excite"]["bias"]
     y = norm(params["norm_project"], y / (1 + np.exp(-gate)) @ params["project"]["kernel"])

@@ -69,6 +69,16 @@ class CAbstractorConfig:
         return math.isqrt(max(self.queries, 0))
 
 
+class Depthwise(nn.Module):
+    """A 3 × 3 filter for each channel."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w C"]) -> Float[Array, "n h w C"]:
+        init = partitioned(nn.initializers.he_normal(), None, None, None, "embed")
+        kernel = constrain(self.param("kernel", init, (3, 3, 1, x.shape[-1])))
+        return depthwise(x, kernel.astype(x.dtype))
+
+
 class Block(nn.Module):
     """silu(x + branch(x)), the branch 1 × 1, depthwise 3 × 3, squeeze-excitation and 1 × 1.
 
@@ -83,9 +93,7 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "n h w _"]) -> Float[Array, "n h w C"]:
         x = constrain(x, "batch")
         y = nn.silu(self._norm("norm_expand")(self._pointwise("expand", x)))
-        init = partitioned(nn.initializers.he_normal(), None, None, None, "embed")
-        kernel = constrain(self.param("depthwise", init, (3, 3, 1, self.width)))
-        y = checkpoint_name(depthwise(y, kernel.astype(y.dtype)), "u")
+        y = checkpoint_name(Depthwise(name="depthwise")(y), "u")
         y = nn.silu(self._norm("norm_depthwise")(y))
         y = self._norm("norm_project")(self._pointwise("project", self._squeeze(y)))
         if x.shape[-1] != self.width:
