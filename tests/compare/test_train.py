@@ -233,6 +233,15 @@ def test_runs_of_another_recipe_are_refused_before_anything_is_trained(train, ca
     assert train.files() == before
 
 
+def test_other_training_data_is_refused_when_nothing_is_left_to_train(train):
+    train()
+    before = train.files()
+    with pytest.raises(CheckpointError, match="content of images"):
+        train("data.images.source.split=val")
+    assert train.trained == []
+    assert train.files() == before
+
+
 def test_runs_that_started_from_other_parts_are_refused(train):
     train(seeds=1)
     shutil.rmtree(train.folder / "parts")

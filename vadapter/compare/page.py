@@ -143,9 +143,9 @@ lowest validation loss. <b>Stage 1</b> is what an arm trains before the compared
 count it only where they say so.</p>
 <p>Lines are means over seeds and <b>bands</b> reach from the lowest to the highest seed: they are
 not confidence intervals, and as all runs share the frozen parts they do not show how much others
-would change. The <b>dashed line</b> is the baseline's best. An arm that crosses it
-further left needed less. The best of many evaluations is a little too good, for every arm alike;
-the final scores are measured once, at the end.</p>
+would change. The <b>dashed line</b> is the baseline's best, the mean of each seed's. An arm that
+crosses it further left needed less. The best of many evaluations is a little too good, for every
+arm alike; the final scores are measured once, at the end.</p>
 <p><b>Brackets</b> are 95&nbsp;% bootstrap intervals over test items, with whole images or clips
 drawn. Two arms whose intervals overlap may still differ: the table of differences compares them
 item by item, which is sharper. Where nothing differs, one interval in twenty leaves out 0 by
@@ -184,7 +184,7 @@ table { border-collapse: separate; border-spacing: 0; font-size: .9rem; line-hei
  font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .5rem .8rem; text-align: right; vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; }
-thead th { min-width: 6rem; color: var(--muted); font-size: .8rem; vertical-align: bottom;
+thead th { min-width: 5rem; color: var(--muted); font-size: .8rem; vertical-align: bottom;
  border-bottom: 1px solid var(--line); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 th:first-child { background: var(--page); left: 0; min-width: clamp(7.5rem, 18vw, 13rem);

@@ -56,6 +56,21 @@ def write_diverged(run: PlannedRun, error: NonFiniteError) -> None:
     write_json(run.workdir / DIVERGED, {"error": str(error), "identity": plain(identity)})
 
 
+def reads_as_before(recipe: Recipe, workdir: Path, *names: str) -> bool:
+    """Return whether a run that has begun read data sets from the same sources.
+
+    `names` are the data sets, by default those that its stages are trained on. True without a run.
+    """
+    if not (workdir / "config.json").is_file():
+        return True
+    before = read_run(workdir).data
+    trained = {name for stage in recipe.stages.values() for name in stage.data}
+    return all(
+        name in before and plain(before[name].source) == plain(recipe.data[name].source)
+        for name in names or trained
+    )
+
+
 # -- does a directory fit ------------------------------------------------------------------------
 
 

@@ -102,7 +102,7 @@ class _Trainer:
         plan, problems, content = self.plan, Problems(), dict[str, Any]()
         self._check_directories(problems)
         for arm, recipe in plan.arms.items():
-            if not self._complete(arm):
+            if not (self._complete(arm) and self._reads_as_before(arm)):
                 with problems.gather(f"arm {arm}"):
                     content |= self._check_arm(arm, recipe)
         problems.settle()
@@ -139,6 +139,14 @@ class _Trainer:
             self._losses[arm, lr, 0] = loss
         runs = [self.plan.run(arm, self._chosen(arm), seed) for seed in range(self.plan.seeds)]
         return all(self._outcome(run) is not None for run in runs)
+
+    def _reads_as_before(self, arm: str) -> bool:
+        """Return whether the runs of an arm that is complete read their data where it says now."""
+        runs = [self.plan.run(arm, self._chosen(arm), seed) for seed in range(self.plan.seeds)]
+        return hosts.of_first(
+            all(progress.reads_as_before(run.recipe, run.workdir) for run in runs),
+            f"arm {arm}: the same data?",
+        )
 
     # -- runs ----------------------------------------------------------------------------------
 
@@ -233,7 +241,12 @@ class _Trainer:
         """Run the test evaluations of a chosen run that have not been run."""
         recipe, workdir, stage = run.recipe, run.workdir, run.trained.stage
         scored = workdir / stage / "eval"
-        missing = [n for n in self.plan.settings.test if not _is_scored(scored / n, recipe, n)]
+        missing = [
+            name
+            for name in self.plan.settings.test
+            if not _is_scored(scored / name, recipe, name)
+            or not progress.reads_as_before(recipe, workdir, recipe.evals[name].data)
+        ]
         missing = hosts.of_first(missing, f"{run}: evaluated?")
         if not missing:
             return
