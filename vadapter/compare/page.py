@@ -182,9 +182,9 @@ li { margin-bottom: .25rem; }
  border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: separate; border-spacing: 0; font-size: .9rem; line-height: 1.35;
  font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: .5rem .8rem; text-align: right; vertical-align: top; white-space: nowrap; }
+th, td { padding: .5rem .65rem; text-align: right; vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; }
-thead th { min-width: 5rem; color: var(--muted); font-size: .8rem; vertical-align: bottom;
+thead th { min-width: 4.2rem; color: var(--muted); font-size: .8rem; vertical-align: bottom;
  border-bottom: 1px solid var(--line); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 th:first-child { background: var(--page); left: 0; min-width: clamp(7.5rem, 18vw, 13rem);
