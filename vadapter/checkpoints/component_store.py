@@ -79,7 +79,9 @@ class ComponentStore:
             params, meta = array_io.load(path, abstract, expect={"component": name}, subset=subset)
             _check_content(path, meta, digest)
         except CorruptError as e:
-            raise CheckpointError(f"{e}. Delete {path} and load the weights again.") from e
+            raise CheckpointError(
+                f"{e}. Delete {path} and load the weights again, or restore it from a backup."
+            ) from e
         return params
 
     def describe(self, name: str, digest: str) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -137,9 +137,12 @@ class Checkpointer:
         self._settle()
         self._drop_manager()
         if self._failures:
+            newest = max(self.committed(), default=None)
+            kept = f"the newest checkpoint in {self._directory} is that of step {newest}"
+            if newest is None:
+                kept = f"there is no checkpoint in {self._directory}"
             raise CheckpointError(
-                f"the last save failed; the newest checkpoint in {self._directory} is that of step "
-                f"{max(self.committed(), default=None)}"
+                f"the last save failed; {kept}. Free space, then rerun the same command."
             )
 
     def restore(
