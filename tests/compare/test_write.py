@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import io
+import json
 import math
 import re
 
@@ -23,6 +24,7 @@ from vadapter.compare.summary import findings
 from vadapter.compare.table import compact, learning_rates, results, signed, tables, to_baseline
 from vadapter.compare.write import write_comparison
 from vadapter.metrics import bootstrap
+from vadapter.metrics.blind_baselines import constant_caption
 from vadapter.metrics.bootstrap import Sample
 
 COSTS = {
@@ -171,6 +173,66 @@ def test_the_findings_say_no_more_than_the_numbers(three):
     assert worse.endswith("within the interval: no difference is shown.")
     (limit,) = found["Limits"]  # the tiny LM of stage 1 was trained on text
     assert limit.text.startswith("better starts with what was trained before: tlm (stage tlm).")
+
+
+@pytest.fixture
+def described(three):
+    """The arms of `three` with references for the items of their evaluations; and these."""
+    nouns = ["dog", "cat", "man", "car", "cat"]
+    references = [[f"a {nouns[i % 5]} is here", "something is here"] for i in range(20)]
+    rows = [
+        {"id": f"image-{i}", "index": i, "references": each, "score": 0.5}
+        for i, each in enumerate(references)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for run in (run for arm in three.arms for run in arm.runs):
+        for name in ("captions", "test"):
+            folder = run.workdir / run.stage / "eval" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "predictions.jsonl").write_text(text)
+    return three, references
+
+
+def test_the_last_row_of_the_results_is_what_is_reached_without_an_image(described):
+    comparison, references = described
+    measured = measure(comparison)
+    table = results(measured, evaluations(measured))
+    row = dict(zip(table.header, table.rows[-1], strict=True))
+    first, every = constant_caption(references[:8]), constant_caption(references)
+    assert row.pop("arm") == "blind (no image)"
+    assert row.pop("captions\nbest CIDEr × 100") == f"{100 * first:.1f}"  # captions/n is 8
+    assert row.pop("test\nCIDEr × 100").startswith(f"{100 * every:.1f}\n[")
+    assert set(row.values()) == {"—"}
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0, 1.5])
+def test_speed_to_a_score_at_chance_level_is_held_back(described, tmp_path, share):
+    comparison, references = described
+    chance = constant_caption(references[:8])
+    for arm in comparison.arms:
+        for run in arm.runs:
+            path = run.workdir / run.stage / "metrics.jsonl"
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            ours = share * (2 if arm.name == "better" else 1)
+            rows = [row | ({SCORE: ours * chance} if SCORE in row else {}) for row in rows]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    written = write_comparison(comparison, tmp_path / "out")
+    held_back, known = (
+        share <= 1,
+        f"what a constant caption reaches without an image ({100 * chance:.1f})",
+    )
+    finding = findings(measure(comparison), [])["Speed"][0]
+    assert (known in finding.text, not finding.arms) == (held_back, held_back)
+    if share == 0.5:
+        assert "no arm's best is above" in finding.text
+    elif share == 1:
+        assert finding.text.endswith(f"above it: better {200 * chance:.1f}.")
+    markdown = written.table.read_text(encoding="utf-8")
+    page = plain(Page(written.page.read_text(encoding="utf-8")).text)
+    for text in (markdown, page, written.text):
+        assert "blind (no image)" in text
+        assert ("To perceiver's best: captions" in text) == (not held_back)
+        assert "To perceiver's best: held" in text
 
 
 def test_the_limits_say_where_arms_were_not_trained_alike(tmp_path):

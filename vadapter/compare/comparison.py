@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vadapter.io import storage
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -62,3 +64,8 @@ class Comparison:
     loss: str
     score: str
     test: tuple[str, ...]
+
+
+def evaluation_folder(run: Trained, name: str) -> Path:
+    """Return the folder of an evaluation of a run."""
+    return storage.as_path(run.workdir) / run.stage / "eval" / name

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vadapter.compare.comparison import Arm, Comparison, Trained
+from vadapter.compare.comparison import Arm, Comparison, Trained, evaluation_folder
 from vadapter.compare.costs import Cost, stage_costs
 from vadapter.io import storage
-from vadapter.io.json_files import history
+from vadapter.io.json_files import history, lines
+from vadapter.metrics.blind_baselines import blind_scores
 from vadapter.stages.initialization import DONE
 
 Spent = dict[str, float]  # amount by name of an axis
@@ -95,11 +96,18 @@ class Criterion:
       higher: whether more is better; a loss is better if it is lower.
       count: number of items of the evaluations that count. A score depends on the items, so those
         of another number are left out; None: all count.
+      blind: the score of a baseline that sees no image, on the same items; None if it is not known.
     """
 
     key: str
     higher: bool
     count: float | None = None
+    blind: float | None = None
+
+    @property
+    def metric(self) -> str:
+        """The metric without the name of the evaluation."""
+        return self.key.rpartition("/")[2]
 
     @property
     def count_key(self) -> str:
@@ -192,9 +200,26 @@ def _criteria(comparison: Comparison, arms: Iterable[MeasuredArm]) -> tuple[Crit
     )
     if counts:  # the usual number of items; of two that are as usual, the larger
         count = max(counts, key=lambda n: (counts[n], n or 0))
-        score = Criterion(comparison.score, higher=True, count=count)
+        score = Criterion(comparison.score, True, count, _blind(score, count, curves))
     criteria = (score, Criterion(comparison.loss, higher=False))
     return tuple(c for c in criteria if any(c.series(curve) for curve in curves))
+
+
+def _blind(score: Criterion, count: float | None, curves: Iterable[Curve]) -> float | None:
+    """Return the score of the baseline on the first `count` items, those of the curve.
+
+    They are read from the evaluation at the end of a run; None before there is one.
+    """
+    name = score.key.rpartition("/")[0]
+    for curve in curves:
+        rows = list(lines(evaluation_folder(curve.run, name) / "predictions.jsonl"))
+        if (
+            count
+            and len(rows) >= count
+            and (found := blind_scores(rows[: int(count)], score.metric))
+        ):
+            return float(np.mean(found))
+    return None
 
 
 def read_curve(run: Trained, costs: Mapping[str, Cost]) -> Curve:

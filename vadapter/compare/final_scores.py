@@ -8,14 +8,13 @@ it moves with another seed, which minimum and maximum over the seeds show.
 import json
 from collections.abc import Mapping
 from itertools import combinations
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from vadapter.compare.comparison import Trained
+from vadapter.compare.comparison import Trained, evaluation_folder
 from vadapter.compare.curves import Measured, MeasuredArm, Spread
-from vadapter.io import storage
 from vadapter.io.json_files import lines
 from vadapter.metrics import bootstrap
+from vadapter.metrics.blind_baselines import blind_scores
 from vadapter.metrics.bootstrap import Difference, Interval, Sample
 
 PRIMARY = ("cider", "accuracy")  # the score of an evaluation: the first that it has
@@ -36,6 +35,7 @@ class Evaluation(NamedTuple):
     name: str
     scores: Mapping[str, FinalScore]  # by arm
     differences: Mapping[tuple[str, str], Difference]  # (arm, other arm): the first minus the other
+    blind: Sample | None = None  # of a baseline that sees no image; None if it cannot be scored
 
     @property
     def metric(self) -> str:
@@ -62,7 +62,7 @@ def evaluations(measured: Measured) -> list[Evaluation]:
             differences[a, b] = bootstrap.paired(scores[a].sample, scores[b].sample)
             differences[b, a] = _negative(differences[a, b])
         if scores:
-            found.append(Evaluation(name, scores, differences))
+            found.append(Evaluation(name, scores, differences, _blind(measured, name)))
     return found
 
 
@@ -81,6 +81,16 @@ def _score(arm: MeasuredArm, name: str) -> FinalScore | None:
     return FinalScore(metric, spread, interval, sample)
 
 
+def _blind(measured: Measured, name: str) -> Sample | None:
+    """Return the scores of the baseline on the items of an evaluation, which all arms share."""
+    runs = (curve.run for arm in measured.arms for curve in arm.curves)
+    run, metric = next((run, found[0]) for run in runs if (found := _read(run, name)))
+    rows = list(lines(evaluation_folder(run, name) / "predictions.jsonl"))
+    if not (scores := blind_scores(rows, metric)):
+        return None
+    return Sample.of_means([row["index"] for row in rows], [row["id"] for row in rows], scores)
+
+
 def _read(run: Trained, name: str) -> tuple[str, dict[str, Any], Sample] | None:
     """Return metric, score.json and items of an evaluation of a run; None if it has no score."""
     directory = evaluation_folder(run, name)
@@ -94,11 +104,6 @@ def _read(run: Trained, name: str) -> tuple[str, dict[str, Any], Sample] | None:
     rows = list(lines(directory / "predictions.jsonl"))
     items, clusters = [row["index"] for row in rows], [row["id"] for row in rows]
     return metric, record, Sample.of_means(items, clusters, [row["score"] for row in rows])
-
-
-def evaluation_folder(run: Trained, name: str) -> Path:
-    """Return the folder of an evaluation of a run."""
-    return storage.as_path(run.workdir) / run.stage / "eval" / name
 
 
 def _negative(difference: Difference) -> Difference:

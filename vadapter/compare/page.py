@@ -146,9 +146,9 @@ not confidence intervals, and as all runs share the frozen parts they do not sho
 would change. The <b>dashed line</b> is the baseline's best, the mean of each seed's. An arm that
 crosses it further left needed less. The best of many evaluations is a little too good, for every
 arm alike; the final scores are measured once, at the end.</p>
-<p><b>Brackets</b> are 95&nbsp;% bootstrap intervals over test items, with whole images or clips
-drawn. Two arms whose intervals overlap may still differ: the table of differences compares them
-item by item, which is sharper. Where nothing differs, one interval in twenty leaves out 0 by
+<p><b>Brackets</b> are 95&nbsp;% bootstrap intervals over evaluated items, with whole images or
+clips drawn. Two arms whose intervals overlap may still differ: the table of differences compares
+them item by item, which is sharper. Where nothing differs, one interval in twenty leaves out 0 by
 chance.</p></section>
 """
 

@@ -14,11 +14,13 @@ from vadapter.compare.curves import (
 from vadapter.compare.final_scores import Evaluation, is_shown
 from vadapter.compare.provenance import machine
 from vadapter.compare.table import (
+    at_chance,
     best,
     formatter,
     interval,
     metric_title,
     on_items,
+    points,
     ratios,
     signed,
     spread,
@@ -26,6 +28,7 @@ from vadapter.compare.table import (
     title,
 )
 from vadapter.config import plain
+from vadapter.metrics.blind_baselines import NAMES
 from vadapter.metrics.bootstrap import Difference
 from vadapter.recipe.schema import trained, used_data
 from vadapter.stages.restore import read_run
@@ -58,6 +61,9 @@ def _speed(measured: Measured, criterion: Criterion) -> Finding | None:
     show, baseline = formatter(criterion), measured.baseline
     if (goal := best(baseline, criterion)) is None:
         return None
+    what = f"{title(criterion)}{on_items(criterion)}"
+    if at_chance(measured, criterion):
+        return Finding(f"{what}: {_chance(measured, criterion)}")
     lines = []
     for arm in _others(measured):
         seeds = reached(measured, arm, criterion)
@@ -67,8 +73,25 @@ def _speed(measured: Measured, criterion: Criterion) -> Finding | None:
             own = spread(best(arm, criterion), show, " ")
             lines.append(f"{arm.name} never does; its best is {own}.")
     goal_text = spread(goal, show, " ")
-    what = f"{title(criterion)}{on_items(criterion)}"
     return Finding(f"{what}: {baseline.name}'s best is {goal_text}.", lines)
+
+
+def _chance(measured: Measured, criterion: Criterion) -> str:
+    """Say that the baseline's best is no better than a guess, and which arms are above that."""
+    blind = criterion.blind or 0.0
+    above = [
+        f"{arm.name} {points(own.mean)}"
+        for arm in measured.arms
+        if (own := best(arm, criterion)) and own.mean > blind
+    ]
+    known = f"what {NAMES[criterion.metric]} reaches without an image ({points(blind)})"
+    name = measured.baseline.name
+    if above:
+        return (
+            f"{name}'s best is not above {known}, so speed to it says nothing; above it: "
+            f"{', '.join(above)}."
+        )
+    return f"no arm's best is above {known}, so speed to {name}'s best says nothing."
 
 
 def _when(measured: Measured, arm: MeasuredArm, seeds: Sequence[Reached]) -> str:
@@ -110,7 +133,7 @@ def _limits(measured: Measured) -> list[Finding]:
     if counts == {1}:
         limits.append(
             "One seed per arm: nothing here says how much another seed would change. Intervals are "
-            "over test items alone."
+            "over the evaluated items alone."
         )
     elif 1 in counts:
         limits.append("Arms with one seed have no spread.")

@@ -16,11 +16,15 @@ from vadapter.compare.curves import (
     reached,
 )
 from vadapter.compare.final_scores import Evaluation, FinalScore, is_shown
+from vadapter.console import listing
+from vadapter.metrics import bootstrap
+from vadapter.metrics.blind_baselines import NAMES
 from vadapter.metrics.bootstrap import Difference, Interval
 
 Row = tuple[str, ...]
 
 NONE, NEVER = "—", "never"
+BLIND = "blind (no image)"  # name of the row of baselines that see no image
 SHOWN = ("steps", "flops", "seconds")  # axes of the table of what it took
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -157,15 +161,35 @@ def results(measured: Measured, evaluations: Sequence[Evaluation]) -> Table:
             _seeds(arm),
         )
         rows.append(row)
-    note = (
-        "Means over seeds, with minimum and maximum in parentheses where there are several. "
-        "Brackets: 95 % interval over the test items, drawn by image or clip. Visual tokens: what "
-        "the LLM reads for one sample. Samples/s: in training steps."
-    )
+    blind = _blind_row(criteria, evaluations, len(header))
+    names = listing(each.name for each in evaluations)
+    note = "Means over seeds, with minimum and maximum in parentheses where there are several. "
+    if evaluations:
+        note += f"Brackets: 95 % interval over the items of {names}, drawn by image or clip. "
+    note += "Visual tokens: what the LLM reads for one sample. Samples/s: in training steps."
+    if blind:
+        note += (
+            f" {BLIND}: {NAMES['cider']}, or {NAMES['accuracy']}. What is not above it does not "
+            "show that images are used."
+        )
     for criterion in criteria:
         if criterion.count is not None:
             note += f" Best {criterion.key}: of evaluations while training{on_items(criterion)}."
-    return Table("Results", header, rows, note)
+    return Table("Results", header, [*rows, *blind], note)
+
+
+def _blind_row(
+    criteria: Sequence[Criterion], evaluations: Sequence[Evaluation], width: int
+) -> list[Row]:
+    """Return the row of the baselines that see no image; none if nothing of it is known."""
+    cells = [NONE if c.blind is None else points(c.blind) for c in criteria]
+    for each in evaluations:
+        sample = each.blind
+        ends = "" if sample is None else f"\n{interval(bootstrap.interval(sample))}".rstrip()
+        cells.append(NONE if sample is None else points(sample.value) + ends)
+    if set(cells) <= {NONE}:
+        return []
+    return [(BLIND, *cells, *[NONE] * (width - 1 - len(cells)))]
 
 
 def _seeds(arm: MeasuredArm) -> str:
@@ -194,6 +218,12 @@ def best(arm: MeasuredArm, criterion: Criterion) -> Spread | None:
     """Return the best value of each seed, over seeds."""
     found = (criterion.best(curve) for curve in arm.curves)
     return Spread.of(item[1] for item in found if item)
+
+
+def at_chance(measured: Measured, criterion: Criterion) -> bool:
+    """Return whether the baseline's best is not above what is reached without an image."""
+    goal, blind = best(measured.baseline, criterion), criterion.blind
+    return goal is not None and blind is not None and goal.mean <= blind
 
 
 def rate(arm: MeasuredArm) -> Spread | None:
@@ -290,16 +320,17 @@ def difference_table(evaluation: Evaluation) -> Table:
         rows.append(tuple(row))
     note = (
         f"Row minus column, {metric_title(evaluation.metric)}, on the same {evaluation.items:,} "
-        "items: scores averaged over seeds for each item, then a paired bootstrap by image or clip "
-        "(95 % interval). Emphasized: the interval leaves out 0. Anything else is not a difference "
-        "that these items show."
+        f"items of {evaluation.name}: scores averaged over seeds for each item, then a paired "
+        "bootstrap by image or clip (95 % interval). Emphasized: the interval leaves out 0. "
+        "Anything else is not a difference that these items show."
     )
     return Table(f"Differences: {evaluation.name}", ("", *names), rows, note, marked, "pairs")
 
 
 def tables(measured: Measured, evaluations: Sequence[Evaluation]) -> list[Table]:
-    """Return all tables, in the order of the page."""
-    took = [to_baseline(measured, criterion) for criterion in measured.criteria]
+    """Return all tables, in the order of the page; none of the way to a score at chance level."""
+    criteria = [each for each in measured.criteria if not at_chance(measured, each)]
+    took = [to_baseline(measured, criterion) for criterion in criteria]
     differences = [difference_table(each) for each in evaluations if each.differences]
     rates = learning_rates(measured)
     return [results(measured, evaluations), *took, *differences, *([rates] if rates else [])]

@@ -4,7 +4,8 @@ Both are fitted to the evaluated set itself, but never to the item that they are
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,20 @@ from vadapter.metrics.captioning import cider_of_constants
 from vadapter.metrics.ptb import tokenize
 
 CANDIDATES = 20
+NAMES = {"cider": "a constant caption", "accuracy": "the most common answer"}  # by metric
+
+
+def blind_scores(rows: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
+    """Return the score of the baseline on each row of predictions.jsonl, on the scale of `metric`.
+
+    Empty without a baseline: another metric than those of `NAMES`, no rows, rows without what is
+    right, or a single image.
+    """
+    if metric == "accuracy" and rows and "answer" in rows[0]:
+        return majority_answer_scores([(row["question"], row["answer"]) for row in rows])
+    if metric == "cider" and len(rows) > 1 and "references" in rows[0]:
+        return constant_caption_scores([row["references"] for row in rows]).tolist()
+    return []
 
 
 def constant_caption(references: Sequence[Sequence[str]], candidates: int = CANDIDATES) -> float:

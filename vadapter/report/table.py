@@ -33,20 +33,16 @@ def summary(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
 
 def _blind_rows(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
     """Return the row of the blind baselines, on the items that the stages were evaluated on."""
-    from vadapter.metrics.blind_baselines import constant_caption_scores, majority_answer_scores
+    from vadapter.metrics.blind_baselines import blind_scores
 
     records: dict[str, dict[str, Any]] = {}
     for name in recipe.evals:
         paths = [workdir / s / "eval" / name / "predictions.jsonl" for s in reversed(recipe.chain)]
         items = next(filter(None, (list(lines(path)) for path in paths)), [])
-        if not items:
-            continue
-        if recipe.data[recipe.evals[name].data].task == "question":
-            right = majority_answer_scores([(item["question"], item["answer"]) for item in items])
-            records[name] = _of_items("accuracy", items, right)
-        elif len(items) > 1:
-            ciders = constant_caption_scores([item["references"] for item in items])
-            records[name] = _of_items("cider", items, ciders.tolist())
+        question = recipe.data[recipe.evals[name].data].task == "question"
+        metric = "accuracy" if question else "cider"
+        if found := blind_scores(items, metric):
+            records[name] = _of_items(metric, items, found)
     if not records:
         return []
     cells = [_scores(recipe, records, *column) for column in _METRICS]
