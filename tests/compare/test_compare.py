@@ -16,6 +16,7 @@ from support.comparisons import ARMS, tiny_comparison, write_comparison
 from support.patches import use_devices
 from support.shared import make_once
 
+from vadapter.checkpoints.array_io import read_meta
 from vadapter.checkpoints.component_store import ComponentStore
 from vadapter.cli.main import main
 from vadapter.compare.plan import read_plan
@@ -272,6 +273,15 @@ def test_runs_that_were_evaluated_differently_are_refused(copy, call, change, na
     code, _, err = call("compare", run_of(copy, "mlp"), run_of(copy, "vadapter"))
     assert code == USER_ERROR
     assert named in err
+
+
+def test_a_run_records_the_content_of_what_its_losses_and_scores_were_measured_on(trained):
+    directory = run_of(trained / "compare", "mlp") / "mlp"
+    score = json.loads((directory / "eval" / "captions" / "score.json").read_text())
+    measured = {"held": score["protocol"]["data"]}
+    assert finished(directory)["measured"] == measured
+    (checkpoint, *_) = sorted((directory / "checkpoints").glob("[0-9]*"))
+    assert read_meta(checkpoint)["measured"] == measured
 
 
 def unfinished(folder: Path) -> list[Any]:

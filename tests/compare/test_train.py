@@ -218,6 +218,7 @@ CHANGED = {
     ),
     "the validation set": (["data.held.texts=1"], "protocol.sets.held.texts"),
     "where training data is read": (["data.images.source.split=val"], "content of images"),
+    "where the validation set is read": (["data.held.source.split=train"], "content of held"),
 }  # fmt: skip
 
 
@@ -233,13 +234,37 @@ def test_runs_of_another_recipe_are_refused_before_anything_is_trained(train, ca
     assert train.files() == before
 
 
-def test_other_training_data_is_refused_when_nothing_is_left_to_train(train):
+@pytest.mark.parametrize(("data", "split"), [("images", "val"), ("held", "train")])
+@pytest.mark.parametrize("arms", [ARMS, (*ARMS, "another")])
+def test_other_data_is_refused_when_nothing_is_left_to_train_and_with_a_new_arm(
+    train, data, split, arms
+):
     train()
     before = train.files()
-    with pytest.raises(CheckpointError, match="content of images"):
-        train("data.images.source.split=val")
+    with pytest.raises(CheckpointError, match=f"content of {data}"):
+        train(f"data.{data}.source.split={split}", arms=arms)
     assert train.trained == []
     assert train.files() == before
+
+
+def records(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*/*/done.json"))
+
+
+def test_runs_of_an_earlier_version_have_no_record_of_what_measured_them(train):
+    train()
+    for path in records(train.folder):
+        record = json.loads(path.read_text())
+        del record["measured"]
+        path.write_text(json.dumps(record))
+    train(arms=(*ARMS, "another"))
+    assert {run[0] for run in train.trained} == {"another"}
+    assert train.record()["finished"]
+    scores = records(train.folder)[-1].parent / "eval" / "captions" / "score.json"
+    scores.parent.mkdir(parents=True)
+    scores.write_text('{"scores": {}, "protocol": {"data": "another"}}')  # what they do have
+    with pytest.raises(CheckpointError, match="content of held"):
+        train(seeds=3)
 
 
 def test_runs_that_started_from_other_parts_are_refused(train):

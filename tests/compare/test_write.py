@@ -20,9 +20,11 @@ from vadapter.compare.csv_file import COLUMNS, csv_text
 from vadapter.compare.curves import AXES, measure
 from vadapter.compare.final_scores import evaluations
 from vadapter.compare.provenance import origin
+from vadapter.compare.read import read_runs
 from vadapter.compare.summary import findings
 from vadapter.compare.table import compact, learning_rates, results, signed, tables, to_baseline
 from vadapter.compare.write import write_comparison
+from vadapter.errors import ConfigError
 from vadapter.metrics import bootstrap
 from vadapter.metrics.blind_baselines import constant_caption
 from vadapter.metrics.bootstrap import Sample
@@ -109,6 +111,21 @@ def test_the_interval_of_a_single_seed_is_that_of_its_score_file(tmp_path):
     (evaluation,) = evaluations(measure(comparison))
     assert evaluation.scores["a"].interval == (0.25, 0.75)
     assert evaluation.differences == {}
+
+
+def test_runs_that_were_measured_on_other_content_are_refused_as_far_as_it_is_recorded(tmp_path):
+    paths = [tmp_path / str(run) / "perceiver" for run in range(3)]
+    for path, content, lr in zip(paths, ("one", "", "other"), (1e-1, 1e-2, 1e-3), strict=True):
+        write_run(path.parent, path.name, {}, lr=lr)
+        done = path / "done.json"
+        record = json.loads(done.read_text()) | ({"measured": {"held": content}} if content else {})
+        done.write_text(json.dumps(record))
+    for recorded in (paths[:2], paths[1:]):
+        assert len(read_runs(recorded)[0].arms) == 2
+    for different in (paths, paths[::-1], paths[::2]):
+        with pytest.raises(ConfigError, match="cannot be compared") as raised:
+            read_runs(different)
+        assert "protocol.content.held" in str(raised.value)
 
 
 def test_differences_are_paired_over_items_averaged_over_seeds(three):

@@ -18,7 +18,7 @@ from support.shared import make_once
 
 from vadapter.config import plain
 from vadapter.io.json_files import write_json
-from vadapter.recipe.schema import Recipe, StageConfig, components
+from vadapter.recipe.schema import Recipe, StageConfig, components, measured_data
 from vadapter.recipe.schema import trained as trained_by
 from vadapter.stages.initialization import DONE
 from vadapter.stages.run import Run
@@ -131,7 +131,9 @@ def use_fake_runs(
                 "start": starts(recipe.stages[name]),
             }
             parts = dict.fromkeys(trained_by(recipe.stages[name]), digest())
-            done = {"components": parts, "identity": identity, "scores": scores}
+            measured = measured_data(recipe, recipe.stages[name])
+            done = {"components": parts, "identity": identity, "scores": scores,
+                    "measured": {n: source(n).fingerprint() for n in measured}}  # fmt: skip
             write_json(workdir / name / DONE, done)
         write_json(workdir / "config.json", plain(recipe))
 

@@ -6,6 +6,7 @@ stages before (the paper's stage 1), the seed, and whether images are blank (bli
 
 import json
 from collections.abc import Collection, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from vadapter.config import differences, digest, plain
 from vadapter.console import difference_table
 from vadapter.data.config import DataConfig
 from vadapter.errors import ConfigError
-from vadapter.recipe.schema import Recipe, StageConfig
+from vadapter.recipe.schema import Recipe, StageConfig, measured_data
 from vadapter.stages.initialization import finished
 from vadapter.stages.stage import Stage
 
@@ -52,13 +53,15 @@ def trained_facts(recipe: Recipe, workdir: Path, name: str, test: Collection[str
       CheckpointError: the stage is not finished.
     """
     stage = recipe.stages[name]
-    identity = Stage.upgrade_identity(finished(workdir / name)["identity"])
+    record = finished(workdir / name)
+    identity = Stage.upgrade_identity(record["identity"])
     config = {key: identity["config"][key] for key in ("data", "batch")}
     sets = {n: _without(data, *FREE, "source") for n, data in identity["data"].items()}
-    scored = {n: _scored(workdir / name / "eval" / n / "score.json") for n in test}
+    scored = {n: facts for n in test if (facts := _scored(workdir / name, n))}
+    content = measured_content(recipe, workdir / name, record)
     return {
         "data": config | {"sets": sets, "content": identity["fingerprints"]},
-        "protocol": protocol(recipe, name) | {"scored": scored},
+        "protocol": protocol(recipe, name) | {"content": content, "scored": scored},
         "frozen": {
             "dtype": identity["dtype"],
             "tokenizer": identity["tokenizer"],
@@ -78,7 +81,7 @@ def protocol(recipe: Recipe, name: str, *, source: bool = False) -> dict[str, An
     stage = recipe.stages[name]
     drop = FREE if source else (*FREE, "source")
     evals = {n: _without(plain(recipe.evals[n]), "batch") for n in stage.evals}
-    names = dict.fromkeys((*stage.loss, *(recipe.evals[n].data for n in stage.evals)))
+    names = measured_data(recipe, stage)
     return {
         "losses": sorted(stage.loss),
         "loss_batches": stage.loss_batches,
@@ -88,21 +91,47 @@ def protocol(recipe: Recipe, name: str, *, source: bool = False) -> dict[str, An
     }
 
 
+def measured_content(recipe: Recipe, directory: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """Return fingerprints of the data sets that a stage measured losses and scores on.
+
+    Args:
+      directory: of the stage.
+      record: what done.json or a checkpoint says of it. Earlier versions recorded what evaluations
+        were run on alone, in their score files.
+    """
+    if "measured" in record:
+        return dict(record["measured"])
+    evals = recipe.stages[directory.name].evals
+    scored = {recipe.evals[n].data: _scored(directory, n) or {} for n in evals}
+    return {name: facts["data"] for name, facts in scored.items() if "data" in facts}
+
+
 def digests(facts: Facts) -> dict[str, str]:
     """Return the SHA-256 of each section."""
     return {section: digest(values) for section, values in facts.items()}
 
 
 def require_equal(arms: Mapping[str, Facts]) -> None:
-    """Raise ConfigError, with a table of the differences, unless all arms have the same facts."""
-    (first, facts), *others = arms.items()
-    for name, other in others:
-        if rows := differences(facts, other):
+    """Raise ConfigError, with a table of the differences, unless all arms have the same facts.
+
+    What was measured on which content counts as far as both of two arms have recorded it.
+    """
+    for (first, facts), (name, other) in combinations(arms.items(), 2):
+        if rows := differences(_recorded_in(other, facts), _recorded_in(facts, other)):
             raise ConfigError(
                 f"{first} and {name} cannot be compared: they differ in more than the connector\n"
                 + difference_table(rows, ("key", first, name))
                 + "\nTrain both with the same data, evaluations and frozen components."
             )
+
+
+def _recorded_in(other: Facts, facts: Facts) -> Facts:
+    """Return facts without the recorded measurements that `other` has no record of."""
+    known, measured = other["protocol"], dict(facts["protocol"])
+    for key in ("content", "scored"):
+        if key in measured:
+            measured[key] = {n: x for n, x in measured[key].items() if n in known.get(key, {})}
+    return facts | {"protocol": measured}
 
 
 def _batches(stage: StageConfig) -> dict[str, Any]:
@@ -122,8 +151,9 @@ def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in keys}
 
 
-def _scored(path: Path) -> Any:
-    """Return the protocol that an evaluation was run with; None if it records none."""
+def _scored(directory: Path, name: str) -> dict[str, Any] | None:
+    """Return the protocol that an evaluation of a stage was run with; None if it records none."""
+    path = directory / "eval" / name / "score.json"
     if not path.is_file():
         return None
     try:

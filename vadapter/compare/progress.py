@@ -15,7 +15,7 @@ from vadapter.console import difference_table
 from vadapter.errors import CheckpointError, NonFiniteError, Problems
 from vadapter.io import storage
 from vadapter.io.json_files import write_json
-from vadapter.recipe.schema import Recipe, StageConfig
+from vadapter.recipe.schema import Recipe, StageConfig, used_data
 from vadapter.stages import initialization
 from vadapter.stages.restore import read_run
 from vadapter.stages.stage import Stage, settings
@@ -59,15 +59,16 @@ def write_diverged(run: PlannedRun, error: NonFiniteError) -> None:
 def reads_as_before(recipe: Recipe, workdir: Path, *names: str) -> bool:
     """Return whether a run that has begun read data sets from the same sources.
 
-    `names` are the data sets, by default those that its stages are trained on. True without a run.
+    `names` are the data sets, by default all that its stages are trained and measured on. True
+    without a run.
     """
     if not (workdir / "config.json").is_file():
         return True
     before = read_run(workdir).data
-    trained = {name for stage in recipe.stages.values() for name in stage.data}
+    used = {name for stage in recipe.stages.values() for name in used_data(recipe, stage)}
     return all(
         name in before and plain(before[name].source) == plain(recipe.data[name].source)
-        for name in names or trained
+        for name in names or used
     )
 
 
@@ -88,9 +89,10 @@ def require_same(
             continue
         now: dict[str, Any] = Stage.upgrade_identity(plain(settings(recipe, name)))
         saved = {key: before[key] for key in now if key in before}
+        known = before["measured"] | before.get("fingerprints", {})
         for data, fingerprint in content.items():
-            if data in before.get("fingerprints", {}):
-                saved[f"content of {data}"] = before["fingerprints"][data]
+            if data in known:
+                saved[f"content of {data}"] = known[data]
                 now[f"content of {data}"] = fingerprint
         for component, digest in _starts(recipe.stages[name]).items():
             if component in before.get("start", {}):
@@ -122,16 +124,32 @@ def _starts(stage: StageConfig) -> dict[str, str]:
 
 
 def _recorded(workdir: Path, stage: str) -> dict[str, Any] | None:
-    """Return what a stage was trained with, as far as it is recorded; None: it never began."""
+    """Return what a stage was trained with, as far as it is recorded; None: it never began.
+
+    Beside its identity, `measured` has what `fairness.measured_content` returns.
+    """
     directory = workdir / stage
     if (directory / initialization.DONE).is_file():
-        return Stage.upgrade_identity(initialization.finished(directory)["identity"])
+        record = initialization.finished(directory)
+        return _with_measured(workdir, stage, record["identity"], record)
     for step in reversed(steps(directory / "checkpoints")):
         try:
-            return Stage.upgrade_identity(read_meta(directory / "checkpoints" / str(step)))
+            meta = read_meta(directory / "checkpoints" / str(step))
         except CheckpointError:  # corrupt: training takes the one before, too
             continue
+        return _with_measured(workdir, stage, meta, meta)
     if (workdir / DIVERGED).is_file():
         record = json.loads((workdir / DIVERGED).read_text(encoding="utf-8"))
-        return record["identity"].get(stage)
+        identity = record["identity"].get(stage)
+        return identity and identity | {"measured": {}}
     return None
+
+
+def _with_measured(
+    workdir: Path, stage: str, identity: Mapping[str, Any], record: Mapping[str, Any]
+) -> dict[str, Any]:
+    known = "measured" in record or (workdir / "config.json").is_file()
+    measured = (
+        fairness.measured_content(read_run(workdir), workdir / stage, record) if known else {}
+    )
+    return Stage.upgrade_identity(identity) | {"measured": measured}

@@ -32,7 +32,7 @@ from vadapter.evaluate.runner import Decoder
 from vadapter.io import buckets, storage
 from vadapter.io.json_files import is_export, write_json
 from vadapter.io.lock import lock
-from vadapter.recipe.schema import Recipe
+from vadapter.recipe.schema import Recipe, used_data
 from vadapter.stages.restore import open_run
 from vadapter.stages.run import TOKENIZER, Run
 from vadapter.train import loop
@@ -127,7 +127,7 @@ class _Trainer:
         whole = Run(recipe, self.plan.folder / PARTS, self.stop)
         whole.check()
         own = self.plan.run(arm, self.plan.settings.lr[0], 0).recipe
-        names = {data for stage in own.stages.values() for data in stage.data}
+        names = {data for stage in own.stages.values() for data in used_data(own, stage)}
         return {name: whole.source(name).fingerprint() for name in names}
 
     def _complete(self, arm: str) -> bool:

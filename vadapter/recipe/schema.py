@@ -311,8 +311,13 @@ def components(stage: StageConfig) -> tuple[str, ...]:
 
 def used_data(recipe: Recipe, stage: StageConfig) -> tuple[str, ...]:
     """Return the data sets that a stage trains on, measures losses on and evaluates on."""
+    return tuple(dict.fromkeys((*stage.data, *measured_data(recipe, stage))))
+
+
+def measured_data(recipe: Recipe, stage: StageConfig) -> tuple[str, ...]:
+    """Return the data sets that a stage measures losses on and evaluates on."""
     evaluated = (recipe.evals[name].data for name in stage.evals)
-    return tuple(dict.fromkeys((*stage.data, *stage.loss, *evaluated)))
+    return tuple(dict.fromkeys((*stage.loss, *evaluated)))
 
 
 def trained(stage: StageConfig) -> tuple[str, ...]:

@@ -388,6 +388,11 @@ class Stage:
         }
         return self.upgrade_identity(identity)  # specs of components may have old names of keys
 
+    def measured(self) -> dict[str, str]:
+        """Return the content of the data sets that it measures losses on and evaluates on."""
+        names = schema.measured_data(self.recipe, self.config)
+        return {name: self.source(name).fingerprint() for name in names}
+
     @staticmethod
     def upgrade_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
         """Return an identity that an earlier version wrote with the keys of this one."""

@@ -112,7 +112,8 @@ def train_stage(stage: "Stage") -> None:
         def save(step: int, state: "TrainState") -> None:
             writer.flush()  # the rows of steps up to a checkpoint are never lost
             watchdog.beat(slow=True)
-            checkpointer.save(step, state, {**identity, "made_with": stage.setup()})
+            record = {"measured": stage.measured(), "made_with": stage.setup()}
+            checkpointer.save(step, state, {**identity, **record})
 
         try:
             state = _steps(stage, state, frozen, evaluator, save, writer)
@@ -249,7 +250,8 @@ def _store(
     store = ComponentStore(stage.workdir / initialization.STORE)
     digests = {n: store.put(n, state.params[n]) for n in trained(stage.config)}
     record = {"components": digests, "identity": plain(identity), "scores": scores,
-              "steps": stage.config.steps, "seconds": round(seconds, 1)}  # fmt: skip
+              "measured": stage.measured(), "steps": stage.config.steps,
+              "seconds": round(seconds, 1)}  # fmt: skip
     if hosts.first():
         write_json(stage.directory / initialization.DONE, record)
     hosts.exchange("", f"{stage.name}: stored")
