@@ -281,6 +281,39 @@ def test_mistakes_in_the_command_are_usage_errors(argv, capsys):
     assert "usage: vadapter" in capsys.readouterr().err
 
 
+def options_of(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([*verb.split(), "--help"])
+    usage = capsys.readouterr().out
+    return sorted(set(re.findall(r"^  (?:-\w, )?(--[a-z][a-z-]+)(?=[ =,\n])", usage, re.MULTILINE)))
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "inspect", "data show"])
+def test_every_misspelled_option_is_answered_with_the_nearest_one(verb, capsys):
+    options = options_of(verb, capsys)
+    assert "--help" in options
+    for option in options:
+        wrong = option[:-2] + option[-1] + option[-2]  # the last two letters are swapped
+        if wrong == option:
+            wrong = option + "x"
+        with pytest.raises(SystemExit) as stop:
+            main([*verb.split(), f"{wrong}=2"])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert f"usage: vadapter {verb}" in error
+        assert f"{wrong}: did you mean {option}?" in error
+
+
+def test_a_word_that_is_near_no_option_and_a_known_one_have_no_hint(capsys):
+    for words in (["--qqqqqq=1"], ["--limit=nothing"], ["--config=a.py"]):
+        with pytest.raises(SystemExit):
+            main(["eval", "RUN", *words])
+        assert "did you mean" not in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compare", "--sedes=2"])
+    assert "did you mean --seeds?" in capsys.readouterr().err
+
+
 def test_a_closed_pipe_is_no_crash(chain):
     words = [sys.executable, "-m", "vadapter", "caption", str(chain / "run")]
     words += [str(chain / "shapes" / "02.png")] * 3

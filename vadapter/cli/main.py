@@ -4,14 +4,16 @@ The verbs are in the modules beside this one; each imports what it needs when it
 """
 
 import argparse
+import difflib
 import io
 import os
 import stat
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vadapter import __version__, errors
 from vadapter.cli import compare, data, evaluate, inspect, plan, train, use
@@ -33,6 +35,33 @@ EXIT_CODES = (
     "78 user error: fix the configuration, data, checkpoint, disk space or device memory,\n"
     "134 aborted by JAX because another host died, 137 killed"
 )
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors name the option that is nearest to an unknown one."""
+
+    _words: Sequence[str] = ()  # that are parsed
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse words; an unknown one is an error of the verb, which prints its own usage."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the error, then exit with 2."""
+        super().error(f"{message}{''.join(map(self._hint, self._words))}")
+
+    def _hint(self, word: str) -> str:
+        """Return what an unknown option was meant to be; "" for other words."""
+        name, dot, key = word.partition("=")[0].partition(".")
+        known = self._option_string_actions
+        if not name.startswith("--") or name in known:
+            return ""
+        close = difflib.get_close_matches(name, known, 1, 0.65)
+        return f"; {name}{dot}{key}: did you mean {close[0]}{dot}{key}?" if close else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vadapter",
         description="Align a frozen vision encoder with a frozen language model.",
         epilog=f"See `vadapter VERB --help` for the options of a verb.\n\n{EXIT_CODES}",
