@@ -14,6 +14,7 @@ from support.recipes import tiny_recipe
 from vadapter.cli.main import main
 from vadapter.data.items import items_of
 from vadapter.distributed.mesh import MeshConfig, make_mesh
+from vadapter.inspect import look
 from vadapter.inspect.held_out import Encoded, batches, choose, open_held_out
 from vadapter.inspect.inspection import Settings, inspect_files, inspect_held_out, open_probe
 from vadapter.inspect.look_page import inspection_page
@@ -313,6 +314,11 @@ MISTAKES = {
     "file as run": (["{file}"], "no run in"),
     "several runs without a page": (["{run}", "{copy}"], "--out=FILE.html"),
     "page of another kind": (["{run}", "--out=page.pdf"], "ends in .html"),
+    "image as page": (["{run}", "--out={file}"], "images to look at are given behind the run"),
+    "page below a file": (["{run}", "--out={file}/page.html"], "with --out=FILE.html"),
+    "page that is a folder": (["{run}", "--out={folder_page}"], "it is a directory"),
+    "JSON that is a folder": (["{run}", "--out={folder_json}"], "folder.json cannot be written"),
+    "page where nobody may write": (["{run}", "--out=/proc/page.html"], "/proc/page.html cannot"),
     "comparison and run": (["{comparison}", "{run}"], "one directory of a comparison"),
     "stage of a comparison": (["{comparison}", "--stage=vadapter"], "arms of a comparison"),
     "missing run": (["{comparison}"], "gone (" ),
@@ -335,8 +341,15 @@ def places(run, tmp_path_factory):
     (root / "corrupt" / "compare.json").write_text('{"arms": {"a": 1}}')
     (root / "copy").symlink_to(run)
     (root / "photo.png").touch()
+    (root / "page.html").mkdir()
+    (root / "folder.json").mkdir()
     names = ("empty", "export", "comparison", "corrupt", "copy", "missing")
-    return {name: root / name for name in names} | {"run": run, "file": root / "photo.png"}
+    others = {"file": "photo.png", "folder_page": "page.html", "folder_json": "folder.html"}
+    return (
+        {name: root / name for name in names}
+        | {k: root / v for k, v in others.items()}
+        | {"run": run}
+    )
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -351,6 +364,26 @@ def test_a_mistake_is_explained_in_one_message_with_exit_code_78(
     assert message in error
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["/proc/page.html", "{file}/page.html", "photo.jpg"])
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_computed(
+    out, places, monkeypatch, capsys
+):
+    monkeypatch.setattr(look, "look", lambda *args: pytest.fail("computed"))
+    size = places["file"].stat().st_size
+    assert main(["inspect", str(places["run"]), f"--out={out.format(**places)}"]) == 78
+    assert "--out=" in capsys.readouterr().err
+    assert places["file"].stat().st_size == size
+
+
+def test_the_check_of_the_place_leaves_nothing_and_keeps_what_is_there(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    assert look.destination(page, [tmp_path], []) == page
+    assert look.destination(tmp_path / "new" / "page.html", [tmp_path], []).parent.name == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert page.read_text() == "old"
 
 
 def test_runs_over_different_data_are_not_shown_together(run, chain, tmp_path, monkeypatch, capsys):

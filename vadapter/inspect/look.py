@@ -2,6 +2,7 @@
 
 import gc
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -127,18 +128,38 @@ def divide(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def destination(out: Path | None, folders: Sequence[Path], files: Sequence[Path]) -> Path:
-    """Return where the page is written.
+    """Return where the page is written, which is possible now.
 
     Raises:
-      ConfigError: several runs and no place, or not the name of an HTML file.
+      ConfigError: several runs and no place, not the name of an HTML file, or it cannot be written.
     """
     if out is None:
         if len(folders) > 1:
             raise ConfigError("several runs: say where to write the page with --out=FILE.html")
-        return storage.as_path(folders[0]) / (FILES if files else PAGE)
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"--out={out}: the name of the page, which ends in .html")
+        out = storage.as_path(folders[0]) / (FILES if files else PAGE)
+    elif out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(
+            f"--out={out}: the name of the page, which ends in .html; images to look at are given "
+            "behind the run, without --out"
+        )
+    for path in (out, out.with_suffix(".json")):
+        _require_writable(path)
     return out
+
+
+def _require_writable(path: Path) -> None:
+    """Raise ConfigError if a local file cannot be written; nothing is left behind."""
+    if storage.remote(path):
+        return
+    hint = "choose another page with --out=FILE.html"
+    if path.is_dir():
+        raise ConfigError(f"{path} cannot be written: it is a directory; {hint}")
+    parent = next(each for each in path.absolute().parents if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent) as file:
+            file.write(b"1")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); {hint}") from error
 
 
 def write(out: Path, name: str, facts: Facts, found: Sequence[Inspected]) -> Path:
