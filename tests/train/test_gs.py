@@ -20,6 +20,7 @@ from vadapter.evaluate.partial_results import PartialResults
 from vadapter.io import buckets, gcs_lock, storage
 from vadapter.io.json_files import rows
 from vadapter.io.lock import lock
+from vadapter.metrics.scoring import Generation
 from vadapter.models.registry import make_module
 from vadapter.recipe.schema import read
 from vadapter.report.plots import convergence
@@ -249,12 +250,12 @@ def test_an_evaluation_in_a_bucket_resumes_after_the_last_batch(bucket, monkeypa
     path = storage.as_path("gs://bucket/part/predictions.jsonl.part")
     part = PartialResults(path, "key")
     assert part.read(2) == []
-    part.append([(0, "a", True), (1, "b", True)])
-    part.append([(2, "c", True)])  # of a batch that was torn
+    part.append([Generation(0, "a", True), Generation(1, "b", True)])
+    part.append([Generation(2, "c", True)])  # of a batch that was torn
     assert PartialResults(path, "other").read(2) == []
     again = PartialResults(path, "key")
-    assert again.read(2) == [(0, "a", True), (1, "b", True)]
-    again.append([(2, "c", False), (3, "d", True)])
+    assert again.read(2) == [Generation(0, "a", True), Generation(1, "b", True)]
+    again.append([Generation(2, "c", False), Generation(3, "d", True)])
     assert len(PartialResults(path, "key").read(2)) == 4
     again.remove()
     assert not path.exists()

@@ -121,6 +121,15 @@ def test_without_noise_a_training_step_takes_the_most_probable_words():
     np.testing.assert_allclose(trained, model.prefix(params, visual()), atol=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+def test_the_number_of_tokens_at_once_changes_nothing(at_once):
+    model, params = make(hard=False)
+    grouped, _ = make(hard=False, at_once=at_once)
+    for context in (None, training()):
+        expected = model.prefix(params, visual(), context)
+        np.testing.assert_allclose(grouped.prefix(params, visual(), context), expected, atol=1e-5)
+
+
 def test_noise_depends_on_the_key_alone():
     model, params = make(hard=False)
     run = jax.jit(lambda seed: model.prefix(params, visual(), training(seed=seed)))

@@ -29,6 +29,8 @@ class WordsConfig:
     Attributes:
       hard: samples are words, with the gradient of the soft ones (straight-through).
       noise: factor on the Gumbel noise; 1: samples follow the head's probabilities, 0: no noise.
+      at_once: soft tokens of a row whose logits exist at a time. The embedding is read once for each
+        such group, so that few are slow and many take memory.
       width: E, and vocab_size: V without the padding of a public model's embedding; 0 takes those
         of the language model that follows.
     """
@@ -38,6 +40,7 @@ class WordsConfig:
     decay: float = 0.0
     hard: bool = True
     noise: float = 1.0
+    at_once: int = 16
     width: int = 0
     vocab_size: int = 0
 
@@ -67,7 +70,8 @@ Embed = Callable[[Float[Array, "B V"]], Float[Array, "B E"]]
 
 def nearest(c: WordsConfig, head: Head, x: Float[Array, "B Q E"]) -> Int[Array, "B Q"]:
     """Return the most probable word of every soft token."""
-    ids = jax.lax.map(lambda x: jnp.argmax(_scores(c, head, x), -1), x.swapaxes(0, 1))
+    most_probable = lambda x: jnp.argmax(_scores(c, head, x), -1)  # noqa: E731
+    ids = jax.lax.map(most_probable, x.swapaxes(0, 1), batch_size=c.at_once)
     return ids.swapaxes(0, 1).astype(jnp.int32)
 
 
@@ -77,8 +81,8 @@ def sample(
 ) -> Float[Array, "B Q E"]:  # fmt: skip
     """Return the embeddings of sampled words.
 
-    One soft token after the other, recomputed in the backward pass: the logits of all of them
-    would be the largest array of a step by far.
+    A group of soft tokens after the other, recomputed in the backward pass: the logits of all of
+    them would be the largest array of a step by far.
 
     Args:
       head: states -> logits.
@@ -99,7 +103,8 @@ def sample(
         return embed(weights.astype(x.dtype))
 
     keys = jax.random.split(key, x.shape[1])
-    return jax.lax.map(of_token, (x.swapaxes(0, 1), keys)).swapaxes(0, 1)
+    arguments = (x.swapaxes(0, 1), keys)
+    return jax.lax.map(of_token, arguments, batch_size=c.at_once).swapaxes(0, 1)
 
 
 def _scores(c: WordsConfig, head: Head, x: Float[Array, "B E"]) -> Float[Array, "B V"]:
