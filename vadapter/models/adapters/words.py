@@ -29,8 +29,8 @@ class WordsConfig:
     Attributes:
       hard: samples are words, with the gradient of the soft ones (straight-through).
       noise: factor on the Gumbel noise; 1: samples follow the head's probabilities, 0: no noise.
-      at_once: soft tokens of a row whose logits exist at a time. The embedding is read once for each
-        such group, so that few are slow and many take memory.
+      at_once: soft tokens of a row whose logits exist at a time. The embedding is read once for
+        each such group, so that few are slow and many take memory.
       width: E, and vocab_size: V without the padding of a public model's embedding; 0 takes those
         of the language model that follows.
     """
