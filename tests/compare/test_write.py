@@ -16,10 +16,10 @@ from support.compared import LOSS, SCORE, compare, points, write_run
 from vadapter.compare import curves
 from vadapter.compare.comparison import Arm, Comparison
 from vadapter.compare.costs import Cost
-from vadapter.compare.csv_file import COLUMNS, csv_text
+from vadapter.compare.csv_file import COLUMNS, COUNTS, csv_text
 from vadapter.compare.curves import AXES, measure
 from vadapter.compare.final_scores import evaluations
-from vadapter.compare.provenance import origin
+from vadapter.compare.provenance import equal, origin
 from vadapter.compare.read import read_runs
 from vadapter.compare.summary import findings
 from vadapter.compare.table import compact, learning_rates, results, signed, tables, to_baseline
@@ -169,8 +169,12 @@ def test_the_grid_shows_what_was_chosen_what_diverged_and_where_it_ends(three):
     edge = learning_rates(measure(Comparison("x", arms, "perceiver", LOSS, "", ())))
     assert edge is not None
     assert "edge of the grid: perceiver, better, worse" in edge.note
-    none = tuple(Arm(a.name, a.runs, {}) for a in three.arms)
-    assert learning_rates(measure(Comparison("x", none, "perceiver", LOSS, "", ()))) is None
+    for grid in ({}, {1e-2: 1.5}):
+        few = tuple(Arm(a.name, a.runs, grid) for a in three.arms)
+        measured = measure(Comparison("x", few, "perceiver", LOSS, "", ()))
+        assert learning_rates(measured) is None
+        shown = [row[1] for row in equal(measured, {}).rows if row[0] == "learning rate"]
+        assert shown == ["0.01, the only one tried"] * len(grid)
 
 
 def test_the_findings_say_no_more_than_the_numbers(three):
@@ -271,6 +275,19 @@ def test_the_limits_say_where_arms_were_not_trained_alike(tmp_path):
     assert findings(alike, [])["Limits"] == []
 
 
+def test_evaluations_are_named_and_not_called_tests(three, tmp_path):
+    runs = tuple(Arm(a.name, a.runs[:1], {}) for a in three.arms)
+    comparison = Comparison("x", runs, "perceiver", LOSS, SCORE, ("held_captions",))
+    for run in (arm.runs[0] for arm in runs):
+        folder = run.workdir / run.stage / "eval"
+        (folder / "test").rename(folder / "held_captions")
+    written = write_comparison(comparison, tmp_path / "out")
+    for path in (written.page, written.table):
+        text = Page(path.read_text(encoding="utf-8")).text
+        assert "interval over the 80 items of held_captions, drawn" in plain(text)
+        assert not re.search(r"\btests? items?|\btest set", text)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_an_evaluation_that_is_not_finite_is_no_best_and_no_point(tmp_path, bad):
     arms = (
@@ -317,6 +334,9 @@ def test_the_csv_has_every_point_with_all_digits(three):
         for axis in AXES:
             assert float(row[axis]) == point.spent[axis]
             assert float(row[f"{axis}_with_stage_1"]) == point.spent[axis] + curve.before[axis]
+        for name in COUNTS - {"flops", "flops_with_stage_1"}:
+            assert re.fullmatch(r"\d*", row[name])
+        assert row["score_items"] == ("8" if SCORE in point.values else "")
         for column, key in (("training_loss", "loss"), ("held_out_loss", LOSS), ("score", SCORE)):
             logged = point.values.get(key)
             assert row[column] == ("" if logged is None else repr(logged))

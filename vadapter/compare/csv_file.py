@@ -74,10 +74,23 @@ COLUMNS: dict[str, Column] = {
 }
 
 
+COUNTS = frozenset(
+    {"seed", "score_items"}
+    | {f"{axis}{end}" for axis in AXES if axis != "seconds" for end in ("", "_with_stage_1")}
+)
+
+
+def _cell(name: str, value: Any) -> Any:
+    """Return what is written for a value: a count that is whole, as an integer."""
+    if name in COUNTS and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
 def csv_text(measured: Measured, origins: Mapping[Trained, Origin]) -> str:
     """Return a row per logged step of every run, in the columns of `COLUMNS`.
 
-    Numbers are written with all digits; what was not measured is an empty cell.
+    Numbers are written with all digits, counts as integers; what was not measured is an empty cell.
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -87,5 +100,5 @@ def csv_text(measured: Measured, origins: Mapping[Trained, Origin]) -> str:
         for curve in arm.curves:
             for point in curve.points:
                 record = Record(measured, arm, curve, point, origins[curve.run], source)
-                writer.writerow([column.value(record) for column in COLUMNS.values()])
+                writer.writerow(_cell(name, x.value(record)) for name, x in COLUMNS.items())
     return file.getvalue()

@@ -56,6 +56,7 @@ def equal(measured: Measured, origins: Mapping[Trained, Origin]) -> Table:
         ("data", _lines(_data(sections["data"]))),
         ("batch", str(sections["data"].get("batch", NONE))),
         ("seeds", ", ".join(map(str, seeds)) or NONE),
+        *_one_rate(measured),
         ("order", "a function of seed and step alone: equal for equal seeds"),
         ("frozen", _lines(_frozen(sections["frozen"]))),
         ("protocol", _protocol(sections["protocol"])),
@@ -66,6 +67,12 @@ def equal(measured: Measured, origins: Mapping[Trained, Origin]) -> Table:
         "Digests are SHA-256 of content, wherever it is stored; compare.csv has those of each run."
     )
     return Table("Equal in all runs", ("what", "value"), rows, note, kind="words")
+
+
+def _one_rate(measured: Measured) -> list[tuple[str, str]]:
+    """Return the learning rate of a grid that has only one; of others there is a table."""
+    rates = {lr for arm in measured.arms for lr in arm.arm.grid}
+    return [("learning rate", f"{rate:g}, the only one tried") for rate in rates if len(rates) == 1]
 
 
 def _lines(items: Any) -> str:

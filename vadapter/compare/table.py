@@ -162,10 +162,10 @@ def results(measured: Measured, evaluations: Sequence[Evaluation]) -> Table:
         )
         rows.append(row)
     blind = _blind_row(criteria, evaluations, len(header))
-    names = listing(each.name for each in evaluations)
+    names = listing(f"{each.items:,} items of {each.name}" for each in evaluations)
     note = "Means over seeds, with minimum and maximum in parentheses where there are several. "
     if evaluations:
-        note += f"Brackets: 95 % interval over the items of {names}, drawn by image or clip. "
+        note += f"Brackets: 95 % interval over the {names}, drawn by image or clip. "
     note += "Visual tokens: what the LLM reads for one sample. Samples/s: in training steps."
     if blind:
         note += (
@@ -279,16 +279,16 @@ def ratios(seeds: Sequence[Reached], axis: str, counted: bool) -> Spread | None:
 
 
 def learning_rates(measured: Measured) -> Table | None:
-    """Return the validation loss by arm and learning rate; None if no grid was searched."""
+    """Return the validation loss by arm and learning rate; None unless there were several."""
     rates = sorted({lr for arm in measured.arms for lr in arm.arm.grid})
-    if not rates:
+    if len(rates) < 2:
         return None
     rows, marked = [], []
     for arm in measured.arms:
         cells = [_tried(arm, lr) for lr in rates]
         marked += [(len(rows), 1 + i) for i, lr in enumerate(rates) if lr == chosen(arm)]
         rows.append((arm.name, *cells))
-    ends = (rates[0], rates[-1]) if len(rates) > 1 else ()
+    ends = (rates[0], rates[-1])
     edge = [arm.name for arm in measured.arms if arm.arm.grid and chosen(arm) in ends]
     note = f"{measured.comparison.loss} at the first seed; ✓ is the learning rate of all seeds."
     if edge:
