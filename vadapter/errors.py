@@ -65,15 +65,19 @@ class Problems:
         ]
 
     def settle(self) -> None:
-        """Raise the collected error, if any, or several as one error of the class of the first."""
-        errors = tuple(error for error, _ in self._errors.values())
-        if len(errors) == 1:
+        """Raise what was collected as one error of the class of the first; does nothing without.
+
+        The message has the places, and `parts` are the errors as they were raised.
+        """
+        errors, lines = tuple(error for error, _ in self._errors.values()), self.lines()
+        if not errors:
+            return
+        if lines == [str(errors[0])]:
             raise errors[0]
-        if errors:
-            lines = "".join(f"\n- {line}" for line in self.lines())
-            combined = type(errors[0])(f"{len(errors)} problems:{lines}")
-            combined.parts = errors
-            raise combined
+        several = f"{len(lines)} problems:" + "".join(f"\n- {line}" for line in lines)
+        combined = type(errors[0])(lines[0] if len(lines) == 1 else several)
+        combined.parts = errors
+        raise combined
 
 
 class NonFiniteError(Exception):

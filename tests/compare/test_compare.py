@@ -316,6 +316,12 @@ def lost(folder: Path) -> list[Any]:
     return [folder]
 
 
+def spoiled(folder: Path, text: str | None) -> Path:
+    path = run_of(folder, "mlp") / "mlp" / "eval" / "test" / "score.json"
+    path.unlink() if text is None else path.write_text(text)
+    return folder
+
+
 def read_only(folder: Path) -> list[Any]:
     (folder / "pages").write_text("a file, where a folder cannot be made")
     return [run_of(folder, "mlp"), run_of(folder, "vadapter"), f"--out={folder / 'pages'}"]
@@ -342,12 +348,23 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "unfinished": (unfinished, "mlp/lr-0.01-seed-0/mlp is not finished (step 4 of 4)"),
     "killed": (killed, "is not finished (6 of its runs so far): rerun the command"),
     "corrupt": (corrupt, "compare.json is corrupt"),
-    "a lost run": (lost, "no run in"),
+    "a lost run": (lost, "the run of arm mlp with seed 0, is missing from the comparison: rerun"),
+    "a score that is missing": (
+        lambda f: [spoiled(f, None)], "evaluation test of arm mlp, seed 0: "
+    ),
+    "a score that is corrupt": (
+        lambda f: [spoiled(f, '{"scores"')], "is corrupt; rerun the command that trained"
+    ),
+    "a score of a run that is corrupt": (
+        lambda f: [run_of(spoiled(f, "[]"), "mlp"), run_of(f, "vadapter"), f"--out={f / 'o'}"],
+        "lr-0.01-seed-0 --stage=mlp --evals=test`",
+    ),
     "a baseline": (lambda f: [f, "--baseline=percever"], "did you mean 'perceiver'"),
     "several": (lambda f: [f, run_of(f, "mlp")], "is a comparison: give it alone"),
     "out is a run": (lambda f: [f, f"--out={run_of(f, 'mlp')}"], "is a run or an exported"),
     "out is another": (lambda f: [run_of(f, "mlp"), run_of(f, "vadapter"), f"--out={f}"],
-                       "another comparison was trained there"),
+                       "another comparison was trained there; give another folder for the pages, "
+                       "--out=DIR"),
     "no permission": (read_only, "pages"),
 }  # fmt: skip
 

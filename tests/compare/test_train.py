@@ -19,6 +19,7 @@ from vadapter.compare.plan import read_plan
 from vadapter.compare.train import train_comparison
 from vadapter.errors import CheckpointError, ConfigError, NonFiniteError, Preempted, UserError
 from vadapter.io.lock import lock
+from vadapter.stages.run import Run
 
 LOW, HIGH = RATES
 ARMS = ("mlp", "perceiver")
@@ -289,12 +290,13 @@ def test_all_runs_of_another_recipe_are_named_at_once(train):
         train("components.llm.mlp_dim=40")
     for place in ("parts/llm", f"mlp/lr-{LOW}-seed-0", f"perceiver/lr-{HIGH}-seed-0"):
         assert place in str(raised.value)
+    assert str(raised.value).count("components.llm.mlp_dim") < 4  # parts, mlp and perceiver
 
 
 def test_a_run_that_diverged_with_another_recipe_is_refused(train):
     train.loss = fails(lambda arm, lr, seed: lr == HIGH)
     train()
-    with pytest.raises(CheckpointError, match=rf"mlp/lr-{HIGH}-seed-0/mlp was trained with"):
+    with pytest.raises(CheckpointError, match=rf"mlp/lr-{HIGH}-seed-0/mlp: was trained with"):
         train("stages.mlp.steps=5")
 
 
@@ -314,6 +316,28 @@ def write_run(folder: Path) -> None:
 def write_export(folder: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text('{"format": "vadapter-export"}')
+
+
+def test_a_first_command_that_is_refused_names_the_arm_and_leaves_nothing(
+    world, tmp_path, monkeypatch
+):
+    tokenizers, check = [], Run.check
+
+    def spied(run: Run) -> None:
+        try:
+            check(run)
+        finally:
+            tokenizers.append((run.workdir / "tokenizer.json").is_file())
+
+    monkeypatch.setattr(Run, "check", spied)
+    config = tiny_comparison(world, ARMS, test=())
+    plan = read_plan(
+        config, tmp_path / "compare", seeds=1, overrides=("arms.mlp.components.mlp.width=17",)
+    )
+    with pytest.raises(ConfigError, match=r"^arm mlp: "):
+        train_comparison(plan, print)
+    assert True in tokenizers
+    assert [path.name for path in plan.folder.iterdir()] == [".lock"]
 
 
 FOLDERS = {

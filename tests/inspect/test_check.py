@@ -487,6 +487,13 @@ def test_a_problem_is_reported_once_with_every_component_that_has_it():
         with problems.gather(where):
             raise ConfigError("it is gone")
     assert problems.lines() == ["tlm, llm: it is gone"]
+    outer = Problems()
+    with outer.gather("arm a"):
+        problems.settle()
+    for settled, message in ((problems, "tlm, llm: it is gone"), (outer, "arm a: it is gone")):
+        with pytest.raises(ConfigError) as raised:
+            settled.settle()
+        assert str(raised.value) == message
 
 
 def test_several_invalid_components_are_reported_together(world):

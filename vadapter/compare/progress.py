@@ -76,11 +76,12 @@ def reads_as_before(recipe: Recipe, workdir: Path, *names: str) -> bool:
 
 
 def require_same(
-    recipe: Recipe, workdir: Path, problems: Problems, content: Mapping[str, Any] = {}
+    recipe: Recipe, workdir: Path, root: Path, problems: Problems, content: Mapping[str, Any] = {}
 ) -> None:
     """Collect in `problems` if stages of a run directory were trained with another recipe.
 
     Args:
+      root: of the comparison; messages name the directories in it.
       content: fingerprints of data sets by name, as they are now, as far as they are known.
     """
     for name in recipe.chain:
@@ -101,13 +102,13 @@ def require_same(
         if name == recipe.chain[-1] and (workdir / "config.json").is_file():
             saved["protocol"] = fairness.protocol(read_run(workdir), name)
             now["protocol"] = fairness.protocol(recipe, name)
-        with problems.gather():
+        with problems.gather(str((workdir / name).relative_to(root))):
             if rows := differences(saved, now):
                 raise CheckpointError(
-                    f"{workdir / name} was trained with another recipe:\n"
+                    "was trained with another recipe:\n"
                     + difference_table(rows)
-                    + "\nUse another --workdir, the previous configuration, or remove "
-                    f"{workdir} to train it again."
+                    + "\nUse another --workdir, the previous configuration, or remove the run from "
+                    f"{root} to train it again."
                 )
 
 

@@ -1,6 +1,7 @@
 """A comparison of runs that exist: which of their stages are arms, and which are only seeds."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from vadapter.compare import fairness
 from vadapter.compare.comparison import Arm, Comparison, Trained
+from vadapter.compare.final_scores import evaluation_folder
 from vadapter.compare.plan import PART_KINDS, PARTS
 from vadapter.compare.record import read_record, write_record
 from vadapter.config import digest, require_one_of
@@ -20,6 +22,7 @@ from vadapter.stages.initialization import DONE
 from vadapter.stages.restore import read_run
 from vadapter.stages.stage import settings
 
+RERUN = "rerun the command that trained the comparison"
 BASELINE = "perceiver"  # the arm that is the baseline by default
 
 
@@ -55,6 +58,7 @@ def read_runs(paths: Sequence[Path], baseline: str = "") -> tuple[Comparison, di
                 f"({comparisons[0]}/ARM/lr-RATE-seed-SEED)"
             )
         comparison, _ = read_record(paths[0])
+        _require_runs(comparison)
     else:
         comparison = _compare(paths)
     if baseline:
@@ -68,8 +72,10 @@ def common_facts(comparison: Comparison) -> fairness.Facts:
 
     Raises:
       ConfigError: they differ in more than the connector.
-      CheckpointError: a run is missing or not finished.
+      CheckpointError: a run is missing or not finished, or the score of a test evaluation is
+        missing or corrupt; lists all of them.
     """
+    _require_scores(comparison)
     facts = {
         f"{arm.name}, seed {run.seed}": fairness.trained_facts(
             read_run(run.workdir), run.workdir, run.stage, comparison.test
@@ -79,6 +85,49 @@ def common_facts(comparison: Comparison) -> fairness.Facts:
     }
     fairness.require_equal(facts)
     return next(iter(facts.values()))
+
+
+def _require_runs(comparison: Comparison) -> None:
+    """Raise CheckpointError, with all of them, if runs of a comparison are missing."""
+    problems = Problems()
+    for arm, run in _runs(comparison):
+        with problems.gather():
+            if not (run.workdir / "config.json").is_file():
+                again = RERUN if arm.grid else "restore it, or compare the other runs"
+                raise CheckpointError(
+                    f"{run.workdir}, the run of arm {arm.name} with seed {run.seed}, is missing "
+                    f"from the comparison: {again}"
+                )
+    problems.settle()
+
+
+def _require_scores(comparison: Comparison) -> None:
+    """Raise CheckpointError, with all of them, if scores of the test evaluations cannot be read."""
+    problems = Problems()
+    for arm, run in _runs(comparison):
+        for name in comparison.test:
+            path = evaluation_folder(run, name) / "score.json"
+            with problems.gather():
+                if fault := _fault(path):
+                    again = RERUN if arm.grid else (
+                        f"run `vadapter eval {run.workdir} --stage={run.stage} --evals={name}`"
+                    )  # fmt: skip
+                    raise CheckpointError(
+                        f"evaluation {name} of arm {arm.name}, seed {run.seed}: {path} {fault}; "
+                        f"{again}"
+                    )
+    problems.settle()
+
+
+def _fault(path: Path) -> str:
+    """Return why a score file cannot be used; "" if it can."""
+    if not path.is_file():
+        return "is missing"
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    except (ValueError, TypeError, KeyError):
+        return "is corrupt"
+    return "" if isinstance(scores, dict) else "is corrupt"
 
 
 def _compare(paths: Sequence[Path]) -> Comparison:
@@ -223,13 +272,18 @@ def write_record_of_runs(comparison: Comparison, facts: fairness.Facts, folder: 
       ConfigError: the folder is a run, or that of another comparison which was trained there.
     """
     if is_export(folder) or (folder / "config.json").is_file():
-        raise ConfigError(f"--out={folder} is a run or an exported adapter; choose another folder")
+        raise ConfigError(
+            f"{folder} is a run or an exported adapter; give another folder for the pages, "
+            "--out=DIR"
+        )
     root = storage.absolute(folder)
     if (folder / PARTS).is_dir() or any(arm.grid for arm in _existing(folder)):
-        inside = all(root in storage.absolute(r.workdir).parents for r in _runs(comparison))
+        runs = (run for _, run in _runs(comparison))
+        inside = all(root in storage.absolute(run.workdir).parents for run in runs)
         if not (inside and any(arm.grid for arm in comparison.arms)):
             raise ConfigError(
-                f"--out={folder}: another comparison was trained there; choose another folder"
+                f"{folder}: another comparison was trained there; give another folder for the "
+                "pages, --out=DIR"
             )
         return
     if hosts.first():
@@ -239,8 +293,8 @@ def write_record_of_runs(comparison: Comparison, facts: fairness.Facts, folder: 
         )
 
 
-def _runs(comparison: Comparison) -> list[Trained]:
-    return [run for arm in comparison.arms for run in arm.runs]
+def _runs(comparison: Comparison) -> list[tuple[Arm, Trained]]:
+    return [(arm, run) for arm in comparison.arms for run in arm.runs]
 
 
 def _existing(folder: Path) -> tuple[Arm, ...]:

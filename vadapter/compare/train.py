@@ -62,6 +62,18 @@ def _directory(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _new_only_if_kept(folder: Path) -> Iterator[None]:
+    """Remove a folder that the block made, such as one with a tokenizer, if the block fails."""
+    existed = hosts.of_first(folder.exists(), f"{folder.name}: exists?")
+    try:
+        yield
+    except BaseException:
+        if hosts.first() and not existed:
+            storage.remove_tree(folder)
+        raise
+
+
 class _Trainer:
     """A comparison that is being trained."""
 
@@ -75,7 +87,8 @@ class _Trainer:
 
     def train(self) -> Comparison:
         plan = self.plan
-        self._check()
+        with _new_only_if_kept(plan.folder / PARTS):
+            self._check()
         if plan.parts is not None and not self._finished(plan.parts, plan.folder / PARTS):
             self.say(f"frozen parts: {', '.join(plan.parts.chain)}")
             loop.train(plan.parts, plan.folder / PARTS, stop=self.stop)
@@ -114,9 +127,9 @@ class _Trainer:
         """Raise CheckpointError if a run has another recipe or, with `content`, had other data."""
         plan = self.plan
         if plan.parts is not None:
-            progress.require_same(plan.parts, plan.folder / PARTS, problems, content)
+            progress.require_same(plan.parts, plan.folder / PARTS, plan.folder, problems, content)
         for run in plan.all():
-            progress.require_same(run.recipe, run.workdir, problems, content)
+            progress.require_same(run.recipe, run.workdir, plan.folder, problems, content)
         problems.settle()
 
     def _check_arm(self, arm: str, recipe: Recipe) -> dict[str, Any]:
