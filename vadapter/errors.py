@@ -64,15 +64,16 @@ class Problems:
             for text, (_, places) in self._errors.items()
         ]
 
-    def settle(self) -> None:
+    def settle(self, *, placed: bool = False) -> None:
         """Raise what was collected as one error of the class of the first; does nothing without.
 
-        The message has the places, and `parts` are the errors as they were raised.
+        `parts` are then the errors as they were raised. A list of several has their places, a
+        single one has its places only if it is `placed`.
         """
         errors, lines = tuple(error for error, _ in self._errors.values()), self.lines()
         if not errors:
             return
-        if lines == [str(errors[0])]:
+        if len(errors) == 1 and (not placed or lines == [str(errors[0])]):
             raise errors[0]
         several = f"{len(lines)} problems:" + "".join(f"\n- {line}" for line in lines)
         combined = type(errors[0])(lines[0] if len(lines) == 1 else several)

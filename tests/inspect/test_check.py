@@ -492,7 +492,7 @@ def test_a_problem_is_reported_once_with_every_component_that_has_it():
         problems.settle()
     for settled, message in ((problems, "tlm, llm: it is gone"), (outer, "arm a: it is gone")):
         with pytest.raises(ConfigError) as raised:
-            settled.settle()
+            settled.settle(placed=True)
         assert str(raised.value) == message
 
 

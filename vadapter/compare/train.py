@@ -118,7 +118,7 @@ class _Trainer:
             if not (self._complete(arm) and self._reads_as_before(arm)):
                 with problems.gather(f"arm {arm}"):
                     content |= self._check_arm(arm, recipe)
-        problems.settle()
+        problems.settle(placed=True)
         if content:
             self._check_directories(problems, content)
         self._record(self._comparison(), {})
@@ -130,7 +130,7 @@ class _Trainer:
             progress.require_same(plan.parts, plan.folder / PARTS, plan.folder, problems, content)
         for run in plan.all():
             progress.require_same(run.recipe, run.workdir, plan.folder, problems, content)
-        problems.settle()
+        problems.settle(placed=True)
 
     def _check_arm(self, arm: str, recipe: Recipe) -> dict[str, Any]:
         """Check the recipe of an arm as if it were one run; return the content of its data.
