@@ -55,6 +55,11 @@ class Trainer:
         return {str(p): p.read_bytes() for p in paths if p.name != ".lock"}
 
 
+def some_slow(cases, fast):
+    """Return the cases as parameters, all but the `fast` ones marked slow."""
+    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 @pytest.fixture
 def train(world, tmp_path, monkeypatch):
     return Trainer(world, tmp_path / "compare", monkeypatch)
@@ -138,8 +143,8 @@ def test_a_second_call_trains_nothing(train):
         ({"seeds": 3}, [("mlp", LOW, 2), ("perceiver", LOW, 2)]),
         ({"lr": (*RATES, 0.1)}, [("mlp", 0.1, 0), ("perceiver", 0.1, 0)]),
         ({"seeds": 1}, []),
-        ({"lr": (LOW,)}, []),
-        ({"baseline": "mlp"}, []),
+        pytest.param({"lr": (LOW,)}, [], marks=pytest.mark.slow),
+        pytest.param({"baseline": "mlp"}, [], marks=pytest.mark.slow),
     ],
 )
 def test_seeds_and_rates_may_be_added_and_left_out_later(train, change, new):
@@ -165,7 +170,7 @@ def test_a_better_rate_that_is_added_is_trained_with_all_seeds(train):
     assert train.trained == [(arm, 1e-4, seed) for seed in (0, 1) for arm in ARMS]
 
 
-@pytest.mark.parametrize("count", range(1, 8))
+@pytest.mark.parametrize("count", some_slow(range(1, 8), fast=(1, 4)))
 def test_an_interrupted_comparison_continues_where_it_stopped(train, count):
     def stop_at(*run: Any) -> float:
         if len(train.trained) == count:
@@ -221,9 +226,10 @@ CHANGED = {
     "where training data is read": (["data.images.source.split=val"], "content of images"),
     "where the validation set is read": (["data.held.source.split=train"], "content of held"),
 }  # fmt: skip
+FAST = ("a component", "a part", "how the loss is measured", "where the validation set is read")
 
 
-@pytest.mark.parametrize("case", CHANGED)
+@pytest.mark.parametrize("case", some_slow(CHANGED, fast=FAST))
 def test_runs_of_another_recipe_are_refused_before_anything_is_trained(train, case):
     items, key = CHANGED[case]
     train(seeds=1)
