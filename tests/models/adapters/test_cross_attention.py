@@ -29,6 +29,10 @@ LLM = dataclasses.replace(tiny.LLM, depth=5, windows=(3, 0))
 OPEN = 0.7  # a gate that lets the image through
 
 
+def slow(every):
+    return pytest.param(every, marks=pytest.mark.slow)
+
+
 def make(every, dtype=jnp.float32, gate=OPEN, **lm):
     config = dataclasses.replace(LLM, **lm)
     cross = CrossAttentionConfig(every, heads=2, head_dim=4, width=config.width, depth=config.depth)
@@ -54,7 +58,7 @@ def read(model, params, batch):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("every", [1, slow(2), 4, slow(5)])
 def test_closed_gates_leave_the_language_model_as_it_is_bit_for_bit(every, dtype):
     model, params = make(every, dtype, gate=0.0)
     alone = AdapterModel(model.modules, "llm")
@@ -73,7 +77,7 @@ def test_the_gates_are_closed_at_initialization():
     assert all(not np.any(np.asarray(gate)) and gate.shape == (2,) for gate in gates)
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [1, slow(2), 3, slow(5)])
 def test_the_states_are_those_of_layers_that_run_one_after_the_other(every):
     model, params = make(every)
     batch = batch_of()
