@@ -182,8 +182,11 @@ class AdapterModel(Components):
     @property
     def cross(self) -> str:
         """The component of gated cross-attention; "" without."""
-        last = self.chain[-1] if self.chain else ""
-        return last if last and isinstance(self.modules[last], CrossAttention) else ""
+        return self._last(CrossAttention)
+
+    def _last(self, kind: type[nn.Module]) -> str:
+        """Return the last component of the chain if it is of a kind, else ""."""
+        return next((n for n in self.chain[-1:] if isinstance(self.modules[n], kind)), "")
 
     def media(self, params: Params, prefix: Float[Array, "B Q D"] | None) -> KeysValues | None:
         """Return the keys and values of the media tokens; None without gated cross-attention."""
@@ -224,8 +227,7 @@ class AdapterModel(Components):
         self, params: Params, visual: Float[Array, "B F N D"]
     ) -> Int[Array, "B Q"] | None:
         """Return the ids of a prefix that consists of words; None if it does not."""
-        last = self.chain[-1] if self.chain else ""
-        if not last or not isinstance(self.modules[last], Words):
+        if not (last := self._last(Words)):
             return None
         before = dataclasses.replace(self, chain=self.chain[:-1])
         return self.word_ids(params, before.prefix(params, visual), last)

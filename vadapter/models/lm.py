@@ -123,14 +123,15 @@ class LM(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Return the embeddings of ids in 0..V-1, which the host checks, see `check_batch`."""
-        scale = self.config.width**0.5 if self.config.embed_scale else 1.0
-        return constrain(self.embedding(tokens), "batch") * jnp.asarray(scale, self.dtype)
+        return constrain(self.embedding(tokens), "batch") * self._embed_scale()
 
     def mix(self, weights: Float[Array, "*n V"]) -> Float[Array, "*n E"]:
         """Return sums of embeddings with a weight for every word; one-hot rows equal `embed`."""
-        scale = self.config.width**0.5 if self.config.embed_scale else 1.0
         table = self.embedding.embedding.astype(self.dtype)
-        return weights.astype(self.dtype) @ table * jnp.asarray(scale, self.dtype)
+        return weights.astype(self.dtype) @ table * self._embed_scale()
+
+    def _embed_scale(self) -> Float[Array, ""]:
+        return jnp.asarray(self.config.width**0.5 if self.config.embed_scale else 1.0, self.dtype)
 
     def hidden(
         self, x: Float[Array, "B T E"], *,
