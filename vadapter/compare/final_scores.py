@@ -16,6 +16,7 @@ from vadapter.io.json_files import lines
 from vadapter.metrics import bootstrap
 from vadapter.metrics.blind_baselines import blind_scores
 from vadapter.metrics.bootstrap import Difference, Interval, Sample
+from vadapter.metrics.scoring import sample_of
 
 PRIMARY = ("cider", "accuracy")  # the score of an evaluation: the first that it has
 
@@ -88,7 +89,7 @@ def _blind(measured: Measured, name: str) -> Sample | None:
     rows = list(lines(evaluation_folder(run, name) / "predictions.jsonl"))
     if not (scores := blind_scores(rows, metric)):
         return None
-    return Sample.of_means([row["index"] for row in rows], [row["id"] for row in rows], scores)
+    return sample_of([{**row, "score": x} for row, x in zip(rows, scores, strict=True)])
 
 
 def _read(run: Trained, name: str) -> tuple[str, dict[str, Any], Sample] | None:
@@ -101,9 +102,7 @@ def _read(run: Trained, name: str) -> tuple[str, dict[str, Any], Sample] | None:
     metric = next((key for key in PRIMARY if key in record["scores"]), None)
     if metric is None:
         return None
-    rows = list(lines(directory / "predictions.jsonl"))
-    items, clusters = [row["index"] for row in rows], [row["id"] for row in rows]
-    return metric, record, Sample.of_means(items, clusters, [row["score"] for row in rows])
+    return metric, record, sample_of(list(lines(directory / "predictions.jsonl")))
 
 
 def _negative(difference: Difference) -> Difference:
