@@ -1,0 +1,44 @@
+"""Measure one row in this process, on its own cores; see `__main__`."""
+
+import argparse
+import json
+import os
+import sys
+
+from benches.peer.rows import ROWS, load
+from vadapter.errors import ConfigError
+
+
+def pin(threads: int) -> None:
+    """Bind this process to as many of its cores as it has threads.
+
+    Raises:
+      ConfigError: there are fewer.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < threads:
+        raise ConfigError(f"{threads} threads need as many cores; this process has {len(cores)}")
+    os.sched_setaffinity(0, cores[:threads])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the result of a row as JSON."""
+    parser = argparse.ArgumentParser("benches.peer.one", description=__doc__)
+    parser.add_argument("row", choices=ROWS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args(argv)
+    pin(args.threads)  # before the libraries count the cores
+
+    import torch
+
+    from vadapter.distributed.compile import keep_memory
+
+    torch.set_num_threads(args.threads)
+    keep_memory()
+    print(json.dumps(load(args.row)(args.rounds, not args.no_compile)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
