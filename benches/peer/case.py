@@ -60,11 +60,18 @@ class Case:
         targets = ("target_at", "targets", "weights")
         return batch | {key: batch[key][:, : sizes["M"]] for key in targets}
 
+    def decoding_parameters(self, stage: Stage, shapes: dict[str, Any]) -> dict[str, Any]:
+        """Return parameters of `shapes` as arrays on the device."""
+        return jax.device_put(drawn(self._used(stage, shapes)))
+
+    def _used(self, stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
+        skipped = stage.model.encoder if self.features else ""
+        return {name: tree for name, tree in params.items() if name != skipped}
+
     def parameters(self, stage: Stage) -> tuple[Any, Any]:
         """Return (train state, frozen parameters) as arrays on the device."""
         trained, frozen = stage.abstract_params()
-        if self.features:
-            frozen = {name: tree for name, tree in frozen.items() if name != stage.model.encoder}
+        frozen = self._used(stage, frozen)
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), stage.abstract_state)
         state = zeros.replace(params=drawn(trained))
         return jax.device_put(state), jax.device_put(drawn(frozen))

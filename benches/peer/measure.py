@@ -13,6 +13,21 @@ GROUP = 0.5  # seconds of calls between two readings of the clocks
 Clock = Callable[[], float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a row is measured.
+
+    Attributes:
+      rounds: turns of each side.
+      compiled: also by `torch.compile`.
+      threads: of each side.
+    """
+
+    rounds: int = 10
+    compiled: bool = True
+    threads: int = 1
+
+
 @dataclasses.dataclass
 class Times:
     """Milliseconds per call of one side, a number per round."""

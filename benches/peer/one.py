@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from benches.peer.rows import ROWS, load
+from benches.peer.rows import ROWS, function
 from vadapter.errors import ConfigError
 
 
@@ -33,11 +33,13 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
+    from benches.peer.measure import Options
     from vadapter.distributed.compile import keep_memory
 
     torch.set_num_threads(args.threads)
     keep_memory()
-    print(json.dumps(load(args.row)(args.rounds, not args.no_compile)))
+    options = Options(args.rounds, not args.no_compile, args.threads)
+    print(json.dumps(function(args.row)(options, **ROWS[args.row].settings)))
 
 
 if __name__ == "__main__":

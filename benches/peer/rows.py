@@ -1,51 +1,64 @@
-"""The rows by name, each with what it measures; loading a row's code is left to `load`."""
+"""The rows by name, each with what it measures; the code of a row is loaded when it is run."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """A row: its kind is a key of `KINDS`, `settings` are the arguments of its class."""
+    """A row: the module that measures it, and the arguments of its function `measure`."""
 
-    kind: str
+    module: str
     settings: dict[str, Any]
     about: str
 
 
-KINDS = {  # kind -> module and class
-    "train": ("train_rows", "TrainRow"),
-}
 RECIPES = {  # name -> recipe, and the visual tokens that its runs cache
     "nano": ("configs/quickstart.py", None),
     "flickr8k": ("configs/flickr8k.py", (49, 1280)),
     "s30m": ("benches/peer/s30m.py", None),
 }
 STAGES = {"lm": "llm", "decoder": "decoder", "vadapter": "vadapter", "perceiver": "perceiver"}
+SMOL = "benches/peer/smol.py"
 
 
-def _train(name: str, stage: str) -> Row:
+def _train(name: str, kind: str) -> Row:
     recipe, features = RECIPES[name]
-    features = features if stage != "lm" else None
-    settings = {"recipe": recipe, "stage": STAGES[stage], "features": features}
-    return Row("train", settings, f"train step of {STAGES[stage]} in {recipe}")
+    stage = STAGES[kind]
+    settings = {"recipe": recipe, "stage": stage, "features": features if kind != "lm" else None}
+    return Row("train_rows", settings, f"train step of {stage}, {recipe}")
 
 
-ROWS: dict[str, Row] = {
-    f"{name}-{stage}": _train(name, stage)
+def _decode(name: str, batch: int) -> Row:
+    recipe, features = RECIPES[name]
+    settings = {"recipe": recipe, "stage": "vadapter", "features": features, "batch": batch}
+    return Row("decode_rows", settings, f"captions of {batch} images, {recipe}")
+
+
+def _continue(dtype: str, batch: int) -> Row:
+    settings = {"recipe": SMOL, "stage": "llm", "batch": batch, "dtype": dtype}
+    return Row("decode_rows", settings, f"continue {batch} texts in {dtype}, {SMOL}")
+
+
+TRAIN = {
+    f"{name}-{kind}": _train(name, kind)
     for name in RECIPES
-    for stage in STAGES
-    if (name, stage) != ("s30m", "lm")
+    for kind in STAGES
+    if (name, kind) != ("s30m", "lm")
 }
+DECODE = {
+    f"{name}-decode-{batch}": _decode(name, batch)
+    for name in ("flickr8k", "s30m")
+    for batch in (1, 16, 64)
+}
+CONTINUE = {
+    f"{name}-decode-{batch}": _continue(dtype, batch)
+    for name, dtype in (("smol", "float32"), ("smol-bf16", "bfloat16"))
+    for batch in (1, 8)
+}
+ROWS: dict[str, Row] = TRAIN | DECODE | CONTINUE
 
 
-def load(name: str) -> Any:
-    """Return the function (rounds, compiled) -> result of a row."""
-    from benches.peer.case import Case
-
-    row = ROWS[name]
-    module, cls = KINDS[row.kind]
-    make = getattr(importlib.import_module(f"benches.peer.{module}"), cls)
-    settings = dict(row.settings)
-    return make(
-        Case(settings.pop("recipe"), settings.pop("stage"), settings.pop("features")), **settings
-    )
+def function(name: str) -> Callable[..., dict[str, Any]]:
+    """Return the function of a row: `Options` and its settings -> result."""
+    return importlib.import_module(f"benches.peer.{ROWS[name].module}").measure

@@ -1,6 +1,5 @@
 """Rows of a train step: forward, backward, clipping and AdamW in float32."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import torch
 
 from benches.peer.case import Case
-from benches.peer.measure import alternate, summary, timed
+from benches.peer.measure import Options, alternate, summary, timed
 from benches.peer.torch_layers import tensor
 from benches.peer.torch_model import Model, Tensors, optimizer
 from vadapter.distributed.compile import jit
@@ -64,38 +63,34 @@ class TorchSteps:
         return float(loss.detach())
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainRow:
-    """A train step of a stage beside torch, eager and compiled."""
+def measure(
+    options: Options, *, recipe: str, stage: str, features: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Return the times of a train step of a stage beside torch, eager and compiled; the losses.
 
-    case: Case
-
-    def __call__(self, rounds: int, compiled: bool) -> dict[str, Any]:
-        """Return the times and the losses.
-
-        Raises:
-          ValueError: the losses of the two sides differ at the first or second step.
-        """
-        ours = OurSteps(self.case)
-        model = Model(ours.stage.adapter_model, ours.params(), ours.stage.trained)
-        tensors = {key: tensor(value) for key, value in ours.batch.items()}
-        theirs = TorchSteps(model, ours.stage.config.optim, tensors)
-        losses = [(ours(), theirs()) for _ in range(2)]
-        difference = max(abs(a - b) for a, b in losses)
-        if not difference <= LARGEST_DIFFERENCE:
-            raise ValueError(
-                f"losses differ by {difference:.2g} (ours and torch's: {losses}): the sides do "
-                "different things, whose times must not be compared"
-            )
-        compile_seconds = {"ours": ours.compile_seconds}
-        sides: dict[str, Callable[[], Any]] = {"ours": ours, "torch": theirs}
-        if compiled:
-            sides["torch.compile"] = steps = theirs.compiled()
-            compile_seconds["torch.compile"] = timed(lambda: (steps(), steps()))[1]
-        return {
-            "what": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-            f"{len(ours.batch['id'])} rows",
-            "same": f"losses to {difference:.0e}",
-            "sides": summary(alternate(sides, rounds)),
-            "compile_seconds": compile_seconds,
-        }
+    Raises:
+      ValueError: the losses of the two sides differ at the first or second step.
+    """
+    ours = OurSteps(Case(recipe, stage, features))
+    model = Model(ours.stage.adapter_model, ours.params(), ours.stage.trained)
+    tensors = {key: tensor(value) for key, value in ours.batch.items()}
+    theirs = TorchSteps(model, ours.stage.config.optim, tensors)
+    losses = [(ours(), theirs()) for _ in range(2)]
+    difference = max(abs(a - b) for a, b in losses)
+    if not difference <= LARGEST_DIFFERENCE:
+        raise ValueError(
+            f"losses differ by {difference:.2g} (ours and torch's: {losses}): the sides do "
+            "different things, whose times must not be compared"
+        )
+    compile_seconds = {"ours": ours.compile_seconds}
+    sides: dict[str, Callable[[], Any]] = {"ours": ours, "torch": theirs}
+    if options.compiled:
+        sides["torch.compile"] = steps = theirs.compiled()
+        compile_seconds["torch.compile"] = timed(lambda: (steps(), steps()))[1]
+    return {
+        "what": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+        f"{len(ours.batch['id'])} rows",
+        "same": f"losses to {difference:.0e}",
+        "sides": summary(alternate(sides, options.rounds)),
+        "compile_seconds": compile_seconds,
+    }
