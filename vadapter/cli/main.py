@@ -174,9 +174,9 @@ def _prepare() -> None:
     from vadapter.distributed import hosts, shutdown
     from vadapter.distributed.compile import keep_memory
 
+    keep_memory()
     hosts.start()
     shutdown.follow()
-    keep_memory()
 
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     cache = Path(os.environ.get("VADAPTER_COMPILE_CACHE", root / "vadapter" / "compiled"))

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import functools
+import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -40,18 +42,30 @@ def jit(fn: Callable, **kwargs: Any) -> Any:
 def keep_memory() -> None:
     """Make glibc keep freed memory, if the CPU is the device (BUILD_NOTES, "CPU memory").
 
-    XLA:CPU allocates its temporaries with malloc at every step, and glibc returns blocks of that
-    size to the kernel each time: page faults cost a small step a fifth of its CPU time. With other
-    devices the single arena would only slow down the compiler's many threads.
+    XLA:CPU allocates its temporaries with malloc at every step. glibc maps large blocks anew each
+    time, so that page faults cost a step up to a third of its CPU time. Call it before anything
+    initializes the backend: threads keep the arena of their first allocation, and only the main one
+    grows without bounds.
     """
-    if not sys.platform.startswith("linux") or jax.default_backend() != "cpu":
+    if not sys.platform.startswith("linux") or not _cpu_alone():
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return
-    mmap_threshold, trim_threshold, top_pad, arena_max = -3, -1, -2, -8  # malloc.h
-    mallopt(mmap_threshold, 32 << 20)  # the largest value it accepts
-    mallopt(trim_threshold, 2000 << 20)
-    mallopt(top_pad, 256 << 20)
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h
+    mallopt(trim_threshold, -1)  # never return memory
+    mallopt(top_pad, 64 << 20)
+    mallopt(mmap_max, 0)
     mallopt(arena_max, 1)  # other arenas consist of mapped blocks
+
+
+def _cpu_alone() -> bool:
+    """Return whether JAX can only use the CPU, without initializing a backend.
+
+    With an accelerator, the single arena would slow down the compiler's many threads.
+    """
+    if platforms := jax.config.jax_platforms:
+        return platforms == "cpu"
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not plugins and not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
