@@ -65,7 +65,7 @@ def _cpu_alone() -> bool:
 
     With an accelerator, the single arena would slow down the compiler's many threads.
     """
-    if platforms := jax.config.jax_platforms:
+    if platforms := getattr(jax.config, "jax_platforms", None):
         return platforms == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not plugins and not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
