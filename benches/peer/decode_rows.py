@@ -23,6 +23,7 @@ from vadapter.recipe.schema import DTYPES
 from vadapter.stages.abstract_state import in_compute_dtype
 from vadapter.stages.stage import Stage
 
+LLAMA = ("components.llm.parallel=false", "components.llm.embed_scale=false")
 NEW = 32  # tokens of each row
 # Share of tokens in float32. Rounding may turn a close choice, and with it all tokens after it.
 LEAST_EQUAL = 0.97
@@ -42,19 +43,28 @@ def measure(
       ValueError: fewer tokens are equal than rounding explains.
     """
     case = Case(recipe, stage, features)
-    llm = ("components.llm.parallel=false", "components.llm.embed_scale=false")
-    opened = case.open([*llm, f"dtype={dtype}"])
-    rows = _rows(case, opened, batch)
-    params = case.decoding_parameters(opened, in_compute_dtype(opened.abstract, DTYPES[dtype]))
-    ours, compile_seconds = _ours(opened, params, rows)
-    theirs = Generate(opened, jax.tree.map(jax.device_get, params), rows, dtype)
+    ours, theirs, compile_seconds = sides(case, case.open([*LLAMA, f"dtype={dtype}"]), batch)
+    both: dict[str, Callable[[], Any]] = {"ours": ours, "transformers": theirs}
     same = compare(ours(), theirs(), None if dtype == "float32" else theirs.gap)
     return {
         "what": f"{NEW} tokens of {batch} rows, {dtype}",
         "same": same,
-        "sides": summary(alternate({"ours": ours, "transformers": theirs}, options.rounds)),
+        "sides": summary(alternate(both, options.rounds)),
         "compile_seconds": {"ours": compile_seconds},
     }
+
+
+def sides(
+    case: Case, stage: Stage, batch: int
+) -> tuple[Callable[[], np.ndarray], "Generate", float]:
+    """Return both sides, which return new tokens i64[B, NEW], and our CPU seconds of compiling."""
+    rows, dtype = _rows(case, stage, batch), stage.recipe.dtype
+    shapes = in_compute_dtype(stage.abstract, DTYPES[dtype])
+    params, arrays = case.decoding_parameters(stage, shapes), jax.device_put(rows)
+    decode = jit(stage.decode(Decode(NEW, min_new=NEW + 1)))  # never ends before
+    run, seconds = timed(decode.lower(params, arrays).compile)
+    theirs = Generate(stage, jax.tree.map(jax.device_get, params), rows, dtype)
+    return lambda: np.asarray(run(params, arrays)["tokens"]), theirs, seconds
 
 
 def compare(ours: np.ndarray, theirs: np.ndarray, gap: Callable[[np.ndarray], float] | None) -> str:
@@ -86,13 +96,6 @@ def _rows(case: Case, stage: Stage, batch: int) -> dict[str, np.ndarray]:
     made["segments"] = np.ones((batch, count), np.int32)
     made["positions"] = np.tile(np.arange(count, dtype=np.int32), (batch, 1))
     return {key: made[key] for key in READ if key in made}
-
-
-def _ours(stage: Stage, params: Any, rows: Any) -> tuple[Callable[[], np.ndarray], float]:
-    arrays = jax.device_put(rows)
-    decode = jit(stage.decode(Decode(NEW, min_new=NEW + 1)))  # never ends before
-    run, seconds = timed(decode.lower(params, arrays).compile)
-    return lambda: np.asarray(run(params, arrays)["tokens"]), seconds
 
 
 class Generate:
