@@ -2,10 +2,13 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import official_scorers
+from support.odd_text import SPACES
 
 from vadapter.errors import DataError
 from vadapter.metrics.captioning import bleu, cider_d, rouge_l, score_captions
@@ -16,6 +19,7 @@ REFERENCES = {
     2: ["a red bus on a street"],
 }
 CANDIDATES = {0: "a man rides a horse", 1: "two cats sleeping", 2: "a red bus"}
+WORDS = ["a", "b", "c", "dog", "cat", "5", "1/2"]
 GOLDENS = [
     "coco_fakecap_126",
     "msvd_s2vt_100",
@@ -118,14 +122,51 @@ def test_differing_ids_are_named():
         score_captions({0: "a", 1: "b", "x": "c"}, REFERENCES)
 
 
+def joined_tokens(draw: random.Random) -> str:
+    """Return tokens as the official code has them, joined by spaces; some have others inside."""
+    words = [draw.choice(WORDS) for _ in range(draw.randrange(8))]
+    gaps = [draw.choice(SPACES) if draw.random() < 0.3 else " " for _ in words]
+    return "".join(map("".join, zip(words, gaps, strict=True))).strip(" ")
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("scorer", ["definitions", "package"])
+def test_tokens_with_any_white_space_are_scored_as_by_the_official_code(scorer: str, seed: int):
+    draw = random.Random(seed)
+    references = [[joined_tokens(draw) for _ in range(draw.randint(1, 4))] for _ in range(12)]
+    candidates = [
+        draw.choice([*refs, joined_tokens(draw), joined_tokens(draw)]) for refs in references
+    ]
+    if scorer == "package":
+        package = pytest.importorskip("pycocoevalcap", reason="needs the extra `official`")
+        expected = official_scorers.of_package(package, candidates, references)
+    else:
+        expected = official_scorers.of_definitions(candidates, references)
+    tokens = [c.split(" ") for c in candidates], [[r.split(" ") for r in rs] for rs in references]
+    bleus, cider, rouge = bleu(*tokens), cider_d(*tokens), rouge_l(*tokens)
+    np.testing.assert_allclose(cider[1], expected["cider"], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(bleus[1], expected["bleu"], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(rouge[1], expected["rouge_l"], rtol=0, atol=1e-9)
+    assert cider[0] == pytest.approx(np.mean(expected["cider"]), abs=1e-9)
+    assert rouge[0] == pytest.approx(np.mean(expected["rouge_l"]), abs=1e-9)
+
+
+def test_a_number_with_a_fraction_is_one_word_of_rouge_and_two_of_cider_and_bleu():
+    references = {0: ["on 22 3/4 street"], 1: ["a red bus"]}
+    scores = score_captions({0: "on 3/4 street", 1: "a red bus"}, references)
+    # ROUGE-L: on, street of three words; without U+00A0 it would be 3 of 3 and 3 of 4.
+    assert scores.rouge_l_of[0] == pytest.approx(2 / 3)
+    assert list(scores.bleu_counts_of[0][:2]) == [3, 1]
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("name", GOLDENS)
 def test_golden_scores_per_item_and_of_the_corpus(data_root: Path, name: str):
     with gzip.open(data_root / f"metrics/captioning/{name}.json.gz") as file:
         golden = json.load(file)
     items, overall = golden["items"], golden["overall"]
-    candidates = [item["cand_tokens"].split() for item in items]
-    references = [[tokens.split() for tokens in item["ref_tokens"]] for item in items]
+    candidates = [item["cand_tokens"].split(" ") for item in items]
+    references = [[tokens.split(" ") for tokens in item["ref_tokens"]] for item in items]
     bleus, bleus_of = bleu(candidates, references)
     cider, cider_of = cider_d(candidates, references)
     rouge, rouge_of = rouge_l(candidates, references)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.odd_text import SPACES
 
 from vadapter.errors import DataError
 from vadapter.metrics import vqa
@@ -69,6 +70,22 @@ def test_probes_of_the_divergence_between_implementations(answers, prediction, o
 def test_normal_forms(raw: str, vqa_form: str, evalai_form: str):
     assert vqa.normalize_vqa(raw) == vqa_form
     assert vqa.normalize_evalai(raw) == evalai_form
+
+
+@pytest.mark.parametrize("gap", [*SPACES, "\n", "\r", "\u2028"])
+def test_normal_forms_split_words_at_white_space_of_every_kind_and_at_nothing_else(gap: str):
+    # The scripts call str.split(), which knows no zero-width characters.
+    words = ["red", "dog"] if not gap.strip() else [part for part in f"red{gap}dog".split() if part]
+    for form in (vqa.normalize_vqa, vqa.normalize_vizwiz, vqa.normalize_evalai):
+        assert form(f"red{gap}dog") == " ".join(words)
+
+
+@pytest.mark.parametrize("gap", ["\u00a0", "\u2003", "\r"])
+def test_only_line_feeds_and_tabs_are_spaces_where_answers_are_compared_raw(gap: str):
+    unanimous, mixed = ["red dog"] * 10, ["red dog"] * 9 + ["dog"]
+    assert accuracy(f"red{gap}dog", unanimous, VQAV2) == 0
+    assert accuracy(f"red{gap}dog", mixed, VQAV2) == 1
+    assert accuracy("red\ndog", unanimous, VQAV2) == accuracy("red\tdog", unanimous, VQAV2) == 1
 
 
 def test_vizwiz_normalizes_predictions_but_never_annotators():

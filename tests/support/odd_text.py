@@ -1,5 +1,19 @@
 """Texts on which tokenizers differ, for every test that compares or round-trips one."""
 
+import sys
+import unicodedata
+
+# White space of Unicode and of Python, format characters (zero width, direction) and control
+# characters, one or two; without line breaks and the control characters that are signs, or join
+# words, for the official tokenizer.
+_SEPARATORS = [
+    c
+    for c in map(chr, range(sys.maxunicode + 1))
+    if (unicodedata.category(c) in ("Zs", "Cc", "Cf") or c.isspace())
+    and c not in "\n\r\v\f\u2028\u2029\x80\x85\x91\x92\xad\u0600\u0601\u0602\u0603\u06dd\u070f"
+]
+SPACES = [*_SEPARATORS, "  ", " \u00a0", "\t ", "\u200b "]
+
 SPECIALS = (
     "</s>",
     "<s>",

@@ -33,6 +33,9 @@ class Corpus:
     def build(cls, candidates: Sequence[Tokens], references: References) -> "Corpus":
         """Return the corpus of the candidates, usually one per item, and of all references.
 
+        As in the official code, a token with white space in it, such as `22\\xa03/4`, is several
+        words.
+
         Raises:
           DataError: nothing to score, or an item without references.
         """
@@ -42,6 +45,7 @@ class Corpus:
         if empty or not references:
             raise DataError(f"Items without references, first at index {empty[:3]}: remove them.")
         captions = [*candidates, *(ref for refs in references for ref in refs)]
+        captions = [" ".join(caption).split() for caption in captions]
         ids: dict[str, int] = {}
         words = [ids.setdefault(word, len(ids)) for caption in captions for word in caption]
         return cls(

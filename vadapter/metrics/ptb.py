@@ -13,10 +13,12 @@ Quirks of the official pipeline, reproduced because scores depend on them:
   * `can't` -> `ca n't`, `cannot` -> `can not`, `gonna` -> `gon na`;
   * a final single letter (`ave S.`) keeps its full stop depending on the first word of the next
     caption in the file; here it never does, which is the more common case;
-  * `£5` -> `# 5`, `€5` -> `$ 5`, `5¢` -> `5 cents`; emoji vanish.
+  * `£5` -> `# 5`, `€5` -> `$ 5`, `5¢` -> `5 cents`; emoji vanish;
+  * `22 3/4` and `555 123 4567` are one token each, with U+00A0 in place of their spaces: one word
+    for ROUGE-L, and several for CIDEr and BLEU, which split captions at white space of every kind.
 
-Not reproduced, as captions have none: markup tags with spaces, telephone numbers in brackets,
-unusual smileys and e-mail addresses, numbers of ten digits and more, accents of rare scripts.
+Not reproduced, as captions have none: markup tags with spaces, unusual smileys and e-mail
+addresses, numbers of ten digits and more, accents of rare scripts.
 """
 
 import functools
@@ -58,6 +60,9 @@ _RULES = [
     rf"{_A}+(?:[-_/]{_A}+)+",  # and/or, 1/2-inch
     rf"{_L}{_A}*(?:\.{_L}{_A}*)+",  # street.a, foo.jpg, t.v
     r"[+-]?(?:\d*(?:[.,:]\d+)+|\d+)",  # 1,000  10:30  -5  .5
+    r"\d{1,4}\xa0\d{1,4}[/⁄]\d{1,4}",  # 22 3/4
+    # 555 123 4567, (555) 123-4567, ++49 30 123-4567
+    r"(?:\(\d{2,3}\)\xa0?|(?:\+\+?)?(?:\d{2,4}[-\xa0])?\d{2,4}[-\xa0])\d{3,4}[-\xa0]?\d{3,5}",
     rf"{_L}(?:\.{_L})*\.",  # u.s.  t.v.  a.
     rf"({_L})\.{_BEFORE_STARTER}",
     rf"(?:ph\.d|{'|'.join(_ABBREVIATIONS.split())})\.",
@@ -87,12 +92,21 @@ _RULES = [
     r"<[/a-z!][^\s<>]*>",
     r"[:;=]-?[()]|[:;=]-?[dp](?![a-z])|\^_\^",
     r"c\+\+",
-    r"[!-/:-@\[-`{-~¡-¿×÷₠-↿←-⯿‐-‧‰-⁞、。]",
+    r"[!-/:-@\[-`{-~¡-¿×÷\u0600-\u0603₠-↿←-⯿‐-‧‰-⁞、。]",
 ]
 _SCANNERS = [re.compile(rule, 0 if "A-Z" in rule else re.IGNORECASE) for rule in _RULES]
 
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&nbsp;": " ", "&quot;": '"', "&apos;": "'"}
 _ENTITY = re.compile("|".join(_ENTITIES))
+# Control characters are the signs of Windows-1252, or separate words without being white space.
+_REPAIR = str.maketrans(
+    "\x80\x85\x91\x92\x93\x94\x96\x97\x1c\x1d\x1e\x1f", "€…‘’“”–—\0\0\0\0", "\xad"
+)
+# A space that may be part of a number; each other one ends a chunk.
+_IN_NUMBER = re.compile(r"(?<=[\d)]) (?=\d)")
+# Only a number that is one common space away has an effect on the word before.
+_FAR_NUMBER = re.compile(r"(?<=\.)(?:\s\s+|[\u1680\u202f\u205f])(?=\d)")
+_CHUNK = re.compile(r"(?:\S|\xa0)+")
 _LINE_BREAKS = re.compile("[\n\r\v\f\u2028\u2029]")
 _WRITTEN = {  # how the official program spells a sign
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
@@ -136,10 +150,12 @@ def _context(chunk: str, following: str) -> str:
 def tokenize(caption: str) -> list[str]:
     """Return the tokens of a caption, in lower case, without the punctuation COCO scorers drop.
 
-    Line breaks of every kind count as spaces (the official wrapper replaces only `\\n`; any other
-    would shift all later captions to the wrong image). A caption without words is allowed.
+    The official scorers join tokens by spaces; the only white space inside one is U+00A0. Line
+    breaks of every kind count as spaces (the official wrapper replaces only `\\n`; any other would
+    shift all later captions to the wrong image). A caption without words is allowed.
     """
-    text = _LINE_BREAKS.sub(" ", caption).replace("\xad", "")
+    text = _LINE_BREAKS.sub(" ", caption.translate(_REPAIR)).replace("\xa0", " ")
+    text = _FAR_NUMBER.sub(" \0 ", _IN_NUMBER.sub("\xa0", text))
     text = _ENTITY.sub(lambda m: _ENTITIES[m.group()], text)
-    chunks = itertools.pairwise([*text.split(), ""])
+    chunks = itertools.pairwise([*_CHUNK.findall(text), ""])
     return [token for chunk in chunks for token in _scan(chunk[0], _context(*chunk))]
