@@ -2,7 +2,8 @@
 
 Decoding, resizing to S pixels per side and tokenizing, through this project's loader and through a
 torch `DataLoader` with PIL (and PyAV for clips) on the same files in the same order, alternating,
-in this process and on one thread. Rates are samples per second of CPU time, so that other processes
+in this process and on one thread. Images are also read with `decode=fast`, and how much its pixels
+differ is stated. Rates are samples per second of CPU time, so that other processes
 matter little. The torch side does what a plain `Dataset` does: it decodes a clip from its first
 frame to the last one shown. Nothing is shuffled: grain's shuffle of a few dozen items takes longer
 for each (0.4 ms of 64) than that of a real data set (0.02 ms of 6,000).
@@ -25,6 +26,8 @@ import numpy as np
 from PIL import Image
 
 from vadapter import console
+from vadapter.data.image_transform import Decode
+from vadapter.data.media.frames import load_square
 from vadapter.data.media.images import CLIP_SUFFIXES, IMAGE_SUFFIXES, ImageTransform
 from vadapter.data.pipeline import eval_batches
 from vadapter.data.sources.table import ImageFolder
@@ -41,7 +44,7 @@ Reader = Callable[[], Iterator[int]]  # yields the number of samples it has just
 
 
 def bench(
-    kinds: Mapping[str, Sequence[Path]], *, size: int = 288, frames: int = 8, rounds: int = 5,
+    kinds: Mapping[str, Sequence[Path]], *, size: int = 224, frames: int = 8, rounds: int = 5,
     batch: int = 8,
 ) -> dict[str, Any]:  # fmt: skip
     """Time one pass over the files in every round, both sides alternating.
@@ -55,8 +58,9 @@ def bench(
 
     Returns:
       A JSON object: of each kind `files`, `kilobytes` (mean), `ours` and `torch` (median samples
-      per CPU second), `ratio` (median over rounds) and `cores` for `NEEDS`; `without_torch`, the
-      reason if there is no `torch`.
+      per CPU second), `ratio` (median over rounds) and `cores` for `NEEDS`; of images also `fast`,
+      `fast_ratio`, and the mean `difference` of fast and exact levels of 0..255; `without_torch`,
+      the reason if there is no `torch`.
     """
     tokenizer = BPETokenizer.train([CAPTION], 300)
     torch_files, reason = _torch()
@@ -66,6 +70,8 @@ def bench(
         with tempfile.TemporaryDirectory() as folder:
             ours = functools.partial(_ours, Path(folder), files, tokenizer, size, frames, rows)
             readers: dict[str, Reader] = {"ours": ours()}
+            if not (clips := files[0].suffix.lower() in CLIP_SUFFIXES):
+                readers["fast"] = ours(decode="fast")
             if torch_files is not None:
                 readers["torch"] = torch_files(files, tokenizer, size, frames, rows)
             rates = _rates(readers, rounds)
@@ -76,11 +82,23 @@ def bench(
             **medians,
             "cores": {what: need / medians["ours"] for what, need in NEEDS.items()},
         }
-        if "torch" in rates:
-            pairs = zip(rates["ours"], rates["torch"], strict=True)
-            row["ratio"] = statistics.median(a / b for a, b in pairs)
+        for side, ratio in (("ours", "ratio"), ("fast", "fast_ratio")):
+            if "torch" in rates and side in rates:
+                pairs = zip(rates[side], rates["torch"], strict=True)
+                row[ratio] = statistics.median(a / b for a, b in pairs)
+        if not clips:
+            row["difference"] = statistics.mean(_difference(path, size) for path in files)
         results["kinds"][name] = row
     return results
+
+
+def _difference(path: Path, size: int) -> float:
+    """Return the mean difference of the levels of an image, decoded fast and exactly."""
+    exact, fast = (
+        load_square(path, ImageTransform(size, decode=decode), frames=1).astype(int)
+        for decode in ("exact", "fast")
+    )
+    return float(np.abs(fast - exact).mean())
 
 
 def _rates(readers: dict[str, Reader], rounds: int) -> dict[str, list[float]]:
@@ -95,14 +113,16 @@ def _rates(readers: dict[str, Reader], rounds: int) -> dict[str, list[float]]:
 
 
 def _ours(
-    folder: Path, files: Sequence[Path], tokenizer: Any, size: int, frames: int, batch: int
-) -> Reader:
+    folder: Path, files: Sequence[Path], tokenizer: Any, size: int, frames: int, batch: int,
+    decode: Decode = "exact",
+) -> Reader:  # fmt: skip
     rows = (json.dumps({"image": os.path.relpath(path, "/"), "caption": CAPTION}) for path in files)
     (folder / "rows.jsonl").write_text("".join(row + "\n" for row in rows))
     source = ImageFolder(folder / "rows.jsonl", "/")
     transform: Any = functools.partial(
-        caption_sample, tokenizer=tokenizer, view=ImageTransform(size), text_len=TEXT_LEN,
-        target_len=TEXT_LEN, prompt_len=32, frames=frames if source.kind == "clip" else 1,
+        caption_sample, tokenizer=tokenizer, view=ImageTransform(size, decode=decode),
+        text_len=TEXT_LEN, target_len=TEXT_LEN, prompt_len=32,
+        frames=frames if source.kind == "clip" else 1,
     )  # fmt: skip
 
     def read() -> Iterator[int]:
@@ -197,12 +217,14 @@ def as_text(results: dict[str, Any]) -> str:
     """Return a table, and the number of cores that machines need."""
     rows, needs = [], []
     for name, row in results["kinds"].items():
-        torch = (f"{row['torch']:.1f}", f"{row['ratio']:.2f}") if "torch" in row else ("—", "—")
-        cells = (name, str(row["files"]), f"{row['kilobytes']:.0f}", f"{row['ours']:.1f}", *torch)
-        rows.append(cells)
+        keys = ("ours", "torch", "ratio", "fast", "fast_ratio", "difference")
+        digits = (1, 1, 2, 1, 2, 2)
+        cells = (f"{row[k]:.{n}f}" if k in row else "—" for k, n in zip(keys, digits, strict=True))
+        rows.append((name, str(row["files"]), f"{row['kilobytes']:.0f}", *cells))
         cores = (f"{what} ({NEEDS[what]} samples/s) {n:.1f}" for what, n in row["cores"].items())
         needs.append(f"cores for {name}: {'; '.join(cores)}")
-    head = ("files", "number", "kB each", "ours", "torch + PIL", "ratio")
+    head = ("files", "number", "kB each", "ours", "torch + PIL", "ratio",
+            "fast", "ratio", "levels differ by")  # fmt: skip
     about = f"Samples per CPU second on one thread, {results['size']} pixels, median of "
     lines = [f"{about}{results['rounds']} alternating rounds", "", console.table(rows, head), ""]
     lines += needs
@@ -221,19 +243,21 @@ def _files(folder: Path, suffixes: frozenset[str], limit: int) -> list[Path]:
 def main(argv: list[str] | None = None) -> None:
     """Print the table, or JSON."""
     parser = argparse.ArgumentParser("bench_input", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs (default: 640×480 noise)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs (default: noise)")
     parser.add_argument("--clips", type=Path, metavar="DIR", help="clips (default: none)")
-    parser.add_argument("--size", type=int, default=288, help="pixels per side (288)")
+    parser.add_argument("--size", type=int, default=224, help="pixels per side (224)")
     parser.add_argument("--limit", type=int, default=64, help="files of each kind (64)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if args.images is None:
-            images = photos(Path(folder), args.limit)
+            kinds = {
+                f"{width} × {height}": photos(Path(folder, str(width)), args.limit, (height, width))
+                for width, height in ((640, 480), (1600, 1200))
+            }
         else:
-            images = _files(args.images, IMAGE_SUFFIXES, args.limit)
-        kinds = {"images": images}
+            kinds = {"images": _files(args.images, IMAGE_SUFFIXES, args.limit)}
         if args.clips is not None:
             kinds["clips"] = _files(args.clips, CLIP_SUFFIXES, args.limit)
         results = bench(kinds, size=args.size, rounds=args.rounds)

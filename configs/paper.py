@@ -97,7 +97,7 @@ def get_config(arg=None):
             seed=0,
             dtype="bfloat16",
             mesh=dict(data=-1, fsdp=1, tensor=1),
-            workers=8,
+            workers=-1,
             tokenizer=dict(vocab_size=256_000, lowercase=False, data=("pairs", "clips")),
             # size: a row of models/registry.SIZES, whose fields can be overridden
             components=dict(

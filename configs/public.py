@@ -34,10 +34,10 @@ GEMMA, LLAMA = "google/gemma-2-2b", "meta-llama/Meta-Llama-3-8B"
 # In all of them the weights are replicated on each chip, so that none are communicated.
 RUNGS: dict[str, dict[str, Any]] = {
     "laptop": dict(encoder=CLIP_B, llm=TINY, batch=8, samples=1_600, workers=0),
-    "gpu": dict(encoder=CLIP_L, llm=SMALL, batch=64, samples=640_000, workers=8),
-    "v5e-8": dict(encoder=SIGLIP, llm=GEMMA, batch=128, samples=5_120_000, workers=16),
-    "v5e-64": dict(encoder=COCA, llm=GEMMA, batch=1024, samples=51_200_000, workers=16),
-    "v5p-128": dict(encoder=COCA, llm=LLAMA, batch=2048, samples=512_000_000, workers=16),
+    "gpu": dict(encoder=CLIP_L, llm=SMALL, batch=64, samples=640_000, workers=-1),
+    "v5e-8": dict(encoder=SIGLIP, llm=GEMMA, batch=128, samples=5_120_000, workers=-1),
+    "v5e-64": dict(encoder=COCA, llm=GEMMA, batch=1024, samples=51_200_000, workers=-1),
+    "v5p-128": dict(encoder=COCA, llm=LLAMA, batch=2048, samples=512_000_000, workers=-1),
 }
 
 

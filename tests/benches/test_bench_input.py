@@ -38,8 +38,9 @@ def reader(tmp_path):
 
     def make(side, files, batch, size=16):
         tokenizer = BPETokenizer.train([CAPTION], 300)
-        if side == "ours":
-            return bench_input._ours(tmp_path, files, tokenizer, size, 8, batch)
+        if side in ("ours", "fast"):
+            how = {"decode": "fast"} if side == "fast" else {}
+            return bench_input._ours(tmp_path, files, tokenizer, size, 8, batch, **how)
         pytest.importorskip("torch")
         torch_files, why = bench_input._torch()
         assert torch_files is not None, why
@@ -86,7 +87,7 @@ def test_the_sides_take_turns(clock):
     assert turns == ["ours", "torch"] * 3
 
 
-@pytest.mark.parametrize("side", ["ours", "torch"])
+@pytest.mark.parametrize("side", ["ours", "fast", "torch"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_each_side_decodes_every_image_once_a_pass_and_counts_it(
     images, reader, monkeypatch, side, batch
@@ -163,7 +164,19 @@ def test_without_torch_it_times_this_loader_and_says_how_to_get_the_other(images
     assert row["ours"] > 0
     assert "torch" not in row
     assert "ratio" not in row
+    assert row["fast"] > 0
+    assert row["difference"] == 0  # of 40 × 30 pixels, too small to be decoded smaller
     assert "no torch column: No module named 'torch'; pip install 'vad" in as_text(found)
+
+
+def test_large_images_are_read_fast_too_and_the_difference_of_their_levels_is_stated(
+    tmp_path, reader, no_torch
+):
+    files = photos(tmp_path / "large", 2, (120, 160))
+    found = bench({"images": files}, size=16, rounds=1)
+    (row,) = found["kinds"].values()
+    assert 0 < row["difference"] < 4
+    assert f"{row['fast']:.1f}" in as_text(found)
 
 
 def test_a_file_that_cannot_be_read_stops_it(images, reader):

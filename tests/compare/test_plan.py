@@ -112,6 +112,8 @@ def test_a_mistake_in_a_comparison_is_explained(plan, case):
 UNEQUAL = {
     "the batch": ("stages.mlp.batch=16", "data.batch"),
     "the data sets": ("stages.mlp.data.questions=1.0", "data.data.questions"),
+    "how images are decoded": ("data.images.decode=fast", "data.sets.images.decode"),
+    "how evaluated images are decoded": ("data.held.decode=fast", "protocol.sets.held.decode"),
     "how data is read": ("data.images.flip=False", "data.sets.images.flip"),
     "where data is": ("data.images.source.split=val", "data.sets.images.source.split"),
     "the evaluation": ("evals.captions.max_new=5", "protocol.evals.captions.max_new"),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from support.paths import ROOT
 
+from vadapter.data import cores
 from vadapter.data.pipeline import Schedule, Stream, eval_batches, make_loader, require_usable
 from vadapter.errors import ConfigError, DataError
 
@@ -74,6 +75,13 @@ def test_the_order_is_golden():
 
 def test_workers_do_not_change_the_stream():
     assert_same(load(12, num_steps=12), load(12, num_steps=12, workers=2, threads=1))
+
+
+def test_as_many_workers_as_there_are_cores_for_do_not_change_the_stream(monkeypatch):
+    monkeypatch.setattr(cores, "available", lambda: 2)
+    assert_same(load(12, num_steps=12), load(12, num_steps=12, workers=-1, threads=None))
+    with pytest.raises(ConfigError, match=r"config\.workers=-2: must be -1 .*, 0 or more"):
+        load(2, workers=-2)
 
 
 def test_threads_do_not_change_the_stream():

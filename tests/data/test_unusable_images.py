@@ -15,7 +15,8 @@ from support.sources import ListSource
 
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Example
-from vadapter.data.media.images import ImageTransform, resize
+from vadapter.data.media.frames import load_square
+from vadapter.data.media.images import ImageTransform, decode_image, resize
 from vadapter.data.open import make_source, train_tokenizer
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import ConfigError
@@ -120,20 +121,41 @@ def test_an_evaluation_shows_the_view_of_training(tokenizer):
     np.testing.assert_array_equal(seen[1][0], resize(PIXELS[None], stretched))
 
 
-@pytest.mark.parametrize("fit", ["", "stretch"])
-def test_own_images_are_transformed_like_those_of_training(folder, tokenizer, monkeypatch, fit):
+def test_an_evaluation_decodes_jpegs_as_its_data_set_says(tokenizer, jpeg):
+    seen = []
+    source = ListSource([Example(name, jpeg.read_bytes(), ("a bar",)) for name in "ab"])
+    for decode in ("exact", "fast"):
+        data = dataclasses.replace(ONE, decode=decode)
+        evaluate(Seen(tokenizer, seen), {}, source, data, EvalConfig("x"), VIEW)
+        view = dataclasses.replace(VIEW, decode=decode)
+        np.testing.assert_array_equal(seen[-1][0], load_square(jpeg, view, frames=1))
+    assert not np.array_equal(*seen)
+
+
+@pytest.fixture
+def jpeg(tmp_path):
+    """A JPEG that `decode=fast` decodes at a part of its size."""
+    path = tmp_path / "large.jpg"
+    Image.fromarray(image(300, 400)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("how", [{}, {"fit": "stretch"}, {"decode": "fast"}], ids=str)
+def test_own_images_are_transformed_like_those_of_training_and_decoded_exactly(
+    jpeg, tokenizer, monkeypatch, how
+):
     seen = []
     monkeypatch.setattr(describe, "Decoder", lambda *_: Seen(tokenizer, seen))
-    data = {"images": dataclasses.replace(ONE, fit=fit)}
+    data = {"images": dataclasses.replace(ONE, **how)}
     loaded = types.SimpleNamespace(
         view=VIEW, name="s", tokenizer=tokenizer, adapter_model=tiny.stage2(), params={},
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]), config=types.SimpleNamespace(data=data),
         recipe=types.SimpleNamespace(data=data),
     )  # fmt: skip
-    replies = list(describe.Describer(loaded).replies([folder / "shapes" / "00.png"] * 2))
+    replies = list(describe.Describer(loaded).replies([jpeg] * 2))
     assert [reply.text for reply in replies] == ["a bar"] * 2
-    view = dataclasses.replace(VIEW, fit=fit or VIEW.fit)
-    np.testing.assert_array_equal(seen[0][0], resize(PIXELS[None], view))
+    view = dataclasses.replace(VIEW, fit=how.get("fit", VIEW.fit))
+    np.testing.assert_array_equal(seen[0][0], resize(decode_image(jpeg)[None], view))
 
 
 def test_tokens_are_cached_of_the_encoders_view(folder, tmp_path):

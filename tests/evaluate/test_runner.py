@@ -136,9 +136,11 @@ def test_the_protocol_differs_with_the_data_the_decoding_and_the_task():
         (scenes(seed=1), CAPTIONS, EIGHT),
         (scenes(), CAPTIONS, dataclasses.replace(EIGHT, beams=2)),
         (scenes(), dataclasses.replace(CAPTIONS, task="question"), EIGHT),
+        (scenes(), dataclasses.replace(CAPTIONS, decode="fast"), EIGHT),
     )
     digests = [record_of(*other, result)["protocol_digest"] for other in others]
-    assert len({same["protocol_digest"], *digests}) == 4
+    assert len({same["protocol_digest"], *digests}) == 5
+    assert "images" not in same["protocol"]  # as in records that earlier versions wrote
 
 
 def test_an_unreadable_image_has_no_text_and_does_not_shift_the_others(decoder):

@@ -214,6 +214,15 @@ def test_the_text_is_aligned_narrow_and_has_the_same_facts(public):
     assert re.search(r"\n  images +caption +train 1 +24  1 × 32 px, prompt \d+, text 80", text)
 
 
+def test_fast_decoding_is_stated_beside_the_size_of_the_images(world):
+    made = runs.public(world)
+    with made.unlocked():
+        made.data.images.decode = "fast"
+    facts = checked(made)
+    assert {d["name"]: d["decode"] for d in stages(facts)["vadapter"]["data"]}["images"] == "fast"
+    assert " 1 × 32 px, JPEGs fast, prompt" in as_text(facts)
+
+
 def test_int8_halves_the_memory_of_the_frozen_llm(world, public):
     made = runs.public(world)
     whole = stages(public[0])["vadapter"]["memory"]["frozen"]

@@ -74,6 +74,15 @@ def test_mirrored_rows_are_marked_and_others_are_not(root):
     assert not any(row.mirrored for row in shown(opened(root, "images"), 24))
 
 
+@pytest.mark.parametrize("decode", ["exact", "fast"])
+def test_rows_whose_jpegs_are_not_decoded_exactly_say_so(root, tmp_path, decode):
+    rows = list(shown(opened(root, "images", decode=decode), 2))
+    text = "\n".join(as_text(rows, color=False))
+    page = write_page(tmp_path / "rows.html", "rows", rows).read_text()
+    for words in (text, page):
+        assert words.count("JPEGs decoded fast") == 2 * (decode == "fast")
+
+
 def test_a_bad_row_has_its_name_and_reason(root):
     rows = list(shown(opened(root, "held"), 2))
     assert "held '02.png' (not an image " in rows[0].bad

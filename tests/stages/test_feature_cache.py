@@ -91,11 +91,11 @@ def cache(encoder, tmp_path):
 
     def encode(
         source, *, folder=tmp_path, encoder=module, view=None, flip=False, stored="bfloat16",
-        frames=1, blank=False, **more,
+        frames=1, blank=False, decode="exact", **more,
     ):  # fmt: skip
         config = DataConfig(
             {}, "caption", 16, cache_dir=str(folder), flip=flip, frames=frames, cache_dtype=stored,
-            blank=blank,
+            blank=blank, decode=decode,
         )  # fmt: skip
         arguments = {"params": params, "digest": "d" * 64, "batch": 16} | more
         arguments.setdefault("mesh", make_mesh(MeshConfig(), jax.devices()[:1]))
@@ -250,6 +250,7 @@ def test_another_encoder_or_preprocessing_is_another_cache(
         {"view": ImageTransform(SIZE, interpolation="bilinear")},
         {"view": ImageTransform(SIZE, crop_pct=0.875)},
         {"view": ImageTransform(SIZE, floor=True)},
+        {"decode": "fast"},
         {"flip": True},
         {"source": Clips(images), "frames": 2},
         {"stored": "int8"},
@@ -273,6 +274,8 @@ def test_another_encoder_or_preprocessing_is_another_cache(
     assert len({folder.name for folder in folders}) == len(changes) + 1
     keys = [json.loads((folder / "key.json").read_text()) for folder in folders]
     assert [digest(key)[:16] for key in keys] == [folder.name for folder in folders]
+    # Caches of exact images have the names that earlier versions gave them.
+    assert keys[0]["view"].keys() == {"size", "fit", "interpolation", "crop_pct", "floor"}
 
 
 def names(folder):

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from vadapter.data.image_transform import Fit, ImageTransform
+from vadapter.data.image_transform import Decode, Fit, ImageTransform
 
 Stored = Literal["bfloat16", "int8"]  # dtype of cached features
 
@@ -21,6 +21,8 @@ class DataConfig:
       flip: mirror half of the images in training.
       size: pixels a side; 0: as the encoder requires.
       fit: crop | stretch | pad, see `ImageTransform`; "": as the encoder requires.
+      decode: exact | fast: how JPEGs larger than the encoder's images are decoded, see
+        `ImageTransform`. Benchmarks, captions and answers always decode exactly.
       frames: number of frames taken from a clip; an image is one frame.
       media: image | clip. "": as the source says; `vadapter plan`, which opens no source, then
         assumes images.
@@ -42,6 +44,7 @@ class DataConfig:
     frames: int = 8
     media: Literal["", "image", "clip"] = ""
     fit: Literal["", Fit] = ""
+    decode: Decode = "exact"
     cache: bool = False
     cache_dir: str = ""
     cache_dtype: Stored = "bfloat16"
@@ -55,4 +58,5 @@ class DataConfig:
           ConfigError: neither of them specifies the size of images.
         """
         own = own or ImageTransform(self.size)
-        return dataclasses.replace(own, size=self.size or own.size, fit=self.fit or own.fit)
+        size, fit = self.size or own.size, self.fit or own.fit
+        return dataclasses.replace(own, size=size, fit=fit, decode=self.decode)

@@ -174,7 +174,7 @@ def make_loader(
     host_index: int = 0,
     host_count: int = 1,
     workers: int = 0,
-    threads: int = 4,
+    threads: int | None = None,
 ) -> Iterator[Batch]:
     """Return the training batches of this host from `start_step` on, each of one stream.
 
@@ -185,12 +185,15 @@ def make_loader(
       seed: >= 0; order, mixture and every augmentation derive from it.
       num_steps: length of the whole run: the last batch is that of step num_steps - 1. None: no
         end.
-      workers: processes; 0 makes the rows in this process. They are spawned, so a script that uses
-        them needs `if __name__ == "__main__"`, and they end when this process ends.
-      threads: prefetching threads in this process or in each worker; 0 reads on demand.
+      workers: processes; 0 makes the rows in this process, -1 is all cores but one. They are
+        spawned, so a script that uses them needs `if __name__ == "__main__"`, and they end when
+        this process ends.
+      threads: prefetching threads in this process or in each worker; 0 reads on demand, None is as
+        many as there are cores for, see `cores.readers`.
 
     Raises:
-      ConfigError: the batch cannot be divided among the hosts, or a weight is not positive.
+      ConfigError: the batch cannot be divided among the hosts, a weight is not positive, or
+        `workers` is below -1.
       DataError: a source is empty or smaller than a batch.
     """
     host = _HostRows.of(global_batch, host_index, host_count)
@@ -214,7 +217,7 @@ def eval_batches(
     host_index: int = 0,
     host_count: int = 1,
     workers: int = 0,
-    threads: int = 4,
+    threads: int | None = None,
 ) -> Iterator[Batch]:
     """Return the batches of one pass over a source in its order, without augmentation (rng=None).
 
@@ -240,8 +243,17 @@ def require_usable(source: Items, batch: int, name: str = "") -> None:
 
 
 def _batches(
-    make_row: Callable[[int], Row], steps: int, rows: int, workers: int, threads: int
+    make_row: Callable[[int], Row], steps: int, rows: int, workers: int, threads: int | None
 ) -> Iterator[Batch]:
+    """Return the batches of `steps * rows` rows; each row is copied once, into its batch.
+
+    A worker makes its batches in memory that this process reads, too.
+    """
+    from vadapter.data import cores  # read once data is
+
+    if workers < -1:
+        raise ConfigError(f"config.workers={workers}: must be -1 (all cores but one), 0 or more")
+    workers, threads = cores.readers(workers, threads, cores.available())
     if not flags.FLAGS.is_parsed():  # grain reads absl flags, and no absl.app parsed them here
         flags.FLAGS.mark_as_parsed()
     data = grain.MapDataset.range(steps * rows).map(make_row).batch(rows)

@@ -3,6 +3,7 @@
 Legend: F frames, H height, W width.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -144,9 +145,13 @@ def require_images(loaded: Stage) -> None:
 
 
 def image_settings(loaded: Stage) -> tuple[ImageTransform, int]:
-    """Return the image transform a stage was trained with, and its number of frames per clip."""
+    """Return the image transform a stage was trained with, and its number of frames per clip.
+
+    JPEGs are decoded exactly, whichever way training decoded them.
+    """
     data = [loaded.recipe.data[name] for name in loaded.config.data]
-    return data[0].view(loaded.view), min(config.frames for config in data)
+    view = dataclasses.replace(data[0].view(loaded.view), decode="exact")
+    return view, min(config.frames for config in data)
 
 
 def context_len(loaded: Stage) -> int:

@@ -185,6 +185,8 @@ def record_of(source: Source, data: DataConfig, spec: EvalConfig, result: Result
         "decode": spec.decode,
         "metric": _metric(data),
     })  # fmt: skip
+    if data.decode != "exact":  # else as in the records of earlier versions
+        protocol["images"] = {"decode": data.decode}
     return {"eval": plain(spec), "protocol": protocol, "protocol_digest": digest(protocol)}
 
 

@@ -115,7 +115,8 @@ def _write(folder: Path, loaded: Stage, exported: Exported) -> None:
         if not part.weights:
             _save(folder / frozen_file(name), {name: loaded.params[name]})
     loaded.tokenizer.save(folder / record.TOKENIZER)
-    write_json(folder / record.CONFIG, plain(exported))
+    # As earlier versions read it: an export's images are always decoded exactly.
+    write_json(folder / record.CONFIG, plain(exported) | {"view": exported.view.fields})
     (folder / record.CARD).write_text(model_card(loaded, exported), encoding="utf-8")
 
 

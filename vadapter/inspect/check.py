@@ -180,6 +180,7 @@ def _data(stage: Stage, findings: Findings, name: str) -> Facts:
     return {
         "name": name, "task": data.task, "use": _uses(stage.recipe, stage.config, name),
         "examples": None if source is None else len(source), "frames": sizes.get("frames"),
+        "decode": data.decode,
         "prompt": sizes["prompt"][0] if row else None, "text": data.text_len,
         "targets": data.target_len or data.text_len,
     }  # fmt: skip

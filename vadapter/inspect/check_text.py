@@ -134,7 +134,8 @@ def _data(stage: Facts, data: Facts) -> tuple[str, ...]:
     parts = []
     if data["frames"]:
         frames, size = data["frames"][:2]
-        parts.append(f"{frames} × {size} px")
+        decode = "" if data["decode"] == "exact" else f", JPEGs {data['decode']}"
+        parts.append(f"{frames} × {size} px{decode}")
     if data["prompt"]:
         parts.append(f"prompt {at_most}{data['prompt']}")
     parts.append(f"text {data['text']}, {data['targets']} targets")

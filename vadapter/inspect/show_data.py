@@ -46,6 +46,7 @@ class Shown:
     name: str  # of the example
     frames: np.ndarray | None  # u8[F,S,S,3]; None for text; the encoder normalizes them
     mirrored: bool  # left and right are swapped
+    decode: str  # how a JPEG is decoded, see `ImageTransform`
     bad: str  # why the row does not count; "" if it does
     prompt: Sequence[Token]  # before the visual tokens
     texts: Sequence[Sequence[Token]]  # after the visual tokens, by segment
@@ -65,6 +66,7 @@ def shown(data: OpenData, count: int) -> Iterator[Shown]:
             frames=row.get("frames"),
             name=f"window {index}" if example is None else example.id,
             mirrored=example is not None and _mirrored(data, example.media, row),
+            decode="exact" if data.view is None else data.view.decode,
             bad=describe(data.name, data.source, index) if row["bad"] else "",
             prompt=_prompt(row, data.tokenizer),
             texts=list(texts_of(row, data.tokenizer)),
@@ -139,8 +141,9 @@ def as_text(rows: Iterable[Shown], *, color: bool) -> Iterator[str]:
     paint = _color if color else _bracket
     for row in rows:
         size = "" if row.frames is None else f", {' × '.join(map(str, row.frames.shape[:3]))}"
+        decode = "" if row.decode == "exact" else f", JPEGs decoded {row.decode}"
         mirrored = ", mirrored" if row.mirrored else ""
-        yield f"{row.data}[{row.index}] {printable(row.name)}{size}{mirrored}"
+        yield f"{row.data}[{row.index}] {printable(row.name)}{size}{decode}{mirrored}"
         if row.bad:
             yield paint(f"  unusable row, weight 0: {printable(row.bad)}", "bad")
         if color and row.frames is not None:

@@ -32,7 +32,8 @@ def _card(row: Shown) -> str:
     frames = ""
     if row.frames is not None:
         count, size = row.frames.shape[:2]
-        head += f" <span class=size>{count} × {size} × {size}</span>"
+        decode = "" if row.decode == "exact" else f", JPEGs decoded {row.decode}"
+        head += f" <span class=size>{count} × {size} × {size}{decode}</span>"
         images = "".join(
             f'<img src="{_uri(frame)}" alt="frame {n}" title="frame {n}">'
             for n, frame in enumerate(row.frames)

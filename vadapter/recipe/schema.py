@@ -141,7 +141,7 @@ class Recipe:
     #: of the computation and of frozen parameters; trained parameters are always float32
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  #: arrangement of the devices
-    workers: int = 0  #: processes that read data; 0 for threads of this process
+    workers: int = 0  #: processes that read data; 0: threads of this one; -1: all cores but one
 
 
 def read(config: Any) -> Recipe:

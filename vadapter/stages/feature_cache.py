@@ -74,7 +74,7 @@ def encoded(
     pixels = np.zeros((1, frames, view.size, view.size, 3), np.uint8)
     tokens: Any = jax.eval_shape(encoder.apply, {"params": params}, pixels)
     key = {"source": source.fingerprint(), "encoder": digest, "model": plain(encoder.config),
-           "dtype": jnp.dtype(encoder.dtype).name, "view": plain(view), "frames": frames,
+           "dtype": jnp.dtype(encoder.dtype).name, "view": view.fields, "frames": frames,
            "flip": flip, "stored": stored, "format": FORMAT}  # fmt: skip
     count = len(source)
     if config.blank:  # one image, whatever the data set

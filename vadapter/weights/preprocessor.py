@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vadapter.config import nearest, plain
+from vadapter.config import nearest
 from vadapter.data.image_transform import Fit, ImageTransform, Interpolation
 from vadapter.errors import CheckpointError
 
@@ -41,7 +41,7 @@ class Preprocess:
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of an encoder's configuration."""
-        view = plain(self.view)
+        view = self.view.fields
         return {"image_size": view.pop("size"), **view, "mean": self.mean, "std": self.std}
 
 

@@ -34,11 +34,15 @@ def load_media(media: Media | None, *, frames: int) -> np.ndarray:
 def load_square(
     media: Media | None, view: ImageTransform, *, frames: int, flip: bool = False
 ) -> np.ndarray:
-    """Return `images.resize` of `load_media`, u8[F,S,S,3], without copying an encoded image."""
+    """Return `images.resize` of `load_media`, u8[F,S,S,3], not to be written to.
+
+    An encoded image is decoded as `view.decode` says, and its frames share their memory.
+    """
     media = _with_pixels(media)
     if isinstance(media, np.ndarray) or _is_clip(media, frames):
         return images.resize(load_media(media, frames=frames), view, flip=flip)
-    return np.stack([images.square(images.read_image(media), view, flip=flip)] * frames)
+    square = images.read_square(media, view, flip=flip)
+    return np.broadcast_to(square, (frames, *square.shape))
 
 
 def _with_pixels(media: Media | None) -> bytes | np.ndarray | Path:

@@ -17,7 +17,9 @@ accelerator: bytes are a quarter of the traffic of floats, and every checkpoint 
 Legend: F frames, H height, W width, S side of the encoder's square.
 """
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +36,8 @@ MEDIA_SUFFIXES = IMAGE_SUFFIXES | CLIP_SUFFIXES
 MAX_PIXELS = 25_000_000
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
 _MAX_RATIO = 16  # of an image's sides; of a longer one only the center is resized
 _PAD_LEVEL = 127  # about zero after normalization
 _ORIENTATION = 0x0112
@@ -46,6 +50,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# After turning, the first column or row is the last of what is stored, and sides are exchanged.
+_FROM_RIGHT, _FROM_BOTTOM, _EXCHANGED = (2, 3, 6, 7), (3, 4, 7, 8), (5, 6, 7, 8)
 
 
 class BadMedia(DataError):  # noqa: N818 - a property of one file, which a pipeline may count
@@ -70,10 +76,43 @@ def decode_image(data: bytes | Path) -> np.ndarray:
 
 def read_image(data: bytes | Path) -> Image.Image:
     """Decode one image like `decode_image`, without copying it out of Pillow."""
+    with _opened(data) as image:
+        return upright(image)
+
+
+def read_square(data: bytes | Path, view: ImageTransform, *, flip: bool = False) -> np.ndarray:
+    """Return `square` of an image, u8[S,S,3], decoded as `view.decode` says; see `decode_image`."""
+    with _opened(data) as image:
+        box = _reduce(image, view.reduction(*image.size))
+        rgb = upright(image)
+    return square(rgb, view, flip=flip, box=box)
+
+
+def _reduce(image: Image.Image, factor: int) -> Box | None:
+    """Have a JPEG decoded at 1/factor of its size by a smaller inverse DCT; others stay whole.
+
+    Returns the part of the upright image that shows something: its last column or row may be wider
+    than what is left. None: all of it.
+    """
+    width, height = image.size
+    if factor == 1 or image.draft(None, (width // factor, height // factor)) is None:
+        return None
+    orientation = _orientation(image)
+    shown, stored = (width / factor, height / factor), image.size
+    if orientation in _EXCHANGED:
+        shown, stored = shown[::-1], stored[::-1]
+    left = (stored[0] - shown[0]) * (orientation in _FROM_RIGHT)
+    top = (stored[1] - shown[1]) * (orientation in _FROM_BOTTOM)
+    return left, top, left + shown[0], top + shown[1]
+
+
+@contextlib.contextmanager
+def _opened(data: bytes | Path) -> Iterator[Image.Image]:
+    """Open an image; BadMedia if that fails, or what is done with it inside."""
     try:
         with open_media(data) as file, Image.open(file, formats=FORMATS) as image:
             require_pixels(*image.size)
-            return upright(image)
+            yield image
     except (BadMedia, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
@@ -93,14 +132,19 @@ def require_pixels(width: int, height: int) -> None:
 
 def upright(image: Image.Image) -> Image.Image:
     """Load an opened image of any mode and return it as RGB, rotated as its EXIF says."""
+    orientation = _orientation(image)
+    rgb = to_rgb(image)
+    return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """Return how EXIF says that an image is to be turned, a key of `_TURNS`; else None or 1."""
     try:
-        orientation = image.getexif().get(_ORIENTATION)
+        return image.getexif().get(_ORIENTATION)
     except MemoryError:
         raise
     except Exception:  # photos with corrupt EXIF are common and otherwise fine
-        orientation = None
-    rgb = to_rgb(image)
-    return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
+        return None
 
 
 def open_media(data: bytes | Path) -> BinaryIO:
@@ -142,32 +186,39 @@ def resize(frames: np.ndarray, view: ImageTransform, *, flip: bool = False) -> n
     return np.stack([square(Image.fromarray(frame), view, flip=flip) for frame in frames])
 
 
-def square(image: Image.Image, view: ImageTransform, *, flip: bool = False) -> np.ndarray:
+def square(
+    image: Image.Image, view: ImageTransform, *, flip: bool = False, box: Box | None = None
+) -> np.ndarray:
     """Resize an RGB image to a square, antialiased: u8[S,S,3].
 
     The resampling is Pillow's, with which the public encoders were trained. If one side is more
     than 16 times the other, "crop" computes only the center, so that an image of 1 x 10,000 pixels
-    costs no more than another; Pillow may then sum in another order (a few levels in 255).
+    costs no more than another; Pillow may then sum in another order (a few levels in 255). With
+    `box`, the part of the image to use instead of all of it, it always does.
     """
-    width, height = image.size
+    left, top, right, bottom = whole = box or (0.0, 0.0, float(image.width), float(image.height))
+    width, height = right - left, bottom - top
     size, short = view.size, view.short
-    shape, box = (size, size), (0.0, 0.0, float(width), float(height))
+    shape: tuple[int, int] = (size, size)
     x = y = 0  # where the square starts in the resized image
     if view.fit == "crop":
-        scaled = short * width // min(width, height), short * height // min(width, height)
+        least = min(width, height)
+        scaled = int(short * width // least), int(short * height // least)
         x, y = ((s - size) // 2 if view.floor else round((s - size) / 2) for s in scaled)
-        if max(scaled) <= _MAX_RATIO * short:
+        if box is None and max(scaled) <= _MAX_RATIO * short:
             shape = scaled
         else:
             (x0, x1), (y0, y1) = (
-                (start * side / s, (start + size) * side / s)
-                for start, side, s in zip((x, y), (width, height), scaled, strict=True)
+                (first + start * side / s, first + (start + size) * side / s)
+                for first, start, side, s in zip(
+                    (left, top), (x, y), (width, height), scaled, strict=True
+                )
             )
-            box, x, y = (x0, y0, x1, y1), 0, 0
+            whole, x, y = (x0, y0, x1, y1), 0, 0
     elif view.fit == "pad":
         longest = max(width, height)
         shape = max(1, round(width * size / longest)), max(1, round(height * size / longest))
-    small = image.resize(shape, _RESAMPLE[view.interpolation], box=box)
+    small = image.resize(shape, _RESAMPLE[view.interpolation], box=whole)
     pixels = np.asarray(small)[y : y + size, x : x + size]
     if view.fit == "pad":
         left, top = (size - shape[0]) // 2, (size - shape[1]) // 2
