@@ -63,12 +63,12 @@ def bench(
       the reason if there is no `torch`.
     """
     tokenizer = BPETokenizer.train([CAPTION], 300)
-    torch_files, reason = _torch()
+    torch_files, reason = torch_reader()
     results: dict[str, Any] = {"size": size, "rounds": rounds, "kinds": {}, "without_torch": reason}
     for name, files in kinds.items():
         rows = max(n for n in range(1, batch + 1) if len(files) % n == 0)
         with tempfile.TemporaryDirectory() as folder:
-            ours = functools.partial(_ours, Path(folder), files, tokenizer, size, frames, rows)
+            ours = functools.partial(our_reader, Path(folder), files, tokenizer, size, frames, rows)
             readers: dict[str, Reader] = {"ours": ours()}
             if not (clips := files[0].suffix.lower() in CLIP_SUFFIXES):
                 readers["fast"] = ours(decode="fast")
@@ -112,10 +112,11 @@ def _rates(readers: dict[str, Reader], rounds: int) -> dict[str, list[float]]:
     return rates
 
 
-def _ours(
+def our_reader(
     folder: Path, files: Sequence[Path], tokenizer: Any, size: int, frames: int, batch: int,
     decode: Decode = "exact",
 ) -> Reader:  # fmt: skip
+    """Return this project's loader over the files; `folder` is for a table of them."""
     rows = (json.dumps({"image": os.path.relpath(path, "/"), "caption": CAPTION}) for path in files)
     (folder / "rows.jsonl").write_text("".join(row + "\n" for row in rows))
     source = ImageFolder(folder / "rows.jsonl", "/")
@@ -134,8 +135,11 @@ def _ours(
     return read
 
 
-def _torch() -> tuple[Callable[..., Reader] | None, str]:
-    """Return a function that makes torch readers, or None and the reason."""
+def torch_reader() -> tuple[Callable[..., Reader] | None, str]:
+    """Return a function that makes torch readers, with the arguments of `our_reader` but the first.
+
+    Without torch, None and the reason.
+    """
     try:
         import torch
     except ImportError as error:

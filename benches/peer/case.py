@@ -38,7 +38,7 @@ class Case:
 
     def open(self, overrides: Sequence[str] = ()) -> Stage:
         """Return the stage on one device, on images and without dropout; see `config.override`."""
-        values = config.load(str(ROOT / self.recipe))
+        values: Any = config.load(str(ROOT / self.recipe))
         for spec in values.components.values():
             if "weights" in spec:
                 del spec.weights  # random ones

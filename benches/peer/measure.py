@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,10 @@ import numpy as np
 
 GROUP = 0.5  # seconds of calls between two readings of the clocks
 Clock = Callable[[], float]
+
+
+class Skipped(Exception):  # noqa: N818 - of a row, not of the program
+    """A row cannot be measured here; the message says what it needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,12 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     """Return what a call returns, and its CPU seconds."""
     start = time.process_time()
     return call(), time.process_time() - start
+
+
+def cpu_of_all() -> float:
+    """Return the CPU seconds of this process and of its children that have ended."""
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def spread(values: Sequence[float]) -> list[float]:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from typing import Any
 
 from benches.peer.rows import ROWS, function
 from vadapter.errors import ConfigError
@@ -31,15 +32,31 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     pin(args.threads)  # before the libraries count the cores
 
-    import torch
-
-    from benches.peer.measure import Options
+    from benches.peer.measure import Options, Skipped
     from vadapter.distributed.compile import keep_memory
 
-    torch.set_num_threads(args.threads)
-    keep_memory()
+    keep_memory()  # as in a run; torch gains by it, too
     options = Options(args.rounds, not args.no_compile, args.threads)
-    print(json.dumps(function(args.row)(options, **ROWS[args.row].settings)))
+    try:
+        result = measured(args.row, options)
+    except Skipped as reason:
+        result = {"skipped": str(reason)}
+    print(json.dumps(result))
+
+
+def measured(row: str, options: Any) -> dict[str, Any]:
+    """Return the result of a row.
+
+    Raises:
+      Skipped: it needs what is not there.
+    """
+    from benches.peer.measure import Skipped
+
+    try:
+        measure = function(row)
+    except ModuleNotFoundError as error:
+        raise Skipped(f"{error}: pip install 'vadapter[parity]'") from error
+    return measure(options, **ROWS[row].settings)
 
 
 if __name__ == "__main__":

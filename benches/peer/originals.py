@@ -3,9 +3,15 @@
 import importlib.util
 from typing import Any
 
+from benches.peer.measure import Skipped
+
 
 def transformers() -> Any:
-    """Return the library; it finds no torchvision where that cannot be loaded."""
+    """Return the library; it finds no torchvision where that cannot be loaded.
+
+    Raises:
+      Skipped: it is not installed.
+    """
     try:
         importlib.import_module("torchvision")
     except ModuleNotFoundError:
@@ -17,6 +23,7 @@ def transformers() -> Any:
             return None if name.partition(".")[0] == "torchvision" else find(name, package)
 
         importlib.util.find_spec = without
-    import transformers
-
-    return transformers
+    try:
+        return importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise Skipped(f"{error}: pip install 'vadapter[parity]'") from error

@@ -56,7 +56,24 @@ CONTINUE = {
     for name, dtype in (("smol", "float32"), ("smol-bf16", "bfloat16"))
     for batch in (1, 8)
 }
-ROWS: dict[str, Row] = TRAIN | DECODE | CONTINUE
+SHAPES = {"jpeg-640": (480, 640), "jpeg-1600": (1200, 1600)}  # H and W
+INPUT = {
+    f"{name}{end}": Row(
+        "input_rows",
+        {"shape": shape, "decode": decode},
+        f"16 JPEGs of {shape[1]}×{shape[0]} to 224, {decode}",
+    )
+    for name, shape in SHAPES.items()
+    for end, decode in (("", "exact"), ("-fast", "fast"))
+} | {
+    "clips": Row("input_rows", {"count": 8}, "8 frames of each of 8 clips, $VADAPTER_DATA"),
+}
+OTHERS = {
+    "scoring": Row("scoring_rows", {}, "CIDEr, BLEU and ROUGE-L of 5,000 captions"),
+    "start-warm": Row("start_rows", {"cold": False}, "`vadapter caption` of one image, again"),
+    "start-cold": Row("start_rows", {"cold": True}, "`vadapter caption` of one image, first time"),
+}
+ROWS: dict[str, Row] = TRAIN | DECODE | CONTINUE | INPUT | OTHERS
 
 
 def function(name: str) -> Callable[..., dict[str, Any]]:

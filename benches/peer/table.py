@@ -12,7 +12,7 @@ _TIMES = ("cpu", "wall", "ratio", "ratio_wall")
 _SPREAD = ("", "_p10", "_p90")
 FIELDS = (
     "row", "threads", "side", *(f"{key}{end}" for key in _TIMES for end in _SPREAD),
-    "compile_seconds", "same", "what", "error",
+    "compile_seconds", "same", "what", "skipped", "error",
 )  # fmt: skip
 
 
@@ -20,7 +20,8 @@ def flat(results: Iterable[Result]) -> list[dict[str, Any]]:
     """Return a record of `FIELDS` for every side of every result; times are in ms."""
     records = []
     for result in results:
-        shared = {key: result.get(key, "") for key in ("row", "threads", "same", "what", "error")}
+        keys = ("row", "threads", "same", "what", "skipped", "error")
+        shared = {key: result.get(key, "") for key in keys}
         for side, values in (result.get("sides") or {"": {}}).items():
             numbers = {
                 f"{key}{end}": value
@@ -36,8 +37,9 @@ def as_text(results: Iterable[Result]) -> str:
     """Return a table; ratios are the side's time over ours, with their 10th and 90th percentile."""
     lines = []
     for record in flat(results):
-        if record["error"]:
-            lines.append((record["row"], str(record["threads"]), record["error"], *[""] * 6))
+        if not record["side"]:
+            reason = record["error"] or f"skipped: {record['skipped']}"
+            lines.append((record["row"], str(record["threads"]), *[""] * 6, reason))
             continue
         lines.append((
             record["row"], str(record["threads"]), record["side"],

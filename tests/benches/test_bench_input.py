@@ -40,9 +40,9 @@ def reader(tmp_path):
         tokenizer = BPETokenizer.train([CAPTION], 300)
         if side in ("ours", "fast"):
             how = {"decode": "fast"} if side == "fast" else {}
-            return bench_input._ours(tmp_path, files, tokenizer, size, 8, batch, **how)
+            return bench_input.our_reader(tmp_path, files, tokenizer, size, 8, batch, **how)
         pytest.importorskip("torch")
-        torch_files, why = bench_input._torch()
+        torch_files, why = bench_input.torch_reader()
         assert torch_files is not None, why
         return torch_files(files, tokenizer, size, 8, batch)
 
