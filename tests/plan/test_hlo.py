@@ -199,5 +199,13 @@ def test_a_collective_that_is_fused_with_products_in_several_parts_is_one():
     }
 
 
+def test_a_kernel_counts_with_the_flops_and_bytes_that_it_states_as_often_as_it_runs():
+    stated = '"cost_estimate":{"flops":"30","transcendentals":"7","bytes_accessed":"20","more":"1"}'
+    work = walk(TPU.replace('backend_config="module {', f'backend_config={{{stated}}} "module {{'))
+    assert work.kernels == {(30, 20): 12}
+    assert work.flops == walk(TPU).flops + 12 * 30
+    assert walk(TPU).kernels == {}
+
+
 def test_a_cpu_program_has_no_estimated_cycles():
     assert walk(text_of(lambda x: x @ x, shape(D, D))).cycles == 0

@@ -226,12 +226,15 @@ def test_the_text_has_every_number():
 def test_the_text_is_narrow_and_says_if_jax_must_be_given_more_memory():
     made = dataclasses.replace(both()[0], topology="h100:8")
     lines = text.as_text(made).splitlines()
-    estimated = dataclasses.replace(made.train, cycles=10**10, estimated_ms=10000.0)
+    estimated = dataclasses.replace(
+        made.train, cycles=10**10, estimated_ms=10000.0, kernel_ms=12.34
+    )
     timed = dataclasses.replace(with_train(made, estimated), estimated_ms=10000.0, share=0.5)
     more = text.as_text(timed).splitlines()
     assert max(map(len, lines + more)) < 100
     unwrapped = " ".join(" ".join(more).split())
     assert "10,000,000,000 cycles (10,000.0 ms)" in unwrapped
+    assert "12.3 ms of it are the bound of kernels without an estimate" in unwrapped
     assert "without collectives: 10,000.0 ms, 50% of the peak" in unwrapped
     assert not any("MEM_FRACTION" in line for line in lines)
     nearly = dataclasses.replace(made.train, limit=int(1.1 * made.train.peak))

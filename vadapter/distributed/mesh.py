@@ -240,15 +240,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     The names are logical axes of its leading dimensions; the others, and None, are not sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return x
     names = (*names, *(None,) * (x.ndim - len(names)))
     return jax.lax.with_sharding_constraint(x, partition(names, x.shape, mesh))
 
 
 def with_mesh(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `fn` with this mesh active while it is traced; `fn` itself for a single device."""
-    if mesh.size == 1:
+    """Return `fn` with this mesh active while it is traced; `fn` itself for a single device.
+
+    On a single TPU it is active too: it tells models what they are compiled for.
+    """
+    if mesh.size == 1 and mesh.devices.flat[0].platform != "tpu":
         return fn
 
     @functools.wraps(fn)

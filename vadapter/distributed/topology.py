@@ -35,6 +35,7 @@ class Chip:
     device_kinds: tuple[str, ...]  # its names in JAX; of GPUs, how they begin
     per_host: int = 4  # chips of a host
     clock: float = 0.0  # Hz of the compiler's cycles; 0: it estimates none
+    bandwidth: float = 0.0  # bytes/s of the memory; of TPUs
     shapes: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # by chips
     cores: int = 1  # of a chip; the number in an accelerator type (`v5p-128`) counts them
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # so a chip is one device
@@ -51,18 +52,20 @@ def _by_size(*shapes: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
 _FLAT = _by_size((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _CUBES = _by_size((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8),
                   (8, 8, 8), (8, 8, 16), (8, 16, 16))  # fmt: skip
-# TPUs: peak, shapes and chips of a host from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; memory
-# from compiling a program that needs 400 GiB (libtpu 0.0.42); clock: peak over the products of a
-# cycle, 8 MXUs of 128 × 128 in v4 and v5p, 4 in v5e, 4 of 256 × 256 in v6e.
+# TPUs: peak, bandwidth, shapes and chips of a host from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e};
+# memory from compiling a program that needs 400 GiB (libtpu 0.0.42); clock: peak over the products
+# of a cycle, 8 MXUs of 128 × 128 in v4 and v5p, 4 in v5e, 4 of 256 × 256 in v6e.
 # GPUs: nvidia.com data sheets of A100 80GB SXM, H100 SXM and H200 SXM, dense; memory: nvidia-smi.
 # A CPU device is a core: measured rate (BUILD_NOTES, "Plan"), and the memory that clouds provide.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip("tpu", 275e12, 30.75 * GIB, ("TPU v4",), clock=1.05e9, shapes=_CUBES, cores=2,
-               options={"chip_config_name": "megacore"}),
-    "v5e": Chip("tpu", 197e12, 15.75 * GIB, ("TPU v5 lite", "TPU v5e"), clock=1.5e9, shapes=_FLAT),
-    "v5p": Chip("tpu", 459e12, 95.74 * GIB, ("TPU v5p", "TPU v5"), clock=1.75e9, shapes=_CUBES,
-                cores=2),
-    "v6e": Chip("tpu", 918e12, 31.25 * GIB, ("TPU v6 lite", "TPU v6e"), clock=1.75e9, shapes=_FLAT),
+    "v4": Chip("tpu", 275e12, 30.75 * GIB, ("TPU v4",), clock=1.05e9, bandwidth=1228e9,
+               shapes=_CUBES, cores=2, options={"chip_config_name": "megacore"}),
+    "v5e": Chip("tpu", 197e12, 15.75 * GIB, ("TPU v5 lite", "TPU v5e"), clock=1.5e9,
+                bandwidth=819e9, shapes=_FLAT),
+    "v5p": Chip("tpu", 459e12, 95.74 * GIB, ("TPU v5p", "TPU v5"), clock=1.75e9,
+                bandwidth=2765e9, shapes=_CUBES, cores=2),
+    "v6e": Chip("tpu", 918e12, 31.25 * GIB, ("TPU v6 lite", "TPU v6e"), clock=1.75e9,
+                bandwidth=1640e9, shapes=_FLAT),
     "a100": Chip("gpu", 312e12, 79.2 * GIB, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"), 8),
     "h100": Chip("gpu", 989e12, 79.2 * GIB, ("NVIDIA H100",), 8),
     "h200": Chip("gpu", 989e12, 139.8 * GIB, ("NVIDIA H200",), 8),

@@ -18,7 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.distributed.mesh import constrain
-from vadapter.models.rope import rotate
+from vadapter.models.fused_attention import Kernel
+from vadapter.models.rope import factors, rotate
 
 Dtype = jax.typing.DTypeLike
 # Added to the scores of masked keys. Finite, so that a row without any visible key stays finite.
@@ -204,19 +205,30 @@ class Attention(nn.Module):
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}")
 
-        def project(x: jax.Array, heads: int, name: str) -> Float[Array, "B T H K"]:
+        def project(x: jax.Array, heads: int, name: str) -> Float[Array, "B T HK"]:
             bias = self.bias if self.qkv_bias is None else self.qkv_bias
             size = heads * self.head_dim
-            y = self.linear(size, ("embed", "heads"), bias, self.dtype, name=name)(x)
+            return self.linear(size, ("embed", "heads"), bias, self.dtype, name=name)(x)
+
+        def split(x: jax.Array) -> Float[Array, "B T H K"]:
             # Devices get whole heads. With fewer KV heads than the mesh's `tensor`, they are
             # replicated rather than split within a head.
-            y = y.reshape(*y.shape[:-1], -1, self.head_dim)
-            return constrain(y, "batch", None, "heads")
+            x = x.reshape(*x.shape[:-1], -1, self.head_dim)
+            return constrain(x, "batch", None, "heads")
 
         q = project(x, self.heads, "q")
         k, v = (project(kv, self.kv_heads, name) for name in "kv")
         if self.qk_norm is not None:
-            q, k = self.qk_norm("norm_q")(q), self.qk_norm("norm_k")(k)
+            q, k = self.qk_norm("norm_q")(split(q)), self.qk_norm("norm_k")(split(k))
+        out = self.linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")
+        if cache is None and (kernel := self._kernel(q, k, freq)):
+            merge = lambda x, name: checkpoint_name(x.reshape(*x.shape[:2], -1), name)  # noqa: E731
+            rotary = None
+            if freq is not None:
+                assert positions is not None
+                rotary = factors(positions, freq, self.rope_scale)
+            return out(kernel(merge(q, "q"), merge(k, "k"), merge(v, "v"), mask, rotary)), None
+        q, k, v = (x if x.ndim == 4 else split(x) for x in (q, k, v))
         if freq is not None:
             assert positions is not None
             q = rotate(q, positions[:, -q.shape[1] :], freq, self.rope_scale)
@@ -229,8 +241,20 @@ class Attention(nn.Module):
         weights = attention_weights(q, k, mask, self.scale, self.softcap, v.dtype)
         self.sow(ATTENTION, "weights", weights)  # nothing, unless `apply` is asked for it
         y = _weighted(weights, v)
-        out = self.linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")
         return out(rearrange(y, "b t h k -> b t (h k)")), cache
+
+    def _kernel(
+        self, q: Float[Array, "B T *_"], k: Float[Array, "B S *_"], freq: jax.Array | None
+    ) -> Kernel | None:
+        """Return the kernel to use, see `fused_attention`; None: none.
+
+        It has no weights to be asked for, and no softcap.
+        """
+        if self.softcap or self.is_mutable_collection(ATTENTION):
+            return None
+        pairs = 0 if freq is None else freq.shape[-1]
+        own = Kernel(self.heads, self.kv_heads, self.head_dim, self.scale, pairs)
+        return own if own.is_faster(len(q), q.shape[1], k.shape[1], q.dtype) else None
 
 
 def attend(

@@ -100,6 +100,14 @@ def amplitude(config: RopeConfig) -> float:
     return 0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
 
 
+def factors(
+    positions: Int[Array, "B T"], freq: Float[Array, " P"], scale: float = 1.0
+) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
+    """Return sine and cosine of every pair's angle; `freq` and `scale` as in `rotate`."""
+    angle = positions.astype(jnp.float32)[:, :, None] * freq[None, None, :]
+    return jnp.sin(angle) * scale, jnp.cos(angle) * scale
+
+
 def rotate(
     x: Float[Array, "B T H K"],
     positions: Int[Array, "B T"],
@@ -111,7 +119,6 @@ def rotate(
     `freq` is from `frequencies`, `scale` from `amplitude`.
     """
     half = freq.shape[-1]
-    angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]
-    sin, cos = jnp.sin(angle) * scale, jnp.cos(angle) * scale
+    sin, cos = (f[:, :, None] for f in factors(positions, freq, scale))
     a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)

@@ -35,10 +35,13 @@ class ProgramStats:
     flops: int  # FLOPs of the traced program on all devices, with recomputation
     collectives: dict[str, hlo.Sent] = dataclasses.field(default_factory=dict)  # by kind
     compiled_flops: int | None = None  # of the compiled program, on all devices
-    cycles: int = 0  # the compiler's, see `hlo.Work`; operations without any count at the peak
+    # The compiler's, see `hlo.Work`; operations without any count at the peak, and hand-written
+    # kernels at their bound, the larger of FLOPs at the peak and bytes at the memory's bandwidth.
+    cycles: int = 0
     estimated_ms: float | None = None  # `cycles` at the chip's clock rate
     compile_s: float | None = None  # duration of the compilation; None: nothing was compiled
     unestimated: int = 0  # part of `compiled_flops` for which the compiler estimates no cycles
+    kernel_ms: float = 0.0  # part of `estimated_ms` that is the bound of hand-written kernels
 
     @property
     def fits(self) -> bool:
@@ -71,13 +74,17 @@ def tpu_stats(topology: Topology, traced: Any, arguments: Any, loops: int = 1) -
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     work = hlo.walk(compiled.as_text() or "")
-    cycles = work.cycles + round(work.unestimated / chip.peak * chip.clock)
+    kernels = sum(
+        count * max(flops / chip.peak, size / chip.bandwidth)
+        for (flops, size), count in work.kernels.items()
+    )
+    cycles = work.cycles + round((work.unestimated / chip.peak + kernels) * chip.clock)
     return ProgramStats(
         **common, arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes, collectives=work.collectives,
         compiled_flops=work.flops * topology.chips, cycles=cycles,
         estimated_ms=1000 * cycles / chip.clock, compile_s=seconds,
-        unestimated=work.unestimated * topology.chips,
+        unestimated=work.unestimated * topology.chips, kernel_ms=1000 * kernels,
     )  # fmt: skip
 
 

@@ -274,12 +274,9 @@ def _function(stage: Stage, data: str, decode: Decode | None) -> tuple[Any, Any]
 
 def _rows(stage: Stage, data: tuple[str, ...], train: ProgramStats | None) -> Rows:
     weights, sizes = stage.config.data, stage.sizes(data[0])
-    specs = stage.recipe.components.values()
-    if train and all(spec.get("remat", "none") == "none" for spec in specs):
-        counted = train.flops
-    else:  # without what the backward pass recomputes
-        plain = stage.on(stage.mesh, remat="none")
-        counted = flops.count(plain.train_step, *stage.arguments(data[0]))
+    # Without what the backward pass recomputes, as its kernels do on a TPU.
+    plain = stage.on(_one_device(), remat="none")
+    counted = flops.count(plain.train_step, *plain.arguments(data[0]))
     return Rows(
         data, share=sum(weights[name] for name in data) / sum(weights.values()),
         frames=sizes.get("F", 0), batch_bytes=bytes_per_device(stage.batch_shapes(data[0])),

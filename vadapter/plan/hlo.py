@@ -7,8 +7,8 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 # Names of other types contain their number of bits: bf16, f8e4m3fn.
 BITS = {"pred": 8, "token": 0, "opaque": 0}
@@ -32,6 +32,9 @@ class Work(NamedTuple):
     cycles: int  # the compiler's, without collectives and hand-written kernels; 0: no estimates
     collectives: dict[str, Sent]  # by kind
     unestimated: int = 0  # part of `flops` in operations for which the compiler estimates no cycles
+    # Hand-written kernels by the (FLOPs, bytes) that they state, and how often each runs; their
+    # FLOPs are part of `flops`, and the compiler estimates no cycles for them.
+    kernels: Mapping[tuple[int, int], int] = {}
 
 
 class Instruction(NamedTuple):
@@ -67,6 +70,7 @@ def walk(text: str) -> Work:
         totals["cycles"],
         {kind: Sent(totals[f"count {kind}"], totals[f"bytes {kind}"]) for kind in kinds},
         totals["unestimated"],
+        {key: n for key, n in totals.items() if isinstance(key, tuple)},
     )
 
 
@@ -88,8 +92,8 @@ class _Program:
             elif instruction := _instruction(line):
                 current[instruction.name] = instruction
 
-    def _total(self, name: str) -> Counter[str]:
-        totals: Counter[str] = Counter()
+    def _total(self, name: str) -> Counter[Any]:
+        totals: Counter[Any] = Counter()
         for line in self.computations[name].values():
             flops = self._products(name, line)
             for inner, times in self._called(line):
@@ -98,6 +102,9 @@ class _Program:
                         flops += times * value
                     elif line.op != "fusion":  # a fusion's own line has the estimate of its content
                         totals[key] += times * value
+            if kernel := _kernel(line):
+                flops += kernel[0]
+                totals[kernel] += 1
             totals["flops"] += flops
             if cycles := line.match(r'"estimated_cycles":"(\d+)"'):
                 if int(cycles) == NO_ESTIMATE:
@@ -209,6 +216,13 @@ def _bytes_sent(line: Instruction, operands: list[Shape]) -> int:
     if line.op in ("all-gather-start", "collective-permute-start"):
         result -= read  # its result contains its operands
     return max(result, read)
+
+
+def _kernel(line: Instruction) -> tuple[int, int] | None:
+    """Return the FLOPs and bytes that a hand-written kernel states; None: it is none."""
+    if line.op != "custom-call" or not (flops := line.match(r'"cost_estimate":\{"flops":"(\d+)"')):
+        return None
+    return int(flops), int(line.match(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"') or 0)
 
 
 def _dot(line: Instruction, left: Shape) -> int:

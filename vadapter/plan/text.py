@@ -117,6 +117,8 @@ def _program(stats: ProgramStats, unit: str) -> str:
         text += f", {stats.cycles:,} cycles ({stats.estimated_ms:,.1f} ms)"
     if stats.unestimated:
         text += f"; {_tera(stats.unestimated)} TFLOP have no estimate and count at the peak"
+    if stats.kernel_ms:
+        text += f"; {stats.kernel_ms:,.1f} ms of it are the bound of kernels without an estimate"
     if stats.compile_s is not None:
         text += f"; compiled in {stats.compile_s:,.0f} s"
     return text

@@ -175,7 +175,12 @@ def _operation(eqn: Any, inputs: list[Origin], loops: int) -> tuple[Products, li
         ways = [products(branch.jaxpr, inputs[1:], loops) for branch in params["branches"]]
         results = [NOTHING.union(*each) for each in zip(*(out for _, out in ways), strict=True)]
         return max((found for found, _ in ways), key=Counter.total), results
+    if name == "pallas_call":
+        return Counter({(joined[0], joined[0]): params["cost_estimate"].flops}), joined
     inner = subprograms(params)
+    if name == "shard_map":  # a program of every device
+        found, results = products(inner[0], inputs, loops)
+        return Counter({pair: params["mesh"].size * n for pair, n in found.items()}), results
     if name in CALLS:
         return products(inner[0], inputs, loops)
     if any(count_traced(program, loops) for program in inner):
