@@ -14,8 +14,9 @@ from support import tiny
 
 from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings, with_mesh
 from vadapter.errors import ConfigError
+from vadapter.models.int8_linear import Int8Linear
 from vadapter.models.lm import LM, LMConfig, empty_cache
-from vadapter.models.quantize import Int8Linear, full_precision, library, quantize
+from vadapter.models.quantize import full_precision, library, quantize
 from vadapter.models.registry import make_module
 
 T, V, E = 16, 64, 32

@@ -18,11 +18,10 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from vadapter.checkpoints.digest import is_key, leaf_paths, tree_digests
@@ -32,6 +31,9 @@ from vadapter.distributed import hosts
 from vadapter.distributed.mesh import read_sharded
 from vadapter.errors import CheckpointError, one_line
 from vadapter.io import buckets, storage
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 PyTree = Any
 T = TypeVar("T")
@@ -49,13 +51,15 @@ class CorruptError(CheckpointError):
 
 def handlers() -> dict[str, Any]:
     """Return the Orbax handlers of the two items, with the file format that `load` reads."""
+    import orbax.checkpoint as ocp  # loaded where something is saved: `load` does without
+
     return {
         "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False),
         "meta": ocp.JsonCheckpointHandler(filename="metadata"),
     }
 
 
-def items(tree: PyTree, meta: Mapping[str, Any]) -> ocp.args.Composite:
+def items(tree: PyTree, meta: Mapping[str, Any]) -> "ocp.args.Composite":
     """Return what Orbax saves: a tree of arrays, and JSON values with digests and their SHA-256.
 
     Raises:
@@ -63,6 +67,8 @@ def items(tree: PyTree, meta: Mapping[str, Any]) -> ocp.args.Composite:
     """
     if reserved := [key for key in _RESERVED if key in meta]:
         raise ValueError(f"reserved keys in the meta of a checkpoint: {reserved}")
+    import orbax.checkpoint as ocp
+
     leaves = leaf_paths(tree)
     if empty := [name for name, x in leaves.items() if x.size == 0]:
         raise ValueError(f"leaves without elements cannot be saved: {empty[:5]}")

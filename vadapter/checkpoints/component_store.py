@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
-
 from vadapter.checkpoints import array_io
 from vadapter.checkpoints.array_io import CorruptError
 from vadapter.checkpoints.digest import combined, tree_digests
@@ -47,6 +45,8 @@ class ComponentStore:
         Raises:
           CheckpointError: the disk is full or cannot be written.
         """
+        import orbax.checkpoint as ocp
+
         array_io.quiet_orbax()
         digest = combined(tree_digests(params))
         path = self.path(name, digest)

@@ -12,16 +12,16 @@ No run ever starts from the beginning because of a bad file.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as ocm
+from typing import TYPE_CHECKING, Any
 
 from vadapter.checkpoints import array_io
 from vadapter.checkpoints.array_io import CorruptError
 from vadapter.distributed import hosts
 from vadapter.errors import CheckpointError, ConfigError, one_line
 from vadapter.io import storage
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 PyTree = Any
 
@@ -59,14 +59,7 @@ class Checkpointer:
         if keep < 1:
             raise ConfigError(f"cannot keep {keep} checkpoints: keep at least 1")
         self._directory = storage.absolute(directory)
-        self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocm.LatestN(keep),
-            lightweight_initialize=True,  # do not read what may be corrupt
-            # Otherwise a directory that cannot be created is a wait of 300 s instead of an error.
-            async_options=ocp.AsyncOptions(
-                timeout_secs=600, create_directories_asynchronously=False
-            ),
-        )
+        self._keep = keep
         self._manager: ocp.CheckpointManager | None = None
         self._in_flight: int | None = None
         self._own: set[int] = set()  # steps this object has saved or restored
@@ -96,9 +89,7 @@ class Checkpointer:
             )
         args = array_io.items(state, {**meta, "step": step})
         try:
-            self._manager = self._manager or ocp.CheckpointManager(
-                self._directory, options=self._options, item_handlers=array_io.handlers()
-            )
+            self._manager = self._manager or self._make_manager()
             self._manager.save(step, args=args, force=True)
         except Exception as e:
             if hosts.count() > 1:  # the others may be waiting inside Orbax
@@ -110,6 +101,22 @@ class Checkpointer:
         self._own.add(step)
         self._in_flight = step
         return True
+
+    def _make_manager(self) -> "ocp.CheckpointManager":
+        import orbax.checkpoint as ocp  # loaded where something is saved
+        from orbax.checkpoint import checkpoint_managers as ocm
+
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocm.LatestN(self._keep),
+            lightweight_initialize=True,  # do not read what may be corrupt
+            # Otherwise a directory that cannot be created is a wait of 300 s instead of an error.
+            async_options=ocp.AsyncOptions(
+                timeout_secs=600, create_directories_asynchronously=False
+            ),
+        )
+        return ocp.CheckpointManager(
+            self._directory, options=options, item_handlers=array_io.handlers()
+        )
 
     def committed(self) -> list[int]:
         """Return the steps on disk, ascending, without a save that is still in progress."""

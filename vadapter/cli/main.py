@@ -7,7 +7,6 @@ import argparse
 import difflib
 import io
 import os
-import stat
 import sys
 import traceback
 import warnings
@@ -167,12 +166,13 @@ def _prepare() -> None:
     """Join the other hosts and set up the compilation cache, in a directory of the user.
 
     Raises:
-      ConfigError: others can write to the directory, and could put programs of theirs into it.
+      ConfigError: others can write to the directory, see `results.keep_in`.
     """
     import jax
 
     from vadapter.distributed import hosts, shutdown
     from vadapter.distributed.compile import keep_memory
+    from vadapter.io import results
 
     keep_memory()
     hosts.start()
@@ -180,14 +180,8 @@ def _prepare() -> None:
 
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     cache = Path(os.environ.get("VADAPTER_COMPILE_CACHE", root / "vadapter" / "compiled"))
-    try:
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return  # no writable home: compile again
-    info = cache.stat()
-    if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise errors.ConfigError(
-            f"{cache}: other users can write to the compilation cache, and so run code as you; "
-            "chmod 700 it, or set VADAPTER_COMPILE_CACHE to a directory of your own"
-        )
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    results.keep_in(cache)
+    if results.folder():
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        # Small models compile in less than JAX's limit of a second, several programs of them.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

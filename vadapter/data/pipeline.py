@@ -26,9 +26,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
-import grain
 import numpy as np
-from absl import flags
 
 from vadapter.data.batch import Batch, Row
 from vadapter.errors import ConfigError, DataError
@@ -63,6 +61,8 @@ class Stream:
 
     def __init__(self, source: Items, transform: Transform, *, seed: int, name: str = ""):
         """Prepare the order of the rows; streams of different names draw independently."""
+        import grain  # half a second of CPU time, which generating text does without
+
         self._source, self._transform = source, transform
         self._key = (seed, zlib.crc32(name.encode()))
         # Grain adds the number of the epoch to its seed, so that epoch 1 of seed 0 would be epoch 0
@@ -254,6 +254,11 @@ def _batches(
     if workers < -1:
         raise ConfigError(f"config.workers={workers}: must be -1 (all cores but one), 0 or more")
     workers, threads = cores.readers(workers, threads, cores.available())
+    if not workers and not threads:
+        return _on_demand(make_row, steps, rows)
+    import grain
+    from absl import flags
+
     if not flags.FLAGS.is_parsed():  # grain reads absl flags, and no absl.app parsed them here
         flags.FLAGS.mark_as_parsed()
     data = grain.MapDataset.range(steps * rows).map(make_row).batch(rows)
@@ -264,6 +269,13 @@ def _batches(
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(options, worker_init_fn=_exit_with_parent)
     return iter(batches)
+
+
+def _on_demand(make_row: Callable[[int], Row], steps: int, rows: int) -> Iterator[Batch]:
+    """Yield batches that this thread makes when they are asked for."""
+    for step in range(steps):
+        made = [make_row(i) for i in range(step * rows, (step + 1) * rows)]
+        yield {key: np.stack([row[key] for row in made]) for key in made[0]}
 
 
 def _exit_with_parent(worker: int, count: int) -> None:

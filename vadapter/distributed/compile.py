@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from vadapter.io import results
+
 # XLA:CPU spends most of a short run optimizing code: these halve its compile time, and leave the
 # matrix products, which are library calls, as fast as they were (BUILD_NOTES, "Compile time").
 _CPU = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
@@ -27,6 +29,11 @@ def options() -> dict[str, Any] | None:
     flags = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
     if not preferred or any(name in flags for name in preferred):
         return None
+    return results.kept("options", preferred, lambda: _accepted(preferred))
+
+
+def _accepted(preferred: dict[str, Any]) -> dict[str, Any] | None:
+    """Return those of the options that the compiler accepts: all, the first, or None."""
     for subset in (preferred, dict([next(iter(preferred.items()))])):  # some compilers lack one
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             jax.jit(lambda x: x + 1, compiler_options=subset)(0)

@@ -9,10 +9,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
@@ -91,6 +89,8 @@ def arrange(devices: np.ndarray, shape: Sequence[int], slices: int) -> np.ndarra
         raise ConfigError(f"mesh.data={data} must be a multiple of mesh.slices={slices}")
     if devices[0].platform != "tpu" or devices.size == 1:
         return devices.reshape(shape)
+    from jax.experimental import mesh_utils
+
     split = {"allow_split_physical_axes": True}
     if present == 1:
         return mesh_utils.create_device_mesh(shape, devices.tolist(), **split)
@@ -212,6 +212,8 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def _boxed(leaf: Any) -> bool:
+    import flax.linen as nn  # loaded with the models, which not every command builds
+
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 

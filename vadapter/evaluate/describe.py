@@ -21,8 +21,7 @@ from vadapter.data.transforms import prompt_sample
 from vadapter.distributed.mesh import filled
 from vadapter.errors import ConfigError
 from vadapter.evaluate.runner import Decoder
-from vadapter.models.generate import Decode
-from vadapter.models.lm import LM
+from vadapter.models.decoding import Decode
 from vadapter.stages.restore import describing
 from vadapter.stages.stage import Stage
 
@@ -111,7 +110,7 @@ class Describer:
         if longest + max_new > (limit := context_len(self.loaded)):
             raise ConfigError(
                 f"a prompt of {longest} tokens and {max_new} new tokens exceed the context of "
-                f"{self.loaded.adapter_model.lm} ({limit} tokens): shorten the question or lower "
+                f"{self.loaded.config.lm} ({limit} tokens): shorten the question or lower "
                 "--max-new"
             )
         return -(-longest // _LENGTH_STEP) * _LENGTH_STEP if questions else longest
@@ -156,9 +155,7 @@ def image_settings(loaded: Stage) -> tuple[ImageTransform, int]:
 
 def context_len(loaded: Stage) -> int:
     """Return the number of tokens that the stage's language model has room for."""
-    lm = loaded.adapter_model.modules[loaded.adapter_model.lm]
-    assert isinstance(lm, LM)
-    return lm.config.max_len
+    return loaded.outline.max_len
 
 
 def _is_clip(media: Media) -> bool:

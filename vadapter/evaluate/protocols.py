@@ -27,7 +27,7 @@ from vadapter.data.example import Question
 from vadapter.data.prompts import QUESTION, UNANSWERABLE, VIDEO_QUESTION, QuestionPrompt
 from vadapter.errors import ConfigError
 from vadapter.metrics.scoring import METRICS
-from vadapter.models.generate import Decode
+from vadapter.models.decoding import Decode
 
 ShotKind = Literal["text", "image"]
 

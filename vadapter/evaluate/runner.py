@@ -7,12 +7,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from vadapter.config import digest, plain
 from vadapter.console import Progress
+from vadapter.data.batch import Batch
 from vadapter.data.config import DataConfig
 from vadapter.data.example import Source
 from vadapter.data.image_transform import ImageTransform
@@ -22,16 +23,18 @@ from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.data.transforms import prompt_sample
 from vadapter.distributed import hosts
-from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import filled, to_host, to_mesh, with_mesh
+from vadapter.distributed.programs import Program
 from vadapter.evaluate.partial_results import PartialResults
 from vadapter.io import storage
 from vadapter.io.json_files import write_json
 from vadapter.metrics.scoring import METRICS, Generation, Result, score_generations
-from vadapter.models.adapter_model import Batch, Params
-from vadapter.models.generate import Decode, decode
+from vadapter.models.decoding import Decode
 from vadapter.recipe.schema import EvalConfig
 from vadapter.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from vadapter.models.adapter_model import Params
 
 MAX_QUESTION = 40  # tokens of a question with its prompt; longer questions count as wrong
 
@@ -46,12 +49,29 @@ class Decoder:
     def __init__(self, stage: Stage, watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter):
         self.stage, self._watch = stage, watch
         self.tokenizer, self.mesh = stage.tokenizer, stage.mesh
-        stop, vocab = self.tokenizer.stop_ids, self.tokenizer.vocab_size
-        run = functools.partial(decode, stage.adapter_model, stop=stop, vocab=vocab)
-        self._decode = jit(with_mesh(self.mesh, run), static_argnames="how")
+        self._programs: dict[Decode, Program] = {}
+
+    def _program(self, how: Decode) -> Program:
+        """Return the program that generates: (params of all components, batch, shown) -> arrays."""
+        stop, vocab = tuple(self.tokenizer.stop_ids), self.tokenizer.vocab_size
+
+        def run(params: "Params", batch: Batch, shown: jax.Array | None) -> dict[str, jax.Array]:
+            from vadapter.models.generate import decode  # models: only where it is traced
+
+            model = self.stage.adapter_model
+            return decode(model, params, batch, how=how, stop=stop, vocab=vocab, shown=shown)
+
+        if how not in self._programs:
+            facts = {"model": self.stage.facts, "stop": stop, "vocab": vocab, "how": plain(how)}
+            self._programs[how] = Program(with_mesh(self.mesh, run), facts, self.mesh)
+        return self._programs[how]
 
     def generate(
-        self, params: Params, batches: Iterator[Batch], how: Decode, shown: jax.Array | None = None
+        self,
+        params: "Params",
+        batches: Iterator[Batch],
+        how: Decode,
+        shown: jax.Array | None = None,
     ) -> Iterator[list[Generation]]:
         """Yield the generations of the real rows of each batch, which is on the host.
 
@@ -60,7 +80,7 @@ class Decoder:
         pending: tuple[Any, Any] | None = None
         for batch in self._watch(batches):
             arrays = to_mesh(batch, self.mesh)
-            out = self._decode(params, arrays, how=how, shown=shown)
+            out = self._program(how)(params, arrays, shown)
             # Fetch the previous batch only now: the devices decode while the host reads ahead.
             if pending is not None:
                 yield self._detokenize(*pending)
@@ -83,7 +103,7 @@ class Decoder:
 
 
 def predict(
-    decoder: Decoder, params: Params, items: Any, row: Transform, *, batch: int, how: Decode,
+    decoder: Decoder, params: "Params", items: Any, row: Transform, *, batch: int, how: Decode,
     shown: jax.Array | None = None, partial: PartialResults | None = None, title: str = "",
 ) -> list[Generation]:  # fmt: skip
     """Return one generation per item, in order; those in `partial` are not generated again.
@@ -132,7 +152,7 @@ def predict(
 
 
 def evaluate(
-    decoder: Decoder, params: Params, source: Source, data: DataConfig, spec: EvalConfig,
+    decoder: Decoder, params: "Params", source: Source, data: DataConfig, spec: EvalConfig,
     view: ImageTransform | None, *, partial: PartialResults | None = None, title: str = "",
 ) -> Result:  # fmt: skip
     """Generate captions or answers for a source, as `data` says and with images as in `view`.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import traverse_util
 
 from vadapter.checkpoints.digest import combined, tree_digests
 from vadapter.config import differences, nearest
@@ -22,6 +21,7 @@ from vadapter.hub import record
 from vadapter.hub.record import Exported, Frozen
 from vadapter.io import storage
 from vadapter.io.json_files import is_export
+from vadapter.models.paths import flatten, nest
 from vadapter.recipe.schema import DTYPES
 from vadapter.stages import initialization
 from vadapter.stages.restore import open_run
@@ -67,15 +67,14 @@ def open_export(
         recipe = exported.recipe()
         devices = make_mesh(mesh or MeshConfig())
         loaded = Stage(recipe, exported.stage, devices, workdir=folder, tokenizer=tokenizer)
-        names = loaded.adapter_model.names()
+        abstract = loaded.abstract
     except ConfigError as error:
         raise CheckpointError(f"{folder / record.CONFIG} cannot be used: {error}") from None
-    if exported.trained.keys() | exported.frozen.keys() != set(names):
+    if exported.trained.keys() | exported.frozen.keys() != abstract.keys():
         raise CheckpointError(
             f"{folder / record.CONFIG} is corrupt: its trained and frozen components are not "
-            f"{', '.join(names)}; download it again"
+            f"{', '.join(abstract)}; download it again"
         )
-    abstract = loaded.abstract
     params = _load_file(folder / record.WEIGHTS, abstract, exported.trained)
     for name, part in exported.frozen.items():
         if part.weights:
@@ -126,7 +125,7 @@ def _load_file(
     """Return the components of a file that must contain exactly these, verified by digest."""
     _require_file(path)
     file = TensorFiles.open(path)
-    expected: Any = traverse_util.flatten_dict({n: dict(abstract[n]) for n in digests}, sep="/")
+    expected: Any = flatten({n: dict(abstract[n]) for n in digests})
     shapes = {name: list(leaf.shape) for name, leaf in expected.items()}
     stored = {name: list(tensor.shape) for name, tensor in file.tensors.items()}
     if differing := differences(shapes, stored):
@@ -136,7 +135,7 @@ def _load_file(
         )
     leaves = {name: jax.device_put(file.read(name), x.sharding) for name, x in expected.items()}
     # A component without parameters is not in the file.
-    params = {name: {} for name in digests} | traverse_util.unflatten_dict(leaves, sep="/")
+    params = {name: {} for name in digests} | nest(leaves)
     for name, digest in digests.items():
         if combined(tree_digests(params[name])) != digest:
             raise CheckpointError(

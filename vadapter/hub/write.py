@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 from safetensors.numpy import save_file
 
 from vadapter import __version__
@@ -21,6 +20,7 @@ from vadapter.hub.model_card import model_card
 from vadapter.hub.record import Exported, Frozen, frozen_file
 from vadapter.io import storage
 from vadapter.io.json_files import EXPORT_FORMAT, is_export, write_json
+from vadapter.models.paths import flatten
 from vadapter.models.registry import expand
 from vadapter.stages.stage import Stage
 from vadapter.weights.hf_checkpoint import locate
@@ -121,7 +121,7 @@ def _write(folder: Path, loaded: Stage, exported: Exported) -> None:
 
 
 def _save(path: Path, trees: Mapping[str, Any]) -> None:
-    leaves = traverse_util.flatten_dict(dict(trees), sep="/")
+    leaves = flatten(dict(trees))
     save_file({name: np.asarray(jax.device_get(x)) for name, x in leaves.items()}, path)
 
 

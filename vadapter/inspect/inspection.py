@@ -26,7 +26,7 @@ from vadapter.inspect.probe import Look, Nearest, Probe
 from vadapter.inspect.words import Vocabulary, Words, whole_words, words_of
 from vadapter.metrics.bootstrap import Sample, intervals, paired
 from vadapter.metrics.scoring import METRICS, Generation, score_generations
-from vadapter.models.generate import Decode
+from vadapter.models.decoding import Decode
 from vadapter.recipe.schema import EvalConfig
 from vadapter.stages.stage import Stage
 

@@ -17,27 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from vadapter.data.batch import EOS, PAD, Batch
 from vadapter.models.adapter_model import AdapterModel, Params
 from vadapter.models.adapters.cross_attention import KeysValues
+from vadapter.models.decoding import Decode
 from vadapter.models.lm import LM, empty_cache
 from vadapter.models.transformer import Cache, text_mask
 
 _NOTHING = -1e9  # the score of an empty place among K texts; finite, so that sums are no NaN
-
-
-@dataclasses.dataclass(frozen=True)
-class Decode:
-    """How text is generated.
-
-    Attributes:
-      max_new: G, the longest text in tokens, the end token included.
-      min_new: the shortest text in tokens, the end token included.
-      beams: K, the width of the beam search; 1: greedy.
-      length_penalty: of the beam search, see `beam`.
-    """
-
-    max_new: int = 32
-    min_new: int = 0
-    beams: int = 1
-    length_penalty: float = 1.0
 
 
 class Context(NamedTuple):

@@ -11,16 +11,14 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from jaxtyping import Array, Float, Int8
 
 from vadapter.errors import ConfigError
-from vadapter.models.layers import Dtype, output_axis, partitioned
+from vadapter.models.paths import flatten, nest
 
-_SCALE = "_scale"  # the scale of the leaf `kernel` is the leaf `kernel_scale`
+SCALE = "_scale"  # the scale of the leaf `kernel` is the leaf `kernel_scale`
 
 
 def library() -> ModuleType:
@@ -34,42 +32,6 @@ def library() -> ModuleType:
     return qwix
 
 
-class Int8Linear(nn.Module):
-    """`x @ kernel + bias` with an int8 kernel; otherwise as `layers.linear`.
-
-    The kernel is converted to float where it is used, and again in the backward pass, so that
-    neither pass holds more than one layer's floats. It has no gradient.
-    """
-
-    features: int
-    axes: tuple[str | None, str | None]
-    bias: bool = False
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
-        qwix = library()
-        shape = (x.shape[-1], self.features)
-        step = (3 / shape[0]) ** 0.5 / 127  # random kernels are uniform, of variance 1/I
-
-        def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return jax.random.randint(key, shape, -127, 128, jnp.int8)
-
-        kernel = self.param("kernel", partitioned(uniform, *self.axes), shape)
-        init = partitioned(nn.initializers.constant(step), None, output_axis(self.axes))
-        scale = self.param("kernel" + _SCALE, init, (1, self.features))
-
-        def product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-            return qwix.dot(x, qwix.QArray(kernel, scale.astype(self.dtype)))
-
-        y = jax.checkpoint(product, prevent_cse=False)(x.astype(self.dtype), kernel, scale)
-        if not self.bias:
-            return y
-        init = partitioned(nn.initializers.zeros, output_axis(self.axes))
-        bias = self.param("bias", init, (self.features,)).astype(self.dtype)
-        return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-
-
 def full_precision(abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Return the shapes to read for a module with int8 kernels: those that it has without int8.
 
@@ -77,12 +39,12 @@ def full_precision(abstract: Mapping[str, Any]) -> dict[str, Any]:
     has float32 kernels in the place of int8.
     """
     out = {}
-    for path, leaf in _flat(abstract).items():
+    for path, leaf in flatten(abstract).items():
         if leaf.dtype == jnp.int8:
             leaf = jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
-        if not path.endswith("/kernel" + _SCALE):
+        if not path.endswith("/kernel" + SCALE):
             out[path] = leaf
-    return traverse_util.unflatten_dict(out, sep="/")
+    return nest(out)
 
 
 def quantize(
@@ -102,21 +64,17 @@ def quantize(
     Raises:
       ConfigError: qwix is not installed.
     """
-    flat, out = _flat(abstract), {}
+    flat, out = flatten(abstract), {}
     for path, array in leaves:
         if flat[path].dtype == jnp.int8:
-            names = (path, path + _SCALE)
+            names = (path, path + SCALE)
             shardings = tuple(flat[name].sharding for name in names)
             pair = jax.jit(_quantized, out_shardings=shardings)(array)
             out.update(zip(names, jax.block_until_ready(pair), strict=True))
         else:
             out[path] = array
         del array
-    return traverse_util.unflatten_dict(out, sep="/")
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(traverse_util.flatten_dict(tree, sep="/"))
+    return nest(out)
 
 
 def _quantized(

@@ -5,13 +5,16 @@ A component is written as `{size: NAME, …}` or `{kind: KIND, …}`; other keys
 
 import pkgutil
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from vadapter.config import build, require_one_of
-from vadapter.models.layers import Dtype
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+
+    from vadapter.models.layers import Dtype
 
 # kind -> its module class, beside which is a dataclass of the same name and `Config`. Imported when
 # a recipe uses it.
@@ -63,7 +66,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def load_kind(kind: str) -> tuple[type, type[nn.Module]]:
+def load_kind(kind: str) -> "tuple[type, type[nn.Module]]":
     """Import a kind; return its config dataclass and its module class."""
     return pkgutil.resolve_name(f"{KINDS[kind]}Config"), pkgutil.resolve_name(KINDS[kind])
 
@@ -81,8 +84,8 @@ def expand(name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_module(
-    name: str, spec: Mapping[str, Any], *, dtype: Dtype = jnp.float32, **derived: Any
-) -> nn.Module:
+    name: str, spec: Mapping[str, Any], *, dtype: "Dtype" = jnp.float32, **derived: Any
+) -> "nn.Module":
     """Return the module of a component.
 
     Args:

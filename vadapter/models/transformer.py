@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.distributed.mesh import constrain
 from vadapter.models.adapters.cross_attention import Gated
+from vadapter.models.int8_linear import Int8Linear
 from vadapter.models.layers import (
     ATTENTION,
     Attention,
@@ -28,7 +29,6 @@ from vadapter.models.layers import (
     NormKind,
     linear,
 )
-from vadapter.models.quantize import Int8Linear
 
 # What `remat="names"` keeps for the backward pass. A frozen stack has no weight gradients, so the
 # inputs of its matrix products are never needed; from these outputs the rest is recomputed with one

@@ -15,7 +15,7 @@ import jax
 from vadapter.distributed.mesh import MeshConfig, filled, make_mesh
 from vadapter.distributed.topology import Topology, devices
 from vadapter.errors import ConfigError
-from vadapter.models.generate import Decode
+from vadapter.models.decoding import Decode
 from vadapter.models.registry import expand, load_kind
 from vadapter.plan import liveness
 from vadapter.plan.compiled_stats import ProgramStats, tpu_stats, traced_stats, versions

@@ -15,14 +15,14 @@ from vadapter.config import build, nearest
 from vadapter.data.config import DataConfig
 from vadapter.distributed.mesh import MeshConfig
 from vadapter.errors import ConfigError, Problems
-from vadapter.recipe.optim import OptimConfig, learning_rate
+from vadapter.models.decoding import Decode
+from vadapter.recipe.optim import OptimConfig, check_schedule
 
 if TYPE_CHECKING:
     from flax import linen as nn
 
     from vadapter.models.adapter_model import AdapterModel
     from vadapter.models.coca import CoCa
-    from vadapter.models.generate import Decode
 
 TASKS = ("caption", "question", "document")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -71,10 +71,8 @@ class EvalConfig:
     length_penalty: float = 1.0  #: exponent of the length that a beam's score is divided by
 
     @property
-    def decode(self) -> "Decode":
+    def decode(self) -> Decode:
         """The settings of its generations."""
-        from vadapter.models.generate import Decode
-
         return Decode(self.max_new, self.min_new, self.beams, self.length_penalty)
 
 
@@ -243,7 +241,7 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
         if visual and recipe.data[data].task == "document":
             raise ConfigError(f"{place}: data {data!r} has no images, which {stage.kind} needs")
     try:
-        learning_rate(stage.optim, stage.steps)
+        check_schedule(stage.optim, stage.steps)
     except ConfigError as error:
         raise ConfigError(f"{place}.{error}") from None
     if visual and not vision and not stage.chain:

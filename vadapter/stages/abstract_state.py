@@ -14,9 +14,11 @@ import optax
 from vadapter.data.batch import SPEC
 from vadapter.data.image_transform import ImageTransform
 from vadapter.distributed.compile import jit
-from vadapter.distributed.mesh import replicated, shardings, shardings_of
+from vadapter.distributed.mesh import replicated, shardings_of
 from vadapter.models.adapter_model import AdapterModel, component_key
 from vadapter.models.coca import CoCa
+from vadapter.models.lm import LM
+from vadapter.stages.outline import Outline, outline
 from vadapter.stages.steps import TrainState, init_state
 
 Model = AdapterModel | CoCa
@@ -36,9 +38,12 @@ class Initializer:
     def __init__(self, model: Model):
         self.model = model
 
-    def shapes(self, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-        """Return component -> tree of `jax.ShapeDtypeStruct` with shardings; computes nothing."""
-        return _with_shardings(self._traced[1], mesh)
+    def outline(self) -> Outline:
+        """Return what is known of the model, such as the shapes of its parameters."""
+        model = self.model
+        lm = model.modules[model.text if isinstance(model, CoCa) else model.lm]
+        assert isinstance(lm, LM)
+        return outline(view_of(model), lm.config.max_len, self._traced[1])
 
     def random(self, names: Iterable[str], rng: jax.Array, abstract: Any) -> dict[str, Any]:
         """Return random parameters of some components, with shardings and dtypes of `abstract`.
@@ -88,7 +93,8 @@ def abstract_encoder(encoder: nn.Module, mesh: jax.sharding.Mesh) -> Any:
     """Return shapes with shardings of the parameters of an encoder alone."""
     size = encoder.view.size  # type: ignore[attr-defined]
     frames = jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.uint8)
-    return _with_shardings(jax.eval_shape(encoder.init, jax.random.key(0), frames)["params"], mesh)
+    boxed = jax.eval_shape(encoder.init, jax.random.key(0), frames)["params"]
+    return outline(None, 0, {"encoder": boxed}).shapes(mesh)["encoder"]
 
 
 def abstract_state(
@@ -143,7 +149,3 @@ def row_shapes(
 
 def _shape(x: Any, sharding: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype if dtype is None else dtype, sharding=sharding)
-
-
-def _with_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
-    return jax.tree.map(_shape, nn.meta.unbox(boxed), shardings(boxed, mesh))

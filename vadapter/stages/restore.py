@@ -31,7 +31,6 @@ from vadapter.recipe.schema import STAGES, Recipe, StageConfig, read
 from vadapter.stages.initialization import STORE, Start
 from vadapter.stages.run import tokenizer_path
 from vadapter.stages.stage import Stage
-from vadapter.stages.steps import split
 from vadapter.weights.reference import PREFIX, Reference
 
 # Keys that may be overridden after a stage is trained; all others are part of its result.
@@ -181,7 +180,8 @@ def _restore(
         )
     recipe = _as_trained(recipe, name, meta)
     stage = Stage(recipe, name, mesh, workdir=workdir, tokenizer=tokenizer)
-    trainable, frozen = split(stage.abstract, stage.trained)
+    trainable = {name: stage.abstract[name] for name in stage.trained}
+    frozen = {name: x for name, x in stage.abstract.items() if name not in trainable}
     starts = {n: _frozen_start(stage, n, meta["start"][n], tree) for n, tree in frozen.items()}
     state, _ = array_io.load(path, {"params": trainable}, subset=True)
     stage.params = {n: stage.load(n, start) for n, start in starts.items()} | state["params"]

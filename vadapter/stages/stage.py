@@ -20,20 +20,21 @@ from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import batch_sharding, shardings_of, with_mesh
 from vadapter.distributed.preemption import Stop
 from vadapter.errors import ConfigError, Problems, UserError
-from vadapter.models.adapter_model import AdapterModel, component_key
-from vadapter.models.coca import CoCa
+from vadapter.io import results
+from vadapter.models.decoding import Decode
 from vadapter.models.registry import expand, load_kind
 from vadapter.recipe import schema
 from vadapter.recipe.optim import make_optimizer
 from vadapter.recipe.schema import DTYPES, STAGES, Recipe, StageConfig
-from vadapter.stages import abstract_state as shapes
-from vadapter.stages import initialization, steps
-from vadapter.stages.abstract_state import Initializer, Model, bytes_per_device
-from vadapter.stages.flow import Shapes, check_batch_size, check_room, flow, shape_errors
-from vadapter.stages.steps import CaptionObjective, CocaObjective, make_train_step, split
+from vadapter.stages import initialization
+from vadapter.stages import outline as outlines
+from vadapter.stages.outline import Outline
 
 if TYPE_CHECKING:
-    from vadapter.models.generate import Decode
+    from vadapter.models.adapter_model import AdapterModel
+    from vadapter.stages import steps
+    from vadapter.stages.abstract_state import Initializer, Model
+    from vadapter.stages.flow import Shapes
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -99,6 +100,8 @@ class Stage:
       in `params` if it comes from `restore.open_run`.
 
     Everything is made when first used and kept: a model is built once and its init traced once.
+    What only building it or training needs is imported there: a process that uses a trained stage
+    whose outline and program are kept, see `io.results`, loads no model code.
 
     Args:
       mesh: of devices that are present, or of a topology that is not.
@@ -148,30 +151,57 @@ class Stage:
     # -- static --------------------------------------------------------------------------------
 
     @functools.cached_property
-    def initializer(self) -> Initializer:
+    def initializer(self) -> "Initializer":
         """The model with its traced init."""
+        from vadapter.stages.abstract_state import Initializer
+
         return Initializer(schema.make_model(self.recipe, self.config, self.vocab_size))
 
     @property
-    def model(self) -> Model:
+    def model(self) -> "Model":
         """The model of the stage."""
         return self.initializer.model
 
     @property
-    def adapter_model(self) -> AdapterModel:
+    def adapter_model(self) -> "AdapterModel":
         """The model of a stage that predicts text with a language model: any kind but `vision`."""
-        assert not isinstance(self.model, CoCa), f"stage {self.name} has no language model"
+        from vadapter.models.adapter_model import AdapterModel
+
+        assert isinstance(self.model, AdapterModel), f"stage {self.name} has no language model"
         return self.model
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """All that the model follows from, as a JSON value."""
+        return outlines.facts(self.recipe, self.config, self.vocab_size)
+
+    @functools.cached_property
+    def _known(self) -> Outline | None:
+        """The outline that an earlier process has kept."""
+        return outlines.kept(self.facts)
+
+    @functools.cached_property
+    def outline(self) -> Outline:
+        """What is known of the model without building it; traces its init if it is not kept."""
+        if self._known is not None:
+            return self._known
+        made = self.initializer.outline()
+        outlines.keep(self.facts, made)
+        return made
 
     @property
     def view(self) -> ImageTransform | None:
         """The transform of the encoder's images; None for text only."""
-        return shapes.view_of(self.model)
+        if self._known is not None:
+            return self._known.view
+        from vadapter.stages.abstract_state import view_of
+
+        return view_of(self.model)
 
     @property
     def captions(self) -> bool:
         """Whether the stage writes text about images."""
-        return self.view is not None and not isinstance(self.model, CoCa)
+        return self.view is not None and self.config.kind != "vision"
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -196,12 +226,15 @@ class Stage:
     @functools.cached_property
     def abstract(self) -> dict[str, Any]:
         """Component -> tree of `jax.ShapeDtypeStruct` with shardings, in the dtype it is stored."""
-        return self.initializer.shapes(self.mesh)
+        return self.outline.shapes(self.mesh)
 
     def abstract_params(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (trained, frozen) shapes as on the devices: frozen ones in compute dtype."""
+        from vadapter.stages.abstract_state import in_compute_dtype
+        from vadapter.stages.steps import split
+
         trainable, frozen = split(self.abstract, self.trained)
-        return trainable, shapes.in_compute_dtype(frozen, DTYPES[self.recipe.dtype])
+        return trainable, in_compute_dtype(frozen, DTYPES[self.recipe.dtype])
 
     @functools.cached_property
     def tx(self) -> Any:
@@ -211,7 +244,9 @@ class Stage:
     @functools.cached_property
     def abstract_state(self) -> Any:
         """Shapes and shardings of the train state."""
-        return shapes.abstract_state(self.abstract_params()[0], self.tx, self.mesh)
+        from vadapter.stages.abstract_state import abstract_state
+
+        return abstract_state(self.abstract_params()[0], self.tx, self.mesh)
 
     def sizes(self, data: str = "", *, kind: str = "", prompt: int = PROMPT) -> dict[str, int]:
         """Return P, T and M of the rows of a data set, and F and S where the stage sees images.
@@ -227,17 +262,22 @@ class Stage:
             sizes |= {"F": rows.frames if clip else 1, "S": rows.view(self.view).size}
         return sizes
 
-    def batch_shapes(self, data: str = "") -> Shapes:
+    def batch_shapes(self, data: str = "") -> "Shapes":
         """Return the shapes of a batch of a data set, with shardings."""
-        return shapes.row_shapes(self.sizes(data), self.config.batch, batch_sharding(self.mesh))
+        from vadapter.stages.abstract_state import row_shapes
+
+        return row_shapes(self.sizes(data), self.config.batch, batch_sharding(self.mesh))
 
     def arguments(self, data: str = "") -> tuple[Any, Any, Any]:
         """Return (state, frozen, batch) of the train step, as shapes with shardings."""
         return self.abstract_state, self.abstract_params()[1], self.batch_shapes(data)
 
     @property
-    def objective(self) -> steps.Objective:
+    def objective(self) -> "steps.Objective":
         """The loss that it minimizes."""
+        from vadapter.models.coca import CoCa
+        from vadapter.stages.steps import CaptionObjective, CocaObjective
+
         if isinstance(self.model, CoCa):
             return CocaObjective(self.model)
         return CaptionObjective(self.model, self.config.chunk_rows)
@@ -245,6 +285,8 @@ class Stage:
     @functools.cached_property
     def train_step(self) -> Callable[..., Any]:
         """The train step, (state, frozen, batch) -> (state, metrics), see `steps`; not compiled."""
+        from vadapter.stages.steps import make_train_step
+
         step = make_train_step(
             self.objective, self.tx, seed=self.recipe.seed, accumulate=self.config.accumulate,
             dropout=self.config.use_dropout,
@@ -256,7 +298,7 @@ class Stage:
         out = (shardings_of(self.abstract_state), None)
         return jit(step or self.train_step, donate_argnums=0, out_shardings=out)
 
-    def decode(self, how: "Decode") -> Callable[..., Any]:
+    def decode(self, how: Decode) -> Callable[..., Any]:
         """Return the function that generates: (params of all components, batch) -> generations."""
         from vadapter.models.generate import decode
 
@@ -272,6 +314,8 @@ class Stage:
         components that stages before this one will have trained; this one adds its own. Programs
         may use `limit` bytes on a device; None: unknown.
         """
+        from vadapter.stages.flow import check_batch_size, flow, shape_errors
+
         findings, section = Findings(), f"stages.{self.name}"
         with problems.gather(self.name), shape_errors(f"{section}: its model cannot be built"):
             findings.built = bool(self.abstract)
@@ -309,8 +353,11 @@ class Stage:
         earlier[self.name] = {name: self.abstract[name] for name in self.trained}
         return findings
 
-    def _row(self, name: str, source: Source | None) -> Shapes:
+    def _row(self, name: str, source: Source | None) -> "Shapes":
         """Return the shapes of a batch of one row of a data set; check that its rows are usable."""
+        from vadapter.stages.abstract_state import row_shapes
+        from vadapter.stages.flow import check_room
+
         data = self.recipe.data[name]
         kind = source.kind if source else "clip"  # the larger of the two, if it is unknown
         if self.view is not None and kind == "text":
@@ -323,13 +370,15 @@ class Stage:
                 require_usable(items, self.config.batch, name)
             if data.task != "document":
                 check_room(name, data.texts, transform)
-        return shapes.row_shapes(sizes)
+        return row_shapes(sizes)
 
-    def _allocated(self, rows: dict[str, Shapes]) -> dict[str, int]:
+    def _allocated(self, rows: "dict[str, Shapes]") -> dict[str, int]:
         """Return the bytes on each device that stay allocated while it trains.
 
         Of a batch, those of the largest of `rows`; without images where their tokens are cached.
         """
+        from vadapter.stages.abstract_state import bytes_per_device
+
         trainable, frozen = self.abstract_params()
         count = self.config.batch // (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         row_bytes = [
@@ -355,6 +404,9 @@ class Stage:
 
         If resumed, without the trained ones, which come from a checkpoint of this stage.
         """
+        from vadapter.models.adapter_model import component_key
+        from vadapter.stages.steps import split
+
         names = [name for name in self.starts if not (resumed and name in self.trained)]
         initialized = [name for name in names if self.starts[name].needs_init]
         rng = component_key(jax.random.key(self.recipe.seed), self.name)
@@ -362,8 +414,10 @@ class Stage:
         params = {name: self.load(name, self.starts[name], initial.get(name)) for name in names}
         return split(params, tuple(name for name in self.trained if name in params))
 
-    def init_state(self, trainable: dict[str, Any]) -> steps.TrainState:
+    def init_state(self, trainable: dict[str, Any]) -> "steps.TrainState":
         """Return the state before the first step, of parameters from `load_params`."""
+        from vadapter.stages import steps
+
         out = shardings_of(self.abstract_state)
         return jit(lambda params: steps.init_state(params, self.tx), out_shardings=out)(trainable)
 
@@ -406,10 +460,8 @@ class Stage:
                 for name, values in new["data"].items()
             }
         if "components" in new:
-            new["components"] = {
-                name: with_new_keys(load_kind(expand(name, spec)["kind"])[0], spec)
-                for name, spec in new["components"].items()
-            }
+            specs = new["components"]
+            new["components"] = results.kept("keys", specs, lambda: _with_new_keys(specs))
         return new
 
     def setup(self) -> dict[str, Any]:
@@ -456,6 +508,14 @@ def settings(recipe: Recipe, stage: str) -> dict[str, Any]:
         "data": {n: _without(recipe.data[n], *_NO_DATA) for n in config.data},
         "seed": recipe.seed,
         "dtype": recipe.dtype,
+    }
+
+
+def _with_new_keys(specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the specs of components with new names of keys, which only their kinds know."""
+    return {
+        name: with_new_keys(load_kind(expand(name, spec)["kind"])[0], spec)
+        for name, spec in specs.items()
     }
 
 

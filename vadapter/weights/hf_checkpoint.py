@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from vadapter.config import nearest, resolve
 from vadapter.console import listing, quantity, truncate
 from vadapter.distributed.mesh import read_sharded
 from vadapter.errors import CheckpointError
+from vadapter.models.paths import flatten
 from vadapter.weights import hub, llama2c
 from vadapter.weights.families import language, openclip, qformer, vision
 from vadapter.weights.files import Stamp
@@ -83,7 +83,7 @@ class Checkpoint:
         Raises:
           MismatchError: tensors are missing or unexpected, or their shapes do not match.
         """
-        return self._match(_flat(abstract))[0]
+        return self._match(flatten(abstract))[0]
 
     def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:
         """Read the tensors straight into each device's shard, one leaf after the other.
@@ -92,7 +92,7 @@ class Checkpoint:
         with the dtypes of the result unless `dtype` is given. Yields (path, array) of all that is
         not fresh, the parts of a path joined by "/"; raises as `match`.
         """
-        leaves = _flat(abstract)
+        leaves = flatten(abstract)
         sources = self._match(leaves)[1]
         head_dim = self.spec.get("head_dim") or self.spec["width"] // self.spec["heads"]
         for path, source in sources.items():
@@ -181,10 +181,6 @@ class Checkpoint:
         depth = table.depth({path: leaf.shape for path, leaf in leaves.items()})
         later = range(depth, self.spec["depth"])
         return any(name.startswith(prefix + table.layers.format(i)) for i in later)
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    return dict(traverse_util.flatten_dict(tree, sep="/"))
 
 
 def _place(leaf: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:

@@ -15,10 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from vadapter.errors import CheckpointError
 from vadapter.models.mobilenet import MobileNet, MobileNetConfig, block_specs
+from vadapter.models.paths import flatten
 from vadapter.weights import npz
 from vadapter.weights.files import Stamp, require_file, sha256, stamp
 from vadapter.weights.hf_checkpoint import Report
@@ -63,8 +63,8 @@ class MobileNetFiles:
 
     def leaves(self, abstract: Any, dtype: Any = None) -> Iterator[tuple[str, jax.Array]]:
         """Yield (path, array) with the shardings of `abstract`, one after the other."""
-        params = traverse_util.flatten_dict(load_mobilenet(self.path)[1], sep="/")
-        for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items():
+        params = flatten(load_mobilenet(self.path)[1])
+        for path, leaf in flatten(abstract).items():
             yield path, jax.device_put(np.asarray(params[path], dtype or leaf.dtype), leaf.sharding)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from flax import traverse_util
 
 from vadapter.errors import CheckpointError
+from vadapter.models.paths import flatten, nest
 from vadapter.weights.safetensors import TensorFiles
 
 _ALIGNMENT = 64  # bytes, of XLA's arrays
@@ -305,7 +305,7 @@ def assign(
     """
     leaves = match_names(params_abstract, tensors, name_table, ignore=ignore)
     arrays = {path: tensors[name].astype(to, copy=False) for path, (name, to) in leaves.items()}
-    return traverse_util.unflatten_dict(arrays, sep="/")
+    return nest(arrays)
 
 
 def match_names(
@@ -316,7 +316,7 @@ def match_names(
 
     Arguments and errors as in `assign`; the tensors need `.shape` and `.dtype` only.
     """
-    params = traverse_util.flatten_dict(dict(params_abstract), sep="/")
+    params = flatten(dict(params_abstract))
     sources = {path: name for name, path in name_table.items()}
     if len(sources) != len(name_table):
         repeated = [p for p, n in collections.Counter(name_table.values()).items() if n > 1]

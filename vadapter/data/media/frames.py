@@ -10,7 +10,6 @@ import numpy as np
 from vadapter.data.example import Features, Media
 from vadapter.data.media import images
 from vadapter.data.media.images import BadMedia, ImageTransform
-from vadapter.data.media.video import decode_clip
 
 
 def load_media(media: Media | None, *, frames: int) -> np.ndarray:
@@ -26,6 +25,8 @@ def load_media(media: Media | None, *, frames: int) -> np.ndarray:
         middles = (2 * np.arange(frames) + 1) * len(media) // (2 * frames)
         return media[middles]
     if _is_clip(media, frames):
+        from vadapter.data.media.video import decode_clip  # with FFmpeg, which images do without
+
         return decode_clip(media, frames)
     image = images.decode_image(media)
     return np.broadcast_to(image, (frames, *image.shape))
