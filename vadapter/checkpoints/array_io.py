@@ -11,17 +11,13 @@ Nothing is ever cast, padded or truncated.
 """
 
 import concurrent.futures
-import functools
 import hashlib
 import json
-import logging
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 import tensorstore as ts
 
 from vadapter.checkpoints.digest import is_key, leaf_paths, tree_digests
@@ -31,9 +27,6 @@ from vadapter.distributed import hosts
 from vadapter.distributed.mesh import read_sharded
 from vadapter.errors import CheckpointError, one_line
 from vadapter.io import buckets, storage
-
-if TYPE_CHECKING:
-    import orbax.checkpoint as ocp
 
 PyTree = Any
 T = TypeVar("T")
@@ -49,34 +42,15 @@ class CorruptError(CheckpointError):
     """A checkpoint whose content differs from what was written."""
 
 
-def handlers() -> dict[str, Any]:
-    """Return the Orbax handlers of the two items, with the file format that `load` reads."""
-    import orbax.checkpoint as ocp  # loaded where something is saved: `load` does without
+def sealed(meta: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return JSON values with the digests of leaves and with their own SHA-256, for `read_meta`.
 
-    return {
-        "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False),
-        "meta": ocp.JsonCheckpointHandler(filename="metadata"),
-    }
-
-
-def items(tree: PyTree, meta: Mapping[str, Any]) -> "ocp.args.Composite":
-    """Return what Orbax saves: a tree of arrays, and JSON values with digests and their SHA-256.
-
-    Raises:
-      ValueError: `meta` uses a reserved key, or a leaf has no elements, which Orbax cannot save.
+    ValueError if `meta` uses a reserved key.
     """
     if reserved := [key for key in _RESERVED if key in meta]:
         raise ValueError(f"reserved keys in the meta of a checkpoint: {reserved}")
-    import orbax.checkpoint as ocp
-
-    leaves = leaf_paths(tree)
-    if empty := [name for name, x in leaves.items() if x.size == 0]:
-        raise ValueError(f"leaves without elements cannot be saved: {empty[:5]}")
     record = _as_json({**meta, "schema": SCHEMA, "digests": tree_digests(leaves)})
-    record["sha256"] = _sha256(record)
-    arrays = {name: jax.random.key_data(x) if is_key(x) else x for name, x in leaves.items()}
-    arrays = arrays or {"none": np.zeros(1)}  # a component without parameters; Orbax needs an array
-    return ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(record))
+    return record | {"sha256": _sha256(record)}
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -218,32 +192,3 @@ def on_all_hosts(read: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
-
-
-@functools.cache
-def quiet_orbax() -> None:
-    """Drop what Orbax logs about errors that it also raises, hundreds of lines for one failed save.
-
-    Where one array fails, the others report to an event loop that is closed by then, or to nobody.
-    """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_worth_logging)
-    hook = sys.unraisablehook
-
-    def without_closed_loops(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = without_closed_loops
-
-
-def _worth_logging(record: logging.LogRecord) -> bool:
-    """Return False for records of Orbax, and of asyncio about errors that no task awaits.
-
-    The latter do not always name Orbax, but nothing else here has such tasks.
-    """
-    if record.name == "asyncio":
-        noise = "never retrieved" in record.getMessage()
-    else:
-        noise = "orbax" in record.pathname
-    return record.levelno >= logging.CRITICAL or not noise

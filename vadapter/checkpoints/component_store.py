@@ -45,9 +45,9 @@ class ComponentStore:
         Raises:
           CheckpointError: the disk is full or cannot be written.
         """
-        import orbax.checkpoint as ocp
+        from vadapter.checkpoints import orbax_io
 
-        array_io.quiet_orbax()
+        orbax_io.quiet_orbax()
         digest = combined(tree_digests(params))
         path = self.path(name, digest)
         try:
@@ -56,9 +56,7 @@ class ComponentStore:
                 if self._must_write(path, digest):
                     if first:  # remove what an interrupted `put` left
                         storage.remove_tree(path.with_name(path.name + array_io.TMP))
-                    handler = ocp.CompositeCheckpointHandler(**array_io.handlers())
-                    with ocp.Checkpointer(handler) as writer:
-                        writer.save(path, args=array_io.items(params, {"component": name}))
+                    orbax_io.write(path, params, {"component": name})
         except CheckpointError:
             raise
         except Exception as e:

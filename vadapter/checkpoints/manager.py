@@ -64,7 +64,6 @@ class Checkpointer:
         self._in_flight: int | None = None
         self._own: set[int] = set()  # steps this object has saved or restored
         self._failures = 0  # in a row
-        array_io.quiet_orbax()
         self._remove_leftovers()
 
     def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> bool:
@@ -87,9 +86,12 @@ class Checkpointer:
                 f"{self._directory} already has step {newest}, so step {step} cannot be saved: "
                 "resume that run, or choose another run directory"
             )
-        args = array_io.items(state, {**meta, "step": step})
+        from vadapter.checkpoints import orbax_io
+
+        orbax_io.quiet_orbax()
+        args = orbax_io.items(state, {**meta, "step": step})
         try:
-            self._manager = self._manager or self._make_manager()
+            self._manager = self._manager or orbax_io.make_manager(self._directory, self._keep)
             self._manager.save(step, args=args, force=True)
         except Exception as e:
             if hosts.count() > 1:  # the others may be waiting inside Orbax
@@ -101,22 +103,6 @@ class Checkpointer:
         self._own.add(step)
         self._in_flight = step
         return True
-
-    def _make_manager(self) -> "ocp.CheckpointManager":
-        import orbax.checkpoint as ocp  # loaded where something is saved
-        from orbax.checkpoint import checkpoint_managers as ocm
-
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocm.LatestN(self._keep),
-            lightweight_initialize=True,  # do not read what may be corrupt
-            # Otherwise a directory that cannot be created is a wait of 300 s instead of an error.
-            async_options=ocp.AsyncOptions(
-                timeout_secs=600, create_directories_asynchronously=False
-            ),
-        )
-        return ocp.CheckpointManager(
-            self._directory, options=options, item_handlers=array_io.handlers()
-        )
 
     def committed(self) -> list[int]:
         """Return the steps on disk, ascending, without a save that is still in progress."""

@@ -24,7 +24,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -275,7 +275,7 @@ def _on_demand(make_row: Callable[[int], Row], steps: int, rows: int) -> Iterato
     """Yield batches that this thread makes when they are asked for."""
     for step in range(steps):
         made = [make_row(i) for i in range(step * rows, (step + 1) * rows)]
-        yield {key: np.stack([row[key] for row in made]) for key in made[0]}
+        yield cast(Batch, {key: np.stack([row[key] for row in made]) for key in made[0]})
 
 
 def _exit_with_parent(worker: int, count: int) -> None:

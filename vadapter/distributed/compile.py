@@ -12,8 +12,6 @@ from typing import Any
 
 import jax
 
-from vadapter.io import results
-
 # XLA:CPU spends most of a short run optimizing code: these halve its compile time, and leave the
 # matrix products, which are library calls, as fast as they were (BUILD_NOTES, "Compile time").
 _CPU = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
@@ -29,7 +27,10 @@ def options() -> dict[str, Any] | None:
     flags = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
     if not preferred or any(name in flags for name in preferred):
         return None
-    return results.kept("options", preferred, lambda: _accepted(preferred))
+    from vadapter.io import results  # importing the training loop does without
+
+    compiler = jax.devices()[0].client.platform_version
+    return results.kept("options", [preferred, compiler], lambda: _accepted(preferred))
 
 
 def _accepted(preferred: dict[str, Any]) -> dict[str, Any] | None:

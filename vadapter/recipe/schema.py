@@ -15,7 +15,6 @@ from vadapter.config import build, nearest
 from vadapter.data.config import DataConfig
 from vadapter.distributed.mesh import MeshConfig
 from vadapter.errors import ConfigError, Problems
-from vadapter.models.decoding import Decode
 from vadapter.recipe.optim import OptimConfig, check_schedule
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from vadapter.models.adapter_model import AdapterModel
     from vadapter.models.coca import CoCa
+    from vadapter.models.decoding import Decode
 
 TASKS = ("caption", "question", "document")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -71,8 +71,10 @@ class EvalConfig:
     length_penalty: float = 1.0  #: exponent of the length that a beam's score is divided by
 
     @property
-    def decode(self) -> Decode:
+    def decode(self) -> "Decode":
         """The settings of its generations."""
+        from vadapter.models.decoding import Decode
+
         return Decode(self.max_new, self.min_new, self.beams, self.length_penalty)
 
 
