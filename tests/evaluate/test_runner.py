@@ -177,7 +177,10 @@ def test_no_id_is_generated_that_the_tokenizer_lacks(loaded):
     for _ in range(2):  # then without the highest id of the first text
         tokenizer = Narrow(loaded.tokenizer, limit)
         narrow = types.SimpleNamespace(
-            adapter_model=loaded.adapter_model, tokenizer=tokenizer, mesh=loaded.mesh
+            adapter_model=loaded.adapter_model,
+            tokenizer=tokenizer,
+            mesh=loaded.mesh,
+            facts=loaded.facts,
         )
         decoder = Decoder(narrow)
         evaluate(decoder, loaded.params, source, CAPTIONS, EIGHT, ImageTransform(32))
