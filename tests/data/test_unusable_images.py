@@ -26,6 +26,7 @@ from vadapter.metrics.scoring import Generation
 from vadapter.models.registry import make_module
 from vadapter.recipe.schema import EvalConfig, read
 from vadapter.stages.feature_cache import encoded
+from vadapter.stages.outline import Outline
 from vadapter.stages.run import Run
 
 # Nothing of it is a default, and each part of it shows in the pixels.
@@ -148,7 +149,8 @@ def test_own_images_are_transformed_like_those_of_training_and_decoded_exactly(
     monkeypatch.setattr(describe, "Decoder", lambda *_: Seen(tokenizer, seen))
     data = {"images": dataclasses.replace(ONE, **how)}
     loaded = types.SimpleNamespace(
-        view=VIEW, name="s", tokenizer=tokenizer, adapter_model=tiny.stage2(), params={},
+        view=VIEW, name="s", tokenizer=tokenizer, params={},
+        outline=Outline(VIEW, tiny.LLM.max_len, {}),
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]), config=types.SimpleNamespace(data=data),
         recipe=types.SimpleNamespace(data=data),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Results that are kept in a folder of the user's, so that the next process need not compute them.
 
 What a result follows from is its key, to which the content of this package and the versions of the
-libraries that it computes with are added: another version computes anew. A file that is missing,
+libraries that it computes with are added: another version computes again. A file that is missing,
 corrupt or cannot be written is as if nothing were kept. Programs are among the results, so that the
 folder must be one that nobody else can write to.
 """
