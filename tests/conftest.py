@@ -55,6 +55,17 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 50)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heap_of_earlier_files() -> None:
+    """Leave what earlier files made out of collections.
+
+    Commands that run several models call `gc.collect()` before each: a second where other tests
+    have traced and compiled.
+    """
+    gc.collect(1)
+    gc.freeze()
+
+
 def pytest_report_header() -> list[str]:
     """Say why tests are left out."""
     root = paths.data_root()

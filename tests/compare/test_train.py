@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.cases import some_slow
 from support.comparisons import RATES, prepared, tiny_comparison, use_fake_runs
 
 from vadapter.compare.comparison import Comparison
@@ -53,11 +54,6 @@ class Trainer:
     def files(self) -> dict[str, bytes]:
         paths = (path for path in self.folder.rglob("*") if path.is_file())
         return {str(p): p.read_bytes() for p in paths if p.name != ".lock"}
-
-
-def some_slow(cases, fast):
-    """Return the cases as parameters, all but the `fast` ones marked slow."""
-    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.fixture

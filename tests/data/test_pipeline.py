@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from support.cases import some_slow
 from support.paths import ROOT
 
 from vadapter.data import cores
@@ -323,7 +324,7 @@ def drawn_run(rng):
     return streams, int(rng.integers(2**31)), hosts, int(rng.integers(1, 40))
 
 
-@pytest.mark.parametrize("draw", range(12))
+@pytest.mark.parametrize("draw", some_slow(range(12), fast=range(6)))
 def test_one_integer_resumes_any_mixture_on_any_number_of_hosts(draw):
     streams, seed, (first, second), start = drawn_run(np.random.default_rng(draw))
     steps, batch = start + 12, 12

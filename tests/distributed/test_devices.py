@@ -7,12 +7,14 @@ rounding.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
 import optax
 import pytest
 from support import tiny
+from support.cases import some_slow
 from support.programs import MESHES, ROWS, program, recipe
 
 from benches.bench_step import random_arguments
@@ -28,11 +30,12 @@ from vadapter.stages.steps import init_state, make_train_step
 SGD = optax.sgd(0.1, momentum=0.9)  # Adam's first steps amplify rounding: no use in comparisons
 STAGES = ("tlm", "vision", "decoder", "vadapter", "perceiver", "llava")
 # The mesh with all axes for every kind of stage, every mesh for one: the others take minutes.
-PAIRS = [
-    pytest.param(stage, mesh, marks=() if mesh == "all" or stage == "tlm" else pytest.mark.slow)
-    for stage in STAGES
-    for mesh in MESHES
-]
+# Connectors other than the VAdapter are on meshes in tests/models/adapters/test_all_connectors.py.
+KINDS = ("vision", "decoder", "vadapter")
+PAIRS = some_slow(
+    itertools.product(STAGES, MESHES),
+    fast=[*(("tlm", mesh) for mesh in MESHES), *((stage, "all") for stage in KINDS)],
+)
 
 
 def batch_of(stage, seed):

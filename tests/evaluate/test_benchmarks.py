@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from support import official_files
+from support.cases import some_slow
 from support.patches import wrap_generate
 from support.paths import TESTS
 from support.small_benchmarks import PHOTOS, QUESTIONS, write_benchmarks
@@ -174,7 +175,10 @@ def test_several_benchmarks_share_a_table_and_a_missing_one_stops_no_other(evalu
 
 @pytest.mark.parametrize(
     "change",
-    ["shots=2", "shot_kind=image", "shot_seed=1", "decode.beams=2", "decode.max_new=2"],
+    some_slow(
+        ["shots=2", "shot_kind=image", "shot_seed=1", "decode.beams=2", "decode.max_new=2"],
+        fast=["shots=2", "decode.max_new=2"],
+    ),
 )
 def test_every_change_of_the_protocol_has_its_own_directory(run, evaluate, evaluated, change):
     evaluated("--benchmarks=okvqa", *SHORT)

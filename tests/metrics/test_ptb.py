@@ -53,9 +53,9 @@ def test_quirks_of_the_official_tokenizer_are_kept(caption: str, tokens: str):
     assert tokenize(caption) == tokens.split(" ") if tokens else not tokenize(caption)
 
 
-@pytest.mark.parametrize("separator", [*SPACES, *"\n\r\v\f\x85\u2028\u2029"])
-def test_every_separator_is_a_blank(separator: str):
-    assert tokenize(f"a dog{separator}runs") == ["a", "dog", "runs"]
+def test_every_separator_is_a_blank():
+    for separator in (*SPACES, *"\n\r\v\f\x85\u2028\u2029"):
+        assert tokenize(f"a dog{separator}runs") == ["a", "dog", "runs"], ascii(separator)
 
 
 @pytest.mark.parametrize("unit", ["-", "'", "a-", "a'", "1.", ".com/", "a@", "&", "n't"])

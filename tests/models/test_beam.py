@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from support import tiny
+from support.cases import some_slow
 
 from vadapter.data.batch import PAD
 from vadapter.models.adapter_model import AdapterModel
@@ -71,7 +72,10 @@ def every_text(length, min_new=0):
     yield from itertools.product(words, repeat=length)
 
 
-@pytest.mark.parametrize(("penalty", "min_new"), [(0.0, 0), (1.0, 0), (2.0, 3), (-1.0, 2)])
+@pytest.mark.parametrize(
+    ("penalty", "min_new"),
+    some_slow([(0.0, 0), (1.0, 0), (2.0, 3), (-1.0, 2)], fast=[(0.0, 0), (2.0, 3)]),
+)
 def test_wide_beams_find_the_best_of_all_texts(language, penalty, min_new):
     length = 3
     how = Decode(length, min_new, VOCAB ** (length - 1), penalty)

@@ -42,15 +42,17 @@ def trace(model, params, batch):
     loss = chunked_xent(head, states, batch["targets"], batch["weights"], 24)
     return loss, [decode(model, params, batch, Decode(max_new=3, beams=k)) for k in (1, 2)]
 
-for adapter, spec in ADAPTERS.items():
-    for encoder, config in ENCODERS.items():
-        stage2 = tiny.stage2(frozen_lm=True)
-        modules = dict(stage2.modules) | {"encoder": load_kind(encoder)[1](config)}
-        if spec:
-            modules["resampler"] = make_module("adapter", spec)
-        model = dataclasses.replace(stage2, modules=modules)
-        params = jax.tree.map(jnp.asarray, tiny.filled(tiny.boxed(model, 4)))
-        jax.eval_shape(functools.partial(trace, model), params, batch)
+# Every adapter behind the ViT, and one behind the other encoder.
+PAIRS = [(adapter, "vit") for adapter in ADAPTERS] + [("resampler", "mobilenet")]
+for adapter, encoder in PAIRS:
+    spec, config = ADAPTERS[adapter], ENCODERS[encoder]
+    stage2 = tiny.stage2(frozen_lm=True)
+    modules = dict(stage2.modules) | {"encoder": load_kind(encoder)[1](config)}
+    if spec:
+        modules["resampler"] = make_module("adapter", spec)
+    model = dataclasses.replace(stage2, modules=modules)
+    params = jax.tree.map(jnp.asarray, tiny.filled(tiny.boxed(model, 4)))
+    jax.eval_shape(functools.partial(trace, model), params, batch)
 for name, config in ENCODERS.items():
     encoder = load_kind(name)[1](config)
     tokens = jnp.zeros((2, 4, encoder.tokens_per_frame(), encoder.width), jnp.float32)

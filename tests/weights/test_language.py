@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from support.cases import some_slow
 from support.original import their_warnings
 from support.public_models import Counting, read_checkpoint, write_model
 
@@ -143,7 +144,7 @@ def test_cached_greedy_decoding_equals_the_originals(case, pair, originals):
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("penalty", some_slow([0.0, 1.0, 2.0], fast=[2.0]))
 def test_beam_search_equals_the_originals(penalty, pair, originals):
     torch, _ = originals
     model, folder = pair("llama")

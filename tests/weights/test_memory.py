@@ -5,6 +5,7 @@ The numbers of the large checkpoint, beside the library's own reading:
     python -m pytest -m slow -s tests/weights/test_memory.py
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support import load_memory
+from support.cases import some_slow
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs /proc of Linux to measure memory"
@@ -48,8 +50,12 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    ("devices", "dtype"),
+    some_slow(
+        itertools.product([1, 8], ["bfloat16", "float32"]), fast=[(1, "bfloat16"), (8, "float32")]
+    ),
+)
 @pytest.mark.parametrize(
     ("gigabytes", "times"), [(0.3, 1), pytest.param(2, 3, marks=pytest.mark.slow)]
 )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
+from support.cases import some_slow
 from support.windows import resized
 
 from vadapter import config
@@ -140,7 +141,10 @@ def kept(remat):
     return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
 
-@pytest.mark.parametrize(("policy", "share"), [("full", 0.3), ("names", 0.5), ("dots", 0.5)])
+@pytest.mark.parametrize(
+    ("policy", "share"),
+    some_slow([("full", 0.3), ("names", 0.5), ("dots", 0.5)], fast=[("names", 0.5)]),
+)
 def test_rematerialization_keeps_less_and_changes_nothing(policy, share):
     assert kept(policy) < share * kept("none")
     outcomes = []

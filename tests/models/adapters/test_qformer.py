@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
+from support.cases import some_slow
 
 from vadapter.errors import ConfigError
 from vadapter.models.adapters.qformer import QFormer, QFormerConfig, QFormerLayer
@@ -152,7 +153,7 @@ def test_frames_are_one_sequence_whose_order_only_a_time_embedding_shows():
         run(timed, params, visual(frames=3))
 
 
-@pytest.mark.parametrize("policy", sorted(set(REMAT) - {"none"}))
+@pytest.mark.parametrize("policy", some_slow(sorted(set(REMAT) - {"none"}), fast=("names",)))
 def test_rematerialization_keeps_less_and_changes_nothing_else(policy):
     tokens = visual(tokens=512)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
+from support.cases import some_slow
 
 from vadapter.models.adapter_model import AdapterModel, Training
 from vadapter.models.adapters.projection import Projection, ProjectionConfig
@@ -121,7 +122,7 @@ def test_without_noise_a_training_step_takes_the_most_probable_words():
     np.testing.assert_allclose(trained, model.prefix(params, visual()), atol=1e-6)
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+@pytest.mark.parametrize("at_once", some_slow([1, 2, 3, 100], fast=[3, 100]))
 def test_the_number_of_tokens_at_once_changes_nothing(at_once):
     model, params = make(hard=False)
     grouped, _ = make(hard=False, at_once=at_once)
