@@ -62,16 +62,17 @@ class Case:
 
     def decoding_parameters(self, stage: Stage, shapes: dict[str, Any]) -> dict[str, Any]:
         """Return parameters of `shapes` as arrays on the device."""
-        return jax.device_put(drawn(self._used(stage, shapes)))
+        return jax.device_put(drawn(self.used(stage, shapes)))
 
-    def _used(self, stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
+    def used(self, stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
+        """Return the parameters without those of an encoder whose tokens are given."""
         skipped = stage.model.encoder if self.features else ""
         return {name: tree for name, tree in params.items() if name != skipped}
 
     def parameters(self, stage: Stage) -> tuple[Any, Any]:
         """Return (train state, frozen parameters) as arrays on the device."""
         trained, frozen = stage.abstract_params()
-        frozen = self._used(stage, frozen)
+        frozen = self.used(stage, frozen)
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), stage.abstract_state)
         state = zeros.replace(params=drawn(trained))
         return jax.device_put(state), jax.device_put(drawn(frozen))
