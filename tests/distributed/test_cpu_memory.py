@@ -1,4 +1,4 @@
-"""The allocator on the CPU: temporaries of a program are not mapped anew at every call."""
+"""The allocator on the CPU: temporaries of a program are not mapped again at every call."""
 
 import os
 import subprocess
@@ -37,5 +37,5 @@ def _page_faults(megabytes: int, keep: str) -> int:
 def test_a_call_takes_no_new_pages_for_its_temporaries(megabytes):
     pages = megabytes << 8  # of 4 KiB
     assert _page_faults(megabytes, "keep_memory()") < pages / 10
-    if megabytes > 32:  # above every threshold, memory is mapped anew: the count sees it
+    if megabytes > 32:  # above every threshold, memory is mapped again: the count sees it
         assert _page_faults(megabytes, "") > pages / 2

@@ -50,7 +50,7 @@ def jit(fn: Callable, **kwargs: Any) -> Any:
 def keep_memory() -> None:
     """Make glibc keep freed memory, if the CPU is the device (BUILD_NOTES, "CPU memory").
 
-    XLA:CPU allocates its temporaries with malloc at every step. glibc maps large blocks anew each
+    XLA:CPU allocates its temporaries with malloc at every step. glibc maps large blocks again each
     time, so that page faults cost a step up to a third of its CPU time. Call it before anything
     initializes the backend: threads keep the arena of their first allocation, and only the main one
     grows without bounds.
