@@ -59,7 +59,7 @@ class Seen:
         self.tokenizer, self.frames = tokenizer, frames
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
-    def generate(self, params, batches, how, shown=None):
+    def generate(self, params, batches, how, shown=None, count=1):
         self.frames += [np.asarray(batch["frames"]) for batch in batches]
         yield [Generation(i, "a bar", True) for i in range(2)]
 

@@ -181,6 +181,7 @@ def test_no_id_is_generated_that_the_tokenizer_lacks(loaded):
             tokenizer=tokenizer,
             mesh=loaded.mesh,
             facts=loaded.facts,
+            config=loaded.config,
         )
         decoder = Decoder(narrow)
         evaluate(decoder, loaded.params, source, CAPTIONS, EIGHT, ImageTransform(32))

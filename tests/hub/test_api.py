@@ -55,10 +55,10 @@ def batches(monkeypatch):
     """The batches that are decoded from now on."""
     decoded = []
 
-    def recording(generate, decoder, params, batches, how, shown=None):
+    def recording(generate, decoder, params, batches, *args, **kwargs):
         batches = list(batches)
         decoded.extend(batches)
-        return generate(decoder, params, iter(batches), how, shown)
+        return generate(decoder, params, iter(batches), *args, **kwargs)
 
     wrap_generate(monkeypatch, recording)
     return decoded

@@ -21,9 +21,9 @@ TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6}
 
 
 @functools.cache
-def options() -> dict[str, Any] | None:
+def options(**of_cpu: Any) -> dict[str, Any] | None:
     """Return compiler options for the default backend; None if a variable sets one of them."""
-    preferred = {"cpu": _CPU, "tpu": TPU}.get(jax.default_backend(), {})
+    preferred = {"cpu": _CPU | of_cpu, "tpu": TPU}.get(jax.default_backend(), {})
     flags = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
     if not preferred or any(name in flags for name in preferred):
         return None
@@ -42,9 +42,9 @@ def _accepted(preferred: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def jit(fn: Callable, **kwargs: Any) -> Any:
-    """Return `jax.jit(fn, **kwargs)` with these options."""
-    return jax.jit(fn, compiler_options=options(), **kwargs)
+def jit(fn: Callable, of_cpu: dict[str, Any] = {}, **kwargs: Any) -> Any:  # noqa: B006
+    """Return `jax.jit(fn, **kwargs)` with these options; `of_cpu` are others for a CPU."""
+    return jax.jit(fn, compiler_options=options(**of_cpu), **kwargs)
 
 
 def keep_memory() -> None:

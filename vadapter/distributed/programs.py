@@ -7,10 +7,11 @@ key. One on several devices is traced every time, as its shardings follow from t
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,10 +34,15 @@ class Program:
       facts: a JSON value of all that the program follows from but the shapes of the arguments; None
         if that is unknown, so that it cannot be kept.
       mesh: of the devices that it runs on.
+      of_cpu: compiler options for a CPU in the place of those of `compile.options`.
     """
 
-    def __init__(self, fn: Callable[..., Any], facts: Any, mesh: jax.sharding.Mesh):
+    def __init__(
+        self, fn: Callable[..., Any], facts: Any, mesh: jax.sharding.Mesh,
+        of_cpu: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
         self._fn, self._facts, self._device = fn, facts, mesh.devices.flat[0]
+        self._jit = functools.partial(jit, of_cpu=dict(of_cpu or {}))
         self._keeps = facts is not None and mesh.size == 1 and jax.process_count() == 1
         self._jitted: Any = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
@@ -53,7 +59,7 @@ class Program:
 
     def _plain(self) -> Any:
         if self._jitted is None:
-            self._jitted = jit(self._fn)
+            self._jitted = self._jit(self._fn)
         return self._jitted
 
     def _compile(self, args: Any, shapes: Any, structure: str) -> Callable[..., Any]:
@@ -67,7 +73,7 @@ class Program:
         data = results.read(_KIND, key)
         if data is not None:
             try:
-                return _compiled(_unpack(data, abstract, device.platform), args)
+                return self._call(_unpack(data, abstract, device.platform), args)
             except Exception as error:  # of another format: trace it again
                 log.warning("a kept program cannot be used (%s); it is made again", error)
         try:
@@ -78,11 +84,10 @@ class Program:
             return self._plain()
         results.write(_KIND, key, data)
         # Not `program`: names in it differ, and the compilation would be kept under another key.
-        return _compiled(_unpack(data, abstract, device.platform), args)
+        return self._call(_unpack(data, abstract, device.platform), args)
 
-
-def _compiled(program: export.Exported, args: Any) -> Callable[..., Any]:
-    return jit(program.call).lower(*args).compile()
+    def _call(self, program: export.Exported, args: Any) -> Callable[..., Any]:
+        return self._jit(program.call).lower(*args).compile()
 
 
 def _settings() -> dict[str, str]:

@@ -92,7 +92,7 @@ class Describer:
                 shaped = functools.partial(row, frames=frames)
                 batches = eval_batches(items, shaped, rows, threads=0)
                 for generations in self._decoder.generate(
-                    self.loaded.params, batches, Decode(max_new)
+                    self.loaded.params, batches, Decode(max_new), count=-(-len(media) // batch)
                 ):
                     for generation in generations:
                         i = indices[generation.index]

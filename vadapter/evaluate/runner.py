@@ -29,6 +29,7 @@ from vadapter.evaluate.partial_results import PartialResults
 from vadapter.io import storage
 from vadapter.io.json_files import write_json
 from vadapter.metrics.scoring import METRICS, Generation, Result, score_generations
+from vadapter.models import layered
 from vadapter.models.decoding import Decode
 from vadapter.recipe.schema import EvalConfig
 from vadapter.stages.stage import Stage
@@ -49,9 +50,19 @@ class Decoder:
     def __init__(self, stage: Stage, watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter):
         self.stage, self._watch = stage, watch
         self.tokenizer, self.mesh = stage.tokenizer, stage.mesh
-        self._programs: dict[Decode, Program] = {}
+        self._cpu = self.mesh.devices.flat[0].platform == "cpu"
+        self._programs: dict[tuple[Decode, bool], Program] = {}
 
-    def _program(self, how: Decode) -> Program:
+    def _for_decoding(self, params: "Params", tokens: int) -> dict[str, Any]:
+        """Return the parameters in the form that decodes so many tokens fastest."""
+        if not self._cpu:
+            return dict(params)
+        new, lm = layered.in_float32(dict(params)), self.stage.config.lm
+        if self.mesh.size == 1 and layered.pays(new[lm], tokens):
+            new[lm] = layered.layered(new[lm])
+        return new
+
+    def _program(self, how: Decode, unrolled: bool) -> Program:
         """Return the program that generates: (params of all components, batch, shown) -> arrays."""
         stop, vocab = tuple(self.tokenizer.stop_ids), self.tokenizer.vocab_size
 
@@ -59,12 +70,14 @@ class Decoder:
             from vadapter.models.generate import decode  # models: only where it is traced
 
             model = self.stage.adapter_model
-            return decode(model, params, batch, how=how, stop=stop, vocab=vocab, shown=shown)
+            return decode(model, params, batch, how, stop, vocab, shown, float32=self._cpu)
 
-        if how not in self._programs:
+        if (how, unrolled) not in self._programs:
             facts = {"model": self.stage.facts, "stop": stop, "vocab": vocab, "how": plain(how)}
-            self._programs[how] = Program(with_mesh(self.mesh, run), facts, self.mesh)
-        return self._programs[how]
+            of_cpu = layered.OPTIONS if unrolled else None
+            program = Program(with_mesh(self.mesh, run), facts, self.mesh, of_cpu)
+            self._programs[how, unrolled] = program
+        return self._programs[how, unrolled]
 
     def generate(
         self,
@@ -72,15 +85,20 @@ class Decoder:
         batches: Iterator[Batch],
         how: Decode,
         shown: jax.Array | None = None,
+        count: int = 1,
     ) -> Iterator[list[Generation]]:
         """Yield the generations of the real rows of each batch, which is on the host.
 
-        `shown` has the embeddings of examples in the prompt, see `generate.prefill`.
+        Args:
+          shown: the embeddings of examples in the prompt, see `generate.prefill`.
+          count: number of batches, as far as known: many of them are worth a longer compilation.
         """
         pending: tuple[Any, Any] | None = None
+        params = self._for_decoding(params, count * how.max_new)
+        program = self._program(how, layered.is_layered(params[self.stage.config.lm]))
         for batch in self._watch(batches):
             arrays = to_mesh(batch, self.mesh)
-            out = self._program(how)(params, arrays, shown)
+            out = program(params, arrays, shown)
             # Fetch the previous batch only now: the devices decode while the host reads ahead.
             if pending is not None:
                 yield self._detokenize(*pending)
@@ -136,7 +154,9 @@ def predict(
             batches = eval_batches(
                 rest, row, batch, host_index=hosts.index(), host_count=hosts.count()
             )
-            for group in decoder.generate(params, batches, how, shown):
+            # Of all items: generations do not depend on where an earlier attempt ended.
+            count = -(-len(items) // batch)
+            for group in decoder.generate(params, batches, how, shown, count):
                 new = [g._replace(index=start + g.index) for g in sorted(group)]
                 if partial is not None:
                     partial.append(new)

@@ -18,6 +18,7 @@ from vadapter.data.batch import EOS, PAD, Batch
 from vadapter.models.adapter_model import AdapterModel, Params
 from vadapter.models.adapters.cross_attention import KeysValues
 from vadapter.models.decoding import Decode
+from vadapter.models.layered import fitted, is_layered
 from vadapter.models.lm import LM, empty_cache
 from vadapter.models.transformer import Cache, text_mask
 
@@ -66,7 +67,8 @@ class Decoder:
             prefix = jnp.concatenate([examples.astype(prefix.dtype), prefix], axis=1)
         x, segments, positions = model.layout(params, prefix, batch)
         B, S, _ = x.shape
-        cache = empty_cache(lm.config, B, S + room, lm.dtype)
+        stacked = not is_layered(params[model.lm])
+        cache = empty_cache(lm.config, B, S + room, lm.dtype, stacked)
         mask = jnp.pad(text_mask(segments), ((0, 0), (0, 0), (0, room)))
         slots = jnp.pad(positions, ((0, 0), (0, room)))
         media = model.media(params, prefix)
@@ -123,7 +125,7 @@ class Decoder:
 
 def decode(
     model: AdapterModel, params: Params, batch: Batch, how: Decode, stop: Sequence[int] = (EOS,),
-    vocab: int | None = None, shown: Float[Array, "1 X E"] | None = None,
+    vocab: int | None = None, shown: Float[Array, "1 X E"] | None = None, *, float32: bool = False,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """Continue each row's text.
 
@@ -131,13 +133,14 @@ def decode(
     stops early once every row has ended.
 
     Args:
-      params: of every component.
+      params: of every component; those of the language model may be `layered`.
       batch: `frames` or `features` (none for text only), `prompt`, and the text to continue in
         `tokens`, `segments`, `positions` (one segment a row, at least one token).
       stop: ids that end a text: `stop_ids` of the tokenizer.
       vocab: generate only ids below it: `vocab_size` of the tokenizer, as the padding rows of a
         public model's embedding have logits, too. None: all ids.
       shown: embeddings between every prompt and its image: few-shot examples, or None.
+      float32: compute in float32, whatever the dtype of the model.
 
     Returns:
       tokens: i32[B, G], PAD after the end; ended: bool[B], whether the row ends with one of `stop`;
@@ -145,6 +148,7 @@ def decode(
       that consists of words prefix: i32[B, Q].
     """
     search = greedy if how.beams == 1 else beam
+    model = fitted(model, params, float32=float32)
     return search(Decoder(model, params, how, stop, vocab), batch, shown)
 
 
@@ -155,7 +159,7 @@ def greedy(
     G = decoder.how.max_new
 
     def choose(logp, length):
-        token = jnp.argmax(decoder.permitted(logp, length), -1).astype(jnp.int32)
+        token = _first_maximum(decoder.permitted(logp, length))
         return token, jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
 
     def body(carry: dict[str, Any]) -> dict[str, Any]:
@@ -284,6 +288,16 @@ def beam(
     return best | _words(context, K)
 
 
+def _first_maximum(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """Return the first index of the largest value of each row: `argmax` by plain reductions.
+
+    A CPU computes several values at once in those, but not in that of pairs of value and index.
+    """
+    last = x.shape[1] - 1
+    index = jnp.where(x == x.max(axis=1, keepdims=True), jnp.arange(last + 1), last)
+    return index.min(axis=1).astype(jnp.int32)
+
+
 def _pick(values: Shaped[Array, "B C ..."], index: Int[Array, "B K"]) -> Shaped[Array, "B K ..."]:
     """Return K of the candidates of each row."""
     index = index.reshape(*index.shape, *[1] * (values.ndim - 2))
@@ -292,8 +306,9 @@ def _pick(values: Shaped[Array, "B C ..."], index: Int[Array, "B K"]) -> Shaped[
 
 def _take(context: Context, rows: Int[Array, " BK"]) -> Context:
     """Return the context of other rows."""
-    layered = (context.cache, context.media)
-    cache, media = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), layered)
+    stacked = isinstance(context.cache[0], jax.Array)
+    cache = jax.tree.map(lambda x: jnp.take(x, rows, axis=int(stacked)), context.cache)
+    media = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), context.media)
     per_row = (context.positions, context.visible, context.position, context.words)
     taken = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), per_row)
     positions, visible, position, words = taken

@@ -151,7 +151,7 @@ def _backward(_: None, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...
 write_gradients.defvjp(lambda *x: (x, None), _backward)
 
 
-KeysValues = tuple[Float[Array, "B S N K"], Float[Array, "B S N K"]]
+KeysValues = tuple[Float[Array, "B N S K"], Float[Array, "B N S K"]]  # of the cache
 
 
 class Attention(nn.Module):
@@ -235,9 +235,8 @@ class Attention(nn.Module):
             k = rotate(k, positions, freq, self.rope_scale)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cache is not None:
-            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, index, 0, 0))
-            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, index, 0, 0))
-            cache = (k, v)
+            cache = (_write(cache[0], k, index), _write(cache[1], v, index))
+            k, v = (rearrange(x, "b n s k -> b s n k") for x in cache)
         weights = attention_weights(q, k, mask, self.scale, self.softcap, v.dtype)
         self.sow(ATTENTION, "weights", weights)  # nothing, unless `apply` is asked for it
         y = _weighted(weights, v)
@@ -255,6 +254,17 @@ class Attention(nn.Module):
         pairs = 0 if freq is None else freq.shape[-1]
         own = Kernel(self.heads, self.kv_heads, self.head_dim, self.scale, pairs)
         return own if own.is_faster(len(q), q.shape[1], k.shape[1], q.dtype) else None
+
+
+def _write(
+    cache: Float[Array, "B N S K"], new: Float[Array, "B T N K"], index: Int[Array, ""] | int
+) -> Float[Array, "B N S K"]:
+    """Return the cache with new keys or values from slot `index` on.
+
+    Each head's slots are contiguous: both products of attention read them as they are.
+    """
+    new = rearrange(new, "b t n k -> b n t k").astype(cache.dtype)
+    return jax.lax.dynamic_update_slice(cache, new, (0, 0, index, 0))
 
 
 def attend(

@@ -183,9 +183,16 @@ class LM(nn.Module):
         return self.logits(x)
 
 
-def empty_cache(config: LMConfig, batch: int, slots: int, dtype: Dtype = jnp.float32) -> Cache:
-    """Return keys and values for `slots` tokens, none of which is written yet."""
+def empty_cache(
+    config: LMConfig, batch: int, slots: int, dtype: Dtype = jnp.float32, stacked: bool = True
+) -> Cache:
+    """Return keys and values for `slots` tokens, none of which is written yet.
+
+    Those of all layers are `stacked`, or each layer has its own, see `Stack`.
+    """
     kv_heads = config.kv_heads or config.heads
     head_dim = config.head_dim or config.width // config.heads
-    shape = (config.depth, batch, slots, kv_heads, head_dim)
-    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    shape = (batch, kv_heads, slots, head_dim)
+    if stacked:
+        return jnp.zeros((config.depth, *shape), dtype), jnp.zeros((config.depth, *shape), dtype)
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.depth))

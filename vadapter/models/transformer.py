@@ -110,8 +110,9 @@ class BlockConfig:
         return Norm(self.norm, self.norm_eps, dtype, self.norm_offset, name=name)
 
 
-# Keys and values of every layer.
-Cache = tuple[Float[Array, "L B S N K"], Float[Array, "L B S N K"]]
+# Keys and values of a layer, and of all layers: stacked, or one pair for each.
+LayerCache = tuple[Float[Array, "B N S K"], Float[Array, "B N S K"]]
+Cache = tuple[Float[Array, "L B N S K"], Float[Array, "L B N S K"]] | tuple[LayerCache, ...]
 
 
 @flax.struct.dataclass
@@ -169,7 +170,8 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """`depth` equal blocks, scanned: compile time does not grow with depth.
 
-    Parameters are stacked on a leading `layers` axis.
+    Parameters are stacked on a leading `layers` axis. Given a tuple with the parameters of each
+    block instead, see `layered`, it runs them one after the other; their cache is a tuple, too.
     """
 
     config: BlockConfig
@@ -200,6 +202,11 @@ class Stack(nn.Module):
           States of all T tokens, or of the `last`; and the updated cache (None without one).
         """
         layers = layers or PerLayer()
+        if isinstance(self._params, tuple):
+            assert kv is None
+            assert not last
+            masks = (mask, positions, distance)
+            return self._unrolled(x, layers, masks, cache, index, gated, seen)
         if gated is not None:
             assert kv is None
             masks = (mask, positions, distance)
@@ -234,13 +241,34 @@ class Stack(nn.Module):
         x, _ = jax.lax.scan(body, constrain(x, "batch"), jnp.arange(self.depth - 1))
         return run(x, self.depth - 1, last)
 
+    @property
+    def _params(self) -> Any:
+        """The parameters of the blocks; None while they are created."""
+        return self.variables.get("params", {}).get("blocks")
+
+    def _unrolled(
+        self, x: Float[Array, "B T E"], layers: PerLayer, masks: tuple[Any, ...],
+        cache: Cache | None, index: Any, gated: Gated | None, seen: Any,
+    ) -> tuple[Float[Array, "B T E"], Cache | None]:  # fmt: skip
+        """Run the blocks one after the other, each with its own parameters and cache."""
+        every = 0 if gated is None else gated.config.every
+        x, new = constrain(x, "batch"), []
+        for i in range(self.depth):
+            if gated is not None and (i + 1) % every == 0:
+                layer = jax.tree.map(lambda leaf, i=i: leaf[i // every], gated)
+                x = layer(x, seen)
+            x, own = self._block(i, layers)(x, cache and cache[i], masks, index)
+            new.append(own)
+        return x, cache and tuple(new)
+
     def _block(self, i: jax.Array | int, layers: PerLayer, last: int = 0) -> Callable[..., Any]:
         """Return block `i` as a function (x, its cache, masks, index) -> (states, cache).
 
-        Its parameters are sliced out of the whole stack.
+        Its parameters are sliced out of the whole stack, unless they are separate.
         """
         slice_of = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
-        params, layer = jax.tree.map(slice_of, (self.variables["params"]["blocks"], layers))
+        params, layer = self._params, jax.tree.map(slice_of, layers)
+        params = params[i] if isinstance(params, tuple) else jax.tree.map(slice_of, params)
         block = Block(self.config, self.dtype, last, parent=None)
         return lambda x, cache, masks, index: block.apply(
             {"params": params}, x, cache, layer, *masks, None, None, index
