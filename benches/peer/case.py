@@ -26,7 +26,7 @@ class Case:
     """A stage of a recipe.
 
     Attributes:
-      recipe: its path in the repository.
+      recipe: its path, in the repository or absolute, with arguments as in `FILE.py:ARGS`.
       stage: its name.
       features: (N, D) of the visual tokens that take the place of frames, as from a cache; the
         encoder is then left out.
@@ -84,8 +84,12 @@ def drawn(shapes: Any) -> Any:
 
     def one(path: Any, like: Any) -> np.ndarray:
         name = getattr(path[-1], "key", "")
-        if name in ("scale", "bias"):
-            return np.full(like.shape, name == "scale", like.dtype)
+        if like.dtype == np.int8:  # a kernel
+            return random.integers(-127, 128, like.shape, np.int8)
+        if constant := {"scale": 1.0, "kernel_scale": 1e-3}.get(name):
+            return np.full(like.shape, constant, like.dtype)
+        if name == "bias":
+            return np.zeros(like.shape, like.dtype)
         fan = {"kernel": -2, "embedding": -1}  # the axis of the inputs
         std = like.shape[fan[name]] ** -0.5 if name in fan else {"queries": 1.0}.get(name, 0.02)
         return (random.standard_normal(like.shape, np.float32) * std).astype(like.dtype)

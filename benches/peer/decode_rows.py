@@ -13,24 +13,17 @@ import numpy as np
 import torch
 
 from benches.peer.case import Case
+from benches.peer.decoding import LLAMA, NEW, OurDecoding
 from benches.peer.llama import llama
-from benches.peer.measure import Options, alternate, summary, timed
+from benches.peer.measure import Options, alternate, summary
 from benches.peer.torch_layers import tensor
 from benches.peer.torch_model import Model
-from vadapter.distributed.compile import jit
-from vadapter.models.generate import Decode
-from vadapter.recipe.schema import DTYPES
-from vadapter.stages.abstract_state import in_compute_dtype
-from vadapter.stages.stage import Stage
 
-LLAMA = ("components.llm.parallel=false", "components.llm.embed_scale=false")
-NEW = 32  # tokens of each row
 # Share of tokens in float32. Rounding may turn a close choice, and with it all tokens after it.
 LEAST_EQUAL = 0.97
 # In bfloat16 the sides round differently in every layer. What each chooses must then be this close
 # in nats, on average, to the best token of the same weights in float32; a random one is at 4.
 LARGEST_GAP = 0.05
-READ = ("frames", "features", "prompt", "tokens", "segments", "positions")
 
 
 def measure(
@@ -42,29 +35,16 @@ def measure(
     Raises:
       ValueError: fewer tokens are equal than rounding explains.
     """
-    case = Case(recipe, stage, features)
-    ours, theirs, compile_seconds = sides(case, case.open([*LLAMA, f"dtype={dtype}"]), batch)
-    both: dict[str, Callable[[], Any]] = {"ours": ours, "transformers": theirs}
+    ours = OurDecoding(Case(recipe, stage, features), batch, [*LLAMA, f"dtype={dtype}"])
+    theirs = Generate(ours)
     same = compare(ours(), theirs(), None if dtype == "float32" else theirs.gap)
+    both: dict[str, Callable[[], Any]] = {"ours": ours, "transformers": theirs}
     return {
         "what": f"{NEW} tokens of {batch} rows, {dtype}",
         "same": same,
         "sides": summary(alternate(both, options.rounds)),
-        "compile_seconds": {"ours": compile_seconds},
+        "compile_seconds": {"ours": ours.compile_seconds},
     }
-
-
-def sides(
-    case: Case, stage: Stage, batch: int
-) -> tuple[Callable[[], np.ndarray], "Generate", float]:
-    """Return both sides, which return new tokens i64[B, NEW], and our CPU seconds of compiling."""
-    rows, dtype = _rows(case, stage, batch), stage.recipe.dtype
-    shapes = in_compute_dtype(stage.abstract, DTYPES[dtype])
-    params, arrays = case.decoding_parameters(stage, shapes), jax.device_put(rows)
-    decode = jit(stage.decode(Decode(NEW, min_new=NEW + 1)))  # never ends before
-    run, seconds = timed(decode.lower(params, arrays).compile)
-    theirs = Generate(stage, jax.tree.map(jax.device_get, params), rows, dtype)
-    return lambda: np.asarray(run(params, arrays)["tokens"]), theirs, seconds
 
 
 def compare(ours: np.ndarray, theirs: np.ndarray, gap: Callable[[np.ndarray], float] | None) -> str:
@@ -87,51 +67,52 @@ def compare(ours: np.ndarray, theirs: np.ndarray, gap: Callable[[np.ndarray], fl
     return f"{same:.1%} of tokens{text}"
 
 
-def _rows(case: Case, stage: Stage, batch: int) -> dict[str, np.ndarray]:
-    """Return what is continued: an image and one token, or as much text as the recipe's rows."""
-    made: Any = case.batch(stage, batch)
-    count = 1 if stage.model.encoder else made["tokens"].shape[1]
-    random = np.random.default_rng(0)
-    made["tokens"] = random.integers(3, stage.vocab_size, (batch, count)).astype(np.int32)
-    made["segments"] = np.ones((batch, count), np.int32)
-    made["positions"] = np.tile(np.arange(count, dtype=np.int32), (batch, 1))
-    return {key: made[key] for key in READ if key in made}
-
-
 class Generate:
-    """Greedy decoding by transformers; a call returns the new tokens i64[B, NEW]."""
+    """Greedy decoding by transformers; a call returns the new tokens i64[B, NEW].
 
-    def __init__(self, stage: Stage, params: Any, rows: Any, dtype: str):
-        model, self.dtype = stage.adapter_model, getattr(torch, dtype)
+    Args:
+      ours: whose weights and rows it takes.
+      device: of torch.
+      static: with a cache of fixed size, whose step transformers compiles.
+    """
+
+    def __init__(self, ours: OurDecoding, device: str = "cpu", *, static: bool = False):
+        model, dtype = ours.stage.adapter_model, getattr(torch, ours.stage.recipe.dtype)
+        params = jax.tree.map(jax.device_get, ours.params)
         visual = {name: tree for name, tree in params.items() if name != model.lm}
-        self.visual = Model(model, visual, ()).to(self.dtype)
         config = model.modules[model.lm].config  # type: ignore[attr-defined]
-        self.lm = llama(config, params[model.lm], self.dtype)
-        self.rows = {key: tensor(value) for key, value in rows.items()}
+        self.visual = Model(model, visual, ()).to(device, dtype)
+        self.lm = llama(config, params[model.lm], dtype).to(device)
+        self.rows = {key: tensor(value).to(device) for key, value in ours.rows.items()}
+        self.how = {
+            "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "use_cache": True,
+            **({"cache_implementation": "static"} if static else {}),
+        }  # fmt: skip
 
     def context(self) -> torch.Tensor:
         """Return the embeddings of prompt, visual tokens and text."""
         embed, rows = self.lm.get_input_embeddings(), self.rows
         parts = [embed(rows["prompt"]), embed(rows["tokens"])]
         if (encoded := self.visual.encode(rows)) is not None:
-            parts.insert(1, self.visual.prefix(encoded.to(self.dtype)))
+            parts.insert(1, self.visual.prefix(encoded.to(parts[0].dtype)))
         return torch.cat(parts, 1)
 
     @torch.inference_mode()
     def __call__(self) -> np.ndarray:
-        how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "use_cache": True}
         if not self.visual.encoder:  # as a user would
             tokens = self.rows["tokens"]
-            out = self.lm.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **how)
-            return out[:, tokens.shape[1] :].numpy()
+            mask = torch.ones_like(tokens)
+            out = self.lm.generate(input_ids=tokens, attention_mask=mask, **self.how)
+            return out[:, tokens.shape[1] :].cpu().numpy()
         x = self.context()
-        mask = torch.ones(x.shape[:2], dtype=torch.long)
-        return self.lm.generate(inputs_embeds=x, attention_mask=mask, **how).numpy()
+        mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
+        return self.lm.generate(inputs_embeds=x, attention_mask=mask, **self.how).cpu().numpy()
 
     @torch.inference_mode()
     def gap(self, tokens: np.ndarray) -> float:
         """Return how far tokens are from the most probable ones in float32, in nats on average."""
-        lm, new = copy.deepcopy(self.lm).float(), tensor(tokens).long()
+        lm = copy.deepcopy(self.lm).float()
+        new = tensor(tokens).long().to(lm.device)
         x = torch.cat([self.context().float(), lm.get_input_embeddings()(new[:, :-1])], 1)
         logits = lm(inputs_embeds=x, logits_to_keep=NEW).logits
         return float((logits.amax(-1) - logits.gather(-1, new[..., None])[..., 0]).mean())

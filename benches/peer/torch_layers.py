@@ -59,7 +59,7 @@ def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Rotate pairs (i, K/2 + i) of heads [B,H,T,K]."""
     cos, sin = rotary
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):

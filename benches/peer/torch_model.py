@@ -61,7 +61,8 @@ class Language(nn.Module):
     def __init__(self, params: Any, config: LMConfig):
         super().__init__()
         head_dim = config.head_dim or config.width // config.heads
-        self.register_buffer("frequencies", layers.tensor(frequencies(config.rope, head_dim)))
+        # No buffer: they stay in float32 when the model is converted.
+        self.frequencies = layers.tensor(frequencies(config.rope, head_dim))
         stack = unstacked(params["stack"]["blocks"], config.depth)
         self.blocks = nn.ModuleList(LanguageBlock(layer, config) for layer in stack)
         self.norm = layers.norm(params["norm"], config.norm_eps)
@@ -74,7 +75,7 @@ class Language(nn.Module):
         return self.embedding(tokens) * self.scale
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: Any) -> torch.Tensor:
-        turned = layers.rotary(positions, self.frequencies)  # type: ignore[arg-type]
+        turned = layers.rotary(positions, self.frequencies.to(positions.device))
         for block in self.blocks:
             x = block(x, mask, turned)
         return self.norm(x)
@@ -84,9 +85,9 @@ class Adapter(Language):
     """A language model over queries: causal, its states are the output."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        positions = torch.arange(x.shape[1])[None].expand(x.shape[:2])
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()[None, None]
-        return super().forward(x, positions, mask)
+        positions = torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[:2])
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+        return super().forward(x, positions, mask.tril()[None, None])
 
 
 class EncoderBlock(nn.Module):
@@ -121,7 +122,8 @@ class Encoder(nn.Module):
         side = S // self.patch
         x = (frames.float() / 255 - 0.5) / 0.5
         x = x.view(B * F_, side, self.patch, side, self.patch, 3).permute(0, 1, 3, 2, 4, 5)
-        x = self.patches(x.reshape(B * F_, side**2, -1)) + self.positions
+        x = x.reshape(B * F_, side**2, -1).to(self.positions.dtype)
+        x = self.patches(x) + self.positions
         return self.norm(self.blocks(x)).unflatten(0, (B, F_))
 
 

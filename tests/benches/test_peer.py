@@ -1,7 +1,6 @@
 """The benchmark beside PyTorch: the torch models compute what ours do, and the table is right."""
 
 import csv
-import fnmatch
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from support.patches import use_clock
 from benches.peer import __main__ as command
 from benches.peer import measure, one, table
 from benches.peer.case import Case
+from benches.peer.decoding import LLAMA, NEW, OurDecoding
 from benches.peer.rows import ROWS
 from vadapter.errors import ConfigError
 
@@ -23,18 +23,15 @@ TLM = ("width=12", "depth=2", "heads=3", "mlp_dim=20", "head_dim=4")
 VIT = ("image_size=16", "width=12", "depth=2", "heads=3", "mlp_dim=16")
 QUERIES = ("queries=3", "query_dim=8", "hidden_dim=8", "heads=2")
 SIZES = {"llm": LLM, "tlm": TLM, "encoder": VIT, "resampler": QUERIES, "perceiver": QUERIES}
-# The other rows differ from these in their sizes alone.
-TRAINED = [*fnmatch.filter(ROWS, "nano-*"), "flickr8k-vadapter"]
+# The others differ from these in their sizes alone, or by components that are both in one of these.
+TRAINED = ["nano-lm", "nano-decoder", "nano-perceiver", "flickr8k-vadapter"]
 
 
-def small(case, *extra):
-    """The stage of a case with tiny components, and a batch of two rows."""
+def sizes(case):
+    """Overrides for tiny components and a batch of two rows."""
     left_out = "encoder" if case.features else ""
-    sizes = (f"components.{name}.{s}" for name in SIZES for s in SIZES[name] if name != left_out)
-    stage = case.open(
-        [*sizes, "tokenizer.vocab_size=40", f"stages.{case.stage}.batch=2", *extra],
-    )
-    return stage, case.batch(stage)
+    parts = (f"components.{name}.{s}" for name in SIZES for s in SIZES[name] if name != left_out)
+    return [*parts, "tokenizer.vocab_size=40", f"stages.{case.stage}.batch=2"]
 
 
 @pytest.mark.parametrize("row", TRAINED)
@@ -44,7 +41,8 @@ def test_the_torch_model_has_the_loss_and_the_gradients_of_ours(row):
     from benches.peer.torch_model import Model
 
     case = Case(**ROWS[row].settings)
-    stage, batch = small(case)
+    stage = case.open(sizes(case))
+    batch = case.batch(stage)
     state, frozen = case.parameters(stage)
     _, metrics = jax.jit(stage.train_step)(state, frozen, batch)
     params = jax.tree.map(np.asarray, state.params | frozen)
@@ -68,10 +66,11 @@ def test_transformers_generates_the_tokens_of_ours(row):
     settings = dict(ROWS[row].settings)
     dtype = settings.pop("dtype", "float32")
     case = Case(settings["recipe"], settings["stage"], settings.get("features"))
-    stage, _ = small(case, *decode_rows.LLAMA, f"dtype={dtype}", "components.llm.kv_heads=2")
-    ours, theirs, _ = decode_rows.sides(case, stage, 2)
+    overrides = [*LLAMA, f"dtype={dtype}", "components.llm.kv_heads=2", *sizes(case)]
+    ours = OurDecoding(case, 2, overrides)
+    theirs = decode_rows.Generate(ours)
     tokens = ours()
-    assert tokens.shape == (2, decode_rows.NEW)
+    assert tokens.shape == (2, NEW)
     exact = dtype == "float32"
     assert decode_rows.compare(tokens, theirs(), None if exact else theirs.gap)
     wrong = (tokens + 1) % 40

@@ -1,0 +1,54 @@
+"""Greedy decoding of a stage with random parameters: our side of every row that decodes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benches.peer.case import Case
+from benches.peer.measure import timed
+from vadapter.distributed.compile import jit
+from vadapter.models.generate import Decode
+from vadapter.recipe.schema import DTYPES
+from vadapter.stages.abstract_state import in_compute_dtype
+from vadapter.stages.stage import Stage
+
+NEW = 32  # tokens of each row
+# What makes a language model of a recipe one that transformers has a class for.
+LLAMA = ("components.llm.parallel=false", "components.llm.embed_scale=false")
+_READ = ("frames", "features", "prompt", "tokens", "segments", "positions")
+
+
+class OurDecoding:
+    """Compiled decoding; a call returns the new tokens i32[B, NEW], never ended before.
+
+    Attributes:
+      rows: what is continued, on the host.
+      params: of all components, frozen and trained alike in the dtype of the computation.
+      compile_seconds: of CPU.
+    """
+
+    def __init__(self, case: Case, batch: int, overrides: Sequence[str] = ()):
+        self.stage: Stage = case.open(overrides)
+        self.rows = _rows(case, self.stage, batch)
+        shapes = in_compute_dtype(self.stage.abstract, DTYPES[self.stage.recipe.dtype])
+        self.params = case.decoding_parameters(self.stage, shapes)
+        self._arrays = jax.device_put(self.rows)
+        decode = jit(self.stage.decode(Decode(NEW, min_new=NEW + 1)))
+        lowered = decode.lower(self.params, self._arrays)
+        self._run, self.compile_seconds = timed(lowered.compile)
+
+    def __call__(self) -> np.ndarray:
+        return np.asarray(self._run(self.params, self._arrays)["tokens"])
+
+
+def _rows(case: Case, stage: Stage, batch: int) -> dict[str, np.ndarray]:
+    """Return what is continued: an image and one token, or as much text as the recipe's rows."""
+    made: Any = case.batch(stage, batch)
+    count = 1 if stage.model.encoder else made["tokens"].shape[1]
+    random = np.random.default_rng(0)
+    made["tokens"] = random.integers(3, stage.vocab_size, (batch, count)).astype(np.int32)
+    made["segments"] = np.ones((batch, count), np.int32)
+    made["positions"] = np.tile(np.arange(count, dtype=np.int32), (batch, 1))
+    return {key: made[key] for key in _READ if key in made}
