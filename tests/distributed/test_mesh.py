@@ -22,11 +22,11 @@ from vadapter.distributed.mesh import (
     partition,
     poorly_sharded,
     replicated,
-    shardings,
     with_mesh,
 )
 from vadapter.errors import ConfigError
 from vadapter.models.registry import KINDS, SIZES, expand, make_module
+from vadapter.stages.outline import abstract
 
 TINY = {
     "vit": {"image_size": 16, "patch": 8, "width": 16, "depth": 1, "heads": 2, "mlp_dim": 32,
@@ -89,26 +89,23 @@ def test_the_rules_are_the_logical_axes_that_models_use_and_no_others():
 @pytest.mark.parametrize("kind", TINY)
 def test_every_parameter_of_every_kind_gets_a_valid_sharding(kind, mesh):
     tree = boxes(make_module(kind, {"kind": kind} | TINY[kind]), kind)
-    placed = shardings(tree, mesh)
+    placed = abstract(tree, mesh)
     shapes = nn.unbox(tree)
     assert jax.tree.structure(placed) == jax.tree.structure(shapes)
-    for path, sharding in tiny.paths(placed).items():
-        sharding.shard_shape(tiny.paths(shapes)[path].shape)  # raises where it does not divide
+    shapes_at = tiny.paths(shapes)
+    for path, leaf in tiny.paths(placed).items():
+        assert (leaf.shape, leaf.dtype) == (shapes_at[path].shape, shapes_at[path].dtype)
+        leaf.sharding.shard_shape(leaf.shape)  # raises where it does not divide
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_large_parameter_of_a_named_size_is_split_as_far_as_the_mesh_allows(name, mesh):
     module = make_module(name, {"size": name}, width=2048, grid=(2, 2))
-    tree = laid_out(boxes(module, expand(name, {"size": name})["kind"]), mesh)
+    tree = abstract(boxes(module, expand(name, {"size": name})["kind"]), mesh)
     assert poorly_sharded(tree) == []
     for path, leaf in tiny.paths(tree).items():
         if leaf.size >= LARGE:
             assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 == leaf.size, path
-
-
-def laid_out(tree, mesh):
-    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(put, nn.unbox(tree), shardings(tree, mesh))
 
 
 def box(shape, *names):
@@ -126,7 +123,7 @@ def box(shape, *names):
 )
 def test_a_parameter_that_the_rules_do_not_cover_is_an_error_with_its_name(mesh, leaf, error):
     with pytest.raises(ValueError, match=error):
-        shardings({"lm": {"w": leaf}}, mesh)
+        abstract({"lm": {"w": leaf}}, mesh)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +157,10 @@ def test_large_leaves_that_do_not_divide_are_reported(mesh):
         "split": box((1024, 1024), "embed", "mlp"),
         "small": box((25, 23), "embed", "mlp"),
     }
-    half, odd = poorly_sharded(laid_out(tree, mesh))
+    half, odd = poorly_sharded(abstract(tree, mesh))
     assert odd == "odd float32[1027, 1023]: 1 parts instead of 4, 4.2 MB on every device"
     assert half == "half float32[1026, 1023]: 2 parts instead of 4, 2.1 MB on every device"
-    assert poorly_sharded(laid_out(tree, make_mesh(MeshConfig()))) == []
+    assert poorly_sharded(abstract(tree, make_mesh(MeshConfig()))) == []
 
 
 def test_a_constraint_holds_where_a_mesh_is_active_and_nowhere_else(mesh):

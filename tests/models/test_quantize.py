@@ -12,12 +12,13 @@ import pytest
 from flax import traverse_util
 from support import tiny
 
-from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings, with_mesh
+from vadapter.distributed.mesh import MeshConfig, make_mesh, with_mesh
 from vadapter.errors import ConfigError
 from vadapter.models.int8_linear import Int8Linear
 from vadapter.models.lm import LM, LMConfig, empty_cache
 from vadapter.models.quantize import full_precision, library, quantize
 from vadapter.models.registry import make_module
+from vadapter.stages import outline
 
 T, V, E = 16, 64, 32
 CONFIG = LMConfig(V, width=E, depth=3, heads=4, mlp_dim=64, max_len=64)
@@ -36,8 +37,7 @@ def abstract(module, mesh=None):
     boxed = jax.eval_shape(lambda k: module.init(k, tokens), jax.random.key(0))["params"]
     if mesh is None:
         return nn.unbox(boxed)
-    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(put, nn.unbox(boxed), shardings(boxed, mesh))
+    return outline.abstract(boxed, mesh)
 
 
 def leaves(params):

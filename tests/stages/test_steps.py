@@ -11,9 +11,10 @@ import pytest
 from support import tiny
 
 from benches.fake_batch import fake_batch
-from vadapter.distributed.mesh import MeshConfig, batch_sharding, make_mesh, shardings
+from vadapter.distributed.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of
 from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.lm import LM
+from vadapter.stages.outline import abstract
 from vadapter.stages.steps import CaptionObjective, init_state, make_train_step, split
 
 MODEL = tiny.stage2()
@@ -266,7 +267,7 @@ def one_device(stage1, sgd_step):
 def test_eight_devices_take_the_steps_of_one(stage1, one_device, config):
     mesh = make_mesh(config)
     boxed = tiny.boxed(STAGE1)
-    targets = shardings(boxed, mesh)
+    targets = shardings_of(abstract(boxed, mesh))
     assert jax.tree.structure(targets) == jax.tree.structure(nn.unbox(boxed))
     trained, frozen = split(jax.device_put(stage1, targets), ("resampler", "tlm"))
     state = jax.jit(lambda p: init_state(p, SGD))(trained)

@@ -68,8 +68,9 @@ def load(folder: Path, devices: int, dtype: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings
+    from vadapter.distributed.mesh import MeshConfig, make_mesh
     from vadapter.models.registry import make_module
+    from vadapter.stages import outline
     from vadapter.weights.hf_checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(folder)
@@ -78,11 +79,7 @@ def load(folder: Path, devices: int, dtype: str) -> dict[str, float]:
     abstract = nn.unbox(boxed)
     if devices > 1:
         mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            abstract,
-            shardings(boxed, mesh),
-        )
+        abstract = outline.abstract(boxed, mesh)
     jax.block_until_ready(jax.device_put(np.ones(1 << 20, ml_dtypes.bfloat16)))
     sizes = [int(np.prod(t.shape)) * t.dtype.itemsize for t in checkpoint.files.tensors.values()]
     before, began = _reset(), time.perf_counter()

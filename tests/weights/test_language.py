@@ -14,12 +14,13 @@ from support.cases import some_slow
 from support.original import their_warnings
 from support.public_models import Counting, read_checkpoint, write_model
 
-from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings
+from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError
 from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.generate import Decode, decode
 from vadapter.models.registry import make_module
 from vadapter.models.transformer import text_mask
+from vadapter.stages.outline import abstract
 from vadapter.weights.families.language import FAMILIES
 from vadapter.weights.hf_checkpoint import Checkpoint
 
@@ -179,13 +180,10 @@ def test_every_shard_is_read_for_its_own_device_and_no_more(case, pair):
     module, whole, _ = load(folder)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    where = shardings(boxed, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), where
-    )
+    shapes = abstract(boxed, mesh)
     checkpoint = Checkpoint.open(folder)
     counted = Counting.of(checkpoint.files)
-    params, _ = read_checkpoint(dataclasses.replace(checkpoint, files=counted), abstract)
+    params, _ = read_checkpoint(dataclasses.replace(checkpoint, files=counted), shapes)
     jax.tree.map(np.testing.assert_array_equal, params, whole)
     kernel = params["stack"]["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")

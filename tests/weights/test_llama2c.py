@@ -14,11 +14,12 @@ import pytest
 from support.public_models import Counting, read_checkpoint, write_model
 
 from vadapter.data.tokenizers.pretrained import PretrainedTokenizer
-from vadapter.distributed.mesh import MeshConfig, make_mesh, shardings
+from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import CheckpointError
 from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.generate import Decode, decode
 from vadapter.models.registry import make_module
+from vadapter.stages.outline import abstract
 from vadapter.weights import llama2c
 from vadapter.weights.hf_checkpoint import Checkpoint
 
@@ -184,11 +185,8 @@ def test_a_slice_is_what_the_whole_has_there_and_heads_cost_only_themselves(tmp_
 def test_every_device_gets_its_shard(tmp_path):
     module, whole, _ = load(write(tmp_path))
     boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    where = shardings(boxed, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), where
-    )
-    params, _ = read_checkpoint(Checkpoint.open(tmp_path), abstract)
+    shapes = abstract(boxed, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    params, _ = read_checkpoint(Checkpoint.open(tmp_path), shapes)
     assert not params["stack"]["blocks"]["attn"]["q"]["kernel"].sharding.is_fully_replicated
     jax.tree.map(np.testing.assert_array_equal, params, whole)
 

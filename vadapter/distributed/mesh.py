@@ -190,33 +190,6 @@ def partition(
     return PartitionSpec(*spec)
 
 
-def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Return the sharding of every leaf of an abstract parameter tree with logical axes.
-
-    A leaf without logical axes, or with an unknown one, is a ValueError.
-    """
-
-    def sharding(path: Any, leaf: Any) -> NamedSharding:
-        name = keystr(path, simple=True, separator="/")
-        if not _boxed(leaf):
-            raise ValueError(
-                f"parameter {name} {leaf.shape} names no logical axes; define it with "
-                "`layers.partitioned(init, *axes)`, None for a dimension that is not sharded"
-            )
-        try:
-            return NamedSharding(mesh, partition(leaf.names, leaf.value.shape, mesh))
-        except ValueError as error:
-            raise ValueError(f"parameter {name}: {error}") from error
-
-    return jax.tree.map_with_path(sharding, boxed, is_leaf=_boxed)
-
-
-def _boxed(leaf: Any) -> bool:
-    import flax.linen as nn  # loaded with the models, which not every command builds
-
-    return isinstance(leaf, nn.LogicallyPartitioned)
-
-
 def poorly_sharded(tree: Any, at_least: int = LARGE) -> list[str]:
     """Return a line for each leaf of `at_least` elements that `fsdp` and `tensor` do not divide.
 

@@ -92,7 +92,8 @@ class Program:
 
 def _settings() -> dict[str, str]:
     """Return the settings of JAX that a traced program may depend on."""
-    set_by_variables = {k: v for k, v in os.environ.items() if k.startswith("JAX_")}
+    variables = (k for k in os.environ if k.startswith("JAX_") and "CACHE" not in k)
+    set_by_variables = {name: os.environ[name] for name in variables}
     names = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
     return set_by_variables | {name: str(getattr(jax.config, name)) for name in names}
 

@@ -18,7 +18,8 @@ from vadapter.distributed.mesh import replicated, shardings_of
 from vadapter.models.adapter_model import AdapterModel, component_key
 from vadapter.models.coca import CoCa
 from vadapter.models.lm import LM
-from vadapter.stages.outline import Outline, outline
+from vadapter.stages import outline as outlines
+from vadapter.stages.outline import Outline
 from vadapter.stages.steps import TrainState, init_state
 
 Model = AdapterModel | CoCa
@@ -43,7 +44,8 @@ class Initializer:
         model = self.model
         lm = model.modules[model.text if isinstance(model, CoCa) else model.lm]
         assert isinstance(lm, LM)
-        return outline(view_of(model), lm.config.max_len, self._traced[1])
+        leaves = {name: outlines.leaves(tree, f"{name}/") for name, tree in self._traced[1].items()}
+        return Outline(view_of(model), lm.config.max_len, leaves)
 
     def random(self, names: Iterable[str], rng: jax.Array, abstract: Any) -> dict[str, Any]:
         """Return random parameters of some components, with shardings and dtypes of `abstract`.
@@ -94,7 +96,7 @@ def abstract_encoder(encoder: nn.Module, mesh: jax.sharding.Mesh) -> Any:
     size = encoder.view.size  # type: ignore[attr-defined]
     frames = jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.uint8)
     boxed = jax.eval_shape(encoder.init, jax.random.key(0), frames)["params"]
-    return outline(None, 0, {"encoder": boxed}).shapes(mesh)["encoder"]
+    return outlines.abstract(boxed, mesh)
 
 
 def abstract_state(

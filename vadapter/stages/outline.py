@@ -42,33 +42,44 @@ class Outline:
 
     def shapes(self, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         """Return component -> tree of `jax.ShapeDtypeStruct` with shardings."""
-        return {
-            name: nest({path: _shape(leaf, mesh) for path, leaf in leaves.items()})
-            for name, leaves in self.leaves.items()
-        }
+        return {name: _shapes(leaves, mesh, f"{name}/") for name, leaves in self.leaves.items()}
 
 
-def _shape(leaf: Leaf, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
-    sharding = NamedSharding(mesh, partition(leaf.axes, leaf.shape, mesh))
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=sharding)
+def leaves(boxed: Mapping[str, Any], within: str = "") -> dict[str, Leaf]:
+    """Return the leaves of a tree of shapes in logical-axis boxes by path.
 
-
-def outline(view: ImageTransform | None, max_len: int, boxed: Mapping[str, Any]) -> Outline:
-    """Return the outline of a model, whose shapes are in logical-axis boxes.
-
-    A leaf without a box is a ValueError.
+    A leaf without a box is a ValueError, which names it `within` others.
     """
-    leaves: dict[str, dict[str, Leaf]] = {}
-    for name, tree in boxed.items():
-        leaves[name] = {}
-        for path, box in flatten(tree).items():
-            if not hasattr(box, "names"):
-                raise ValueError(
-                    f"parameter {name}/{path} {box.shape} names no logical axes; define it with "
-                    "`layers.partitioned(init, *axes)`, None for a dimension that is not sharded"
-                )
-            leaves[name][path] = Leaf(tuple(box.value.shape), str(box.value.dtype), box.names)
-    return Outline(view, max_len, leaves)
+    found = {}
+    for path, box in flatten(boxed).items():
+        if not hasattr(box, "names"):
+            raise ValueError(
+                f"parameter {within}{path} {box.shape} names no logical axes; define it with "
+                "`layers.partitioned(init, *axes)`, None for a dimension that is not sharded"
+            )
+        found[path] = Leaf(tuple(box.value.shape), str(box.value.dtype), tuple(box.names))
+    return found
+
+
+def abstract(boxed: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Return a tree of shapes in logical-axis boxes as `jax.ShapeDtypeStruct` with shardings.
+
+    A leaf without logical axes, or with an unknown one, is a ValueError.
+    """
+    return _shapes(leaves(boxed), mesh)
+
+
+def _shapes(
+    leaves: Mapping[str, Leaf], mesh: jax.sharding.Mesh, within: str = ""
+) -> dict[str, Any]:
+    shapes = {}
+    for path, leaf in leaves.items():
+        try:
+            sharding = NamedSharding(mesh, partition(leaf.axes, leaf.shape, mesh))
+        except ValueError as error:
+            raise ValueError(f"parameter {within}{path}: {error}") from error
+        shapes[path] = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=sharding)
+    return nest(shapes)
 
 
 def facts(recipe: Recipe, stage: StageConfig, vocab_size: int) -> dict[str, Any]:
