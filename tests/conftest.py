@@ -6,18 +6,12 @@ import importlib.util
 import io
 import os
 import signal
-from importlib.metadata import version
 from pathlib import Path
 
+from support.xla_flags import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "XLA_FLAGS",
-    # Tests compile much and compute little: without optimization they take a quarter of the time.
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    # Newer compilers stop at a flag that they do not know.
-    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    * version("jaxlib").startswith("0.10."),
-)
+os.environ.setdefault("XLA_FLAGS", xla_flags(devices=8))
 
 # Each fake device waits in a thread for the others, once for every collective that may run now:
 # with no more threads than devices, those that wait for different ones wait forever.

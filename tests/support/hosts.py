@@ -19,12 +19,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from support import runs
+from support.xla_flags import xla_flags
 
 DEVICES = 2
 DEADLINE = 60  # seconds; heartbeats are lost after a third of it
 MARGIN = 20  # seconds, for a busy machine, on top of whatever ends a host
-# Without optimization these programs compile in half the time.
-FLAGS = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+FLAGS = xla_flags(DEVICES)
 LIMIT = 240  # seconds until a job is taken to hang: far more than any deadline in the tests
 
 # What a script begins with that takes part in `Job.start(detected=True)`: JAX finds its job.

@@ -32,7 +32,7 @@ def detailed(draw: random.Random, width: int, height: int) -> Image.Image:
 
 def random_jpeg(draw: random.Random, mode: str = "") -> tuple[bytes, tuple[int, int]]:
     """A JPEG of any size, mode, orientation and encoding, and its width and height."""
-    size = tuple(round(2 ** draw.uniform(4, 9)) for _ in range(2))
+    size = round(2 ** draw.uniform(4, 9)), round(2 ** draw.uniform(4, 9))
     table = Image.Exif()
     table[0x0112] = draw.randrange(1, 9)
     buffer = io.BytesIO()
