@@ -73,7 +73,8 @@ CASES = [(h, SIZES[i % 3]) for i, h in enumerate(HEADS)] + [((4, 2), size) for s
 
 
 @pytest.mark.parametrize(("heads", "size"), [
-    pytest.param(*case, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, case in enumerate(CASES)
+    pytest.param(*case, marks=[pytest.mark.slow] * (i not in (1, 2, 6, 8)))
+    for i, case in enumerate(CASES)
 ])  # fmt: skip
 def test_outputs_and_gradients_are_those_of_attend(heads, size):
     (heads, kv_heads), (head_dim, pairs) = heads, size
@@ -124,7 +125,7 @@ def program(platform="tpu", dtype=jnp.bfloat16, queries=16, mutable=(), cache=Fa
     positions = jax.ShapeDtypeStruct((2, queries), jnp.int32)
     call = functools.partial(module.init, jax.random.key(0))
     variables = jax.eval_shape(lambda x: call(x), x)
-    kv = jnp.zeros((2, queries, 1, 64), dtype)
+    kv = jnp.zeros((2, 1, queries, 64), dtype)
 
     def apply(variables, x, positions):
         return module.apply(

@@ -20,14 +20,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from vadapter.distributed.mesh import partition
+from vadapter.models.rope import Rotary
 
 MASKED = -1e30  # added to the scores of masked keys, as in `layers`
 LANES = 128  # of a vector register: a block of heads ends at a multiple, or the array's end
 MANY_KEYS = 1024  # above so many, the kernel is faster also where it has nothing to rotate
 ROWS = 256, 128  # query rows of a block, if all do not fit
 VMEM = 14 * 2**20  # bytes of vector memory that a step may use: a core of a v4 has 16 MiB
-
-Rotary = tuple[Float[Array, "B S P"], Float[Array, "B S P"]]  # sine and cosine, `rope.factors`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +61,11 @@ class Kernel:
 
         fit = (s for s in sizes if fills(s[0], self.heads) and fills(s[1], self.kv_heads))
         return next(fit, (0, 0))
+
+    @property
+    def halves(self) -> bool:
+        """Whether a rotated pair is the same lane of two registers."""
+        return self.pairs > 0 and self.pairs % LANES == 0 and 2 * self.pairs == self.head_dim
 
     def rows(self, queries: int, keys: int) -> int:
         """Return R, the query rows of a block; 0 if a step would use too much vector memory."""
@@ -106,7 +110,7 @@ class Kernel:
 
         Args:
           mask: True where a query attends; None: everywhere.
-          rotary: of the keys, whose last T are the queries'; None: without a rotation.
+          rotary: factors of the keys, whose last T are the queries'; None: without a rotation.
         """
         return _attention(q, k, v, mask, rotary, self)
 
@@ -194,9 +198,10 @@ def _call(
     if mask is not None:
         inputs["bias"] = jnp.where(mask, 0, MASKED).astype(jnp.bfloat16), tile(S)
     if rotary is not None:
-        for name, factor in zip(("sin", "cos"), _of_lanes(kernel, *rotary), strict=True):
-            inputs[f"{name}_q"] = jnp.tile(factor[:, -T:], (1, 1, h)), tile(h * K)
-            inputs[f"{name}_k"] = jnp.tile(factor, (1, 1, n)), row(n * K)
+        of_q, of_k = _of_lanes(kernel, rotary, T, h), _of_lanes(kernel, rotary, S, n)
+        for name, q_factor, k_factor in zip(("sin", "cos"), of_q, of_k, strict=True):
+            inputs[f"{name}_q"] = q_factor, tile(q_factor.shape[2])
+            inputs[f"{name}_k"] = k_factor, row(k_factor.shape[2])
         scratch["rotated"] = pltpu.VMEM((S, n * K), k.dtype)
     if backward:
         inputs["do"] = do[0], queries
@@ -235,11 +240,19 @@ def _call(
     )(*(x for x, _ in inputs.values()))
 
 
-def _of_lanes(kernel: Kernel, sin: jax.Array, cos: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the factors [B, S, K] of a lane's partner in its pair, and of the lane itself."""
+def _of_lanes(kernel: Kernel, rotary: Rotary, rows: int, heads: int) -> Sequence[jax.Array]:
+    """Return the factors of the last `rows` positions for the lanes of a block of heads.
+
+    Those are of a lane's partner in its pair, and of the lane itself. Where the halves of a head
+    are whole registers, the factors of one half are enough, see `_Step._rotated`.
+    """
+    sin, cos = (factor[:, -rows:] for factor in rotary)
+    if kernel.halves:
+        return sin, cos
     rest = (*sin.shape[:2], kernel.head_dim - 2 * kernel.pairs)
     of_partner = jnp.concatenate([-sin, sin, jnp.zeros(rest)], -1)
-    return of_partner, jnp.concatenate([cos, cos, jnp.ones(rest)], -1)
+    of_lane = jnp.concatenate([cos, cos, jnp.ones(rest)], -1)
+    return [jnp.tile(factor, (1, 1, heads)) for factor in (of_partner, of_lane)]
 
 
 class _Step:
@@ -325,11 +338,17 @@ class _Step:
 
         if not (pairs := self.kernel.pairs):
             return x
+        sin, cos = (self.refs[f"{each}_{name}"][0] for each in ("sin", "cos"))
+        sin = direction * sin
+        if self.kernel.halves:
+            parts = [x[:, i : i + pairs] for i in range(0, x.shape[1], pairs)]
+            turned = []
+            for a, b in zip(parts[::2], parts[1::2], strict=True):
+                turned += [a * cos - b * sin, b * cos + a * sin]
+            return jnp.concatenate(turned, 1)
         lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) % self.kernel.head_dim
         after, before = pltpu.roll(x, x.shape[1] - pairs, 1), pltpu.roll(x, pairs, 1)
-        partner = jnp.where(lane < pairs, after, before)
-        sin, cos = (self.refs[f"{each}_{name}"][0] for each in ("sin", "cos"))
-        return x * cos + partner * (direction * sin)
+        return x * cos + jnp.where(lane < pairs, after, before) * sin
 
     def _weights(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return weights that are not normalized yet, and their sums, float32."""

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.distributed.mesh import constrain
 from vadapter.models.fused_attention import Kernel
-from vadapter.models.rope import factors, rotate
+from vadapter.models.rope import Rotary, factors, rotate_by
 
 Dtype = jax.typing.DTypeLike
 # Added to the scores of masked keys. Finite, so that a row without any visible key stays finite.
@@ -184,7 +184,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T E"], kv: Float[Array, "B U D"] | None = None, *,
-        mask: Bool[Array, "B T S"] | None = None, positions: Int[Array, "B U"] | None = None,
+        mask: Bool[Array, "B T S"] | None = None,
+        positions: Int[Array, "B U"] | Rotary | None = None,
         freq: Float[Array, " P"] | None = None, cache: KeysValues | None = None,
         index: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T E"], KeysValues | None]:  # fmt: skip
@@ -192,8 +193,8 @@ class Attention(nn.Module):
 
         Args:
           mask: True where a query attends; None: everywhere.
-          positions: of the keys, whose last T are the queries'; only with `freq`.
-          freq: rotary frequencies; None: no rotary positions.
+          positions: of the keys, whose last T are the queries'; or their `rope.factors`.
+          freq: rotary frequencies for `positions`; None: no rotary positions, or factors.
           cache: keys and values of a sequence that is being decoded, or None; the new ones are
             written at `index`.
           index: first slot of `x` in the cache.
@@ -221,18 +222,16 @@ class Attention(nn.Module):
         if self.qk_norm is not None:
             q, k = self.qk_norm("norm_q")(split(q)), self.qk_norm("norm_k")(split(k))
         out = self.linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")
-        if cache is None and (kernel := self._kernel(q, k, freq)):
+        rotary = positions if isinstance(positions, tuple) else None
+        if freq is not None:
+            assert isinstance(positions, jax.Array)
+            rotary = factors(positions, freq, self.rope_scale)
+        if cache is None and (kernel := self._kernel(q, k, rotary)):
             merge = lambda x, name: checkpoint_name(x.reshape(*x.shape[:2], -1), name)  # noqa: E731
-            rotary = None
-            if freq is not None:
-                assert positions is not None
-                rotary = factors(positions, freq, self.rope_scale)
             return out(kernel(merge(q, "q"), merge(k, "k"), merge(v, "v"), mask, rotary)), None
         q, k, v = (x if x.ndim == 4 else split(x) for x in (q, k, v))
-        if freq is not None:
-            assert positions is not None
-            q = rotate(q, positions[:, -q.shape[1] :], freq, self.rope_scale)
-            k = rotate(k, positions, freq, self.rope_scale)
+        if rotary is not None:
+            q, k = rotate_by(q, rotary), rotate_by(k, rotary)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cache is not None:
             cache = (_write(cache[0], k, index), _write(cache[1], v, index))
@@ -243,7 +242,7 @@ class Attention(nn.Module):
         return out(rearrange(y, "b t h k -> b t (h k)")), cache
 
     def _kernel(
-        self, q: Float[Array, "B T *_"], k: Float[Array, "B S *_"], freq: jax.Array | None
+        self, q: Float[Array, "B T *_"], k: Float[Array, "B S *_"], rotary: Rotary | None
     ) -> Kernel | None:
         """Return the kernel to use, see `fused_attention`; None: none.
 
@@ -251,7 +250,7 @@ class Attention(nn.Module):
         """
         if self.softcap or self.is_mutable_collection(ATTENTION):
             return None
-        pairs = 0 if freq is None else freq.shape[-1]
+        pairs = 0 if rotary is None else rotary[0].shape[-1]
         own = Kernel(self.heads, self.kv_heads, self.head_dim, self.scale, pairs)
         return own if own.is_faster(len(q), q.shape[1], k.shape[1], q.dtype) else None
 

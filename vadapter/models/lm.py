@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,7 +16,7 @@ from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
 from vadapter.models.adapters.cross_attention import Gated
 from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, partitioned
-from vadapter.models.rope import RopeConfig, amplitude, frequencies
+from vadapter.models.rope import RopeConfig, amplitude, factors, frequencies
 from vadapter.models.transformer import BlockConfig, Cache, PerLayer, Remat, Stack, unpadded_rows
 
 EVERYTHING = 2**30  # the window of layers without one, in a model whose other layers have one
@@ -163,8 +164,13 @@ class LM(nn.Module):
         if layers.window is not None:
             keys = positions if key_positions is None else key_positions
             distance = positions[:, :, None] - keys[:, None, :]
+        rotary: Any = positions
+        if layers.window is None and layers.freq is not None:
+            # One rotation for all layers, which compilers would otherwise compute in each of them.
+            rotary = factors(positions, layers.freq[0], amplitude(self.config.rope))
+            layers, rotary = PerLayer(), jax.lax.optimization_barrier(rotary)
         x, cache = self.stack(
-            x, mask=mask, positions=positions, layers=layers, distance=distance, cache=cache,
+            x, mask=mask, positions=rotary, layers=layers, distance=distance, cache=cache,
             index=index, last=last, gated=gated, seen=seen,
         )  # fmt: skip
         return self.norm(x), cache

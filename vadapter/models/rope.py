@@ -100,10 +100,11 @@ def amplitude(config: RopeConfig) -> float:
     return 0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
 
 
-def factors(
-    positions: Int[Array, "B T"], freq: Float[Array, " P"], scale: float = 1.0
-) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
-    """Return sine and cosine of every pair's angle; `freq` and `scale` as in `rotate`."""
+Rotary = tuple[Float[Array, "B T P"], Float[Array, "B T P"]]  # sine and cosine of every angle
+
+
+def factors(positions: Int[Array, "B T"], freq: Float[Array, " P"], scale: float = 1.0) -> Rotary:
+    """Return sine and cosine of the angles; `freq` and `scale` as in `rotate`."""
     angle = positions.astype(jnp.float32)[:, :, None] * freq[None, None, :]
     return jnp.sin(angle) * scale, jnp.cos(angle) * scale
 
@@ -118,7 +119,12 @@ def rotate(
 
     `freq` is from `frequencies`, `scale` from `amplitude`.
     """
-    half = freq.shape[-1]
-    sin, cos = (f[:, :, None] for f in factors(positions, freq, scale))
+    return rotate_by(x, factors(positions, freq, scale))
+
+
+def rotate_by(x: Float[Array, "B T H K"], rotary: Rotary) -> Float[Array, "B T H K"]:
+    """Return the same as `rotate`, given the factors of the positions, or of more before them."""
+    sin, cos = (f[:, -x.shape[1] :, None] for f in rotary)
+    half = sin.shape[-1]
     a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)

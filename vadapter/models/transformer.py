@@ -29,6 +29,7 @@ from vadapter.models.layers import (
     NormKind,
     linear,
 )
+from vadapter.models.rope import Rotary
 
 # What `remat="names"` keeps for the backward pass. A frozen stack has no weight gradients, so the
 # inputs of its matrix products are never needed; from these outputs the rest is recomputed with one
@@ -181,7 +182,8 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T E"], *,
-        mask: Bool[Array, "B T S"] | None = None, positions: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T S"] | None = None,
+        positions: Int[Array, "B T"] | Rotary | None = None,
         layers: PerLayer | None = None, distance: Int[Array, "B T S"] | None = None,
         kv: Float[Array, "B C D"] | None = None, kv_mask: Bool[Array, "B T C"] | None = None,
         cache: Cache | None = None, index: Int[Array, ""] | int = 0, last: int = 0,
