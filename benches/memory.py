@@ -1,8 +1,8 @@
 """Memory of a train step on the CPU beside what is said about it: `python -m benches.memory`.
 
-A row per recipe and stage, each in a process of its own: how far the process grows when a compiled
-step runs, what the compiler says (arguments, temporaries, and results that reuse no argument) and
-what `vadapter plan --topology=cpu:1` estimates from the trace. Needs Linux.
+A row per recipe and stage, each in a process of its own: the bytes of the arguments and how far the
+process grows while a step runs; what the compiler says (arguments, temporaries, and results that
+reuse no argument); and what `vadapter plan --topology=cpu:1` estimates from the trace. Needs Linux.
 """
 
 import argparse
@@ -30,10 +30,7 @@ STATUS = Path("/proc/self/status")
 
 
 def resident(key: str = "VmRSS") -> int:
-    """Return the bytes of this process in memory.
-
-    VmHWM: the most since `forget_peak`; RssFile: of libraries.
-    """
+    """Return the bytes of this process in memory; VmHWM: the most since `forget_peak`."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return int(lines[key].split()[0]) * 1024
 
@@ -50,7 +47,7 @@ def release() -> None:
 
 
 def measure(name: str) -> dict[str, int]:
-    """Return bytes: `measured`, `compiled` and `planned`, and the parts of `compiled`."""
+    """Return bytes: `measured`, `compiled` and `planned`, and two parts of `compiled`."""
     case = Case(**ROWS[name].settings)
     stage = case.open()
     batch = case.batch(stage)
@@ -60,17 +57,18 @@ def measure(name: str) -> dict[str, int]:
         stage.jit_train_step(jit=jit).lower(state, case.used(stage, frozen), shapes).compile()
     )
     said: Any = compiled.memory_analysis()
-    release()
-    before, code = resident(), resident("RssFile")
     arguments = [*case.parameters(stage), jax.device_put(batch)]
     for _ in range(2):  # the first cannot reuse arrays that came from the host
         release()
         forget_peak()
+        before = resident()
         arguments[0], _ = jax.block_until_ready(compiled(*arguments))
+    growth = resident("VmHWM") - before
+    held = sum(x.nbytes for x in jax.tree.leaves(arguments))
     kept = said.output_size_in_bytes - said.alias_size_in_bytes
     parts = {"arguments": said.argument_size_in_bytes, "temporaries": said.temp_size_in_bytes}
     return {
-        "measured": resident("VmHWM") - before - (resident("RssFile") - code),
+        "measured": held + growth,
         "compiled": sum(parts.values()) + kept,
         "planned": estimate_peak(stage.recipe, stage.name, Setting(parse("cpu:1"))),
         **parts,
