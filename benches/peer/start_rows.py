@@ -5,7 +5,6 @@ write at most 32 tokens.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ def measure(options: Options, *, cold: bool) -> dict[str, Any]:
     """Return the times of whole processes, in CPU seconds of all their threads.
 
     Args:
-      cold: without compiled programs of earlier processes; else with those of a first one.
+      cold: with an empty compilation cache; else with that of an earlier caption.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -44,34 +43,28 @@ def measure(options: Options, *, cold: bool) -> dict[str, Any]:
         for run in sides.values():
             run()
         times = alternate(sides, min(options.rounds, ROUNDS), calls=1, clock=cpu_of_all)
-    state = "no compiled programs" if cold else "compiled before"
+    state = "empty compilation cache" if cold else "captioned before"
     return {"what": f"1 image, {state}", "same": "equal sizes", "sides": summary(times)}
 
 
 class Caption:
-    """`vadapter caption` of one image; when cold, on a fresh copy of the run."""
+    """`vadapter caption` of one image; when cold, with a new compilation cache every time."""
 
     def __init__(self, folder: Path, image: Path, cold: bool):
         self.folder, self.image, self.cold = folder, image, cold
+        self.caches = 0
         overrides = [f"--config.{item}" for item in OVERRIDES]
         self._vadapter("train", "--config=configs/quickstart.py:scale=0.01",
                        f"--workdir={folder / 'run'}", *overrides)  # fmt: skip
-        self.copies = 0
-        self._renew()
-
-    def _renew(self) -> None:
-        self.copies += 1
-        self.run = self.folder / f"copy{self.copies}"
-        shutil.copytree(self.folder / "run", self.run)
+        self.caches += 1
 
     def _vadapter(self, *words: str) -> None:
-        cache = self.folder / f"compiled{self.copies}" if hasattr(self, "copies") else self.folder
+        cache = self.folder / f"compiled{self.caches}"
         _run([sys.executable, "-m", "vadapter", *words], VADAPTER_COMPILE_CACHE=str(cache))
 
     def __call__(self) -> None:
-        if self.cold:
-            self._renew()
-        self._vadapter("caption", str(self.run), str(self.image))
+        self.caches += self.cold
+        self._vadapter("caption", str(self.folder / "run"), str(self.image))
 
 
 def _run(command: list[str], **variables: str) -> None:
