@@ -46,7 +46,7 @@ if not flags.FLAGS.is_parsed():  # grain reads absl flags
 # Tracing makes millions of objects that live as long as the program: with the default thresholds
 # the collector walks over them again and again.
 gc.freeze()
-gc.set_threshold(50_000, 20, 50)
+gc.set_threshold(200_000, 20, 50)
 
 
 @pytest.fixture(scope="module", autouse=True)
