@@ -307,7 +307,14 @@ def _pick(values: Shaped[Array, "B C ..."], index: Int[Array, "B K"]) -> Shaped[
 def _take(context: Context, rows: Int[Array, " BK"]) -> Context:
     """Return the context of other rows."""
     stacked = isinstance(context.cache[0], jax.Array)
-    cache = jax.tree.map(lambda x: jnp.take(x, rows, axis=int(stacked)), context.cache)
+    count = len(context.position)
+
+    def of_rows(x: Shaped[Array, "... BN _ _"]) -> Shaped[Array, "... BKN _ _"]:
+        split = x.reshape(*x.shape[:-3], count, -1, *x.shape[-2:])
+        taken = jnp.take(split, rows, axis=int(stacked))
+        return taken.reshape(*x.shape[:-3], -1, *x.shape[-2:])
+
+    cache = jax.tree.map(of_rows, context.cache)
     media = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), context.media)
     per_row = (context.positions, context.visible, context.position, context.words)
     taken = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), per_row)

@@ -151,7 +151,9 @@ def _backward(_: None, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...
 write_gradients.defvjp(lambda *x: (x, None), _backward)
 
 
-KeysValues = tuple[Float[Array, "B N S K"], Float[Array, "B N S K"]]  # of the cache
+# Keys and values in the cache: as products read them, with rows and KV heads in one dimension. A
+# CPU would copy the whole cache for every token to another order, or if one of the two were 1.
+KeysValues = tuple[Float[Array, "BN K S"], Float[Array, "BN S K"]]
 
 
 class Attention(nn.Module):
@@ -234,12 +236,14 @@ class Attention(nn.Module):
             q, k = rotate_by(q, rotary), rotate_by(k, rotary)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cache is not None:
-            cache = (_write(cache[0], k, index), _write(cache[1], v, index))
-            k, v = (rearrange(x, "b n s k -> b s n k") for x in cache)
+            cache = write_cache(cache, k, v, index)
+            weights, y = attend_cache(q, cache, mask, self.scale, self.softcap)
+            self.sow(ATTENTION, "weights", weights)
+            return out(rearrange(y, "b t h k -> b t (h k)")), cache
         weights = attention_weights(q, k, mask, self.scale, self.softcap, v.dtype)
         self.sow(ATTENTION, "weights", weights)  # nothing, unless `apply` is asked for it
         y = _weighted(weights, v)
-        return out(rearrange(y, "b t h k -> b t (h k)")), cache
+        return out(rearrange(y, "b t h k -> b t (h k)")), None
 
     def _kernel(
         self, q: Float[Array, "B T *_"], k: Float[Array, "B S *_"], rotary: Rotary | None
@@ -253,17 +257,6 @@ class Attention(nn.Module):
         pairs = 0 if rotary is None else rotary[0].shape[-1]
         own = Kernel(self.heads, self.kv_heads, self.head_dim, self.scale, pairs)
         return own if own.is_faster(len(q), q.shape[1], k.shape[1], q.dtype) else None
-
-
-def _write(
-    cache: Float[Array, "B N S K"], new: Float[Array, "B T N K"], index: Int[Array, ""] | int
-) -> Float[Array, "B N S K"]:
-    """Return the cache with new keys or values from slot `index` on.
-
-    Each head's slots are contiguous: both products of attention read them as they are.
-    """
-    new = rearrange(new, "b t n k -> b n t k").astype(cache.dtype)
-    return jax.lax.dynamic_update_slice(cache, new, (0, 0, index, 0))
 
 
 def attend(
@@ -286,13 +279,19 @@ def attention_weights(
     N, K = k.shape[2:]
     q = rearrange(q, "b t (n g) k -> b n g t k", n=N)
     scores = jnp.einsum("bngtk,bsnk->bngts", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (scale or K**-0.5)
+    return _normalized(scores * (scale or K**-0.5), mask, softcap).astype(dtype)
+
+
+def _normalized(
+    scores: Float[Array, "B N G T S"], mask: Bool[Array, "B T S"] | None, softcap: float
+) -> Float[Array, "B N G T S"]:
+    """Return the weights of scaled scores."""
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
         # Added rather than selected by `where`, whose backward pass keeps the mask of every head.
         scores = scores + jnp.where(mask[:, None, None], jnp.float32(0), MASKED)
-    return jax.nn.softmax(scores, axis=-1).astype(dtype)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def _weighted(
@@ -300,3 +299,29 @@ def _weighted(
 ) -> Float[Array, "B T H K"]:
     y = jnp.einsum("bngts,bsnk->bngtk", weights, v)
     return rearrange(y, "b n g t k -> b t (n g) k")
+
+
+def write_cache(
+    cache: KeysValues, k: Float[Array, "B T N K"], v: Float[Array, "B T N K"],
+    index: Int[Array, ""] | int,
+) -> KeysValues:  # fmt: skip
+    """Return the cache with new keys and values from slot `index` on."""
+    write = jax.lax.dynamic_update_slice
+    keys = rearrange(k, "b t n k -> (b n) k t").astype(cache[0].dtype)
+    values = rearrange(v, "b t n k -> (b n) t k").astype(cache[1].dtype)
+    return write(cache[0], keys, (0, 0, index)), write(cache[1], values, (0, index, 0))
+
+
+def attend_cache(
+    q: Float[Array, "B T H K"], cache: KeysValues, mask: Bool[Array, "B T S"] | None,
+    scale: float, softcap: float,
+) -> tuple[Float[Array, "B N G T S"], Float[Array, "B T H K"]]:  # fmt: skip
+    """Return the weights of the slots, and the attention to them; see `Attention`."""
+    (keys, values), (B, T, _, K) = cache, q.shape
+    sizes = {"b": B, "n": len(keys) // B, "t": T}
+    q = rearrange(q, "b t (n g) k -> (b n) (g t) k", n=sizes["n"])
+    scores = jnp.einsum("xgk,xks->xgs", q, keys, preferred_element_type=jnp.float32)
+    scores = rearrange(scores * (scale or K**-0.5), "(b n) (g t) s -> b n g t s", **sizes)
+    weights = _normalized(scores, mask, softcap).astype(values.dtype)
+    y = jnp.einsum("xgs,xsk->xgk", rearrange(weights, "b n g t s -> (b n) (g t) s"), values)
+    return weights, rearrange(y, "(b n) (g t) k -> b t (n g) k", **sizes)

@@ -198,7 +198,9 @@ def empty_cache(
     """
     kv_heads = config.kv_heads or config.heads
     head_dim = config.head_dim or config.width // config.heads
-    shape = (batch, kv_heads, slots, head_dim)
+    shapes = (batch * kv_heads, head_dim, slots), (batch * kv_heads, slots, head_dim)
     if stacked:
-        return jnp.zeros((config.depth, *shape), dtype), jnp.zeros((config.depth, *shape), dtype)
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.depth))
+        return tuple(jnp.zeros((config.depth, *shape), dtype) for shape in shapes)  # type: ignore[return-value]
+    return tuple(
+        (jnp.zeros(shapes[0], dtype), jnp.zeros(shapes[1], dtype)) for _ in range(config.depth)
+    )

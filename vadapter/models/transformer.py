@@ -112,8 +112,8 @@ class BlockConfig:
 
 
 # Keys and values of a layer, and of all layers: stacked, or one pair for each.
-LayerCache = tuple[Float[Array, "B N S K"], Float[Array, "B N S K"]]
-Cache = tuple[Float[Array, "L B N S K"], Float[Array, "L B N S K"]] | tuple[LayerCache, ...]
+LayerCache = tuple[Float[Array, "BN K S"], Float[Array, "BN S K"]]
+Cache = tuple[Float[Array, "L BN K S"], Float[Array, "L BN S K"]] | tuple[LayerCache, ...]
 
 
 @flax.struct.dataclass
