@@ -20,11 +20,13 @@ from vadapter.data.example import Example, Source
 from vadapter.data.items import Questions, Slice
 from vadapter.data.media.images import ImageTransform
 from vadapter.data.scenes.source import ScenesSource
+from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import ConfigError
 from vadapter.evaluate.image_ablation import image_ablation_scores, make_image_ablation
 from vadapter.evaluate.recipe_evals import choose, run_eval
 from vadapter.evaluate.runner import Decoder, evaluate, record_of
 from vadapter.metrics.scoring import Result
+from vadapter.models import layered
 from vadapter.recipe.schema import EvalConfig
 from vadapter.stages.restore import open_run
 
@@ -187,6 +189,27 @@ def test_no_id_is_generated_that_the_tokenizer_lacks(loaded):
         evaluate(decoder, loaded.params, source, CAPTIONS, EIGHT, ImageTransform(32))
         assert max(tokenizer.seen) < limit
         limit = max(tokenizer.seen)
+
+
+def test_an_evaluation_gives_the_same_with_its_layers_unrolled(loaded, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (5, 1, 32, 32, 3), np.uint8)
+    spec, results, seen = dataclasses.replace(EIGHT, batch=2), [], []
+    single = loaded.on(make_mesh(MeshConfig(), jax.devices()[:1]))
+    params = jax.tree.map(np.asarray, loaded.params)
+    params = jax.device_put(params, jax.devices()[0])
+    for answer in (False, True):
+
+        def pays(params, tokens, answer=answer):
+            seen.append(tokens)
+            return answer
+
+        monkeypatch.setattr(layered, "pays", pays)
+        view = ImageTransform(32)
+        result = evaluate(Decoder(single), params, Captioned(images), CAPTIONS, spec, view)
+        results.append(result.rows)
+    assert results[0] == results[1]
+    assert len({row["prediction"] for row in results[0]}) > 1, "equal generations prove little"
+    assert seen == [3 * spec.decode.max_new] * 2, "tokens of three batches, one after the other"
 
 
 def test_evaluations_are_chosen_by_name(loaded, run):

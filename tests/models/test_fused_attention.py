@@ -125,12 +125,12 @@ def program(platform="tpu", dtype=jnp.bfloat16, queries=16, mutable=(), cache=Fa
     positions = jax.ShapeDtypeStruct((2, queries), jnp.int32)
     call = functools.partial(module.init, jax.random.key(0))
     variables = jax.eval_shape(lambda x: call(x), x)
-    kv = jnp.zeros((2, 1, queries, 64), dtype)
+    slots = jnp.zeros((2, 64, queries), dtype), jnp.zeros((2, queries, 64), dtype)
 
     def apply(variables, x, positions):
         return module.apply(
             variables, x, positions=positions, freq=jnp.ones(32), mutable=list(mutable),
-            cache=(kv, kv) if cache else None,
+            cache=slots if cache else None,
         )  # fmt: skip
 
     device = jax.sharding.AbstractDevice("any", 1, platform)
