@@ -14,13 +14,13 @@ from vadapter.distributed import hosts
 from vadapter.distributed.mesh import MeshConfig, make_mesh, to_mesh
 from vadapter.evaluate.runner import Decoder
 from vadapter.recipe.schema import Recipe
-from vadapter.stages import run, stage
+from vadapter.stages import run, stage, steps
 from vadapter.train import loop
 
 
 def use_fake_step(patch: pytest.MonkeyPatch) -> None:
     """Let stages train with `fake_step`."""
-    patch.setattr(stage, "make_train_step", fake_step)
+    patch.setattr(steps, "make_train_step", fake_step)
 
 
 def use_devices(patch: pytest.MonkeyPatch, count: int, mesh: MeshConfig | None = None) -> None:
