@@ -169,7 +169,8 @@ def on_tpu(*sizes, **axes):
     (True, (9, 3, 64, 32, 256, 256)),  # SmolLM2
     (True, (32, 8, 128, 64, 328, 328)),  # Llama
     (True, (12, 12, 64, 0, 256, 2048)),  # a resampler on a clip
-    (False, (16, 16, 64, 0, 256, 256)),  # a ViT: nothing to rotate, few keys
+    (False, (16, 16, 64, 0, 256, 256)),  # a ViT: nothing to rotate, few scores
+    (True, (16, 16, 64, 0, 512, 512)),  # the same with more
     (False, (8, 1, 256, 128, 4096, 4096)),  # too many keys for the vector memory
 ])  # fmt: skip
 def test_it_is_used_where_it_gains_time_and_fits(used, sizes):
@@ -181,6 +182,13 @@ def test_it_is_not_used_where_a_device_has_query_heads_of_a_kv_head_it_has_not()
     assert on_tpu(*sizes, tensor=2)
     assert not on_tpu(*sizes, tensor=4)
     assert on_tpu(8, 1, 64, 32, 64, 64, tensor=4)
+
+
+def test_the_scores_of_a_device_are_counted():
+    vit = (16, 16, 64, 0, 512, 512)
+    assert on_tpu(*vit)
+    assert not on_tpu(*vit, data=2)
+    assert not on_tpu(*vit, tensor=2)
 
 
 def test_flops_are_those_of_attend_forward_and_of_its_recomputation_backward():

@@ -24,7 +24,9 @@ from vadapter.models.rope import Rotary
 
 MASKED = -1e30  # added to the scores of masked keys, as in `layers`
 LANES = 128  # of a vector register: a block of heads ends at a multiple, or the array's end
-MANY_KEYS = 1024  # above so many, the kernel is faster also where it has nothing to rotate
+# Bytes of float32 scores on a device up to which XLA keeps them in the vector memory of a v5e, so
+# that the kernel is faster only if it has something to rotate.
+FEW = 2**26
 ROWS = 256, 128  # query rows of a block, if all do not fit
 VMEM = 14 * 2**20  # bytes of vector memory that a step may use: a core of a v4 has 16 MiB
 
@@ -90,7 +92,7 @@ class Kernel:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.abstract_device.platform != "tpu" or dtype != jnp.bfloat16:
             return False
-        if queries % 8 or keys % 8 or self.head_dim % 64 or not (self.pairs or keys > MANY_KEYS):
+        if queries % 8 or keys % 8 or self.head_dim % 64:
             return False
         of_q, of_kv = _partitions(batch, self.heads, self.kv_heads, mesh)
         heads, kv_heads = (
@@ -99,6 +101,9 @@ class Kernel:
         )
         if heads < self.heads and kv_heads == self.kv_heads > 1:
             return False  # devices would need other KV heads than the first
+        rows = jax.sharding.NamedSharding(mesh, PartitionSpec(of_q[0])).shard_shape((batch,))[0]
+        if not self.pairs and 4 * rows * heads * queries * keys <= FEW:
+            return False
         own = dataclasses.replace(self, heads=heads, kv_heads=kv_heads)
         return own.block[0] > 0 and own.rows(queries, keys) > 0
 
