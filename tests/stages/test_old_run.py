@@ -7,7 +7,6 @@ CPU device that was killed at step 3 of its last stage, whose checkpoint is of s
 import json
 import subprocess
 import tarfile
-from importlib.metadata import version
 
 import pytest
 from support import runs
@@ -42,13 +41,12 @@ def vadapter_in(folder, *arguments):
     return done.stdout + done.stderr
 
 
-def test_a_run_of_an_earlier_version_ends_in_the_same_bits(old):
+def test_a_run_of_an_earlier_version_ends_within_rounding(old):
     expected = json.loads((old / "expected_done.json").read_text())
     done = json.loads((old / "run/vadapter/done.json").read_text())
-    if version("jax") == version("jaxlib") == "0.10.2":
-        assert done["components"] == expected["components"]
+    assert done["components"].keys() == expected["components"].keys()
     loss = expected["scores"]["held/loss"]
-    assert done["scores"]["held/loss"] == pytest.approx(loss, abs=1e-4)
+    assert done["scores"]["held/loss"] == pytest.approx(loss, abs=1e-5)
 
 
 def test_it_is_evaluated_exported_and_used(old):

@@ -7,8 +7,9 @@ Parameters are float32; `dtype` is the dtype of the computation. Every parameter
 axes at definition (`embed`, `heads`, `mlp`, `vocab`, …); `distributed.mesh` maps them to the mesh.
 """
 
+import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -52,8 +53,7 @@ def linear(
     kernel_init = partitioned(kernel_init, *axes)
     return nn.Dense(
         features, bias, dtype, kernel_init=kernel_init, bias_init=bias_init,
-        dot_general=lambda x, kernel, *_, **__: product(jnp.asarray(x), jnp.asarray(kernel)),
-        name=name,
+        dot_general=lambda x, kernel, *_, **__: product(x, kernel), name=name,
     )  # fmt: skip
 
 
@@ -274,8 +274,11 @@ class Attention(nn.Module):
             self.sow(ATTENTION, "weights", weights)
             return out(rearrange(y, "b t h k -> b t (h k)")), cache
         weights = attention_weights(q, k, mask, self.scale, self.softcap, v.dtype)
-        self.sow(ATTENTION, "weights", weights)  # nothing, unless `apply` is asked for it
-        y = _weighted(weights, v)
+        if self.is_mutable_collection(ATTENTION):
+            rows = f"b {_FORMS[self.kv_heads == 1].rows} s -> b n g t s"
+            per_head = rearrange(weights, rows, n=self.kv_heads, t=q.shape[1])
+            self.sow(ATTENTION, "weights", per_head)
+        y = _weighted(weights, v, q.shape[1])
         return out(rearrange(y, "b t h k -> b t (h k)")), None
 
     def _kernel(
@@ -297,41 +300,68 @@ def attend(
     mask: Bool[Array, "B T S"] | None, scale: float = 0.0, softcap: float = 0.0,
 ) -> Float[Array, "B T H K"]:  # fmt: skip
     """Return scaled dot-product attention; `scale` and `softcap` as in `Attention`."""
-    return _weighted(attention_weights(q, k, mask, scale, softcap, v.dtype), v)
+    weights = attention_weights(q, k, mask, scale, softcap, v.dtype)
+    return _weighted(weights, v, q.shape[1])
+
+
+class _Form(NamedTuple):
+    """How attention is written as products of matrices: patterns of einops, and of `einsum`."""
+
+    rows: str  # of scores: tokens t and query heads g of KV heads n
+    apart: str  # the same axes, not merged
+    keys: str  # KV heads n and keys s
+    scores: str
+    states: str
+
+
+# Query heads are an axis of their own, so that the mask is one for all heads. Of a single KV head,
+# tokens and query heads are rows of one matrix as they lie in memory: XLA:CPU would transpose them
+# otherwise (BUILD_NOTES, "Steps on a CPU").
+_FORMS = {
+    True: _Form("(n t g)", "n t g", "(n s)", "brk,bsk->brs", "brs,bsk->brk"),
+    False: _Form("n g t", "n g t", "n s", "bngtk,bnsk->bngts", "bngts,bnsk->bngtk"),
+}
 
 
 def attention_weights(
     q: Float[Array, "B T H K"], k: Float[Array, "B S N K"], mask: Bool[Array, "B T S"] | None,
     scale: float, softcap: float, dtype: Dtype,
-) -> Float[Array, "B N G T S"]:  # fmt: skip
+) -> Float[Array, "B *TNG S"]:  # fmt: skip
     """Return the weight of every key for every query of every head; they add up to 1.
 
-    The query heads of a KV head are an axis of their own, [B, N, G, T, K], so that both products
-    are plain batched matrix products and the mask is one for all heads.
+    Their axes are those of `_FORMS`.
     """
     N, K = k.shape[2:]
-    q = rearrange(q, "b t (n g) k -> b n g t k", n=N)
-    scores = jnp.einsum("bngtk,bsnk->bngts", q, k, preferred_element_type=jnp.float32)
-    return _normalized(scores * (scale or K**-0.5), mask, softcap).astype(dtype)
+    form = _FORMS[N == 1]
+    q = rearrange(q, f"b t (n g) k -> b {form.rows} k", n=N)
+    k = rearrange(k, f"b s n k -> b {form.keys} k")
+    scores = jnp.einsum(form.scores, q, k, preferred_element_type=jnp.float32)
+    return _normalized(scores * (scale or K**-0.5), mask, softcap, form, N).astype(dtype)
 
 
 def _normalized(
-    scores: Float[Array, "B N G T S"], mask: Bool[Array, "B T S"] | None, softcap: float
-) -> Float[Array, "B N G T S"]:
-    """Return the weights of scaled scores."""
+    scores: Float[Array, "B *TNG S"], mask: Bool[Array, "B T S"] | None, softcap: float,
+    form: _Form, kv_heads: int,
+) -> Float[Array, "B *TNG S"]:  # fmt: skip
+    """Return the weights of scaled scores, with the axes of `form`."""
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
         # Added rather than selected by `where`, whose backward pass keeps the mask of every head.
-        scores = scores + jnp.where(mask[:, None, None], jnp.float32(0), MASKED)
+        added = jnp.where(mask, jnp.float32(0), MASKED)
+        added = rearrange(added, f"b t s -> b {re.sub('[ng]', '1', form.apart)} s")
+        sizes = {"n": kv_heads, "t": mask.shape[1]}
+        scores = rearrange(scores, f"b {form.rows} s -> b {form.apart} s", **sizes)
+        scores = rearrange(scores + added, f"b {form.apart} s -> b {form.rows} s")
     return jax.nn.softmax(scores, axis=-1)
 
 
 def _weighted(
-    weights: Float[Array, "B N G T S"], v: Float[Array, "B S N K"]
+    weights: Float[Array, "B *TNG S"], v: Float[Array, "B S N K"], tokens: int
 ) -> Float[Array, "B T H K"]:
-    y = jnp.einsum("bngts,bsnk->bngtk", weights, v)
-    return rearrange(y, "b n g t k -> b t (n g) k")
+    N, form = v.shape[2], _FORMS[v.shape[2] == 1]
+    y = jnp.einsum(form.states, weights, rearrange(v, f"b s n k -> b {form.keys} k"))
+    return rearrange(y, f"b {form.rows} k -> b t (n g) k", n=N, t=tokens)
 
 
 def write_cache(
@@ -355,6 +385,6 @@ def attend_cache(
     q = rearrange(q, "b t (n g) k -> (b n) (g t) k", n=sizes["n"])
     scores = jnp.einsum("xgk,xks->xgs", q, keys, preferred_element_type=jnp.float32)
     scores = rearrange(scores * (scale or K**-0.5), "(b n) (g t) s -> b n g t s", **sizes)
-    weights = _normalized(scores, mask, softcap).astype(values.dtype)
+    weights = _normalized(scores, mask, softcap, _FORMS[False], sizes["n"]).astype(values.dtype)
     y = jnp.einsum("xgs,xsk->xgk", rearrange(weights, "b n g t s -> (b n) (g t) s"), values)
     return weights, rearrange(y, "(b n) (g t) k -> b t (n g) k", **sizes)

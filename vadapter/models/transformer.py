@@ -4,6 +4,7 @@ Legend: B batch, T tokens, S keys, C tokens that are cross-attended, E width, L 
 K head dim, P rotated pairs of a head.
 """
 
+import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -240,7 +241,10 @@ class Stack(nn.Module):
             policy = REMAT[self.config.remat]
             run = jax.checkpoint(run, prevent_cse=False, policy=policy, static_argnums=2)
         body = lambda x, i: (run(x, i, 0), None)  # noqa: E731
-        x, _ = jax.lax.scan(body, constrain(x, "batch"), jnp.arange(self.depth - 1))
+        x, _ = jax.lax.scan(
+            body, constrain(x, "batch"), jnp.arange(self.depth - 1),
+            unroll=max(1, _unroll(self.depth, self.config.remat) - 1),
+        )  # fmt: skip
         return run(x, self.depth - 1, last)
 
     @property
@@ -315,6 +319,8 @@ class Stack(nn.Module):
 def scan_layers(layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any) -> Any:
     """Return a module class that runs `depth` layers by a scan, their parameters stacked.
 
+    Within `with_unrolled` the loop of a shallow stack that keeps everything is unrolled.
+
     Args:
       layer: a module class whose call takes and returns the carry first.
       remat: what the backward pass recomputes, see `BlockConfig`.
@@ -330,8 +336,34 @@ def scan_layers(layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any) 
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,
+        unroll=_unroll(depth, remat),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+_UNROLLED = contextvars.ContextVar("unrolled", default=0)  # the depth of `with_unrolled`
+
+
+def with_unrolled(depth: int, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `fn`, traced with loops over at most `depth` layers unrolled.
+
+    See `distributed.compile.unrolled_depth`.
+    """
+
+    @functools.wraps(fn)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        token = _UNROLLED.set(depth)
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            _UNROLLED.reset(token)
+
+    return traced
+
+
+def _unroll(depth: int, remat: Remat) -> int:
+    """Return how many layers one pass of a loop over `depth` layers consists of."""
+    return depth if remat == "none" and 0 < depth <= _UNROLLED.get() else 1
 
 
 def unpadded_rows(batch: int, length: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T T"]]:

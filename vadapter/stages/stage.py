@@ -16,7 +16,7 @@ from vadapter.data.open import make_source, make_stream, prompt_len
 from vadapter.data.pipeline import require_usable
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.distributed import hosts, memory
-from vadapter.distributed.compile import jit
+from vadapter.distributed.compile import jit, unrolled_depth
 from vadapter.distributed.mesh import batch_sharding, shardings_of, with_mesh
 from vadapter.distributed.preemption import Stop
 from vadapter.errors import ConfigError, Problems, UserError
@@ -285,13 +285,15 @@ class Stage:
     @functools.cached_property
     def train_step(self) -> Callable[..., Any]:
         """The train step, (state, frozen, batch) -> (state, metrics), see `steps`; not compiled."""
+        from vadapter.models.transformer import with_unrolled
         from vadapter.stages.steps import make_train_step
 
         step = make_train_step(
             self.objective, self.tx, seed=self.recipe.seed, accumulate=self.config.accumulate,
             dropout=self.config.use_dropout,
         )  # fmt: skip
-        return with_mesh(self.mesh, step)
+        depth = unrolled_depth(self.mesh.devices.flat[0].platform, self.config.steps)
+        return with_mesh(self.mesh, with_unrolled(depth, step))
 
     def jit_train_step(self, step: Callable[..., Any] | None = None, jit: Any = jax.jit) -> Any:
         """Return the train step, or a function around it, jitted: it reuses the state's memory."""
