@@ -9,7 +9,7 @@ import pytest
 from support import tiny
 
 from vadapter.errors import ConfigError
-from vadapter.models.layers import GATED, Attention, Mlp, Norm, attend
+from vadapter.models.layers import GATED, Attention, Mlp, Norm, attend, product
 from vadapter.models.rope import RopeConfig, frequencies, rotate
 
 
@@ -195,3 +195,34 @@ def test_heads_that_do_not_divide_are_an_error(normal):
     module = Attention(heads=3, kv_heads=2, head_dim=4)
     with pytest.raises(ValueError, match="heads=3 is not divisible by kv_heads=2"):
         tiny.init(module, normal(1, 2, 8))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+def test_gradients_of_a_product_are_those_of_the_plain_formula(normal, rank, dtype):
+    x, kernel = normal(*(2, 3, 4)[: rank - 1], 8), normal(8, 6)
+    x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+    loss = lambda fn: lambda x, kernel: jnp.sin(fn(x, kernel).astype(jnp.float32)).sum()  # noqa: E731
+    ours = jax.value_and_grad(loss(product), argnums=(0, 1))(x, kernel)
+    plain = jax.value_and_grad(loss(jnp.matmul), argnums=(0, 1))(x, kernel)
+    atol = 1e-5 if dtype == jnp.float32 else 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), ours, plain)
+    assert ours[1][1].dtype == dtype
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (0, 1)])
+def test_a_product_computes_and_keeps_only_what_gradients_need(normal, trained):
+    def residuals(x, kernel):
+        sides = [x, kernel]
+        free = [sides[i] for i in trained]
+
+        def fn(*free):
+            for i, value in zip(trained, free, strict=True):
+                sides[i] = value
+            return product(*sides)
+
+        return jax.vjp(fn, *free)[1]
+
+    x, kernel = normal(3, 8), normal(8, 6)
+    kept = {leaf.shape for leaf in jax.tree.leaves(residuals(x, kernel)) if leaf.ndim}
+    assert kept == {[kernel.shape, x.shape][i] for i in trained}

@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 from support import tiny
 
+from vadapter.distributed.compile import unrolled_depth
 from vadapter.models.lm import LM, LMConfig
 from vadapter.models.rope import RopeConfig, frequencies
-from vadapter.models.transformer import REMAT, Block, BlockConfig, PerLayer, Stack, text_mask
+from vadapter.models.transformer import (
+    REMAT,
+    Block,
+    BlockConfig,
+    PerLayer,
+    Stack,
+    text_mask,
+    with_unrolled,
+)
 
 T = 8
 
@@ -279,3 +288,30 @@ def test_logits_of_a_bfloat16_model_are_close_to_those_of_its_float32_twin(rng):
     full = jax.jit(module.apply)({"params": params}, tokens)
     assert half.dtype == jnp.bfloat16
     assert 0 < np.abs(half - full).max() < 0.1 * np.abs(full).max()
+
+
+@pytest.mark.parametrize("last", [0, 3])
+@pytest.mark.parametrize(("depth", "loops"), [(2, True), (3, False), (9, False)])
+def test_unrolled_layers_give_the_states_and_gradients_of_the_loop(depth, loops, last, rng):
+    module, params = tiny.lm(depth=3)
+    x = rng.standard_normal((2, T, 16)).astype(np.float32)
+    positions = jnp.broadcast_to(jnp.arange(T), (2, T))
+
+    def fn(x):
+        out, _ = module.apply(
+            {"params": params}, x, method="hidden", positions=positions, last=last
+        )
+        return jnp.sin(out).sum()
+
+    unrolled = with_unrolled(depth, jax.value_and_grad(fn))
+    text = jax.jit(unrolled).lower(x).as_text()
+    assert ("stablehlo.while" in text) == loops
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        unrolled(x), jax.value_and_grad(fn)(x),
+    )  # fmt: skip
+
+
+def test_stacks_are_unrolled_on_a_cpu_in_stages_of_many_steps():
+    assert unrolled_depth("cpu", 100) == 8
+    assert unrolled_depth("cpu", 99) == unrolled_depth("tpu", 10**6) == 0
