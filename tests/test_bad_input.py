@@ -380,8 +380,8 @@ PROCESS = """
 import resource, sys
 from support import runs
 from vadapter.cli import main
-from vadapter.stages import stage
-stage.make_train_step = runs.fake_step
+from vadapter.stages import steps
+steps.make_train_step = runs.fake_step
 if limit := int(sys.argv[1]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 sys.exit(main.main(["train", *sys.argv[2:]]))
