@@ -58,7 +58,7 @@ def test_first_captions_at_the_same_time_agree_and_keep_whole_results(chain, tmp
     said = {finish(process)[0] for process in running}
     assert len(said) == 1
     kept = sorted(path.name for path in (tmp_path / "cache" / "results").iterdir())
-    assert [name.partition("-")[0] for name in kept] == ["keys", "options", "outline", "program"]
+    assert [name.partition("-")[0] for name in kept] == ["keys", "outline", "program"]
     assert {finish(start(chain / "run", chain / "shapes", tmp_path / "cache"))[0]} == said
 
 
