@@ -315,7 +315,7 @@ class _Form(NamedTuple):
 
 
 # Query heads are an axis of their own, so that the mask is one for all heads. Of a single KV head,
-# tokens and query heads are rows of one matrix as they lie in memory: XLA:CPU would transpose them
+# tokens and query heads are rows of one matrix as they are in memory: XLA:CPU would transpose them
 # otherwise (BUILD_NOTES, "Steps on a CPU").
 _FORMS = {
     True: _Form("(n t g)", "n t g", "(n s)", "brk,bsk->brs", "brs,bsk->brk"),
