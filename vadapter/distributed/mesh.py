@@ -221,6 +221,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(names, x.shape, mesh))
 
 
+def platform() -> str:
+    """Return the platform that a program is traced for: "cpu", "gpu" or "tpu"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 def with_mesh(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return `fn` with this mesh active while it is traced; `fn` itself for a single device.
 

@@ -18,7 +18,7 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from vadapter.distributed.mesh import constrain
+from vadapter.distributed.mesh import constrain, platform
 from vadapter.models.fused_attention import Kernel
 from vadapter.models.rope import Rotary, factors, rotate_by
 
@@ -51,9 +51,10 @@ def linear(
     """Return a layer x @ kernel + bias over the last axis; `axes` are those of the kernel."""
     bias_init = partitioned(nn.initializers.zeros, output_axis(axes))
     kernel_init = partitioned(kernel_init, *axes)
+    own = (lambda x, kernel, *_, **__: product(x, kernel)) if platform() == "cpu" else None
     return nn.Dense(
-        features, bias, dtype, kernel_init=kernel_init, bias_init=bias_init,
-        dot_general=lambda x, kernel, *_, **__: product(x, kernel), name=name,
+        features, bias, dtype, kernel_init=kernel_init, bias_init=bias_init, dot_general=own,
+        name=name,
     )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def product(x: Float[Array, "*n I"], kernel: Float[Array, "I O"]) -> Float[Array
 
     JAX's own gradient is the transpose of a product with O as its rows, for which XLA:CPU first
     transposes the gradient of the output in memory: 2.5 times as slow (BUILD_NOTES, "Steps on a
-    CPU").
+    CPU"). TPUs are slower with this one, whose rows they would lay out anew.
     """
     return x @ kernel
 
@@ -275,7 +276,7 @@ class Attention(nn.Module):
             return out(rearrange(y, "b t h k -> b t (h k)")), cache
         weights = attention_weights(q, k, mask, self.scale, self.softcap, v.dtype)
         if self.is_mutable_collection(ATTENTION):
-            rows = f"b {_FORMS[self.kv_heads == 1].rows} s -> b n g t s"
+            rows = f"b {_form(self.kv_heads).rows} s -> b n g t s"
             per_head = rearrange(weights, rows, n=self.kv_heads, t=q.shape[1])
             self.sow(ATTENTION, "weights", per_head)
         y = _weighted(weights, v, q.shape[1])
@@ -314,13 +315,15 @@ class _Form(NamedTuple):
     states: str
 
 
-# Query heads are an axis of their own, so that the mask is one for all heads. Of a single KV head,
-# tokens and query heads are rows of one matrix as they are in memory: XLA:CPU would transpose them
-# otherwise (BUILD_NOTES, "Steps on a CPU").
-_FORMS = {
-    True: _Form("(n t g)", "n t g", "(n s)", "brk,bsk->brs", "brs,bsk->brk"),
-    False: _Form("n g t", "n g t", "n s", "bngtk,bnsk->bngts", "bngts,bnsk->bngtk"),
-}
+# Query heads are an axis of their own, so that the mask is one for all heads.
+_FORM = _Form("n g t", "n g t", "n s", "bngtk,bnsk->bngts", "bngts,bnsk->bngtk")
+# Of a single KV head, tokens and query heads are rows of one matrix as they are in memory.
+_ONE_KV_HEAD = _Form("(n t g)", "n t g", "(n s)", "brk,bsk->brs", "brs,bsk->brk")
+
+
+def _form(kv_heads: int) -> _Form:
+    """Return the form without transposes on this platform (BUILD_NOTES, "Steps on a CPU")."""
+    return _ONE_KV_HEAD if kv_heads == 1 and platform() == "cpu" else _FORM
 
 
 def attention_weights(
@@ -329,10 +332,10 @@ def attention_weights(
 ) -> Float[Array, "B *TNG S"]:  # fmt: skip
     """Return the weight of every key for every query of every head; they add up to 1.
 
-    Their axes are those of `_FORMS`.
+    Their axes are the rows of `_form`.
     """
     N, K = k.shape[2:]
-    form = _FORMS[N == 1]
+    form = _form(N)
     q = rearrange(q, f"b t (n g) k -> b {form.rows} k", n=N)
     k = rearrange(k, f"b s n k -> b {form.keys} k")
     scores = jnp.einsum(form.scores, q, k, preferred_element_type=jnp.float32)
@@ -359,7 +362,7 @@ def _normalized(
 def _weighted(
     weights: Float[Array, "B *TNG S"], v: Float[Array, "B S N K"], tokens: int
 ) -> Float[Array, "B T H K"]:
-    N, form = v.shape[2], _FORMS[v.shape[2] == 1]
+    N, form = v.shape[2], _form(v.shape[2])
     y = jnp.einsum(form.states, weights, rearrange(v, f"b s n k -> b {form.keys} k"))
     return rearrange(y, f"b {form.rows} k -> b t (n g) k", n=N, t=tokens)
 
@@ -385,6 +388,6 @@ def attend_cache(
     q = rearrange(q, "b t (n g) k -> (b n) (g t) k", n=sizes["n"])
     scores = jnp.einsum("xgk,xks->xgs", q, keys, preferred_element_type=jnp.float32)
     scores = rearrange(scores * (scale or K**-0.5), "(b n) (g t) s -> b n g t s", **sizes)
-    weights = _normalized(scores, mask, softcap, _FORMS[False], sizes["n"]).astype(values.dtype)
+    weights = _normalized(scores, mask, softcap, _FORM, sizes["n"]).astype(values.dtype)
     y = jnp.einsum("xgs,xsk->xgk", rearrange(weights, "b n g t s -> (b n) (g t) s"), values)
     return weights, rearrange(y, "(b n) (g t) k -> b t (n g) k", **sizes)
