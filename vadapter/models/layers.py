@@ -260,7 +260,8 @@ class Attention(nn.Module):
         out = self.linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")
         rotary = positions if isinstance(positions, tuple) else None
         if freq is not None:
-            assert isinstance(positions, jax.Array)
+            assert positions is not None
+            assert not isinstance(positions, tuple)
             rotary = factors(positions, freq, self.rope_scale)
         if cache is None and (kernel := self._kernel(q, k, rotary)):
             merge = lambda x, name: checkpoint_name(x.reshape(*x.shape[:2], -1), name)  # noqa: E731
