@@ -145,7 +145,7 @@ def test_a_tpu_uses_it_in_bfloat16():
 
 @pytest.mark.parametrize("other", [
     {"platform": "cpu"}, {"platform": "gpu"}, {"dtype": jnp.float32}, {"softcap": 50.0},
-    {"cache": True}, {"mutable": (ATTENTION,)}, {"head_dim": 80}, {"queries": 12},
+    {"cache": True}, {"fused": False}, {"mutable": (ATTENTION,)}, {"head_dim": 80}, {"queries": 12},
 ], ids=str)  # fmt: skip
 def test_nothing_else_does(other):
     assert "attention_forward" not in program(**other)

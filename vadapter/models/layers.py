@@ -202,6 +202,7 @@ class Attention(nn.Module):
       scale: of the scores; 0: K ** -0.5.
       softcap: scores are cap · tanh(scores / cap) (Gemma 2); 0: no cap.
       rope_scale: see `rope.rotate`.
+      fused: use the kernel of `fused_attention` where it is faster; False: never.
       linear: constructor of the projections, with the signature of `layers.linear`.
     """
 
@@ -214,6 +215,7 @@ class Attention(nn.Module):
     scale: float = 0.0
     softcap: float = 0.0
     rope_scale: float = 1.0
+    fused: bool = True
     dtype: Dtype = jnp.float32
     linear: Callable[..., nn.Module] = linear
 
@@ -290,7 +292,7 @@ class Attention(nn.Module):
 
         It has no weights to be asked for, and no softcap.
         """
-        if self.softcap or self.is_mutable_collection(ATTENTION):
+        if not self.fused or self.softcap or self.is_mutable_collection(ATTENTION):
             return None
         pairs = 0 if rotary is None else rotary[0].shape[-1]
         own = Kernel(self.heads, self.kv_heads, self.head_dim, self.scale, pairs)

@@ -30,7 +30,8 @@ class LMConfig:
       vocab_size: V; 0 takes the size of the run's tokenizer.
       width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, norm_eps, norm_offset, bias,
         qkv_bias, mlp_bias, qk_norm, attn_scale, attn_softcap, parallel, shared_norm, post_norms,
-        dropout, remat, int8: see `transformer.BlockConfig`; int8 includes an untied head.
+        fused_attention, dropout, remat, int8: see `transformer.BlockConfig`; int8 includes an
+        untied head.
       rope: wavelengths of rotary positions.
       rope_local: those of layers with a window; None takes `rope`.
       windows: a layer attends to keys fewer than this many positions back, 0: to all; the pattern
@@ -69,6 +70,7 @@ class LMConfig:
     tied: bool = True
     embed_scale: bool = True
     final_softcap: float = 0.0
+    fused_attention: bool = True
     remat: Remat = "none"
     dropout: float = 0.0
     int8: bool = False

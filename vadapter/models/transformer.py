@@ -62,6 +62,7 @@ class BlockConfig:
       layer_scale: outputs are multiplied by a trainable vector (DINOv2).
       cross: a cross-attention between self-attention and feed-forward.
       rope_scale: see `rope.rotate`.
+      fused_attention: attention by one kernel on TPUs where it is faster, see `fused_attention`.
       dropout: on both residual branches, active only where a `dropout` rng is given.
       remat: what the backward pass recomputes, see `REMAT`.
       int8: kernels are int8 and cannot be trained, see `quantize`.
@@ -88,6 +89,7 @@ class BlockConfig:
     layer_scale: bool = False
     cross: bool = False
     rope_scale: float = 1.0
+    fused_attention: bool = True
     dropout: float = 0.0
     remat: Remat = "none"
     int8: bool = False
@@ -104,7 +106,7 @@ class BlockConfig:
             bias=self.bias, qkv_bias=self.qkv_bias,
             qk_norm=functools.partial(self.make_norm, dtype) if self.qk_norm else None,
             scale=self.attn_scale, softcap=self.attn_softcap, rope_scale=self.rope_scale,
-            dtype=dtype, linear=self.linear, name=name,
+            fused=self.fused_attention, dtype=dtype, linear=self.linear, name=name,
         )  # fmt: skip
 
     def make_norm(self, dtype: Dtype, name: str) -> Norm:

@@ -37,7 +37,7 @@ class ViTConfig(EncoderConfig):
       patch_bias: a bias of the patch projection.
       pre_norm: a norm before the first layer (CLIP).
       final_norm: a norm after the last layer.
-      mlp, layer_scale: see `transformer.BlockConfig`.
+      mlp, layer_scale, fused_attention: see `transformer.BlockConfig`.
       mean, std: pixel normalization, see `encoder.normalize_pixels`.
     """
 
@@ -59,6 +59,7 @@ class ViTConfig(EncoderConfig):
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
     norm_eps: float = 1e-6
+    fused_attention: bool = True
     dropout: float = 0.0
     remat: Remat = "none"
 
@@ -127,7 +128,7 @@ class ViT(nn.Module):
             x = self._norm("pre_norm")(x)
         block = BlockConfig(
             c.width, c.heads, c.mlp_dim, mlp=c.mlp, norm_eps=c.norm_eps, dropout=c.dropout,
-            layer_scale=c.layer_scale, remat=c.remat,
+            layer_scale=c.layer_scale, fused_attention=c.fused_attention, remat=c.remat,
         )  # fmt: skip
         x, _ = Stack(block, c.depth - (c.tap == "penultimate"), self.dtype, name="stack")(x)
         if c.final_norm and c.tap == "last":

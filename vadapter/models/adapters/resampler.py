@@ -41,6 +41,7 @@ class ResamplerConfig:
       concat_queries: keys and values also from the queries (Flamingo, arXiv 2204.14198).
       space_embed: a trainable embedding per visual token, for encoders without positions (CNNs).
       query_std: standard deviation of the queries at initialization.
+      fused_attention: see `BlockConfig`.
       remat: what the backward pass recomputes, see `BlockConfig`. A layer's attention weights, of
         every query on the tokens of all frames, are by far the largest arrays of a resampler.
     """
@@ -58,6 +59,7 @@ class ResamplerConfig:
     concat_queries: bool = False
     space_embed: bool = False
     query_std: float = 1.0
+    fused_attention: bool = True
     remat: Remat = "none"
 
 
@@ -81,7 +83,9 @@ class ResamplerLayer(nn.Module):
         if c.concat_queries:
             kv = jnp.concatenate([kv, q], axis=1)
         head_dim = c.hidden_dim // c.heads
-        attend = Attention(c.heads, c.heads, head_dim, dtype=self.dtype, name="attn")
+        attend = Attention(
+            c.heads, c.heads, head_dim, fused=c.fused_attention, dtype=self.dtype, name="attn"
+        )
         queries = queries + attend(q, kv)[0]
         if c.ffn:
             h = Norm("layer", dtype=self.dtype, name="norm_mlp")(queries)
