@@ -3,8 +3,8 @@
 A scan over a stack copies the weights of every layer out of it, for every token. Here each layer
 has arrays of its own, in the memory of the stack, and the layers of a program follow each other: it
 decodes up to 1.5 times as fast, but takes longer to compile (BUILD_NOTES, "Decoding on a CPU").
-Shapes and sharded weights stay as they are elsewhere: on accelerators the copies overlap with
-computation, and programs of large models must not grow with their depth.
+Only on one CPU device: elsewhere parameters stay stacked, so that programs of large models do not
+grow with their depth.
 
 Legend: E width of the language model, V vocabulary.
 """
