@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 from support.xla_flags import xla_flags
@@ -36,6 +37,8 @@ from absl import flags
 from support.order import LONG_FILES
 from support.recipes import draw
 from support.shared import make_once
+
+from vadapter.io import results
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -83,6 +86,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("libtpu"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def kept_results() -> Iterator[None]:
+    """Undo `results.keep_in` of a command that a test runs in this process."""
+    before = results.folder()
+    yield
+    results.keep_in(before)
 
 
 @pytest.fixture(scope="session")

@@ -177,6 +177,8 @@ def _prepare() -> None:
     keep_memory()
     hosts.start()
     shutdown.follow()
+    if jax.distributed.is_initialized():
+        jax.devices()  # hosts start their backends together: one alone would wait for the others
 
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     cache = Path(os.environ.get("VADAPTER_COMPILE_CACHE", root / "vadapter" / "compiled"))

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from vadapter.distributed import hosts
 from vadapter.distributed.compile import jit
 from vadapter.io import results
 
@@ -43,7 +44,7 @@ class Program:
     ):  # fmt: skip
         self._fn, self._facts, self._device = fn, facts, mesh.devices.flat[0]
         self._jit = functools.partial(jit, of_cpu=dict(of_cpu or {}))
-        self._keeps = facts is not None and mesh.size == 1 and jax.process_count() == 1
+        self._keeps = facts is not None and mesh.size == 1 and hosts.count() == 1
         self._jitted: Any = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
 

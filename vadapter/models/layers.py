@@ -64,7 +64,7 @@ def product(x: Float[Array, "*n I"], kernel: Float[Array, "I O"]) -> Float[Array
 
     JAX's own gradient is the transpose of a product with O as its rows, for which XLA:CPU first
     transposes the gradient of the output in memory: 2.5 times as slow (BUILD_NOTES, "Steps on a
-    CPU"). TPUs are slower with this one, whose rows they would lay out anew.
+    CPU"). TPUs are slower with this one: they copy to merge its rows.
     """
     return x @ kernel
 

@@ -1,6 +1,7 @@
 """Rotary position embeddings (RoFormer, arXiv 2104.09864) and their scaling to longer contexts.
 
-Legend: B batch, T tokens, H heads, K head dim, R rotated dims of a head, P = R / 2 pairs.
+Legend: B batch, T tokens, U positions, H heads, K head dim, R rotated dims of a head, P = R / 2
+pairs.
 """
 
 import dataclasses
@@ -100,10 +101,10 @@ def amplitude(config: RopeConfig) -> float:
     return 0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
 
 
-Rotary = tuple[Float[Array, "B T P"], Float[Array, "B T P"]]  # sine and cosine of every angle
+Rotary = tuple[Float[Array, "B U P"], Float[Array, "B U P"]]  # sine and cosine of every angle
 
 
-def factors(positions: Int[Array, "B T"], freq: Float[Array, " P"], scale: float = 1.0) -> Rotary:
+def factors(positions: Int[Array, "B U"], freq: Float[Array, " P"], scale: float = 1.0) -> Rotary:
     """Return sine and cosine of the angles; `freq` and `scale` as in `rotate`."""
     angle = positions.astype(jnp.float32)[:, :, None] * freq[None, None, :]
     return jnp.sin(angle) * scale, jnp.cos(angle) * scale

@@ -54,6 +54,8 @@ def test_weights_that_nobody_asks_for_are_not_in_the_program(monkeypatch):
     ordinary, calls = program(), []
     monkeypatch.setattr(nn.Module, "sow", lambda *args: calls.append(args))
     assert program() == ordinary
+    assert not calls
+    module.apply({"params": params}, VISUAL, mutable=[ATTENTION])
     assert calls
 
 

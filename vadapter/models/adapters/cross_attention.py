@@ -151,9 +151,9 @@ class Gated:
 def keys_values(module: CrossAttention, params: dict, media: Float[Array, "B Q D"]) -> KeysValues:
     """Return the keys and values of the media tokens for every gated layer, computed at once."""
     layer = GatedLayer(module.config, module.dtype, parent=None)
-    media = jnp.asarray(media, module.dtype)
+    media = media.astype(module.dtype)
 
     def of_layer(params: dict) -> tuple[jax.Array, jax.Array]:
         return layer.apply({"params": params}, media, method="keys_values")  # type: ignore[return-value]
 
-    return jax.vmap(of_layer)(params["layers"])
+    return jax.vmap(of_layer)(jax.tree.map(jnp.asarray, params["layers"]))
