@@ -6,7 +6,6 @@ import importlib.util
 import io
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 from support.xla_flags import xla_flags
@@ -89,11 +88,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def kept_results() -> Iterator[None]:
-    """Undo `results.keep_in` of a command that a test runs in this process."""
-    before = results.folder()
-    yield
-    results.keep_in(before)
+def nothing_kept() -> None:
+    """Undo `results.keep_in` of commands that earlier tests and fixtures ran in this process."""
+    results.keep_in(None)
 
 
 @pytest.fixture(scope="session")
