@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from benches.bench_step import device_peak, parse
 from benches.peer.case import Case
 from benches.peer.decoding import LLAMA, NEW, OurDecoding
 from benches.peer.measure import alternate, summary
@@ -57,10 +58,7 @@ def bench(
     if device:
         out["torch_tokens_s"] = batch * NEW / times["torch"]["wall"][0] * 1e3
         out["ratio"] = times["torch"]["ratio_wall"][0]
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        out["peak_gb"] = stats["peak_bytes_in_use"] / 1e9  # of the process, so far
-    return out
+    return out | device_peak()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,10 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", default="1,64", metavar="N,…", help="rows (1,64)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--alone", action="store_true", help="without transformers")
-    args, rest = parser.parse_known_args(argv)
-    if unknown := [item for item in rest if not item.startswith("--config.")]:
-        parser.error(f"unknown {' '.join(unknown)}")
-    overrides = [item.removeprefix("--config.") for item in rest]
+    args, overrides = parse(parser, argv)
     device, reason = ("", "not asked for") if args.alone else torch_device()
     for batch in map(int, args.batch.split(",")):
         row: dict[str, Any] = {"config": args.config, "stage": args.stage, "batch": batch}

@@ -112,10 +112,24 @@ def bench(stage: Stage, *, repeats: int = 20, max_new: int = 0) -> dict[str, Any
         decode = jax.jit(stage.decode(Decode(max_new))).lower(params, batch).compile()
         out["decode_compile_s"] = time.perf_counter() - start
         out["texts_s"] = rows / statistics.median(_times(lambda: decode(params, batch), 2, 2))
+    return out | device_peak()
+
+
+def device_peak() -> dict[str, float]:
+    """Return `peak_gb`, the most memory of the process so far; {} if the device does not say."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        out["peak_gb"] = stats["peak_bytes_in_use"] / 1e9  # of the process, so far
-    return out
+    peak = stats.get("peak_bytes_in_use")
+    return {} if peak is None else {"peak_gb": peak / 1e9}
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: list[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Return the arguments, and the overrides of the recipe, `KEY=VALUE`; exit on any other."""
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [item for item in rest if not item.startswith("--config.")]:
+        parser.error(f"unknown {' '.join(unknown)}")
+    return args, [item.removeprefix("--config.") for item in rest]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,11 +142,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--remat", default="", metavar="R,…", help="remat of components")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="steps (20)")
     parser.add_argument("--max-new", type=int, default=0, metavar="N", help="also time generation")
-    args, rest = parser.parse_known_args(argv)
-    if unknown := [item for item in rest if not item.startswith("--config.")]:
-        parser.error(f"unknown {' '.join(unknown)}")
+    args, overrides = parse(parser, argv)
     values = config.load(args.config)
-    config.override(values, [item.removeprefix("--config.") for item in rest], Recipe)
+    config.override(values, overrides, Recipe)
     recipe = read(values)
     name = args.stage or recipe.chain[-1]
     peak = matmul_peak()
