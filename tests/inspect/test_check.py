@@ -269,6 +269,15 @@ def test_an_untrained_tokenizer_is_reported_as_a_bound(untrained):
     assert "tokenizer of the run, not trained yet: at most 320 ids" in as_text(facts)
 
 
+def test_the_multiplier_of_a_components_learning_rate_is_shown(untrained):
+    facts = untrained[1]
+    stage = stages(facts)["vadapter"]
+    assert {name: part["lr_mult"] for name, part in parts(stage).items() if part["trained"]} == {
+        "front": 1, "tlm": 0.5, "fc_out": 1
+    }  # fmt: skip
+    assert sum("lr × 0.5" in line for line in as_text(facts).splitlines()) == 1
+
+
 # -- side effects ----------------------------------------------------------------------
 
 

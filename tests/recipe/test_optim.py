@@ -69,6 +69,30 @@ def test_gradients_are_clipped_by_the_norm_of_all_of_them_together():
     np.testing.assert_allclose(updates["b"], [0, -0.8e-6], rtol=1e-5)
 
 
+def test_a_multiplier_scales_every_update_of_its_component_and_adds_no_state():
+    params = {name: {"kernel": jnp.full((2, 2), 3.0)} for name in ("tlm", "fc_out", "still")}
+    grads = {name: {"kernel": jnp.full((2, 2), 0.1)} for name in params}
+
+    def updates(**lr_mults):
+        tx = make_optimizer(OptimConfig(lr=0.5, warmup=1, lr_mults=lr_mults), steps=4)
+        state, found = tx.init(params), []
+        for _ in range(3):
+            update, state = tx.update(grads, state, params)
+            found.append(update)
+        return found, state
+
+    (plain, before), (scaled, after) = updates(), updates(tlm=0.25, still=0)
+    for one, other in zip(plain, scaled, strict=True):
+        assert np.abs(one["tlm"]["kernel"]).min() > 0
+        np.testing.assert_array_equal(other["tlm"]["kernel"], 0.25 * one["tlm"]["kernel"])
+        np.testing.assert_array_equal(other["fc_out"]["kernel"], one["fc_out"]["kernel"])
+        assert not other["still"]["kernel"].any()
+    moments = [tiny.paths(state) for state in (before, after)]
+    assert moments[0].keys() == moments[1].keys()
+    for path, leaf in moments[0].items():
+        np.testing.assert_array_equal(leaf, moments[1][path], err_msg=path)
+
+
 def test_the_defaults_are_the_papers_table_10():
     config = OptimConfig()
     assert (config.lr, config.warmup, config.schedule) == (5e-4, 1000, "linear")

@@ -11,7 +11,8 @@ from vadapter.config import load, override
 from vadapter.errors import ConfigError
 from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.coca import CoCa
-from vadapter.recipe.schema import STAGES, components, make_model, read, trained
+from vadapter.recipe.model import make_model
+from vadapter.recipe.schema import STAGES, components, read, trained
 
 
 @pytest.fixture
@@ -107,6 +108,14 @@ MISTAKES = {
     "an unknown schedule": (
         "stages.llm.optim.schedule", "cosin",
         "config.stages.decoder.optim.schedule='cosin': one of linear, cosine, constant",
+    ),
+    "a learning rate of a frozen component": (
+        "stages.vadapter.optim.lr_mults", {"llm": 0.1},
+        "config.stages.decoder.optim.lr_mults.llm: the stage does not train 'llm'; it trains res",
+    ),
+    "a negative multiplier": (
+        "stages.llm.optim.lr_mults", {"resampler": -1},
+        "config.stages.decoder.optim.lr_mults.resampler=-1.0: a finite number, 0 or more",
     ),
     "scores of a stage without images": (
         "stages.llm.evals", ("captions",),

@@ -101,13 +101,15 @@ def small(folder: Path) -> ConfigDict:
     decoder = {"kind": "decoder", "lm": "tlm", "chain": ("front",), "start": encoder}
     vadapter = {"kind": "adapter", "lm": "llm", "chain": ("front", "tlm", "fc_out")}
     vadapter |= {"start": encoder | inner, "evals": ("captions",), "eval_every": 3}
+    slower = {"optim": every["optim"] | {"lr_mults": {"tlm": 0.5}}}
     with config.unlocked():
         config.chain = CHAIN
         config.components.front = {"kind": "mlp", "hidden_dim": 16, "width": 16}
         config.components.llm.dropout = 0.1
         config.data.images.update(cache=True, flip=True, texts=1)
         config.evals = {"captions": config.evals.captions}
-        config.stages = {"llm": llm | every, "decoder": decoder | see, "vadapter": vadapter | see}
+        config.stages = {"llm": llm | every, "decoder": decoder | see}
+        config.stages.vadapter = vadapter | see | slower
     return config
 
 

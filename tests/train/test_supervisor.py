@@ -5,6 +5,7 @@ import pytest
 from support.patches import use_clock
 
 from vadapter.errors import DataError, NonFiniteError
+from vadapter.recipe.optim import OptimConfig
 from vadapter.recipe.schema import StageConfig
 from vadapter.train.supervisor import FEW_BAD, Monitor
 
@@ -67,7 +68,8 @@ def test_no_time_falls_between_two_lines_not_even_that_of_writing_them(clock):
 
 def test_logging_does_not_wait_for_the_next_step(clock):
     lines, asked = Lines(), []
-    config = StageConfig("lm", 8, 8, {"text": 1.0}, log_every=1)
+    optim = OptimConfig(lr_mults={"tlm": 0.25})
+    config = StageConfig("lm", 8, 8, {"text": 1.0}, log_every=1, optim=optim)
 
     def rate(step):
         asked.append(step)
@@ -79,8 +81,9 @@ def test_logging_does_not_wait_for_the_next_step(clock):
         journal.add(step, metrics(), [])
     journal.flush()
     assert len(asked) == before
-    wanted = pytest.approx([0.5 / step for step in range(1, 9)])
-    assert [row["lr"] for row in lines.rows] == wanted
+    wanted = [0.5 / step for step in range(1, 9)]
+    assert [row["lr"] for row in lines.rows] == pytest.approx(wanted)
+    assert [row["lr_tlm"] for row in lines.rows] == pytest.approx([x / 4 for x in wanted])
 
 
 def test_compilation_and_evaluation_do_not_count_as_steps_and_are_logged_once(clock):

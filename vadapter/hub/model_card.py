@@ -123,7 +123,8 @@ def _training(loaded: Stage) -> str:
         f"step {loaded.step:,} of {config.steps:,}, batches of {config.batch}, seed {recipe.seed}, "
         f"computed in {recipe.dtype}",
         f"AdamW, learning rate {optim.lr:g} ({optim.schedule}, {optim.warmup:,} warm-up steps), "
-        f"weight decay {optim.weight_decay:g}, gradients clipped at {optim.clip:g}",
+        f"weight decay {optim.weight_decay:g}, gradients clipped at {optim.clip:g}"
+        + "".join(f"; {name}'s rate × {x:g}" for name, x in optim.lr_mults.items()),
     ]
     data = {name: recipe.data[name] for name in config.data}
     rows = [(n, d.source.get("kind", ""), d.task, f"{config.data[n]:g}") for n, d in data.items()]

@@ -107,6 +107,7 @@ def _component(stage: Stage, findings: Findings, name: str) -> Facts:
         "vocab_size": _vocab_size(stage, findings, name),
         "parameters": _count(stage.abstract[name]) if findings.built else None,
         "trained": name in trained(stage.config), "int8": bool(spec.get("int8")),
+        "lr_mult": stage.config.optim.lr_mults.get(name, 1.0),
         "start": _start(stage, findings, name),
     }  # fmt: skip
 

@@ -38,12 +38,14 @@ def _stage(facts: Facts, stage: Facts) -> str:
 def _part(stage: Facts, part: Facts) -> tuple[str, ...]:
     count = part["parameters"]
     state = "trained" if part["trained"] else "frozen"
+    state += "\nint8" * part["int8"]
+    state += f"\nlr × {part['lr_mult']:g}" * (part["lr_mult"] != 1)
     return (
         part["name"],
         "\n".join(filter(None, (part["kind"], part["size"]))),
         "\n".join(_shapes(stage, part)),
         "—" if count is None else f"{count:,}",
-        f"{state}\nint8" if part["int8"] else state,
+        state,
         "\n".join(_start(part["start"])),
     )
 

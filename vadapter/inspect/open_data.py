@@ -13,7 +13,8 @@ from vadapter.data.open import make_source, make_stream
 from vadapter.data.pipeline import Stream
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.errors import ConfigError
-from vadapter.recipe.schema import Recipe, make_model, used_data
+from vadapter.recipe.model import make_model
+from vadapter.recipe.schema import Recipe, used_data
 from vadapter.stages.abstract_state import view_of
 from vadapter.stages.run import read_tokenizer
 from vadapter.stages.stage import NO_RUN

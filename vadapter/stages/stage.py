@@ -153,9 +153,10 @@ class Stage:
     @functools.cached_property
     def initializer(self) -> "Initializer":
         """The model with its traced init."""
+        from vadapter.recipe.model import make_model
         from vadapter.stages.abstract_state import Initializer
 
-        return Initializer(schema.make_model(self.recipe, self.config, self.vocab_size))
+        return Initializer(make_model(self.recipe, self.config, self.vocab_size))
 
     @property
     def model(self) -> "Model":

@@ -182,7 +182,8 @@ class Monitor:
         now = time.monotonic()
         updates = self._values or [last]
         values = {k: float(np.mean([v[k] for v in updates])) for k in last} | self._sums
-        values["lr"] = float(self._rates[step - 1])
+        values["lr"] = rate = float(self._rates[step - 1])
+        values |= {f"lr_{name}": rate * x for name, x in self._config.optim.lr_mults.items()}
         values["step_ms"] = 1000 * (now - self._clock) / self._steps
         if self._compile_s:
             values["compile_s"] = self._compile_s

@@ -22,7 +22,8 @@ from vadapter.hub.write import export
 from vadapter.inspect.check import check
 from vadapter.inspect.check_text import as_text
 from vadapter.models.registry import KINDS, load_kind
-from vadapter.recipe.schema import make_model, read
+from vadapter.recipe.model import make_model
+from vadapter.recipe.schema import read
 from vadapter.stages.stage import Stage
 from vadapter.stages.steps import init_state, make_train_step, split
 
