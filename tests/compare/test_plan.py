@@ -89,6 +89,8 @@ MISTAKES = {
                                      "did you mean 'captions'"),
     "a score that there is not": ({"change": lambda c: c.update(score="captions/cidre")},
                                   "did you mean 'captions/cider'"),
+    "facts of captions that nothing judges": (
+        {"change": lambda c: c.update(score="captions/captions_right")}, "captions/cider"),
     "an unknown test": ({"change": lambda c: c.update(test=("tests",))}, "did you mean 'test'"),
     "the name of a folder": ({"change": lambda c: c.arms.update(parts=c.arms.mlp)},
                              "config.arms.parts: cannot be the name of a folder"),
@@ -106,6 +108,16 @@ def test_a_mistake_in_a_comparison_is_explained(plan, case):
     with pytest.raises(UserError) as raised:
         plan(**options)
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("metric", ["captions_right", "facts", "facts_color"])
+def test_facts_right_may_be_the_score_of_generated_scenes(plan, metric):
+    def change(config):
+        config.score = f"captions/{metric}"
+        for arm in config.arms.values():
+            arm.data[arm.evals.captions.data].source = {"kind": "scenes", "split": "val"}
+
+    assert plan(change=change).settings.score == f"captions/{metric}"
 
 
 # What must be equal in all arms: (where it is in a recipe, key of the difference).

@@ -14,7 +14,7 @@ from support import paths
 from support.compared import LOSS, SCORE, compare, points, write_run
 
 from vadapter.compare import curves
-from vadapter.compare.comparison import Arm, Comparison
+from vadapter.compare.comparison import Arm, Comparison, evaluation_folder
 from vadapter.compare.costs import Cost
 from vadapter.compare.csv_file import COLUMNS, COUNTS, csv_text
 from vadapter.compare.curves import AXES, measure
@@ -24,10 +24,13 @@ from vadapter.compare.read import read_runs
 from vadapter.compare.summary import findings
 from vadapter.compare.table import compact, learning_rates, results, signed, tables, to_baseline
 from vadapter.compare.write import write_comparison
+from vadapter.data.scenes.source import ScenesSource
 from vadapter.errors import ConfigError
+from vadapter.evaluate.runner import save_result
 from vadapter.metrics import bootstrap
 from vadapter.metrics.blind_baselines import constant_caption
 from vadapter.metrics.bootstrap import Sample
+from vadapter.metrics.scoring import METRICS, Generation, score_generations
 
 COSTS = {
     "perceiver": Cost(8, 3e9, 400.0, {"images": 4, "clips": 32}, 10_000, 1_234_567),
@@ -126,6 +129,38 @@ def test_runs_that_were_measured_on_other_content_are_refused_as_far_as_it_is_re
         with pytest.raises(ConfigError, match="cannot be compared") as raised:
             read_runs(different)
         assert "protocol.content.held" in str(raised.value)
+
+
+def test_captions_that_are_judged_are_compared_by_what_is_right_beside_their_metric(tmp_path):
+    source = ScenesSource("image", "val", count=40)
+    arms = []
+    for name, wrong in (("perceiver", 20), ("better", 5)):
+        run = write_run(tmp_path / name, "perceiver", {5: {"captions/facts": 0.5, LOSS: 1.0}})
+        said = [source.text_only(i + (i < wrong)).captions[0] for i in range(40)]
+        generations = [Generation(i, text, True) for i, text in enumerate(said)]
+        result = score_generations(source, generations, METRICS["cider"])
+        save_result(evaluation_folder(run, "test"), result)
+        arms.append((Arm(name, (run,), {}), result))
+    comparison = Comparison(
+        "x", tuple(arm for arm, _ in arms), "perceiver", LOSS, "captions/facts", ("test",)
+    )
+    measured = measure(comparison)
+    found = evaluations(measured)
+    assert [each.metric for each in found] == ["cider", "captions_right", "facts"]
+    for each in found:
+        first, second = (result.scores[each.metric] for _, result in arms)
+        assert each.differences["better", "perceiver"].value == pytest.approx(second - first)
+    header = results(measured, found).header
+    assert {"test\ncaptions right in %", "test\nfacts right in %"} < {*header}
+    assert "captions\nbest facts right in %" in header
+    titles = [table.title for table in tables(measured, found)]
+    assert len(set(titles)) == len(titles)
+    page = write_comparison(comparison, tmp_path / "pages")
+    with page.csv.open() as file:
+        logged = [row for row in csv.DictReader(file) if row["steps"] == "5"]
+    assert [(row["score"], row["facts_right"], row["captions_right"]) for row in logged] == [
+        ("0.5", "0.5", "")
+    ] * 2
 
 
 def test_differences_are_paired_over_items_averaged_over_seeds(three):

@@ -1,9 +1,12 @@
 """Results of generations: every score has an interval over images, and rows can be compared."""
 
+import json
+
 import numpy as np
 import pytest
 
-from vadapter.data.example import Example, Question
+from vadapter.data.example import Example, Judgment, Question
+from vadapter.data.scenes.source import ScenesSource
 from vadapter.errors import DataError
 from vadapter.metrics.bootstrap import interval, paired
 from vadapter.metrics.scoring import METRICS, Generation, sample_of, score_generations
@@ -112,3 +115,56 @@ def test_one_image_has_scores_without_intervals():
     result = score_generations(items, answered(items, {0, 1}), METRICS["simple"])
     assert result.scores["accuracy"] == 0.25
     assert result.intervals == {}
+
+
+def judged(*judgments):
+    """Return one item for each {kind: (right, mentioned)}, and whether its caption is right."""
+    return Texts(
+        Example(f"{i}.jpg", None, ("a dog", "a cat"), judge=lambda _, each=each: Judgment(*each))
+        for i, each in enumerate(judgments)
+    )
+
+
+def test_captions_that_are_judged_have_shares_of_facts_and_of_right_captions():
+    items = judged(
+        ({"color": (1, 2), "place": (1, 1)}, False),
+        ({"color": (3, 3)}, True),
+        ({}, False),
+        ({"place": (0, 2)}, False),
+    )
+    said = [Generation(i, "a dog", True) for i in range(len(items))]
+    result = score_generations(items, said, METRICS["cider"])
+    expected = {
+        "captions_right": 1 / 4, "facts": 5 / 8, "facts_color": 4 / 5, "facts_place": 1 / 3,
+        "facts_per_caption": 8 / 4,
+    }  # fmt: skip
+    assert {name: result.scores[name] for name in expected} == pytest.approx(expected)
+    assert "facts_shape" not in result.scores
+    for name in expected:
+        low, high = result.intervals[name]
+        assert low <= result.scores[name] <= high
+    json.dumps(result.rows)
+    for name in ("captions_right", "facts", "facts_place"):
+        assert sample_of(result.rows, name).value == result.scores[name]
+        assert paired(sample_of(result.rows, name), sample_of(result.rows, name)).value == 0
+    assert sample_of(result.rows, "cider").value == result.scores["cider"]
+
+
+def test_captions_without_any_fact_have_no_fact_right():
+    result = score_generations(
+        judged(*[({}, False)] * 4), [Generation(i, None, True) for i in range(4)], METRICS["cider"]
+    )
+    assert (result.scores["facts"], result.scores["captions_right"]) == (0, 0)
+    assert result.intervals["facts"] == (0, 0)
+
+
+@pytest.mark.parametrize("media", ["image", "clip"])
+def test_true_captions_of_scenes_are_all_right_and_those_of_other_scenes_are_mostly_not(media):
+    items = ScenesSource(media, "val", count=60)
+    for shift, expected in ((0, lambda x: x == 1), (1, lambda x: 0 < x < 0.3)):
+        said = [
+            Generation(i, items.text_only((i + shift) % 60).captions[0], True) for i in range(60)
+        ]
+        scores = score_generations(items, said, METRICS["cider"]).scores
+        assert expected(scores["captions_right"])
+        assert (scores["facts"] == 1) == (shift == 0)

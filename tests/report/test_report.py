@@ -20,7 +20,7 @@ from vadapter.recipe.schema import read
 from vadapter.report.gallery import MAX_BYTES, Section, choose, thumbnail, write_gallery
 from vadapter.report.plots import convergence
 from vadapter.report.report import write_report
-from vadapter.report.table import HEADER, seconds, summary
+from vadapter.report.table import HEADER, score_table, seconds, summary
 from vadapter.stages.restore import read_run
 
 NASTY = '<script>alert("1")</script>\' onload="x" & ]]> \x00'
@@ -123,6 +123,15 @@ def test_an_interval_is_left_out_where_it_is_absent_or_of_another_score(run, tmp
     after = {row[0]: row for row in summary(target, read_run(target))}["vadapter"]
     assert after[5] == re.sub(r" \[.*\]", "", before[5])
     assert after[6] == before[6]
+
+
+def test_scores_are_in_percent_and_counts_are_not():
+    scores = {"facts": 0.5, "facts_per_caption": 4.236, "n": 200}
+    rows, header = score_table({"captions": {"scores": scores, "intervals": {"facts": (0.4, 1)}}})
+    assert header == ("score", "captions")
+    assert dict(rows) == {
+        "n": "200", "facts": "50.0 [40.0, 100.0]", "facts_per_caption": "4.24"
+    }  # fmt: skip
 
 
 def test_the_seconds_of_interrupted_attempts_add_up(tmp_path):

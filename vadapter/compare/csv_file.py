@@ -9,6 +9,7 @@ from vadapter.compare.comparison import Trained
 from vadapter.compare.curves import AXES, Curve, Measured, MeasuredArm, Point
 from vadapter.compare.provenance import Origin
 from vadapter.compare.record import commit
+from vadapter.metrics import judgments
 
 
 class Record(NamedTuple):
@@ -41,6 +42,11 @@ def _spent(axis: str, counted: bool) -> Callable[[Record], float]:
     return lambda r: r.curve.spent(r.point, axis, counted)
 
 
+def _score(metric: str) -> Callable[[Record], float | None]:
+    """Return how to read another score of the evaluation of the comparison's score."""
+    return lambda r: r.logged(f"{r.measured.comparison.score.rpartition('/')[0]}/{metric}")
+
+
 COLUMNS: dict[str, Column] = {
     "arm": Column("name of the arm", lambda r: r.arm.name),
     "seed": Column("of the run", lambda r: r.curve.run.seed),
@@ -60,10 +66,9 @@ COLUMNS: dict[str, Column] = {
     "score": Column(
         "validation score, a share of 1", lambda r: r.logged(r.measured.comparison.score)
     ),
-    "score_items": Column(
-        "number of items it was measured on",
-        lambda r: r.logged(f"{r.measured.comparison.score.rpartition('/')[0]}/n"),
-    ),
+    "score_items": Column("number of items it was measured on", _score("n")),
+    "captions_right": Column("share of right captions of the same items", _score(judgments.RIGHT)),
+    "facts_right": Column("share of right facts in them", _score(judgments.FACTS)),
     "recipe": Column("SHA-256 of the run's recipe", lambda r: r.origin.recipe),
     "data": Column("SHA-256 of the training data, by content", lambda r: r.origin.data),
     "protocol": Column(

@@ -16,8 +16,10 @@ from vadapter.compare import fairness
 from vadapter.compare.comparison import Trained
 from vadapter.config import build, differences, nearest, override, plain, require_one_of
 from vadapter.console import difference_table
+from vadapter.data.open import JUDGES
 from vadapter.errors import ConfigError, UserError
 from vadapter.io import storage
+from vadapter.metrics.judgments import is_judged
 from vadapter.recipe.schema import Recipe, StageConfig, components, read, used_data
 
 PARTS = "parts"
@@ -25,7 +27,8 @@ FEATURES = "features"
 PART_KINDS = ("lm", "vision")
 _RESERVED = (PARTS, FEATURES, "plots")  # folders of a comparison that are no arms
 _NAMED = ("components", "data", "stages", "evals")  # keys of a recipe that are groups by name
-# Scores of an evaluation by the task of its data; accuracy_KIND for a kind of question, too.
+# Scores of an evaluation by the task of its data; accuracy_KIND for a kind of question, too, and
+# those of `metrics.judgments` where the source judges captions.
 _SCORES = {"caption": ("cider", "bleu4", "rouge_l"), "question": ("accuracy",)}
 
 
@@ -193,8 +196,10 @@ def _check_arm(name: str, recipe: Recipe, settings: Settings, folder: Path) -> N
     if settings.score:
         evaluation, _, metric = settings.score.partition("/")
         require_one_of(f"{place}: score={settings.score!r}", evaluation, stage.evals)
-        task = recipe.data[recipe.evals[evaluation].data].task
-        if not (task == "question" and metric.startswith("accuracy_")):
+        data = recipe.data[recipe.evals[evaluation].data]
+        task, judged = data.task, data.source.get("kind") in JUDGES
+        of_kind = task == "question" and metric.startswith("accuracy_")
+        if not of_kind and not (task == "caption" and judged and is_judged(metric)):
             known = [f"{evaluation}/{name}" for name in _SCORES[task]]
             require_one_of(f"{place}: score={settings.score!r}", settings.score, known)
     for evaluation in settings.test:

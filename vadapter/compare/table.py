@@ -20,6 +20,7 @@ from vadapter.console import listing
 from vadapter.metrics import bootstrap
 from vadapter.metrics.blind_baselines import NAMES
 from vadapter.metrics.bootstrap import Difference, Interval
+from vadapter.metrics.judgments import is_judged
 
 Row = tuple[str, ...]
 
@@ -102,6 +103,9 @@ def _parts(criterion: Criterion) -> tuple[str, str]:
 
 def metric_title(metric: str) -> str:
     """Return the name of a score with its unit."""
+    if is_judged(metric):
+        what, _, kind = metric.partition("_")
+        return f"{what} right in %" if what == "captions" else f"{kind} facts right in %".lstrip()
     return {"cider": "CIDEr × 100", "accuracy": "accuracy in %"}.get(metric, f"{metric} × 100")
 
 
@@ -162,7 +166,7 @@ def results(measured: Measured, evaluations: Sequence[Evaluation]) -> Table:
         )
         rows.append(row)
     blind = _blind_row(criteria, evaluations, len(header))
-    names = listing(f"{each.items:,} items of {each.name}" for each in evaluations)
+    names = listing(dict.fromkeys(f"{each.items:,} items of {each.name}" for each in evaluations))
     note = "Means over seeds, with minimum and maximum in parentheses where there are several. "
     if evaluations:
         note += f"Brackets: 95 % interval over the {names}, drawn by image or clip. "
@@ -319,12 +323,13 @@ def difference_table(evaluation: Evaluation) -> Table:
                 marked.append((i, 1 + j))
         rows.append(tuple(row))
     note = (
-        f"Row minus column, {metric_title(evaluation.metric)}, on the same {evaluation.items:,} "
-        f"items of {evaluation.name}: scores averaged over seeds for each item, then a paired "
-        "bootstrap by image or clip (95 % interval). Emphasized: the interval leaves out 0. "
-        "Anything else is not a difference that these items show."
+        f"Row minus column, on the same {evaluation.items:,} items of {evaluation.name}: scores "
+        "averaged over seeds for each item, then a paired bootstrap by image or clip (95 % "
+        "interval). Emphasized: the interval leaves out 0. Anything else is not a difference that "
+        "these items show."
     )
-    return Table(f"Differences: {evaluation.name}", ("", *names), rows, note, marked, "pairs")
+    name = f"{evaluation.name}, {metric_title(evaluation.metric)}"
+    return Table(f"Differences: {name}", ("", *names), rows, note, marked, "pairs")
 
 
 def tables(measured: Measured, evaluations: Sequence[Evaluation]) -> list[Table]:

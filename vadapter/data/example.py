@@ -6,7 +6,7 @@ D encoder width.
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -49,6 +49,18 @@ class Features:
     readable: bool = True
 
 
+class Judgment(NamedTuple):
+    """How a caption agrees with what is known of an image or a clip.
+
+    Attributes:
+      facts: (right, mentioned): numbers of facts by kind, of the kinds that are mentioned.
+      right: whether the caption is right by the definition of its source.
+    """
+
+    facts: Mapping[str, tuple[int, int]]
+    right: bool
+
+
 Media = bytes | np.ndarray | Path | Features
 
 
@@ -62,6 +74,7 @@ class Example:
         features, or None where there is only text.
       captions, qa: independent descriptions of the media, and questions about it.
       pieces: one language-modeling document, whose pieces are tokenized separately and joined.
+      judge: judges any caption of the media, where all that is to be seen is known; picklable.
     """
 
     id: str
@@ -69,6 +82,7 @@ class Example:
     captions: tuple[str, ...] = ()
     qa: tuple[Question, ...] = ()
     pieces: tuple[str, ...] = ()
+    judge: Callable[[str], Judgment] | None = None
 
 
 class Source(Protocol):

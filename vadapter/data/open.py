@@ -28,6 +28,7 @@ SOURCES = {
     "tfds": "vadapter.data.sources.tfds:TfdsSource",
     "documents": "vadapter.data.documents:DocumentSource",
 }
+JUDGES = ("scenes",)  # the kinds whose examples judge captions, see `Example.judge`
 TASKS = ("caption", "question", "document")
 
 

@@ -6,6 +6,7 @@
   vqa              accuracy by the official rules of VQAv2, OK-VQA, TextVQA, VizWiz, iVQA, MSRVTT-QA
                    and MSVD-QA, and by the rules of other papers under names of their own
   bootstrap        95 % intervals of scores and paired tests of two systems, over images or clips
+  judgments        shares of captions, and of facts in them, that the source finds right
   blind_baselines  scores that need no image: the best constant caption, the majority answer
   scoring          `METRICS`, which names the metric of each benchmark, and `score_generations`
 

@@ -35,6 +35,12 @@ def mean(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / sums[..., 1]
 
 
+def share(sums: np.ndarray) -> np.ndarray:
+    """Return shares, f64[…], from sums of parts and of wholes, f64[…, 2]; 0 where there is none."""
+    part, whole = sums[..., 0], sums[..., 1]
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """The items of a test set, and what a score is computed from.
@@ -72,6 +78,19 @@ class Sample:
         """Return the sample whose score is the mean of the items' scores."""
         values = np.asarray(scores, np.float64)
         return cls(items, clusters, np.stack([values, np.ones_like(values)], axis=-1))
+
+    @classmethod
+    def of_shares(
+        cls,
+        items: Sequence[Hashable],
+        clusters: Sequence[Hashable],
+        sums: Sequence[tuple[float, float]],
+    ) -> "Sample":
+        """Return the sample whose score is what all items have over what they could have.
+
+        `sums` are both amounts of each item. It is 0 if no item could have any.
+        """
+        return cls(items, clusters, np.asarray(sums, np.float64).reshape(-1, 2), share)
 
     def where(self, chosen: Sequence[bool]) -> "Sample":
         """Return the sample of some of the items; `chosen` says for each item whether it is one."""

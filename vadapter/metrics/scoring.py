@@ -3,7 +3,7 @@
 Scores are fractions on the official scale (multiply by 100 to print them). Beside them, as counts
 or shares: `n`, the scored items; `ended`, generations that ended by themselves; `distinct`,
 different generations; `unreadable`, items whose image cannot be read, if there are any: they count
-with an empty generation.
+with an empty generation. Where the source judges captions there are more, see `judgments`.
 
 Each score has a 95 % interval over images or clips, see `bootstrap`. That of CIDEr-D resamples the
 items' scores with the idf of the evaluated set: it says how much the score depends on which of its
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vadapter.errors import DataError
+from vadapter.metrics import judgments
 from vadapter.metrics.bootstrap import Interval, Sample, intervals
 
 
@@ -35,7 +36,8 @@ class Result:
     """Scores of an evaluation, and a row per item.
 
     A row has id (of the image or clip: several questions about one share it), index, prediction,
-    references or question, answer, kind; score; ended; and prefix, if the image is read as text.
+    references or question, answer, kind; score; ended; prefix, if the image is read as text; right
+    and facts (by kind: right, mentioned), if the source judges captions.
     """
 
     scores: dict[str, float]
@@ -110,14 +112,19 @@ def _score_captions(items: Any, generations: Sequence[Generation], metric: Metri
     for i, text, ended, prefix in generations:
         scored = {"references": list(references[i]), "score": scores.cider_of[i], "ended": ended}
         row = {"id": examples[i].id, "index": i, "prediction": text, **scored}
+        if judge := examples[i].judge:
+            row |= judgments.row_of(judge(text or ""))
         rows.append(row | _of_prefix(prefix))
     names = _keys(rows), _images(rows)
+    judged = judgments.samples(rows, *names) if all("facts" in row for row in rows) else {}
     samples = {
         "cider": Sample.of_means(*names, [*scores.cider_of.values()]),
         "bleu4": Sample(*names, np.array([*scores.bleu_counts_of.values()]), bleu4_of),
         "rouge_l": Sample.of_means(*names, [*scores.rouge_l_of.values()]),
     }
-    return Result({name: getattr(scores, name) for name in samples}, rows, samples)
+    of_all = {name: getattr(scores, name) for name in samples}
+    of_all |= {name: sample.value for name, sample in judged.items()}
+    return Result(of_all, rows, samples | judged)
 
 
 def _of_prefix(prefix: str) -> dict[str, str]:
@@ -158,14 +165,17 @@ def _score_answers(items: Any, generations: Sequence[Generation], metric: Metric
     return Result(scores, rows, samples)
 
 
-def sample_of(rows: Sequence[Mapping[str, Any]]) -> Sample:
+def sample_of(rows: Sequence[Mapping[str, Any]], metric: str = "") -> Sample:
     """Return the items of predictions.jsonl with their scores, for tests between two systems.
 
-    The score is the mean of the rows' `score`: CIDEr-D or accuracy.
+    Args:
+      metric: one of `judgments`; any other: the mean of the rows' `score`, CIDEr-D or accuracy.
 
     Raises:
       DataError: rows without scores: the answers are not public.
     """
+    if judgments.is_judged(metric):
+        return judgments.samples(rows, _keys(rows), _images(rows))[metric]
     unscored = [row for row in rows if "score" not in row]
     if unscored:
         raise DataError(

@@ -16,6 +16,7 @@ HEADER = (
     "CIDEr", "correct\nanswers, %", "seconds",
 )  # fmt: skip
 BENCHMARKS = ("benchmark", "stage", "metric", "score", "n", "protocol", "set")
+_COUNTS = {"n": "{:.0f}", "facts_per_caption": "{:.2f}"}  # scores that are no shares: their format
 _METRICS = (("cider", "caption"), ("accuracy", "question"))  # (metric, task) of two columns
 
 
@@ -177,11 +178,11 @@ def score_table(
 
 
 def _score(record: Mapping[str, Any], name: str) -> str:
-    """Return a score of the content of score.json in percent with its interval; n as a number."""
+    """Return a score of the content of score.json in percent with its interval; counts as such."""
     if (value := record["scores"].get(name)) is None:
         return "—"
-    if name == "n":
-        return f"{value:.0f}"
+    if name in _COUNTS:
+        return _COUNTS[name].format(value)
     return with_interval(value, record.get("intervals", {}).get(name))
 
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from vadapter.config import require_one_of
-from vadapter.data.example import Example, Question, Source
+from vadapter.data.example import Example, Judgment, Question, Source
 from vadapter.data.prompts import CAPTION, QUESTION, text_piece
+from vadapter.data.scenes import facts
 from vadapter.data.scenes.captions import captions, keywords, whole
 from vadapter.data.scenes.dice import Dice
 from vadapter.data.scenes.paint import render
@@ -134,7 +135,13 @@ def _words(source: ScenesSource, index: int) -> Example:
     if source.kind == "text":
         return Example(id=name, pieces=document(scene, words, source.form))
     qa = tuple(Question(text, (answer,), kind) for text, answer, kind in source.qa(index))
-    return Example(id=name, captions=captions(scene, words), qa=qa)
+    judge = functools.partial(_judge, source, index)
+    return Example(id=name, captions=captions(scene, words), qa=qa, judge=judge)
+
+
+def _judge(source: ScenesSource, index: int, caption: str) -> Judgment:
+    """Judge a caption of a scene, which is drawn again: examples do not keep it."""
+    return facts.judge(source.scene(index), caption)
 
 
 def example_digest(example: Example) -> str:
