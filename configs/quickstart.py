@@ -13,6 +13,12 @@ Six stages, trained in this order:
 
 `perceiver` and `vadapter` read the same batches in the same order. Run 2026-11-30: 3 minutes.
 
+Arguments:
+    scale      factor on the steps of every stage
+    queries    of the resamplers
+    weights    folder of the components encoder, tlm and llm, written by `vadapter export
+               --components`: the first three stages are left out
+
 Every key of a recipe is explained here once; the other recipes comment only on what they change.
 """
 
@@ -23,10 +29,21 @@ from vadapter.config import parse_arg
 
 def get_config(arg=None):
     # `--config=configs/quickstart.py:scale=0.1` trains every stage for a tenth of its steps.
-    arg = parse_arg(arg, scale=1.0, queries=8)
+    arg = parse_arg(arg, scale=1.0, queries=8, weights="")
 
     def steps(count):
         return max(2, int(count * arg.scale))
+
+    # Stages that train a component each, for later ones to start from; with `weights` none.
+    pretraining = () if arg.weights else ("tlm", "llm", "vision")
+
+    def component(name, **spec):
+        """A component of these sizes or, with `weights`, that of the folder."""
+        return dict(weights=f"{arg.weights}/{name}") if arg.weights else spec
+
+    def after(stage):
+        """The start of a component that is trained in a stage of `pretraining`."""
+        return stage if stage in pretraining else "weights"
 
     # -- data -----------------------------------------------------------------------------------
 
@@ -98,16 +115,23 @@ def get_config(arg=None):
             tokenizer=dict(vocab_size=512, lowercase=True, data=("documents",), texts=20_000),
             # The parts that stages combine, by name; a stage trains some and freezes the others.
             components=dict(
-                encoder=dict(
-                    kind="vit", image_size=64, patch=8, width=96, depth=3, heads=3, mlp_dim=256
+                encoder=component(
+                    "encoder",
+                    kind="vit",
+                    image_size=64,
+                    patch=8,
+                    width=96,
+                    depth=3,
+                    heads=3,
+                    mlp_dim=256,
                 ),
                 # Only in the vision stage (CoCa): attention pooling of the image tokens, a text
                 # decoder without images, and one that fuses both and writes the caption.
                 pooler=dict(kind="pooler", queries=9, width=96, heads=3),
                 text={**lm, "width": 96, "depth": 1, "heads": 3, "mlp_dim": 256},
                 fusion=dict(kind="fusion", depth=1, width=96, heads=3, mlp_dim=256, embed_dim=64),
-                tlm={**lm, "width": 96, "depth": 3, "heads": 3, "mlp_dim": 256},
-                llm={**lm, "width": 128, "depth": 4, "heads": 4, "mlp_dim": 384},
+                tlm=component("tlm", **lm, width=96, depth=3, heads=3, mlp_dim=256),
+                llm=component("llm", **lm, width=128, depth=4, heads=4, mlp_dim=384),
                 resampler={**resampler, "layers": 1},  # of the adapter
                 perceiver={**resampler, "layers": 6},  # of the baseline: six layers, no tiny LM
                 # Linear layers between parts of different widths; width=0: that of the next part.
@@ -138,7 +162,7 @@ def get_config(arg=None):
                 clips=dict(data="held_clips", max_new=28, batch=64, limit=0),
                 answers=dict(data="questions", max_new=6, batch=128, limit=0),
             ),
-            chain=("tlm", "llm", "vision", "decoder", "perceiver", "vadapter"),  # in this order
+            chain=(*pretraining, "decoder", "perceiver", "vadapter"),  # in this order
             stages=dict(
                 tlm=dict(lm="tlm", steps=steps(120), **pretrain),
                 llm=dict(
@@ -163,7 +187,7 @@ def get_config(arg=None):
                     kind="decoder",
                     lm="tlm",
                     chain=("resampler", "fc_in"),
-                    start=dict(encoder="vision", tlm="tlm"),
+                    start=dict(encoder=after("vision"), tlm=after("tlm")),
                     steps=steps(100),
                     **see,
                 ),
@@ -173,11 +197,11 @@ def get_config(arg=None):
                     lm="llm",
                     chain=("resampler", "fc_in", "tlm", "fc_out"),
                     start=dict(
-                        encoder="vision",
+                        encoder=after("vision"),
                         resampler="decoder",
                         fc_in="decoder",
                         tlm="decoder",
-                        llm="llm",
+                        llm=after("llm"),
                     ),
                     steps=steps(120),
                     **see,
@@ -186,7 +210,7 @@ def get_config(arg=None):
                     kind="adapter",
                     lm="llm",
                     chain=("perceiver", "fc_out"),
-                    start=dict(encoder="vision", llm="llm"),
+                    start=dict(encoder=after("vision"), llm=after("llm")),
                     steps=steps(120),
                     **see,
                 ),

@@ -61,7 +61,7 @@ def test_the_five_lines_of_the_readme_export_use_and_push(
     run = shutil.copytree(own, tmp_path / "runs" / "quickstart")
     shutil.copy(folder / "shapes" / "02.png", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    (command,), (code,) = blocks("bash"), blocks("python")
+    (command, _), (code,) = blocks("bash"), blocks("python")
     assert main.main(command.split()[1:]) == 0
     shutil.rmtree(run)
     target = tmp_path / command.split()[-1]

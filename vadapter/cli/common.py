@@ -105,7 +105,9 @@ RUN = arg(
 )
 STAGE = arg("--stage", metavar="S", help="stage of the run (default: the last trained stage)")
 RECIPE = "FILE.py[:ARGS]"
-CONFIG = arg("--config", required=True, metavar=RECIPE, help="the recipe")
+CONFIG = arg(
+    "--config", required=True, metavar=RECIPE, help="the recipe, or the config.json of a run"
+)
 
 
 def recipe(args: argparse.Namespace) -> "Recipe":
@@ -117,7 +119,12 @@ def recipe(args: argparse.Namespace) -> "Recipe":
     from vadapter import config
     from vadapter.recipe.schema import Recipe, read
 
-    values = config.load(args.config)
+    if args.config.endswith(".json"):
+        from vadapter.stages.restore import stored_recipe
+
+        values = stored_recipe(config.find_recipe(args.config))
+    else:
+        values = config.load(args.config)
     config.override(values, args.overrides, Recipe)
     return read(values)
 

@@ -77,6 +77,19 @@ def _describe(args: argparse.Namespace, files: list[Path], question: str | None)
     RUN,
     arg("folder", type=Path, metavar="DIR", help="the folder to write"),
     STAGE,
+    arg(
+        "--components",
+        type=lambda text: tuple(filter(None, text.split(","))),
+        default=(),
+        metavar="STAGE/NAME,…",
+        help="write these components of finished stages instead",
+    ),
+    arg(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of written components (default: float32)",
+    ),
     example="runs/flickr8k flickr8k-adapter",
     overrides=WEIGHTS,
 )
@@ -86,7 +99,22 @@ def export(args: argparse.Namespace) -> None:
     It holds the trained components, the tokenizer and a model card. Frozen components from the
     Hugging Face Hub are referred to by id, commit and digest; those that only the run has are
     included. DIR may be an earlier export, which is replaced.
+
+    With --components, DIR/NAME is the weights of a component for other recipes:
+    components.NAME.weights=DIR/NAME. DIR/recipe.json trains them again.
     """
+    from vadapter.errors import ConfigError
+
+    if args.components:
+        from vadapter.hub import components
+
+        if args.stage or args.overrides:
+            raise ConfigError("--components names stages: without --stage and --config")
+        components.export(args.workdir, args.components, args.folder, args.dtype)
+        print(components.report(args.folder))
+        return
+    if args.dtype != "float32":
+        raise ConfigError(f"--dtype={args.dtype}: only with --components")
     from vadapter.hub import write
     from vadapter.stages.restore import open_run
 

@@ -13,7 +13,7 @@ from vadapter.hub.record import WEIGHTS, Exported, frozen_file
 from vadapter.recipe.schema import Recipe
 from vadapter.report.table import score_table
 from vadapter.stages.stage import Stage
-from vadapter.weights.hub import repository
+from vadapter.weights.hub import PACKAGED, repository
 
 _HEADER = """library_name: vadapter
 pipeline_tag: image-text-to-text
@@ -64,14 +64,16 @@ def model_card(loaded: Stage, exported: Exported) -> str:
 
 
 def _base(recipe: Recipe, exported: Exported, name: str) -> tuple[str, str]:
-    """Return (hub id, commit) or (folder name, "") of the public weights a component started from.
+    """Return (hub id, commit) or (name, "") of the public weights a component started from.
 
-    Both are empty without public weights.
+    The name is that of their folder or `packaged:NAME`. Both are empty without public weights.
     """
     part = exported.frozen.get(name)
     weights = part.location if part else _initial_weights(recipe, exported.stage, name)
     repo_id, revision = repository(weights)
-    return (repo_id, revision) if revision else (Path(weights).name, "")
+    if revision:
+        return repo_id, revision
+    return (weights if weights.startswith(PACKAGED) else Path(weights).name), ""
 
 
 def _initial_weights(recipe: Recipe, stage: str, name: str) -> str:
@@ -86,7 +88,7 @@ def _initial_weights(recipe: Recipe, stage: str, name: str) -> str:
 
 def _header(bases: Iterable[tuple[str, str]]) -> str:
     """Return the YAML header; hub ids need no quotes, and nothing else may be a base model."""
-    ids = list(dict.fromkeys(base for base, _ in bases if "/" in base))
+    ids = list(dict.fromkeys(base for base, _ in bases if repository(base)[0]))
     models = ["base_model:", *(f"- {base}" for base in ids), "base_model_relation: adapter"]
     return "\n".join(["---", *(models if ids else []), _HEADER])
 

@@ -1,7 +1,8 @@
 """`vadapter export`: a trained stage as a folder to share, see `hub.record`."""
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from vadapter.models.paths import flatten
 from vadapter.models.registry import expand
 from vadapter.stages.stage import Stage
 from vadapter.weights.hf_checkpoint import locate
+from vadapter.weights.hub import PACKAGED
 from vadapter.weights.reference import PREFIX
 
 
@@ -38,15 +40,25 @@ def export(loaded: Stage, folder: Path) -> None:
     """
     target = storage.local(folder, "folder").resolve()
     require_images(loaded)
+    with replacing(target, _check_target) as part:
+        _write(part, loaded, _record(loaded))
+
+
+@contextlib.contextmanager
+def replacing(target: Path, check: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a new folder that replaces `target` at the end, unless an exception is raised.
+
+    `check` raises if the target must not be replaced. A replacement that a kill has interrupted is
+    undone first.
+    """
     part, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("part", "old"))
-    _undo_replacement(old, target)  # of an export that was killed
-    _check_target(target)
-    exported = _record(loaded)
+    _undo_replacement(old, target)
+    check(target)
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        _write(part, loaded, exported)
+        yield part
         if target.exists():
             target.rename(old)
         part.rename(target)
@@ -132,7 +144,7 @@ def report(folder: Path) -> str:
         lines.append(f"  {name:<32} {size((folder / name).stat().st_size):>10}")
     for name, part in exported.public().items():
         lines.append(f"  {name}: not included, public weights {part.location}")
-        if not part.revision:
+        if not part.revision and not part.weights.startswith(PACKAGED):
             lines.append(
                 "    a local folder; to make it available to others, export with its hub id:\n"
                 f"    --config.components.{name}.weights=OWNER/NAME"

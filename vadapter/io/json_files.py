@@ -9,6 +9,7 @@ from typing import Any
 from vadapter.io import buckets, storage
 
 EXPORT_FORMAT = "vadapter-export"  # `format` in the config.json of an exported adapter
+COMPONENT_FORMAT = "vadapter"  # `model_type` in the config.json of an exported component
 COMPARISON = "compare.json"  # the record of a comparison, in its directory
 
 

@@ -123,8 +123,8 @@ class Recipe:
     """The configuration of a run."""
 
     name: str  #: of the recipe, for reports
-    #: by name, a size or kind, weights (a folder or hub id) and fields; with weights alone, kind
-    #: and fields follow from the checkpoint's config.json
+    #: by name, a size or kind, weights (a folder, packaged:NAME or hub id) and fields; with weights
+    #: alone, kind and fields follow from the checkpoint's config.json
     components: dict[str, dict[str, Any]]
     data: dict[str, DataConfig]  #: data sets by name
     stages: dict[str, StageConfig]  #: stages by name

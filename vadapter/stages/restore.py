@@ -63,25 +63,34 @@ def read_run(workdir: Path, overrides: Iterable[str] = ()) -> Recipe:
         raise CheckpointError(
             f"no run in {workdir}: there is no {path.name}. Give the --workdir of `vadapter train`"
         )
-    try:
-        values = with_new_keys(Recipe, json.loads(path.read_text(encoding="utf-8")))
-        config = ConfigDict(_tuples(values))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is corrupt ({error}); restore it from a backup") from None
-    overrides = list(overrides)
+    config = stored_recipe(path)
+    components, overrides = config.to_dict()["components"], list(overrides)
     for item in overrides:
         group, *keys = item.partition("=")[0].split(".")
         if group not in OPEN and (group != "components" or keys[1:] != ["weights"]):
             raise ConfigError(
                 f"--config.{item}: cannot be changed after training; only {', '.join(OPEN)} can"
             )
-        if group == "components" and not values[group].get(keys[0], {"weights": True}).get(keys[1]):
+        if group == "components" and not components.get(keys[0], {"weights": True}).get(keys[1]):
             raise ConfigError(
                 f"--config.{item}: components.{keys[0]} has no public weights in this run; leave "
                 "this option out"
             )
     override(config, overrides, Recipe)
     return read(config)
+
+
+def stored_recipe(path: Path) -> ConfigDict:
+    """Return the recipe in a JSON file, the config.json of a run of this or an earlier version.
+
+    Raises:
+      CheckpointError: the file is corrupt.
+    """
+    try:
+        values = with_new_keys(Recipe, json.loads(path.read_text(encoding="utf-8")))
+        return ConfigDict(_tuples(values))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is corrupt ({error}); restore it from a backup") from None
 
 
 def _tuples(value: Any) -> Any:

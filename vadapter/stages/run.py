@@ -108,11 +108,11 @@ def read_tokenizer(recipe: Recipe, stage: StageConfig, workdir: Path) -> Tokeniz
     """
     path = tokenizer_path(recipe, stage, workdir)
     if path != workdir / TOKENIZER:
-        from vadapter.data.tokenizers.pretrained import PretrainedTokenizer, load_tokenizer
+        from vadapter.data.tokenizers.pretrained import load_tokenizer
         from vadapter.weights.hf_checkpoint import locate
 
         key, weights = f"components.{stage.lm}.weights", recipe.components[stage.lm]["weights"]
-        tokenizer = PretrainedTokenizer.load(locate(weights, key).path)
+        tokenizer = load_tokenizer(locate(weights, key).path)
         if path.exists() and load_tokenizer(path).digest != tokenizer.digest:
             raise CheckpointError(
                 f"{path} is not the tokenizer of {key}={weights}: this run was started with "

@@ -17,14 +17,14 @@ from vadapter.distributed.mesh import read_sharded
 from vadapter.errors import CheckpointError
 from vadapter.models.paths import flatten
 from vadapter.weights import hub, llama2c
-from vadapter.weights.families import language, openclip, qformer, vision
+from vadapter.weights.families import exported, language, openclip, qformer, vision
 from vadapter.weights.files import Stamp
 from vadapter.weights.name_mapping import Source, Table
 from vadapter.weights.preprocessor import PREPROCESSORS, read_preprocess
 from vadapter.weights.safetensors import TensorFiles
 
 ENCODERS = vision.FAMILIES | openclip.FAMILIES
-FAMILIES = language.FAMILIES | ENCODERS | qformer.FAMILIES
+FAMILIES = language.FAMILIES | ENCODERS | qformer.FAMILIES | exported.FAMILIES
 # Models of several parts: model_type -> the part that is used, and its model_type.
 PARTS = {
     "clip": ("vision_config", "clip_vision_model"),
@@ -90,8 +90,11 @@ class Checkpoint:
 
         `abstract` is a tree of `jax.ShapeDtypeStruct`, with shardings where there is a mesh, and
         with the dtypes of the result unless `dtype` is given. Yields (path, array) of all that is
-        not fresh, the parts of a path joined by "/"; raises as `match`.
+        not fresh, the parts of a path joined by "/"; raises as `match`, and as `TensorFiles.digest`
+        where the checkpoint says what its digest is.
         """
+        if self.files.expected:
+            self.digest()
         leaves = flatten(abstract)
         sources = self._match(leaves)[1]
         head_dim = self.spec.get("head_dim") or self.spec["width"] // self.spec["heads"]

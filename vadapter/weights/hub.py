@@ -1,10 +1,10 @@
-"""Checkpoints by name: a local folder, or a repository of a model hub pinned to one commit.
+"""Checkpoints by name: a local folder, one in this package, or a repository of a model hub.
 
-A hub id is `owner/name` or `owner/name@revision`, where a revision is a branch, a tag or a commit.
-The commit is recorded, so that a run can be repeated after the branch has moved. Only the top
-folder of a repository is downloaded, without files that would have to be unpickled. Endpoint,
-cache, token and offline mode are those of `huggingface_hub`: HF_ENDPOINT, HF_HOME, HF_TOKEN,
-HF_HUB_OFFLINE.
+`packaged:NAME` is a folder of `vadapter/weights/packaged`. A hub id is `owner/name` or
+`owner/name@revision`, where a revision is a branch, a tag or a commit. The commit is recorded, so
+that a run can be repeated after the branch has moved. Only the top folder of a repository is
+downloaded, without files that would have to be unpickled. Endpoint, cache, token and offline mode
+are those of `huggingface_hub`: HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE.
 """
 
 import dataclasses
@@ -14,8 +14,11 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from vadapter.config import nearest
 from vadapter.errors import CheckpointError, one_line
 
+PACKAGED = "packaged:"
+PACKAGE = Path(__file__).parent / "packaged"
 ALLOW = ("*.json", "*.safetensors", "merges.txt")
 # Pickled files, and subfolders: other formats of the same weights, mostly.
 _EXCLUDED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*/*"]
@@ -36,7 +39,7 @@ def resolve(spec: str, *, revision: str | None = None, allow: Sequence[str] = AL
     """Return the folder that `spec` names, downloading a hub id that is not in the cache.
 
     Args:
-      spec: a local folder, or a hub id, `owner/name` or `owner/name@revision`.
+      spec: a local folder; `packaged:NAME`; or a hub id, `owner/name` or `owner/name@revision`.
       revision: branch, tag or commit of a hub id; None takes that of `spec`, or "main".
       allow: patterns of the file names to download; pickled files are always excluded.
 
@@ -46,7 +49,8 @@ def resolve(spec: str, *, revision: str | None = None, allow: Sequence[str] = AL
 
     Source: `huggingface_hub.snapshot_download`.
     """
-    folder = Path(spec).expanduser()
+    packaged = spec.startswith(PACKAGED)
+    folder = _packaged(spec) if packaged else Path(spec).expanduser()
     if spec and folder.is_dir():
         if revision:
             raise CheckpointError(
@@ -60,6 +64,15 @@ def resolve(spec: str, *, revision: str | None = None, allow: Sequence[str] = AL
     if tag and revision and tag != revision:
         raise CheckpointError(f"{spec!r} and revision={revision!r} contradict: give one of them.")
     return _download(repo_id, revision or tag or "main", allow)
+
+
+def _packaged(spec: str) -> Path:
+    """Return the folder of `packaged:NAME`; raise CheckpointError if the package has none."""
+    folders = {path.parent for path in PACKAGE.rglob("config.json")}
+    names = {folder.relative_to(PACKAGE).as_posix(): folder for folder in folders}
+    if (name := spec.removeprefix(PACKAGED)) not in names:
+        raise CheckpointError(f"{spec!r}: not in this package{nearest(name, names)}")
+    return names[name]
 
 
 def _download(repo_id: str, revision: str, allow: Sequence[str]) -> Snapshot:

@@ -81,12 +81,14 @@ class TensorFiles:
       path: what was opened, for messages.
       files: the files that hold the tensors, each with its stamp at the time.
       block: bytes held beside the result while a slice is cut out of rows.
+      expected: the SHA-256 (hex) that the files must have; "": any.
     """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     files: Mapping[Path, Stamp]
     block: int = 16 * 2**20
+    expected: str = ""
 
     @classmethod
     def open(cls, path: Path) -> "TensorFiles":
@@ -139,14 +141,25 @@ class TensorFiles:
         return out
 
     def digest(self) -> str:
-        """Return the SHA-256 (hex) of the concatenated files; they must be as when opened."""
+        """Return the SHA-256 (hex) of the concatenated files; they must be as when opened.
+
+        Raises:
+          CheckpointError: the files have changed, or are not those that are expected.
+        """
 
         def opened() -> Iterator[BufferedReader]:
             for file in self.files:
                 with self._reading(file) as f:
                     yield f
 
-        return sha256(opened())
+        digest = sha256(opened())
+        if self.expected not in ("", digest):
+            raise CheckpointError(
+                f"The weights {self.path} are corrupt: their SHA-256 is {digest[:12]}…, not "
+                f"{self.expected[:12]}…. Export them again or, if they are part of vadapter, "
+                "reinstall it: pip install --force-reinstall vadapter"
+            )
+        return digest
 
     @contextlib.contextmanager
     def _reading(self, file: Path) -> Iterator[BufferedReader]:

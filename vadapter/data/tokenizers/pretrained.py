@@ -35,6 +35,7 @@ from vadapter.data.tokenizers.bpe import BPETokenizer
 from vadapter.data.tokenizers.files import Spec, read_json, read_spec
 from vadapter.errors import CheckpointError, DataError
 from vadapter.io import storage
+from vadapter.io.json_files import COMPONENT_FORMAT
 
 _HEADER = {"format": "vadapter-pretrained-tokenizer", "version": 1}
 _NAMES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -107,9 +108,28 @@ class PretrainedTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read the file that either kind of tokenizer saved; raise DataError if it is neither's."""
-    public = read_json(storage.as_path(path)).get("format") == _HEADER["format"]
+    """Read the file that either kind of tokenizer saved, or the tokenizer of a model's folder.
+
+    Raises:
+      DataError: no tokenizer, or one that is corrupt or not supported.
+      CheckpointError: the tokenizer has more ids than the model has rows.
+    """
+    path = storage.as_path(path)
+    if path.is_dir():
+        config = read_json(path / "config.json")
+        if config.get("model_type") != COMPONENT_FORMAT:
+            return PretrainedTokenizer.load(path)
+        return _of_component(path / "tokenizer.json", config)
+    public = read_json(path).get("format") == _HEADER["format"]
     return PretrainedTokenizer.load(path) if public else BPETokenizer.load(path)
+
+
+def _of_component(path: Path, config: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer of an exported component, whose config.json says what its digest is."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.digest != config.get("tokenizer"):
+        raise DataError(f"tokenizer {path} is corrupt: its digest is not that of config.json")
+    return tokenizer
 
 
 def _record(folder: Path, rows: int) -> dict[str, Any]:
