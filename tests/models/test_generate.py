@@ -20,7 +20,7 @@ VOCAB, NEW, LENGTHS = 8, 10, (1, 4, 2)
 PROMPTS = ([], [5, 6], [3])
 
 
-def make(visual, **lm):
+def make(visual, bidirectional=False, **lm):
     config = dataclasses.replace(tiny.LLM, vocab_size=VOCAB, tied=False, **lm)
     modules = {
         "encoder": ViT(tiny.VIT),
@@ -29,7 +29,10 @@ def make(visual, **lm):
         "llm": LM(config),
     }
     if visual:
-        model = AdapterModel(modules, lm="llm", chain=("resampler", "fc_out"), encoder="encoder")
+        model = AdapterModel(
+            modules, lm="llm", chain=("resampler", "fc_out"), encoder="encoder",
+            bidirectional=bidirectional,
+        )  # fmt: skip
         return model, tiny.filled(tiny.boxed(model), seed=3)
     model = AdapterModel({"llm": modules["llm"]}, lm="llm")
     abstract = jax.eval_shape(lambda k: model.init(k, None), jax.random.key(0))
@@ -54,7 +57,10 @@ def make_batch(visual):
 
 
 def recompute(model, params, batch):
-    """Row by row, the unpadded sequence through the plain causal model, once for each token."""
+    """Row by row, the unpadded sequence through the model, once for each token.
+
+    It is causal, but where the model is bidirectional for the queries, behind the prompt.
+    """
     lm, p = model.modules["llm"], {"params": params["llm"]}
     prefix = None
     if "frames" in batch:
@@ -62,12 +68,14 @@ def recompute(model, params, batch):
     S = 3 + 4 + max(LENGTHS) + NEW  # everything is padded behind, where causality hides it
 
     @jax.jit
-    def step(front, text, n_front, n):
+    def step(front, text, n_prompt, n_front, n):
         words = lm.apply(p, text[None], method="embed")
         at = jnp.arange(S)[None]
         x = jnp.zeros((1, S, words.shape[-1])).at[:, : front.shape[1]].set(front)
         x = jnp.where(at[..., None] >= n_front, jnp.roll(words, n_front, axis=1), x)
         mask = jnp.tril(jnp.ones((1, S, S), bool))
+        query = (at[0] >= n_prompt) & (at[0] < n_front) & model.bidirectional
+        mask |= query[None, :, None] & query[None, None, :]
         states, _ = lm.apply(p, x, method="hidden", positions=at, mask=mask)
         logp = jax.nn.log_softmax(lm.apply(p, states[0, n_front + n - 1], method="logits"))
         return jnp.argmax(logp), logp.max()
@@ -81,7 +89,7 @@ def recompute(model, params, batch):
         text, out, total = list(batch["tokens"][b, :n]), [], 0.0
         while len(out) < NEW and EOS not in out:
             padded = np.pad(np.array(text, np.int32), (0, S - len(text)))
-            token, logp = step(front, padded, n_front, len(text))
+            token, logp = step(front, padded, len(prompt), n_front, len(text))
             out.append(int(token))
             text.append(int(token))
             total += float(logp)
@@ -92,6 +100,7 @@ def recompute(model, params, batch):
 
 CASES = {
     "rope, grouped keys, image": (True, {}),
+    "queries both ways": (True, {"bidirectional": True}),
     "rope, one key head, text": (False, {"kv_heads": 1}),
     "learned, all keys, image": (True, {"positions": "learned", "kv_heads": 4}),
     "learned, serial, text": (False, {"positions": "learned", "parallel": False}),

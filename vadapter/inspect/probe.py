@@ -24,7 +24,6 @@ from vadapter.inspect.words import Words
 from vadapter.models.adapter_model import AdapterModel, Params
 from vadapter.models.lm import LM
 from vadapter.models.losses import xent
-from vadapter.models.transformer import text_mask
 from vadapter.stages.stage import Stage
 
 
@@ -183,8 +182,9 @@ def _lens(
     """
     x, segments, positions = model.layout(params, prefix, batch)
     module, shallow = first_layers(model.modules[model.lm], params[model.lm], layer)
+    mask = model.mask(segments, prefix, batch["tokens"].shape[1])
     states, _ = module.apply(
-        {"params": shallow}, x, method="hidden", positions=positions, mask=text_mask(segments)
+        {"params": shallow}, x, method="hidden", positions=positions, mask=mask
     )
     start = batch["prompt"].shape[1]
 

@@ -100,8 +100,8 @@ class AdapterModel(Components):
       lm: the component that predicts the text.
       chain: components between encoder and `lm`, in order.
       encoder: the vision encoder's component; "" for text only.
-      bidirectional: the queries attend to each other in both directions inside a language model of
-        the chain.
+      bidirectional: the queries attend to each other in both directions inside the language models
+        that are trained: those of the chain, and `lm` unless it is frozen. Texts remain causal.
       frozen_lm: no parameters of `lm` are trained. Its last block then computes the states of the
         text alone, as nothing reads those of the prefix.
     """
@@ -169,7 +169,7 @@ class AdapterModel(Components):
         text_len = batch["tokens"].shape[1]
         states, _ = self.apply(
             params, self.lm, x, training=training, method="hidden", positions=positions,
-            mask=text_mask(segments), last=text_len if self.frozen_lm else 0,
+            mask=self.mask(segments, prefix, text_len), last=text_len if self.frozen_lm else 0,
             **self.between(params, self.media(params, prefix), segments > 0),
         )  # fmt: skip
         # Only the states at targets go on to the output head, whose logits are the largest array
@@ -266,6 +266,21 @@ class AdapterModel(Components):
         positions = jnp.concatenate([jnp.maximum(used - 1, 0), start + batch["positions"]], axis=1)
         segments = jnp.concatenate([shared, batch["segments"]], axis=1)
         return jnp.concatenate(parts, axis=1), segments, positions
+
+    def mask(
+        self, segments: Int[Array, "B S"], prefix: Float[Array, "B Q E"] | None, text_len: int
+    ) -> Bool[Array, "B S S"]:
+        """Return where the tokens of `layout` attend, whose last `text_len` are the text.
+
+        As `text_mask` says, and the queries to each other if the model is bidirectional.
+        """
+        mask = text_mask(segments)
+        if not self.bidirectional or self.frozen_lm or prefix is None:
+            return mask
+        end = segments.shape[1] - text_len
+        at = jnp.arange(segments.shape[1])
+        query = (at >= end - prefix.shape[1]) & (at < end)
+        return mask | (query[None, :, None] & query[None, None, :])
 
     # -- parameters ----------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from vadapter.models.adapters.cross_attention import KeysValues
 from vadapter.models.decoding import Decode
 from vadapter.models.layered import fitted, is_layered
 from vadapter.models.lm import LM, empty_cache
-from vadapter.models.transformer import Cache, text_mask
+from vadapter.models.transformer import Cache
 
 _NOTHING = -1e9  # the score of an empty place among K texts; finite, so that sums are no NaN
 
@@ -61,15 +61,17 @@ class Decoder:
                 prefix = model.prefix(params, visual)
             else:
                 prefix = model.apply(params, model.lm, words, method="embed")
+        queries = prefix
         if shown is not None:
             assert prefix is not None
             examples = jnp.broadcast_to(shown, (len(prefix), *shown.shape[1:]))
             prefix = jnp.concatenate([examples.astype(prefix.dtype), prefix], axis=1)
         x, segments, positions = model.layout(params, prefix, batch)
         B, S, _ = x.shape
+        text_len = batch["tokens"].shape[1]
         stacked = not is_layered(params[model.lm])
         cache = empty_cache(lm.config, B, S + room, lm.dtype, stacked)
-        mask = jnp.pad(text_mask(segments), ((0, 0), (0, 0), (0, room)))
+        mask = jnp.pad(model.mask(segments, queries, text_len), ((0, 0), (0, 0), (0, room)))
         slots = jnp.pad(positions, ((0, 0), (0, room)))
         media = model.media(params, prefix)
         states, cache = model.apply(

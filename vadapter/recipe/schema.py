@@ -107,7 +107,9 @@ class StageConfig:
     log_every: int = 20  #: steps between log lines
     max_bad: float = 0.001  #: share of unusable samples, beyond the first ten, that stops the run
     use_dropout: bool = False  #: draw dropout masks, in each component at its own rate
-    bidirectional: bool = False  #: in a language model of the chain, queries attend both ways
+    #: queries attend to each other both ways in the language models that are trained: those of the
+    #: chain, and `lm` in a stage of kind decoder; texts remain causal
+    bidirectional: bool = False
     chunk_rows: int = 0  #: rows of logits that exist at a time, which saves memory; 0 for all
 
     RENAMED: ClassVar = {"dropout": "use_dropout"}
