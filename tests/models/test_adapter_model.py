@@ -18,6 +18,7 @@ from vadapter.models.adapters.projection import Projection, ProjectionConfig
 from vadapter.models.adapters.resampler import Resampler
 from vadapter.models.lm import LM
 from vadapter.models.losses import token_xent
+from vadapter.models.transformer import text_mask
 from vadapter.models.vit import ViT
 from vadapter.stages import flops
 
@@ -155,6 +156,16 @@ def test_only_a_bidirectional_adapter_lets_a_query_see_later_ones():
         change = np.abs(prefix(params) - prefix(later)).max(axis=(0, 2))
         assert (change[:-1].max() > 1e-3) == sees
         assert change[-1] > 1e-3
+
+
+def test_queries_see_each_other_both_ways_where_the_language_model_is_trained_alone():
+    segments = jnp.array([[0, -1, -1, -1, 1, 1, 2, 0]])
+    prefix = jnp.zeros((1, 2, E))
+    trained = make(("resampler", "fc_out"), bidirectional=True)
+    frozen = dataclasses.replace(trained, frozen_lm=True)
+    causal, both = (np.asarray(model.mask(segments, prefix, 4))[0] for model in (frozen, trained))
+    np.testing.assert_array_equal(causal, text_mask(segments)[0])
+    assert np.argwhere(both != causal).tolist() == [[2, 3]]
 
 
 def test_layout_is_prompt_prefix_text_and_padding_takes_no_position():

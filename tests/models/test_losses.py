@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vadapter.models.losses import chunked_xent, contrastive, token_xent
+from vadapter.models.losses import bag_xent, chunked_xent, contrastive, in_chunks, token_xent
 
 
 def arrays(B=6, M=5, E=4, V=16, seed=0):
@@ -87,6 +87,26 @@ def test_chunked_loss_holds_a_chunk_of_logits_and_not_all():
     assert temp(0) >= logits
     assert temp(32) < 0.5 * logits
     assert temp(32) < temp(128) < temp(0)
+
+
+def test_queries_predict_the_different_words_of_a_row_together_in_no_order():
+    states, kernel, targets, weights = arrays()
+    logits = np.stack([states[:, 0] @ kernel, states[:, 1] @ kernel], axis=1)
+    weights[0] = 0  # a row without targets
+    p = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).mean(1)
+    expected = 0.0
+    for row in range(1, len(targets)):
+        words = sorted({*targets[row, weights[row] > 0].tolist()})
+        expected += weights[row].sum() * np.mean([-np.log(p[row, word]) for word in words])
+    run = jax.jit(bag_xent)
+    assert float(run(logits, targets, weights)) == pytest.approx(expected, rel=1e-5)
+    other = run(logits, targets[:, ::-1], weights[:, ::-1])
+    assert float(other) == pytest.approx(expected, rel=1e-5)
+    queries = states[:, :2]
+    chunked = in_chunks(
+        lambda s, *rest: bag_xent(s @ kernel, *rest), (queries, targets, weights), 4
+    )
+    assert float(chunked) == pytest.approx(expected, rel=1e-5)
 
 
 def test_contrastive_loss_is_the_mean_of_both_directions():

@@ -113,6 +113,10 @@ MISTAKES = {
         "stages.vadapter.optim.lr_mults", {"llm": 0.1},
         "config.stages.decoder.optim.lr_mults.llm: the stage does not train 'llm'; it trains res",
     ),
+    "a loss of queries in front of a frozen language model": (
+        "stages.vadapter.query_loss", 0.5,
+        "config.stages.vadapter.query_loss=0.5: 0 or more, in a stage of kind decoder alone",
+    ),
     "a negative multiplier": (
         "stages.llm.optim.lr_mults", {"resampler": -1},
         "config.stages.decoder.optim.lr_mults.resampler=-1.0: a finite number, 0 or more",

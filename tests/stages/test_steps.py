@@ -174,6 +174,33 @@ def test_chunked_logits_give_the_same_step(text_params):
     assert_close(metrics_a, metrics_b, 1e-5)
 
 
+def test_the_loss_of_the_queries_is_added_and_logged_beside_that_of_the_targets(stage1):
+    plain, batch = CaptionObjective(STAGE1), batch_of()
+    own = dataclasses.replace(plain, query_loss=0.5)
+
+    def run(objective, part):
+        def loss(params, part):
+            visual = objective.prepare(params, part)
+            return objective.loss(params, visual, part, batch["weights"].sum(), None)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(stage1, part)
+
+    (alone, metrics), _ = run(plain, batch)
+    (both, found), slopes = run(own, batch)
+    assert set(found) == {*metrics, "loss", "query_loss"}
+    np.testing.assert_allclose(found["loss"], alone, rtol=1e-6)
+    np.testing.assert_allclose(both, alone + 0.5 * found["query_loss"], rtol=1e-6)
+    assert found["query_loss"] > 0.1
+    # Parts of a batch add up to it, and so do chunks of its logits.
+    halves = [
+        run(own, {key: x[part] for key, x in batch.items()}) for part in np.split(np.arange(8), 2)
+    ]
+    chunked = run(dataclasses.replace(own, chunk_rows=16), batch)
+    for other in (jax.tree.map(jnp.add, *halves), chunked):
+        np.testing.assert_allclose(other[0][0], both, rtol=1e-5)
+        assert_close(other[1], slopes, atol=1e-5)
+
+
 def test_four_micro_batches_give_the_step_of_the_whole_batch(stage1, sgd_step):
     batch = batch_of()
     batch["weights"][:3, 2:] = 0  # shares of the targets that differ between micro-batches

@@ -165,6 +165,16 @@ class AdapterModel(Components):
         training: Training | None = None,
     ) -> Float[Array, "B M E"]:  # fmt: skip
         """Return the same as `hidden`, given the prefix instead of the visual tokens."""
+        return self.at_targets(self.states(params, prefix, batch, training), batch)
+
+    def states(
+        self, params: Params, prefix: Float[Array, "B Q E"] | None, batch: Batch,
+        training: Training | None = None,
+    ) -> Float[Array, "B _ E"]:  # fmt: skip
+        """Return the language model's states of `layout`'s tokens; of the text if it is frozen.
+
+        The last T are those of the text, and the last Q before it those of the queries.
+        """
         x, segments, positions = self.layout(params, prefix, batch)
         text_len = batch["tokens"].shape[1]
         states, _ = self.apply(
@@ -172,9 +182,14 @@ class AdapterModel(Components):
             mask=self.mask(segments, prefix, text_len), last=text_len if self.frozen_lm else 0,
             **self.between(params, self.media(params, prefix), segments > 0),
         )  # fmt: skip
-        # Only the states at targets go on to the output head, whose logits are the largest array
-        # of a step.
-        text = states[:, -text_len:]
+        return states
+
+    def at_targets(self, states: Float[Array, "B _ E"], batch: Batch) -> Float[Array, "B M E"]:
+        """Return those of `states` that predict the targets.
+
+        They alone go on to the output head, whose logits are the largest array of a step.
+        """
+        text = states[:, -batch["tokens"].shape[1] :]
         return jnp.take_along_axis(text, batch["target_at"][:, :, None], axis=1)
 
     # -- gated cross-attention and words --------------------------------------------------------

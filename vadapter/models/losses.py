@@ -1,9 +1,10 @@
 """The losses. Every sum is masked and float32.
 
-Legend: B batch, M targets, E width, V vocabulary, U contrastive width.
+Legend: B batch, M targets, Q queries, E width, V vocabulary, U contrastive width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,24 @@ def first_max(x: Float[Array, "*n V"]) -> Float[Array, "*n"]:
     return jnp.where(x == x.max(-1, keepdims=True), index, jnp.inf).min(-1)
 
 
+def bag_xent(
+    logits: Float[Array, "B Q V"], targets: Int[Array, "B M"], weights: Float[Array, "B M"]
+) -> Float[Array, ""]:
+    """Return the cross entropy (nats) of the targets of a row in no order, summed over targets.
+
+    Q predictions of a row are one, the mean of their probabilities, so that each can be about
+    other words. All different targets of a row count the same, however often they occur, and
+    together as much as the row has targets; weight 0: no target.
+    """
+    logits = logits.astype(jnp.float32)
+    log_p = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=1) - jnp.log(logits.shape[1])
+    # A comparison, not a scatter: it works on a vocabulary that is sharded.
+    ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[2]), 2)
+    occurs = ((targets[:, :, None] == ids) & (weights > 0)[:, :, None]).any(axis=1)
+    each = -(jnp.where(occurs, log_p, 0.0).sum(1) / jnp.maximum(occurs.sum(1), 1))
+    return (each * weights.sum(1)).sum()
+
+
 def chunked_xent(
     head: Callable[[jax.Array], jax.Array], states: Float[Array, "B M E"],
     targets: Int[Array, "B M"], weights: Float[Array, "B M"], rows: int,
@@ -77,22 +96,35 @@ def chunked_xent(
       states: of the tokens before the targets.
       rows: B is divided into equal chunks of at least one example and at most `rows` targets.
     """
-    B, M, _ = states.shape
-    per_chunk = max(1, rows // M)
+    return in_chunks(
+        lambda *chunk: token_xent(head(chunk[0]), *chunk[1:]), (states, targets, weights), rows
+    )
+
+
+def in_chunks(loss: Callable[..., Any], arrays: tuple[jax.Array, ...], rows: int) -> Any:
+    """Return `loss(*arrays)`, one or several sums over B, holding few rows of logits at a time.
+
+    Args:
+      loss: of chunks of the arrays, recomputed in the backward pass.
+      arrays: [B, …], the first with the states of which logits are made.
+      rows: about how many rows of logits exist at a time: B is divided into equal chunks of at
+        least one example.
+    """
+    B, per_example = arrays[0].shape[:2]
+    per_chunk = max(1, rows // per_example)
     while B % per_chunk:
         per_chunk -= 1
 
     @jax.checkpoint
     def add(total, chunk):
-        nats, correct = token_xent(head(chunk[0]), chunk[1], chunk[2])
-        return (total[0] + nats, total[1] + correct), None
+        return jax.tree.map(jnp.add, total, loss(*chunk)), None
 
     # Every chunk is sharded over all devices, so that none waits for another one's rows.
     chunks = tuple(
-        constrain(rearrange(x, "(n b) ... -> n b ...", b=per_chunk), None, "batch")
-        for x in (states, targets, weights)
+        constrain(rearrange(x, "(n b) ... -> n b ...", b=per_chunk), None, "batch") for x in arrays
     )
-    return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), chunks)[0]
+    sums = jax.eval_shape(loss, *(x[0] for x in chunks))
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), chunks)[0]
 
 
 def contrastive(

@@ -110,6 +110,9 @@ class StageConfig:
     #: queries attend to each other both ways in the language models that are trained: those of the
     #: chain, and `lm` in a stage of kind decoder; texts remain causal
     bidirectional: bool = False
+    #: weight of a second loss, in a stage of kind decoder: the queries together predict the words
+    #: of a row's texts, in no order
+    query_loss: float = 0.0
     chunk_rows: int = 0  #: rows of logits that exist at a time, which saves memory; 0 for all
 
     RENAMED: ClassVar = {"dropout": "use_dropout"}
@@ -245,6 +248,10 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
         raise ConfigError(f"{place}.{error}") from None
     if visual and not vision and not stage.chain:
         raise ConfigError(f"{place}.chain: empty; visual tokens need a resampler, pooler or mlp")
+    if stage.query_loss < 0 or (stage.query_loss and stage.kind != "decoder"):
+        raise ConfigError(
+            f"{place}.query_loss={stage.query_loss}: 0 or more, in a stage of kind decoder alone"
+        )
     if not 0 <= stage.max_bad <= 1:
         raise ConfigError(f"{place}.max_bad={stage.max_bad}: a share, from 0 to 1")
     if stage.batch % stage.accumulate:

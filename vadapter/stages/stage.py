@@ -281,7 +281,7 @@ class Stage:
 
         if isinstance(self.model, CoCa):
             return CocaObjective(self.model)
-        return CaptionObjective(self.model, self.config.chunk_rows)
+        return CaptionObjective(self.model, self.config.chunk_rows, self.config.query_loss)
 
     @functools.cached_property
     def train_step(self) -> Callable[..., Any]:

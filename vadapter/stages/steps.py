@@ -27,7 +27,7 @@ import optax
 
 from vadapter.models.adapter_model import AdapterModel, Batch, Params, Training
 from vadapter.models.coca import CoCa
-from vadapter.models.losses import chunked_xent, contrastive, token_xent
+from vadapter.models.losses import bag_xent, chunked_xent, contrastive, in_chunks, token_xent
 
 Metrics = dict[str, jax.Array]
 Loss = tuple[jax.Array, Metrics]
@@ -69,6 +69,7 @@ class CaptionObjective:
 
     model: AdapterModel
     chunk_rows: int = 0  #: rows of logits that exist at a time; 0 for all
+    query_loss: float = 0.0  #: weight of the queries' own loss, see `StageConfig`
 
     def prepare(self, frozen: Params, batch: Batch) -> jax.Array | None:
         """Return the visual tokens of the frozen encoder, [B,F,N,D]; None for text only."""
@@ -78,15 +79,39 @@ class CaptionObjective:
         self, params: Params, visual: Any, batch: Batch, total: jax.Array,
         training: Training | None,
     ) -> Loss:  # fmt: skip
-        """Return the cross entropy in nats per target, and the accuracy; see `Objective`."""
-        states = self.model.hidden(params, visual, batch, training)
-        head = functools.partial(self.model.logits, params)
+        """Return the cross entropy in nats per target, and the accuracy; see `Objective`.
+
+        With a loss of the queries, the metric `loss` remains that of the targets alone.
+        """
+        model, prefix = self.model, None
+        if visual is not None:
+            prefix = model.prefix(params, visual, training)
+        states = model.states(params, prefix, batch, training)
+        head = functools.partial(model.logits, params)
         targets, weights = batch["targets"], batch["weights"]
+        at_targets = model.at_targets(states, batch)
         if self.chunk_rows:
-            nats, correct = chunked_xent(head, states, targets, weights, self.chunk_rows)
+            nats, correct = chunked_xent(head, at_targets, targets, weights, self.chunk_rows)
         else:
-            nats, correct = token_xent(head(states), targets, weights)
-        return nats / total, {"accuracy": correct / total}
+            nats, correct = token_xent(head(at_targets), targets, weights)
+        loss, metrics = nats / total, {"accuracy": correct / total}
+        if not self.query_loss:
+            return loss, metrics
+        assert prefix is not None
+        before_text = states[:, : -batch["tokens"].shape[1]]
+        own = self._of_queries(head, before_text[:, -prefix.shape[1] :], batch) / total
+        return loss + self.query_loss * own, {"loss": loss, "query_loss": own} | metrics
+
+    def _of_queries(
+        self, head: Callable[[jax.Array], jax.Array], states: jax.Array, batch: Batch
+    ) -> jax.Array:
+        """Return the nats of the words that the queries, with states [B,Q,E], predict together."""
+
+        def loss(states: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+            return bag_xent(head(states), targets, weights)
+
+        arrays = (states, batch["targets"], batch["weights"])
+        return in_chunks(loss, arrays, self.chunk_rows) if self.chunk_rows else loss(*arrays)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""What every connector must do: a new kind needs a row of `CHAINS`, and no test of its own here."""
+"""What every connector must do: a new kind needs a row of `CHAINS`, and no test of its own here.
+
+A new key of a stage or a component that changes its model or loss needs a place in `SWITCHES`.
+"""
 
 import dataclasses
 import functools
@@ -40,6 +43,21 @@ CHAINS = {
     "words": (FC, {"hard": False}),  # words themselves change in jumps
     "fc": ({},),
 }
+LM = {"kind": "lm", "width": 16, "depth": 2, "heads": 2, "mlp_dim": 24, "vocab_size": 0}
+# name of a stage -> its components beside the frozen ones, and its keys, which are off by default.
+SWITCHES = {
+    "stage_1": (
+        {"look": QUERIES | {"kind": "resampler"}, "lm_1": LM},
+        {"kind": "decoder", "chain": ("look",), "lm": "lm_1", "start": {"encoder": "vision"},
+         "bidirectional": True, "query_loss": 0.5},
+    ),
+    "stage_2": (
+        {"look": QUERIES | {"kind": "resampler"}, "lm_2": LM, "out": FC},
+        {"chain": ("look", "lm_2", "out"), "bidirectional": True,
+         "optim": {"warmup": 0, "lr_mults": {"lm_2": 0.5}}},
+    ),
+}  # fmt: skip
+STAGES = (*CHAINS, *SWITCHES)
 NOT_CONNECTORS = {"vit", "mobilenet", "lm", "fusion"}
 ROWS = 4
 
@@ -56,7 +74,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make_recipe(shapes):
-    """Return the recipe with a stage per kind, all of the same frozen parts."""
+    """Return the recipe with a stage per kind and switches, all of the same frozen parts."""
 
     @functools.cache
     def make(dtype="float32"):
@@ -70,7 +88,10 @@ def make_recipe(shapes):
                 for name, spec in zip(names, specs, strict=True):
                     config.components[name] = {"kind": kind} | spec
                 config.stages[kind] = {**every, "chain": names}
-            config.chain = ("llm", "vision", *CHAINS)
+            for name, (specs, keys) in SWITCHES.items():
+                config.components.update(specs)
+                config.stages[name] = every.to_dict() | keys
+            config.chain = ("llm", "vision", *STAGES)
         return read(config)
 
     return make
@@ -107,11 +128,12 @@ def loss_of(stage, params, batch):
 
 
 def connectors():
-    return [pytest.param(kind, id=kind) for kind in CHAINS]
+    return [pytest.param(kind, id=kind) for kind in STAGES]
 
 
 # Where the loss alone is compared, kinds that differ in what they compute.
-SOME = some_slow(CHAINS, fast=("resampler", "c_abstractor", "cross_attention", "words"))
+FAST = ("resampler", "c_abstractor", "cross_attention", "words", *SWITCHES)
+SOME = some_slow(STAGES, fast=FAST)
 
 
 def test_every_kind_of_connector_has_a_row_here():
