@@ -131,6 +131,20 @@ def test_runs_that_were_measured_on_other_content_are_refused_as_far_as_it_is_re
         assert "protocol.content.held" in str(raised.value)
 
 
+def test_another_score_of_finished_runs_may_be_that_of_the_curves(tmp_path):
+    runs = []
+    for lr, right in ((1e-2, 0.25), (1e-3, 0.5)):
+        logged = {10: {LOSS: 1.0, SCORE: 0.5, "captions/captions_right": right, "captions/n": 8.0}}
+        run = write_run(tmp_path / f"{lr}", "perceiver", logged, lr=lr)
+        runs.append(run.workdir / run.stage)
+    assert read_runs(runs)[0].score == SCORE
+    comparison, _ = read_runs(runs, score="captions/captions_right")
+    (score, _) = measure(comparison).criteria
+    assert [score.series(arm.curves[0])[0][1] for arm in measure(comparison).arms] == [0.25, 0.5]
+    with pytest.raises(ConfigError, match="did you mean 'captions/captions_right'"):
+        read_runs(runs, score="captions/caption_right")
+
+
 def test_captions_that_are_judged_are_compared_by_what_is_right_beside_their_metric(tmp_path):
     source = ScenesSource("image", "val", count=40)
     arms = []

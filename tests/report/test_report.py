@@ -20,7 +20,7 @@ from vadapter.recipe.schema import read
 from vadapter.report.gallery import MAX_BYTES, Section, choose, thumbnail, write_gallery
 from vadapter.report.plots import convergence
 from vadapter.report.report import write_report
-from vadapter.report.table import HEADER, score_table, seconds, summary
+from vadapter.report.table import HEADER, score_table, seconds, shown, summary
 from vadapter.stages.restore import read_run
 
 NASTY = '<script>alert("1")</script>\' onload="x" & ]]> \x00'
@@ -86,6 +86,7 @@ def test_the_table_has_a_row_a_stage_with_what_was_measured(run, report):
         losses,
         "\n".join(f"{name} {stated(name, 'cider')}" for name in ("captions", "clips")),
         stated("answers", "accuracy"),
+        "—",  # nothing judges captions of this data
         f"{done['seconds']:.0f}",
     )
     assert rows["vision"][4:7] == ("—",) * 3
@@ -105,7 +106,7 @@ def test_the_table_has_a_row_a_stage_with_what_was_measured(run, report):
     ]
     assert len(re.findall(interval, cells)) == 3
     assert (run / "table.txt").read_text() == report.text + "\n"
-    assert report.table.read_text() == markdown_table(list(rows.values()), HEADER)
+    assert report.table.read_text() == markdown_table(*shown(list(rows.values())))
 
 
 def test_an_interval_is_left_out_where_it_is_absent_or_of_another_score(run, tmp_path):
@@ -123,6 +124,15 @@ def test_an_interval_is_left_out_where_it_is_absent_or_of_another_score(run, tmp
     after = {row[0]: row for row in summary(target, read_run(target))}["vadapter"]
     assert after[5] == re.sub(r" \[.*\]", "", before[5])
     assert after[6] == before[6]
+
+
+def test_the_column_of_right_captions_is_there_where_captions_are_judged():
+    column = HEADER.index("captions\nright, %")
+    empty = ["—"] * len(HEADER)
+    assert shown([tuple(empty)])[1] == (*HEADER[:column], *HEADER[column + 1 :])
+    judged = [*empty[:column], "12.5", *empty[column + 1 :]]
+    table = [tuple(empty), tuple(judged)]
+    assert shown(table) == (table, HEADER)
 
 
 def test_scores_are_in_percent_and_counts_are_not():

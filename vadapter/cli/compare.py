@@ -27,6 +27,9 @@ OVERRIDES = (
     arg("--baseline", default="", metavar="ARM",
         help="arm that the others are measured against (default: that of the comparison; of runs "
         "perceiver, or else the first)"),
+    arg("--score", default="", metavar="EVAL/METRIC",
+        help="score of the curves, such as captions/captions_right (default: that of the "
+        "comparison; of runs the first CIDEr)"),
     arg("--out", type=as_path, metavar="DIR",
         help="directory of the pages of finished runs (default: compare/ beside them)"),
     name="compare",
@@ -66,6 +69,8 @@ def _train(args: argparse.Namespace) -> "tuple[Comparison, Path]":
         raise ConfigError("--config needs --workdir=DIR, the directory of the comparison")
     if args.out is not None:
         raise ConfigError(f"--out={args.out}: only with RUN…; --workdir receives the pages")
+    if args.score:
+        raise ConfigError(f"--score={args.score}: only with RUN…; use --config.score={args.score}")
     plan = read_plan(
         config.load(args.config), args.workdir, seeds=SEEDS if args.seeds is None else args.seeds,
         baseline=args.baseline, overrides=tuple(args.overrides),
@@ -81,7 +86,7 @@ def _read(args: argparse.Namespace) -> "tuple[Comparison, Path]":
     words = [f"{name}={value}" for name, value in unused.items() if value is not None]
     for word in (*words, *(f"--config.{item}" for item in args.overrides)):
         raise ConfigError(f"{word}: only with --config, to train a comparison")
-    comparison, facts = read_runs(args.runs, args.baseline)
+    comparison, facts = read_runs(args.runs, args.baseline, args.score)
     folder = default_folder(args.runs) if args.out is None else args.out
     write_record_of_runs(comparison, facts, folder)
     return comparison, folder

@@ -16,7 +16,7 @@ from vadapter.config import digest, require_one_of
 from vadapter.distributed import hosts
 from vadapter.errors import CheckpointError, ConfigError, Problems
 from vadapter.io import storage
-from vadapter.io.json_files import is_comparison, is_export, rows
+from vadapter.io.json_files import history, is_comparison, is_export, rows
 from vadapter.recipe.schema import Recipe
 from vadapter.stages.initialization import DONE
 from vadapter.stages.restore import read_run
@@ -39,12 +39,15 @@ class Found:
         return self.trained.workdir / self.trained.stage
 
 
-def read_runs(paths: Sequence[Path], baseline: str = "") -> tuple[Comparison, dict[str, Any]]:
+def read_runs(
+    paths: Sequence[Path], baseline: str = "", score: str = ""
+) -> tuple[Comparison, dict[str, Any]]:
     """Return the comparison of finished runs, and what all of them have in common.
 
     Args:
       paths: RUN, for all its adapter stages, or RUN/STAGE; or the directory of one comparison.
       baseline: an arm; by default `perceiver`, or else the first.
+      score: EVAL/METRIC of the curves, as logged; by default the comparison's, or the first CIDEr.
 
     Raises:
       CheckpointError: a path is no run, a stage is not finished; lists all of them.
@@ -64,7 +67,20 @@ def read_runs(paths: Sequence[Path], baseline: str = "") -> tuple[Comparison, di
     if baseline:
         require_one_of(f"--baseline={baseline}", baseline, [arm.name for arm in comparison.arms])
         comparison = dataclasses.replace(comparison, baseline=baseline)
+    if score:
+        require_one_of(f"--score={score}", score, _logged_scores(comparison))
+        comparison = dataclasses.replace(comparison, score=score)
     return comparison, common_facts(comparison)
+
+
+def _logged_scores(comparison: Comparison) -> list[str]:
+    """Return the scores of evaluations that runs have logged while they trained."""
+    keys = set[str]()
+    for _, run in _runs(comparison):
+        evals = read_run(run.workdir).stages[run.stage].evals
+        for row in history(storage.as_path(run.workdir) / run.stage / "metrics.jsonl"):
+            keys |= {key for key in row if key.rpartition("/")[0] in evals}
+    return sorted(key for key in keys if not key.endswith("/n"))
 
 
 def common_facts(comparison: Comparison) -> fairness.Facts:

@@ -9,7 +9,7 @@ from vadapter.io import storage
 from vadapter.recipe.schema import Recipe
 from vadapter.report.gallery import read_section, write_gallery
 from vadapter.report.plots import convergence
-from vadapter.report.table import BENCHMARKS, HEADER, benchmarks, summary
+from vadapter.report.table import BENCHMARKS, benchmarks, shown, summary
 
 
 class Report(NamedTuple):
@@ -33,7 +33,7 @@ def write_report(workdir: Path, recipe: Recipe) -> Report:
     workdir = storage.as_path(workdir)
     directories = [path for name in recipe.chain for path in sorted(workdir.glob(f"{name}/eval/*"))]
     scored = benchmarks(directories)
-    tables = [(summary(workdir, recipe), HEADER), *([(scored, BENCHMARKS)] if scored else [])]
+    tables = [shown(summary(workdir, recipe)), *([(scored, BENCHMARKS)] if scored else [])]
     text = "\n\n".join(text_table(*table) for table in tables)
     markdown = "\n".join(markdown_table(*table) for table in tables)
     storage.write_bytes(workdir / "table.md", markdown.encode())

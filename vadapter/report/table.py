@@ -7,17 +7,21 @@ from typing import Any
 
 from vadapter.io import storage
 from vadapter.io.json_files import history, lines, rows
+from vadapter.metrics import judgments
 from vadapter.metrics.scoring import METRICS, Result, sample_of
 from vadapter.recipe.schema import Recipe, StageConfig
 from vadapter.stages.initialization import DONE
 
 HEADER = (
     "stage", "kind", "steps", "training\nloss", "held-out loss\nright / wrong /\nmean image",
-    "CIDEr", "correct\nanswers, %", "seconds",
+    "CIDEr", "correct\nanswers, %", "captions\nright, %", "seconds",
 )  # fmt: skip
 BENCHMARKS = ("benchmark", "stage", "metric", "score", "n", "protocol", "set")
 _COUNTS = {"n": "{:.0f}", "facts_per_caption": "{:.2f}"}  # scores that are no shares: their format
-_METRICS = (("cider", "caption"), ("accuracy", "question"))  # (metric, task) of two columns
+_METRICS = (  # (metric, task) of three columns
+    ("cider", "caption"), ("accuracy", "question"), (judgments.RIGHT, "caption"),
+)  # fmt: skip
+_OPTIONAL = {HEADER.index("captions\nright, %")}  # columns that are left out if they are empty
 
 
 def summary(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
@@ -30,6 +34,16 @@ def summary(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
     workdir = storage.as_path(workdir)
     stages = [_stage_row(workdir / name, name, recipe) for name in recipe.chain]
     return stages + _blind_rows(workdir, recipe)
+
+
+def shown(table: Sequence[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """Return the rows of `summary` and their header, without the optional columns that are empty.
+
+    Captions are judged for generated scenes alone.
+    """
+    empty = {column for column in _OPTIONAL if {row[column] for row in table} <= {"—"}}
+    rows = [tuple(x for i, x in enumerate(row) if i not in empty) for row in (*table, HEADER)]
+    return rows[:-1], rows[-1]
 
 
 def _blind_rows(workdir: Path, recipe: Recipe) -> list[tuple[str, ...]]:
