@@ -3,10 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
 
+from vadapter.errors import ConfigError
+from vadapter.models.stem import ConvStem
 from vadapter.models.vit import ViT
 
 
@@ -86,3 +89,36 @@ def test_positions_matter(frames):
     np.testing.assert_allclose(without[0], without[1][:, :, order], atol=1e-5)
     within = run(module, params, frames), run(module, params, swapped)
     assert np.abs(within[0] - within[1][:, :, order]).max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_convolutional_stem_gives_the_same_grid_of_tokens(frames, dtype):
+    module = ViT(dataclasses.replace(tiny.VIT, stem="convolutions"), jnp.dtype(dtype))
+    params = tiny.init(module, frames)
+    tokens = run(module, params, frames)
+    assert tokens.shape == (2, 3, module.tokens_per_frame(), 16)
+    assert tokens.dtype == dtype
+    assert "patches" not in params
+
+
+def test_a_token_of_a_convolutional_stem_sees_its_patch_and_little_around_it():
+    module, size = ConvStem(width=16, patch=8), 48
+    images = np.random.default_rng(0).standard_normal((1, size, size, 3), np.float32)
+    params = tiny.init(module, images)
+    tokens = run(module, params, images)
+    assert tokens.shape == (1, 6, 6, 16)
+    changed = images.copy()
+    changed[:, 24:32, 24:32] = 0
+    difference = np.abs(run(module, params, changed) - tokens).max(axis=(0, 3))
+    assert difference[3, 3] > 0.01
+    assert difference[0].max() == difference[:, 0].max() == 0
+    assert difference[5].max() == difference[:, 5].max() == 0
+
+
+@pytest.mark.parametrize("patch, width", [(1, 8), (3, 12), (12, 12), (8, 6)])
+def test_a_convolutional_stem_of_other_sizes_is_refused(patch, width):
+    config = dataclasses.replace(
+        tiny.VIT, stem="convolutions", patch=patch, image_size=24, width=width, heads=1
+    )
+    with pytest.raises(ConfigError, match=f"patch={patch} and width={width}"):
+        tiny.init(ViT(config), np.zeros((1, 1, 24, 24, 3), np.uint8))

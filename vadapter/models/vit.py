@@ -18,6 +18,7 @@ from vadapter.errors import ConfigError
 from vadapter.models.adapters.pooler import Pooler, PoolerConfig
 from vadapter.models.encoder import HALF, EncoderConfig, normalize_pixels
 from vadapter.models.layers import Dtype, MlpKind, Norm, linear, trainable_tokens
+from vadapter.models.stem import ConvStem
 from vadapter.models.transformer import BlockConfig, Remat, Stack
 
 
@@ -27,6 +28,8 @@ class ViTConfig(EncoderConfig):
 
     Attributes:
       patch: pixels a side; divides image_size (CoCa here: 288 and 18, 256 tokens).
+      stem: how patches become tokens. linear: one projection of each. convolutions: a few of stride
+        2, see `stem.ConvStem`.
       class_token: prepend one trainable token.
       registers: number of further trainable tokens, without positions (DINOv2).
       patches_only: do not return class token and registers.
@@ -47,6 +50,7 @@ class ViTConfig(EncoderConfig):
     heads: int
     mlp_dim: int
     mlp: MlpKind = "gelu"
+    stem: Literal["linear", "convolutions"] = "linear"
     class_token: bool = False
     registers: int = 0
     patches_only: bool = False
@@ -106,12 +110,9 @@ class ViT(nn.Module):
         c = self.config
         if c.image_size % c.patch:
             raise ConfigError(f"image_size={c.image_size} is not divisible by patch={c.patch}")
-        x = normalize_pixels(frames, c.mean, c.std)
-        # A strided convolution over patches, as the matrix product that it is. Frames are images:
-        # the encoder does not know time.
-        x = rearrange(x, "b f (h p) (w q) c -> (b f) (h w) (p q c)", p=c.patch, q=c.patch)
-        patches = linear(c.width, (None, "embed"), c.patch_bias, self.dtype, name="patches")
-        x = patches(x.astype(self.dtype))
+        # Frames are images: the encoder does not know time.
+        x = rearrange(normalize_pixels(frames, c.mean, c.std), "b f h w c -> (b f) h w c")
+        x = self._patches(x.astype(self.dtype))
         normal = nn.initializers.normal(0.02)
 
         def tokens(name: str, count: int, init: Any = normal) -> jax.Array:
@@ -138,6 +139,15 @@ class ViT(nn.Module):
         elif c.patches_only:
             x = x[:, c.class_token + c.registers :]
         return rearrange(x, "(b f) n d -> b f n d", b=len(frames))
+
+    def _patches(self, x: Float[Array, "n H W 3"]) -> Float[Array, "n N D"]:
+        c = self.config
+        if c.stem == "convolutions":
+            x = ConvStem(c.width, c.patch, self.dtype, name="stem")(x)
+            return rearrange(x, "n h w d -> n (h w) d")
+        # A strided convolution over patches, as the matrix product that it is.
+        x = rearrange(x, "n (h p) (w q) c -> n (h w) (p q c)", p=c.patch, q=c.patch)
+        return linear(c.width, (None, "embed"), c.patch_bias, self.dtype, name="patches")(x)
 
     def _norm(self, name: str) -> Norm:
         return Norm("layer", self.config.norm_eps, self.dtype, name=name)

@@ -11,6 +11,7 @@ import pytest
 
 from vadapter.data.prompts import CAPTION, QUESTION
 from vadapter.data.scenes.captions import (
+    CAPTIONS,
     COLOR_WORDS,
     GROUND_WORDS,
     MOTION_WORDS,
@@ -482,6 +483,27 @@ def test_the_context_of_a_question_determines_its_answer(media):
         assert {(SIZE.get(g[0], ""), COLOR[g[1]], SHAPE[g[2]]) for w, g in claims[::2]} == {
             (t.size, *t.pair) for t in scene.things
         }
+
+
+@pytest.mark.parametrize("media", VISUAL)
+def test_whole_captions_describe_every_thing_of_the_same_pixels(media):
+    source, short = ScenesSource(media, form="whole"), ScenesSource(media)
+    for i in range(20):
+        np.testing.assert_array_equal(source[i].media, short[i].media)
+        scene = source.scene(i)
+        assert len(source[i].captions) == CAPTIONS
+        for caption in source[i].captions:
+            check_true(scene, caption)
+            claims, _ = parse(caption)
+            assert len(claims) == 2 * len(scene.things)
+    assert set(source[0].captions) <= set(ScenesSource(media, form="whole", count=1).texts())
+    assert source.fingerprint() != short.fingerprint()
+
+
+@pytest.mark.parametrize("media, form", [("text", "whole"), ("image", "plain"), ("clip", "x")])
+def test_a_form_of_another_medium_is_refused(media, form):
+    with pytest.raises(ConfigError, match=f"form='{form}'"):
+        ScenesSource(media, form=form)
 
 
 def test_a_sibling_context_is_another_caption_of_the_same_scene():

@@ -17,7 +17,7 @@ from vadapter.config import require_one_of
 from vadapter.data.example import Example, Judgment, Question, Source
 from vadapter.data.prompts import CAPTION, QUESTION, text_piece
 from vadapter.data.scenes import facts
-from vadapter.data.scenes.captions import captions, keywords, whole
+from vadapter.data.scenes.captions import CAPTIONS, captions, keywords, whole
 from vadapter.data.scenes.dice import Dice
 from vadapter.data.scenes.paint import render
 from vadapter.data.scenes.questions import questions
@@ -43,7 +43,10 @@ class ScenesSource(Source):
         the language model knows the words, the vision encoder has never seen what they mean.
       size: the side S in pixels, 64 to 256.
       count: the number of examples; a longer source begins with the examples of a shorter one.
-      form: the only form of text document (a key of DOCUMENTS); "" mixes them.
+      form: of text documents, the only form (a key of DOCUMENTS); "" mixes them. Of images and
+        clips, "whole": captions are complete descriptions, with color, shape, size, and place or
+        motion of every thing, as densely captioned training sets have; "": captions that mention
+        some of it.
 
     Raises:
       ConfigError: an unknown medium or split, or a number out of range.
@@ -57,7 +60,8 @@ class ScenesSource(Source):
     form: str = ""
 
     def __post_init__(self):
-        names = {"media": MEDIA, "split": SPLITS, "form": ("", *DOCUMENTS)}
+        forms = DOCUMENTS if self.media == "text" else ("whole",)
+        names = {"media": MEDIA, "split": SPLITS, "form": ("", *forms)}
         for name, choices in names.items():
             value = getattr(self, name)
             require_one_of(f"scenes: {name}={value!r}", value, choices)
@@ -100,10 +104,16 @@ class ScenesSource(Source):
             if self.kind == "text":
                 yield from document(scene, words, self.form)
                 continue
-            yield from captions(scene, words)
+            yield from self.written(scene, words)
             for question, answer, _ in self.qa(index):
                 yield QUESTION.after(question)
                 yield text_piece(answer)
+
+    def written(self, scene: Scene, dice: Dice) -> tuple[str, ...]:
+        """Return the captions of an image or clip, in the form of this source."""
+        if self.form == "whole":
+            return tuple(whole(scene, dice) for _ in range(CAPTIONS))
+        return captions(scene, dice)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 (hex) of the arguments and of the first examples, texts and pixels."""
@@ -136,7 +146,7 @@ def _words(source: ScenesSource, index: int) -> Example:
         return Example(id=name, pieces=document(scene, words, source.form))
     qa = tuple(Question(text, (answer,), kind) for text, answer, kind in source.qa(index))
     judge = functools.partial(_judge, source, index)
-    return Example(id=name, captions=captions(scene, words), qa=qa, judge=judge)
+    return Example(id=name, captions=source.written(scene, words), qa=qa, judge=judge)
 
 
 def _judge(source: ScenesSource, index: int, caption: str) -> Judgment:
