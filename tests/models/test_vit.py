@@ -115,7 +115,7 @@ def test_a_token_of_a_convolutional_stem_sees_its_patch_and_little_around_it():
     assert difference[5].max() == difference[:, 5].max() == 0
 
 
-@pytest.mark.parametrize("patch, width", [(1, 8), (3, 12), (12, 12), (8, 6)])
+@pytest.mark.parametrize(("patch", "width"), [(1, 8), (3, 12), (12, 12), (8, 6)])
 def test_a_convolutional_stem_of_other_sizes_is_refused(patch, width):
     config = dataclasses.replace(
         tiny.VIT, stem="convolutions", patch=patch, image_size=24, width=width, heads=1

@@ -500,7 +500,7 @@ def test_whole_captions_describe_every_thing_of_the_same_pixels(media):
     assert source.fingerprint() != short.fingerprint()
 
 
-@pytest.mark.parametrize("media, form", [("text", "whole"), ("image", "plain"), ("clip", "x")])
+@pytest.mark.parametrize(("media", "form"), [("text", "whole"), ("image", "plain"), ("clip", "x")])
 def test_a_form_of_another_medium_is_refused(media, form):
     with pytest.raises(ConfigError, match=f"form='{form}'"):
         ScenesSource(media, form=form)
