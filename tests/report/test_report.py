@@ -18,7 +18,7 @@ from vadapter.io.json_files import lines
 from vadapter.metrics.blind_baselines import constant_caption, majority_answer
 from vadapter.recipe.schema import read
 from vadapter.report.gallery import MAX_BYTES, Section, choose, thumbnail, write_gallery
-from vadapter.report.plots import convergence
+from vadapter.report.plots import arms, convergence, draw
 from vadapter.report.report import write_report
 from vadapter.report.table import HEADER, score_table, seconds, shown, summary
 from vadapter.stages.restore import read_run
@@ -168,6 +168,60 @@ def test_the_plot_is_an_image_and_only_of_adapters(run, report, tmp_path):
     shutil.copytree(run / "decoder", tmp_path / "decoder")
     assert convergence(tmp_path, read_run(run), tmp_path / "plot.png") is None
     assert not (tmp_path / "plot.png").exists()
+
+
+def logged(folder, stage, rows):
+    """Write the metrics.jsonl of a stage: step -> values."""
+    (folder / stage).mkdir(parents=True)
+    text = "".join(json.dumps({"step": step, **values}) + "\n" for step, values in rows)
+    (folder / stage / "metrics.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize("metric", ["captions_right", "cider"])
+def test_the_plot_counts_the_steps_of_stage_1_on_a_second_line(chain, tmp_path, metric):
+    recipe = read(tiny_recipe(chain / "shapes", steps=4))
+    for shift, name in ((0.0, "vadapter"), (0.1, "perceiver")):
+        rows = []
+        for step in range(1, 5):
+            scores = {"captions/cider": 0.01, f"captions/{metric}": step / 10 + shift}
+            measured = {"held/loss": 2 - step / 10, "captions/n": 8.0, **scores}
+            rows += [(step, {"loss": 2.0}), (step, measured)]
+        logged(tmp_path, name, rows)
+    drawn = arms(tmp_path, recipe)
+    assert {arm.name: arm.before for arm in drawn} == {"vadapter": 4, "perceiver": 0}
+    losses, scores = draw(drawn).axes
+    for axes, of in ((losses, lambda step: 2 - step / 10), (scores, lambda step: 10 * step)):
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        (name,) = (n for n in lines if n.startswith("vadapter: "))
+        counted = lines["vadapter, with 4 steps of stage 1"]
+        np.testing.assert_array_equal(lines[name].get_xdata(), [1, 2, 3, 4])
+        np.testing.assert_array_equal(counted.get_xdata(), [5, 6, 7, 8])
+        for line in (lines[name], counted):
+            np.testing.assert_allclose(line.get_ydata(), [of(step) for step in range(1, 5)])
+        assert sum(n.startswith("perceiver") for n in lines) == 1
+    words = {"captions_right": "right captions in %", "cider": "CIDEr × 100"}
+    assert scores.get_ylabel() == words[metric]
+
+
+def test_captions_that_are_judged_have_their_facts_marked(tmp_path):
+    rows = [
+        {"id": str(i), "index": i, "prediction": f"said {i}", "references": [], "score": i / 9,
+         "right": i % 3 == 0, "facts": {"color": [2, 2], "shape": [i % 2, 1]}}
+        for i in range(9)
+    ]  # fmt: skip
+    section = Section("e", "caption", {"s": rows}, lambda row: np.zeros((1, 8, 8, 3), np.uint8))
+    groups = choose(rows, "caption", each=4)
+    assert [row["right"] for row in groups["Right"]] == [True] * 3
+    assert [row["right"] for row in groups["Wrong"]] == [False] * 4
+    text = write_gallery(tmp_path / "g.html", "t", [section]).read_text()
+    cards = text.split("<article>")[1:]
+    assert len(cards) == 9
+    for card in cards:
+        i = int(re.search(r"said (\d)", card)[1])
+        assert ("<span>✓</span>" in card) == (i % 3 == 0)
+        assert "<span class=right>color 2 of 2&nbsp;✓</span>" in card
+        state = "right>shape&nbsp;✓" if i % 2 else "wrong>shape&nbsp;✗"
+        assert f"<span class={state}</span>" in card
 
 
 def test_the_gallery_is_one_file_with_images_clips_and_every_stage(run, report):

@@ -20,11 +20,11 @@ from vadapter.data.open import JUDGES
 from vadapter.errors import ConfigError, UserError
 from vadapter.io import storage
 from vadapter.metrics.judgments import is_judged
+from vadapter.recipe.arms import PART_KINDS
 from vadapter.recipe.schema import Recipe, StageConfig, components, read, used_data
 
 PARTS = "parts"
 FEATURES = "features"
-PART_KINDS = ("lm", "vision")
 _RESERVED = (PARTS, FEATURES, "plots")  # folders of a comparison that are no arms
 _NAMED = ("components", "data", "stages", "evals")  # keys of a recipe that are groups by name
 # Scores of an evaluation by the task of its data; accuracy_KIND for a kind of question, too, and

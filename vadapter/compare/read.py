@@ -10,13 +10,14 @@ from typing import Any
 from vadapter.compare import fairness
 from vadapter.compare.comparison import Arm, Comparison, Trained
 from vadapter.compare.final_scores import evaluation_folder
-from vadapter.compare.plan import PART_KINDS, PARTS
+from vadapter.compare.plan import PARTS
 from vadapter.compare.record import read_record, write_record
 from vadapter.config import digest, require_one_of
 from vadapter.distributed import hosts
 from vadapter.errors import CheckpointError, ConfigError, Problems
 from vadapter.io import storage
 from vadapter.io.json_files import history, is_comparison, is_export, rows
+from vadapter.recipe.arms import earlier_stages
 from vadapter.recipe.schema import Recipe
 from vadapter.stages.initialization import DONE
 from vadapter.stages.restore import read_run
@@ -210,16 +211,8 @@ def _require_finished(directory: Path, steps: int) -> None:
 
 
 def _trained(workdir: Path, recipe: Recipe, name: str) -> Trained:
-    prior = set[str]()
-    pending = [name]
-    while pending:
-        sources = recipe.stages[pending.pop()].start.values()
-        new = {s for s in sources if s in recipe.chain} - prior
-        new = {s for s in new if recipe.stages[s].kind not in PART_KINDS}
-        prior |= new
-        pending += new
-    ordered = tuple(n for n in recipe.chain if n in prior)
-    return Trained(workdir, name, recipe.seed, recipe.stages[name].optim.lr, ordered)
+    lr, earlier = recipe.stages[name].optim.lr, earlier_stages(recipe, name)
+    return Trained(workdir, name, recipe.seed, lr, earlier)
 
 
 def _recipe_digest(found: Found) -> str:

@@ -93,17 +93,19 @@ def _page(title: str, sections: Sequence[Section], table: str, size: int) -> str
 def choose(rows: Sequence[Row], task: str, each: int = EACH) -> dict[str, list[Row]]:
     """Return the best, the worst and some random items; ties are broken by a fixed seed.
 
-    Answers are right or wrong. Without scores (no public answers) all groups but one are empty.
+    Answers are right or wrong, and so are captions that are judged. Without scores (no public
+    answers) all groups but one are empty.
     """
     shuffled = list(rows)
     random.Random(0).shuffle(shuffled)
     ranked = sorted(shuffled, key=lambda row: -row.get("score", 0.0))
-    if not all("score" in row for row in rows):
+    key = "right" if all("right" in row for row in rows) else "score"
+    if not all(key in row for row in rows):
         groups = {}
-    elif task == "question":
+    elif task == "question" or key == "right":
         groups = {
-            "Right": [row for row in ranked if row["score"]][:each],
-            "Wrong": [row for row in ranked if not row["score"]][:each],
+            "Right": [row for row in ranked if row[key]][:each],
+            "Wrong": [row for row in ranked if not row[key]][:each],
         }
     else:
         groups = {"Best": ranked[:each], "Worst": ranked[each:][-each:][::-1]}
@@ -120,9 +122,11 @@ def _card(section: Section, row: Row, size: int) -> str:
         same = (r for r in rows if r["index"] == row["index"] and r["id"] == row["id"])
         if (prediction := next(same, None)) is None:
             continue
-        mark = _mark(section.task, prediction.get("score"))
+        mark = _mark(section.task, prediction)
         words = _text(prediction["prediction"]) or "<i>empty</i>"
         parts.append(f"<p class=stage><b>{_text(stage)}</b> <span>{mark}</span></p><p>{words}</p>")
+        if facts := prediction.get("facts"):
+            parts.append(f"<p class=facts>{_facts(facts)}</p>")
         if prefix := prediction.get("prefix"):  # the image as words
             parts.append(f"<p class=reference>reads: {_text(prefix)}</p>")
     parts += [f"<p class=reference>{_text(ref)}</p>" for ref in row.get("references", ())[:5]]
@@ -130,10 +134,22 @@ def _card(section: Section, row: Row, size: int) -> str:
     return f"<article>{_image(section, row, size)}\n{content}</article>"
 
 
-def _mark(task: str, score: float | None) -> str:
-    if score is None:
-        return ""
-    return f"{100 * score:.0f}" if task == "caption" else "✓" if score else "✗"
+def _mark(task: str, row: Row) -> str:
+    """Return ✓ or ✗ of what is right or wrong, or else the score."""
+    right = row.get("right", row.get("score") if task == "question" else None)
+    if right is not None:
+        return "✓" if right else "✗"
+    return f"{100 * row['score']:.0f}" if "score" in row else ""
+
+
+def _facts(facts: Mapping[str, Sequence[int]]) -> str:
+    """Return the facts of a caption by kind, marked as right or wrong."""
+    marked = []
+    for kind, (right, mentioned) in facts.items():
+        name = f"{_text(kind)} {right} of {mentioned}" if mentioned > 1 else _text(kind)
+        state, sign = ("right", "✓") if right == mentioned else ("wrong", "✗")
+        marked.append(f"<span class={state}>{name}&nbsp;{sign}</span>")
+    return " ".join(marked)
 
 
 def _image(section: Section, row: Row, size: int) -> str:
@@ -176,6 +192,9 @@ article p { margin: .2em 0; unicode-bidi: isolate; }
 img { display: block; width: 150px; height: auto; margin: 0 auto .5em; }
 img.small { image-rendering: pixelated; }
 .stage { display: flex; justify-content: space-between; font-size: 12px; opacity: .8; }
+.facts { font-size: 12px; }
+.right { color: light-dark(#00704a, #4cc38a); }
+.wrong { color: light-dark(#b3261e, #ff8a80); text-decoration: underline; }
 .reference { font-size: 12px; opacity: .65; }
 .question { font-weight: 600; }
 .gone { opacity: .6; font-style: italic; }
