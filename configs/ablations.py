@@ -142,14 +142,14 @@ def connectors(perceiver: Any) -> dict[str, dict[str, Any]]:
 # clips of at most 128 tokens in the LLM.
 SMALL = dict(
     scenes=dict(
-        mlp=dict(hidden_dim=2944, frames=2),
+        mlp=dict(hidden_dim=2720, frames=2),
         linear=dict(frames=2),
-        shuffle=dict(hidden_dim=1280),
-        pool=dict(hidden_dim=2944),
-        qformer=dict(queries=8, width=96, depth=6, heads=3, mlp_dim=288),
+        shuffle=dict(hidden_dim=1088),
+        pool=dict(hidden_dim=2720),
+        qformer=dict(queries=64, width=96, depth=6, heads=3, mlp_dim=288),
         c_abstractor=dict(hidden_dim=200),
         media=dict(layers=2),
-        cross_attention=dict(every=2, heads=4, head_dim=32),
+        cross_attention=dict(every=3, heads=4, head_dim=32),
     ),
     flickr8k=dict(
         mlp=dict(hidden_dim=896),

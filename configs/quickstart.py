@@ -16,6 +16,7 @@ Six stages, trained in this order:
 Arguments:
     scale      factor on the steps of every stage
     queries    of the resamplers
+    steps      of each stage that sees images through the frozen encoder, before `scale`
     weights    folder of the components encoder, tlm and llm, written by `vadapter export
                --components`: the first three stages are left out
 
@@ -29,7 +30,7 @@ from vadapter.config import parse_arg
 
 def get_config(arg=None):
     # `--config=configs/quickstart.py:scale=0.1` trains every stage for a tenth of its steps.
-    arg = parse_arg(arg, scale=1.0, queries=8, weights="")
+    arg = parse_arg(arg, scale=1.0, queries=64, steps=300, weights="")
 
     def steps(count):
         return max(2, int(count * arg.scale))
@@ -45,6 +46,8 @@ def get_config(arg=None):
         """The start of a component that is trained in a stage of `pretraining`."""
         return stage if stage in pretraining else "weights"
 
+    batch = 24  # of the stages that see images through the frozen encoder
+
     # -- data -----------------------------------------------------------------------------------
 
     def scenes(media, split, count):
@@ -53,6 +56,10 @@ def get_config(arg=None):
         The splits train and test share no scene.
         """
         return dict(kind="scenes", media=media, split=split, size=64, count=count, seed=0)
+
+    def once(share):
+        """As many examples as the share of a stage's rows, so that a stage sees each once."""
+        return max(batch, int(share * steps(arg.steps) * batch))
 
     def prompted(form):
         """Held-out captions after a prompt in text, to see which prompts a language model uses.
@@ -66,7 +73,7 @@ def get_config(arg=None):
     # task: caption (image → text), question (image and question → answer) or document (text).
     # text_len: tokens of a row; longer texts are cut. target_len: tokens that count in the loss.
     # texts: captions per image in one row. cache: encode each image once, train on its tokens.
-    caption = dict(task="caption", text_len=64, target_len=60, texts=3, cache=True)
+    caption = dict(task="caption", text_len=76, target_len=72, texts=3, cache=True)
     question = dict(task="question", text_len=44, target_len=12, texts=2, cache=True)
 
     # -- components -----------------------------------------------------------------------------
@@ -92,13 +99,14 @@ def get_config(arg=None):
     # all.
     see = dict(
         encoder="encoder",
-        batch=24,
+        steps=steps(arg.steps),
+        batch=batch,
         optim=optim(2e-3),
-        data=dict(images=2.0, clips=1.0),
+        data=dict(images=4.0, clips=1.0),
         loss=("held_images",),
         loss_batches=4,
         evals=("captions", "clips", "answers"),
-        eval_every=steps(40),
+        eval_every=steps(arg.steps / 10),
         eval_limit=64,
         **logging,
     )
@@ -120,18 +128,19 @@ def get_config(arg=None):
                     kind="vit",
                     image_size=64,
                     patch=8,
-                    width=96,
-                    depth=3,
-                    heads=3,
-                    mlp_dim=256,
+                    stem="convolutions",
+                    width=128,
+                    depth=4,
+                    heads=4,
+                    mlp_dim=384,
                 ),
                 # Only in the vision stage (CoCa): attention pooling of the image tokens, a text
                 # decoder without images, and one that fuses both and writes the caption.
-                pooler=dict(kind="pooler", queries=9, width=96, heads=3),
+                pooler=dict(kind="pooler", queries=33, width=128, heads=4),
                 text={**lm, "width": 96, "depth": 1, "heads": 3, "mlp_dim": 256},
                 fusion=dict(kind="fusion", depth=1, width=96, heads=3, mlp_dim=256, embed_dim=64),
                 tlm=component("tlm", **lm, width=96, depth=3, heads=3, mlp_dim=256),
-                llm=component("llm", **lm, width=128, depth=4, heads=4, mlp_dim=384),
+                llm=component("llm", **lm, width=128, depth=6, heads=4, mlp_dim=384),
                 resampler={**resampler, "layers": 1},  # of the adapter
                 perceiver={**resampler, "layers": 6},  # of the baseline: six layers, no tiny LM
                 # Linear layers between parts of different widths; width=0: that of the next part.
@@ -139,27 +148,27 @@ def get_config(arg=None):
                 fc_out=dict(kind="fc", width=0),
             ),
             data=dict(
-                documents=dict(task="document", text_len=96, source=scenes("text", "train", 6_000)),
+                documents=dict(task="document", text_len=96, source=scenes("text", "train", 200_000)),
                 plain=prompted("plain"),
                 siblings=prompted("siblings"),
                 keywords=prompted("keywords"),
                 pairs=dict(
                     task="caption",
-                    text_len=32,
-                    target_len=30,
-                    source=scenes("image", "train", 8_000),
+                    text_len=48,
+                    target_len=46,
+                    source={**scenes("image", "train", 200_000), "form": "whole"},
                 ),
                 # media tells `vadapter plan`, which opens no data, what to expect.
-                images={**caption, "media": "image", "source": scenes("image", "train", 8_000)},
-                clips={**caption, "media": "clip", "source": scenes("clip", "train", 1_500)},
+                images={**caption, "media": "image", "source": scenes("image", "train", once(0.8))},
+                clips={**caption, "media": "clip", "source": scenes("clip", "train", once(0.2))},
                 held_images={**caption, "source": scenes("image", "test", 200)},
                 held_clips={**caption, "source": scenes("clip", "test", 64)},
                 questions={**question, "source": scenes("image", "test", 100)},
             ),
             # Greedy decoding of at most max_new tokens; limit=0: of all examples.
             evals=dict(
-                captions=dict(data="held_images", max_new=28, batch=64, limit=0),
-                clips=dict(data="held_clips", max_new=28, batch=64, limit=0),
+                captions=dict(data="held_images", max_new=36, batch=64, limit=0),
+                clips=dict(data="held_clips", max_new=36, batch=64, limit=0),
                 answers=dict(data="questions", max_new=6, batch=128, limit=0),
             ),
             chain=(*pretraining, "decoder", "perceiver", "vadapter"),  # in this order
@@ -188,7 +197,6 @@ def get_config(arg=None):
                     lm="tlm",
                     chain=("resampler", "fc_in"),
                     start=dict(encoder=after("vision"), tlm=after("tlm")),
-                    steps=steps(100),
                     **see,
                 ),
                 # kind="adapter": only the chain is trained, here with the tiny LM in it.
@@ -203,7 +211,6 @@ def get_config(arg=None):
                         tlm="decoder",
                         llm=after("llm"),
                     ),
-                    steps=steps(120),
                     **see,
                 ),
                 perceiver=dict(
@@ -211,7 +218,6 @@ def get_config(arg=None):
                     lm="llm",
                     chain=("perceiver", "fc_out"),
                     start=dict(encoder=after("vision"), llm=after("llm")),
-                    steps=steps(120),
                     **see,
                 ),
             ),
