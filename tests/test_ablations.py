@@ -203,7 +203,7 @@ def test_the_table_of_rows_states_how_many_parameters_each_trains():
 
 def test_arguments_of_the_base_pass_through():
     recipe = load("scenes", "perceiver", "scale=0.5", "queries=16")
-    assert recipe.stages.perceiver.steps == 60
+    assert recipe.stages.perceiver.steps == 200
     assert recipe.components.perceiver.queries == 16
     assert load("scenes", "c_abstractor", "queries=10").components.c_abstractor.queries == 9
     assert load("paper", "perceiver", "encoder=b").components.encoder.size == "coca_b"
@@ -297,7 +297,7 @@ def test_a_comparison_takes_rates_a_baseline_and_arguments_of_the_base():
         "configs/compare.py:arms=linear,mlp.blind,lr=1,3,scale=0.5,baseline=mlp.blind"
     )
     assert (values.baseline, values.lr) == ("mlp_blind", (0.002, 0.006))
-    assert values.arms.linear.stages.linear.steps == 60
+    assert values.arms.linear.stages.linear.steps == 200
     assert config.load("configs/compare.py:arms=linear,mlp").baseline == "linear"
 
 
