@@ -148,7 +148,11 @@ def get_config(arg=None):
                 fc_out=dict(kind="fc", width=0),
             ),
             data=dict(
-                documents=dict(task="document", text_len=96, source=scenes("text", "train", 200_000)),
+                documents=dict(
+                    task="document",
+                    text_len=96,
+                    source=scenes("text", "train", 200_000),
+                ),
                 plain=prompted("plain"),
                 siblings=prompted("siblings"),
                 keywords=prompted("keywords"),

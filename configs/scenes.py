@@ -12,10 +12,10 @@ Arguments:
     test       number of test images; half of them with questions
     weights    folder of components that are pretrained already, see configs/quickstart.py
 
-Pretraining takes 3,000 steps (tiny language model), 4,000 (large one) and 3,000 (encoder), together
-about an hour on one CPU core. Training, validation (`captions`, `clips`, `answers`) and test
-(`test_captions`, `test_answers`) share no scene, and no image is seen twice within a stage.
-configs/quickstart.py explains every key.
+Not run as it is. Pretraining takes 3,000 steps (tiny language model), 4,000 (large one) and 3,000
+(encoder), together about an hour on one CPU core. Training, validation (`captions`, `clips`,
+`answers`) and test (`test_captions`, `test_answers`) share no scene, and no image is seen twice
+within a stage. configs/quickstart.py explains every key.
 """
 
 from ml_collections import ConfigDict

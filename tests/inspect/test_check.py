@@ -130,25 +130,25 @@ def test_the_quickstart_is_described_from_pixels_to_words_without_a_problem():
     assert [s["name"] for s in facts["stages"]] == list(recipe.chain)
     stage = stages(facts)["vadapter"]
     flow = {name: shapes(part) for name, part in parts(stage).items()}
-    lm = {"prompt": [24], "prefix": [8, 128], "tokens": [64]}
+    lm = {"prompt": [24], "prefix": [64, 128], "tokens": [76]}
     assert flow == {
-        "encoder": ([8, 64, 64, 3], [8, 64, 96]),
-        "resampler": ([8, 64, 96], [8, 96]),
-        "fc_in": ([8, 96], [8, 96]),
-        "tlm": ([8, 96], [8, 96]),
-        "fc_out": ([8, 96], [8, 128]),
-        "llm": (lm, [60, 512]),
+        "encoder": ([8, 64, 64, 3], [8, 64, 128]),
+        "resampler": ([8, 64, 128], [64, 96]),
+        "fc_in": ([64, 96], [64, 96]),
+        "tlm": ([64, 96], [64, 96]),
+        "fc_out": ([64, 96], [64, 128]),
+        "llm": (lm, [72, 512]),
     }
     assert [p["name"] for p in stage["components"] if not p["trained"]] == ["encoder", "llm"]
     assert parts(stage)["tlm"]["start"]["from"] == "stage decoder"
     assert parts(stage)["tlm"]["start"]["left_out"] == ["embedding.embedding"]
     assert parts(stage)["fc_out"]["start"]["from"] == "random"
     data = {d["name"]: (d["task"], d["examples"], d["use"]) for d in stage["data"]}
-    assert data["images"] == ("caption", 8000, ["train 2"])
+    assert data["images"] == ("caption", 5760, ["train 4"])
     assert data["held_images"] == ("caption", 200, ["loss", "eval captions"])
     vision = {name: shapes(part) for name, part in parts(stages(facts)["vision"]).items()}
-    assert vision["pooler"] == ([1, 64, 96], [9, 96])
-    assert vision["fusion"][1] == [30, 512]
+    assert vision["pooler"] == ([1, 64, 128], [33, 128])
+    assert vision["fusion"][1] == [46, 512]
 
 
 @pytest.mark.parametrize(("encoder", "llm"), [("b", "1b"), ("l", "1b"), ("g", "8b")])
