@@ -24,6 +24,7 @@ def world(tmp_path_factory):
     """A run directory in which tlm, llm, vision and decoder are finished, and its recipe."""
     folder = tmp_path_factory.mktemp("initialization")
     config = tiny_recipe(draw(folder / "shapes"))
+    config.components.tlm.depth = 2
     recipe, stages = read(config), {}
     for seed, name in enumerate(("tlm", "llm", "vision", "decoder")):
         shapes = abstract(recipe, name)
@@ -96,6 +97,33 @@ def test_the_papers_three_initializations_differ_by_one_word(config, world, star
     if start != "random":
         loaded = load(starts["tlm"], shapes["tlm"], None)
         same(loaded["stack"], world[2][start]["tlm"]["stack"])
+
+
+@pytest.mark.parametrize("mesh", [{}, {"data": 1, "fsdp": 2, "tensor": 4}], ids=str)
+def test_a_tiny_lm_that_queries_leave_early_takes_its_first_layers_alone(config, world, mesh):
+    config.mesh.update(mesh)
+    with config.unlocked():
+        config.stages.vadapter.exit_layer = 1
+    starts, shapes, recipe = planned(config, world[1])
+    loaded, whole = load(starts["tlm"], shapes["tlm"], None), world[2]["decoder"]["tlm"]
+    same(loaded["stack"], jax.tree.map(lambda x: x[:1], whole["stack"]))
+    same(loaded["norm"], whole["norm"])
+    for one, other in zip(*map(jax.tree.leaves, (loaded, shapes["tlm"])), strict=True):
+        assert one.sharding == other.sharding
+    assert "; the first 1 of 2 layers" in report(starts, recipe.stages["vadapter"], shapes)
+    same(load(starts["resampler"], shapes["resampler"], None), world[2]["decoder"]["resampler"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "layer", "message"),
+    [("vadapter", 3, "exit_layer=3: components.tlm has the layers 1 to 2"),
+     ("perceiver", 1, "exit_layer=1: there is no language model in the stage's chain, perceiver")],
+)  # fmt: skip
+def test_an_exit_that_there_is_not_is_refused(config, stage, layer, message):
+    with config.unlocked():
+        config.stages[stage].exit_layer = layer
+    with pytest.raises(ConfigError, match=message):
+        abstract(read(config), stage)
 
 
 def test_a_stage_of_another_run_is_named_by_its_path(config, world, tmp_path, monkeypatch):

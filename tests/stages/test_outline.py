@@ -76,6 +76,7 @@ def changed(recipe, stages=None, components=None, **keys):
         {"components": {"encoder": {"tap": "penultimate"}}},
         {"components": {"resampler": {"kind": "mlp", "hidden_dim": 8}}},
         {"stages": {"vadapter": {"bidirectional": True}}},
+        {"stages": {"vadapter": {"exit_layer": 1}}},
         {"stages": {"vadapter": {"chain": ("resampler", "fc_out")}}},
         {"dtype": "bfloat16"},
         {"vocab_size": 301},

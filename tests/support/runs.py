@@ -84,6 +84,8 @@ def finish_stage(stage: Path, components: dict[str, Any]) -> None:
 def small(folder: Path) -> ConfigDict:
     """llm (text; dropout, two micro-batches) → decoder → vadapter, both on cached tokens.
 
+    Keys of these two that are off by default are on: they change what is trained.
+
     Six steps of eight each, saved at every second; an epoch of the 24 images is three steps. The
     encoder was trained by another run, and the parts of the chain are the simplest there are.
 
@@ -99,13 +101,15 @@ def small(folder: Path) -> ConfigDict:
     llm = {"kind": "lm", "lm": "llm", "data": {"documents": 1.0}, "accumulate": 2}
     llm["use_dropout"] = True
     decoder = {"kind": "decoder", "lm": "tlm", "chain": ("front",), "start": encoder}
+    decoder |= {"query_loss": 0.5, "bidirectional": True}
     vadapter = {"kind": "adapter", "lm": "llm", "chain": ("front", "tlm", "fc_out")}
-    vadapter |= {"start": encoder | inner, "evals": ("captions",), "eval_every": 3}
+    vadapter |= {"start": encoder | inner, "evals": ("captions",), "eval_every": 3, "exit_layer": 1}
     slower = {"optim": every["optim"] | {"lr_mults": {"tlm": 0.5}}}
     with config.unlocked():
         config.chain = CHAIN
         config.components.front = {"kind": "mlp", "hidden_dim": 16, "width": 16}
         config.components.llm.dropout = 0.1
+        config.components.tlm.depth = 2
         config.data.images.update(cache=True, flip=True, texts=1)
         config.evals = {"captions": config.evals.captions}
         config.stages = {"llm": llm | every, "decoder": decoder | see}

@@ -54,7 +54,7 @@ class Exported:
     Attributes:
       version: of the format.
       vadapter: version of the package that wrote the export.
-      kind, lm, chain, encoder, bidirectional: of the stage, see `StageConfig`.
+      kind, lm, chain, encoder, bidirectional, exit_layer: of the stage, see `StageConfig`.
       dtype: of computation and frozen parameters.
       components: name -> kind and fields, without weights.
       trained: name -> digest of its arrays in model.safetensors.
@@ -81,6 +81,7 @@ class Exported:
     clip_frames: int
     prompts: dict[str, dict[str, str]]
     tokenizer: str
+    exit_layer: int = 0
 
     def public(self) -> dict[str, Frozen]:
         """Return the frozen components with public weights."""
@@ -99,6 +100,7 @@ class Exported:
         stage = StageConfig(
             kind=self.kind, steps=max(self.step, 1), batch=1, data={_IMAGES: 1.0}, lm=self.lm,
             chain=self.chain, encoder=self.encoder, bidirectional=self.bidirectional,
+            exit_layer=self.exit_layer,
             optim=OptimConfig(warmup=0),
         )  # fmt: skip
         weights = {name: {"weights": part.location} for name, part in self.public().items()}

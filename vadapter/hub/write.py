@@ -84,7 +84,7 @@ def _record(loaded: Stage) -> Exported:
         trained={name: combined(tree_digests(loaded.params[name])) for name in loaded.trained},
         frozen={name: _frozen(loaded, name) for name in loaded.digests},
         view=view, clip_frames=clip_frames, prompts=record.PROMPTS,
-        tokenizer=loaded.tokenizer.digest,
+        tokenizer=loaded.tokenizer.digest, exit_layer=loaded.config.exit_layer,
     )  # fmt: skip
 
 
@@ -127,8 +127,12 @@ def _write(folder: Path, loaded: Stage, exported: Exported) -> None:
         if not part.weights:
             _save(folder / frozen_file(name), {name: loaded.params[name]})
     loaded.tokenizer.save(folder / record.TOKENIZER)
-    # As earlier versions read it: an export's images are always decoded exactly.
-    write_json(folder / record.CONFIG, plain(exported) | {"view": exported.view.fields})
+    # As earlier versions read it, which do not know every key: images of an export are always
+    # decoded exactly, and most adapters use all layers.
+    values = plain(exported) | {"view": exported.view.fields}
+    if not exported.exit_layer:
+        del values["exit_layer"]
+    write_json(folder / record.CONFIG, values)
     (folder / record.CARD).write_text(model_card(loaded, exported), encoding="utf-8")
 
 

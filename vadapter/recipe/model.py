@@ -1,6 +1,7 @@
 """The model of a stage: its components as modules whose sizes fit together."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vadapter.errors import ConfigError
@@ -9,7 +10,7 @@ from vadapter.models.adapters.cross_attention import CrossAttention
 from vadapter.models.adapters.words import Words
 from vadapter.models.coca import CoCa
 from vadapter.models.lm import LM
-from vadapter.models.registry import make_module
+from vadapter.models.registry import expand, make_module
 from vadapter.recipe.schema import DTYPES, STAGES, Recipe, StageConfig, components, trained
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> AdapterMo
     for name in reversed(components(stage)):
         if name == encoder:
             continue
-        module = make_module(name, recipe.components[name], dtype=dtype, **derived)
+        spec = recipe.components[name]
+        if stage.exit_layer and name in stage.chain:
+            spec = _up_to(stage.exit_layer, name, spec)
+        module = make_module(name, spec, dtype=dtype, **derived)
         _check_grid(name, module, encoder, tokens)
         modules[name] = module
         if isinstance(module, LM):
@@ -50,6 +54,22 @@ def make_model(recipe: Recipe, stage: StageConfig, vocab_size: int) -> AdapterMo
     _check_chain(stage, modules)
     frozen = stage.lm not in trained(stage)
     return AdapterModel(modules, stage.lm, stage.chain, encoder, stage.bidirectional, frozen)
+
+
+def _up_to(layer: int, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a component of the chain, if it is a language model with its first layers alone.
+
+    Raises:
+      ConfigError: it has no such layer.
+    """
+    spec = expand(name, spec)
+    if spec["kind"] != "lm":
+        return spec
+    if not 1 <= layer <= spec["depth"]:
+        raise ConfigError(
+            f"exit_layer={layer}: components.{name} has the layers 1 to {spec['depth']}"
+        )
+    return spec | {"depth": layer}
 
 
 def _check_grid(name: str, module: Any, encoder: str, tokens: int) -> None:
@@ -72,6 +92,11 @@ def _check_grid(name: str, module: Any, encoder: str, tokens: int) -> None:
 
 def _check_chain(stage: StageConfig, modules: "dict[str, nn.Module]") -> None:
     """Check that widths fit together, and that what works on the LLM is last in the chain."""
+    if stage.exit_layer and not any(isinstance(modules[name], LM) for name in stage.chain):
+        raise ConfigError(
+            f"exit_layer={stage.exit_layer}: there is no language model in the stage's chain, "
+            f"{', '.join(stage.chain) or 'which is empty'}; leave it out"
+        )
     before, width = "", 0
     for name in (*stage.chain, stage.lm):
         module, config = modules[name], modules[name].config  # type: ignore[attr-defined]

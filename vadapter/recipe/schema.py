@@ -110,6 +110,10 @@ class StageConfig:
     #: queries attend to each other both ways in the language models that are trained: those of the
     #: chain, and `lm` in a stage of kind decoder; texts remain causal
     bidirectional: bool = False
+    #: layer, from 1, after which the queries leave a language model of the chain; later ones are
+    #: neither run nor trained. 0: the last one, which stage 1 has trained at the texts alone, since
+    #: nothing reads it at the queries there
+    exit_layer: int = 0
     #: weight of a second loss, in a stage of kind decoder: the queries together predict the words
     #: of a row's texts, in no order
     query_loss: float = 0.0
@@ -128,8 +132,8 @@ class Recipe:
     """The configuration of a run."""
 
     name: str  #: of the recipe, for reports
-    #: by name, a size or kind, weights (a folder, packaged:NAME or hub id) and fields; with weights
-    #: alone, kind and fields follow from the checkpoint's config.json
+    #: by name, a size or kind, weights (a folder, a hub id or a packaged name) and fields; with
+    #: weights alone, kind and fields follow from the checkpoint's config.json
     components: dict[str, dict[str, Any]]
     data: dict[str, DataConfig]  #: data sets by name
     stages: dict[str, StageConfig]  #: stages by name

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 DONE = "done.json"
 STORE = "components"
+_BLOCKS = "stack.blocks."  # of a language model, its layers, stacked
 _SHOWN = 8  # tensors in a line, lines in an error
 
 
@@ -60,6 +61,7 @@ class Start:
     loaded: tuple[str, ...] = ()  #: leaf paths that are read
     dropped: tuple[str, ...] = ()  #: stored leaf paths, or names of tensors, that are left out
     fresh: tuple[str, ...] = ()  #: leaf paths that start random although the others are read
+    layers: int = 0  #: number of stored layers, if it has the first of them alone; 0: it has all
 
     @property
     def needs_init(self) -> bool:
@@ -232,7 +234,8 @@ def _account(
 
     Raises:
       CheckpointError: a leaf is missing, unexpected or of another shape, and not listed in the
-        stage's `fresh` or `drop`. Nothing is ever truncated or padded.
+        stage's `fresh` or `drop`. Nothing is ever truncated or padded, except that the layers after
+        the stage's `exit_layer` are left out.
     """
     component = start.component
     needed = {path: tuple(x.shape) for path, x in leaf_paths(abstract).items()}
@@ -240,11 +243,15 @@ def _account(
     if component in stage.chain:  # a language model predicts no words there
         drop = (*drop, *(f"{component}/{leaf}" for leaf in STAGES[stage.kind].chain_drops))
 
+    cut = bool(stage.exit_layer) and component in stage.chain
+
     def key(path: str) -> str:
         return f"{component}/{path.replace('.', '/')}"
 
     def same_shape(path: str) -> bool:
         have, want = stored[path], needed[path]
+        if path.startswith(_BLOCKS) and cut:
+            have = (min(have[0], want[0]), *have[1:])
         same = (a == b or a < b == vocab_bound for a, b in zip(have, want, strict=False))
         return len(have) == len(want) and all(same)
 
@@ -261,8 +268,10 @@ def _account(
             f"{component} from {start.source} does not fit:\n  "
             + "\n  ".join(truncate(problems, _SHOWN))
         )
+    deeper = (stored[p][0] for p in needed if p in stored and stored[p][0] != needed[p][0])
     return dataclasses.replace(
         start,
+        layers=max(deeper, default=0) if cut else 0,
         loaded=tuple(path for path in needed if path not in fresh),
         dropped=(*unexpected, *differing),
         fresh=(*missing, *differing),
@@ -343,14 +352,32 @@ def load(start: Start, abstract: Any, initial: Any | None, dtype: Any = None) ->
         random = leaf_paths(initial) if start.fresh else {}
         fresh = [(path.replace(".", "/"), random[path]) for path in start.fresh]
         return quantize(itertools.chain(read, fresh), abstract)
-    targets = {path: x for path, x in leaf_paths(full).items() if path in start.loaded}
+    needed = {path: x for path, x in leaf_paths(full).items() if path in start.loaded}
+    targets = {path: _as_stored(start, path, x) for path, x in needed.items()}
     stored = ComponentStore(start.root).get(start.name, start.digest, targets, subset=True)
+    if start.layers:
+        stored = {path: _first(x, needed[path]) for path, x in stored.items()}
     leaves = (leaf_paths(initial) if start.fresh else {}) | stored
     casts = (
         (path.replace(".", "/"), x if dtype is None else x.astype(dtype))
         for path, x in leaves.items()
     )
     return quantize(casts, abstract)
+
+
+def _as_stored(start: Start, path: str, leaf: Any) -> Any:
+    """Return the shape of a leaf as it is stored, which may have more layers than are needed."""
+    if not start.layers or not path.startswith(_BLOCKS):
+        return leaf
+    shape = (start.layers, *leaf.shape[1:])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _first(stored: jax.Array, leaf: Any) -> jax.Array:
+    """Return a stored leaf with as many layers as are needed."""
+    if stored.shape == leaf.shape:
+        return stored
+    return jax.device_put(stored[: leaf.shape[0]], leaf.sharding)
 
 
 def report(starts: Mapping[str, Start], stage: StageConfig, abstract: Mapping[str, Any]) -> str:
@@ -368,6 +395,8 @@ def report(starts: Mapping[str, Start], stage: StageConfig, abstract: Mapping[st
         if start.digest:
             digest = start.digest.rpartition(":")[2]  # without "sha256:"
             line += f" [{digest[:12]}] {len(start.loaded)} tensors"
+        if start.layers:
+            line += f"; the first {stage.exit_layer} of {start.layers} layers"
         for word, paths in (("dropped", start.dropped), ("fresh", start.fresh)):
             if paths:
                 line += f"; {word}: {listing(paths, _SHOWN)}"

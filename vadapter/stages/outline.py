@@ -87,7 +87,7 @@ def facts(recipe: Recipe, stage: StageConfig, vocab_size: int) -> dict[str, Any]
     specs = {name: expand(name, recipe.components[name]) for name in components(stage)}
     for spec in specs.values():
         spec.pop("weights", None)
-    keys = ("kind", "lm", "chain", "encoder", "bidirectional")
+    keys = ("kind", "lm", "chain", "encoder", "bidirectional", "exit_layer")
     section = {key: getattr(stage, key) for key in keys}
     return plain({
         "stage": section, "components": specs, "dtype": recipe.dtype, "vocab_size": vocab_size,

@@ -53,7 +53,7 @@ SWITCHES = {
     ),
     "stage_2": (
         {"look": QUERIES | {"kind": "resampler"}, "lm_2": LM, "out": FC},
-        {"chain": ("look", "lm_2", "out"), "bidirectional": True,
+        {"chain": ("look", "lm_2", "out"), "bidirectional": True, "exit_layer": 1,
          "optim": {"warmup": 0, "lr_mults": {"lm_2": 0.5}}},
     ),
 }  # fmt: skip
