@@ -114,6 +114,32 @@ def test_a_tiny_lm_that_queries_leave_early_takes_its_first_layers_alone(config,
     same(load(starts["resampler"], shapes["resampler"], None), world[2]["decoder"]["resampler"])
 
 
+def test_a_projection_may_start_with_outputs_as_large_as_words(config, world):
+    def started(init):
+        config.components.fc_out.init = init
+        recipe = read(config)
+        mesh = make_mesh(recipe.mesh)
+        stage = Stage(recipe, "vadapter", mesh, workdir=world[1], vocab_size=VOCAB)
+        return stage.load_params()[0]["fc_out"]["out"]
+
+    with config.unlocked():
+        unit, words = map(started, ("unit", "words"))
+    width = config.components.llm.width
+    embeddings = world[2]["llm"]["llm"]["embedding"]["embedding"] * width**0.5
+    np.testing.assert_allclose(words["kernel"], unit["kernel"] * embeddings.std(), rtol=1e-3)
+    assert not np.any(words["bias"])
+
+
+def test_a_projection_in_front_of_a_language_model_without_words_is_refused(config):
+    with config.unlocked():
+        config.components.fc_in.init = "words"
+    assert abstract(read(config), "decoder")
+    assert abstract(read(config), "vadapter"), "it comes from stage 1"
+    del config.stages.vadapter.start["fc_in"]
+    with pytest.raises(ConfigError, match=r"components\.fc_in\.init=words: tlm, which"):
+        abstract(read(config), "vadapter")
+
+
 @pytest.mark.parametrize(
     ("stage", "layer", "message"),
     [("vadapter", 3, "exit_layer=3: components.tlm has the layers 1 to 2"),

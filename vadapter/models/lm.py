@@ -133,6 +133,11 @@ class LM(nn.Module):
         table = self.embedding.embedding.astype(self.dtype)
         return weights.astype(self.dtype) @ table * self._embed_scale()
 
+    def word_scale(self, words: int) -> Float[Array, ""]:
+        """Return the root mean square of the elements of `embed`, over the first so many ids."""
+        table = self.embedding.embedding[:words].astype(jnp.float32)
+        return jnp.sqrt(jnp.square(table).mean()) * self._embed_scale().astype(jnp.float32)
+
     def _embed_scale(self) -> Float[Array, ""]:
         return jnp.asarray(self.config.width**0.5 if self.config.embed_scale else 1.0, self.dtype)
 

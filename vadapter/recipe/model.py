@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vadapter.errors import ConfigError
 from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.adapters.cross_attention import CrossAttention
+from vadapter.models.adapters.projection import Projection
 from vadapter.models.adapters.words import Words
 from vadapter.models.coca import CoCa
 from vadapter.models.lm import LM
@@ -97,6 +98,7 @@ def _check_chain(stage: StageConfig, modules: "dict[str, nn.Module]") -> None:
             f"exit_layer={stage.exit_layer}: there is no language model in the stage's chain, "
             f"{', '.join(stage.chain) or 'which is empty'}; leave it out"
         )
+    _check_init(stage, modules)
     before, width = "", 0
     for name in (*stage.chain, stage.lm):
         module, config = modules[name], modules[name].config  # type: ignore[attr-defined]
@@ -113,3 +115,19 @@ def _check_chain(stage: StageConfig, modules: "dict[str, nn.Module]") -> None:
                 "of kind fc between them"
             )
         before, width = name, getattr(config, "query_dim", 0) or config.width
+
+
+def _check_init(stage: StageConfig, modules: "dict[str, nn.Module]") -> None:
+    """Check that there are words for a projection that starts as large as they are."""
+    reader = stage.lm
+    for name in reversed(stage.chain):
+        module, random = modules[name], stage.start.get(name, "random") == "random"
+        if isinstance(module, LM):
+            reader = name
+        if reader == stage.lm or not random or not isinstance(module, Projection):
+            continue
+        if module.config.init == "words":
+            raise ConfigError(
+                f"components.{name}.init=words: {reader}, which reads it, has no words in the "
+                "chain; use unit"
+            )

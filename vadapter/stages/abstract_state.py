@@ -68,6 +68,29 @@ class Initializer:
 
         return jit(init, out_shardings=shardings_of(out))(rng)
 
+    def like_words(
+        self, params: dict[str, Any], names: Iterable[str], words: int
+    ) -> dict[str, Any]:
+        """Return those of the random components that start as large as words, in that size.
+
+        Args:
+          params: of all components.
+          names: of the random ones.
+          words: number of ids of the language model that are words.
+        """
+        modules = self.model.modules
+        out = {n: params[n] for n in names if getattr(modules[n].config, "init", "") == "words"}  # type: ignore[attr-defined]
+        if not out:
+            return {}
+        assert isinstance(self.model, AdapterModel)
+        lm = self.model.lm
+
+        def scaled(out: Any, own: Any) -> Any:
+            scale = modules[lm].apply({"params": own}, words, method="word_scale")
+            return jax.tree.map(lambda x: x * scale, out)
+
+        return jit(scaled, out_shardings=shardings_of(out))(out, params[lm])
+
     @functools.cached_property
     def _traced(self) -> tuple[Any, Any]:
         """The init as a jaxpr, and the shapes that it returns, in logical-axis boxes."""

@@ -415,6 +415,8 @@ class Stage:
         rng = component_key(jax.random.key(self.recipe.seed), self.name)
         initial = self.initializer.random(initialized, rng, self.abstract)
         params = {name: self.load(name, self.starts[name], initial.get(name)) for name in names}
+        fresh = [name for name in names if self.starts[name].source == "random"]
+        params |= self.initializer.like_words(params, fresh, self.vocab_size)
         return split(params, tuple(name for name in self.trained if name in params))
 
     def init_state(self, trainable: dict[str, Any]) -> "steps.TrainState":

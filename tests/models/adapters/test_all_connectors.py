@@ -52,7 +52,7 @@ SWITCHES = {
          "bidirectional": True, "query_loss": 0.5},
     ),
     "stage_2": (
-        {"look": QUERIES | {"kind": "resampler"}, "lm_2": LM, "out": FC},
+        {"look": QUERIES | {"kind": "resampler"}, "lm_2": LM, "out": FC | {"init": "words"}},
         {"chain": ("look", "lm_2", "out"), "bidirectional": True, "exit_layer": 1,
          "optim": {"warmup": 0, "lr_mults": {"lm_2": 0.5}}},
     ),

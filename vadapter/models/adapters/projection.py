@@ -4,7 +4,7 @@ Legend: D input width, E output width.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -20,10 +20,14 @@ class ProjectionConfig:
 
     Attributes:
       width: E; 0 takes the width of the language model that follows in the chain.
-      scale: standard deviation of the output at initialization, for unit-variance input.
+      init: standard deviation of the output at initialization, for unit-variance input: 1 (`unit`),
+        or that of the word embeddings (`words`) of the language model that reads it. Embeddings of
+        public models are often far from 1.
+      scale: factor on it.
     """
 
     width: int = 0
+    init: Literal["unit", "words"] = "unit"
     scale: float = 1.0
 
     DERIVED: ClassVar = ("width",)
