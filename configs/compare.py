@@ -28,7 +28,7 @@ MEASURED = dict(
     scenes=dict(
         validation_loss="held_images/loss",
         score="captions/cider",
-        test=("test_captions", "test_answers"),
+        test=("test_captions", "test_clips", "test_answers"),
     ),
     flickr8k=dict(validation_loss="val/loss", score="val/cider", test=("test",)),
     public=dict(validation_loss="val/loss", score="val/cider", test=()),
@@ -60,6 +60,9 @@ def get_config(arg=None):
         last = recipe["stages"][recipe["chain"][-1]]
         # A score depends on the items it is measured on. Always on all of them, so that the curve
         # has its last step, which is often the best.
+        # The curve's evaluation alone: the others are those of the test set, at the end.
+        score = MEASURED[arg.base]["score"].split("/")[0]
+        last["evals"] = tuple(name for name in last.get("evals", ()) if name == score)
         last |= dict(eval_limit=0, eval_every=max(1, min(last["eval_every"], last["steps"] // 6)))
         return recipe
 

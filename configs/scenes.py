@@ -9,13 +9,13 @@ Arguments:
                the encoder
     queries    of the resamplers
     steps      of both stages, before `scale`
-    test       number of test images; half of them with questions
+    test       number of test images; half of them with questions, and a quarter as many clips
     weights    folder of components that are pretrained already, see configs/quickstart.py
 
 Not run as it is. Pretraining takes 3,000 steps (tiny language model), 4,000 (large one) and 3,000
 (encoder), together about an hour on one CPU core. Training, validation (`captions`, `clips`,
-`answers`) and test (`test_captions`, `test_answers`) share no scene, and no image is seen twice
-within a stage. configs/quickstart.py explains every key.
+`answers`) and test (`test_captions`, `test_clips`, `test_answers`) share no scene, and no image is
+seen twice within a stage. configs/quickstart.py explains every key.
 """
 
 from ml_collections import ConfigDict
@@ -45,6 +45,7 @@ def get_config(arg=None):
             rows["source"]["split"] = "val"
     for name, like, test, count in (
         ("captions", "held_images", "test_images", arg.test),
+        ("clips", "held_clips", "test_clips", max(1, arg.test // 4)),
         ("answers", "questions", "test_questions", max(1, arg.test // 2)),
     ):
         source = data[like]["source"] | dict(split="test", count=count)
