@@ -16,8 +16,8 @@ from support.compared import LOSS, SCORE, compare, points, write_run
 from vadapter.compare import curves
 from vadapter.compare.comparison import Arm, Comparison, evaluation_folder
 from vadapter.compare.costs import Cost
-from vadapter.compare.csv_file import COLUMNS, COUNTS, csv_text
-from vadapter.compare.curves import AXES, measure
+from vadapter.compare.csv_file import COLUMNS, COUNTS, csv_text, curves_of, runs_text
+from vadapter.compare.curves import AXES, band, measure, reached
 from vadapter.compare.final_scores import evaluations
 from vadapter.compare.provenance import equal, origin
 from vadapter.compare.read import read_runs
@@ -395,6 +395,44 @@ def test_the_csv_has_every_point_with_all_digits(three):
         (digest,) = {row[column] for row in alike}
         assert re.fullmatch("[0-9a-f]{64}", digest)
     assert len({row["recipe"] for row in read}) > 1  # the seed is part of a recipe
+
+
+def test_the_curves_of_a_csv_are_those_of_the_runs(three):
+    measured = measure(three)
+    origins = {c.run: origin(c.run, three.test) for arm in measured.arms for c in arm.curves}
+    text = csv_text(measured, origins)
+    read = curves_of(text, name="three", baseline="perceiver", loss=LOSS, score=SCORE)
+    assert [arm.staged for arm in read.arms] == [arm.staged for arm in measured.arms]
+    assert [(c.key, c.higher, c.count) for c in read.criteria] == [
+        (c.key, c.higher, c.count) for c in measured.criteria
+    ]
+    for criterion in measured.criteria:
+        for arm, own in zip(measured.arms, read.arms, strict=True):
+            for axis in AXES:
+                for counted in (False, True):
+                    lines = band(arm, criterion, axis, counted), band(own, criterion, axis, counted)
+                    expected, found = map(np.array, (line[:4] for line in lines if line))
+                    np.testing.assert_allclose(found, expected, rtol=1e-12)
+            ratios = [
+                [each.ratio("steps", True) for each in reached(m, a, criterion)]
+                for m, a in ((measured, arm), (read, own))
+            ]
+            assert ratios[0] == ratios[1]
+
+
+def test_the_table_of_runs_has_what_each_took_and_every_score_at_its_end(three):
+    measured = measure(three)
+    rows = list(csv.DictReader(io.StringIO(runs_text(measured))))
+    flat = [(arm, curve) for arm in measured.arms for curve in arm.curves]
+    assert len(rows) == len(flat) == 6
+    for row, (arm, curve) in zip(rows, flat, strict=True):
+        assert (row["arm"], int(row["seed"])) == (arm.name, curve.run.seed)
+        assert int(row["steps"]) == 40
+        assert int(row["steps_with_stage_1"]) == 40 + (6 if arm.name == "better" else 0)
+        saved = evaluation_folder(curve.run, "test") / "score.json"
+        scores = json.loads(saved.read_text())["scores"]
+        assert {k: float(row[f"test/{k}"]) for k in scores} == scores
+        assert int(row["trained_parameters"]) == COSTS[curve.run.stage].trained
 
 
 class Page(html.parser.HTMLParser):

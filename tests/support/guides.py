@@ -18,6 +18,7 @@ NAMES = (
     "vadapter/plan/README.md",
     "vadapter/weights/README.md",
     "docs/index.md",
+    "docs/results.md",
     "CONTRIBUTING.md",
 )
 

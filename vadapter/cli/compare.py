@@ -44,7 +44,8 @@ def compare(args: argparse.Namespace) -> None:
     the lowest validation loss with the other seeds, then runs the test evaluations. Finished runs
     are skipped and interrupted ones resume: rerun the same command, also to add arms, rates, seeds.
     With RUN…, compares runs that differ in the connector alone; those that differ only in the seed
-    are one arm. Writes compare.html, compare.csv, table.md, plots/ and compare.json.
+    are one arm. Writes compare.html, compare.csv, runs.csv, table.md, plots/ and
+    compare.json.
     """
     from vadapter.errors import ConfigError
 

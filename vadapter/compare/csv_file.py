@@ -1,15 +1,23 @@
-"""compare.csv: every logged step of every run of a comparison, for analyses of one's own."""
+"""The tables of a comparison for analyses of one's own.
+
+compare.csv has every logged step of every run, `curves_of` reads it back; runs.csv has a row per
+run with what it took and all its scores at the end.
+"""
 
 import csv
 import io
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from vadapter.compare.comparison import Trained
-from vadapter.compare.curves import AXES, Curve, Measured, MeasuredArm, Point
+from vadapter.compare.comparison import Arm, Comparison, Trained, evaluation_folder
+from vadapter.compare.curves import AXES, Curve, Measured, MeasuredArm, Point, criteria
 from vadapter.compare.provenance import Origin
 from vadapter.compare.record import commit
+from vadapter.io import storage
 from vadapter.metrics import judgments
+from vadapter.stages.initialization import DONE
 
 
 class Record(NamedTuple):
@@ -107,3 +115,82 @@ def csv_text(measured: Measured, origins: Mapping[Trained, Origin]) -> str:
                 record = Record(measured, arm, curve, point, origins[curve.run], source)
                 writer.writerow(_cell(name, x.value(record)) for name, x in COLUMNS.items())
     return file.getvalue()
+
+
+def curves_of(
+    text: str, *, name: str, baseline: str, loss: str = "loss", score: str = "score"
+) -> Measured:
+    """Return the curves in the text of a compare.csv.
+
+    They can be drawn and compared; run directories, costs of a step and blind scores are not known.
+
+    Args:
+      name: of the comparison.
+      baseline, loss, score: as in `Comparison`.
+    """
+    table: dict[str, dict[int, list[dict[str, str]]]] = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        table.setdefault(row["arm"], {}).setdefault(int(row["seed"]), []).append(row)
+    found = []
+    for arm, seeds in table.items():
+        curves = tuple(_curve(rows, loss, score) for rows in seeds.values())
+        runs = tuple(curve.run for curve in curves)
+        found.append(MeasuredArm(Arm(arm, runs, {}), None, curves))
+    comparison = Comparison(
+        name, tuple(arm.arm for arm in found), baseline, loss, score, test=()
+    )  # fmt: skip
+    return Measured(comparison, tuple(found), criteria(comparison, found))
+
+
+def _curve(rows: list[dict[str, str]], loss: str, score: str) -> Curve:
+    """Return the curve of one run."""
+    evaluation = score.rpartition("/")[0]
+    keys = {"training_loss": "loss", "held_out_loss": loss, "score": score}
+    keys |= {"held_out_loss_wrong": f"{loss}_wrong", "held_out_loss_mean": f"{loss}_mean"}
+    keys |= {"score_items": f"{evaluation}/n", "facts_right": f"{evaluation}/{judgments.FACTS}"}
+    keys |= {"captions_right": f"{evaluation}/{judgments.RIGHT}"}
+    points = tuple(
+        Point(
+            int(row["steps"]),
+            {axis: float(row[axis]) for axis in AXES},
+            {key: float(row[column]) for column, key in keys.items() if row.get(column)},
+        )
+        for row in rows
+    )
+    first = rows[0]
+    before = {axis: float(first[f"{axis}_with_stage_1"]) - float(first[axis]) for axis in AXES}
+    run = Trained(Path(), first["stage"], int(first["seed"]), float(first["lr"]))
+    return Curve(run, points, before)
+
+
+def runs_text(measured: Measured) -> str:
+    """Return a row per run: what it took, and all its scores at the end, shares of 1.
+
+    Scores are named EVALUATION/METRIC, losses DATA/METRIC. What a run lacks is an empty cell.
+    """
+    rows = []
+    for arm in measured.arms:
+        for curve in arm.curves:
+            run, total = curve.run, curve.total
+            row: dict[str, Any] = {"arm": arm.name, "seed": run.seed, "lr": run.lr}
+            row["trained_parameters"] = arm.cost.trained if arm.cost else None
+            counted = {f"{axis}_with_stage_1": total[axis] + curve.before[axis] for axis in AXES}
+            row |= {key: _cell(key, x) for key, x in (total | counted).items()}
+            rows.append(row | _final_scores(run))
+    columns = dict.fromkeys(key for row in rows for key in row)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _final_scores(run: Trained) -> dict[str, float]:
+    """Return the scores of the end of a run, and of evaluations since then."""
+    done = storage.as_path(run.workdir) / run.stage / DONE
+    record = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    found = dict(sorted(record.get("scores", {}).items()))
+    for path in sorted(evaluation_folder(run, "").glob("*/score.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found |= {f"{path.parent.name}/{k}": x for k, x in sorted(record["scores"].items())}
+    return found

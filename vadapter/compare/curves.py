@@ -179,7 +179,7 @@ def measure(comparison: Comparison) -> Measured:
       ConfigError: the recipe of a run is not valid.
     """
     arms = tuple(_measure_arm(arm) for arm in comparison.arms)
-    return Measured(comparison, arms, _criteria(comparison, arms))
+    return Measured(comparison, arms, criteria(comparison, arms))
 
 
 def _measure_arm(arm: Arm) -> MeasuredArm:
@@ -191,7 +191,7 @@ def _measure_arm(arm: Arm) -> MeasuredArm:
     return MeasuredArm(arm, costs[first.stage], curves)
 
 
-def _criteria(comparison: Comparison, arms: Iterable[MeasuredArm]) -> tuple[Criterion, ...]:
+def criteria(comparison: Comparison, arms: Iterable[MeasuredArm]) -> tuple[Criterion, ...]:
     """Return the criteria that were measured at least once, the score before the loss."""
     curves = [curve for arm in arms for curve in arm.curves]
     score = Criterion(comparison.score, higher=True)

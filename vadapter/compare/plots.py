@@ -5,13 +5,16 @@ One panel is drawn by `draw`, as a part of a PNG or as an SVG of its own for the
 
 import io
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vadapter.compare.curves import AXES, Criterion, Measured, band
 from vadapter.compare.table import compact, title
 from vadapter.html_page import text
 from vadapter.report.plots import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = ("steps", "samples", "flops", "seconds")  # axes of the panels
 MARKERS = "os^Dv"
@@ -135,16 +138,26 @@ def _inline(markup: str, label: str) -> str:
 
 def png(measured: Measured, criterion: Criterion) -> bytes:
     """Return all panels of a criterion in one image, with a legend below them."""
+    drawn = figure(measured, panels(measured, criterion))
+    drawn.suptitle("").set_parse_math(False)  # a $ in a name is a dollar
+    drawn.suptitle(measured.comparison.name)
+    file = io.BytesIO()
+    drawn.savefig(file, dpi=130, format="png")
+    return file.getvalue()
+
+
+def figure(measured: Measured, rows: Sequence[Sequence[Panel]]) -> "Figure":
+    """Return rows of panels, each row of one criterion, with a legend below them."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    rows = panels(measured, criterion)
-    figure = Figure(figsize=(3.4 * len(SHOWN), 2.9 * len(rows) + 0.6), layout="constrained")
-    grid = figure.subplots(len(rows), len(SHOWN), squeeze=False, sharey=True)
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(3.4 * columns, 2.9 * len(rows) + 0.6), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row")
     for row, row_of_axes in zip(rows, grid, strict=True):
         for panel, axes in zip(row, row_of_axes, strict=True):
             draw(axes, measured, panel)
-        row_of_axes[0].set_ylabel(title(criterion), parse_math=False)
+        row_of_axes[0].set_ylabel(title(row[0].criterion), parse_math=False)
     handles = [
         Line2D([], [], color=look.color, marker=look.marker, markersize=4, linewidth=1.7)
         for look in looks(measured).values()
@@ -152,14 +165,12 @@ def png(measured: Measured, criterion: Criterion) -> bytes:
     best = looks(measured)[measured.baseline.name].color
     handles.append(Line2D([], [], color=best, linestyle=(0, (4, 3)), linewidth=1.2))
     names = [*looks(measured), f"best of {measured.baseline.name}"]
-    columns = max(1, min(len(names), _WIDTH // (max(map(len, names)) + 6)))
+    most = _WIDTH * columns // len(SHOWN)
+    per_line = max(1, min(len(names), most // (max(map(len, names)) + 6)))
     legend = figure.legend(
-        handles, ["-"] * len(names), loc="outside lower center", ncols=columns, frameon=False
+        handles, ["-"] * len(names), loc="outside lower center", ncols=per_line, frameon=False
     )
-    texts = [figure.suptitle(""), *legend.get_texts()]
-    for label, name in zip(texts, [measured.comparison.name, *names], strict=True):
+    for label, name in zip(legend.get_texts(), names, strict=True):
         label.set_parse_math(False)  # a $ in a name is a dollar
         label.set_text(name)  # a label that begins with _ would be left out
-    file = io.BytesIO()
-    figure.savefig(file, dpi=130, format="png")
-    return file.getvalue()
+    return figure

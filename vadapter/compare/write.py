@@ -1,4 +1,4 @@
-"""The files of a comparison: compare.csv, compare.html, table.md and plots."""
+"""The files of a comparison: compare.html, compare.csv, runs.csv, table.md and plots."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from vadapter.compare import plots
 from vadapter.compare.comparison import Comparison
-from vadapter.compare.csv_file import COLUMNS, csv_text
+from vadapter.compare.csv_file import COLUMNS, csv_text, runs_text
 from vadapter.compare.curves import measure
 from vadapter.compare.final_scores import evaluations
 from vadapter.compare.page import render
@@ -24,12 +24,13 @@ class Written(NamedTuple):
     text: str
     page: Path  # compare.html
     csv: Path  # compare.csv
+    runs: Path  # runs.csv
     table: Path  # table.md
     plots: tuple[Path, ...]  # plots/score.png, plots/loss.png: as far as they were measured
 
     def files(self) -> list[Path]:
         """Return all files."""
-        return [self.page, self.csv, self.table, *self.plots]
+        return [self.page, self.csv, self.runs, self.table, *self.plots]
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> Written:
@@ -52,6 +53,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> Written:
     files = {
         "compare.html": render(measured, found, shown, columns).encode("utf-8", "replace"),
         "compare.csv": csv_text(measured, origins).encode(),
+        "runs.csv": runs_text(measured).encode(),
         "table.md": _markdown(comparison.name, found, shown).encode(),
     }
     for criterion in measured.criteria:
@@ -59,8 +61,8 @@ def write_comparison(comparison: Comparison, folder: Path) -> Written:
         files[f"plots/{name}.png"] = plots.png(measured, criterion)
     for name, content in files.items():
         storage.write_bytes(folder / name, content)
-    page, csv, table, *images = (folder / name for name in files)
-    return Written(_text(found, shown), page, csv, table, tuple(images))
+    page, csv, runs, table, *images = (folder / name for name in files)
+    return Written(_text(found, shown), page, csv, runs, table, tuple(images))
 
 
 def _text(found: Mapping[str, Sequence[Finding]], shown: Sequence[Table]) -> str:
