@@ -20,7 +20,8 @@ import numpy as np
 from benches.peer.case import Case
 from benches.peer.measure import timed
 from vadapter import console
-from vadapter.distributed.compile import jit, keep_memory
+from vadapter.distributed import cpu
+from vadapter.distributed.compile import jit
 from vadapter.stages import flops
 
 CASE = Case("configs/quickstart.py", "vadapter")
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    keep_memory()
+    cpu.prepare()
     lines = []
     for size in args.sizes or SIZES:
         least, keys = SIZES[size]

@@ -49,8 +49,7 @@ class OurDecoding:
             decode, model, how=Decode(NEW, min_new=NEW + 1), stop=(EOS,), float32=cpu
         )
         unrolled = layered.is_layered(self._params[model.lm])
-        options = layered.OPTIONS if unrolled else {}
-        lowered = jit(run, of_cpu=options).lower(self._params, self._arrays)
+        lowered = jit(run, "layered" if unrolled else "").lower(self._params, self._arrays)
         self._run, self.compile_seconds = timed(lowered.compile)
 
     def __call__(self) -> np.ndarray:

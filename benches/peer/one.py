@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     pin(args.threads)  # before the libraries count the cores
 
     from benches.peer.measure import Options, Skipped
-    from vadapter.distributed.compile import keep_memory
+    from vadapter.distributed import cpu
 
-    keep_memory()  # as in a run; torch gains by it, too
+    cpu.prepare()  # as in a run; torch gains by it, too
     options = Options(args.rounds, not args.no_compile, args.threads)
     try:
         result = measured(args.row, options)

@@ -10,6 +10,7 @@ import pytest
 from support import tiny
 from support.cases import some_slow
 
+from vadapter.distributed.compile import OPTIONS
 from vadapter.models import layered
 from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.adapters.cross_attention import CrossAttention, CrossAttentionConfig
@@ -124,7 +125,9 @@ def test_separate_layers_take_no_memory_but_for_the_head():
 def loop_of(model, params):
     """The instructions of the loop over tokens in compiled decoding, (name, shape, operation)."""
     run = lambda p, b: decode(model, p, b, Decode(NEW))  # noqa: E731
-    lowered = jax.jit(run, compiler_options=layered.OPTIONS).lower(params, make_batch(model))
+    lowered = jax.jit(run, compiler_options=OPTIONS["cpu", "layered"]).lower(
+        params, make_batch(model)
+    )
     text = lowered.compile().as_text()
     bodies = set(re.findall(r"body=(%[\w.\-]+)", text))
     parts = [p for p in re.split(r"\n(?=%|ENTRY)", text) if p.split(" ")[0] in bodies]

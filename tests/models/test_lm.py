@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from vadapter.distributed.compile import unrolled_depth
+from vadapter.distributed.compile import LOOPS, unrolls
 from vadapter.models.lm import LM, LMConfig
 from vadapter.models.rope import RopeConfig, frequencies
 from vadapter.models.transformer import (
@@ -20,7 +20,7 @@ from vadapter.models.transformer import (
     PerLayer,
     Stack,
     text_mask,
-    with_unrolled,
+    with_runs,
 )
 
 T = 8
@@ -291,9 +291,11 @@ def test_logits_of_a_bfloat16_model_are_close_to_those_of_its_float32_twin(rng):
 
 
 @pytest.mark.parametrize("last", [0, 3])
-@pytest.mark.parametrize(("depth", "loops"), [(2, True), (3, False), (9, False)])
-def test_unrolled_layers_give_the_states_and_gradients_of_the_loop(depth, loops, last, rng):
-    module, params = tiny.lm(depth=3)
+@pytest.mark.parametrize(
+    ("depth", "runs", "loops"), [(3, 10, True), (3, 1e9, False), (9, 1e9, True)]
+)
+def test_unrolled_layers_give_the_states_and_gradients_of_the_loop(depth, runs, loops, last, rng):
+    module, params = tiny.lm(depth=depth)
     x = rng.standard_normal((2, T, 16)).astype(np.float32)
     positions = jnp.broadcast_to(jnp.arange(T), (2, T))
 
@@ -303,7 +305,7 @@ def test_unrolled_layers_give_the_states_and_gradients_of_the_loop(depth, loops,
         )
         return jnp.sin(out).sum()
 
-    unrolled = with_unrolled(depth, jax.value_and_grad(fn))
+    unrolled = with_runs(runs, jax.value_and_grad(fn))
     text = jax.jit(unrolled).lower(x).as_text()
     assert ("stablehlo.while" in text) == loops
     jax.tree.map(
@@ -312,6 +314,12 @@ def test_unrolled_layers_give_the_states_and_gradients_of_the_loop(depth, loops,
     )  # fmt: skip
 
 
-def test_stacks_are_unrolled_on_a_cpu_in_stages_of_many_steps():
-    assert unrolled_depth("cpu", 100) == 8
-    assert unrolled_depth("cpu", 99) == unrolled_depth("tpu", 10**6) == 0
+@pytest.mark.parametrize("use", LOOPS)
+def test_loops_are_unrolled_from_some_number_of_runs_on_that_larger_layers_reach_earlier(use):
+    def first(size):
+        return next(n for n in range(60) if unrolls(use, 4, size, 2**n))
+
+    assert not unrolls(use, 4, 1e9, 0)
+    assert 0 < first(1e7) < first(1e6) < first(1e3)
+    saved = 2 ** first(1e6) * 1e6 * LOOPS[use].copying
+    assert LOOPS[use].compiling < saved <= 2 * LOOPS[use].compiling

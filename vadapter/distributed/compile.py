@@ -1,40 +1,66 @@
-"""Compiler options for short runs on a CPU and for sharded weights on a TPU; CPU memory."""
+"""Compiler options, and which loops over layers are unrolled: what pays on which device."""
 
 import contextlib
-import ctypes
 import functools
-import importlib.metadata
-import importlib.util
 import os
-import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 # XLA:CPU spends most of a short run optimizing code: these halve its compile time, and leave the
 # matrix products, which are library calls, as fast as they were (BUILD_NOTES, "Compile time").
 _CPU = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
-# Where weights are sharded over all chips, XLA:TPU cuts each product that gathers them into as many
-# small ones as there are chips: a step of 244 ms takes 321 (BUILD_NOTES, "Plan").
-TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6}
+# Device and use -> options.
+OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("cpu", ""): _CPU,
+    # Separate layers, see `models.layered`: the emitters compile what is equal in all of them once,
+    # and products of few rows are faster by Eigen than by YNNPACK, with the widest vectors.
+    ("cpu", "layered"): _CPU | {
+        "xla_cpu_use_fusion_emitters": True, "xla_cpu_experimental_ynn_fusion_type": "",
+        "xla_cpu_prefer_vector_width": 512,
+    },
+    # Where weights are sharded over all chips, XLA:TPU cuts each product that gathers them into as
+    # many small ones as there are chips: a step of 244 ms takes 321 (BUILD_NOTES, "Plan").
+    ("tpu", ""): {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6},
+}  # fmt: skip
+# What XLA:CPU takes for a whole process only, see `cpu.prepare`. Kernels are short loops: unrolled,
+# they run no faster and are 30 % of what compiling costs (BUILD_NOTES, "Compile time").
+CPU_PROCESS = ("xla_cpu_disable_loop_unrolling",)
 
-# Device -> the deepest stack whose loop is unrolled in a train step, and the fewest steps of a
-# stage for that. XLA:CPU then copies no weights and gradients in and out of stacks: up to 9 % of a
-# step, for 0.05 to 0.25 s of compiling a layer (BUILD_NOTES, "Steps on a CPU").
-_UNROLL = {"cpu": (8, 100)}
+
+class Loop(NamedTuple):
+    """What a loop over layers costs on one core of a CPU, and what it costs to unroll it."""
+
+    copying: float  #: seconds a layer and byte, for copies in and out of the stacks
+    compiling: float  #: seconds that a layer takes longer to compile
+    deepest: float = float("inf")  #: number of layers above which no loop is unrolled
 
 
-def unrolled_depth(device: str, steps: int) -> int:
-    """Return the depth up to which stacks are unrolled in a stage of so many steps; 0: none is."""
-    depth, at_least = _UNROLL.get(device, (0, 0))
-    return depth if steps >= at_least else 0
+# Use -> its loop; bytes are those of the arrays that enter a layer in training, of which a loop
+# copies all that the backward pass needs, and of a layer's weights in decoding. On other devices
+# copies are hidden behind products (BUILD_NOTES, "Steps on a CPU", "Decoding on a CPU").
+LOOPS = {"train": Loop(5e-10, 0.07, 8), "decode": Loop(2.5e-11, 0.2)}
+
+
+def unrolls(use: str, depth: int, size: float, times: float) -> bool:
+    """Return whether a CPU saves more by unrolling a loop over layers than that takes to compile.
+
+    Args:
+      use: of `LOOPS`.
+      depth: number of layers.
+      size: bytes of a layer, see `LOOPS`.
+      times: how often the program will run every layer.
+    """
+    loop = LOOPS[use]
+    return 0 < depth <= loop.deepest and times * size * loop.copying > loop.compiling
 
 
 @functools.cache
-def options(**of_cpu: Any) -> dict[str, Any] | None:
+def options(use: str = "") -> dict[str, Any] | None:
     """Return compiler options for the default backend; None if a variable sets one of them."""
-    preferred = {"cpu": _CPU | of_cpu, "tpu": TPU}.get(jax.default_backend(), {})
+    device = jax.default_backend()
+    preferred = OPTIONS.get((device, use)) or OPTIONS.get((device, ""), {})
     flags = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
     if not preferred or any(name in flags for name in preferred):
         return None
@@ -53,38 +79,6 @@ def _accepted(preferred: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def jit(fn: Callable, of_cpu: dict[str, Any] = {}, **kwargs: Any) -> Any:  # noqa: B006
-    """Return `jax.jit(fn, **kwargs)` with these options; `of_cpu` are others for a CPU."""
-    return jax.jit(fn, compiler_options=options(**of_cpu), **kwargs)
-
-
-def keep_memory() -> None:
-    """Make glibc keep freed memory, if the CPU is the device (BUILD_NOTES, "CPU memory").
-
-    XLA:CPU allocates its temporaries with malloc at every step. glibc maps large blocks again each
-    time, so that page faults cost a step up to a third of its CPU time. Call it before anything
-    initializes the backend: threads keep the arena of their first allocation, and only the main one
-    grows without bounds.
-    """
-    if not sys.platform.startswith("linux") or not _cpu_alone():
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h
-    mallopt(trim_threshold, -1)  # never return memory
-    mallopt(top_pad, 64 << 20)
-    mallopt(mmap_max, 0)
-    mallopt(arena_max, 1)  # other arenas consist of mapped blocks
-
-
-def _cpu_alone() -> bool:
-    """Return whether JAX can only use the CPU, without initializing a backend.
-
-    With an accelerator, the single arena would slow down the compiler's many threads.
-    """
-    if platforms := getattr(jax.config, "jax_platforms", None):
-        return platforms == "cpu"
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    return not plugins and not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+def jit(fn: Callable, use: str = "", **kwargs: Any) -> Any:
+    """Return `jax.jit(fn, **kwargs)` with the options of a use."""
+    return jax.jit(fn, compiler_options=options(use), **kwargs)

@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,15 +35,15 @@ class Program:
       facts: a JSON value of all that the program follows from but the shapes of the arguments; None
         if that is unknown, so that it cannot be kept.
       mesh: of the devices that it runs on.
-      of_cpu: compiler options for a CPU in the place of those of `compile.options`.
+      use: of compiler options, see `compile.OPTIONS`.
     """
 
     def __init__(
         self, fn: Callable[..., Any], facts: Any, mesh: jax.sharding.Mesh,
-        of_cpu: Mapping[str, Any] | None = None,
+        use: str = "",
     ):  # fmt: skip
         self._fn, self._facts, self._device = fn, facts, mesh.devices.flat[0]
-        self._jit = functools.partial(jit, of_cpu=dict(of_cpu or {}))
+        self._jit = functools.partial(jit, use=use)
         self._keeps = facts is not None and mesh.size == 1 and hosts.count() == 1
         self._jitted: Any = None
         self._compiled: dict[Any, Callable[..., Any]] = {}

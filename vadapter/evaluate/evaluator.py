@@ -1,5 +1,6 @@
 """Held-out losses and evaluations of a stage, while it trains and at its end."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,15 @@ class Evaluator:
     @functools.cached_property
     def _ablation(self) -> Callable[..., Any]:
         return jit(with_mesh(self.stage.mesh, make_image_ablation(self.stage.adapter_model)))
+
+    def _batch(self, rows: int) -> int:
+        """Return the rows of a batch, so that all evaluations of the stage share one program.
+
+        While it trains, batches have no more rows than items. Where those are at least half of a
+        batch, the evaluation at the end takes as many.
+        """
+        limit = self.stage.config.eval_every and self.stage.config.eval_limit
+        return limit if rows / 2 <= limit < rows else rows
 
     def _watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         return self.stage.stop.watch(batches, self.stage.name, "evaluate")
@@ -63,7 +73,8 @@ class Evaluator:
             spec = limited(stage.recipe.evals[name], limit)
             data = stage.recipe.data[spec.data]
             source = stage.features(spec.data, self.frozen)
-            result = evaluate(self._decoder, params, source, data, spec, stage.view)
+            run = dataclasses.replace(spec, batch=self._batch(spec.batch))
+            result = evaluate(self._decoder, params, source, data, run, stage.view)
             scores |= {f"{name}/{k}": v for k, v in result.scores.items()}
             if directory is not None and hosts.first():
                 record = record_of(source, data, spec, result)

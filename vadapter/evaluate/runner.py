@@ -74,8 +74,8 @@ class Decoder:
 
         if (how, unrolled) not in self._programs:
             facts = {"model": self.stage.facts, "stop": stop, "vocab": vocab, "how": plain(how)}
-            of_cpu = layered.OPTIONS if unrolled else None
-            program = Program(with_mesh(self.mesh, run), facts, self.mesh, of_cpu)
+            use = "layered" if unrolled else ""
+            program = Program(with_mesh(self.mesh, run), facts, self.mesh, use)
             self._programs[how, unrolled] = program
         return self._programs[how, unrolled]
 

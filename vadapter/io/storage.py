@@ -235,9 +235,14 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def user_cache(name: str) -> Path:
+    """Return the folder of this user's caches of that name; it may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vadapter" / name
+
+
 def cached(path: Path, suffix: str) -> Path:
     """Return the path of a local file that caches something about an object."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vadapter" / "objects"
+    root = user_cache("objects")
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     return root / f"{hashlib.sha256(str(path).encode()).hexdigest()[:24]}-{suffix}"
 

@@ -18,15 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Measured on one core: bytes a second that a scan copies, and CPU seconds that compiling a layer
-# takes longer if the layers are not scanned.
-COPIED, COMPILED = 4e10, 0.2
-# Compiler options: the emitters compile what is equal in all layers once, and products of few rows
-# are faster by Eigen than by YNNPACK, and with the widest vectors there are.
-OPTIONS = {
-    "xla_cpu_use_fusion_emitters": True, "xla_cpu_experimental_ynn_fusion_type": "",
-    "xla_cpu_prefer_vector_width": 512,
-}  # fmt: skip
+from vadapter.distributed.compile import unrolls
 
 
 def pays(params: Mapping[str, Any], tokens: int) -> bool:
@@ -36,8 +28,8 @@ def pays(params: Mapping[str, Any], tokens: int) -> bool:
       params: of a language model, stacked.
     """
     leaves = jax.tree.leaves(params["stack"]["blocks"])
-    seconds = tokens * sum(leaf.size * 4 for leaf in leaves) / COPIED
-    return seconds > COMPILED * len(leaves[0])
+    depth = len(leaves[0])
+    return unrolls("decode", depth, sum(leaf.size * 4 for leaf in leaves) / depth, tokens)
 
 
 def in_float32(params: Any) -> Any:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from vadapter.distributed.compile import unrolls
 from vadapter.distributed.mesh import constrain
 from vadapter.models.adapters.cross_attention import Gated
 from vadapter.models.int8_linear import Int8Linear
@@ -117,6 +118,7 @@ class BlockConfig:
 # Keys and values of a layer, and of all layers: stacked, or one pair for each.
 LayerCache = tuple[Float[Array, "BN K S"], Float[Array, "BN S K"]]
 Cache = tuple[Float[Array, "L BN K S"], Float[Array, "L BN S K"]] | tuple[LayerCache, ...]
+Inputs = tuple[Float[Array, "B _ _"], ...]
 
 
 @flax.struct.dataclass
@@ -221,7 +223,8 @@ class Stack(nn.Module):
             assert cache is None
             assert kv is None
             return self._last(x, layers, (mask, positions, distance), last), None
-        blocks = scan_layers(Block, self.depth, self.config.remat, (0, 0, *(nn.broadcast,) * 6))
+        axes = (0, 0, *(nn.broadcast,) * 6)
+        blocks = scan_layers(Block, self.depth, self.config.remat, axes, (x,))
         return blocks(self.config, self.dtype, name="blocks")(
             constrain(x, "batch"), cache, layers, mask, positions, distance, kv, kv_mask, index
         )
@@ -245,7 +248,7 @@ class Stack(nn.Module):
         body = lambda x, i: (run(x, i, 0), None)  # noqa: E731
         x, _ = jax.lax.scan(
             body, constrain(x, "batch"), jnp.arange(self.depth - 1),
-            unroll=max(1, _unroll(self.depth, self.config.remat) - 1),
+            unroll=max(1, _unroll(self.depth, self.config.remat, (x,)) - 1),
         )  # fmt: skip
         return run(x, self.depth - 1, last)
 
@@ -318,15 +321,18 @@ class Stack(nn.Module):
         return x, caches
 
 
-def scan_layers(layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any) -> Any:
+def scan_layers(
+    layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any, inputs: Inputs
+) -> Any:
     """Return a module class that runs `depth` layers by a scan, their parameters stacked.
 
-    Within `with_unrolled` the loop of a shallow stack that keeps everything is unrolled.
+    Within `with_runs` the loop is unrolled where that pays.
 
     Args:
       layer: a module class whose call takes and returns the carry first.
       remat: what the backward pass recomputes, see `BlockConfig`.
       in_axes: of the call's other arguments: 0 where layers differ, `nn.broadcast` elsewhere.
+      inputs: the arrays that enter a layer.
     """
     if remat != "none":
         # The compiler unrolls a loop of one layer. There it would recognize the recomputation as a
@@ -338,34 +344,36 @@ def scan_layers(layer: type[nn.Module], depth: int, remat: Remat, in_axes: Any) 
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,
-        unroll=_unroll(depth, remat),
+        unroll=_unroll(depth, remat, inputs),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
 
-_UNROLLED = contextvars.ContextVar("unrolled", default=0)  # the depth of `with_unrolled`
+_RUNS = contextvars.ContextVar("runs", default=0.0)  # of `with_runs`
 
 
-def with_unrolled(depth: int, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `fn`, traced with loops over at most `depth` layers unrolled.
+def with_runs(times: float, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `fn`, traced for a CPU that will run it so many times.
 
-    See `distributed.compile.unrolled_depth`.
+    Loops that keep everything for the backward pass are unrolled where that pays, see
+    `distributed.compile.unrolls`. 0: none.
     """
 
     @functools.wraps(fn)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        token = _UNROLLED.set(depth)
+        token = _RUNS.set(times)
         try:
             return fn(*args, **kwargs)
         finally:
-            _UNROLLED.reset(token)
+            _RUNS.reset(token)
 
     return traced
 
 
-def _unroll(depth: int, remat: Remat) -> int:
+def _unroll(depth: int, remat: Remat, inputs: Inputs) -> int:
     """Return how many layers one pass of a loop over `depth` layers consists of."""
-    return depth if remat == "none" and 0 < depth <= _UNROLLED.get() else 1
+    size = sum(x.size * x.dtype.itemsize for x in inputs)
+    return depth if remat == "none" and unrolls("train", depth, size, _RUNS.get()) else 1
 
 
 def unpadded_rows(batch: int, length: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T T"]]:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from vadapter.distributed.compile import TPU
+from vadapter.distributed.compile import OPTIONS
 from vadapter.distributed.topology import Topology
 from vadapter.plan import hlo
 from vadapter.stages import flops
@@ -62,7 +62,7 @@ def tpu_stats(topology: Topology, traced: Any, arguments: Any, loops: int = 1) -
     }
     try:
         with _no_compilation_cache():
-            compiled = traced.lower().compile(compiler_options=TPU)
+            compiled = traced.lower().compile(compiler_options=OPTIONS["tpu", ""])
     except jax.errors.JaxRuntimeError as error:
         if (needed := memory_needed(str(error))) is None:
             raise

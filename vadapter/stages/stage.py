@@ -16,7 +16,7 @@ from vadapter.data.open import make_source, make_stream, prompt_len
 from vadapter.data.pipeline import require_usable
 from vadapter.data.tokenizers import Tokenizer
 from vadapter.distributed import hosts, memory
-from vadapter.distributed.compile import jit, unrolled_depth
+from vadapter.distributed.compile import jit
 from vadapter.distributed.mesh import batch_sharding, shardings_of, with_mesh
 from vadapter.distributed.preemption import Stop
 from vadapter.errors import ConfigError, Problems, UserError
@@ -132,6 +132,7 @@ class Stage:
         self.step = 0  #: of a restored stage, number of steps that `params` were trained for
         self.digests: dict[str, str] = {}  #: of a restored stage, of its frozen components
         self._tokenizer = tokenizer
+        self._features: dict[tuple[str, str], Source] = {}  # of a data set and an encoder's digest
         self.vocab_size = vocab_size or (tokenizer or recipe.tokenizer).vocab_size
 
     @property
@@ -286,15 +287,24 @@ class Stage:
     @functools.cached_property
     def train_step(self) -> Callable[..., Any]:
         """The train step, (state, frozen, batch) -> (state, metrics), see `steps`; not compiled."""
-        from vadapter.models.transformer import with_unrolled
+        from vadapter.models.transformer import with_runs
         from vadapter.stages.steps import make_train_step
 
         step = make_train_step(
             self.objective, self.tx, seed=self.recipe.seed, accumulate=self.config.accumulate,
             dropout=self.config.use_dropout,
         )  # fmt: skip
-        depth = unrolled_depth(self.mesh.devices.flat[0].platform, self.config.steps)
-        return with_mesh(self.mesh, with_unrolled(depth, step))
+        return with_mesh(self.mesh, with_runs(self._runs(), step))
+
+    def _runs(self) -> float:
+        """Return how often a CPU will run a layer in one program; 0 for other devices.
+
+        There is a program for every shape of rows.
+        """
+        if self.mesh.devices.flat[0].platform != "cpu":
+            return 0
+        programs = {tuple(self.sizes(name).values()) for name in self.config.data}
+        return self.config.steps * self.config.accumulate / max(len(programs), 1)
 
     def jit_train_step(self, step: Callable[..., Any] | None = None, jit: Any = jax.jit) -> Any:
         """Return the train step, or a function around it, jitted: it reuses the state's memory."""
@@ -491,15 +501,17 @@ class Stage:
         """Return the data set's source; with `cache`, over tokens of the frozen encoder."""
         if not self.recipe.data[name].cache:
             return self.source(name)
-        from vadapter.stages.feature_cache import encoded
-
         encoder = self.model.encoder
-        return encoded(
-            self.source(name), self.recipe.data[name], self.workdir, mesh=self.mesh,
-            encoder=self.model.modules[encoder], params=params[encoder],
-            digest=self.digests.get(encoder) or self.starts[encoder].digest,
-            watch=lambda batches: self.stop.watch(batches, self.name, "features"),
-        )  # fmt: skip
+        digest = self.digests.get(encoder) or self.starts[encoder].digest
+        if (name, digest) not in self._features:
+            from vadapter.stages.feature_cache import encoded
+
+            self._features[name, digest] = encoded(
+                self.source(name), self.recipe.data[name], self.workdir, mesh=self.mesh,
+                encoder=self.model.modules[encoder], params=params[encoder], digest=digest,
+                watch=lambda batches: self.stop.watch(batches, self.name, "features"),
+            )  # fmt: skip
+        return self._features[name, digest]
 
 
 def settings(recipe: Recipe, stage: str) -> dict[str, Any]:

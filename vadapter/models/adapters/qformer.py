@@ -139,5 +139,6 @@ class QFormer(nn.Module):
         x = trainable_tokens(self, "queries", shape, _init, self.dtype)
         x = Norm("layer", c.norm_eps, self.dtype, name="norm")(x)
         x = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(x)
-        groups = scan_layers(QFormerGroup, c.depth // c.cross_every, c.remat, nn.broadcast)
+        count = c.depth // c.cross_every
+        groups = scan_layers(QFormerGroup, count, c.remat, nn.broadcast, (x, visual))
         return groups(c, self.dtype, name="groups")(x, visual)[0]

@@ -114,7 +114,7 @@ class Resampler(nn.Module):
         x = constrain(rearrange(x, "b f n d -> b (f n) d"), "batch")
         shape, init = (len(x), c.queries, c.query_dim), nn.initializers.normal(c.query_std)
         queries = trainable_tokens(self, "queries", shape, init, self.dtype)
-        layers = scan_layers(ResamplerLayer, c.layers, c.remat, nn.broadcast)
+        layers = scan_layers(ResamplerLayer, c.layers, c.remat, nn.broadcast, (queries, x))
         queries, _ = layers(c, self.dtype, name="layers")(queries, x)
         return Norm("layer", dtype=self.dtype, name="norm")(queries) if c.final_norm else queries
 
