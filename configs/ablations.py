@@ -1,12 +1,13 @@
-"""Every connector, and the rows of the paper's Tables 1 to 4, 9, 12 and 13, over any base.
+"""Every connector, the rows of the paper's tables, and variants of the method, over any base.
 
     vadapter train --config=configs/ablations.py:base=scenes,row=mlp --workdir=RUN
     vadapter compare --config=configs/compare.py:base=scenes,arms=table1e_1,table1e_3,table1e_6
 
 Arguments:
-    base   paper | scenes | flickr8k | public: the recipe that trains the frozen parts
-    row    a row of ROWS; ROW.blind trains the same on blank images, its blind control
-    clip   weights of the other encoder of Table 12, a hub id or folder
+    base     paper | scenes | flickr8k | public: the recipe that trains the frozen parts
+    row      a row of ROWS; ROW.blind trains the same on blank images, its blind control
+    clip     weights of the other encoder of Table 12, a hub id or folder
+    stage1   factor on the steps of stage 1, and on its warm-up
 
 All other arguments are those of the base: `scale=0.1`, `encoder=b`, `rung=laptop`, … The recipe has
 the stages that the row needs alone, and its last one is named after it. Not run.
@@ -34,12 +35,18 @@ class Row:
         tiny LM pretrained on text, the rest random) or random.
       encoder: "clip" for the encoder of Table 12.
       images: trained on images alone, at base=paper.
+      stage1: factor on the steps of stage 1.
+      first, last: keys of stage 1 and of the last stage; those of `optim` are added to it.
       **changes: fields of components; a `Times` is a factor on the base's value.
     """
 
-    def __init__(self, chain: str, *, tlm="stage1", encoder="", images=False, **changes: Any):
+    def __init__(
+        self, chain: str, *, tlm="stage1", encoder="", images=False, stage1=1.0,
+        first: dict[str, Any] | None = None, last: dict[str, Any] | None = None, **changes: Any,
+    ):  # fmt: skip
         self.chain, self.tlm, self.encoder = tuple(chain.split()), tlm, encoder
-        self.images, self.changes = images, changes
+        self.images, self.stage1, self.changes = images, stage1, changes
+        self.first, self.last = first or {}, last or {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +71,13 @@ def perceiver(**changes: Any) -> Row:
     return Row(PERCEIVER, images=True, perceiver=changes)
 
 
-# The connectors, then the rows of the paper's tables in its order. tableN_WHAT is row WHAT of Table
-# N; numbers of dimensions are half, the same and double those of the base's perceiver, 384, 768 and
-# 1536 at base=paper.
-ROWS: dict[str, Row] = {
+def slow_tlm(factor: float) -> Row:
+    """Return the method with another learning rate of the tiny LM in both stages."""
+    optim = dict(optim=dict(lr_mults=dict(tlm=factor)))
+    return Row(VADAPTER, first=optim, last=optim)
+
+
+CONNECTORS: dict[str, Row] = {
     "vadapter": Row(VADAPTER),
     "perceiver": Row(PERCEIVER),
     "pooler": Row("attention_pool fc_out"),
@@ -79,6 +89,11 @@ ROWS: dict[str, Row] = {
     "c_abstractor": Row("c_abstractor"),
     "cross_attention": Row("media cross_attention"),
     "words": Row(f"{VADAPTER} words", words=SOFT),
+}
+# The rows of the paper's tables in its order. tableN_WHAT is row WHAT of Table N; numbers of
+# dimensions are half, the same and double those of the base's perceiver, 384, 768 and 1536 at
+# base=paper.
+TABLES: dict[str, Row] = {
     "table1a_none": perceiver(norm="none", final_norm=True),
     "table1a_shared": perceiver(norm="shared", final_norm=False),
     "table1a_separate": perceiver(norm="separate", final_norm=False),
@@ -113,6 +128,31 @@ ROWS: dict[str, Row] = {
     "table13_resampler": Row(PERCEIVER),
     "table13_vadapter": Row(VADAPTER),
 }
+# What could decide whether the method wins: each row changes one thing of it, or of the baseline;
+# configs/README.md says why. Starts of the tiny LM are those of Table 3, layers those of Table 1e.
+QUERIES = (4, 8, 16, 32, 64, 128)
+BOTH_WAYS = dict(bidirectional=True)
+VARIANTS: dict[str, Row] = {
+    **{f"queries_{n}": Row(VADAPTER, resampler=dict(queries=n)) for n in QUERIES},
+    **{f"perceiver_queries_{n}": Row(PERCEIVER, perceiver=dict(queries=n)) for n in QUERIES},
+    "concat_1": Row(PERCEIVER, perceiver=dict(concat_queries=True, layers=1)),
+    "concat_6": Row(PERCEIVER, perceiver=dict(concat_queries=True, layers=6)),
+    "transformer": Row(VADAPTER, tlm="random", last=BOTH_WAYS),
+    "equal": Row("perceiver_equal fc_out"),
+    "tlm_lr_0": slow_tlm(0.0),
+    "tlm_lr_10": slow_tlm(0.1),
+    "tlm_lr_30": slow_tlm(0.3),
+    "exit_1": Row(VADAPTER, last=dict(exit_layer=-1)),
+    "exit_2": Row(VADAPTER, last=dict(exit_layer=-2)),
+    "query_loss": Row(VADAPTER, first=dict(query_loss=0.3)),
+    "bidirectional": Row(VADAPTER, first=BOTH_WAYS, last=BOTH_WAYS),
+    "fc_out_words": Row(VADAPTER, fc_out=dict(init="words")),
+    "perceiver_fc_out_words": Row(PERCEIVER, fc_out=dict(init="words")),
+    "stage1_quarter": Row(VADAPTER, stage1=0.25),
+    "stage1_double": Row(VADAPTER, stage1=2.0),
+    "stage1_x4": Row(VADAPTER, stage1=4.0),
+}
+ROWS = CONNECTORS | TABLES | VARIANTS
 
 
 def connectors(perceiver: Any) -> dict[str, dict[str, Any]]:
@@ -133,6 +173,7 @@ def connectors(perceiver: Any) -> dict[str, dict[str, Any]]:
         qformer=dict(kind="qformer", time_embed=time),  # BLIP-2
         c_abstractor=dict(kind="c_abstractor", queries=side**2, merge="concat"),  # Honeybee
         media=dict(concat_queries=True),  # Flamingo; the rest as in the perceiver
+        perceiver_equal=dict(layers=16),  # about as many parameters as resampler and tiny LM
         cross_attention=dict(kind="cross_attention", every=4),
         words=dict(kind="words"),
     )
@@ -149,6 +190,7 @@ SMALL = dict(
         qformer=dict(queries=64, width=96, depth=6, heads=3, mlp_dim=288),
         c_abstractor=dict(hidden_dim=200),
         media=dict(layers=2),
+        perceiver_equal=dict(layers=4),
         cross_attention=dict(every=3, heads=4, head_dim=32),
     ),
     flickr8k=dict(
@@ -158,6 +200,7 @@ SMALL = dict(
         qformer=dict(queries=16, width=128, depth=4, heads=4, mlp_dim=384),
         c_abstractor=dict(hidden_dim=208),
         media=dict(layers=2),
+        perceiver_equal=dict(layers=5),
         cross_attention=dict(every=2, heads=6, head_dim=32),
     ),
 )
@@ -194,7 +237,7 @@ MANY_TOKENS = {"mlp", "linear", "c_abstractor"}
 
 
 def get_config(arg=None):
-    defaults = dict(base="scenes", row="vadapter", clip=CLIP_B)
+    defaults = dict(base="scenes", row="vadapter", clip=CLIP_B, stage1=1.0)
     own, rest = split_arg(arg, **defaults)
     arg = parse_arg(own, **defaults)
     choose("base", arg.base, BASES)
@@ -222,8 +265,10 @@ def get_config(arg=None):
     for stage in (first, last):
         if row.images and arg.base == "paper":
             stage["data"] = dict(pairs=1.0)
+        with_keys(stage, row.first if stage is first else row.last)
         # Tests are run once, on what validation chose.
         stage["evals"] = tuple(n for n in stage.get("evals", ()) if not n.startswith("test"))
+    lengthen(first, arg.stage1 * row.stage1)
     stages[name] = stages.pop("vadapter")
 
     recipe["name"] = f"{arg.base}-{name}{'-blind' * blind}"
@@ -233,6 +278,20 @@ def get_config(arg=None):
     if row.encoder:
         recipe["components"]["encoder"] = dict(weights=arg.clip)
     return ConfigDict(used(recipe, blind=blind))
+
+
+def with_keys(stage: Recipe, keys: Recipe) -> None:
+    """Set keys of a stage, of its groups those that are given."""
+    for key, value in keys.items():
+        stage[key] = stage[key] | value if isinstance(value, dict) else value
+
+
+def lengthen(stage: Recipe, factor: float) -> None:
+    """Multiply the steps of a stage and of its warm-up."""
+    if factor != 1:
+        stage["steps"] = max(2, round(stage["steps"] * factor))
+        warmup = min(stage["optim"]["warmup"] * factor, stage["steps"] - 1)
+        stage["optim"] = stage["optim"] | dict(warmup=round(warmup))
 
 
 def named(key: str, row: str) -> tuple[str, bool]:
@@ -254,7 +313,8 @@ def with_row(components: Recipe, base: str, row: Row, steps: int) -> Recipe:
     perceiver = build(config_type, spec)
     for name, new in connectors(perceiver).items():
         components[name] = new | SMALL.get(base, {}).get(name, {})
-    components["media"] = components["perceiver"] | components["media"]
+    for name in ("media", "perceiver_equal"):  # fields beside those of the perceiver
+        components[name] = components["perceiver"] | components[name]
     for name, changes in row.changes.items():
         sized = {
             key: round(getattr(perceiver, key) * value.factor)

@@ -10,7 +10,8 @@ Arguments:
                same for all arms
     baseline   the arm that the others are measured against; perceiver, if it is one, else the first
 
-All other arguments are those of configs/ablations.py and of the base: `scale=0.1`, `rung=laptop`, …
+All other arguments are those of configs/ablations.py and of the base: `stage1=2`, `scale=0.1`,
+`rung=laptop`, …
 Not run.
 """
 

@@ -7,6 +7,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+from support.cases import some_slow
 from support.paths import ROOT
 
 from vadapter import config
@@ -22,9 +23,10 @@ from vadapter.stages.stage import Stage
 
 ABLATIONS = runpy.run_path(str(ROOT / "configs" / "ablations.py"))
 ROWS, BASES = tuple(ABLATIONS["ROWS"]), tuple(ABLATIONS["BASES"])
+VARIANTS = tuple(ABLATIONS["VARIANTS"])
+PUBLISHED_ROWS = tuple(row for row in ROWS if row not in VARIANTS)
 SMALL = ("scenes", "flickr8k")
 OTHER_ENCODER = ("table12_resampler", "table12_vadapter")
-CONNECTORS = tuple(row for row in ROWS if not row.startswith("table"))
 # Rows of each table of the paper.
 TABLES = {
     "1a": 4, "1b": 3, "1c": 3, "1d": 3, "1e": 3, "2": 2, "3": 3, "4": 3, "9": 4, "12": 2, "13": 3,
@@ -54,7 +56,7 @@ def parameters(base, row):
     recipe = read(load(base, row))
     stage = recipe.stages[recipe.chain[-1]]
     specs = [recipe.components[name] for name in components(stage)]
-    key = digest([base, specs, stage.chain])  # some rows are in several tables
+    key = digest([base, specs, stage.chain, stage.exit_layer])  # some rows are in several tables
     if key not in _COUNTED:
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         made = Stage(recipe, recipe.chain[-1], mesh, vocab_size=VOCABULARY[base])
@@ -64,16 +66,23 @@ def parameters(base, row):
     return _COUNTED[key]
 
 
-def expressible(base):
-    return [row for row in ROWS if base in ("paper", "public") or row not in OTHER_ENCODER]
+def expressible(base, rows=ROWS):
+    return [row for row in rows if base in ("paper", "public") or row not in OTHER_ENCODER]
 
 
 # -- rows ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", BASES)
-def test_the_model_of_every_row_can_be_built_over_every_base(base):
-    for row in expressible(base):
+# Most variants differ in numbers alone: over one base in the fast tests.
+BUILT = some_slow(
+    [(base, rows) for rows in ("published", "variants") for base in BASES],
+    fast=[*((base, "published") for base in BASES), ("scenes", "variants")],
+)
+
+
+@pytest.mark.parametrize(("base", "rows"), BUILT)
+def test_the_model_of_every_row_can_be_built_over_every_base(base, rows):
+    for row in expressible(base, PUBLISHED_ROWS if rows == "published" else VARIANTS):
         assert sum(parameters(base, row).values()) > 0, row
 
 
@@ -192,13 +201,53 @@ def test_the_table_of_rows_states_how_many_parameters_each_trains():
     text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\| `(\w+)` \|.*?\| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", text, re.MULTILINE)
     stated = {row: counts for row, *counts in lines if row in ROWS}
-    assert list(stated) == list(ROWS)
+    assert list(stated) == list(PUBLISHED_ROWS)
     for row, counts in stated.items():
         found = [
             f"{sum(parameters(base, row).values()) / 1e6:.3g}M" if row in expressible(base) else "–"
             for base in ("scenes", "flickr8k", "paper")
         ]
         assert counts == found, row
+
+
+def test_every_variant_is_explained_and_differs_from_the_method_and_its_baseline():
+    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    usual = load("scenes", "perceiver").components.perceiver.queries
+    known = {digest(said("scenes", row)): row for row in ("vadapter", "perceiver")}
+    for row in VARIANTS:
+        assert f"`{row}`" in text
+        same = row.endswith(f"queries_{usual}")
+        assert (digest(said("scenes", row)) in known) == same, row
+        known[digest(said("scenes", row))] = row
+    assert len(known) == len(VARIANTS)  # and the two, without the two of the usual queries
+
+
+def said(base, row):
+    """What the stages of a row that see images are."""
+    recipe = load(base, row).to_dict()
+    stages = [s for s in recipe["stages"].values() if s["kind"] in ("decoder", "adapter")]
+    return plain([recipe["components"], stages])
+
+
+@pytest.mark.parametrize("base", [base for base in BASES if base != "public"])
+def test_the_equal_perceiver_is_about_as_large_as_resampler_and_tiny_lm(base):
+    wanted = sum(parameters(base, "vadapter").values())
+    assert sum(parameters(base, "equal").values()) == pytest.approx(wanted, rel=0.1)
+
+
+def test_the_length_of_stage_1_is_a_factor_on_its_steps_and_warm_up():
+    plain, argument, row, both = (
+        load("paper", *case).stages.decoder
+        for case in (
+            ("vadapter",), ("vadapter", "stage1=2"), ("stage1_double",),
+            ("stage1_quarter", "stage1=2"),
+        )
+    )  # fmt: skip
+    for stage, factor in ((argument, 2), (row, 2), (both, 0.5)):
+        assert (stage.steps, stage.optim.warmup) == (
+            plain.steps * factor, plain.optim.warmup * factor
+        )  # fmt: skip
+    assert load("paper", "vadapter", "stage1=2").stages.vadapter.steps == plain.steps
 
 
 def test_arguments_of_the_base_pass_through():

@@ -45,8 +45,7 @@ RESAMPLERS = {
     "plain": {"layers": 1, "ffn": False, "time_embed": False, "norm": "none"},
     "shared": {"layers": 1, "norm": "shared", "space_embed": True, "final_norm": False},
 }
-ROWS_OF_ABLATIONS = runpy.run_path(str(config.find_recipe("configs/ablations.py")))["ROWS"]
-CONNECTORS = [row for row in ROWS_OF_ABLATIONS if not row.startswith("table")]
+CONNECTORS = runpy.run_path(str(config.find_recipe("configs/ablations.py")))["CONNECTORS"]
 
 
 def program(recipe, name, frames=1, remat="none"):

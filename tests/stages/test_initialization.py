@@ -99,11 +99,15 @@ def test_the_papers_three_initializations_differ_by_one_word(config, world, star
         same(loaded["stack"], world[2][start]["tlm"]["stack"])
 
 
-@pytest.mark.parametrize("mesh", [{}, {"data": 1, "fsdp": 2, "tensor": 4}], ids=str)
-def test_a_tiny_lm_that_queries_leave_early_takes_its_first_layers_alone(config, world, mesh):
+@pytest.mark.parametrize(
+    ("layer", "mesh"), [(1, {}), (-1, {"data": 1, "fsdp": 2, "tensor": 4})], ids=str
+)
+def test_a_tiny_lm_that_queries_leave_early_takes_its_first_layers_alone(
+    config, world, layer, mesh
+):
     config.mesh.update(mesh)
     with config.unlocked():
-        config.stages.vadapter.exit_layer = 1
+        config.stages.vadapter.exit_layer = layer
     starts, shapes, recipe = planned(config, world[1])
     loaded, whole = load(starts["tlm"], shapes["tlm"], None), world[2]["decoder"]["tlm"]
     same(loaded["stack"], jax.tree.map(lambda x: x[:1], whole["stack"]))
@@ -143,6 +147,7 @@ def test_a_projection_in_front_of_a_language_model_without_words_is_refused(conf
 @pytest.mark.parametrize(
     ("stage", "layer", "message"),
     [("vadapter", 3, "exit_layer=3: components.tlm has the layers 1 to 2"),
+     ("vadapter", -2, "exit_layer=-2: components.tlm has the layers 1 to 2"),
      ("perceiver", 1, "exit_layer=1: there is no language model in the stage's chain, perceiver")],
 )  # fmt: skip
 def test_an_exit_that_there_is_not_is_refused(config, stage, layer, message):

@@ -66,11 +66,12 @@ def _up_to(layer: int, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     spec = expand(name, spec)
     if spec["kind"] != "lm":
         return spec
-    if not 1 <= layer <= spec["depth"]:
+    depth = layer if layer > 0 else spec["depth"] + layer
+    if not 1 <= depth <= spec["depth"]:
         raise ConfigError(
             f"exit_layer={layer}: components.{name} has the layers 1 to {spec['depth']}"
         )
-    return spec | {"depth": layer}
+    return spec | {"depth": depth}
 
 
 def _check_grid(name: str, module: Any, encoder: str, tokens: int) -> None:

@@ -110,9 +110,9 @@ class StageConfig:
     #: queries attend to each other both ways in the language models that are trained: those of the
     #: chain, and `lm` in a stage of kind decoder; texts remain causal
     bidirectional: bool = False
-    #: layer, from 1, after which the queries leave a language model of the chain; later ones are
-    #: neither run nor trained. 0: the last one, which stage 1 has trained at the texts alone, since
-    #: nothing reads it at the queries there
+    #: layer after which the queries leave a language model of the chain; later ones are neither run
+    #: nor trained. From 1, or counted back from the last, which is 0: the one before is -1. Stage 1
+    #: has trained the last one at the texts alone, since nothing reads it at the queries there.
     exit_layer: int = 0
     #: weight of a second loss, in a stage of kind decoder: the queries together predict the words
     #: of a row's texts, in no order

@@ -396,7 +396,8 @@ def report(starts: Mapping[str, Start], stage: StageConfig, abstract: Mapping[st
             digest = start.digest.rpartition(":")[2]  # without "sha256:"
             line += f" [{digest[:12]}] {len(start.loaded)} tensors"
         if start.layers:
-            line += f"; the first {stage.exit_layer} of {start.layers} layers"
+            kept = {x.shape[0] for p, x in leaf_paths(abstract[name]).items() if _BLOCKS in p}
+            line += f"; the first {max(kept)} of {start.layers} layers"
         for word, paths in (("dropped", start.dropped), ("fresh", start.fresh)):
             if paths:
                 line += f"; {word}: {listing(paths, _SHOWN)}"
