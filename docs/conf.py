@@ -29,6 +29,7 @@ include_patterns = [
     "vadapter/README.md",
     "vadapter/*/README.md",
     "vadapter/models/adapters/README.md",
+    "vadapter/weights/packaged/README.md",
 ]
 myst_heading_anchors = 4
 myst_enable_extensions = ["fieldlist"]

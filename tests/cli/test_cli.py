@@ -14,6 +14,7 @@ from support.paths import RECIPES, ROOT
 
 from vadapter.cli.main import EXIT_CODES, main
 from vadapter.errors import LOST, NON_FINITE, PREEMPTED, USER_ERROR
+from vadapter.train import loop
 
 VERBS = (
     "quickstart", "train", "rewind", "check", "plan", "eval", "caption", "ask", "export", "compare",
@@ -52,6 +53,20 @@ def test_the_quickstart_says_what_it_does_and_where_the_results_are(chain):
         assert f"\n{chain / 'run' / name}\n" in log
         assert (chain / "run" / name).is_file()
     assert re.search(r"\nTook (\d+ min )?\d+ s\. Now try: vadapter caption ", log)
+
+
+def test_the_quickstart_trains_encoder_and_language_models_only_from_scratch(
+    monkeypatch, tmp_path, call
+):
+    chains = []
+    monkeypatch.setattr(loop, "train", lambda recipe, *_, **__: chains.append(recipe.chain))
+    for words in ([], ["--from-scratch"]):
+        assert call("quickstart", f"--workdir={tmp_path / 'run'}", *words)[0] == 0
+    packaged, whole = chains
+    assert packaged == ("decoder", "perceiver", "vadapter")
+    assert whole == ("tlm", "llm", "vision", *packaged)
+    with pytest.raises(SystemExit):
+        call("quickstart", "--from-scratch", f"--config={RECIPES}")
 
 
 def test_a_second_quickstart_reuses_finished_stages(chain, run, call):

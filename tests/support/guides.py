@@ -17,6 +17,7 @@ NAMES = (
     "vadapter/inspect/README.md",
     "vadapter/plan/README.md",
     "vadapter/weights/README.md",
+    "vadapter/weights/packaged/README.md",
     "docs/index.md",
     "docs/results.md",
     "CONTRIBUTING.md",

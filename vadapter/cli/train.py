@@ -6,12 +6,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vadapter.cli.common import CONFIG, RECIPE, RUN, arg, at_least, recipe, say, verb
+from vadapter.cli.common import CONFIG, RECIPE, RUN, arg, at_least, either, recipe, say, verb
 from vadapter.console import duration
 from vadapter.io.storage import as_path
 
 if TYPE_CHECKING:
     from vadapter.recipe.schema import Recipe
+
+FROM_SCRATCH = "configs/quickstart.py"
+QUICKSTART = f"{FROM_SCRATCH}:weights=packaged:scenes"
 
 # What a stage of each kind does, for people who see it for the first time.
 STAGES = {
@@ -25,14 +28,19 @@ STAGES = {
 @verb(
     arg("--workdir", type=as_path, default=Path("runs/quickstart"), metavar="DIR",
         help="run directory (default: runs/quickstart)"),
-    arg("--config", default="configs/quickstart.py", metavar=RECIPE, help="another recipe"),
+    either(
+        arg("--config", default=QUICKSTART, metavar=RECIPE, help="another recipe"),
+        arg("--from-scratch", action="store_const", dest="config", const=FROM_SCRATCH,
+            help="train the encoder and the language models, too"),
+    ),
     example="--workdir=runs/quickstart",
 )  # fmt: skip
 def quickstart(args: argparse.Namespace) -> None:
-    """Train the whole method on generated scenes, with nothing to download.
+    """Train both stages and a baseline on generated scenes, with nothing to download.
 
-    Trains one stage after the other, then prints a table of results and writes a plot and a
-    gallery. Rerun the same command to resume; finished stages are skipped.
+    The encoder and the language models come with the package, pretrained on such scenes. Trains one
+    stage after the other, then prints a table of results and writes a plot and a gallery. Rerun the
+    same command to resume; finished stages are skipped.
     """
     from vadapter.train import loop
 
