@@ -298,7 +298,7 @@ def test_training_validation_and_test_scenes_have_nothing_in_common():
     recipe = read(config.load("configs/scenes.py"))
     splits = {name: data.source["split"] for name, data in recipe.data.items()}
     assert {n for n, split in splits.items() if split == "test"} == {
-        recipe.evals[n].data for n in ("test_captions", "test_answers")
+        recipe.evals[n].data for n in ("test_captions", "test_clips", "test_answers")
     }
     stages = [recipe.stages[name] for name in ("decoder", "vadapter", "perceiver")]
     for stage in stages:
