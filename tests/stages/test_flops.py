@@ -113,6 +113,20 @@ def test_formula_and_count_are_equal_for_every_option_of_the_resampler(resampler
     assert formula(made) == counted(made)
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("decoder", {"query_loss": 0.5, "bidirectional": True}), ("vadapter", {"exit_layer": -1})],
+)
+def test_formula_and_count_are_equal_for_keys_of_a_stage_that_change_its_products(name, keys):
+    recipe = read(tiny_recipe(Path("nowhere")))
+    recipe.components["tlm"]["depth"] = 2
+    stage = dataclasses.replace(recipe.stages[name], **keys)
+    changed = dataclasses.replace(recipe, stages={**recipe.stages, name: stage})
+    before, after = program(recipe, name), program(changed, name)
+    assert formula(after) == counted(after)
+    assert (formula(after) > formula(before)) == ("query_loss" in keys)
+
+
 @pytest.mark.parametrize("row", CONNECTORS)
 def test_formula_and_count_are_equal_for_every_connector(row):
     recipe = read(config.load(f"configs/ablations.py:base=scenes,row={row}"))
