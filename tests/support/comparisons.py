@@ -58,7 +58,7 @@ def tiny_arm(folder: Path, name: str) -> ConfigDict:
     start = {n: source for n, source in stage["start"].items() if n in ("encoder", "llm", *chain)}
     stage |= dict(chain=chain, start=start, steps=4, save_every=2, eval_every=0)
     stage |= dict(loss=("held",), loss_batches=1)
-    del stage["optim"]["lr_mults"]  # of a component that not all arms have
+    del stage["optim"]["lr_mults"], stage["exit_layer"]  # of a component that not all arms have
     with config.unlocked():
         config.components.mlp = dict(kind="mlp", hidden_dim=16, width=0)
         config.evals.test = dict(data="held", max_new=6, batch=8, limit=0)
