@@ -15,6 +15,8 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from vadapter.io.json_files import history
+from vadapter.recipe.arms import earlier_stages
+from vadapter.stages import restore
 
 HERE = Path(__file__).resolve().parent
 CURVES = HERE / "quickstart.csv"
@@ -23,20 +25,25 @@ ARMS = {
     "vadapter": ("VAdapter (stage 2)", "#0072B2"),
     "perceiver": ("perceiver, 6 layers", "#D55E00"),
 }
-PANELS = {
+PANELS = {  # those that the run has measured
     "held_images/loss": "held-out loss, images",
+    "captions/captions_right": "right captions in %, images",
     "captions/cider": "CIDEr, images",
     "clips/cider": "CIDEr, clips",
 }
+BEFORE = "steps before"  # those of the stages that an adapter starts from
 STYLE = {"svg.fonttype": "path", "svg.hashsalt": "vadapter", "font.size": 9}
 
 
 def read_run(run: Path) -> None:
     """Write the scores of a quickstart's two adapters as stage, step, name, value."""
+    recipe = restore.read_run(run)
     with CURVES.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("stage", "step", "name", "value"))
         for stage in ARMS:
+            before = sum(recipe.stages[name].steps for name in earlier_stages(recipe, stage))
+            writer.writerow((stage, 0, BEFORE, before))
             for row in history(run / stage / "metrics.jsonl"):
                 for name in PANELS:
                     if name in row:
@@ -108,22 +115,33 @@ def draw_architecture(path: Path) -> None:
 
 
 def draw_convergence(path: Path) -> None:
-    """Plot held-out loss and CIDEr of the quickstart's two adapters against steps."""
+    """Plot held-out loss and scores of the quickstart's two adapters against steps.
+
+    The dashed line counts the steps of stage 1, too.
+    """
     rows = list(csv.DictReader(CURVES.open(newline="")))
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(9.6, 2.6))
-    for axes, (name, title) in zip(panels, PANELS.items(), strict=True):
-        scale = 100 if name.endswith("cider") else 1
+    shown = {name: title for name, title in PANELS.items() if any(r["name"] == name for r in rows)}
+    figure, panels = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 2.6))
+    for axes, (name, title) in zip(panels, shown.items(), strict=True):
+        scale = 1 if name.endswith("loss") else 100
         for stage, (label, color) in ARMS.items():
-            points = [
-                (int(row["step"]), scale * float(row["value"]))
-                for row in rows
-                if row["stage"] == stage and row["name"] == name
-            ]
-            axes.plot(*zip(*points, strict=True), "o-", color=color, label=label, markersize=4)
+            own = {(row["name"], int(row["step"])): float(row["value"])
+                   for row in rows if row["stage"] == stage}  # fmt: skip
+            points = {step: scale * y for (key, step), y in own.items() if key == name}
+            axes.plot([*points], [*points.values()], "o-", color=color, label=label, markersize=4)
+            if before := own[BEFORE, 0]:
+                axes.plot(
+                    [before + step for step in points], [*points.values()], "o--", color=color,
+                    label="… with stage 1", markersize=4, markerfacecolor="none", linewidth=1.1,
+                )  # fmt: skip
         axes.set(title=title, xlabel="steps", ylim=(0, None) if scale == 100 else None)
         axes.grid(alpha=0.3)
-    panels[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=len(labels),
+        frameon=False, fontsize=9,
+    )  # fmt: skip
     save(figure, path)
 
 
