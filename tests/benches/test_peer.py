@@ -20,11 +20,11 @@ from vadapter.errors import ConfigError
 
 LLM = ("width=16", "depth=2", "heads=4", "mlp_dim=24", "head_dim=4")
 TLM = ("width=12", "depth=2", "heads=3", "mlp_dim=20", "head_dim=4")
-VIT = ("image_size=16", "width=12", "depth=2", "heads=3", "mlp_dim=16")
+VIT = ("image_size=16", "patch=8", "width=12", "depth=2", "heads=3", "mlp_dim=16")
 QUERIES = ("queries=3", "query_dim=8", "hidden_dim=8", "heads=2")
 SIZES = {"llm": LLM, "tlm": TLM, "encoder": VIT, "resampler": QUERIES, "perceiver": QUERIES}
 # The others differ from these in their sizes alone, or by components that are both in one of these.
-TRAINED = ["nano-lm", "nano-decoder", "nano-perceiver", "flickr8k-vadapter"]
+TRAINED = ["nano-lm", "nano-decoder", "s30m-perceiver", "flickr8k-vadapter"]
 
 
 def sizes(case):
