@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -182,6 +183,22 @@ def test_stages_before_the_last_are_trained_once_for_all_rates(trained, copy):
     (new.workdir / "decoder" / "done.json").write_text("{}")  # what has begun is left alone
     reuse_stages(new, [done])
     assert (new.workdir / "decoder" / "done.json").read_text() == "{}"
+
+
+def test_a_stage_is_reused_with_the_tokenizer_of_its_public_weights(trained, copy):
+    plan = read_plan(tiny_comparison(trained), copy, seeds=2)
+    done, new = (with_public_tlm(plan.run("vadapter", rate, 1)) for rate in (RATE, 1e-3))
+    tokenizer = done.workdir / "tokenizers" / "tlm.json"
+    tokenizer.parent.mkdir()
+    tokenizer.write_text("{}")
+    reuse_stages(new, [done])
+    assert (new.workdir / "tokenizers" / "tlm.json").read_text() == "{}"
+
+
+def with_public_tlm(run):
+    tlm = run.recipe.components["tlm"] | {"weights": "owner/name"}
+    recipe = dataclasses.replace(run.recipe, components=run.recipe.components | {"tlm": tlm})
+    return dataclasses.replace(run, recipe=recipe)
 
 
 # -- reading -------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from vadapter.checkpoints.component_store import ComponentStore
 from vadapter.compare.plan import PlannedRun
 from vadapter.io import storage
 from vadapter.stages.initialization import DONE, STORE, finished
+from vadapter.stages.run import tokenizer_path
 
 
 def reuse_stages(run: PlannedRun, others: Sequence[PlannedRun]) -> None:
@@ -25,8 +26,16 @@ def reuse_stages(run: PlannedRun, others: Sequence[PlannedRun]) -> None:
             continue
         for other in others:
             if (other.workdir / stage / DONE).is_file():
+                _copy_tokenizer(run, other, stage)
                 _copy(other.workdir, run.workdir, stage)
                 break
+
+
+def _copy_tokenizer(run: PlannedRun, other: PlannedRun, stage: str) -> None:
+    """Copy that of the stage's language model, which the last stage need not have."""
+    one, own = (tokenizer_path(r.recipe, r.recipe.stages[stage], r.workdir) for r in (other, run))
+    if one.is_file() and not own.exists():
+        storage.write_bytes(own, one.read_bytes())
 
 
 def _copy(source: Path, target: Path, stage: str) -> None:
