@@ -227,13 +227,15 @@ def section(compared: Compared, paper: list[Row], out: Path) -> str:
     if compared.measured is not None:
         draw(compared.measured, out / f"{name}.svg")
         parts.append(f"![{entry['title']}: validation against steps](results/{name}.svg)")
-        for criterion in compared.measured.criteria:
-            table = to_baseline(compared.measured, criterion)
-            parts += [f"**{table.title}**", markdown_table(table.rows, table.header), table.note]
+        shown = [to_baseline(compared.measured, each) for each in compared.measured.criteria]
+        for table in shown:
+            parts += [f"**{table.title}**", markdown_table(table.rows, table.header)]
+        parts += dict.fromkeys(table.note for table in shown)
     if compared.runs:
         rows = [row for row in paper if [row["table"], row["setting"]] == entry.get("paper")]
         parts.append(runs_table(compared.runs, entry["show"], rows))
-    files = (f"{name}{end}.csv" for end in ("", "_runs") if (HERE / f"{name}{end}.csv").is_file())
+    has = {f"{name}.csv": compared.measured, f"{name}_runs.csv": compared.runs}
+    files = (file for file, content in has.items() if content)
     parts.append("Data: " + ", ".join(f"[{file}](results/{file})" for file in files) + ".")
     return "\n\n".join(part.strip("\n") for part in parts)
 

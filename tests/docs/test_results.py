@@ -136,6 +136,8 @@ def test_the_table_of_runs_has_means_over_seeds_beside_the_paper(page):
     strong = page.split("## strong: arms")[1].split("## weak: arms")[0]
     (row,) = (line for line in strong.splitlines() if line.startswith("| `vadapter` | 2 |"))
     assert "| 1.050<br>(1.000–1.100) | 95.0<br>(90.0–100.0) | 89.6 |" in row
+    assert "[strong.csv](results/strong.csv), [strong_runs.csv](results/strong_runs.csv)." in strong
+    assert strong.count("At the first evaluation") == 1
     assert "![strong: arms: validation against steps](results/strong.svg)" in strong
 
 
