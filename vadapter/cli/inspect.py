@@ -34,7 +34,15 @@ def _names(text: str) -> tuple[str, ...]:
         help="nearest words of each soft token (default: 5)"),
     arg("--out", type=Path, metavar="FILE.html",
         help="page to write, and beside it FILE.json (default: RUN/inspect.html, or "
-        "RUN/inspect_files.html for images)"),
+        "RUN/inspect_files.html for images; with --probe FILE.json, default: RUN/probe.json)"),
+    arg("--probe", action="store_true",
+        help="instead, probe the frozen encoder on generated scenes, by default that of the last "
+        "stage that sees images"),
+    arg("--steps", default=None, metavar="N,M",
+        help="with --probe and --stage: probe the encoder in these checkpoints, or in all of them "
+        "(default: the newest)"),
+    arg("--scenes", type=at_least(4), default=None, metavar="N",
+        help="with --probe: images that probes are trained on (default: 4000)"),
     example="runs/quickstart photo.jpg",
     overrides="override data, evals, mesh, workers, components.NAME.weights",
 )  # fmt: skip
@@ -46,11 +54,20 @@ def inspect(args: argparse.Namespace) -> int:
     model's states. Writes one HTML page and one JSON file, for several stages, runs or the arms of
     a comparison side by side. With images, only these are looked at; those that cannot be read are
     reported and skipped, and the exit code is then 78.
+
+    With --probe: which facts (color, shape, size, place, count, motion) a linear layer and one
+    attention layer can read of an encoder's tokens, on held-out scenes.
     """
+    if args.probe:
+        return _probe(args)
+    from vadapter.errors import ConfigError
     from vadapter.inspect import look, subjects
     from vadapter.inspect.inspection import Settings
     from vadapter.inspect.probe import parse_layers
 
+    for option in ("steps", "scenes"):
+        if (value := getattr(args, option)) is not None:
+            raise ConfigError(f"--{option}={value}: only with --probe")
     given = {key: getattr(args, key) for key in ("limit", "show", "top")}
     settings = Settings(
         **{key: value for key, value in given.items() if value is not None},
@@ -67,6 +84,35 @@ def inspect(args: argparse.Namespace) -> int:
         page = look.write(out, " · ".join(map(str, folders)), facts, found)
         say(f"\n{page}")
     return USER_ERROR if errors else 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from vadapter.errors import ConfigError
+    from vadapter.inspect import probe_encoder
+    from vadapter.inspect.look import require_writable
+
+    others = {"--evals": args.evals, "--layer": args.layer, "--limit": args.limit,
+              "--show": args.show, "--top": args.top}  # fmt: skip
+    for option, value in others.items():
+        if value not in (None, "", ()):
+            raise ConfigError(f"{option}: not with --probe, which has --scenes=N alone")
+    out = args.out
+    if out is None:
+        if len(args.paths) > 1:
+            raise ConfigError("several runs: say where to write the numbers, --out=FILE.json")
+        out = args.paths[0] / "probe.json"
+    elif out.suffix.lower() != ".json":
+        raise ConfigError(f"--out={out}: with --probe the name of a file that ends in .json")
+    targets = probe_encoder.find(args.paths, args.stage, args.steps or "")
+    for path in (out, out.with_suffix(".csv")):
+        require_writable(path)
+    scenes = args.scenes or probe_encoder.SCENES
+    record = probe_encoder.probe(targets, scenes, args.overrides, note)
+    say(table(probe_encoder.rows(record), probe_encoder.HEADER, right=range(4, 8)))
+    say()
+    for path in probe_encoder.write(out, record):
+        say(path)
+    return 0
 
 
 def _files(found: "list[Inspected]") -> str:

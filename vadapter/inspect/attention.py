@@ -112,8 +112,7 @@ def arrange(component: str, weights: np.ndarray, frames: int, encoder: nn.Module
     those of leading tokens that are no patches are in `rest`.
     """
     module: Any = encoder
-    N = module.tokens_per_frame()
-    grid = tuple(module.grid()) or _with_leading(module, N)
+    N, grid = module.tokens_per_frame(), grid_of(module)
     times = weights.shape[-1] // N
     of_tokens = weights[:, : times * N].reshape(len(weights), times, N)
     if times % frames == 0:  # each frame is repeated in its place
@@ -127,9 +126,11 @@ def arrange(component: str, weights: np.ndarray, frames: int, encoder: nn.Module
     return Maps(component, maps, bool(grid), max(rest, 0.0))
 
 
-def _with_leading(module: Any, tokens: int) -> tuple[int, ...]:
-    """Return the grid behind a ViT's class token and registers; () without one."""
-    config = module.config
+def grid_of(module: Any) -> tuple[int, ...]:
+    """Return (rows, columns) of an encoder's tokens, behind leading ones; () without a grid."""
+    tokens, config = module.tokens_per_frame(), module.config
+    if grid := tuple(module.grid()):
+        return grid
     if getattr(config, "pooled", None) or not hasattr(config, "patch"):
         return ()
     side = config.image_size // config.patch

@@ -143,15 +143,15 @@ def destination(out: Path | None, folders: Sequence[Path], files: Sequence[Path]
             "behind the run, without --out"
         )
     for path in (out, out.with_suffix(".json")):
-        _require_writable(path)
+        require_writable(path)
     return out
 
 
-def _require_writable(path: Path) -> None:
+def require_writable(path: Path) -> None:
     """Raise ConfigError if a local file cannot be written; nothing is left behind."""
     if storage.remote(path):
         return
-    hint = "choose another page with --out=FILE.html"
+    hint = f"choose another file with --out=FILE{path.suffix}"
     if path.is_dir():
         raise ConfigError(f"{path} cannot be written: it is a directory; {hint}")
     parent = next(each for each in path.absolute().parents if each.exists())

@@ -119,7 +119,41 @@ def open_run(
     """
     workdir = storage.absolute(workdir)
     recipe = read_run(workdir, overrides)
-    stage = _choose(recipe, workdir, stage)
+    return _open(workdir, recipe, _choose(recipe, workdir, stage), step)
+
+
+def open_encoder(
+    workdir: Path, stage: str | None = None, *, step: int | None = None,
+    overrides: Iterable[str] = (),
+) -> Stage:  # fmt: skip
+    """Return a stage of a run with the parameters of its encoder alone, which it trains or not.
+
+    Args:
+      stage: by default the last of the chain that sees images and has a checkpoint.
+      workdir, step, overrides: see `open_run`.
+
+    Raises:
+      CheckpointError: as `open_run`.
+      ConfigError: the stage is unknown, or sees no images.
+    """
+    workdir = storage.absolute(workdir)
+    recipe = read_run(workdir, overrides)
+    seeing = [name for name in recipe.chain if STAGES[recipe.stages[name].kind].visual]
+    if stage is not None:
+        require_one_of(f"--stage={stage}", stage, seeing)
+    ready = [n for n in ([stage] if stage else seeing) if steps(workdir / n / "checkpoints")]
+    if not ready:
+        raise CheckpointError(
+            f"{workdir} has no checkpoint yet of {stage or 'a stage that sees images'} "
+            f"({', '.join(seeing) or 'the chain has none'}): train it first"
+        )
+    return _open(workdir, recipe, ready[-1], step, encoder_only=True)
+
+
+def _open(
+    workdir: Path, recipe: Recipe, stage: str, step: int | None, *, encoder_only: bool = False
+) -> Stage:
+    """Return a stage restored from a checkpoint, by default from the newest intact one."""
     directory = workdir / stage / "checkpoints"
     committed = steps(directory)
     if step is not None and step not in committed:
@@ -130,7 +164,7 @@ def open_run(
     mesh, reasons = _mesh(recipe.mesh), []
     for number in reversed(committed) if step is None else [step]:
         try:
-            return _restore(workdir, recipe, stage, number, tokenizer, mesh)
+            return _restore(workdir, recipe, stage, number, tokenizer, mesh, encoder_only)
         except CorruptError as error:
             log.warning("skipped a corrupt checkpoint: %s", error)
             reasons.append(str(error))
@@ -175,9 +209,9 @@ def _mesh(config: MeshConfig) -> jax.sharding.Mesh:
 
 def _restore(
     workdir: Path, recipe: Recipe, name: str, step: int, tokenizer: Tokenizer,
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh, encoder_only: bool,
 ) -> Stage:  # fmt: skip
-    """Return a stage with the parameters of one checkpoint."""
+    """Return a stage with the parameters of one checkpoint, all or those of its encoder."""
     path = workdir / name / "checkpoints" / str(step)
     meta = Stage.upgrade_identity(array_io.read_meta(path))
     if meta["step"] != step:
@@ -189,8 +223,9 @@ def _restore(
         )
     recipe = _as_trained(recipe, name, meta)
     stage = Stage(recipe, name, mesh, workdir=workdir, tokenizer=tokenizer)
-    trainable = {name: stage.abstract[name] for name in stage.trained}
-    frozen = {name: x for name, x in stage.abstract.items() if name not in trainable}
+    wanted = [n for n in stage.abstract if not encoder_only or n == stage.config.encoder]
+    trainable = {name: stage.abstract[name] for name in wanted if name in stage.trained}
+    frozen = {name: stage.abstract[name] for name in wanted if name not in trainable}
     starts = {n: _frozen_start(stage, n, meta["start"][n], tree) for n, tree in frozen.items()}
     state, _ = array_io.load(path, {"params": trainable}, subset=True)
     stage.params = {n: stage.load(n, start) for n, start in starts.items()} | state["params"]

@@ -71,7 +71,7 @@ def test_every_template_of_every_medium_and_split_is_judged_right():
     for media in VISUAL:
         seen: set[str] = set()
         for split in SPLITS:
-            source = ScenesSource(media, split, count=120)
+            source = ScenesSource(media, split, count=60)
             for index in range(len(source)):
                 example, count = source.text_only(index), len(source.scene(index).things)
                 assert example.judge is not None
@@ -94,7 +94,7 @@ def phrases(table: dict[str, Any]) -> list[str]:
 
 
 def test_a_complete_description_mentions_every_fact_of_every_thing():
-    for scene, dice in drawn(400):
+    for scene, dice in drawn(160):
         facts = judge(scene, whole(scene, dice)).facts
         count, sized = len(scene.things), sum(bool(thing.size) for thing in scene.things)
         where = "place" if scene.kind == "image" else "motion"
@@ -167,7 +167,7 @@ def changed(scene: Scene, dice: Dice) -> Iterator[tuple[str, str]]:
 
 def test_a_true_caption_with_one_false_word_is_never_right_in_all_facts():
     tried = collections.Counter()
-    for scene, dice in drawn(600, seed=1):
+    for scene, dice in drawn(240, seed=1):
         for kind, caption in changed(scene, dice):
             judgment = judge(scene, caption)
             assert share(judgment) < 1, caption
@@ -177,7 +177,7 @@ def test_a_true_caption_with_one_false_word_is_never_right_in_all_facts():
             assert not (kind in VISIBLE and judgment.right), caption
             tried[kind] += 1
     assert set(tried) == set(KINDS)
-    assert min(tried.values()) > 50
+    assert min(tried.values()) > 20
 
 
 def test_a_caption_of_another_scene_has_the_facts_right_that_one_thing_has_in_common_with_it():
