@@ -5,12 +5,14 @@ import json
 import math
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.patches import use_devices
 
 from vadapter.cli.main import main
 from vadapter.data.scenes.source import ScenesSource
-from vadapter.data.scenes.world import COLORS, SHAPES, phases
+from vadapter.data.scenes.world import COLORS, MOTIONS, SHAPES, phases
 from vadapter.errors import USER_ERROR
 from vadapter.inspect import token_probes
 from vadapter.inspect.probe_encoder import COLUMNS, FACTS, PROBES, find
@@ -25,12 +27,17 @@ from vadapter.inspect.token_probes import (
 )
 
 GRID = (5, 5)
-CHANNELS = len(COLORS) + len(SHAPES) + 8
+CHANNELS = len(COLORS) + len(SHAPES) + 8 + len(MOTIONS)
 
 
 def scenes(media, split, count):
     source = ScenesSource(media, split, count=count, seed=3)
     return [source.scene(i) for i in range(count)]
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    use_devices(monkeypatch, 1)
 
 
 def scaled(*sets):
@@ -41,8 +48,11 @@ def scaled(*sets):
     return sets
 
 
-def planted(media, split, count):
-    """Tokens with the number of things, and where one is its color, shape, size, place, radius."""
+def planted(media, split, count, *, motion=False):
+    """Tokens with the number of things, and where one is its color, shape, size, place, radius.
+
+    Its motion, too, if wanted: else it follows from the places in all frames alone.
+    """
     made = scenes(media, split, count)
     at = phases(media)
     tokens = np.zeros((count, len(at), GRID[0] * GRID[1], CHANNELS), np.float16)
@@ -54,6 +64,8 @@ def planted(media, split, count):
                 column, row = (min(int(v * 5), 4) for v in (x, y))
                 token = tokens[i, frame, row * 5 + column]
                 token[[*COLORS].index(thing.color)] = 1
+                if motion:
+                    token[-3 - len(MOTIONS) + [*MOTIONS].index(thing.motion)] = 1
                 token[7 + SHAPES.index(thing.shape)] = 1
                 size = {"small": -1, "large": 1, "": 0}[thing.size]
                 token[13:18] = 1, size, 5 * x - column, 5 * y - row, math.log(radius / 0.12)
@@ -82,15 +94,18 @@ def test_facts_are_read_from_tokens_that_hold_them():
     clips = planted("clip", "train", 1000), planted("clip", "val", 150)
     scaled(*images, *clips)
     attended, layer = attention(*images, GRID)
+    queries = np.array(layer["queries"])
     for found in (linear_image(*images, GRID), attended):
         assert set(found) == {"color", "shape", "size", "place", "count"}
         for fact, each in found.items():
             assert each.sample.value > 0.95, fact
             assert each.majority < 0.85, fact
-    found, _ = attention(*clips, GRID, layer)
-    assert set(found) == {"motion"}
-    assert found["motion"].majority < 0.4
-    assert found["motion"].sample.value > 0.8
+    stated = planted("clip", "train", 300, motion=True), planted("clip", "val", 150, motion=True)
+    for pair, least in ((clips, 0.7), (scaled(*stated), 0.95)):
+        found, _ = attention(*pair, GRID, {"queries": jnp.asarray(queries)})
+        assert set(found) == {"motion"}
+        assert found["motion"].majority < 0.4
+        assert found["motion"].sample.value > least
 
 
 @pytest.fixture
@@ -145,7 +160,7 @@ def seeing(chain, tmp_path_factory):
     return run
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("short", "one_device")
 def test_the_encoders_of_runs_are_probed_and_recorded_with_their_digests(seeing, tmp_path, capsys):
     other, out = tmp_path / "other", tmp_path / "seen.json"
     shutil.copytree(seeing, other)
@@ -174,7 +189,7 @@ def test_the_encoders_of_runs_are_probed_and_recorded_with_their_digests(seeing,
     assert len(table) == 2 * len(PROBES) * len(FACTS)
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("short", "one_device")
 def test_a_frozen_encoder_is_that_of_the_stage_that_trained_it(seeing):
     assert main(["inspect", str(seeing), "--probe", "--scenes=8"]) == 0
     (found,) = json.loads((seeing / "probe.json").read_text())["encoders"]

@@ -277,7 +277,7 @@ def _where(frames: int, count: int, grid: tuple[int, ...]) -> Float[Array, "T _"
 def _attend(params: Params, tokens: Float[Array, "B F N D"]) -> Logits:
     """Return the logits of one layer of cross-attention.
 
-    A head's query stands for the product of query and key projection, so that keys are the tokens.
+    A head's query is the product of query and key projection, so that keys are the tokens.
     Of the vectors of a position only the products with queries and values are learned: what a head
     looks at before it knows any token (`looks`), and what is read there beside the token
     (`places`).

@@ -48,7 +48,7 @@ VISIBLE = ("color", "shape", "place")  # what is right in a caption that is righ
 MATCHED = 12  # mentions, from the first, that may be matched; a scene has three things at most
 
 # What no scene has, but other language models may write.
-OTHER_COLORS = ("black", "gray", "grey", "pink", "brown", "cyan", "magenta", "teal", "gold")
+OTHER_COLORS = ("black", "gray", "pink", "brown", "cyan", "magenta", "teal", "gold")
 OTHER_SHAPES = ("rectangle", "oval", "diamond", "heart", "hexagon", "pentagon", "arrow", "line")
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # A noun phrase ends before these and at punctuation; other unknown words may be within it.
