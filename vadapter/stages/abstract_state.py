@@ -1,5 +1,6 @@
 """The parameters of a stage's model: random values, or shapes with shardings."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -73,23 +74,35 @@ class Initializer:
     ) -> dict[str, Any]:
         """Return those of the random components that start as large as words, in that size.
 
+        It is measured on normally distributed visual tokens of one image.
+
         Args:
           params: of all components.
           names: of the random ones.
           words: number of ids of the language model that are words.
         """
-        modules = self.model.modules
-        out = {n: params[n] for n in names if getattr(modules[n].config, "init", "") == "words"}  # type: ignore[attr-defined]
-        if not out:
+        model, modules = self.model, self.model.modules
+        configs: dict[str, Any] = {n: modules[n].config for n in names}  # type: ignore[attr-defined]
+        own = [n for n in configs if getattr(configs[n], "init", "") == "words"]
+        if not own:
             return {}
-        assert isinstance(self.model, AdapterModel)
-        lm = self.model.lm
+        assert isinstance(model, AdapterModel)
+        encoder: Any = modules[model.encoder]
+        shape = (1, 1, encoder.tokens_per_frame(), encoder.width)
 
-        def scaled(out: Any, own: Any) -> Any:
-            scale = modules[lm].apply({"params": own}, words, method="word_scale")
-            return jax.tree.map(lambda x: x * scale, out)
+        def scaled(params: dict[str, Any]) -> dict[str, Any]:
+            wanted = model.apply(params, model.lm, words, method="word_scale")
+            visual, new = jax.random.normal(jax.random.key(0), shape), {}
+            for i, name in enumerate(model.chain):
+                if name in own:
+                    before = dataclasses.replace(model, chain=model.chain[: i + 1])
+                    y = before.prefix(params | new, visual).astype(jnp.float32)
+                    factor = configs[name].scale * wanted / jnp.sqrt(jnp.square(y).mean())
+                    new[name] = jax.tree.map(lambda x, f=factor: x * f, params[name])
+            return new
 
-        return jit(scaled, out_shardings=shardings_of(out))(out, params[lm])
+        used = {name: params[name] for name in (*model.chain, model.lm)}
+        return jit(scaled, out_shardings=shardings_of({n: params[n] for n in own}))(used)
 
     @functools.cached_property
     def _traced(self) -> tuple[Any, Any]:

@@ -20,9 +20,9 @@ class ProjectionConfig:
 
     Attributes:
       width: E; 0 takes the width of the language model that follows in the chain.
-      init: standard deviation of the output at initialization, for unit-variance input: 1 (`unit`),
-        or that of the word embeddings (`words`) of the language model that reads it. Embeddings of
-        public models are often far from 1.
+      init: size of the output at initialization: a standard deviation of 1 for unit-variance input
+        (`unit`), or the root mean square of the word embeddings of the language model that reads
+        it, for what enters it there (`words`). Embeddings of public models are often far from 1.
       scale: factor on it.
     """
 
