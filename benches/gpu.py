@@ -64,8 +64,9 @@ class Sizes:
 
 PAPER = "configs/paper.py:stage={},encoder=l,llm=1b"
 FULL = Sizes((PAPER.format(2), "vadapter"), (PAPER.format(1), "decoder"), (64, 128))
+QUICKSTART = "configs/quickstart.py:weights="
 TINY = Sizes(
-    ("configs/quickstart.py", "vadapter"), ("configs/quickstart.py", "decoder"), (4, 4), "1,2", 2,
+    (QUICKSTART, "vadapter"), (QUICKSTART, "decoder"), (4, 4), "1,2", 2,
     ("--config.dtype=bfloat16", "--config.chain=vadapter", "--config.tokenizer.vocab_size=64"),
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ from vadapter.distributed import cpu
 from vadapter.distributed.compile import jit
 from vadapter.stages import flops
 
-CASE = Case("configs/quickstart.py", "vadapter")
+CASE = Case("configs/quickstart.py:weights=", "vadapter")
 STEPS = 5
 # Size -> its least value, and the keys that it sets; {0} is the value and {1} that less two.
 SIZES: dict[str, tuple[int, tuple[str, ...]]] = {

@@ -2,7 +2,7 @@
 
     vadapter quickstart
 
-Six stages, trained in this order:
+Three stages, with `--from-scratch` six, trained in this order:
 
     tlm        a tiny language model, on text alone
     llm        a larger language model, on text alone: the one that stays frozen later
@@ -11,14 +11,14 @@ Six stages, trained in this order:
     perceiver  baseline: a perceiver-resampler between the frozen ViT and the frozen larger LM
     vadapter   stage 2 of the paper: resampler and tiny LM of stage 1 as the adapter
 
-`perceiver` and `vadapter` read the same batches in the same order. Run 2026-11-30: 3 minutes.
+`perceiver` and `vadapter` read the same batches in the same order. Run 2026-11-30: 5 minutes.
 
 Arguments:
     scale      factor on the steps of every stage
     queries    of the resamplers
     steps      of each stage that sees images through the frozen encoder, before `scale`
     weights    folder of the components encoder, tlm and llm, written by `vadapter export
-               --components`: the first three stages are left out
+               --components`; by default those of the package. `weights=` trains the three
 
 Every key of a recipe is explained here once; the other recipes comment only on what they change.
 """
@@ -30,7 +30,7 @@ from vadapter.config import parse_arg
 
 def get_config(arg=None):
     # `--config=configs/quickstart.py:scale=0.1` trains every stage for a tenth of its steps.
-    arg = parse_arg(arg, scale=1.0, queries=64, steps=300, weights="")
+    arg = parse_arg(arg, scale=1.0, queries=64, steps=450, weights="packaged:scenes")
 
     def steps(count):
         return max(2, int(count * arg.scale))

@@ -314,7 +314,7 @@ def test_training_validation_and_test_scenes_have_nothing_in_common():
 @pytest.mark.parametrize("weights", ["packaged:scenes", ""])
 def test_the_scenes_are_the_quickstart_with_longer_pretraining(weights):
     quick, scenes = (
-        config.load(f"configs/{name}.py:scale=0.5,weights={weights}").to_dict()
+        config.load(f"configs/{name}.py:scale=0.5,steps=300,weights={weights}").to_dict()
         for name in ("quickstart", "scenes")
     )
     assert scenes["components"] == quick["components"]

@@ -14,7 +14,7 @@ class Row(NamedTuple):
 
 
 RECIPES = {  # name -> recipe, and the visual tokens that its runs cache
-    "nano": ("configs/quickstart.py", (64, 128)),
+    "nano": ("configs/quickstart.py:weights=", (64, 128)),
     "flickr8k": ("configs/flickr8k.py", (49, 1280)),
     "s30m": ("benches/peer/s30m.py", None),
 }

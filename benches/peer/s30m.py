@@ -8,7 +8,7 @@ from vadapter import config
 
 def get_config(arg=None):
     quickstart = Path(__file__).parents[2] / "configs" / "quickstart.py"
-    recipe: Any = config.load(str(quickstart))
+    recipe: Any = config.load(f"{quickstart}:weights=")
     lm = {"kind": "lm", "vocab_size": 8192, "kv_heads": 1, "head_dim": 64, "max_len": 256}
     queries = {"kind": "resampler", "queries": 64, "query_dim": 384, "hidden_dim": 384, "heads": 6}
     vit = {"kind": "vit", "image_size": 144, "patch": 18, "width": 384, "depth": 6, "heads": 6}

@@ -7,7 +7,7 @@ from vadapter import config
 
 
 def get_config(arg=None):
-    recipe: Any = config.load(str(Path(__file__).parents[2] / "configs" / "quickstart.py"))
+    recipe: Any = config.load(f"{Path(__file__).parents[2]}/configs/quickstart.py:weights=")
     recipe.components.llm = {
         "kind": "lm", "vocab_size": 49152, "width": 576, "depth": 30, "heads": 9, "kv_heads": 3,
         "mlp_dim": 1536, "parallel": False, "norm_eps": 1e-5, "embed_scale": False,

@@ -54,7 +54,7 @@ class Caption:
         self.folder, self.image, self.cold = folder, image, cold
         self.caches = 0
         overrides = [f"--config.{item}" for item in OVERRIDES]
-        self._vadapter("train", "--config=configs/quickstart.py:scale=0.01",
+        self._vadapter("train", "--config=configs/quickstart.py:scale=0.01,weights=",
                        f"--workdir={folder / 'run'}", *overrides)  # fmt: skip
         self.caches += 1
 

@@ -33,13 +33,15 @@ print("vadapter", vadapter.__version__)
 # %% [markdown]
 # ## Train
 #
-# `vadapter quickstart` pretrains a tiny LM, a larger LM and a small vision encoder, aligns the tiny
-# LM in two stages and trains the perceiver-resampler baseline. Stop it at any time: the same
-# command resumes, and finished stages are skipped.
+# `vadapter quickstart` starts from a small vision encoder and two language models of the package,
+# aligns the tiny LM in two stages and trains the perceiver-resampler baseline. Stop it at any time:
+# the same command resumes, and finished stages are skipped.
 
 # %%
 RUN = os.environ.get("NOTEBOOK_RUN", "runs/quickstart")
-OPTIONS = os.environ.get("NOTEBOOK_OPTIONS", "").split()  # such as --config.stages.llm.steps=100
+OPTIONS = os.environ.get(
+    "NOTEBOOK_OPTIONS", ""
+).split()  # such as --config.stages.vadapter.steps=100
 
 
 def run(*command):

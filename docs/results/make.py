@@ -157,8 +157,10 @@ def _end(measured: Measured, _: Measured | None) -> Iterator[str]:
 
 
 def _start(measured: Measured, _: Measured | None) -> Iterator[str]:
+    named = {arm.name for arm in measured.arms}
+    arms = {n.partition("_")[2]: n if n in named else VADAPTER for n in STARTS}  # stage1: the same
     for criterion in measured.criteria:
-        values = (f"{n.partition('_')[2]} {_best(measured, n, criterion)}" for n in STARTS)
+        values = (f"{start} {_best(measured, arm, criterion)}" for start, arm in arms.items())
         yield f"{title(criterion)}: {', '.join(values)}"
 
 

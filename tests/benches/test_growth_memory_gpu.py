@@ -94,7 +94,7 @@ def test_jobs_share_the_time_and_one_that_fails_does_not_stop_the_others(monkeyp
 
 def test_drawn_int8_kernels_are_not_all_zero():
     pytest.importorskip("qwix")
-    case = Case("configs/quickstart.py", "vadapter")
+    case = Case("configs/quickstart.py:weights=", "vadapter")
     stage = case.open(["components.llm.int8=true", "chain=vadapter"])
     kernels = jax.tree.leaves(case.decoding_parameters(stage, {"llm": stage.abstract["llm"]}))
     int8 = [x for x in kernels if x.dtype == "int8"]

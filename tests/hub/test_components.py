@@ -244,7 +244,8 @@ def test_components_replace_earlier_ones_and_nothing_else(chain, copy, tmp_path,
 
 def test_the_quickstart_over_components_leaves_their_pretraining_out(packaged):
     whole, rest = (
-        read(config.load(f"configs/quickstart.py{arg}")) for arg in ("", f":weights={packaged}")
+        read(config.load(f"configs/quickstart.py{arg}"))
+        for arg in (":weights=", f":weights={packaged}")
     )
     assert whole.chain == ("tlm", "llm", "vision", *rest.chain)
     for name in rest.chain:

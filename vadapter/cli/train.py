@@ -13,8 +13,8 @@ from vadapter.io.storage import as_path
 if TYPE_CHECKING:
     from vadapter.recipe.schema import Recipe
 
-FROM_SCRATCH = "configs/quickstart.py"
-QUICKSTART = f"{FROM_SCRATCH}:weights=packaged:scenes"
+QUICKSTART = "configs/quickstart.py"
+FROM_SCRATCH = f"{QUICKSTART}:weights="
 
 # What a stage of each kind does, for people who see it for the first time.
 STAGES = {
