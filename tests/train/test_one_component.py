@@ -31,7 +31,8 @@ def world(tmp_path_factory):
         stage = config.stages.vadapter
         stage.update(chain=("fc_out",), data={"images": 1.0, "clips": 1.0}, loss=("held",))
         stage.start = {"encoder": str(outside / "vision"), "llm": str(outside / "llm")}
-        stage.update(steps=4, eval_every=0, eval_limit=4)
+        stage.update(steps=4, eval_every=0, eval_limit=4, exit_layer=0)
+        stage.optim.lr_mults = {}
         config.evals.captions.limit = 4
         config.tokenizer.data = ("images", "clips")
         config.chain, config.stages = ("linear",), {"linear": stage}
