@@ -20,8 +20,8 @@ from vadapter.data.open import JUDGES
 from vadapter.errors import ConfigError, UserError
 from vadapter.io import storage
 from vadapter.metrics.judgments import is_judged
-from vadapter.recipe.arms import PART_KINDS
-from vadapter.recipe.schema import Recipe, StageConfig, components, read, used_data
+from vadapter.recipe.arms import PART_KINDS, only
+from vadapter.recipe.schema import Recipe, StageConfig, read
 
 PARTS = "parts"
 FEATURES = "features"
@@ -222,7 +222,7 @@ def _parts(name: str, arms: Mapping[str, Recipe]) -> Recipe | None:
     owner = ""  # the arm of the first part
     for arm, recipe in arms.items():
         chain = tuple(n for n in recipe.chain if recipe.stages[n].kind in PART_KINDS)
-        own = _only(recipe, chain)
+        own = only(recipe, chain)
         if not chain:
             continue
         if parts is None:
@@ -242,19 +242,6 @@ def _parts(name: str, arms: Mapping[str, Recipe]) -> Recipe | None:
             stages={**parts.stages, **own.stages},
         )
     return parts
-
-
-def _only(recipe: Recipe, chain: tuple[str, ...]) -> Recipe:
-    """Return the recipe of some of its stages, with the components and data that they use."""
-    stages = {name: recipe.stages[name] for name in chain}
-    used = {n for stage in stages.values() for n in components(stage)}
-    data = {n for stage in stages.values() for n in used_data(recipe, stage)}
-    data |= set(recipe.tokenizer.data)
-    return dataclasses.replace(
-        recipe, chain=chain, stages=stages, evals={},
-        components={n: spec for n, spec in recipe.components.items() if n in used},
-        data={n: rows for n, rows in recipe.data.items() if n in data},
-    )  # fmt: skip
 
 
 def _shared(one: Recipe, other: Recipe) -> dict[str, Any]:

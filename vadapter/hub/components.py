@@ -8,7 +8,6 @@
 A recipe reads NAME as `components.NAME.weights`, see `weights.families.exported`.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,8 @@ from vadapter.hub.write import replacing
 from vadapter.io import storage
 from vadapter.io.json_files import COMPONENT_FORMAT, history, write_json
 from vadapter.models.registry import expand
-from vadapter.recipe.schema import DTYPES, Recipe, components, trained, used_data
+from vadapter.recipe.arms import only
+from vadapter.recipe.schema import DTYPES, Recipe, trained
 from vadapter.stages import initialization
 from vadapter.stages.restore import read_run
 from vadapter.stages.run import tokenizer_path
@@ -65,7 +65,7 @@ def export(run: Path, names: Sequence[str], folder: Path, dtype: str = "float32"
         for stage, name in chosen:
             record = _write(part / name, recipe, run, stage, name, dtype)
             write_json(part / name / CONFIG, {**record, "commands": commands})
-        write_json(part / RECIPE, plain(_only(recipe, [stage for stage, _ in chosen])))
+        write_json(part / RECIPE, plain(_with_starts(recipe, [stage for stage, _ in chosen])))
 
 
 def report(folder: Path) -> str:
@@ -159,21 +159,10 @@ def _spec(spec: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any
     return filled
 
 
-def _only(recipe: Recipe, stages: Sequence[str]) -> Recipe:
+def _with_starts(recipe: Recipe, stages: Sequence[str]) -> Recipe:
     """Return the recipe of some stages and of those that they start from."""
     needed = set(stages)
     for name in reversed(recipe.chain):
         if name in needed:
             needed |= set(recipe.stages[name].start.values()) & set(recipe.chain)
-    chain = tuple(name for name in recipe.chain if name in needed)
-    kept = {name: recipe.stages[name] for name in chain}
-    parts = {part for stage in kept.values() for part in components(stage)}
-    data = {name for stage in kept.values() for name in used_data(recipe, stage)}
-    data |= set(recipe.tokenizer.data)
-    evals = {name for stage in kept.values() for name in stage.evals}
-    return dataclasses.replace(
-        recipe, chain=chain, stages=kept,
-        components={n: spec for n, spec in recipe.components.items() if n in parts},
-        data={n: rows for n, rows in recipe.data.items() if n in data},
-        evals={n: spec for n, spec in recipe.evals.items() if n in evals},
-    )  # fmt: skip
+    return only(recipe, tuple(name for name in recipe.chain if name in needed))

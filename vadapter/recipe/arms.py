@@ -1,6 +1,8 @@
 """Arms of a recipe: its adapter stages, each with the earlier stages that belong to it alone."""
 
-from vadapter.recipe.schema import Recipe
+import dataclasses
+
+from vadapter.recipe.schema import Recipe, components, used_data
 
 PART_KINDS = ("lm", "vision")  # stages that train what all arms share
 
@@ -17,3 +19,18 @@ def earlier_stages(recipe: Recipe, name: str) -> tuple[str, ...]:
         found |= new
         pending += new
     return tuple(stage for stage in recipe.chain if stage in found)
+
+
+def only(recipe: Recipe, chain: tuple[str, ...]) -> Recipe:
+    """Return the recipe of some stages, with the components, data and evaluations that they use."""
+    stages = {name: recipe.stages[name] for name in chain}
+    parts = {part for stage in stages.values() for part in components(stage)}
+    data = {name for stage in stages.values() for name in used_data(recipe, stage)}
+    data |= set(recipe.tokenizer.data)
+    evals = {name for stage in stages.values() for name in stage.evals}
+    return dataclasses.replace(
+        recipe, chain=chain, stages=stages,
+        components={n: spec for n, spec in recipe.components.items() if n in parts},
+        data={n: rows for n, rows in recipe.data.items() if n in data},
+        evals={n: spec for n, spec in recipe.evals.items() if n in evals},
+    )  # fmt: skip
