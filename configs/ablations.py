@@ -179,7 +179,7 @@ def connectors(perceiver: Any) -> dict[str, dict[str, Any]]:
     )
 
 
-# Sizes over the small bases, for about as many trained parameters as the perceiver has, and for
+# Sizes by the name of a small base's recipe, for about as many trained parameters as the perceiver has, and for
 # clips of at most 128 tokens in the LLM.
 SMALL = dict(
     scenes=dict(
@@ -202,6 +202,17 @@ SMALL = dict(
         media=dict(layers=2),
         perceiver_equal=dict(layers=5),
         cross_attention=dict(every=2, heads=6, head_dim=32),
+    ),
+    # flickr8k.py:llm=…
+    flickr8k_public=dict(
+        mlp=dict(hidden_dim=2816),
+        shuffle=dict(hidden_dim=912),
+        pool=dict(hidden_dim=2816),
+        qformer=dict(queries=49, width=256, depth=4, heads=8, mlp_dim=1024),
+        c_abstractor=dict(hidden_dim=464),
+        media=dict(layers=1),
+        perceiver_equal=dict(layers=8),
+        cross_attention=dict(every=15, heads=8, head_dim=32),
     ),
 )
 
@@ -271,10 +282,12 @@ def get_config(arg=None):
     lengthen(first, arg.stage1 * row.stage1)
     stages[name] = stages.pop("vadapter")
 
-    recipe["name"] = f"{arg.base}-{name}{'-blind' * blind}"
     recipe["chain"] = (*(n for n in recipe["chain"] if n in needed(stages, name)), name)
     recipe["stages"] = {n: stages[n] for n in recipe["chain"]}
-    recipe["components"] = with_row(recipe["components"], arg.base, row, steps)
+    recipe["components"] = with_row(recipe["components"], recipe["name"], row, steps)
+    if arg.base == "paper" and MANY_TOKENS & {*row.chain}:
+        recipe["components"]["llm"] |= dict(remat="full")
+    recipe["name"] = f"{arg.base}-{name}{'-blind' * blind}"
     if row.encoder:
         recipe["components"]["encoder"] = dict(weights=arg.clip)
     return ConfigDict(used(recipe, blind=blind))
@@ -303,8 +316,11 @@ def named(key: str, row: str) -> tuple[str, bool]:
     return name, bool(dot)
 
 
-def with_row(components: Recipe, base: str, row: Row, steps: int) -> Recipe:
-    """Return the components of a base and those of a row whose last stage takes `steps` steps."""
+def with_row(components: Recipe, sizes: str, row: Row, steps: int) -> Recipe:
+    """Return the components of a base and those of a row whose last stage takes `steps` steps.
+
+    `sizes` is the row of SMALL for connectors that the base lacks; others are as published.
+    """
     from vadapter.models.registry import expand, load_kind
 
     components = dict(components)
@@ -312,7 +328,7 @@ def with_row(components: Recipe, base: str, row: Row, steps: int) -> Recipe:
     config_type, _ = load_kind(spec.pop("kind"))
     perceiver = build(config_type, spec)
     for name, new in connectors(perceiver).items():
-        components[name] = new | SMALL.get(base, {}).get(name, {})
+        components[name] = new | SMALL.get(sizes, {}).get(name, {})
     for name in ("media", "perceiver_equal"):  # fields beside those of the perceiver
         components[name] = components["perceiver"] | components[name]
     for name, changes in row.changes.items():
@@ -325,8 +341,6 @@ def with_row(components: Recipe, base: str, row: Row, steps: int) -> Recipe:
     words = components["words"]
     if words.get("decay") == "to_min_temperature":
         words["decay"] = math.log(words["temperature"] / words["min_temperature"]) / steps
-    if base == "paper" and MANY_TOKENS & {*row.chain}:
-        components["llm"] = components["llm"] | dict(remat="full")
     return components
 
 
