@@ -34,7 +34,7 @@ SMALL = dict(width=256, depth=6, heads=8, mlp_dim=1024)  # 6.9M
 # here, or a public one, of 135M say, through which a step takes 40 times as long.
 SIZES = dict(
     pretrained=dict(
-        queries=16, steps=2400, batch=16, texts=5, stage1=4000, stage1_batch=16, limit=500
+        queries=16, steps=2400, batch=16, texts=5, stage1=4000, stage1_batch=16, limit=0
     ),
     public=dict(queries=49, steps=400, batch=8, texts=2, stage1=1000, stage1_batch=16, limit=200),
 )
@@ -132,7 +132,7 @@ def get_config(arg=None):
             loss=("val",),
             loss_batches=16,
             eval_every=steps(count // 4),
-            eval_limit=arg.limit,
+            eval_limit=500,
             evals=("val", "test"),
             save_every=200,
             log_every=20,
@@ -177,7 +177,7 @@ def get_config(arg=None):
                 test=photos("test", arg.texts),
             ),
             evals=dict(
-                val=dict(data="val", max_new=24, batch=100, limit=0),
+                val=dict(data="val", max_new=24, batch=100, limit=arg.limit),
                 test=dict(data="test", max_new=24, batch=100, limit=0),
             ),
             chain=(*pretrained, "decoder", "vadapter", "perceiver"),
