@@ -35,17 +35,18 @@ class Row:
         tiny LM pretrained on text, the rest random) or random.
       encoder: "clip" for the encoder of Table 12.
       images: trained on images alone, at base=paper.
-      stage1: factor on the steps of stage 1.
+      stage1, steps: factors on the steps of stage 1 and of the last stage.
       first, last: keys of stage 1 and of the last stage; those of `optim` are added to it.
       **changes: fields of components; a `Times` is a factor on the base's value.
     """
 
     def __init__(
-        self, chain: str, *, tlm="stage1", encoder="", images=False, stage1=1.0,
+        self, chain: str, *, tlm="stage1", encoder="", images=False, stage1=1.0, steps=1.0,
         first: dict[str, Any] | None = None, last: dict[str, Any] | None = None, **changes: Any,
     ):  # fmt: skip
         self.chain, self.tlm, self.encoder = tuple(chain.split()), tlm, encoder
-        self.images, self.stage1, self.changes = images, stage1, changes
+        self.images, self.changes = images, changes
+        self.stage1, self.steps = stage1, steps
         self.first, self.last = first or {}, last or {}
 
 
@@ -151,6 +152,11 @@ VARIANTS: dict[str, Row] = {
     "stage1_quarter": Row(VADAPTER, stage1=0.25),
     "stage1_double": Row(VADAPTER, stage1=2.0),
     "stage1_x4": Row(VADAPTER, stage1=4.0),
+    **{
+        f"{name}_{word}": Row(chain, steps=factor)
+        for name, chain in (("vadapter", VADAPTER), ("perceiver", PERCEIVER), ("mlp", "mlp"))
+        for word, factor in (("quarter", 0.25), ("half", 0.5))
+    },
 }
 ROWS = CONNECTORS | TABLES | VARIANTS
 
@@ -179,8 +185,8 @@ def connectors(perceiver: Any) -> dict[str, dict[str, Any]]:
     )
 
 
-# Sizes by the name of a small base's recipe, for about as many trained parameters as the perceiver has, and for
-# clips of at most 128 tokens in the LLM.
+# Sizes by the name of a small base's recipe, for about as many trained parameters as the perceiver
+# has, and for clips of at most 128 tokens in the LLM.
 SMALL = dict(
     scenes=dict(
         mlp=dict(hidden_dim=2720, frames=2),
@@ -261,7 +267,7 @@ def get_config(arg=None):
         )
     stages = recipe["stages"]
     first, last = stages["decoder"], stages["vadapter"]
-    steps, start1, start2 = last["steps"], first.get("start", {}), last["start"]
+    start1, start2 = first.get("start", {}), last["start"]
     frozen = {"encoder", "llm"} - ({"encoder"} if row.encoder else set())
     inner = (row.chain[0], "fc_in", "tlm")
     starts = dict(
@@ -280,11 +286,13 @@ def get_config(arg=None):
         # Tests are run once, on what validation chose.
         stage["evals"] = tuple(n for n in stage.get("evals", ()) if not n.startswith("test"))
     lengthen(first, arg.stage1 * row.stage1)
+    lengthen(last, row.steps)
     stages[name] = stages.pop("vadapter")
 
     recipe["chain"] = (*(n for n in recipe["chain"] if n in needed(stages, name)), name)
     recipe["stages"] = {n: stages[n] for n in recipe["chain"]}
-    recipe["components"] = with_row(recipe["components"], recipe["name"], row, steps)
+    sizes, steps = recipe["name"], last["steps"]
+    recipe["components"] = with_row(recipe["components"], sizes, row, steps)
     if arg.base == "paper" and MANY_TOKENS & {*row.chain}:
         recipe["components"]["llm"] |= dict(remat="full")
     recipe["name"] = f"{arg.base}-{name}{'-blind' * blind}"

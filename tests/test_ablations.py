@@ -251,6 +251,18 @@ def test_the_length_of_stage_1_is_a_factor_on_its_steps_and_warm_up():
     assert load("paper", "vadapter", "stage1=2").stages.vadapter.steps == plain.steps
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_shorter_rows_have_fewer_steps_of_the_last_stage_alone(base):
+    for row in ("vadapter", "perceiver", "mlp"):
+        plain = load(base, row).stages.to_dict()
+        for word, factor in (("quarter", 0.25), ("half", 0.5)):
+            found = load(base, f"{row}_{word}").stages.to_dict()
+            short, long = found.pop(f"{row}_{word}"), plain[row]
+            assert short["steps"] == round(long["steps"] * factor)
+            assert short["optim"]["warmup"] == round(long["optim"]["warmup"] * factor)
+            assert found == {name: stage for name, stage in plain.items() if name != row}
+
+
 def test_arguments_of_the_base_pass_through():
     recipe = load("scenes", "perceiver", "scale=0.5", "queries=16")
     assert recipe.stages.perceiver.steps == 150
