@@ -64,10 +64,14 @@ class Compared(NamedTuple):
     @property
     def cost(self) -> str:
         """The time in training steps of all runs."""
-        column = "seconds_with_stage_1"
-        known = [float(run[column]) for run in self.runs if run.get(column)]
-        machine = self.entry["machine"]
-        return f"{duration(sum(known))}, {machine}" if known else f"not recorded, {machine}"
+        return cost(self.runs, self.entry["machine"])
+
+
+def cost(runs: Sequence[Row], machine: str) -> str:
+    """Return the time in training steps of runs, and where they were trained."""
+    column = "seconds_with_stage_1"
+    known = [float(run[column]) for run in runs if run.get(column)]
+    return f"{duration(sum(known))}, {machine}" if known else f"not recorded, {machine}"
 
 
 def read_table(path: Path) -> list[Row]:
@@ -90,6 +94,25 @@ def read_comparisons(folder: Path) -> dict[str, Compared]:
         found[name] = Compared(entry, measured, read_table(folder / f"{name}_runs.csv"))
         if measured is None and not found[name].runs:
             raise FileNotFoundError(f"{path} and {name}_runs.csv: a comparison needs one of them")
+    return found
+
+
+class Matrix(NamedTuple):
+    """The same arms in several comparisons: its entry in comparisons.toml, and the runs of each."""
+
+    entry: dict[str, Any]
+    runs: dict[str, list[Row]]
+
+
+def read_matrices(folder: Path) -> list[Matrix]:
+    """Return the matrices of comparisons.toml, in its order."""
+    entries = tomllib.loads((folder / "comparisons.toml").read_text(encoding="utf-8"))
+    found = []
+    for entry in entries.get("matrix", ()):
+        runs = {value: read_table(folder / file) for value, file in entry["runs"].items()}
+        if missing := [file for value, file in entry["runs"].items() if not runs[value]]:
+            raise FileNotFoundError(f"{folder}: no {', '.join(missing)} for {entry['title']!r}")
+        found.append(Matrix(entry, runs))
     return found
 
 
@@ -273,6 +296,24 @@ def _value(seeds: Sequence[Row], column: str) -> str:
     return spread(found, nats if loss else points) if found else NONE
 
 
+def matrix(found: Matrix) -> str:
+    """Return the section of a matrix: for each value that it shows, arms by comparisons."""
+    entry, runs = found
+    parts = [f"## {entry['title']}", f"```bash\n{entry['command']}\n```"]
+    everything = [run for rows in runs.values() for run in rows]
+    parts.append(f"{entry['date']}; {cost(everything, entry['machine'])}. {entry['note']}")
+    for column in entry["show"]:
+        rows = []
+        for arm in dict.fromkeys(run["arm"] for run in everything):
+            own = [[run for run in rows if run["arm"] == arm] for rows in runs.values()]
+            rows.append((f"`{arm}`", *(_value(seeds, column) for seeds in own)))
+        parts.append(f"**{_heading(column).replace(chr(10), ' ')}, by {entry['across']}**")
+        parts.append(markdown_table(rows, ("arm", *runs)))
+    files = (f"[{file}](results/{file})" for file in entry["runs"].values())
+    parts.append(f"Data: {', '.join(files)}.")
+    return "\n\n".join(part.strip("\n") for part in parts)
+
+
 def draw(measured: Measured, path: Path) -> None:
     """Draw every criterion against steps, without and with stage 1, the same bytes on every run."""
     staged = any(arm.staged for arm in measured.arms)
@@ -296,6 +337,7 @@ def write(folder: Path, out: Path) -> None:
     comparisons, paper = read_comparisons(folder), read_table(folder / "paper.csv")
     parts = [HEAD.strip(), summary(comparisons, paper).strip()]
     parts += [section(each, paper, figures) for each in comparisons.values()]
+    parts += [matrix(each) for each in read_matrices(folder)]
     (out / PAGE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

@@ -34,9 +34,22 @@ def test_every_table_of_the_folder_is_on_the_page(make):
     named = {"paper.csv"}
     for name in make["read_comparisons"](FOLDER):
         named |= {f"{name}.csv", f"{name}_runs.csv"}
+    for found in make["read_matrices"](FOLDER):
+        named |= set(found.entry["runs"].values())
     assert {path.name for path in FOLDER.glob("*.csv")} <= named
 
 
+MATRIX = """
+[[matrix]]
+title = "Both encoders"
+across = "encoder"
+runs = { strong = "strong_runs.csv", weak = "weak_runs.csv" }
+command = "vadapter compare --config=Y"
+machine = "one core"
+date = "2026-11-30"
+show = ["held/loss", "captions/cider"]
+note = "Two of them."
+"""
 ENTRY = """
 [[comparison]]
 name = "{name}"
@@ -101,12 +114,12 @@ def page(make, tmp_path):
         write_table(folder / f"{name}.csv", rows)
         ends = [
             {"arm": arm, "seed": seed, "steps": 400, "seconds_with_stage_1": 1800.0,
-             "held/loss": losses[-1], "captions/cider": 2 - losses[-1]}
+             "held/loss": losses[-1] + gain, "captions/cider": 2 - losses[-1] - gain}
             for arm, seeds in curves.items() for seed, losses in enumerate(seeds)
         ]  # fmt: skip
         write_table(folder / f"{name}_runs.csv", ends)
         entries += ENTRY.format(name=name, claims=claims)
-    (folder / "comparisons.toml").write_text(entries)
+    (folder / "comparisons.toml").write_text(entries + MATRIX)
     make["write"](folder, tmp_path / "out")
     assert (tmp_path / "out" / "results" / "strong.svg").read_text().count("<path") > 30
     return (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
@@ -139,6 +152,18 @@ def test_the_table_of_runs_has_means_over_seeds_beside_the_paper(page):
     assert "[strong.csv](results/strong.csv), [strong_runs.csv](results/strong_runs.csv)." in strong
     assert strong.count("At the first evaluation") == 1
     assert "![strong: arms: validation against steps](results/strong.svg)" in strong
+
+
+def test_a_matrix_has_the_arms_of_several_comparisons_side_by_side(page):
+    found = page.split("## Both encoders")[1].splitlines()
+    loss, score = (at for at, line in enumerate(found) if line.startswith("**"))
+    assert "nats, by encoder" in found[loss]
+    assert "CIDEr × 100, by encoder" in found[score]
+    assert "| arm | strong | weak |" in found[loss:score]
+    row = "| `vadapter` | 1.050<br>(1.000–1.100) | 1.250<br>(1.200–1.300) |"
+    assert row in found[loss:score]
+    assert any(line.startswith("| `vadapter` | 95.0<br>") for line in found[score:])
+    assert "2026-11-30; 7 h 0 min, one core. Two of them." in found
 
 
 def test_a_claim_without_a_comparison_was_not_run(make):
