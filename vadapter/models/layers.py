@@ -131,6 +131,7 @@ class Norm(nn.Module):
 
 
 NormKind = Literal["rms", "layer"]
+NormOver = Literal["head", "heads"]
 MlpKind = Literal["swiglu", "geglu", "gelu", "gelu_erf", "quick_gelu", "relu"]
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: nn.gelu(x, approximate=True),
@@ -198,7 +199,8 @@ class Attention(nn.Module):
     Attributes:
       heads, kv_heads, head_dim: H, N and K.
       bias: of the output; qkv_bias: of queries, keys and values (None takes `bias`).
-      qk_norm: constructor of an RMSNorm over K on queries and keys, before the rotation, or None.
+      qk_norm: constructor of a norm on queries and keys, before the rotation, or None.
+      qk_norm_over: what that norm is over: each "head" (K), or all "heads" together (OLMo 2).
       scale: of the scores; 0: K ** -0.5.
       softcap: scores are cap · tanh(scores / cap) (Gemma 2); 0: no cap.
       rope_scale: see `rope.rotate`.
@@ -212,6 +214,7 @@ class Attention(nn.Module):
     bias: bool = False
     qkv_bias: bool | None = None
     qk_norm: Callable[[str], nn.Module] | None = None
+    qk_norm_over: NormOver = "head"
     scale: float = 0.0
     softcap: float = 0.0
     rope_scale: float = 1.0
@@ -258,13 +261,19 @@ class Attention(nn.Module):
         q = project(x, self.heads, "q")
         k, v = (project(kv, self.kv_heads, name) for name in "kv")
         if self.qk_norm is not None:
-            q, k = self.qk_norm("norm_q")(split(q)), self.qk_norm("norm_k")(split(k))
+            if self.qk_norm_over == "head":
+                q, k = split(q), split(k)
+            q, k = self.qk_norm("norm_q")(q), self.qk_norm("norm_k")(k)
         out = self.linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")
         rotary = positions if isinstance(positions, tuple) else None
         if freq is not None:
             assert positions is not None
             assert not isinstance(positions, tuple)
             rotary = factors(positions, freq, self.rope_scale)
+        if rotary is not None and len(rotary) == 3:
+            rotary, scale = rotary[:2], rotary[2]
+            q = split(q) if q.ndim == 3 else q
+            q = (q * scale[:, -q.shape[1] :, None, None]).astype(self.dtype)
         if cache is None and (kernel := self._kernel(q, k, rotary)):
             merge = lambda x, name: checkpoint_name(x.reshape(*x.shape[:2], -1), name)  # noqa: E731
             return out(kernel(merge(q, "q"), merge(k, "k"), merge(v, "v"), mask, rotary)), None

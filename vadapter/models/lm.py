@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
 from vadapter.models.adapters.cross_attention import Gated
-from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, partitioned
-from vadapter.models.rope import RopeConfig, amplitude, factors, frequencies
+from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, NormOver, partitioned
+from vadapter.models.rope import RopeConfig, amplitude, factors, frequencies, query_scale
 from vadapter.models.transformer import BlockConfig, Cache, PerLayer, Remat, Stack, unpadded_rows
 
 EVERYTHING = 2**30  # the window of layers without one, in a model whose other layers have one
@@ -29,16 +29,19 @@ class LMConfig:
     Attributes:
       vocab_size: V; 0 takes the size of the run's tokenizer.
       width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, norm_eps, norm_offset, bias,
-        qkv_bias, mlp_bias, qk_norm, attn_scale, attn_softcap, parallel, shared_norm, post_norms,
-        fused_attention, dropout, remat, int8: see `transformer.BlockConfig`; int8 includes an
-        untied head.
+        qkv_bias, mlp_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap, parallel, shared_norm,
+        pre_norms, post_norms, residual_scale, fused_attention, dropout, remat, int8: see
+        `transformer.BlockConfig`; int8 includes an untied head.
       rope: wavelengths of rotary positions.
       rope_local: those of layers with a window; None takes `rope`.
+      rotated: whether a layer has rotary positions; the pattern is repeated over the layers
+        (SmolLM3: (1, 1, 1, 0)); (): all have them.
       windows: a layer attends to keys fewer than this many positions back, 0: to all; the pattern
         is repeated over the layers (Mistral: (4096,), Gemma 2: (4096, 0)).
       max_len: longest sequence; the number of learned positions, which no row may exceed.
       tied: the output head is the transposed embedding.
       embed_scale: embeddings are multiplied by sqrt(width).
+      embed_factor, logit_factor: embeddings and logits are multiplied by these (Granite).
       final_softcap: logits are cap · tanh(logits / cap) (Gemma 2); 0: no cap.
     """
 
@@ -57,18 +60,24 @@ class LMConfig:
     qkv_bias: bool | None = None
     mlp_bias: bool | None = None
     qk_norm: bool = False
+    qk_norm_over: NormOver = "head"
     attn_scale: float = 0.0
     attn_softcap: float = 0.0
     parallel: bool = True
     shared_norm: bool = True
+    pre_norms: bool = True
     post_norms: bool = False
+    residual_scale: float = 1.0
     positions: Literal["rope", "learned"] = "rope"
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     rope_local: RopeConfig | None = None
+    rotated: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
     max_len: int = 2048
     tied: bool = True
     embed_scale: bool = True
+    embed_factor: float = 1.0
+    logit_factor: float = 1.0
     final_softcap: float = 0.0
     fused_attention: bool = True
     remat: Remat = "none"
@@ -81,23 +90,29 @@ class LMConfig:
         """Return the configuration of a block: the fields of the same names."""
         names = [f.name for f in dataclasses.fields(BlockConfig) if hasattr(self, f.name)]
         mine: dict[str, Any] = {name: getattr(self, name) for name in names}
-        scale = amplitude(self.rope)
-        if self.rope_local is not None and amplitude(self.rope_local) != scale:
-            raise ConfigError("rope and rope_local: scale both or neither by yarn")
-        return BlockConfig(**mine, rope_scale=scale)
+        return BlockConfig(**mine, rope_scale=amplitude(self.rope))
 
-    def per_layer(self) -> PerLayer:
-        """Return the rotary frequencies and windows of every layer."""
-        pattern, freq, window = self.windows or (0,), None, None
-        windows = [pattern[i % len(pattern)] for i in range(self.depth)]
+    def per_layer(self, *, long: bool = False) -> PerLayer:
+        """Return the rotary frequencies and windows of every layer; longrope's for `long` texts."""
+        windows = _repeated(self.windows or (0,), self.depth)
+        freq, scale, window = None, None, None
         if self.positions == "rope":
             size = self.head_dim or self.width // self.heads
-            near = frequencies(self.rope_local or self.rope, size)
-            far = frequencies(self.rope, size)
-            freq = jnp.asarray([near if w else far for w in windows])
+            turns = _repeated(self.rotated or (1,), self.depth)
+            ropes = [(w and self.rope_local) or self.rope for w in windows]
+            pairs = list(zip(ropes, turns, strict=True))
+            # An angle of 0 leaves queries and keys as they are.
+            freq = jnp.asarray([frequencies(r, size, long=long) * bool(t) for r, t in pairs])
+            scales = [amplitude(r) if t else 1.0 for r, t in pairs]
+            if set(scales) != {amplitude(self.rope)}:
+                scale = jnp.asarray(scales, jnp.float32)
         if any(windows):
             window = jnp.asarray([w or EVERYTHING for w in windows], jnp.int32)
-        return PerLayer(freq, window)
+        return PerLayer(freq, window, scale)
+
+
+def _repeated(pattern: tuple[int, ...], depth: int) -> list[int]:
+    return [pattern[i % len(pattern)] for i in range(depth)]
 
 
 class LM(nn.Module):
@@ -139,7 +154,8 @@ class LM(nn.Module):
         return jnp.sqrt(jnp.square(table).mean()) * self._embed_scale().astype(jnp.float32)
 
     def _embed_scale(self) -> Float[Array, ""]:
-        return jnp.asarray(self.config.width**0.5 if self.config.embed_scale else 1.0, self.dtype)
+        scale = self.config.width**0.5 if self.config.embed_scale else 1.0
+        return jnp.asarray(scale * self.config.embed_factor, self.dtype)
 
     def hidden(
         self, x: Float[Array, "B T E"], *,
@@ -167,24 +183,50 @@ class LM(nn.Module):
                     f"has {self.config.max_len} learned positions; lower text_len or max_new"
                 )
             x = x + self.position_embedding(positions)
-        layers, distance = self.config.per_layer(), None
+        layers, rotary, distance = *self._rotation(positions, cache, key_positions, index), None
         if layers.window is not None:
             keys = positions if key_positions is None else key_positions
             distance = positions[:, :, None] - keys[:, None, :]
-        rotary: Any = positions
-        if layers.window is None and layers.freq is not None:
-            # One rotation for all layers, which compilers would otherwise compute in each of them.
-            rotary = factors(positions, layers.freq[0], amplitude(self.config.rope))
-            layers, rotary = PerLayer(), jax.lax.optimization_barrier(rotary)
         x, cache = self.stack(
             x, mask=mask, positions=rotary, layers=layers, distance=distance, cache=cache,
             index=index, last=last, gated=gated, seen=seen,
         )  # fmt: skip
         return self.norm(x), cache
 
+    def _rotation(
+        self, positions: Int[Array, "B T"], cache: Cache | None,
+        key_positions: Int[Array, "B S"] | None, index: Int[Array, ""] | int,
+    ) -> tuple[PerLayer, Any]:  # fmt: skip
+        """Return what differs between layers, and the positions or their rotation in all of them.
+
+        Raises:
+          ConfigError: queries are scaled by their positions, but layers rotate differently.
+        """
+        c = self.config
+        layers = c.per_layer()
+        if (freq := layers.freq) is None:
+            return layers, positions
+        if c.rope.scaling == "longrope":
+            # The keys of a text keep the wavelengths of the longest that it can become.
+            slots = 0 if key_positions is None else key_positions.shape[1]
+            free = 0 if cache is None else slots - index - positions.shape[1]
+            longer = positions.max() + 1 + free > c.rope.original_len
+            freq = jnp.where(longer, jnp.asarray(c.per_layer(long=True).freq), freq)
+        same = all(c.rotated) and (c.rope_local is None or layers.window is None)
+        if c.rope.query_beta and not same:
+            raise ConfigError("rope.query_beta is not supported where layers rotate differently")
+        if not same or (layers.window is not None and not c.rope.query_beta):
+            return PerLayer(freq, layers.window, layers.amplitude), positions
+        # One rotation for all layers, which compilers would otherwise compute in each of them.
+        rotary: Any = factors(positions, freq[0], amplitude(c.rope))
+        if c.rope.query_beta:
+            rotary = *rotary, query_scale(c.rope, positions)
+        return PerLayer(window=layers.window), jax.lax.optimization_barrier(rotary)
+
     def logits(self, hidden: Float[Array, "*n E"]) -> Float[Array, "*n V"]:
         """Return the scores of the next token, in `dtype`, or in float32 if they are capped."""
         out = self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
+        out = out if self.config.logit_factor == 1 else out * self.config.logit_factor
         out = constrain(out, "batch", *(None,) * (out.ndim - 2), "vocab")
         cap = self.config.final_softcap
         return cap * jnp.tanh(out.astype(jnp.float32) / cap) if cap else out

@@ -6,7 +6,7 @@ pairs.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,13 +28,18 @@ class RopeConfig:
         by `factor`, those below original_len / high are kept, those between are blended.
       beta_fast, beta_slow: yarn (arXiv 2309.00071): rotations within original_len between which
         frequencies are blended.
-      attention_factor: yarn: scale of sine and cosine; 0: 0.1 · ln(factor) + 1.
+      attention_factor: yarn and longrope: scale of sine and cosine; 0: 0.1 · ln(factor) + 1 for
+        yarn, sqrt(1 + ln(factor) / ln(original_len)) for longrope.
       truncate: yarn: the bounds of the blend are rounded to dimensions.
+      short_factor, long_factor: longrope (arXiv 2402.13753): the wavelength of each pair is
+        stretched by these, in texts up to original_len and in longer ones.
+      query_beta: queries at position p are multiplied by 1 + beta · ln(1 + ⌊p / original_len⌋)
+        (Llama 4).
     """
 
     theta: float = 10_000.0
     part: float = 1.0
-    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
     factor: float = 1.0
     original_len: int = 0
     low_freq_factor: float = 1.0
@@ -43,16 +48,21 @@ class RopeConfig:
     beta_slow: float = 1.0
     attention_factor: float = 0.0
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    query_beta: float = 0.0
 
 
-def frequencies(config: RopeConfig, head_dim: int) -> Float[np.ndarray, " P"]:
-    """Return the radians per position of each rotated pair.
+def frequencies(
+    config: RopeConfig, head_dim: int, *, long: bool = False
+) -> Float[np.ndarray, " P"]:
+    """Return the radians per position of each rotated pair; longrope's for `long` texts or short.
 
     Computed in float32 throughout, operation for operation as when the models were trained: at
     position 8192 a difference in the last bit is 5e-4 radians.
 
     Raises:
-      ConfigError: the scaling is unknown, or lacks its `original_len`.
+      ConfigError: the scaling is unknown, or lacks its `original_len` or factors.
     """
     rotated = int(head_dim * config.part)
     exponents = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
@@ -61,11 +71,22 @@ def frequencies(config: RopeConfig, head_dim: int) -> Float[np.ndarray, " P"]:
         return freq
     if config.scaling == "linear":
         return freq / np.float32(config.factor)
-    if config.scaling not in ("llama3", "yarn"):
-        raise ConfigError(f"rope.scaling={config.scaling!r}: must be none, linear, llama3 or yarn")
+    if config.scaling not in ("llama3", "yarn", "longrope"):
+        raise ConfigError(
+            f"rope.scaling={config.scaling!r}: must be none, linear, llama3, yarn or longrope"
+        )
     if config.original_len < 1:
         message = f"rope.scaling={config.scaling!r} needs original_len, the training length"
         raise ConfigError(message)
+    if config.scaling == "longrope":
+        stretch = config.long_factor if long else config.short_factor
+        if len(stretch) != len(exponents):
+            raise ConfigError(
+                f"rope.{'long' if long else 'short'}_factor has {len(stretch)} numbers; needs "
+                f"{len(exponents)}, one for each rotated pair"
+            )
+        stretched = np.asarray(stretch, np.float32) * np.float32(config.theta) ** exponents
+        return np.float32(1) / stretched
     kept = _llama3(config, freq) if config.scaling == "llama3" else _yarn(config, freq, rotated)
     return (kept * freq + (1 - kept) * (freq / np.float32(config.factor))).astype(np.float32)
 
@@ -93,18 +114,30 @@ def _yarn(config: RopeConfig, freq: np.ndarray, rotated: int) -> np.ndarray:
 
 
 def amplitude(config: RopeConfig) -> float:
-    """Return the scale of sine and cosine, which is 1 except for yarn."""
-    if config.scaling != "yarn":
+    """Return the scale of sine and cosine, which is 1 except for yarn and longrope."""
+    if config.scaling not in ("yarn", "longrope"):
         return 1.0
     if config.attention_factor:
         return config.attention_factor
-    return 0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
+    if config.factor <= 1:
+        return 1.0
+    if config.scaling == "yarn":
+        return 0.1 * math.log(config.factor) + 1.0
+    return math.sqrt(1 + math.log(config.factor) / math.log(config.original_len))
 
 
-Rotary = tuple[Float[Array, "B U P"], Float[Array, "B U P"]]  # sine and cosine of every angle
+# Sine and cosine of every angle; where queries are scaled, also their factors, see `query_scale`.
+Angles = tuple[Float[Array, "B U P"], Float[Array, "B U P"]]
+Rotary = Angles | tuple[Float[Array, "B U P"], Float[Array, "B U P"], Float[Array, "B U"]]
 
 
-def factors(positions: Int[Array, "B U"], freq: Float[Array, " P"], scale: float = 1.0) -> Rotary:
+def query_scale(config: RopeConfig, positions: Int[Array, "B U"]) -> Float[Array, "B U"]:
+    """Return the factors of queries at these positions, see `RopeConfig.query_beta`."""
+    periods = (positions // config.original_len).astype(jnp.float32)
+    return 1 + config.query_beta * jnp.log(1 + periods)
+
+
+def factors(positions: Int[Array, "B U"], freq: Float[Array, " P"], scale: Any = 1.0) -> Angles:
     """Return sine and cosine of the angles; `freq` and `scale` as in `rotate`."""
     angle = positions.astype(jnp.float32)[:, :, None] * freq[None, None, :]
     return jnp.sin(angle) * scale, jnp.cos(angle) * scale
@@ -125,7 +158,7 @@ def rotate(
 
 def rotate_by(x: Float[Array, "B T H K"], rotary: Rotary) -> Float[Array, "B T H K"]:
     """Return the same as `rotate`, given the factors of the positions, or of more before them."""
-    sin, cos = (f[:, -x.shape[1] :, None] for f in rotary)
+    sin, cos = (f[:, -x.shape[1] :, None] for f in rotary[:2])
     half = sin.shape[-1]
     a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)

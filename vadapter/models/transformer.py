@@ -29,9 +29,10 @@ from vadapter.models.layers import (
     MlpKind,
     Norm,
     NormKind,
+    NormOver,
     linear,
 )
-from vadapter.models.rope import Rotary
+from vadapter.models.rope import Rotary, factors
 
 # What `remat="names"` keeps for the backward pass. A frozen stack has no weight gradients, so the
 # inputs of its matrix products are never needed; from these outputs the rest is recomputed with one
@@ -55,12 +56,14 @@ class BlockConfig:
       head_dim: 0: width // heads.
       mlp_dim: hidden width of the feed-forward.
       norm_offset: is added to the scales of norms.
-      bias, qkv_bias, qk_norm, attn_scale, attn_softcap: see `layers.Attention`.
+      bias, qkv_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap: see `layers.Attention`.
       mlp_bias: bias of the feed-forward; None takes `bias`.
       parallel: attention and feed-forward run side by side and are summed (PaLM), instead of one
         after the other; from one norm, or from two with `shared_norm=False` (GPT-NeoX).
+      pre_norms: a norm in front of attention and of feed-forward (OLMo 2: none).
       post_norms: also a norm on the output of attention and of feed-forward (Gemma 2).
       layer_scale: outputs are multiplied by a trainable vector (DINOv2).
+      residual_scale: outputs are multiplied by it (Granite).
       cross: a cross-attention between self-attention and feed-forward.
       rope_scale: see `rope.rotate`.
       fused_attention: attention by one kernel on TPUs where it is faster, see `fused_attention`.
@@ -82,12 +85,15 @@ class BlockConfig:
     qkv_bias: bool | None = None
     mlp_bias: bool | None = None
     qk_norm: bool = False
+    qk_norm_over: NormOver = "head"
     attn_scale: float = 0.0
     attn_softcap: float = 0.0
     parallel: bool = False
     shared_norm: bool = True
+    pre_norms: bool = True
     post_norms: bool = False
     layer_scale: bool = False
+    residual_scale: float = 1.0
     cross: bool = False
     rope_scale: float = 1.0
     fused_attention: bool = True
@@ -106,6 +112,7 @@ class BlockConfig:
             self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads,
             bias=self.bias, qkv_bias=self.qkv_bias,
             qk_norm=functools.partial(self.make_norm, dtype) if self.qk_norm else None,
+            qk_norm_over=self.qk_norm_over,
             scale=self.attn_scale, softcap=self.attn_softcap, rope_scale=self.rope_scale,
             fused=self.fused_attention, dtype=dtype, linear=self.linear, name=name,
         )  # fmt: skip
@@ -127,6 +134,7 @@ class PerLayer:
 
     freq: Float[Array, "..."] | None = None  # rotary frequencies, [L, P]; None: no rotary positions
     window: Int[Array, "..."] | None = None  # [L]: keys this many positions back are out of reach
+    amplitude: Float[Array, "..."] | None = None  # [L], of sine and cosine; None: `rope_scale`
 
 
 class Block(nn.Module):
@@ -144,33 +152,39 @@ class Block(nn.Module):
         bias = c.bias if c.mlp_bias is None else c.mlp_bias
         mlp = Mlp(c.mlp_dim, c.mlp, bias, self.dtype, c.linear, name="mlp")
 
+        def pre(name: str, x: jax.Array) -> jax.Array:
+            return norm(name)(x) if c.pre_norms else x
+
         def post(name: str, y: jax.Array) -> jax.Array:
             y = norm(name)(y) if c.post_norms else y
             if c.layer_scale:
                 init: Any = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
                 scale = self.param(name.replace("norm", "scale"), init, (y.shape[-1],))
                 y = y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-            return drop(y)
+            return drop(y if c.residual_scale == 1 else y * c.residual_scale)
 
         if layer.window is not None:
             near = distance < layer.window
             mask = near if mask is None else mask & near
-        h = keys = norm("norm_attn")(x)
+        freq = layer.freq
+        if layer.amplitude is not None:
+            positions, freq = factors(positions, freq, layer.amplitude), None
+        h = keys = pre("norm_attn", x)
         if self.last:
             x, h = x[:, -self.last :], h[:, -self.last :]
             mask = None if mask is None else mask[:, -self.last :]
         y, cache = c.attention(self.dtype, "attn")(
-            h, keys, mask=mask, positions=positions, freq=layer.freq, cache=cache, index=index
+            h, keys, mask=mask, positions=positions, freq=freq, cache=cache, index=index
         )
         y = post("norm_attn_out", y)
         if c.parallel:
-            h = h if c.shared_norm else norm("norm_mlp")(x)
+            h = h if c.shared_norm else pre("norm_mlp", x)
             return constrain(x + y + post("norm_mlp_out", mlp(h)), "batch"), cache
         x = checkpoint_name(x + y, "mid")
         if c.cross:
             y, _ = c.attention(self.dtype, "cross")(norm("norm_cross")(x), kv, mask=kv_mask)
             x = x + drop(y)
-        return constrain(x + post("norm_mlp_out", mlp(norm("norm_mlp")(x))), "batch"), cache
+        return constrain(x + post("norm_mlp_out", mlp(pre("norm_mlp", x))), "batch"), cache
 
 
 class Stack(nn.Module):
