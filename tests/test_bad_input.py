@@ -122,7 +122,7 @@ MISTAKES = {
     "components.tlm.dropuot=0.1": r"components\.tlm\.dropuot: unknown key; did you mean 'dropout",
     "components.tlm.norm=layernorm": r"components\.tlm\.norm='layernorm': unknown; did you mean 'l",
     "components.tlm.remat=naems": r"components\.tlm\.remat='naems': unknown; did you mean 'names",
-    "components.encoder.patch=7": r"image_size=32 is not divisible by patch=7",
+    "components.encoder.patch=64": r"image_size=32 is less than one patch=64",
     "components.encoder.fit=squash": r"components\.encoder\.fit='squash': unknown; known: crop, pa",
     "components.encoder.crop_pct=87.5": r"crop_pct=87\.5: .*above 0 and at most 1",
     "components.tlm.kv_heads=3": r"stages\.decoder: its model cannot be built: heads=2 is not div",

@@ -21,10 +21,18 @@ MLP = BASE | {"intermediate_size": 48}
 CASES = {
     "clip": ("CLIPVision", MLP),
     "clip, gelu": ("CLIPVision", MLP | {"hidden_act": "gelu"}),
+    "metaclip 2": ("MetaClip2Vision", MLP),
     "siglip": ("SiglipVision", MLP),
     "dinov2": ("Dinov2", BASE | {"mlp_ratio": 2}),
     "dinov2, gated": ("Dinov2", BASE | {"mlp_ratio": 2, "use_swiglu_ffn": True}),
     "dinov2 with registers": ("Dinov2WithRegisters", BASE | {"mlp_ratio": 2}),
+}
+# Patches that do not cover the image, and widths that are no power of two.
+ODD = {"hidden_size": 42, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 33,
+       "patch_size": 7}  # fmt: skip
+CASES |= {
+    f"{name}, a border": (kind, ODD | {k: v for k, v in keys.items() if k not in ODD})
+    for name, (kind, keys) in CASES.items()
 }
 TOLERANCE = 1e-4
 
@@ -78,9 +86,11 @@ def run(module, params, pixels):
 def test_tokens_equal_the_originals(case, pair, originals):
     model, folder = pair(case)
     module, params, _ = load(folder)
-    expected = theirs(originals, model, module, frames())[0]
-    ours = run(module, params, frames())
-    assert ours.shape == expected.shape == (2, 2, module.tokens_per_frame(), 32)
+    pixels = frames(module.config.image_size)
+    expected = theirs(originals, model, module, pixels)[0]
+    ours = run(module, params, pixels)
+    shape = (2, 2, module.tokens_per_frame(), module.config.width)
+    assert ours.shape == expected.shape == shape
     assert np.abs(expected).max() > 1
     assert np.abs(ours - expected).max() < TOLERANCE
 
@@ -89,13 +99,16 @@ def test_tokens_equal_the_originals(case, pair, originals):
 def test_the_penultimate_layer_is_that_of_the_original(case, pair, originals):
     model, folder = pair(case)
     module, params, report = load(folder, tap="penultimate")
-    expected = theirs(originals, model, module, frames())[-2]
-    assert np.abs(run(module, params, frames()) - expected).max() < TOLERANCE
-    assert params["stack"]["blocks"]["mlp"]["up"]["kernel"].shape[0] == 2, "the last is not loaded"
-    assert any(".2." in name for name in report.unused)
+    pixels = frames(module.config.image_size)
+    expected = theirs(originals, model, module, pixels)[-2]
+    assert np.abs(run(module, params, pixels) - expected).max() < TOLERANCE
+    last = model.config.num_hidden_layers - 1
+    kernel = params["stack"]["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.shape[0] == last, "the last is not loaded"
+    assert any(f".{last}." in name for name in report.unused)
 
 
-@pytest.mark.parametrize("size", [48, 24])
+@pytest.mark.parametrize("size", [48, 24, 45])
 @pytest.mark.parametrize("case", ["clip", "siglip", "dinov2", "dinov2 with registers"])
 def test_another_resolution_resamples_the_positions_as_the_original_does(
     case, size, pair, originals
@@ -196,6 +209,8 @@ PUBLISHED = {
         "clip_vision_model", config(768, 3072, 12, 12, 224, 32), 87_456_000 - 1536),
     "google/siglip-base-patch16-224": (
         "siglip_vision_model", config(768, 3072, 12, 12, 224, 16), 92_884_224 - 7_087_104),
+    "google/siglip-so400m-patch14-384": (
+        "siglip_vision_model", config(1152, 4304, 27, 16, 384, 14), 428_225_600 - 15_238_352),
     "facebook/dinov2-small": (
         "dinov2", config(384, 0, 12, 6, 518, 14), 22_056_576 - 384),  # without the mask token
     "facebook/dinov2-large": ("dinov2", config(1024, 0, 24, 16, 518, 14), 304_368_640 - 1024),

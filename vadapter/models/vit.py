@@ -27,7 +27,9 @@ class ViTConfig(EncoderConfig):
     """A ViT (arXiv 2010.11929), pre-norm, with trainable positions.
 
     Attributes:
-      patch: pixels a side; divides image_size (CoCa here: 288 and 18, 256 tokens).
+      patch: pixels a side (CoCa here: 288 and 18, 256 tokens). Rows and columns of pixels that are
+        left at the bottom and on the right belong to no patch, as behind a convolution without
+        padding (SigLIP at 384 and 14: 27 · 27 tokens).
       stem: how patches become tokens. linear: one projection of each. convolutions: a few of stride
         2, see `stem.ConvStem`.
       class_token: prepend one trainable token.
@@ -98,18 +100,24 @@ class ViT(nn.Module):
         if c.pooled:
             return c.pooled.queries - 1
         extra = 0 if c.patches_only else c.class_token + c.registers
-        return (c.image_size // c.patch) ** 2 + extra
+        return self._side**2 + extra
 
     def grid(self) -> tuple[int, ...]:
         """Return the (rows, columns) of the tokens of a frame; () if they are no grid."""
-        side = self.config.image_size // self.config.patch
+        side = self._side
         return (side, side) if not self.config.pooled and self.tokens_per_frame() == side**2 else ()
+
+    @property
+    def _side(self) -> int:
+        """The number of patches a side; ConfigError if there is none."""
+        c = self.config
+        if c.image_size < c.patch:
+            raise ConfigError(f"image_size={c.image_size} is less than one patch={c.patch}")
+        return c.image_size // c.patch
 
     @nn.compact
     def __call__(self, frames: Num[Array, "B F H W 3"]) -> Float[Array, "B F N D"]:
         c = self.config
-        if c.image_size % c.patch:
-            raise ConfigError(f"image_size={c.image_size} is not divisible by patch={c.patch}")
         # Frames are images: the encoder does not know time.
         x = rearrange(normalize_pixels(frames, c.mean, c.std), "b f h w c -> (b f) h w c")
         x = self._patches(x.astype(self.dtype))
@@ -142,6 +150,8 @@ class ViT(nn.Module):
 
     def _patches(self, x: Float[Array, "n H W 3"]) -> Float[Array, "n N D"]:
         c = self.config
+        used = self._side * c.patch
+        x = x[:, :used, :used]
         if c.stem == "convolutions":
             x = ConvStem(c.width, c.patch, self.dtype, name="stem")(x)
             return rearrange(x, "n h w d -> n (h w) d")

@@ -28,6 +28,7 @@ FAMILIES = language.FAMILIES | ENCODERS | qformer.FAMILIES | exported.FAMILIES
 # Models of several parts: model_type -> the part that is used, and its model_type.
 PARTS = {
     "clip": ("vision_config", "clip_vision_model"),
+    "metaclip_2": ("vision_config", "metaclip_2_vision_model"),
     "siglip": ("vision_config", "siglip_vision_model"),
     "siglip2": ("vision_config", "siglip2_vision_model"),
     "gemma3": ("text_config", "gemma3_text"),

@@ -110,6 +110,7 @@ _REGISTERS = {"positions": Tokens("embeddings.position_embeddings", grid=1, anti
 _DINOS = (_DINO, _DINO_NEW, _DINO | _GATED, _DINO_NEW | _GATED)
 FAMILIES: dict[str, Family] = {
     "clip_vision_model": Family(_clip, (_CLIP,)),
+    "metaclip_2_vision_model": Family(_clip, (_CLIP,)),
     "siglip_vision_model": Family(_siglip, (_SIGLIP,)),
     "siglip2_vision_model": Family(_naflex, ()),
     "dinov2": Family(_dino, _DINOS),
