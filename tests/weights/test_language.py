@@ -21,8 +21,7 @@ from vadapter.models.generate import Decode, decode
 from vadapter.models.registry import make_module
 from vadapter.models.transformer import text_mask
 from vadapter.stages.outline import abstract
-from vadapter.weights.families.language import FAMILIES
-from vadapter.weights.hf_checkpoint import Checkpoint
+from vadapter.weights.hf_checkpoint import FAMILIES, Checkpoint
 
 V, T = 97, 40
 TOLERANCE = 1e-4  # of logits of about 6
@@ -276,9 +275,12 @@ def test_unused_tensors_of_the_table_are_reported(folder):
     ("config", "message"),
     [
         ({"model_type": "lama"}, r"config\.json: model_type 'lama': unknown; did you mean 'llama'"),
-        ({"hidden_act": "swish2"}, r"config\.json: activation 'swish2' is none of silu,"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic' are none of defau"),
-        (rope("yarn", factor=2.0, mscale=0.7), "yarn with mscale is not supported"),
+        ({"hidden_act": "swish2"}, r"config\.json: hidden_act='swish2': only silu, "),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            r"='dynamic': only rotary positions of",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, r"config\.json has no 'factor'"),
     ],
 )
 def test_a_config_that_is_not_understood_is_an_error(config, message, folder):
@@ -286,13 +288,8 @@ def test_a_config_that_is_not_understood_is_an_error(config, message, folder):
         Checkpoint.open(folder.write(config))
 
 
-def test_a_config_without_a_key_or_corrupt_is_an_error(folder):
+def test_a_corrupt_or_missing_config_is_an_error(folder):
     path = folder.write()
-    config = json.loads((path / "config.json").read_text())
-    del config["hidden_size"]
-    (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"config\.json has no 'hidden_size'"):
-        Checkpoint.open(path)
     (path / "config.json").write_text("<html>")
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read .*download it again"):
         Checkpoint.open(path)

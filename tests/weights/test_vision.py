@@ -11,8 +11,7 @@ from support.public_models import read_checkpoint, write_model
 
 from vadapter.errors import CheckpointError
 from vadapter.models.registry import make_module
-from vadapter.weights.families.vision import FAMILIES
-from vadapter.weights.hf_checkpoint import Checkpoint, describe
+from vadapter.weights.hf_checkpoint import FAMILIES, Checkpoint, describe
 from vadapter.weights.name_mapping import bicubic
 
 BASE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32,

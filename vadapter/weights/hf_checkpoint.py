@@ -17,14 +17,25 @@ from vadapter.distributed.mesh import read_sharded
 from vadapter.errors import CheckpointError
 from vadapter.models.paths import flatten
 from vadapter.weights import hub, llama2c
-from vadapter.weights.families import exported, language, openclip, qformer, vision
+from vadapter.weights.families import (
+    clip,
+    dinov2,
+    exported,
+    gemma,
+    gpt2,
+    llama,
+    neox,
+    openclip,
+    qformer,
+)
 from vadapter.weights.files import Stamp
 from vadapter.weights.name_mapping import Source, Table
 from vadapter.weights.preprocessor import PREPROCESSORS, read_preprocess
 from vadapter.weights.safetensors import TensorFiles
 
-ENCODERS = vision.FAMILIES | openclip.FAMILIES
-FAMILIES = language.FAMILIES | ENCODERS | qformer.FAMILIES | exported.FAMILIES
+LANGUAGE_MODELS = llama.FAMILIES | gemma.FAMILIES | gpt2.FAMILIES | neox.FAMILIES
+ENCODERS = clip.FAMILIES | dinov2.FAMILIES | openclip.FAMILIES
+FAMILIES = LANGUAGE_MODELS | ENCODERS | qformer.FAMILIES | exported.FAMILIES
 # Models of several parts: model_type -> the part that is used, and its model_type.
 PARTS = {
     "clip": ("vision_config", "clip_vision_model"),

@@ -27,6 +27,7 @@ _INTERPOLATIONS: dict[int | str, Interpolation] = {  # numbers are Pillow's
     2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic",
 }  # fmt: skip
 # open_clip.constants, for a file that leaves them out
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 

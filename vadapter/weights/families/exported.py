@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vadapter.io.json_files import COMPONENT_FORMAT
-from vadapter.weights.families.language import Config, Family, Spec
+from vadapter.weights.families.family import Config, Family, Spec
 from vadapter.weights.name_mapping import Source, Table
 from vadapter.weights.safetensors import TensorFiles
 
@@ -40,4 +40,4 @@ def _open(folder: Path) -> TensorFiles:
     return dataclasses.replace(TensorFiles.open(folder), expected=record["sha256"])
 
 
-FAMILIES: dict[str, Family] = {COMPONENT_FORMAT: Family(_spec, (_TABLE,), _open)}
+FAMILIES: dict[str, Family] = {COMPONENT_FORMAT: Family(_spec, (_TABLE,), files=_open)}

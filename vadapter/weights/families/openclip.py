@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vadapter.errors import CheckpointError
-from vadapter.weights.families.language import Config, Family, Spec
+from vadapter.weights.families.family import Config, Family, Spec
 from vadapter.weights.name_mapping import Part, Patches, Table, Tokens, fused
 from vadapter.weights.safetensors import TensorFiles
 
@@ -149,4 +149,4 @@ def _open(folder: Path) -> TensorFiles:
     return TensorFiles.open(own if own.is_file() else folder)
 
 
-FAMILIES: dict[str, Family] = {"open_clip": Family(_vit, (_TABLE, _SAME_WIDTH), _open)}
+FAMILIES: dict[str, Family] = {"open_clip": Family(_vit, (_TABLE, _SAME_WIDTH), files=_open)}

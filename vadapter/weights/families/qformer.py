@@ -9,8 +9,19 @@ Source: `Blip2Config` and `Blip2QFormerModel` of transformers.
 from collections.abc import Mapping
 from typing import Any
 
-from vadapter.errors import CheckpointError
-from vadapter.weights.families.language import Config, Family, Spec, activation
+from vadapter.weights.families.family import (
+    ACTIVATION,
+    ACTIVATIONS,
+    COUNT,
+    NOT_NEGATIVE,
+    Config,
+    Family,
+    Key,
+    Keys,
+    Spec,
+    only,
+    require_heads,
+)
 from vadapter.weights.name_mapping import Form, Table, Tokens
 
 _CROSS_EVERY = 2  # of all published ones
@@ -54,9 +65,17 @@ _BLIP2 = Table(
     optional={"norm_visual": r"^vision_model\.post_layernorm\."},
 )  # fmt: skip
 
-_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-         "intermediate_size": 3072, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
-         "layer_norm_eps": 1e-12, "cross_attention_frequency": 2}  # fmt: skip
+_KEYS: Keys = {
+    "hidden_size": Key(768, COUNT), "num_hidden_layers": Key(12, COUNT),
+    "num_attention_heads": Key(12, COUNT), "intermediate_size": Key(3072, COUNT),
+    "hidden_act": Key("gelu", ACTIVATION), "hidden_dropout_prob": Key(0.1, NOT_NEGATIVE),
+    "layer_norm_eps": Key(1e-12, NOT_NEGATIVE),
+    "cross_attention_frequency": Key(2, only(_CROSS_EVERY)),
+    "per_layer_config": Key(None, only(None)),
+}  # fmt: skip
+_WHOLE: Keys = {
+    **_KEYS, "num_query_tokens": Key(32, COUNT), "visual_eps": Key(1e-6, NOT_NEGATIVE),
+}  # fmt: skip
 
 
 def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,15 +90,11 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alone(c: Config) -> Spec:
-    c = {**_BASE, **c}
-    if (every := c["cross_attention_frequency"]) != _CROSS_EVERY:
-        raise CheckpointError(
-            f"config.json: cross_attention_frequency={every!r}: only {_CROSS_EVERY} is read"
-        )
+    require_heads(c)
     return {
         "kind": "qformer", "width": c["hidden_size"], "depth": c["num_hidden_layers"],
         "heads": c["num_attention_heads"], "mlp_dim": c["intermediate_size"],
-        "cross_every": every, "mlp": activation(c["hidden_act"]),
+        "cross_every": c["cross_attention_frequency"], "mlp": ACTIVATIONS[c["hidden_act"]],
         "norm_eps": c["layer_norm_eps"], "dropout": c["hidden_dropout_prob"],
     }  # fmt: skip
 
@@ -89,6 +104,6 @@ def _blip2(c: Config) -> Spec:
 
 
 FAMILIES: dict[str, Family] = {
-    "blip-2": Family(_blip2, (_BLIP2,)),
-    "blip_2_qformer": Family(_alone, (_ALONE,)),
+    "blip-2": Family(_blip2, (_BLIP2,), _WHOLE),
+    "blip_2_qformer": Family(_alone, (_ALONE,), _KEYS),
 }
