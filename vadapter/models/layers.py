@@ -145,8 +145,9 @@ GATED: dict[str, Callable] = {"swiglu": nn.silu, "geglu": ACTIVATIONS["gelu"]}
 class Mlp(nn.Module):
     """Feed-forward block, down(act(up(x))), or down(act(gate(x)) · up(x)) for a `kind` in `GATED`.
 
-    The pre-activations are named `u` for rematerialization policies; the attribute `linear` is the
-    constructor of the projections, with the signature of `layers.linear`.
+    The pre-activations are named `u` for rematerialization policies. Attributes: `linear` is the
+    constructor of the projections, with the signature of `layers.linear`; `inner_norm` that of a
+    norm in front of `down`, or None.
     """
 
     hidden: int
@@ -154,6 +155,7 @@ class Mlp(nn.Module):
     bias: bool = False
     dtype: Dtype = jnp.float32
     linear: Callable[..., nn.Module] = linear
+    inner_norm: Callable[[str], nn.Module] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
@@ -166,6 +168,8 @@ class Mlp(nn.Module):
             y = GATED[self.kind](gate) * up
         else:
             y = ACTIVATIONS[self.kind](*write_gradients(wide("up")))
+        if self.inner_norm is not None:
+            y = self.inner_norm("inner_norm")(y)
         return self.linear(x.shape[-1], ("mlp", "embed"), self.bias, self.dtype, name="down")(y)
 
 
@@ -198,9 +202,11 @@ class Attention(nn.Module):
 
     Attributes:
       heads, kv_heads, head_dim: H, N and K.
-      bias: of the output; qkv_bias: of queries, keys and values (None takes `bias`).
+      bias: of the output; qkv_bias: of queries, keys and values (None takes `bias`), except that
+        keys have none if not `key_bias`.
       qk_norm: constructor of a norm on queries and keys, before the rotation, or None.
       qk_norm_over: what that norm is over: each "head" (K), or all "heads" together (OLMo 2).
+      inner_norm: constructor of a norm over all heads in front of the last projection, or None.
       scale: of the scores; 0: K ** -0.5.
       softcap: scores are cap · tanh(scores / cap) (Gemma 2); 0: no cap.
       rope_scale: see `rope.rotate`.
@@ -213,8 +219,10 @@ class Attention(nn.Module):
     head_dim: int
     bias: bool = False
     qkv_bias: bool | None = None
+    key_bias: bool = True
     qk_norm: Callable[[str], nn.Module] | None = None
     qk_norm_over: NormOver = "head"
+    inner_norm: Callable[[str], nn.Module] | None = None
     scale: float = 0.0
     softcap: float = 0.0
     rope_scale: float = 1.0
@@ -249,6 +257,7 @@ class Attention(nn.Module):
 
         def project(x: jax.Array, heads: int, name: str) -> Float[Array, "B T HK"]:
             bias = self.bias if self.qkv_bias is None else self.qkv_bias
+            bias = bias and (name != "k" or self.key_bias)
             size = heads * self.head_dim
             return self.linear(size, ("embed", "heads"), bias, self.dtype, name=name)(x)
 
@@ -264,7 +273,11 @@ class Attention(nn.Module):
             if self.qk_norm_over == "head":
                 q, k = split(q), split(k)
             q, k = self.qk_norm("norm_q")(q), self.qk_norm("norm_k")(k)
-        out = self.linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")
+
+        def out(y: Float[Array, "B T HK"]) -> Float[Array, "B T E"]:
+            y = y if self.inner_norm is None else self.inner_norm("inner_norm")(y)
+            return self.linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")(y)
+
         rotary = positions if isinstance(positions, tuple) else None
         if freq is not None:
             assert positions is not None

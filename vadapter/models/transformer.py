@@ -38,6 +38,7 @@ from vadapter.models.rope import Rotary, factors
 # inputs of its matrix products are never needed; from these outputs the rest is recomputed with one
 # norm and one activation each.
 Remat = Literal["none", "full", "names", "dots"]
+InnerNorms = Literal["none", "mlp", "both"]
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -56,12 +57,15 @@ class BlockConfig:
       head_dim: 0: width // heads.
       mlp_dim: hidden width of the feed-forward.
       norm_offset: is added to the scales of norms.
-      bias, qkv_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap: see `layers.Attention`.
+      bias, qkv_bias, key_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap: see
+        `layers.Attention`.
       mlp_bias: bias of the feed-forward; None takes `bias`.
       parallel: attention and feed-forward run side by side and are summed (PaLM), instead of one
         after the other; from one norm, or from two with `shared_norm=False` (GPT-NeoX).
       pre_norms: a norm in front of attention and of feed-forward (OLMo 2: none).
       post_norms: also a norm on the output of attention and of feed-forward (Gemma 2).
+      inner_norms: also a norm in front of the last projection of the feed-forward, or of both
+        attention and feed-forward (EVA-02).
       layer_scale: outputs are multiplied by a trainable vector (DINOv2).
       residual_scale: outputs are multiplied by it (Granite).
       cross: a cross-attention between self-attention and feed-forward.
@@ -83,6 +87,7 @@ class BlockConfig:
     norm_offset: float = 0.0
     bias: bool = True
     qkv_bias: bool | None = None
+    key_bias: bool = True
     mlp_bias: bool | None = None
     qk_norm: bool = False
     qk_norm_over: NormOver = "head"
@@ -92,6 +97,7 @@ class BlockConfig:
     shared_norm: bool = True
     pre_norms: bool = True
     post_norms: bool = False
+    inner_norms: InnerNorms = "none"
     layer_scale: bool = False
     residual_scale: float = 1.0
     cross: bool = False
@@ -108,11 +114,13 @@ class BlockConfig:
 
     def attention(self, dtype: Dtype, name: str) -> Attention:
         """Return an attention layer of the block."""
+        make_norm = functools.partial(self.make_norm, dtype)
         return Attention(
             self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads,
-            bias=self.bias, qkv_bias=self.qkv_bias,
-            qk_norm=functools.partial(self.make_norm, dtype) if self.qk_norm else None,
+            bias=self.bias, qkv_bias=self.qkv_bias, key_bias=self.key_bias,
+            qk_norm=make_norm if self.qk_norm else None,
             qk_norm_over=self.qk_norm_over,
+            inner_norm=make_norm if self.inner_norms == "both" else None,
             scale=self.attn_scale, softcap=self.attn_softcap, rope_scale=self.rope_scale,
             fused=self.fused_attention, dtype=dtype, linear=self.linear, name=name,
         )  # fmt: skip
@@ -150,7 +158,8 @@ class Block(nn.Module):
         norm = functools.partial(c.make_norm, self.dtype)
         drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         bias = c.bias if c.mlp_bias is None else c.mlp_bias
-        mlp = Mlp(c.mlp_dim, c.mlp, bias, self.dtype, c.linear, name="mlp")
+        inner = None if c.inner_norms == "none" else norm
+        mlp = Mlp(c.mlp_dim, c.mlp, bias, self.dtype, c.linear, inner, name="mlp")
 
         def pre(name: str, x: jax.Array) -> jax.Array:
             return norm(name)(x) if c.pre_norms else x

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Num
 
@@ -17,9 +18,19 @@ from vadapter.data.image_transform import ImageTransform
 from vadapter.errors import ConfigError
 from vadapter.models.adapters.pooler import Pooler, PoolerConfig
 from vadapter.models.encoder import HALF, EncoderConfig, normalize_pixels
-from vadapter.models.layers import Dtype, MlpKind, Norm, linear, trainable_tokens
+from vadapter.models.grid_rope import GridRopeConfig, grid_rotary
+from vadapter.models.layers import (
+    Dtype,
+    MlpKind,
+    Norm,
+    NormKind,
+    NormOver,
+    linear,
+    trainable_tokens,
+)
+from vadapter.models.rope import Angles
 from vadapter.models.stem import ConvStem
-from vadapter.models.transformer import BlockConfig, Remat, Stack
+from vadapter.models.transformer import BlockConfig, InnerNorms, Remat, Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +43,13 @@ class ViTConfig(EncoderConfig):
         padding (SigLIP at 384 and 14: 27 · 27 tokens).
       stem: how patches become tokens. linear: one projection of each. convolutions: a few of stride
         2, see `stem.ConvStem`.
+      patch_norm: a norm on what is projected, before positions are added (AIMv2).
       class_token: prepend one trainable token.
       registers: number of further trainable tokens, without positions (DINOv2).
+      positions: what is added to tokens. trained: a vector each, except registers; patches: those
+        of the class token have none; waves: sine and cosine of row and column (AIMv2, at any
+        resolution); none: nothing.
+      rope: rotary positions of the patches, beside those or alone (EVA-02, DINOv3).
       patches_only: do not return class token and registers.
       tap: the tokens that are returned. last | penultimate: those of that layer (LLaVA takes CLIP's
         penultimate); the model has no layers after it. queries: the pooler's, except its first,
@@ -42,7 +58,9 @@ class ViTConfig(EncoderConfig):
       patch_bias: a bias of the patch projection.
       pre_norm: a norm before the first layer (CLIP).
       final_norm: a norm after the last layer.
-      mlp, layer_scale, fused_attention: see `transformer.BlockConfig`.
+      norm: of all layers; norm_eps: of these and of the other norms.
+      mlp, bias, qkv_bias, key_bias, mlp_bias, qk_norm, qk_norm_over, inner_norms, layer_scale,
+        fused_attention: see `transformer.BlockConfig`.
       mean, std: pixel normalization, see `encoder.normalize_pixels`.
     """
 
@@ -53,14 +71,25 @@ class ViTConfig(EncoderConfig):
     mlp_dim: int
     mlp: MlpKind = "gelu"
     stem: Literal["linear", "convolutions"] = "linear"
+    patch_norm: bool = False
     class_token: bool = False
     registers: int = 0
+    positions: Literal["trained", "patches", "waves", "none"] = "trained"
+    rope: GridRopeConfig | None = None
     patches_only: bool = False
     tap: Literal["last", "penultimate", "queries"] = "last"
     pooler: PoolerConfig | None = None
     patch_bias: bool = True
     pre_norm: bool = False
     final_norm: bool = True
+    norm: NormKind = "layer"
+    bias: bool = True
+    qkv_bias: bool | None = None
+    key_bias: bool = True
+    mlp_bias: bool | None = None
+    qk_norm: bool = False
+    qk_norm_over: NormOver = "head"
+    inner_norms: InnerNorms = "none"
     layer_scale: bool = False
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
@@ -126,9 +155,16 @@ class ViT(nn.Module):
         def tokens(name: str, count: int, init: Any = normal) -> jax.Array:
             return trainable_tokens(self, name, (len(x), count, c.width), init, self.dtype)
 
+        if c.patch_norm:
+            x = self._norm("patch_norm")(x)
+        if c.positions == "patches":
+            x = x + tokens("positions", x.shape[1])
+        if c.positions == "waves":
+            x = x + jnp.asarray(waves(self._side, c.width), self.dtype)
         if c.class_token:
             x = jnp.concatenate([tokens("class_token", 1, nn.initializers.zeros), x], 1)
-        x = x + tokens("positions", x.shape[1])
+        if c.positions == "trained":
+            x = x + tokens("positions", x.shape[1])
         if c.registers:
             # After the class token, whose place is the first, and after positions were added.
             first, patches = jnp.split(x, [int(c.class_token)], axis=1)
@@ -136,10 +172,14 @@ class ViT(nn.Module):
         if c.pre_norm:
             x = self._norm("pre_norm")(x)
         block = BlockConfig(
-            c.width, c.heads, c.mlp_dim, mlp=c.mlp, norm_eps=c.norm_eps, dropout=c.dropout,
-            layer_scale=c.layer_scale, fused_attention=c.fused_attention, remat=c.remat,
+            c.width, c.heads, c.mlp_dim, mlp=c.mlp, norm=c.norm, norm_eps=c.norm_eps,
+            bias=c.bias, qkv_bias=c.qkv_bias, key_bias=c.key_bias, mlp_bias=c.mlp_bias,
+            qk_norm=c.qk_norm, qk_norm_over=c.qk_norm_over, inner_norms=c.inner_norms,
+            layer_scale=c.layer_scale, fused_attention=c.fused_attention, dropout=c.dropout,
+            remat=c.remat,
         )  # fmt: skip
-        x, _ = Stack(block, c.depth - (c.tap == "penultimate"), self.dtype, name="stack")(x)
+        stack = Stack(block, c.depth - (c.tap == "penultimate"), self.dtype, name="stack")
+        x, _ = stack(x, positions=self._rotary(len(x)))
         if c.final_norm and c.tap == "last":
             x = self._norm("norm")(x)
         if c.pooled:
@@ -159,5 +199,31 @@ class ViT(nn.Module):
         x = rearrange(x, "n (h p) (w q) c -> n (h w) (p q c)", p=c.patch, q=c.patch)
         return linear(c.width, (None, "embed"), c.patch_bias, self.dtype, name="patches")(x)
 
+    def _rotary(self, images: int) -> Angles | None:
+        c = self.config
+        if c.rope is None:
+            return None
+        leading = c.class_token + c.registers
+        sin, cos = grid_rotary(c.rope, self._side, leading, c.width // c.heads)
+        shape = (images, *sin.shape[1:])
+        return jnp.broadcast_to(sin, shape), jnp.broadcast_to(cos, shape)
+
     def _norm(self, name: str) -> Norm:
-        return Norm("layer", self.config.norm_eps, self.dtype, name=name)
+        return Norm(self.config.norm, self.config.norm_eps, self.dtype, name=name)
+
+
+def waves(side: int, width: int) -> Float[np.ndarray, "N D"]:
+    """Return sine and cosine of every patch's column, then of its row, each a quarter of D.
+
+    Raises:
+      ConfigError: D is not divisible by 4.
+
+    Source: arXiv 2411.14402 (AIMv2), as transformers computes them, in float64.
+    """
+    if width % 4:
+        raise ConfigError(f"positions='waves': width={width} is not divisible by 4")
+    freq = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
+    angles = np.arange(side)[:, None] * freq
+    along = np.concatenate([np.sin(angles), np.cos(angles)], -1)
+    both = [np.tile(along, (side, 1)), np.repeat(along, side, 0)]
+    return np.concatenate(both, -1).astype(np.float32)
