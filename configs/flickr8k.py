@@ -9,7 +9,8 @@ Arguments:
                          model; by default both are pretrained on the texts of VADAPTER_DATA
     queries              of the resamplers; an image has 49 tokens
     steps, batch, texts  of the stages in front of the LLM: steps, images a step, captions an image
-    stage1, stage1_batch steps of stage 1 and images a step, with all five captions
+    stage1_steps, stage1_batch
+                         of stage 1: steps, and images a step, with all five captions
     limit                images of the validation split that get captions; 0 for all
     image_size           pixels a side
     scale                factor on all steps
@@ -34,9 +35,11 @@ SMALL = dict(width=256, depth=6, heads=8, mlp_dim=1024)  # 6.9M
 # here, or a public one, of 135M say, through which a step takes 40 times as long.
 SIZES = dict(
     pretrained=dict(
-        queries=16, steps=2400, batch=16, texts=5, stage1=4000, stage1_batch=16, limit=0
+        queries=16, steps=2400, batch=16, texts=5, stage1_steps=4000, stage1_batch=16, limit=0
     ),
-    public=dict(queries=49, steps=400, batch=8, texts=2, stage1=1000, stage1_batch=16, limit=200),
+    public=dict(
+        queries=49, steps=400, batch=8, texts=2, stage1_steps=1000, stage1_batch=16, limit=200
+    ),
 )
 
 
@@ -189,7 +192,7 @@ def get_config(arg=None):
                     chain=("resampler", "fc_in"),
                     start=dict(tlm=start.get("tlm", "weights")),
                     use_dropout=True,
-                    **see(arg.stage1, arg.stage1_batch, "photos", 1.5e-3),
+                    **see(arg.stage1_steps, arg.stage1_batch, "photos", 1.5e-3),
                 ),
                 vadapter=dict(
                     kind="adapter",

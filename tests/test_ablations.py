@@ -389,3 +389,10 @@ def test_a_comparison_takes_rates_a_baseline_and_arguments_of_the_base():
 def test_a_wrong_argument_is_one_clear_line(arg, message):
     with pytest.raises(ConfigError, match=message):
         config.load(f"configs/{arg}")
+
+
+@pytest.mark.parametrize("key", ["base", "row", "clip", "stage1", "arms", "lr", "baseline"])
+def test_no_base_has_an_argument_that_the_recipes_over_it_would_take(key):
+    for base in BASES:
+        with pytest.raises(ConfigError, match=key):
+            config.load(f"configs/{base}.py:{key}=1")

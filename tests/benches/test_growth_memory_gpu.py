@@ -7,7 +7,7 @@ import jax
 import pytest
 from support.patches import use_clock
 
-from benches import gpu, growth, memory
+from benches import gpu, gpu_photos, growth, memory
 from benches.peer.case import Case
 from vadapter.config import load, override
 from vadapter.recipe.schema import Recipe, read
@@ -100,3 +100,19 @@ def test_drawn_int8_kernels_are_not_all_zero():
     int8 = [x for x in kernels if x.dtype == "int8"]
     assert int8
     assert all(int(abs(x).max()) == 127 for x in int8)
+
+
+def test_the_photos_of_the_gpu_benchmark_are_compared_and_timed_for_every_arm(tmp_path):
+    jobs = gpu_photos.jobs("LM", tmp_path, 256, 300)
+    (compare,) = (a for a in jobs.pop("comparison") if a.startswith("--config=configs/compare.py"))
+    arms = load(compare.removeprefix("--config=")).arms
+    assert set(jobs) == {*arms, "stage 1"} == {*gpu_photos.ARMS, "stage 1"}
+    for arguments in jobs.values():
+        values = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))
+        recipe = load(values["config"])
+        stage = recipe.stages[values["stage"]]
+        assert (stage.batch, stage.steps) == (256, 300)
+        assert recipe.components.llm.weights == "LM"
+        for name, trained in arms[recipe.chain[-1]].stages.items():
+            assert recipe.stages[name].data == trained.data
+            assert recipe.stages[name].chain == trained.chain

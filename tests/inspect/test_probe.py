@@ -10,7 +10,7 @@ from support import tiny
 
 from vadapter.errors import ConfigError
 from vadapter.evaluate.image_ablation import make_image_ablation
-from vadapter.inspect.probe import first_layers, make_look, make_nats, parse_layers
+from vadapter.inspect.probe import first_layers, make_look, make_nats, parse_numbers
 from vadapter.models.transformer import text_mask
 
 B, P, T, TOP = 4, 3, 5, 3
@@ -108,8 +108,8 @@ def test_the_first_layers_continued_by_the_others_are_the_whole_model():
 
 
 def test_layers_are_numbers_separated_by_commas():
-    assert parse_layers("") == ()
-    assert parse_layers("3") == (3,)
-    assert parse_layers("2, 1,2") == (2, 1)
+    assert parse_numbers("--layer", "") == ()
+    assert parse_numbers("--layer", "3") == (3,)
+    assert parse_numbers("--layer", "2, 1,2") == (2, 1)
     with pytest.raises(ConfigError, match="--layer=first"):
-        parse_layers("first")
+        parse_numbers("--layer", "first")

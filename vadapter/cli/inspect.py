@@ -63,7 +63,7 @@ def inspect(args: argparse.Namespace) -> int:
     from vadapter.errors import ConfigError
     from vadapter.inspect import look, subjects
     from vadapter.inspect.inspection import Settings
-    from vadapter.inspect.probe import parse_layers
+    from vadapter.inspect.probe import parse_numbers
 
     for option in ("steps", "scenes"):
         if (value := getattr(args, option)) is not None:
@@ -71,7 +71,7 @@ def inspect(args: argparse.Namespace) -> int:
     given = {key: getattr(args, key) for key in ("limit", "show", "top")}
     settings = Settings(
         **{key: value for key, value in given.items() if value is not None},
-        layers=parse_layers(args.layer), evals=args.evals,
+        layers=parse_numbers("--layer", args.layer), evals=args.evals,
     )  # fmt: skip
     folders, files = look.divide(args.paths)
     chosen = subjects.find(folders, args.stage, args.overrides)

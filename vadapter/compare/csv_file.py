@@ -17,7 +17,7 @@ from vadapter.compare.provenance import Origin
 from vadapter.compare.record import commit
 from vadapter.io import storage
 from vadapter.metrics import judgments
-from vadapter.stages.initialization import DONE
+from vadapter.stages.initialization import DONE, finished
 
 
 class Record(NamedTuple):
@@ -187,8 +187,8 @@ def runs_text(measured: Measured) -> str:
 
 def _final_scores(run: Trained) -> dict[str, float]:
     """Return the scores of the end of a run, and of evaluations since then."""
-    done = storage.as_path(run.workdir) / run.stage / DONE
-    record = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    directory = storage.as_path(run.workdir) / run.stage
+    record = finished(directory) if (directory / DONE).is_file() else {}
     found = dict(sorted(record.get("scores", {}).items()))
     for path in sorted(evaluation_folder(run, "").glob("*/score.json")):
         record = json.loads(path.read_text(encoding="utf-8"))

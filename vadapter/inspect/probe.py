@@ -203,8 +203,8 @@ def first_layers(lm: Any, params: Mapping[str, Any], layers: int) -> tuple[LM, d
     return module, {**params, "stack": {**params["stack"], "blocks": blocks}}
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Return the layers of `--layer=1,2,3`; "": none.
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Return the whole numbers of an option, `--layer=1,2,3`, each once; "": none.
 
     Raises:
       ConfigError: not whole numbers.
@@ -213,5 +213,5 @@ def parse_layers(text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
     except ValueError:
         raise ConfigError(
-            f"--layer={text}: whole numbers, for example --layer=2 or 1,2,3"
+            f"{option}={text}: whole numbers, for example {option}=2 or {option}=1,2,3"
         ) from None

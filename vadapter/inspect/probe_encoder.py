@@ -25,6 +25,7 @@ from vadapter.distributed.compile import jit
 from vadapter.errors import CheckpointError, ConfigError
 from vadapter.inspect import token_probes
 from vadapter.inspect.attention import grid_of
+from vadapter.inspect.probe import parse_numbers
 from vadapter.inspect.scene_labels import HELD_OUT, TRAIN, Pixels, draw, open_scenes
 from vadapter.inspect.token_probes import Found, Tokens
 from vadapter.io import storage
@@ -81,16 +82,9 @@ def find(folders: Sequence[Path], stage: str | None, which: str) -> list[Target]
             if not chosen:
                 raise CheckpointError(f"no checkpoint in {directory}: train that stage first")
         elif which:
-            chosen = _numbers(which)
+            chosen = parse_numbers("--steps", which)
         targets += [Target(label, folder, stage, step) for step in chosen]
     return targets
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(f"--steps={text}: `all`, or numbers of steps such as 100,200") from None
 
 
 def probe(
