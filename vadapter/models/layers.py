@@ -287,6 +287,9 @@ class Attention(nn.Module):
             rotary, scale = rotary[:2], rotary[2]
             q = split(q) if q.ndim == 3 else q
             q = (q * scale[:, -q.shape[1] :, None, None]).astype(self.dtype)
+        if rotary is not None and rotary[0].ndim == 4:  # kernels know one angle for a pair
+            q, k = (rotate_by(x if x.ndim == 4 else split(x), rotary) for x in (q, k))
+            rotary = None
         if cache is None and (kernel := self._kernel(q, k, rotary)):
             merge = lambda x, name: checkpoint_name(x.reshape(*x.shape[:2], -1), name)  # noqa: E731
             return out(kernel(merge(q, "q"), merge(k, "k"), merge(v, "v"), mask, rotary)), None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # a recipe uses it.
 KINDS: dict[str, str] = {
     "vit": "vadapter.models.vit:ViT",
+    "video_vit": "vadapter.models.video_vit:VideoViT",
     "mobilenet": "vadapter.models.mobilenet:MobileNet",
     "resampler": "vadapter.models.adapters.resampler:Resampler",
     "pooler": "vadapter.models.adapters.pooler:Pooler",
@@ -34,7 +35,7 @@ KINDS: dict[str, str] = {
 }
 
 # Kinds that turn frames into visual tokens: a stage's encoder is one of them.
-ENCODERS = ("vit", "mobilenet")
+ENCODERS = ("vit", "video_vit", "mobilenet")
 
 _coca = {"kind": "vit", "image_size": 288, "patch": 18}
 _mlp = {"kind": "mlp", "frames": 8}

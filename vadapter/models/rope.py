@@ -126,8 +126,9 @@ def amplitude(config: RopeConfig) -> float:
     return math.sqrt(1 + math.log(config.factor) / math.log(config.original_len))
 
 
-# Sine and cosine of every angle; where queries are scaled, also their factors, see `query_scale`.
-Angles = tuple[Float[Array, "B U P"], Float[Array, "B U P"]]
+# Sine and cosine of every angle, [B, U, P], or those of each of the two dims of a pair, [B, U, 2, P];
+# B may be 1. Where queries are scaled, also their factors, see `query_scale`.
+Angles = tuple[Float[Array, "#B U *two P"], Float[Array, "#B U *two P"]]
 Rotary = Angles | tuple[Float[Array, "B U P"], Float[Array, "B U P"], Float[Array, "B U"]]
 
 
@@ -161,4 +162,6 @@ def rotate_by(x: Float[Array, "B T H K"], rotary: Rotary) -> Float[Array, "B T H
     sin, cos = (f[:, -x.shape[1] :, None] for f in rotary[:2])
     half = sin.shape[-1]
     a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
+    of = lambda f, i: f if f.ndim == 4 else f[..., i, :]  # noqa: E731
+    turned = [a * of(cos, 0) - b * of(sin, 0), b * of(cos, 1) + a * of(sin, 1), rest]
+    return jnp.concatenate(turned, -1).astype(x.dtype)

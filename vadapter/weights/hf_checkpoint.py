@@ -27,6 +27,7 @@ from vadapter.weights.families import (
     neox,
     openclip,
     qformer,
+    video,
 )
 from vadapter.weights.files import Stamp
 from vadapter.weights.name_mapping import Source, Table
@@ -34,7 +35,7 @@ from vadapter.weights.preprocessor import PREPROCESSORS, read_preprocess
 from vadapter.weights.safetensors import TensorFiles
 
 LANGUAGE_MODELS = llama.FAMILIES | gemma.FAMILIES | gpt2.FAMILIES | neox.FAMILIES
-ENCODERS = clip.FAMILIES | dinov2.FAMILIES | openclip.FAMILIES
+ENCODERS = clip.FAMILIES | dinov2.FAMILIES | openclip.FAMILIES | video.FAMILIES
 FAMILIES = LANGUAGE_MODELS | ENCODERS | qformer.FAMILIES | exported.FAMILIES
 # Models of several parts: model_type -> the part that is used, and its model_type.
 PARTS = {
@@ -170,7 +171,7 @@ class Checkpoint:
         for table in self.tables:
             for prefix in table.prefixes:
                 sources = {k: table.source(k, v.shape, prefix) for k, v in leaves.items()}
-                count = sum(s.names[0] in self.files.tensors for s in sources.values() if s)
+                count = sum(n in self.files.tensors for s in sources.values() if s for n in s.names[:1])
                 if count > best:
                     best, chosen = count, (table, prefix, sources)
         assert chosen is not None

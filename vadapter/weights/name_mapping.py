@@ -47,19 +47,38 @@ def fused(modules: str, name: str, by_head: bool = False) -> dict[str, Part]:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """A convolution over square patches [D, C, p, p]; ours is a linear layer [p·p·C, D]."""
+    """A convolution over square patches [D, C, p, p]; ours is a linear layer [p·p·C, D].
+
+    One over f frames, too, is [D, C, f, p, p]; ours [f, p·p·C, D] or, as a layer of one image, the
+    sum of its `frames`.
+    """
 
     module: str
+    frames: int = 0  # that are summed
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """Queries or keys whose rotated pairs are adjacent, (2i, 2i + 1) of each head.
 
-    Ours are (i, K/2 + i). Source: the conversion of Llama's first weights in transformers.
+    Ours are (i, R/2 + i). With one axis all K dims are rotated, R = K; with several, as many of the
+    first as are divisible by pairs of all axes. Source: the conversion of Llama's first weights in
+    transformers.
     """
 
     module: str
+    axes: int = 1
+
+    def order(self, head_dim: int) -> np.ndarray:
+        """Return the place of each of our dims of a head in theirs."""
+        pairs = head_dim // (2 * self.axes) * self.axes
+        firsts = 2 * np.arange(pairs)
+        return np.concatenate([firsts, firsts + 1, np.arange(2 * pairs, head_dim)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """Zeros, which have no tensor, such as a bias that their projection does not have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +96,7 @@ class Tokens:
     antialias: bool = False
 
 
-Form = str | Part | Patches | Pairs | Tokens
+Form = str | Part | Patches | Pairs | Tokens | Zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +134,8 @@ class Table:
         inside, own = bool(stack), path.removeprefix(stack)
         module, _, leaf = own.rpartition("/")
         form = self.modules.get(own, self.modules.get(module))
+        if isinstance(form, Zeros):
+            return Source((), tuple(shape), inside, False, form)
         if isinstance(form, Tokens):
             name = form.name
         elif form is None or (own not in self.modules and leaf not in _LEAVES):
@@ -145,7 +166,7 @@ class Source:
     """The tensors that one leaf of ours is read from.
 
     Attributes:
-      names: of the tensors: one per layer if `stacked`, otherwise one.
+      names: of the tensors: one per layer if `stacked`, otherwise one; none of `Zeros`.
       shape: of the leaf.
       transposed: the tensors are the transpose of ours.
       form: how else they differ.
@@ -168,9 +189,10 @@ class Source:
     def expected(self) -> tuple[int, ...]:
         """The shape of each of their tensors."""
         shape = self.shape[self.stacked :]
-        if isinstance(self.form, Patches) and len(shape) == 2:
-            side = math.isqrt(shape[0] // 3)
-            return (shape[1], 3, side, side)
+        if isinstance(self.form, Patches) and len(shape) > 1:
+            frames = shape[:-2] or (self.form.frames,) * bool(self.form.frames)
+            side = math.isqrt(shape[-2] // 3)
+            return (shape[-1], 3, *frames, side, side)
         if isinstance(self.form, Part):
             shape = (*shape[:-1], shape[-1] * self.form.count)
         return shape[::-1] if self.transposed else shape
@@ -184,6 +206,9 @@ class Source:
         """
         ranges = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
         out = _aligned([len(r) for r in ranges], np.dtype(dtype))
+        if not self.names:
+            out[...] = 0
+            return out
         layers = ranges[0] if self.stacked else [0]
         for piece, i in zip(out if self.stacked else out[None], layers, strict=True):
             _copy(piece, self._one(files, self.names[i], index[self.stacked :], head_dim))
@@ -195,16 +220,19 @@ class Source:
         whole, form = self.shape[self.stacked :], self.form
         if isinstance(form, Tokens):
             return _tokens(files.read(name), self.shape, form)[index]
-        if isinstance(form, Patches) and len(whole) == 2:
-            return files.read(name).transpose(2, 3, 1, 0).reshape(whole)[index]
+        if isinstance(form, Patches) and len(whole) > 1:
+            kernel = np.moveaxis(files.read(name), (0, 1), (-1, -2))  # [f, p, p, C, D]
+            if form.frames:
+                kernel = kernel.astype(np.float32).sum(0)
+            return kernel.reshape(whole)[index]
         if isinstance(form, Pairs):
             start, stop, _ = index[-1].indices(whole[-1])
             heads = slice(start // head_dim, -(-stop // head_dim))  # all that overlap
             outputs = slice(heads.start * head_dim, heads.stop * head_dim)
             plain = dataclasses.replace(self, form=form.module)
             pairs = plain._one(files, name, (*index[:-1], outputs), head_dim)
-            shape = (*pairs.shape[:-1], heads.stop - heads.start, head_dim // 2, 2)
-            halves = pairs.reshape(shape).swapaxes(-1, -2).reshape(pairs.shape)
+            by_head = pairs.reshape(*pairs.shape[:-1], -1, head_dim)
+            halves = by_head[..., form.order(head_dim)].reshape(pairs.shape)
             return halves[..., start - outputs.start : stop - outputs.start]
         if isinstance(form, Part) and form.by_head:
             tensor = files.read(name)  # all, as the outputs of one projection are not contiguous

@@ -37,6 +37,7 @@ class Weights(Protocol):
 # kind of component -> the class that opens a folder of its weights, imported when it is used
 FORMATS = {
     "mobilenet": "vadapter.weights.mobilenet:MobileNetFiles",
+    "video_vit": "vadapter.weights.hf_checkpoint:Checkpoint",
     "vit": "vadapter.weights.hf_checkpoint:Checkpoint",
     "lm": "vadapter.weights.hf_checkpoint:Checkpoint",
     "qformer": "vadapter.weights.hf_checkpoint:Checkpoint",
