@@ -44,6 +44,15 @@ DINOV2 = {  # facebook/dinov2-base
 MOBILENET = {  # google/mobilenet_v2_1.0_224
     **DINOV2, **channels(HALF), "image_processor_type": "MobileNetV2ImageProcessor", "resample": 2,
 }  # fmt: skip
+VIDEOMAE = {  # MCG-NJU/videomae-base
+    **STEPS, **SCALE, **channels(IMAGENET), "image_processor_type": "VideoMAEImageProcessor",
+    "crop_size": SQUARE, "do_center_crop": True, "resample": 2, "size": {"shortest_edge": 224},
+}  # fmt: skip
+VJEPA2 = {  # facebook/vjepa2-vitl-fpc64-256, in video_preprocessor_config.json
+    **STEPS, **SCALE, **channels(IMAGENET), "video_processor_type": "VJEPA2VideoProcessor",
+    "crop_size": {"height": 256, "width": 256}, "do_center_crop": True, "resample": 2,
+    "size": {"shortest_edge": 292}, "return_metadata": False,
+}  # fmt: skip
 COCA = {  # laion/CoCa-ViT-B-32-laion2B-s13B-b90k
     "model_cfg": {"embed_dim": 512, "vision_cfg": {"image_size": 224, "patch_size": 32}},
     "preprocess_cfg": {"mean": list(OPENAI[0]), "std": list(OPENAI[1])},

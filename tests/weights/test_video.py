@@ -1,11 +1,10 @@
 """Public video encoders: small random checkpoints of the original library give the same tokens."""
 
-import json
-
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.original import their_warnings
 from support.public_models import read_checkpoint
 from support.cases import some_slow
@@ -94,3 +93,92 @@ def test_tokens_of_a_clip_equal_the_originals(case, pair, originals):
     assert ours.shape[1:3] == (module.time_positions(frames), module.tokens_per_frame())
     assert np.abs(expected).max() > 1
     assert np.abs(ours - expected).max() < TOLERANCE
+
+
+def test_an_image_is_repeated_to_one_tubelet_or_to_a_whole_clip(pair, originals):
+    model, folder = pair("vjepa2")
+    module, params, _ = load(folder)
+    expected = theirs(originals, model, module, clip(1))
+    ours = run(module, params, clip(1))
+    assert ours.shape[:2] == (2, module.time_positions(1)) == (2, 1)
+    assert np.abs(ours - expected).max() < TOLERANCE
+    model, folder = pair("videomae, tubelets of 3")
+    module, params, _ = load(folder)
+    expected = theirs(originals, model, module, np.repeat(clip(1), 6, axis=1))
+    ours = run(module, params, clip(1))
+    assert ours.shape[:2] == (2, module.time_positions(1)) == (2, 2)
+    assert np.abs(ours - expected).max() < TOLERANCE
+
+
+def test_the_penultimate_layer_is_that_of_the_original(pair, originals):
+    torch, _ = originals
+    model, folder = pair("videomae, pretraining")
+    module, params, report = load(folder, tap="penultimate")
+    seen = []
+    layer = model.videomae.encoder.layer[-1]
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    theirs(originals, model, module, clip(6))
+    handle.remove()
+    ours = run(module, params, clip(6))
+    assert np.abs(ours - seen[0].numpy().reshape(ours.shape)).max() < TOLERANCE
+    assert any(".2." in name for name in report.unused)
+
+
+@pytest.mark.parametrize(("case", "frames", "taken"), [
+    ("vjepa2", 5, "a multiple of 2"), ("videomae, tubelets of 3", 3, "6"),
+])  # fmt: skip
+def test_clips_of_other_frames_are_refused_by_saying_how_many_are_taken(case, frames, taken, pair):
+    module, params, _ = load(pair(case)[1])
+    with pytest.raises(ConfigError, match=f"has {frames} frames, but the encoder takes {taken};"):
+        run(module, params, clip(frames))
+
+
+def test_names_of_the_first_release_are_read_the_same(pair, tmp_path):
+    """Queries and values had biases under names of their own."""
+    _, folder = pair("videomae")
+    _, params, _ = load(folder)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    old = {"query.bias": "q_bias", "value.bias": "v_bias"}
+    tensors = load_file(folder / "model.safetensors")
+    for name in list(tensors):
+        for new, first in old.items():
+            if name.endswith(new):
+                tensors[name.removesuffix(new) + first] = tensors.pop(name)
+    save_file(tensors, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, params, load(tmp_path)[1])
+
+
+# -- published sizes ---------------------------------------------------------------------------
+
+VITL = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+# name: (model_type, config.json, (T, N) of a clip, parameters of transformers' encoder alone)
+PUBLISHED = {
+    "facebook/vjepa2-vitl-fpc64-256": ("vjepa2", VITL, (32, 256), 303_885_312),
+    "facebook/vjepa2-vitg-fpc64-384": (
+        "vjepa2", {"hidden_size": 1408, "num_hidden_layers": 40, "num_attention_heads": 22,
+                   "mlp_ratio": 48 / 11, "crop_size": 384}, (32, 576), 1_012_173_952),
+    "MCG-NJU/videomae-base": (
+        "videomae", {"use_mean_pooling": False}, (8, 196), 86_227_200),
+    "MCG-NJU/videomae-large": (
+        "videomae", {**VITL, "intermediate_size": 4096, "use_mean_pooling": False},
+        (8, 196), 303_885_312 - 24 * 1024),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_encoder_has_its_published_number_of_parameters(name):
+    model_type, keys, positions, published = PUBLISHED[name]
+    family = FAMILIES[model_type]
+    module = make_module("encoder", family.spec(keys))
+    size, frames = module.config.image_size, module.config.frames or 64
+    pixels = jax.ShapeDtypeStruct((1, frames, size, size, 3), np.uint8)
+    tokens, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), pixels)
+    assert tokens.shape == (1, *positions, keys.get("hidden_size", 768))
+    leaves = jax.tree_util.tree_flatten_with_path(nn.unbox(variables)["params"])[0]
+    sources = {
+        path: family.tables[0].source("/".join(k.key for k in path), leaf.shape)
+        for path, leaf in leaves
+    }
+    assert None not in sources.values()
+    stored = (leaf for path, leaf in leaves if sources[path].names)
+    assert sum(int(np.prod(leaf.shape)) for leaf in stored) == published

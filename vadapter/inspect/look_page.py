@@ -306,7 +306,8 @@ def _strip(maps: Maps, frames: np.ndarray, backgrounds: Backgrounds) -> str:
     """Return the mean attention of all queries of a component."""
     mean = maps.maps.mean(0)
     uniform = 1 / mean.size
-    if maps.is_grid and len(mean) == len(frames):
+    frames = _behind(len(mean), frames)
+    if maps.is_grid and len(frames):
         cells = "".join(
             _over(backgrounds.add(frame), each, uniform)
             for frame, each in zip(frames, mean, strict=True)
@@ -320,6 +321,16 @@ def _strip(maps: Maps, frames: np.ndarray, backgrounds: Backgrounds) -> str:
     spread = f"{100 * maps.spread:.0f} % of the tokens"
     note = f"{text(maps.component)}: {_queries(len(maps.maps))}, on {spread}"
     return f"<div class=strip>{cells}</div><p class=note>{note}{rest}</p>"
+
+
+def _behind(positions: int, frames: np.ndarray) -> np.ndarray:
+    """Return the first frame of each time position, none if they do not fit together.
+
+    Those of an encoder of whole clips have several frames each, and an image may be a clip there.
+    """
+    if positions % len(frames) == 0:
+        return np.repeat(frames, positions // len(frames), axis=0)
+    return frames[:: len(frames) // positions] if len(frames) % positions == 0 else frames[:0]
 
 
 def _queries(count: int) -> str:
@@ -343,8 +354,9 @@ def _tile(
     if maps is not None:
         own = maps.maps[number]
         uniform, place = 1 / own.size, int(own.sum((1, 2)).argmax())
-        if maps.is_grid and len(own) == len(frames):
-            parts.append(_over(backgrounds.add(frames[place]), own[place], uniform))
+        shown = _behind(len(own), frames)
+        if maps.is_grid and len(shown):
+            parts.append(_over(backgrounds.add(shown[place]), own[place], uniform))
         else:
             source = heat(own.reshape(len(own), -1), uniform)
             parts.append(f'<span class=bar><img src="{source}" alt=""></span>')

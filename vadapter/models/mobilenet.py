@@ -190,6 +190,10 @@ class MobileNet(nn.Module):
         side = math.ceil(self.config.image_size / _TOTAL_STRIDE)
         return side, side
 
+    def time_positions(self, frames: int) -> int:
+        """Return the number of a clip's time positions: each frame is encoded on its own."""
+        return frames
+
     def setup(self) -> None:
         config, specs = self.config, block_specs(self.config)
         self.stem = ConvBias(_conv, (3, 3, 3, specs[0].inputs), stride=2)

@@ -18,7 +18,7 @@ from vadapter.data.image_transform import ImageTransform
 from vadapter.errors import ConfigError
 from vadapter.models.encoder import HALF, EncoderConfig, normalize_pixels
 from vadapter.models.layers import Dtype, MlpKind, Norm, default_init, partitioned
-from vadapter.models.rope import Rotary
+from vadapter.models.rope import Angles
 from vadapter.models.transformer import BlockConfig, Remat, Stack
 
 _THETA = 10_000.0  # of sinusoids and of rotations
@@ -34,7 +34,7 @@ class VideoViTConfig(EncoderConfig):
       tubelet: frames of a token.
       frames: of a clip; 0: any multiple of `tubelet`.
       still: frames of the clip that an image becomes; 0: `tubelet`.
-      patch: pixels a side of a token; divides image_size.
+      patch: pixels a side of a token; what remains at the right and at the bottom is left out.
       positions: how tokens know where they are. rope: queries and keys are rotated by time, row and
         column, see `rotations`. sinusoids: those of the tokens' order are added to them.
       tap: the layer whose tokens are returned; the model has no layers after it.
@@ -66,10 +66,8 @@ class VideoViTConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size % self.patch:
-            raise ConfigError(
-                f"image_size={self.image_size} is not divisible by patch={self.patch}"
-            )
+        if self.image_size < self.patch:
+            raise ConfigError(f"image_size={self.image_size} is less than one patch={self.patch}")
         for key in ("frames", "still"):
             if getattr(self, key) % self.tubelet:
                 raise ConfigError(
@@ -148,6 +146,8 @@ class Tubelets(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B F H W 3"]) -> Float[Array, "B S D"]:
         c = self.config
+        used = c.image_size // c.patch * c.patch
+        x = x[:, :, :used, :used]
         axes = "b (t f) (h p) (w q) c -> b (t h w) f (p q c)"
         x = rearrange(x, axes, f=c.tubelet, p=c.patch, q=c.patch)
         # One matrix for each frame of a tubelet.
@@ -165,7 +165,7 @@ def sinusoids(tokens: int, width: int) -> Float[np.ndarray, "1 S D"]:
     return np.where(np.arange(width) % 2, np.cos(angle), np.sin(angle)).astype(np.float32)[None]
 
 
-def rotations(sizes: tuple[int, ...], head_dim: int) -> Rotary:
+def rotations(sizes: tuple[int, ...], head_dim: int) -> Angles:
     """Return the rotary factors of a grid of tokens, [1, S, 2, P], for `rope.rotate_by`.
 
     Each axis of the grid rotates a third of the head: A = K // 6 pairs. The pairs of an axis are

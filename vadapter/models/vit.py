@@ -136,6 +136,10 @@ class ViT(nn.Module):
         side = self._side
         return (side, side) if not self.config.pooled and self.tokens_per_frame() == side**2 else ()
 
+    def time_positions(self, frames: int) -> int:
+        """Return the number of a clip's time positions: each frame is encoded on its own."""
+        return frames
+
     @property
     def _side(self) -> int:
         """The number of patches a side; ConfigError if there is none."""

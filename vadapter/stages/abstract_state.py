@@ -88,7 +88,7 @@ class Initializer:
             return {}
         assert isinstance(model, AdapterModel)
         encoder: Any = modules[model.encoder]
-        shape = (1, 1, encoder.tokens_per_frame(), encoder.width)
+        shape = (1, encoder.time_positions(1), encoder.tokens_per_frame(), encoder.width)
 
         def scaled(params: dict[str, Any]) -> dict[str, Any]:
             wanted = model.apply(params, model.lm, words, method="word_scale")

@@ -231,7 +231,7 @@ class Source:
             outputs = slice(heads.start * head_dim, heads.stop * head_dim)
             plain = dataclasses.replace(self, form=form.module)
             pairs = plain._one(files, name, (*index[:-1], outputs), head_dim)
-            by_head = pairs.reshape(*pairs.shape[:-1], -1, head_dim)
+            by_head = pairs.reshape(*pairs.shape[:-1], heads.stop - heads.start, head_dim)
             halves = by_head[..., form.order(head_dim)].reshape(pairs.shape)
             return halves[..., start - outputs.start : stop - outputs.start]
         if isinstance(form, Part) and form.by_head:

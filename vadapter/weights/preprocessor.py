@@ -15,21 +15,32 @@ from vadapter.config import nearest
 from vadapter.data.image_transform import Fit, ImageTransform, Interpolation
 from vadapter.errors import CheckpointError
 
+# open_clip.constants, for a file that leaves them out
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 # image processor -> whether it crops the center if its file does not say
 PROCESSORS = {
     "CLIPImageProcessor": True,
     "BitImageProcessor": True,
     "MobileNetV2ImageProcessor": True,
+    "VideoMAEImageProcessor": True,
     "SiglipImageProcessor": False,
     "ViTImageProcessor": False,
 }
+# video processor -> what its file may leave out
+VIDEO_PROCESSORS = {
+    "VJEPA2VideoProcessor": {
+        "crop_size": 256, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
+    },
+    "VideoMAEVideoProcessor": {
+        "size": {"shortest_edge": 224}, "crop_size": 224, "image_mean": 0.5, "image_std": 0.5,
+    },
+}  # fmt: skip
 _INTERPOLATIONS: dict[int | str, Interpolation] = {  # numbers are Pillow's
     2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic",
 }  # fmt: skip
-# open_clip.constants, for a file that leaves them out
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +112,19 @@ def _processor(config: Mapping[str, Any]) -> Preprocess:
     )
 
 
+def _video(config: Mapping[str, Any]) -> Preprocess:
+    """Read video_preprocessor_config.json; V-JEPA 2's ignores `size`, which follows from the crop."""
+    name = str(config.get("video_processor_type"))
+    if name not in VIDEO_PROCESSORS:
+        raise ValueError(f"video_processor_type {name!r} is unknown{nearest(name, VIDEO_PROCESSORS)}")
+    config = {"resample": 2, "do_center_crop": True, **VIDEO_PROCESSORS[name], **config}
+    config["image_processor_type"] = "VideoMAEImageProcessor"
+    if name == "VJEPA2VideoProcessor":
+        crop, _ = _size(config, "crop_size", square=True)
+        config["size"] = {"shortest_edge": int(crop * 256 / 224)}
+    return _processor(config)
+
+
 def _open_clip(config: Mapping[str, Any]) -> Preprocess:
     vision = _group(_group(config, "model_cfg"), "vision_cfg")
     defaults = {
@@ -167,5 +191,6 @@ def _channels(config: Mapping[str, Any], key: str, *, positive: bool = False) ->
 PREPROCESSORS = {
     "preprocessor_config.json": _processor,
     "processor_config.json": lambda c: _processor(_group(c, "image_processor")),
+    "video_preprocessor_config.json": _video,
     "open_clip_config.json": _open_clip,
 }
