@@ -32,6 +32,8 @@ TINY = {
     "vit": {"image_size": 16, "patch": 8, "width": 16, "depth": 1, "heads": 2, "mlp_dim": 32,
             "class_token": True},
     "mobilenet": {"image_size": 32, "classes": 4},
+    "video_vit": {"image_size": 16, "patch": 8, "tubelet": 2, "width": 16, "depth": 1, "heads": 2,
+                  "mlp_dim": 32},
     "resampler": {"queries": 4, "query_dim": 16, "hidden_dim": 16, "layers": 1, "heads": 2,
                   "space_embed": True},
     "pooler": {"queries": 4, "width": 16, "heads": 2},
@@ -54,7 +56,7 @@ def boxes(module, kind):
     elif kind == "fusion":
         text = jnp.zeros((1, 2, 16))
         args = (text, text, (text[:, 0], text[:, 0]), None)
-    elif kind in ("vit", "mobilenet"):
+    elif kind in ("vit", "video_vit", "mobilenet"):
         args = (jnp.zeros((1, 1, module.view.size, module.view.size, 3)),)
     elif kind in ("fc", "cross_attention", "words"):
         args = (jnp.zeros((1, 2, 16)),)

@@ -32,6 +32,9 @@ ON_GRID = {  # they give a prefix, which the rest of the model reads like any ot
 }
 ENCODERS = {
     "vit": tiny.VIT, "mobilenet": load_kind("mobilenet")[0](image_size=tiny.IMAGE, width_mult=0.35),
+    "video_vit": load_kind("video_vit")[0](
+        image_size=tiny.IMAGE, patch=8, tubelet=2, width=12, depth=1, heads=2, mlp_dim=16
+    ),
 }
 batch = jax.tree.map(jnp.asarray, dict(fake_batch(2, frames=4, size=tiny.IMAGE, vocab_size=tiny.V)))
 
@@ -42,8 +45,9 @@ def trace(model, params, batch):
     loss = chunked_xent(head, states, batch["targets"], batch["weights"], 24)
     return loss, [decode(model, params, batch, Decode(max_new=3, beams=k)) for k in (1, 2)]
 
-# Every adapter behind the ViT, and one behind the other encoder.
-PAIRS = [(adapter, "vit") for adapter in ADAPTERS] + [("resampler", "mobilenet")]
+# Every adapter behind the ViT, and one behind the other encoders.
+PAIRS = [(adapter, "vit") for adapter in ADAPTERS]
+PAIRS += [("resampler", "mobilenet"), ("resampler", "video_vit")]
 for adapter, encoder in PAIRS:
     spec, config = ADAPTERS[adapter], ENCODERS[encoder]
     stage2 = tiny.stage2(frozen_lm=True)

@@ -69,6 +69,8 @@ SQUASHED = {
 def write_processor(folder: Path, config: object) -> Path:
     clip = isinstance(config, dict) and "preprocess_cfg" in config
     name = "open_clip_config.json" if clip else "preprocessor_config.json"
+    if isinstance(config, dict) and "video_processor_type" in config:
+        name = "video_preprocessor_config.json"
     (folder / name).write_text(json.dumps(config))
     return folder
 

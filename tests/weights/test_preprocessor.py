@@ -18,6 +18,8 @@ from support.processors import (
     SIGLIP,
     SIGLIP2,
     SQUASHED,
+    VIDEOMAE,
+    VJEPA2,
     image,
     write_processor,
 )
@@ -38,6 +40,17 @@ READ = {
     "MobileNetV2": (
         MOBILENET,
         Preprocess(ImageTransform(224, "crop", "bilinear", 0.875, True), *HALF),
+    ),
+    "VideoMAE": (
+        VIDEOMAE, Preprocess(ImageTransform(224, "crop", "bilinear", floor=True), *IMAGENET)
+    ),
+    "V-JEPA 2": (
+        VJEPA2,
+        Preprocess(ImageTransform(256, "crop", "bilinear", 256 / 292, True), *IMAGENET),
+    ),
+    "V-JEPA 2, whose size follows from the crop": (
+        {**VJEPA2, "crop_size": 384, "size": {"shortest_edge": 292}},
+        Preprocess(ImageTransform(384, "crop", "bilinear", 384 / 438, True), *IMAGENET),
     ),
     "CoCa": (COCA, Preprocess(ImageTransform(224), *OPENAI)),
     "squashed": (SQUASHED, Preprocess(ImageTransform(256, "stretch", "bilinear"), *HALF)),
@@ -73,6 +86,7 @@ REFUSED = {
     "nothing in it": ({}, "image_processor_type 'None' is unknown; known: BitImageProcessor"),
     "NaFlex": ({**SIGLIP, "image_processor_type": "Siglip2ImageProcessor"}, "did you mean 'Siglip"),
     "language": ({**CLIP, "image_processor_type": "Qwen2VLImageProcessor"}, "unknown"),
+    "a video's": ({**VJEPA2, "video_processor_type": "VideoProcessor"}, "'VideoProcessor' is unk"),
     "no resizing": ({**CLIP, "do_resize": False}, "do_resize=False"),
     "no scaling": ({**CLIP, "do_rescale": False}, "do_rescale=False"),
     "padding": ({**CLIP, "do_pad": True}, "do_pad=True"),
@@ -135,7 +149,7 @@ def test_stretching_is_pillows_own(shape, size, mode):
     )
 
 
-@pytest.mark.parametrize("name", ["CLIP", "DINOv2", "MobileNetV2", "CoCa"])
+@pytest.mark.parametrize("name", ["CLIP", "DINOv2", "MobileNetV2", "V-JEPA 2", "CoCa"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cropping_is_pillows_resize_and_the_center_of_it(shape, name):
     pixels, how = image(*shape), READ[name][1].view

@@ -58,7 +58,7 @@ SWITCHES = {
     ),
 }  # fmt: skip
 STAGES = (*CHAINS, *SWITCHES)
-NOT_CONNECTORS = {"vit", "mobilenet", "lm", "fusion"}
+NOT_CONNECTORS = {"vit", "video_vit", "mobilenet", "lm", "fusion"}
 ROWS = 4
 
 

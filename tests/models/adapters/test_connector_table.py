@@ -16,7 +16,7 @@ from vadapter.recipe.schema import read
 from vadapter.stages.stage import Stage
 
 README = ROOT / "vadapter" / "models" / "adapters" / "README.md"
-NOT_CONNECTORS = {"vit", "mobilenet", "fusion"}  # a tiny LM is part of one
+NOT_CONNECTORS = {"vit", "video_vit", "mobilenet", "fusion"}  # a tiny LM is part of one
 
 
 def table():
