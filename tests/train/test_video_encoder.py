@@ -1,4 +1,4 @@
-"""A run whose encoder sees clips as a whole: images and clips, cached tokens, stopped and resumed."""
+"""A run whose encoder sees clips as a whole, on cached tokens, stopped and resumed."""
 
 import json
 
@@ -40,7 +40,9 @@ def recipe(world):
             stage.update(data={"images": 1.0, "clips": 1.0}, steps=4, eval_every=0, eval_limit=4)
         config.stages.decoder.start = {}
         config.stages.vadapter.start = {
-            "front": "decoder", "tlm": "decoder", "llm": str(world / "outside" / "llm"),
+            "front": "decoder",
+            "tlm": "decoder",
+            "llm": str(world / "outside" / "llm"),
         }
         config.data.clips.update(cache=True)
         config.evals.captions.update(data="held_clips", limit=4, max_new=3)

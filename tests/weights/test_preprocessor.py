@@ -42,7 +42,8 @@ READ = {
         Preprocess(ImageTransform(224, "crop", "bilinear", 0.875, True), *HALF),
     ),
     "VideoMAE": (
-        VIDEOMAE, Preprocess(ImageTransform(224, "crop", "bilinear", floor=True), *IMAGENET)
+        VIDEOMAE,
+        Preprocess(ImageTransform(224, "crop", "bilinear", floor=True), *IMAGENET),
     ),
     "V-JEPA 2": (
         VJEPA2,

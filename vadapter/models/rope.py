@@ -126,8 +126,8 @@ def amplitude(config: RopeConfig) -> float:
     return math.sqrt(1 + math.log(config.factor) / math.log(config.original_len))
 
 
-# Sine and cosine of every angle, [B, U, P], or those of each of the two dims of a pair, [B, U, 2, P];
-# B may be 1. Where queries are scaled, also their factors, see `query_scale`.
+# Sine and cosine of every angle, [B, U, P], or of each of the two dims of a pair, [B, U, 2, P]. B
+# may be 1. Where queries are scaled, also their factors, see `query_scale`.
 Angles = tuple[Float[Array, "#B U *two P"], Float[Array, "#B U *two P"]]
 Rotary = Angles | tuple[Float[Array, "B U P"], Float[Array, "B U P"], Float[Array, "B U"]]
 

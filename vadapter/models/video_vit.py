@@ -40,7 +40,7 @@ class VideoViTConfig(EncoderConfig):
       tap: the layer whose tokens are returned; the model has no layers after it.
       final_norm: a norm after the last layer.
       bias: biases of queries, keys and values.
-      mlp, fused_attention, remat: see `transformer.BlockConfig`.
+      mlp, key_bias, fused_attention, remat: see `transformer.BlockConfig`.
       mean, std: pixel normalization, see `encoder.normalize_pixels`.
     """
 
@@ -57,6 +57,7 @@ class VideoViTConfig(EncoderConfig):
     tap: Literal["last", "penultimate"] = "last"
     final_norm: bool = True
     bias: bool = True
+    key_bias: bool = True
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
     norm_eps: float = 1e-6
@@ -128,7 +129,8 @@ class VideoViT(nn.Module):
             rotary = rotations((times, side, side), c.width // c.heads)
         block = BlockConfig(
             c.width, c.heads, c.mlp_dim, mlp=c.mlp, norm_eps=c.norm_eps, qkv_bias=c.bias,
-            dropout=c.dropout, fused_attention=c.fused_attention, remat=c.remat,
+            key_bias=c.key_bias, dropout=c.dropout, fused_attention=c.fused_attention,
+            remat=c.remat,
         )  # fmt: skip
         depth = c.depth - (c.tap == "penultimate")
         x, _ = Stack(block, depth, self.dtype, name="stack")(x, positions=rotary)
@@ -168,9 +170,9 @@ def sinusoids(tokens: int, width: int) -> Float[np.ndarray, "1 S D"]:
 def rotations(sizes: tuple[int, ...], head_dim: int) -> Angles:
     """Return the rotary factors of a grid of tokens, [1, S, 2, P], for `rope.rotate_by`.
 
-    Each axis of the grid rotates a third of the head: A = K // 6 pairs. The pairs of an axis are
-    rotated by frequencies θ^(-i/A), but the two dims of a pair by two different ones, as when V-JEPA
-    2 was trained: dim j of the axis by that of i = j mod A.
+    Each axis of the grid rotates a third of the head: A = K // 6 pairs. They turn by the
+    frequencies θ^(-i/A), but the two dims of a pair by two different ones, as when V-JEPA 2 was
+    trained: dim j of the axis by that of i = j mod A.
     """
     pairs = head_dim // (2 * len(sizes))
     freq = np.float32(1) / np.float32(_THETA) ** (np.arange(pairs, dtype=np.float32) / pairs)

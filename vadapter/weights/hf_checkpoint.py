@@ -171,7 +171,7 @@ class Checkpoint:
         for table in self.tables:
             for prefix in table.prefixes:
                 sources = {k: table.source(k, v.shape, prefix) for k, v in leaves.items()}
-                count = sum(n in self.files.tensors for s in sources.values() if s for n in s.names[:1])
+                count = sum(s.names[0] in self.files.tensors for s in sources.values() if s)
                 if count > best:
                     best, chosen = count, (table, prefix, sources)
         assert chosen is not None

@@ -77,11 +77,6 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Zeros:
-    """Zeros, which have no tensor, such as a bias that their projection does not have."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Tokens:
     """Trainable vectors under a name of their own, of any shape; ours are [1, n, D].
 
@@ -96,7 +91,7 @@ class Tokens:
     antialias: bool = False
 
 
-Form = str | Part | Patches | Pairs | Tokens | Zeros
+Form = str | Part | Patches | Pairs | Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +129,6 @@ class Table:
         inside, own = bool(stack), path.removeprefix(stack)
         module, _, leaf = own.rpartition("/")
         form = self.modules.get(own, self.modules.get(module))
-        if isinstance(form, Zeros):
-            return Source((), tuple(shape), inside, False, form)
         if isinstance(form, Tokens):
             name = form.name
         elif form is None or (own not in self.modules and leaf not in _LEAVES):
@@ -166,7 +159,7 @@ class Source:
     """The tensors that one leaf of ours is read from.
 
     Attributes:
-      names: of the tensors: one per layer if `stacked`, otherwise one; none of `Zeros`.
+      names: of the tensors: one per layer if `stacked`, otherwise one.
       shape: of the leaf.
       transposed: the tensors are the transpose of ours.
       form: how else they differ.
@@ -189,7 +182,7 @@ class Source:
     def expected(self) -> tuple[int, ...]:
         """The shape of each of their tensors."""
         shape = self.shape[self.stacked :]
-        if isinstance(self.form, Patches) and len(shape) > 1:
+        if isinstance(self.form, Patches) and self.transposed:
             frames = shape[:-2] or (self.form.frames,) * bool(self.form.frames)
             side = math.isqrt(shape[-2] // 3)
             return (shape[-1], 3, *frames, side, side)
@@ -206,9 +199,6 @@ class Source:
         """
         ranges = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
         out = _aligned([len(r) for r in ranges], np.dtype(dtype))
-        if not self.names:
-            out[...] = 0
-            return out
         layers = ranges[0] if self.stacked else [0]
         for piece, i in zip(out if self.stacked else out[None], layers, strict=True):
             _copy(piece, self._one(files, self.names[i], index[self.stacked :], head_dim))
@@ -220,7 +210,7 @@ class Source:
         whole, form = self.shape[self.stacked :], self.form
         if isinstance(form, Tokens):
             return _tokens(files.read(name), self.shape, form)[index]
-        if isinstance(form, Patches) and len(whole) > 1:
+        if isinstance(form, Patches) and self.transposed:
             kernel = np.moveaxis(files.read(name), (0, 1), (-1, -2))  # [f, p, p, C, D]
             if form.frames:
                 kernel = kernel.astype(np.float32).sum(0)

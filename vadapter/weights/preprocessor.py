@@ -113,10 +113,12 @@ def _processor(config: Mapping[str, Any]) -> Preprocess:
 
 
 def _video(config: Mapping[str, Any]) -> Preprocess:
-    """Read video_preprocessor_config.json; V-JEPA 2's ignores `size`, which follows from the crop."""
+    """Read a video's file; V-JEPA 2 ignores its `size`, which follows from the crop."""
     name = str(config.get("video_processor_type"))
     if name not in VIDEO_PROCESSORS:
-        raise ValueError(f"video_processor_type {name!r} is unknown{nearest(name, VIDEO_PROCESSORS)}")
+        raise ValueError(
+            f"video_processor_type {name!r} is unknown{nearest(name, VIDEO_PROCESSORS)}"
+        )
     config = {"resample": 2, "do_center_crop": True, **VIDEO_PROCESSORS[name], **config}
     config["image_processor_type"] = "VideoMAEImageProcessor"
     if name == "VJEPA2VideoProcessor":

@@ -24,7 +24,7 @@ from vadapter.weights.families.family import (
     require,
     require_heads,
 )
-from vadapter.weights.name_mapping import Pairs, Patches, Table, Zeros
+from vadapter.weights.name_mapping import Pairs, Patches, Table
 from vadapter.weights.preprocessor import IMAGENET_MEAN, IMAGENET_STD
 
 _VJEPA2 = Table(
@@ -48,7 +48,6 @@ _VIDEOMAE = Table(
         "norm": "layernorm",
         "norm_attn": "layernorm_before",
         "attn/q": "attention.attention.query", "attn/k": "attention.attention.key",
-        "attn/k/bias": Zeros(),
         "attn/v": "attention.attention.value", "attn/o": "attention.output.dense",
         "norm_mlp": "layernorm_after",
         "mlp/up": "intermediate.dense", "mlp/down": "output.dense",
@@ -105,7 +104,7 @@ def _videomae(c: Config) -> Spec:
     return _video(c) | {
         "image_size": c["image_size"], "mlp_dim": c["intermediate_size"],
         "positions": "sinusoids", "frames": frames, "still": frames,
-        "bias": c["qv_bias"], "final_norm": not c["use_mean_pooling"],
+        "bias": c["qv_bias"], "key_bias": False, "final_norm": not c["use_mean_pooling"],
     }  # fmt: skip
 
 
