@@ -112,7 +112,6 @@ def test_an_image_is_repeated_to_one_tubelet_or_to_a_whole_clip(pair, originals)
 
 
 def test_the_penultimate_layer_is_that_of_the_original(pair, originals):
-    torch, _ = originals
     model, folder = pair("videomae, pretraining")
     module, params, report = load(folder, tap="penultimate")
     seen = []
