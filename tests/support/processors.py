@@ -41,6 +41,14 @@ DINOV2 = {  # facebook/dinov2-base
     **STEPS, **SCALE, **channels(IMAGENET), "image_processor_type": "BitImageProcessor",
     "crop_size": SQUARE, "do_center_crop": True, "resample": 3, "size": {"shortest_edge": 256},
 }  # fmt: skip
+DINOV3 = {  # facebook/dinov3-vits16-pretrain-lvd1689m
+    **STEPS, **SCALE, **channels(IMAGENET), "image_processor_type": "DINOv3ViTImageProcessorFast",
+    "crop_size": None, "do_center_crop": None, "resample": 2, "size": SQUARE,
+}  # fmt: skip
+NAFLEX = {  # google/siglip2-base-patch16-naflex
+    **STEPS, **SCALE, **channels(HALF), "image_processor_type": "Siglip2ImageProcessor",
+    "max_num_patches": 256, "patch_size": 16, "resample": 2,
+}  # fmt: skip
 MOBILENET = {  # google/mobilenet_v2_1.0_224
     **DINOV2, **channels(HALF), "image_processor_type": "MobileNetV2ImageProcessor", "resample": 2,
 }  # fmt: skip

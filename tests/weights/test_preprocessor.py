@@ -11,9 +11,11 @@ from support.processors import (
     CLIP_2021,
     COCA,
     DINOV2,
+    DINOV3,
     HALF,
     IMAGENET,
     MOBILENET,
+    NAFLEX,
     OPENAI,
     SIGLIP,
     SIGLIP2,
@@ -37,6 +39,14 @@ READ = {
         Preprocess(ImageTransform(384, "stretch", "bilinear", floor=True), *HALF),
     ),
     "DINOv2": (DINOV2, Preprocess(ImageTransform(224, crop_pct=0.875, floor=True), *IMAGENET)),
+    "SigLIP 2 NaFlex": (
+        NAFLEX,
+        Preprocess(ImageTransform(256, "stretch", "bilinear", floor=True), *HALF),
+    ),
+    "DINOv3": (
+        DINOV3,
+        Preprocess(ImageTransform(224, "stretch", "bilinear", floor=True), *IMAGENET),
+    ),
     "MobileNetV2": (
         MOBILENET,
         Preprocess(ImageTransform(224, "crop", "bilinear", 0.875, True), *HALF),
@@ -85,7 +95,10 @@ def test_another_resolution_keeps_the_share_that_is_cut_off():
 REFUSED = {
     "not an object": ([], "not a JSON object"),
     "nothing in it": ({}, "image_processor_type 'None' is unknown; known: BitImageProcessor"),
-    "NaFlex": ({**SIGLIP, "image_processor_type": "Siglip2ImageProcessor"}, "did you mean 'Siglip"),
+    "NaFlex": (
+        {**SIGLIP, "image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 25.5},
+        "max_num_patches=25.5",
+    ),
     "language": ({**CLIP, "image_processor_type": "Qwen2VLImageProcessor"}, "unknown"),
     "a video's": ({**VJEPA2, "video_processor_type": "VideoProcessor"}, "'VideoProcessor' is unk"),
     "no resizing": ({**CLIP, "do_resize": False}, "do_resize=False"),

@@ -132,14 +132,16 @@ class Norm(nn.Module):
 
 NormKind = Literal["rms", "layer"]
 NormOver = Literal["head", "heads"]
-MlpKind = Literal["swiglu", "geglu", "gelu", "gelu_erf", "quick_gelu", "relu"]
+MlpKind = Literal["swiglu", "geglu", "geglu_erf", "gelu", "gelu_erf", "quick_gelu", "relu"]
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: nn.gelu(x, approximate=True),
     "gelu_erf": lambda x: nn.gelu(x, approximate=False),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
     "relu": nn.relu,
 }
-GATED: dict[str, Callable] = {"swiglu": nn.silu, "geglu": ACTIVATIONS["gelu"]}
+GATED: dict[str, Callable] = {
+    "swiglu": nn.silu, "geglu": ACTIVATIONS["gelu"], "geglu_erf": ACTIVATIONS["gelu_erf"],
+}  # fmt: skip
 
 
 class Mlp(nn.Module):

@@ -164,7 +164,7 @@ class ViT(nn.Module):
         if c.positions == "patches":
             x = x + tokens("positions", x.shape[1])
         if c.positions == "waves":
-            x = x + jnp.asarray(waves(self._side, c.width), self.dtype)
+            x = x + jnp.asarray(waves(self._side, c.width)[None], self.dtype)
         if c.class_token:
             x = jnp.concatenate([tokens("class_token", 1, nn.initializers.zeros), x], 1)
         if c.positions == "trained":

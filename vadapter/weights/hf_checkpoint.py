@@ -18,11 +18,14 @@ from vadapter.errors import CheckpointError
 from vadapter.models.paths import flatten
 from vadapter.weights import hub, llama2c
 from vadapter.weights.families import (
+    aimv2,
     clip,
     dinov2,
+    dinov3,
     exported,
     gemma,
     gpt2,
+    internvit,
     llama,
     neox,
     openclip,
@@ -35,7 +38,10 @@ from vadapter.weights.preprocessor import PREPROCESSORS, read_preprocess
 from vadapter.weights.safetensors import TensorFiles
 
 LANGUAGE_MODELS = llama.FAMILIES | gemma.FAMILIES | gpt2.FAMILIES | neox.FAMILIES
-ENCODERS = clip.FAMILIES | dinov2.FAMILIES | openclip.FAMILIES | video.FAMILIES
+ENCODERS = (
+    clip.FAMILIES | dinov2.FAMILIES | dinov3.FAMILIES | aimv2.FAMILIES | internvit.FAMILIES
+    | openclip.FAMILIES | video.FAMILIES
+)  # fmt: skip
 FAMILIES = LANGUAGE_MODELS | ENCODERS | qformer.FAMILIES | exported.FAMILIES
 # Models of several parts: model_type -> the part that is used, and its model_type.
 PARTS = {
@@ -43,6 +49,7 @@ PARTS = {
     "metaclip_2": ("vision_config", "metaclip_2_vision_model"),
     "siglip": ("vision_config", "siglip_vision_model"),
     "siglip2": ("vision_config", "siglip2_vision_model"),
+    "aimv2": ("vision_config", "aimv2_vision_model"),
     "gemma3": ("text_config", "gemma3_text"),
 }
 _MAX_CONFIG = 2**20  # bytes of a config.json
@@ -283,8 +290,8 @@ def _read_json(file: Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, A
 def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     if (kind := config.get("model_type")) == "blip-2":
         return qformer.read_config(config)
-    if kind in PARTS:
-        key, model_type = PARTS[kind]
+    key, model_type = PARTS.get(str(kind), ("", ""))
+    if key and (key in config or kind not in FAMILIES):
         return {**config[key], "model_type": model_type}
     return dict(config)
 

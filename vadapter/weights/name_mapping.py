@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from absl import logging
@@ -66,7 +66,7 @@ class Pairs:
     transformers.
     """
 
-    module: str
+    module: str | Part
     axes: int = 1
 
     def order(self, head_dim: int) -> np.ndarray:
@@ -76,19 +76,25 @@ class Pairs:
         return np.concatenate([firsts, firsts + 1, np.arange(2 * pairs, head_dim)])
 
 
+SQUARE = -1  # for `Tokens.grid`
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """Trainable vectors under a name of their own, of any shape; ours are [1, n, D].
 
     Attributes:
       name: the full name of the tensor.
-      grid: number of leading vectors that are not positions in a square grid; a grid of another
-        size is resampled, with or without antialiasing. None: there is no grid.
+      grid: number of leading vectors that are not positions in a square grid, or SQUARE: all that
+        exceed a square; a grid of another size is resampled, with or without antialiasing. None:
+        there is no grid.
+      kernel: of resampling; linear: always with antialiasing.
     """
 
     name: str
     grid: int | None = None
     antialias: bool = False
+    kernel: Literal["cubic", "linear"] = "cubic"
 
 
 Form = str | Part | Patches | Pairs | Tokens
@@ -134,7 +140,8 @@ class Table:
         elif form is None or (own not in self.modules and leaf not in _LEAVES):
             return None
         else:
-            name = form if isinstance(form, str) else form.module
+            form_or_part = form.module if isinstance(form, Pairs) else form
+            name = form_or_part if isinstance(form_or_part, str) else form_or_part.module
             if own not in self.modules:  # otherwise a leaf with a name of its own
                 name = f"{name}.{_LEAVES[leaf]}"
         fronts = [""]
@@ -186,8 +193,9 @@ class Source:
             frames = shape[:-2] or (self.form.frames,) * bool(self.form.frames)
             side = math.isqrt(shape[-2] // 3)
             return (shape[-1], 3, *frames, side, side)
-        if isinstance(self.form, Part):
-            shape = (*shape[:-1], shape[-1] * self.form.count)
+        form = self.form.module if isinstance(self.form, Pairs) else self.form
+        if isinstance(form, Part):
+            shape = (*shape[:-1], shape[-1] * form.count)
         return shape[::-1] if self.transposed else shape
 
     def read(
@@ -265,6 +273,8 @@ def _copy(out: np.ndarray, tensor: np.ndarray) -> None:
 def _tokens(tensor: np.ndarray, shape: Sequence[int], form: Tokens) -> np.ndarray:
     """Return vectors as [1, n, D], with their grid resampled if ours has another size."""
     tensor, lead = tensor.reshape(1, -1, shape[-1]), form.grid
+    if lead == SQUARE:
+        lead = shape[1] - math.isqrt(shape[1]) ** 2
     if tensor.shape == tuple(shape) or lead is None:
         return tensor
     old, new = (math.isqrt(n - lead) for n in (tensor.shape[1], shape[1]))
@@ -272,7 +282,8 @@ def _tokens(tensor: np.ndarray, shape: Sequence[int], form: Tokens) -> np.ndarra
         count = tensor.shape[1] - lead
         raise CheckpointError(f"{form.name}: its {count} positions are not a square grid")
     grid = tensor[0, lead:].astype(np.float32).reshape(old, old, -1)
-    weights = bicubic(old, new, antialias=form.antialias)
+    cubic = form.kernel == "cubic"
+    weights = bicubic(old, new, antialias=form.antialias) if cubic else bilinear(old, new)
     grid = np.einsum("yi,xj,ijd->yxd", weights, weights, grid).reshape(1, new * new, -1)
     return np.concatenate([tensor[:, :lead].astype(np.float32), grid], axis=1)
 
@@ -295,6 +306,19 @@ def bicubic(old: int, new: int, *, antialias: bool = False) -> np.ndarray:
             inside = 0 <= k < old
             if inside or not antialias:
                 weights[row, min(max(k, 0), old - 1)] += _cubic(abs(center - k) / stretch, a)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def bilinear(old: int, new: int) -> np.ndarray:
+    """Return the weights of linear interpolation with antialiasing, f32[new, old].
+
+    As in transformers' SigLIP 2: a kernel as wide as the step between positions, if that is wider
+    than one, and weights that sum to one.
+    """
+    scale = old / new
+    centers = (np.arange(new) + 0.5) * scale - 0.5
+    distances = np.abs(np.arange(old) - centers[:, None]) / max(scale, 1.0)
+    weights = np.maximum(1 - distances, 0)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 

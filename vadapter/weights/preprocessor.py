@@ -27,6 +27,8 @@ PROCESSORS = {
     "MobileNetV2ImageProcessor": True,
     "VideoMAEImageProcessor": True,
     "SiglipImageProcessor": False,
+    "Siglip2ImageProcessor": False,
+    "DINOv3ViTImageProcessor": False,
     "ViTImageProcessor": False,
 }
 # video processor -> what its file may leave out
@@ -89,6 +91,8 @@ def _processor(config: Mapping[str, Any]) -> Preprocess:
     kind = kind.replace("FeatureExtractor", "ImageProcessor")
     if kind not in PROCESSORS:
         raise ValueError(f"image_processor_type {name!r} is unknown{nearest(kind, PROCESSORS)}")
+    if kind == "Siglip2ImageProcessor":
+        config = _naflex(config)
     for key, only in (("do_resize", True), ("do_rescale", True), ("do_pad", False)):
         if (config.get(key, only) or False) is not only:
             raise ValueError(f"{key}={config[key]!r} is not supported")
@@ -127,6 +131,16 @@ def _video(config: Mapping[str, Any]) -> Preprocess:
     return _processor(config)
 
 
+def _naflex(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the processor of images of any shape as one of the largest square that it makes."""
+    defaults = {"patch_size": 16, "max_num_patches": 256, "resample": 2}
+    config = {**defaults, **config}
+    for key in defaults:
+        if type(config[key]) is not int or config[key] < 1:
+            raise ValueError(f"{key}={config[key]!r} is not a whole number above 0")
+    return {**config, "size": math.isqrt(config["max_num_patches"]) * config["patch_size"]}
+
+
 def _open_clip(config: Mapping[str, Any]) -> Preprocess:
     vision = _group(_group(config, "model_cfg"), "vision_cfg")
     defaults = {
@@ -149,6 +163,28 @@ def _open_clip(config: Mapping[str, Any]) -> Preprocess:
     size, _ = _size(cfg, "size", square=True)
     transform = ImageTransform(size, fits[cfg["resize_mode"]], _interpolation(cfg, "interpolation"))
     return Preprocess(transform, _channels(cfg, "mean"), _channels(cfg, "std", positive=True))
+
+
+def preprocess_of_timm(config: Mapping[str, Any]) -> Preprocess:
+    """Return the preprocessing of timm's `pretrained_cfg`, as for validation.
+
+    Raises:
+      ValueError: a step that is not supported; names the key.
+
+    Source: `transforms_imagenet_eval` of timm.
+    """
+    shape = config.get("input_size")
+    if not isinstance(shape, list | tuple) or len(shape) != 3 or shape[0] != 3:
+        raise ValueError(f"input_size={shape!r} is not [3, height, width]")
+    size, _ = _size({"input_size": [*shape[1:]]}, "input_size", square=True)
+    share, mode = config.get("crop_pct") or 0.875, config.get("crop_mode") or "center"
+    if mode not in ("center", "squash") or not isinstance(share, int | float):
+        raise ValueError(f"crop_mode={mode!r}, crop_pct={share!r} is not supported")
+    if mode == "squash" and share != 1:
+        raise ValueError(f"crop_mode='squash' is supported with crop_pct=1 alone, not {share!r}")
+    fit: Fit = "stretch" if mode == "squash" else "crop"
+    view = ImageTransform(size, fit, _interpolation(config, "interpolation"), float(share))
+    return Preprocess(view, _channels(config, "mean"), _channels(config, "std", positive=True))
 
 
 def _group(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

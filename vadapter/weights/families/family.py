@@ -75,8 +75,8 @@ ACTIVATIONS = {
     "gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu",
     "quick_gelu": "quick_gelu", "relu": "relu",
 }  # fmt: skip
-GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
-         "gelu_fast": "geglu"}  # fmt: skip
+GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu_erf", "gelu_pytorch_tanh": "geglu",
+         "gelu_new": "geglu", "gelu_fast": "geglu"}  # fmt: skip
 ACTIVATION, GATED_ACTIVATION = one_of(ACTIVATIONS), one_of(GATED)
 
 # Of every language model of transformers: it is causal, and all layers are alike.
