@@ -30,6 +30,7 @@ from vadapter.weights.families import (
     neox,
     openclip,
     qformer,
+    timm,
     video,
 )
 from vadapter.weights.files import Stamp
@@ -40,7 +41,7 @@ from vadapter.weights.safetensors import TensorFiles
 LANGUAGE_MODELS = llama.FAMILIES | gemma.FAMILIES | gpt2.FAMILIES | neox.FAMILIES
 ENCODERS = (
     clip.FAMILIES | dinov2.FAMILIES | dinov3.FAMILIES | aimv2.FAMILIES | internvit.FAMILIES
-    | openclip.FAMILIES | video.FAMILIES
+    | openclip.FAMILIES | timm.FAMILIES | video.FAMILIES
 )  # fmt: skip
 FAMILIES = LANGUAGE_MODELS | ENCODERS | qformer.FAMILIES | exported.FAMILIES
 # Models of several parts: model_type -> the part that is used, and its model_type.
@@ -290,6 +291,8 @@ def _read_json(file: Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, A
 def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     if (kind := config.get("model_type")) == "blip-2":
         return qformer.read_config(config)
+    if kind is None and "architecture" in config:
+        return timm.read_config(config)
     key, model_type = PARTS.get(str(kind), ("", ""))
     if key and (key in config or kind not in FAMILIES):
         return {**config[key], "model_type": model_type}

@@ -45,6 +45,18 @@ FLAG = Values(lambda v: type(v) is bool, "true or false")
 GROUP = Values(lambda v: isinstance(v, Mapping), "a group of keys")
 
 
+def _square(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]
+
+
+def side(value: Any) -> int:
+    """Return the side of a square that is given as a number or as two equal ones, see `SIDE`."""
+    return value[0] if _square(value) else value
+
+
+SIDE = Values(lambda v: COUNT.test(side(v)), "a whole number above 0, or two equal ones")
+
+
 def only(*values: Any) -> Values:
     """Return these values alone; 1 and 1.0 are not true."""
     words = " or ".join("null" if v is None else repr(v).lower() for v in values)

@@ -7,21 +7,20 @@ for "intern_vit_6b", the model_type of all sizes, the code that is published wit
 OpenGVLab/InternViT-300M-448px.
 """
 
-from typing import Any
-
 from vadapter.weights.families.clip import vit, vit_keys
 from vadapter.weights.families.family import (
     COUNT,
     FLAG,
+    SIDE,
     Config,
     Family,
     Key,
     Keys,
     Spec,
-    Values,
     one_of,
     only,
     require,
+    side,
 )
 from vadapter.weights.name_mapping import Patches, Table, Tokens, fused
 from vadapter.weights.preprocessor import IMAGENET_MEAN, IMAGENET_STD
@@ -58,18 +57,10 @@ _PUBLISHED = Table(
 )  # fmt: skip
 _NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
 
-
-def _square(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]
-
-
-_SIDE = Values(
-    lambda v: COUNT.test(v[0] if _square(v) else v), "a whole number above 0, or two equal ones"
-)
 _KEYS: Keys = vit_keys(448, 14, "gelu", 1e-6) | {
     "hidden_size": Key(1024, COUNT), "intermediate_size": Key(4096, COUNT),
     "num_hidden_layers": Key(24, COUNT), "num_attention_heads": Key(16, COUNT),
-    "image_size": Key((448, 448), _SIDE), "patch_size": Key((14, 14), _SIDE),
+    "image_size": Key((448, 448), SIDE), "patch_size": Key((14, 14), SIDE),
     "attention_bias": Key(False, FLAG), "use_qk_norm": Key(False, FLAG),
     "norm_type": Key("layer_norm", one_of(_NORMS)), "use_mean_pooling": Key(True, FLAG),
     "use_absolute_position_embeddings": Key(True, only(True)),
@@ -90,8 +81,8 @@ def _intern(c: Config) -> Spec:
     require(c, "use_qk_norm", one_kind or not c["use_qk_norm"], only_so)
     require(c, "use_mean_pooling", c["use_mean_pooling"] or norm == "layer",
             "it is read with norm_type='layer_norm' alone")  # fmt: skip
-    side = {key: c[key][0] if _square(c[key]) else c[key] for key in ("image_size", "patch_size")}
-    return _spec({**c, **side}, norm, c["attention_bias"], c["use_qk_norm"]) | {
+    sides = {key: side(c[key]) for key in ("image_size", "patch_size")}
+    return _spec({**c, **sides}, norm, c["attention_bias"], c["use_qk_norm"]) | {
         "final_norm": not c["use_mean_pooling"],
     }  # fmt: skip
 
