@@ -179,7 +179,7 @@ def test_an_unknown_tensor_of_the_tower_stops_the_import(original, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("attentional_pool", "parallel"), ("layers", [3, 4, 6, 3]), ("timm_model_name", "vit"),
+    [("attentional_pool", "parallel"), ("layers", [3, 4, 6, 3]),
      ("patch_size", "16"), ("norm_kwargs", {"elementwise_affine": False}), ("new_trick", True)],
 )  # fmt: skip
 def test_a_tower_that_is_built_another_way_is_refused_by_its_key(key, value):

@@ -3,14 +3,19 @@
 The tokens are those of the last layer, without a norm and without the class token; with
 tap="queries" those of CoCa's captioning decoder, see `vit.ViTConfig`.
 
-Source: `VisionTransformer` of open_clip's transformer.py and `CLIPVisionCfg` of its model.py.
+A tower of timm is read as timm's own folders are, see `families.timm`.
+
+Source: `VisionTransformer` of open_clip's transformer.py, `CLIPVisionCfg` of its model.py and
+`TimmModel` of its timm_model.py.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vadapter.errors import CheckpointError
+from vadapter.weights.families import timm
 from vadapter.weights.families.family import Config, Family, Spec
 from vadapter.weights.name_mapping import Part, Patches, Table, Tokens, fused
 from vadapter.weights.safetensors import TensorFiles
@@ -93,12 +98,23 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
       KeyError, TypeError: the file has another form.
     """
     model = config["model_cfg"]
+    if name := model["vision_cfg"].get("timm_model_name"):
+        return _timm_tower(name, model["vision_cfg"])
     return {
         "model_type": "open_clip",
         "embed_dim": model["embed_dim"],
         "quick_gelu": model.get("quick_gelu", False),
         "vision_cfg": {**model["vision_cfg"]},
     }
+
+
+def _timm_tower(name: str, vision: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a tower of timm, as open_clip's TimmModel passes them."""
+    own = {"img_size": vision.get("image_size", 224)}
+    if vision.get("timm_proj", "linear") not in ("linear", "mlp"):
+        own["global_pool"] = vision.get("timm_pool", "avg")
+    args = timm.arguments(name, own)
+    return {**args, "model_type": f"open_clip_{args['model_type']}"}
 
 
 def _vit(c: Config) -> Spec:
@@ -131,7 +147,7 @@ def _check(key: str, value: Any) -> None:
     if key in _VISION:
         supported = _VISION[key][1](value)
     else:  # other options change the tower; timm_… configures towers of timm
-        supported = not value or (key != "timm_model_name" and key.startswith("timm_"))
+        supported = not value or key.startswith("timm_")
     if not supported:
         _refuse(key, value)
 
@@ -139,7 +155,8 @@ def _check(key: str, value: Any) -> None:
 def _refuse(key: str, value: Any) -> None:
     raise CheckpointError(
         f"{CONFIG}: vision_cfg.{key}={value!r} is not supported; the towers that are read are "
-        "open_clip's own ViTs, with the pooler of the published CoCa models or with none"
+        "open_clip's own ViTs, with the pooler of the published CoCa models or with none, and ViTs "
+        "of timm"
     )
 
 
@@ -149,4 +166,10 @@ def _open(folder: Path) -> TensorFiles:
     return TensorFiles.open(own if own.is_file() else folder)
 
 
-FAMILIES: dict[str, Family] = {"open_clip": Family(_vit, (_TABLE, _SAME_WIDTH), files=_open)}
+FAMILIES: dict[str, Family] = {
+    "open_clip": Family(_vit, (_TABLE, _SAME_WIDTH), files=_open),
+    **{
+        f"open_clip_{name}": dataclasses.replace(f, files=_open)
+        for name, f in timm.FAMILIES.items()
+    },
+}

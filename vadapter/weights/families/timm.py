@@ -112,7 +112,7 @@ def arguments(architecture: str, own: Mapping[str, Any]) -> dict[str, Any]:
         return {"model_type": model_type, **args}
     known = [name for table in models().values() for name in table]
     raise CheckpointError(
-        f"config.json: timm's {name!r} is not one of its {len(known)} plain ViTs that are read "
+        f"timm's {name!r} is not one of its {len(known)} plain ViTs that are read "
         f"(SigLIP, CLIP, EVA-02, PE, DINOv2 and 3, AIMv2, …){nearest(name, known)}"
     )
 
