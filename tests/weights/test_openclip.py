@@ -11,6 +11,7 @@ from support.original import draw, imported, their_warnings
 from support.public_models import read_checkpoint
 
 from vadapter.errors import CheckpointError, ConfigError
+from vadapter.models.paths import flatten
 from vadapter.models.registry import make_module
 from vadapter.weights.families.openclip import FAMILIES, read_config
 from vadapter.weights.hf_checkpoint import Checkpoint, complete, describe
@@ -30,6 +31,17 @@ CASES = {
     "coca, quick gelu": {"quick_gelu": True},
     "coca, one width": {"vision_cfg": VISION | {"width": 24}},
 }
+ODD = {"image_size": 33, "layers": 2, "width": 60, "head_width": 20, "patch_size": 7}
+PLAIN = {  # as MetaCLIP's and LAION's towers; the last as EVA's of LAION, with other options
+    "plain": {"vision_cfg": ODD},
+    "plain, quick gelu": {"vision_cfg": ODD, "quick_gelu": True},
+    "plain, options": {
+        "vision_cfg": ODD | {
+            "ls_init_value": 0.5, "no_ln_pre": True, "mlp_ratio": 2.5, "pool_type": "avg",
+            "norm_kwargs": {"eps": 1e-3}, "act_kwargs": {"approximate": "tanh"},
+        },
+    },
+}  # fmt: skip
 PUBLISHED = {"coca_ViT-B-32": 512, "coca_ViT-L-14": 768}
 MEAN, STD = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
 
@@ -48,9 +60,11 @@ def original(open_clip, tmp_path_factory):
     def make(case):
         if case not in made:
             torch.manual_seed(0)
-            config = MODEL | CASES[case]
+            plain = {k: v for k, v in MODEL.items() if k != "multimodal_cfg"} | {"text_cfg": TEXT}
+            config = MODEL | CASES[case] if case in CASES else plain | PLAIN[case]
+            make_model = open_clip.coca_model.CoCa if case in CASES else open_clip.model.CLIP
             with their_warnings(), torch.no_grad():
-                model = open_clip.coca_model.CoCa(**config).eval()
+                model = make_model(**config).eval()
                 for name, p in model.named_parameters():
                     p.copy_(draw(name, p))
             folder = tmp_path_factory.mktemp("coca")
@@ -109,6 +123,54 @@ def test_tokens_equal_the_originals_at_every_tap(case, tap, original):
     assert found.shape == (3, 2, module.tokens_per_frame(), module.width)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("tap", ["last", "penultimate"])
+@pytest.mark.parametrize("case", PLAIN)
+def test_tokens_of_a_plain_tower_equal_the_originals(case, tap, original):
+    model, folder = original(case)
+    module, params, _ = ours(folder, tap=tap)
+    frames = images(33, count=2)
+    found, expected = (
+        np.asarray(module.apply({"params": params}, frames)),
+        theirs(model, frames, tap),
+    )
+    assert found.shape == expected.shape == (2, 2, 16, 60)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_every_vit_that_open_clip_configures_has_the_originals_tensors(open_clip):
+    """At full size, without memory for it."""
+    torch, names = imported("torch"), []
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        vision = config["vision_cfg"]
+        if vision.get("timm_model_name") or not isinstance(vision.get("layers"), int):
+            continue
+        quick = config.get("quick_gelu", False)
+        with their_warnings(), torch.device("meta"):
+            model = open_clip.model._build_vision_tower(config["embed_dim"], vision, quick)
+        expected = {f"visual.{k}": tuple(v.shape) for k, v in model.named_parameters()}
+        spec = FAMILIES["open_clip"].spec(read_config({"model_cfg": config}))
+        module = make_module("encoder", spec)
+        size = module.config.image_size
+        example = np.zeros((1, 1, size, size, 3), np.uint8)
+        leaves = flatten(
+            nn.unbox(jax.eval_shape(module.init, jax.random.key(0), example))["params"]
+        )
+        used = set()
+        for path, leaf in leaves.items():
+            source = FAMILIES["open_clip"].tables[0].source(path, leaf.shape)
+            assert source is not None, (name, path)
+            assert all(source.fits(expected[own]) for own in source.names), (name, path)
+            used |= set(source.names)
+        left = ("visual.proj", "visual.ln_post", "visual.attn_pool")
+        assert not [k for k in expected.keys() - used if not k.startswith(left)], name
+        assert spec["heads"] == model.transformer.resblocks[0].attn.num_heads
+        names.append(name)
+    assert len(names) > 50
 
 
 def test_the_queries_are_those_the_caption_decoder_reads_and_the_first_is_not_among_them(original):

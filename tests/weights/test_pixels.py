@@ -1,22 +1,37 @@
 """A public encoder sees what its own processor makes of an image: recipe, row and tokens."""
 
+import tempfile
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from einops import rearrange
 from PIL import Image
 from support.original import their_warnings
-from support.processors import CLIP, DINOV2, SIGLIP, SIGLIP2, image, write_processor
+from support.processors import (
+    CLIP,
+    DINOV2,
+    DINOV3,
+    NAFLEX,
+    SIGLIP,
+    SIGLIP2,
+    image,
+    write_processor,
+)
 from support.public_models import read_checkpoint
 from support.recipes import draw, tiny_recipe
 from support.sources import ListSource
 
 from vadapter.data.example import Example
 from vadapter.data.media.frames import load_media
+from vadapter.data.media.images import resize
 from vadapter.data.open import make_stream
 from vadapter.models.registry import make_module
 from vadapter.recipe.schema import read
 from vadapter.weights.hf_checkpoint import Checkpoint
+from vadapter.weights.preprocessor import read_preprocess
 
 BASE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MLP = BASE | {"intermediate_size": 48}
@@ -76,6 +91,12 @@ def ours(pair, shapes, tmp_path):
         return module, Image.fromarray(load_media(file, frames=1)[0]), row["frames"]
 
     return make
+
+
+def read_processor(config):
+    """The view of a preprocessor file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_preprocess(write_processor(Path(folder), config)).view
 
 
 class Words:
@@ -143,3 +164,31 @@ def test_tokens_of_our_pixels_are_those_of_the_original_model_and_processor(
         assert tokens.shape == expected.shape == (module.tokens_per_frame(), 32)
         assert np.abs(expected).max() > 1
         assert np.abs(tokens - expected).max() < TOLERANCE * np.abs(expected).max()
+
+
+def test_pixels_of_dinov3_are_within_one_level_of_its_processor(originals):
+    """It resizes in floating point; here what is resized are bytes, as Pillow resizes them."""
+    _, transformers = originals
+    with their_warnings():
+        processor = transformers.DINOv3ViTImageProcessor(**DINOV3)
+    view, scale = read_processor(DINOV3), np.array(DINOV3["image_std"])
+    for shape in SHAPES:
+        pixels = processor(Image.fromarray(image(*shape)), return_tensors="pt")["pixel_values"]
+        theirs = pixels[0].numpy().transpose(1, 2, 0) * scale + np.array(DINOV3["image_mean"])
+        levels = np.abs(theirs * 255 - resize(image(*shape)[None], view)[0])
+        assert levels.max() < 1.01
+        assert levels.mean() < 0.35
+
+
+@pytest.mark.parametrize("side", [97, 256, 411])
+def test_pixels_of_a_square_image_are_those_of_the_naflex_processor(side, originals):
+    _, transformers = originals
+    with their_warnings():
+        processor = transformers.Siglip2ImageProcessorPil(**NAFLEX)
+    out = processor(Image.fromarray(image(side, side)), return_tensors="pt")
+    assert out["spatial_shapes"].tolist() == [[16, 16]]
+    theirs = rearrange(
+        out["pixel_values"][0].numpy(), "(h w) (p q c) -> (h p) (w q) c", h=16, p=16, q=16
+    )
+    ours = resize(image(side, side)[None], read_processor(NAFLEX))[0] / 255 * 2 - 1
+    assert np.abs(ours - theirs).max() < EQUAL * 2

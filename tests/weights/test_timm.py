@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ from support.public_models import read_checkpoint
 from vadapter.data.media.images import resize
 from vadapter.errors import CheckpointError
 from vadapter.models.registry import make_module
+from vadapter.weights import hub
 from vadapter.weights.families import openclip
 from vadapter.weights.families.timm import FAMILIES, arguments, models
 from vadapter.weights.hf_checkpoint import FAMILIES as HF_FAMILIES
@@ -270,6 +272,11 @@ def test_an_architecture_of_the_table_has_the_originals_tensors_heads_and_epsilo
         assert args["model_type"].endswith("half") == block.attn.rotate_half
 
 
+def test_the_readme_says_how_many_architectures_the_table_has():
+    readme = Path(hub.__file__).with_name("README.md").read_text(encoding="utf-8")
+    assert f"| {len(every())} ViTs of timm" in readme
+
+
 def test_the_table_has_the_published_number_of_parameters():
     """Published with the models' cards; in millions, without pooling heads where they have one."""
     for name, count in {"vit_so400m_patch14_siglip_384": 412.99, "eva02_large_patch14_224": 303.27,
@@ -297,6 +304,7 @@ REFUSED = {
     "a misspelt one": ({"architecture": "vit_base_patch16_siglip_225"}, "did you mean 'vit_base"),
     "another block": ({"model_args": {"block_fn": "x"}}, "model_args.block_fn='x': it is not read"),
     "registers": ({"model_args": {"reg_tokens": 2}}, "reg_tokens=2: it is read with no_embed_cl"),
+    "gray": ({"model_args": {"in_chans": 1}}, "in_chans=1: only 3 is read"),
     "a border": ({"pixels": PIXELS | {"crop_mode": "border"}}, "crop_mode='border'"),
     "squashed, cut": ({"pixels": PIXELS | {"crop_mode": "squash"}}, "with crop_pct=1 alone"),
     "oblong": ({"pixels": PIXELS | {"input_size": [3, 32, 48]}}, "not the side of a square"),

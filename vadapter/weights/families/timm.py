@@ -51,13 +51,13 @@ _IGNORED = {
     "num_classes", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
     "attn_drop_rate", "drop_path_rate", "weight_init", "fix_init", "dynamic_img_size",
     "pool_include_prefix", "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords",
-    "attn_pool_num_heads", "attn_pool_mlp_ratio", "head_init_scale", "qkv_fused", "in_chans",
+    "attn_pool_num_heads", "attn_pool_mlp_ratio", "head_init_scale", "qkv_fused",
 }  # fmt: skip
 _REGISTERS = Values(lambda v: v == 0 or COUNT.test(v), "a whole number")
 _SCALE = NOT_NEGATIVE.or_null()
 
 _COMMON: Keys = {
-    "preprocess": Key({}, GROUP),
+    "preprocess": Key({}, GROUP), "in_chans": Key(3, only(3)),
     "img_size": Key(224, SIDE), "patch_size": Key(16, SIDE), "embed_dim": Key(768, COUNT),
     "depth": Key(12, COUNT), "num_heads": Key(12, COUNT), "mlp_ratio": Key(4.0, POSITIVE),
     "qkv_bias": Key(True, FLAG), "qk_norm": Key(False, FLAG), "init_values": Key(None, _SCALE),
