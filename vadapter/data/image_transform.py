@@ -10,7 +10,7 @@ from vadapter.config import require_one_of
 from vadapter.errors import ConfigError
 
 Fit = Literal["crop", "stretch", "pad"]
-Interpolation = Literal["bicubic", "bilinear"]
+Interpolation = Literal["bicubic", "bilinear", "lanczos"]
 Decode = Literal["exact", "fast"]
 
 
@@ -22,7 +22,7 @@ class ImageTransform:
       size: S, pixels a side.
       fit: "crop" (resize the short side, cut out the center), "stretch" (ignore the aspect ratio)
         or "pad" (fit all of it, centered on gray).
-      interpolation: "bicubic" or "bilinear".
+      interpolation: "bicubic", "bilinear" or "lanczos".
       crop_pct: fraction of the short side that "crop" keeps, in 0..1, as in timm.
       floor: "crop" rounds half of an odd margin down, like `transformers`, instead of to even, like
         torchvision; they differ by one pixel in every fourth image.

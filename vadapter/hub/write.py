@@ -91,8 +91,9 @@ def _record(loaded: Stage) -> Exported:
 def _frozen(loaded: Stage, name: str) -> Frozen:
     if not loaded.digests[name].startswith(PREFIX):
         return Frozen(combined(tree_digests(loaded.params[name])))
-    weights = loaded.recipe.components[name]["weights"]
-    checkpoint = locate(weights, f"components.{name}.weights")
+    spec = loaded.recipe.components[name]
+    weights = spec["weights"]
+    checkpoint = locate(weights, f"components.{name}.weights", spec.get("part", ""))
     return Frozen(loaded.digests[name], checkpoint.repo_id or weights, checkpoint.revision)
 
 

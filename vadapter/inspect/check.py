@@ -151,7 +151,8 @@ def _tokenizer(stage: Stage, findings: Findings) -> Facts:
     ids = {"bos": [tokenizer.bos_id], "eos": [tokenizer.eos_id], "stop": [*tokenizer.stop_ids]}
     names: dict[int, str] = {}
     if isinstance(tokenizer, PretrainedTokenizer):
-        folder = locate(own, f"components.{name}.weights").path
+        part = stage.recipe.components[name].get("part", "")
+        folder = locate(own, f"components.{name}.weights", part).path
         names = _names(folder, {i for group in ids.values() for i in group})
     facts: Facts = {
         "of": name if own else "run", "vocab_size": stage.vocab_size, "exact": stage.exact,

@@ -90,7 +90,7 @@ def make_module(
     """Return the module of a component.
 
     Args:
-      spec: `kind` or `size`, and fields of the kind's config; `weights` is ignored.
+      spec: `kind` or `size`, and fields of the kind's config; `weights` and `part` are ignored.
       **derived: values for the fields in the config's `DERIVED` that are empty in the spec, such as
         `width`, `vocab_size`, `grid`.
 
@@ -98,7 +98,8 @@ def make_module(
       ConfigError: unknown kind, size or field, or an invalid value.
     """
     spec = expand(name, spec)
-    spec.pop("weights", None)
+    for key in ("weights", "part"):
+        spec.pop(key, None)
     config_type, module_type = load_kind(spec.pop("kind"))
     for key in getattr(config_type, "DERIVED", ()):
         if key in derived and not spec.get(key):

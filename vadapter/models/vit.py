@@ -30,7 +30,7 @@ from vadapter.models.layers import (
 )
 from vadapter.models.rope import Angles
 from vadapter.models.stem import ConvStem
-from vadapter.models.transformer import BlockConfig, InnerNorms, Remat, Stack
+from vadapter.models.transformer import BlockConfig, InnerNorms, PerLayer, Remat, Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,9 @@ class ViTConfig(EncoderConfig):
         of the class token have none; waves: sine and cosine of row and column (AIMv2, at any
         resolution); none: nothing.
       rope: rotary positions of the patches, beside those or alone (EVA-02, DINOv3).
+      window: patches a side of the square windows within which patches attend; 0: to all. Only
+        without class token and registers (Qwen2.5-VL).
+      whole: the layers, from 0, that attend to all in spite of a window.
       patches_only: do not return class token and registers.
       tap: the tokens that are returned. last | penultimate: those of that layer (LLaVA takes CLIP's
         penultimate); the model has no layers after it. queries: the pooler's, except its first,
@@ -76,6 +79,8 @@ class ViTConfig(EncoderConfig):
     registers: int = 0
     positions: Literal["trained", "patches", "waves", "none"] = "trained"
     rope: GridRopeConfig | None = None
+    window: int = 0
+    whole: tuple[int, ...] = ()
     patches_only: bool = False
     tap: Literal["last", "penultimate", "queries"] = "last"
     pooler: PoolerConfig | None = None
@@ -102,6 +107,8 @@ class ViTConfig(EncoderConfig):
         super().__post_init__()
         if self.tap == "queries" and self.pooler is None:
             raise ConfigError("tap='queries': this encoder has no pooler; set last or penultimate")
+        if self.window and (self.class_token or self.registers):
+            raise ConfigError("window: only of an encoder without class token and registers")
 
     @property
     def pooled(self) -> PoolerConfig | None:
@@ -182,8 +189,10 @@ class ViT(nn.Module):
             layer_scale=c.layer_scale, fused_attention=c.fused_attention, dropout=c.dropout,
             remat=c.remat,
         )  # fmt: skip
-        stack = Stack(block, c.depth - (c.tap == "penultimate"), self.dtype, name="stack")
-        x, _ = stack(x, positions=self._rotary(len(x)))
+        depth = c.depth - (c.tap == "penultimate")
+        layers, distance = self._windows(depth, len(x))
+        stack = Stack(block, depth, self.dtype, name="stack")
+        x, _ = stack(x, positions=self._rotary(len(x)), layers=layers, distance=distance)
         if c.final_norm and c.tap == "last":
             x = self._norm("norm")(x)
         if c.pooled:
@@ -211,6 +220,17 @@ class ViT(nn.Module):
         sin, cos = grid_rotary(c.rope, self._side, leading, c.width // c.heads)
         shape = (images, *sin.shape[1:])
         return jnp.broadcast_to(sin, shape), jnp.broadcast_to(cos, shape)
+
+    def _windows(self, depth: int, images: int) -> tuple[PerLayer | None, jax.Array | None]:
+        """Return the reach of every layer, and 1 between patches of different windows, else 0."""
+        c = self.config
+        if not c.window:
+            return None, None
+        along = np.arange(self._side) // c.window
+        of = (along[:, None] * self._side + along).reshape(-1)
+        distance = jnp.asarray(of[:, None] != of, jnp.int32)[None]
+        reach = jnp.asarray([1 + (i in c.whole) for i in range(depth)], jnp.int32)
+        return PerLayer(window=reach), jnp.broadcast_to(distance, (images, *distance.shape[1:]))
 
     def _norm(self, name: str) -> Norm:
         return Norm(self.config.norm, self.config.norm_eps, self.dtype, name=name)

@@ -111,8 +111,9 @@ def read_tokenizer(recipe: Recipe, stage: StageConfig, workdir: Path) -> Tokeniz
         from vadapter.data.tokenizers.pretrained import load_tokenizer
         from vadapter.weights.hf_checkpoint import locate
 
-        key, weights = f"components.{stage.lm}.weights", recipe.components[stage.lm]["weights"]
-        tokenizer = load_tokenizer(locate(weights, key).path)
+        key, spec = f"components.{stage.lm}.weights", recipe.components[stage.lm]
+        weights = spec["weights"]
+        tokenizer = load_tokenizer(locate(weights, key, spec.get("part", "")).path)
         if path.exists() and load_tokenizer(path).digest != tokenizer.digest:
             raise CheckpointError(
                 f"{path} is not the tokenizer of {key}={weights}: this run was started with "

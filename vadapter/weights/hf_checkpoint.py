@@ -16,7 +16,7 @@ from vadapter.console import listing, quantity, truncate
 from vadapter.distributed.mesh import read_sharded
 from vadapter.errors import CheckpointError
 from vadapter.models.paths import flatten
-from vadapter.weights import hub, llama2c
+from vadapter.weights import hub, llama2c, parts
 from vadapter.weights.families import (
     aimv2,
     clip,
@@ -25,11 +25,13 @@ from vadapter.weights.families import (
     exported,
     gemma,
     gpt2,
+    idefics3,
     internvit,
     llama,
     neox,
     openclip,
     qformer,
+    qwen_vl,
     timm,
     video,
 )
@@ -38,21 +40,12 @@ from vadapter.weights.name_mapping import Source, Table
 from vadapter.weights.preprocessor import PREPROCESSORS, read_preprocess
 from vadapter.weights.safetensors import TensorFiles
 
-LANGUAGE_MODELS = llama.FAMILIES | gemma.FAMILIES | gpt2.FAMILIES | neox.FAMILIES
+LANGUAGE_MODELS = llama.FAMILIES | gemma.FAMILIES | gpt2.FAMILIES | neox.FAMILIES | qwen_vl.TEXT
 ENCODERS = (
     clip.FAMILIES | dinov2.FAMILIES | dinov3.FAMILIES | aimv2.FAMILIES | internvit.FAMILIES
-    | openclip.FAMILIES | timm.FAMILIES | video.FAMILIES
+    | openclip.FAMILIES | timm.FAMILIES | video.FAMILIES | idefics3.FAMILIES | qwen_vl.VISION
 )  # fmt: skip
 FAMILIES = LANGUAGE_MODELS | ENCODERS | qformer.FAMILIES | exported.FAMILIES
-# Models of several parts: model_type -> the part that is used, and its model_type.
-PARTS = {
-    "clip": ("vision_config", "clip_vision_model"),
-    "metaclip_2": ("vision_config", "metaclip_2_vision_model"),
-    "siglip": ("vision_config", "siglip_vision_model"),
-    "siglip2": ("vision_config", "siglip2_vision_model"),
-    "aimv2": ("vision_config", "aimv2_vision_model"),
-    "gemma3": ("text_config", "gemma3_text"),
-}
 _MAX_CONFIG = 2**20  # bytes of a config.json
 _SHOWN = 8  # names in a message
 # The two ends of a model, which it does without if it is used through its hidden states alone.
@@ -92,11 +85,18 @@ class Checkpoint:
     fresh: frozenset[str] = frozenset()  # paths of parameters that are not read from it
 
     @classmethod
-    def open(cls, path: Path) -> "Checkpoint":
-        """Read config.json and the headers of the weights; raise CheckpointError if one is bad."""
-        model_type, spec = describe(path)
+    def open(cls, path: Path, part: str = "") -> "Checkpoint":
+        """Read config.json and the headers of the weights; raise CheckpointError if one is bad.
+
+        `part` names one of a checkpoint that has several, see `parts`.
+        """
+        model_type, spec = describe(path, part)
         family = FAMILIES[model_type]
-        return cls(path, model_type, spec, family.tables, family.files(path))
+        rename = parts.renamed(read_config(path), part)
+        files = TensorFiles.open(path, rename) if part else family.files(path)
+        if rename and not part:  # of a model whose text has always been read without naming it
+            files = files.renamed(rename)
+        return cls(path, model_type, spec, family.tables, files)
 
     def match(self, abstract: Any) -> Report:
         """Match the tensors to the parameters, by their names and shapes alone.
@@ -214,10 +214,14 @@ def _place(leaf: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
     return read_sharded(leaf.shape, leaf.sharding, read)
 
 
-def locate(weights: str, key: str) -> hub.Snapshot:
-    """Return `hub.resolve` of public weights, with errors that name `key` of the recipe."""
+def locate(weights: str, key: str, part: str = "") -> hub.Snapshot:
+    """Return `hub.resolve` of public weights, with errors that name `key` of the recipe.
+
+    Of the repository of a `part`, weights files without it are not downloaded.
+    """
+    shards = functools.partial(parts.shards, name=part) if part else None
     try:
-        return hub.resolve(resolve(weights, key))
+        return hub.resolve(resolve(weights, key), shards=shards)
     except CheckpointError as error:
         raise CheckpointError(f"{key}: {error}") from error
 
@@ -233,21 +237,24 @@ def complete(spec: Mapping[str, Any], key: str) -> dict[str, Any]:
     """
     if not spec.get("weights") or spec.get("kind") or spec.get("size"):
         return dict(spec)
-    snapshot = locate(spec["weights"], key)
+    part = spec.get("part", "")
+    snapshot = locate(spec["weights"], key, part)
     pinned = f"{snapshot.repo_id}@{snapshot.revision}" if snapshot.repo_id else spec["weights"]
     try:
-        return {**describe(snapshot.path)[1], **spec, "weights": pinned}
+        return {**describe(snapshot.path, part)[1], **spec, "weights": pinned}
     except CheckpointError as error:
         raise CheckpointError(f"{key}: {error}") from error
 
 
-def describe(path: Path) -> tuple[str, dict[str, Any]]:
+def describe(path: Path, part: str = "") -> tuple[str, dict[str, Any]]:
     """Return (model_type, spec of the component) of a checkpoint folder, without its weights.
 
     Raises:
-      CheckpointError: an unsupported model, or a config.json that lacks a key.
+      CheckpointError: an unsupported model or part, or a config.json that lacks a key.
     """
-    config = read_config(path)
+    whole = config = read_config(path)
+    if chosen := parts.find(whole, part):
+        config = _checked(path, lambda: chosen.config(whole))
     model_type = config.get("model_type", "")
     if model_type not in FAMILIES:
         raise CheckpointError(
@@ -260,11 +267,13 @@ def describe(path: Path) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(f"{path / 'config.json'} has no {e.args[0]!r}") from None
     if model_type in ENCODERS and any((path / name).is_file() for name in PREPROCESSORS):
         spec |= read_preprocess(path).fields()
+    if chosen:
+        spec |= chosen.spec(whole)
     return model_type, spec
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the config of a checkpoint with its `model_type`; of several parts, the one used."""
+    """Return the config of a checkpoint, of all its parts, with its `model_type`."""
     config: dict[str, Any] = {}
     for name in (name for name in CONFIGS if (path / name).is_file()):
         if (config := _read_json(path / name, CONFIGS[name])).get("model_type"):
@@ -279,6 +288,13 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _checked(path: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return read()
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise CheckpointError(f"{path / 'config.json'} cannot be read ({e})") from e
+
+
 def _read_json(file: Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     try:
         if file.stat().st_size > _MAX_CONFIG:
@@ -289,13 +305,10 @@ def _read_json(file: Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, A
 
 
 def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
-    if (kind := config.get("model_type")) == "blip-2":
+    if config.get("model_type") == "blip-2":
         return qformer.read_config(config)
-    if kind is None and "architecture" in config:
+    if config.get("model_type") is None and "architecture" in config:
         return timm.read_config(config)
-    key, model_type = PARTS.get(str(kind), ("", ""))
-    if key and (key in config or kind not in FAMILIES):
-        return {**config[key], "model_type": model_type}
     return dict(config)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vadapter.config import nearest
@@ -19,7 +19,8 @@ from vadapter.errors import CheckpointError, one_line
 
 PACKAGED = "packaged:"
 PACKAGE = Path(__file__).parent / "packaged"
-ALLOW = ("*.json", "*.safetensors", "merges.txt")
+WEIGHTS = "*.safetensors"
+ALLOW = ("*.json", WEIGHTS, "merges.txt")
 # Pickled files, and subfolders: other formats of the same weights, mostly.
 _EXCLUDED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*/*"]
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -35,13 +36,18 @@ class Snapshot:
     revision: str = ""  # the commit
 
 
-def resolve(spec: str, *, revision: str | None = None, allow: Sequence[str] = ALLOW) -> Snapshot:
+def resolve(
+    spec: str, *, revision: str | None = None, allow: Sequence[str] = ALLOW,
+    shards: Callable[[Path], Sequence[str]] | None = None,
+) -> Snapshot:  # fmt: skip
     """Return the folder that `spec` names, downloading a hub id that is not in the cache.
 
     Args:
       spec: a local folder; `packaged:NAME`; or a hub id, `owner/name` or `owner/name@revision`.
       revision: branch, tag or commit of a hub id; None takes that of `spec`, or "main".
       allow: patterns of the file names to download; pickled files are always excluded.
+      shards: from the folder of all files but the weights to the weights files that are needed;
+        no others are then downloaded. None, or where it returns none: all.
 
     Raises:
       CheckpointError: neither a folder nor a hub id; or no such repository or revision, no access,
@@ -63,7 +69,13 @@ def resolve(spec: str, *, revision: str | None = None, allow: Sequence[str] = AL
         raise CheckpointError(_neither(spec, folder))
     if tag and revision and tag != revision:
         raise CheckpointError(f"{spec!r} and revision={revision!r} contradict: give one of them.")
-    return _download(repo_id, revision or tag or "main", allow)
+    revision = revision or tag or "main"
+    if shards is not None:
+        snapshot = _download(repo_id, revision, [x for x in allow if x != WEIGHTS])
+        revision = snapshot.revision
+        if files := shards(snapshot.path):
+            allow = [*(x for x in allow if x != WEIGHTS), *files]
+    return _download(repo_id, revision, allow)
 
 
 def _packaged(spec: str) -> Path:

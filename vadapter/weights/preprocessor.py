@@ -7,7 +7,7 @@ processors in the table below, and the preprocess_cfg of open_clip_config.json.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ PROCESSORS = {
     "DINOv3ViTImageProcessor": False,
     "ViTImageProcessor": False,
 }
+_GRID = 32  # patches a side of the square that images of any shape become
+# Processors of vision-language models, which cut an image into several or keep its shape: from
+# their file to that of a processor above, whose square is what the encoder sees of an image that is
+# one piece. Those of any shape are stretched to `_GRID` patches a side.
+SQUARES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "LlavaImageProcessor": lambda c: {**c, "image_processor_type": "CLIPImageProcessor"},
+    "LlavaOnevisionImageProcessor": lambda c: _stretched(c, c.get("size")),
+    "Gemma3ImageProcessor": lambda c: _stretched(c, c.get("size")),
+    "Idefics3ImageProcessor": lambda c: _stretched(c, _longest(c)),
+    "SmolVLMImageProcessor": lambda c: _stretched(c, _longest(c)),
+    "Qwen2VLImageProcessor": lambda c: _stretched(c, _GRID * c.get("patch_size", 14)),
+}
 # video processor -> what its file may leave out
 VIDEO_PROCESSORS = {
     "VJEPA2VideoProcessor": {
@@ -41,7 +53,8 @@ VIDEO_PROCESSORS = {
     },
 }  # fmt: skip
 _INTERPOLATIONS: dict[int | str, Interpolation] = {  # numbers are Pillow's
-    2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic",
+    1: "lanczos", 2: "bilinear", 3: "bicubic", "lanczos": "lanczos", "bilinear": "bilinear",
+    "bicubic": "bicubic",
 }  # fmt: skip
 
 
@@ -89,6 +102,8 @@ def _processor(config: Mapping[str, Any]) -> Preprocess:
     name = str(config.get("image_processor_type", config.get("feature_extractor_type")))
     kind = name.removesuffix("Fast").removesuffix("Pil")
     kind = kind.replace("FeatureExtractor", "ImageProcessor")
+    if kind in SQUARES:
+        return _processor(SQUARES[kind](config))
     if kind not in PROCESSORS:
         raise ValueError(f"image_processor_type {name!r} is unknown{nearest(kind, PROCESSORS)}")
     if kind == "Siglip2ImageProcessor":
@@ -114,6 +129,16 @@ def _processor(config: Mapping[str, Any]) -> Preprocess:
         mean=_channels(config, "image_mean") if normalize else (0.0,) * 3,
         std=_channels(config, "image_std", positive=True) if normalize else (1.0,) * 3,
     )
+
+
+def _stretched(config: Mapping[str, Any], size: Any) -> dict[str, Any]:
+    """Return the file of a processor that stretches an image to a square, and does no more."""
+    changed = {"image_processor_type": "SiglipImageProcessor", "size": size, "do_pad": False}
+    return {**config, **changed, "do_center_crop": False}
+
+
+def _longest(config: Mapping[str, Any]) -> Any:
+    return _group(config, "max_image_size").get("longest_edge")
 
 
 def _video(config: Mapping[str, Any]) -> Preprocess:
@@ -212,7 +237,7 @@ def _size(config: Mapping[str, Any], key: str, *, square: bool) -> tuple[int, bo
 def _interpolation(config: Mapping[str, Any], key: str) -> Interpolation:
     value = config.get(key)
     if not isinstance(value, int | str) or value not in _INTERPOLATIONS:
-        raise ValueError(f"{key}={value!r} is not bilinear (2) or bicubic (3)")
+        raise ValueError(f"{key}={value!r} is not bilinear (2), bicubic (3) or lanczos (1)")
     return _INTERPOLATIONS[value]
 
 

@@ -53,6 +53,7 @@ class Reference:
     path: Path
     kind: str
     fresh: frozenset[str] = frozenset()  # paths of parameters that start random instead
+    part: str = ""  # of a checkpoint of several parts, see `parts`
 
     @classmethod
     def of(cls, component: str, spec: Mapping[str, Any]) -> "Reference":
@@ -70,11 +71,18 @@ class Reference:
             raise ConfigError(f"{key}: supported for {', '.join(FORMATS)}, not for kind {kind!r}")
         from vadapter.weights.hf_checkpoint import locate
 
-        return cls(component, spec["weights"], locate(spec["weights"], key).path, kind)
+        part = spec.get("part", "")
+        if part and FORMATS[kind] != FORMATS["vit"]:
+            raise ConfigError(
+                f"components.{component}.part: weights of kind {kind!r} have no parts"
+            )
+        path = locate(spec["weights"], key, part).path
+        return cls(component, spec["weights"], path, kind, part=part)
 
     def open(self) -> Weights:
         """Read and check the headers of the weights."""
-        opened = pkgutil.resolve_name(FORMATS[self.kind]).open(self.path)
+        named = {"part": self.part} if self.part else {}
+        opened = pkgutil.resolve_name(FORMATS[self.kind]).open(self.path, **named)
         return dataclasses.replace(opened, fresh=self.fresh) if self.fresh else opened
 
     def digest(self, folder: Path, *, write: bool = True) -> str:

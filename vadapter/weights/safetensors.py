@@ -11,12 +11,13 @@ Format: https://github.com/huggingface/safetensors#format
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class TensorFiles:
       files: the files that hold the tensors, each with its stamp at the time.
       block: bytes held beside the result while a slice is cut out of rows.
       expected: the SHA-256 (hex) that the files must have; "": any.
+      part: these are the tensors of one part of the checkpoint, and no others are read.
     """
 
     path: Path
@@ -89,10 +91,14 @@ class TensorFiles:
     files: Mapping[Path, Stamp]
     block: int = 16 * 2**20
     expected: str = ""
+    part: bool = False
 
     @classmethod
-    def open(cls, path: Path) -> "TensorFiles":
+    def open(cls, path: Path, rename: Callable[[str], str | None] | None = None) -> "TensorFiles":
         """Read and check the headers of a checkpoint.
+
+        With `rename`, from the name of a tensor to another or None, only the tensors that it names
+        are there, under these names, and shards that hold no such tensor may be missing.
 
         It is a .safetensors file, or a folder with model.safetensors.index.json and its shards,
         with model.safetensors, or with one .safetensors file under any name. Links are followed,
@@ -104,14 +110,22 @@ class TensorFiles:
         """
         tensors, files = {}, {}
         with naming(path):
-            for file, listed in _shards(path).items():
+            for file, listed in _shards(path, rename).items():
                 with naming(file):
                     header, files[file] = _read_header(file)
                     if listed is not None and (odd := header.keys() ^ listed):
                         verb = "lacks" if min(odd) in listed else "holds"
                         raise ValueError(f"it {verb} tensor {min(odd)!r}, contrary to {_INDEX}")
                     tensors |= header
-        return cls(path, tensors, files)
+            if rename is not None:
+                tensors = _renamed(tensors, rename)
+                files = {file: files[file] for file in {t.file: None for t in tensors.values()}}
+        return cls(path, tensors, files, part=rename is not None)
+
+    def renamed(self, rename: Callable[[str], str | None]) -> "TensorFiles":
+        """Return the same files with those tensors alone that `rename` names, see `open`."""
+        with naming(self.path):
+            return dataclasses.replace(self, tensors=_renamed(self.tensors, rename))
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Return `tensor[index]`, a new array in the dtype stored, without reading the rest.
@@ -143,9 +157,14 @@ class TensorFiles:
     def digest(self) -> str:
         """Return the SHA-256 (hex) of the concatenated files; they must be as when opened.
 
+        Of a `part` that of its tensors alone, by their names, dtypes, shapes and bytes.
+
         Raises:
           CheckpointError: the files have changed, or are not those that are expected.
         """
+
+        if self.part:
+            return self._digest_of_tensors()
 
         def opened() -> Iterator[BufferedReader]:
             for file in self.files:
@@ -161,6 +180,21 @@ class TensorFiles:
             )
         return digest
 
+    def _digest_of_tensors(self) -> str:
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+            left = math.prod(info.shape) * info.dtype.itemsize
+            with self._reading(info.file) as f:
+                f.seek(info.start)
+                while left:
+                    if not (block := f.read(min(left, self.block))):
+                        raise ValueError("it ends within a tensor")
+                    digest.update(block)
+                    left -= len(block)
+        return digest.hexdigest()
+
     @contextlib.contextmanager
     def _reading(self, file: Path) -> Iterator[BufferedReader]:
         with naming(file), file.open("rb") as f:
@@ -169,14 +203,33 @@ class TensorFiles:
             yield f
 
 
-def _shards(path: Path) -> dict[Path, set[str] | None]:
+def _renamed(
+    tensors: Mapping[str, TensorInfo], rename: Callable[[str], str | None]
+) -> dict[str, TensorInfo]:
+    """Return the tensors that `rename` names; ValueError if two get one name, or none has."""
+    named: dict[str, str] = {}
+    for name in tensors:
+        if (new := rename(name)) is None:
+            continue
+        if new in named:
+            raise ValueError(f"{named[new]!r} and {name!r} are one tensor of this part")
+        named[new] = name
+    if not named:
+        first = min(tensors)
+        raise ValueError(f"it holds no tensor of this part; its first is {first!r}")
+    return {new: tensors[name] for new, name in named.items()}
+
+
+def _shards(
+    path: Path, rename: Callable[[str], str | None] | None = None
+) -> dict[Path, set[str] | None]:
     """Return the files of a checkpoint, and the tensors of each according to the index, if any."""
     if not path.is_dir():
         _refuse_foreign([require_file(path)])
         return {path: None}
     if (path / _INDEX).is_file():
         with naming(path / _INDEX):
-            return _read_index(path / _INDEX)
+            return _read_index(path / _INDEX, rename)
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())
     if path / _SINGLE in files:
         return {path / _SINGLE: None}
@@ -211,8 +264,13 @@ def _refuse_foreign(files: list[Path]) -> None:
     )
 
 
-def _read_index(path: Path) -> dict[Path, set[str] | None]:
-    """Return the shards, each a file in the folder of the index, and their tensors."""
+def _read_index(
+    path: Path, rename: Callable[[str], str | None] | None = None
+) -> dict[Path, set[str] | None]:
+    """Return the shards, each a file in the folder of the index, and their tensors.
+
+    With `rename` those alone that hold a tensor that it names.
+    """
     with path.open("rb") as f:
         if stamp(f)[0] > _MAX_INDEX:
             raise ValueError(f"it has {stamp(f)[0]} bytes, more than {_MAX_INDEX}")
@@ -227,6 +285,8 @@ def _read_index(path: Path) -> dict[Path, set[str] | None]:
         if not re.fullmatch(r"[^/\\:]+\.safetensors", str(shard)):
             raise ValueError(f"it names {shard!r}, which is not the name of a shard in its folder")
         shards.setdefault(shard, set()).add(name)
+    if rename is not None:
+        shards = {s: names for s, names in shards.items() if any(map(rename, names))} or shards
     if missing := sorted(s for s in shards if not (path.parent / s).is_file()):
         raise ValueError(
             f"{len(missing)} of its {len(shards)} shards are not in the folder: {missing[:3]}; "

@@ -35,7 +35,10 @@ CLIP_SUFFIXES = frozenset({".avi", ".mp4", ".webm", ".mkv", ".mov", ".gif"})
 MEDIA_SUFFIXES = IMAGE_SUFFIXES | CLIP_SUFFIXES
 MAX_PIXELS = 25_000_000
 
-_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}  # fmt: skip
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 _MAX_RATIO = 16  # of an image's sides; of a longer one only the center is resized
