@@ -61,6 +61,20 @@ VJEPA2 = {  # facebook/vjepa2-vitl-fpc64-256, in video_preprocessor_config.json
     "crop_size": {"height": 256, "width": 256}, "do_center_crop": True, "resample": 2,
     "size": {"shortest_edge": 292}, "return_metadata": False,
 }  # fmt: skip
+GEMMA3 = {  # google/gemma-3-4b-it
+    **STEPS, **SCALE, **channels(HALF), "image_processor_type": "Gemma3ImageProcessor",
+    "do_pan_and_scan": None, "resample": 2, "size": {"height": 896, "width": 896},
+}  # fmt: skip
+SMOLVLM = {  # HuggingFaceTB/SmolVLM-256M-Instruct
+    **STEPS, **SCALE, **channels(HALF), "image_processor_type": "Idefics3ImageProcessor",
+    "do_image_splitting": True, "do_pad": True, "max_image_size": {"longest_edge": 512},
+    "resample": 1, "size": {"longest_edge": 2048},
+}  # fmt: skip
+QWEN2_5_VL = {  # Qwen/Qwen2.5-VL-7B-Instruct
+    **channels(OPENAI), "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136,
+    "max_pixels": 12845056, "merge_size": 2, "patch_size": 14, "temporal_patch_size": 2,
+    "resample": 3,
+}  # fmt: skip
 COCA = {  # laion/CoCa-ViT-B-32-laion2B-s13B-b90k
     "model_cfg": {"embed_dim": 512, "vision_cfg": {"image_size": 224, "patch_size": 32}},
     "preprocess_cfg": {"mean": list(OPENAI[0]), "std": list(OPENAI[1])},

@@ -11,14 +11,17 @@ from support.processors import (
     CLIP_2021,
     COCA,
     DINOV2,
+    GEMMA3,
     DINOV3,
     HALF,
     IMAGENET,
     MOBILENET,
     NAFLEX,
     OPENAI,
+    QWEN2_5_VL,
     SIGLIP,
     SIGLIP2,
+    SMOLVLM,
     SQUASHED,
     VIDEOMAE,
     VJEPA2,
@@ -63,6 +66,9 @@ READ = {
         {**VJEPA2, "crop_size": 384, "size": {"shortest_edge": 292}},
         Preprocess(ImageTransform(384, "crop", "bilinear", 384 / 438, True), *IMAGENET),
     ),
+    "Gemma 3": (GEMMA3, Preprocess(ImageTransform(896, "stretch", "bilinear", floor=True), *HALF)),
+    "SmolVLM": (SMOLVLM, Preprocess(ImageTransform(512, "stretch", "lanczos", floor=True), *HALF)),
+    "Qwen2.5-VL": (QWEN2_5_VL, Preprocess(ImageTransform(448, "stretch", floor=True), *OPENAI)),
     "CoCa": (COCA, Preprocess(ImageTransform(224), *OPENAI)),
     "squashed": (SQUASHED, Preprocess(ImageTransform(256, "stretch", "bilinear"), *HALF)),
 }
@@ -148,7 +154,8 @@ def test_a_folder_without_the_file_or_with_a_truncated_one_is_refused(tmp_path):
         read_preprocess(tmp_path)
 
 
-RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR,
+            "lanczos": Image.Resampling.LANCZOS}  # fmt: skip
 SHAPES = [(375, 500), (500, 333), (240, 320), (100, 150), (64, 97), (224, 224), (50, 400)]
 
 

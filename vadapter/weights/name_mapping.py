@@ -85,33 +85,24 @@ class Tokens:
 
     Attributes:
       name: the full name of the tensor.
-<<<<<<< HEAD
       grid: number of leading vectors that are not positions in a square grid, or SQUARE: all that
         exceed a square; a grid of another size is resampled, with or without antialiasing. None:
         there is no grid.
-      kernel: of resampling; linear: always with antialiasing.
-=======
-      grid: number of leading vectors that are not positions in a square grid; a grid of another
-        size is resampled, with or without antialiasing. None: there is no grid.
-      resample: how. bicubic: see there. corners: linearly between positions, the corners of both
-        grids on each other (Qwen3-VL). nearest: the position that a patch begins in (Idefics 3).
->>>>>>> 2219787 (Read parts of vision-language checkpoints)
+      kernel: of resampling; linear: always with antialiasing. corners: linearly between positions,
+        the corners of both grids on each other (Qwen3-VL). nearest: the position that a patch
+        begins in (Idefics 3).
     """
 
     name: str
     grid: int | None = None
     antialias: bool = False
-<<<<<<< HEAD
-    kernel: Literal["cubic", "linear"] = "cubic"
-=======
-    resample: Literal["bicubic", "corners", "nearest"] = "bicubic"
+    kernel: Literal["cubic", "linear", "corners", "nearest"] = "cubic"
 
     def weights(self, old: int, new: int) -> np.ndarray:
         """Return the weights that resample a side of the grid, f32[new, old]."""
-        if self.resample == "bicubic":
+        if self.kernel == "cubic":
             return bicubic(old, new, antialias=self.antialias)
-        return (_corners if self.resample == "corners" else _nearest)(old, new)
->>>>>>> 2219787 (Read parts of vision-language checkpoints)
+        return {"linear": bilinear, "corners": _corners, "nearest": _nearest}[self.kernel](old, new)
 
 
 Form = str | Part | Patches | Pairs | Tokens
@@ -299,12 +290,7 @@ def _tokens(tensor: np.ndarray, shape: Sequence[int], form: Tokens) -> np.ndarra
         count = tensor.shape[1] - lead
         raise CheckpointError(f"{form.name}: its {count} positions are not a square grid")
     grid = tensor[0, lead:].astype(np.float32).reshape(old, old, -1)
-<<<<<<< HEAD
-    cubic = form.kernel == "cubic"
-    weights = bicubic(old, new, antialias=form.antialias) if cubic else bilinear(old, new)
-=======
     weights = form.weights(old, new)
->>>>>>> 2219787 (Read parts of vision-language checkpoints)
     grid = np.einsum("yi,xj,ijd->yxd", weights, weights, grid).reshape(1, new * new, -1)
     return np.concatenate([tensor[:, :lead].astype(np.float32), grid], axis=1)
 
@@ -330,7 +316,6 @@ def bicubic(old: int, new: int, *, antialias: bool = False) -> np.ndarray:
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-<<<<<<< HEAD
 def bilinear(old: int, new: int) -> np.ndarray:
     """Return the weights of linear interpolation with antialiasing, f32[new, old].
 
@@ -342,7 +327,8 @@ def bilinear(old: int, new: int) -> np.ndarray:
     distances = np.abs(np.arange(old) - centers[:, None]) / max(scale, 1.0)
     weights = np.maximum(1 - distances, 0)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-=======
+
+
 def _corners(old: int, new: int) -> np.ndarray:
     """Return the weights of linear interpolation from corner to corner, f32[new, old]."""
     at = np.linspace(0, old - 1, new, dtype=np.float32)
@@ -360,7 +346,6 @@ def _nearest(old: int, new: int) -> np.ndarray:
     (on its own grids of 19, 25 or 29 a side; those of published models are 26, 27 and 32).
     """
     return np.eye(old, dtype=np.float32)[np.arange(new) * old // new]
->>>>>>> 2219787 (Read parts of vision-language checkpoints)
 
 
 def _cubic(t: float, a: float) -> float:

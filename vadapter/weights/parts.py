@@ -29,6 +29,7 @@ class Part:
     Attributes:
       group: the key of config.json that describes it.
       model_type: of its family; the group's own counts unless it is `fixed`.
+      alone: the model has no parts where the group is missing.
       prefixes: of the names of its tensors -> what takes their place where it is saved alone; None:
         those are of other parts. The longest that fits counts.
       absent: the keys that it has where the group is missing.
@@ -43,6 +44,7 @@ class Part:
     whole: Callable[[Config, Config], Config] = lambda whole, group: {}
     spec: Callable[[Config], dict[str, Any]] = lambda whole: {}
     fixed: bool = False
+    alone: bool = False
 
     def config(self, whole: Config) -> dict[str, Any]:
         """Return the part's own config, with its `model_type`."""
@@ -120,10 +122,11 @@ _QWEN_VISION: Prefixes = {"visual.": "", "model.visual.": ""}
 _SO400M = {"hidden_size": 1152, "patch_size": 14, "num_attention_heads": 16}
 
 
-def _towers(kind: str) -> dict[str, Part]:
+def _towers(kind: str, *, alone: bool = False) -> dict[str, Part]:
     """Return the one part of a model of two towers."""
+    prefixes: Prefixes = {"vision_model.": ""}
     kind = f"{kind}_vision_model"
-    return {"vision": Part("vision_config", kind, {"vision_model.": ""}, fixed=True)}
+    return {"vision": Part("vision_config", kind, prefixes, fixed=True, alone=alone)}
 
 
 def _idefics(kind: str) -> dict[str, Part]:
@@ -145,6 +148,7 @@ def _qwen(kind: str, whole: Callable[[Config, Config], Config]) -> dict[str, Par
 # model_type -> its parts.
 MODELS: dict[str, dict[str, Part]] = {
     **{kind: _towers(kind) for kind in ("clip", "metaclip_2", "siglip", "siglip2")},
+    "aimv2": _towers("aimv2", alone=True),
     "gemma3": {
         "vision": Part("vision_config", "siglip_vision_model", _LLAVA_VISION),
         "text": Part("text_config", "gemma3_text", _LLAVA_TEXT, whole=_tied(True), fixed=True),
@@ -197,7 +201,10 @@ def find(whole: Config, name: str) -> Part | None:
       CheckpointError: the model has no such part, or several and none is named.
     """
     kind = str(whole.get("model_type", ""))
-    parts = MODELS.get(kind, {})
+    parts = {
+        name: part for name, part in MODELS.get(kind, {}).items()
+        if not part.alone or part.group in whole
+    }  # fmt: skip
     chosen = name or _DEFAULTS.get(kind) or (next(iter(parts)) if len(parts) == 1 else "")
     if chosen in parts:
         return parts[chosen]

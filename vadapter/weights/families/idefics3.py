@@ -12,7 +12,7 @@ _TABLE = Table(
     modules={
         **clip.FAMILIES["siglip_vision_model"].tables[0].modules,
         "positions": Tokens(
-            "embeddings.position_embedding.weight", grid=0, resample="nearest"
+            "embeddings.position_embedding.weight", grid=0, kernel="nearest"
         ),
     },
 )  # fmt: skip

@@ -50,7 +50,7 @@ _VISION2 = Table(
     ignored=(r"^(merger|deepstack_merger_list)\.",),
 )  # fmt: skip
 _VISION3 = _VISION2 | {
-    "positions": Tokens("pos_embed.weight", grid=0, resample="corners"),
+    "positions": Tokens("pos_embed.weight", grid=0, kernel="corners"),
     "mlp/up": "mlp.linear_fc1",
     "mlp/down": "mlp.linear_fc2",
 }
