@@ -140,16 +140,16 @@ def theirs_seen(torch, original, module, pixels):
     x = (pixels[:, 0] / 255 - np.array(c.mean)) / np.array(c.std)
     x = torch.tensor(x.transpose(0, 3, 1, 2), dtype=torch.float32)
     kind, seen = original.config.model_type, []
+    m, side = 2, c.image_size // c.patch
+    grid = torch.tensor([[1, side, side]] * len(x))
     connector = next(m for name, m in inner.named_modules() if name.rpartition(".")[2] in (
         "multi_modal_projector", "connector", "merger"))  # fmt: skip
     handle = connector.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad(), their_warnings():
         if kind.startswith("qwen"):
-            m, side = 2, c.image_size // c.patch
             shape = (len(x), 3, side // m, m, c.patch, side // m, m, c.patch)
             flat = x.reshape(shape).permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]
             flat = flat.repeat(1, 1, 1, 1, 1, 1, 2, 1, 1).reshape(len(x) * side**2, -1)
-            grid = torch.tensor([[1, side, side]] * len(x))
             inner.get_image_features(flat, grid)
         elif kind == "llava_onevision":
             for image in x:  # the first of its pieces is the whole image

@@ -51,7 +51,7 @@ class Part:
         group = whole.get(self.group)
         group = self.absent if group is None else group
         own = None if self.fixed else group.get("model_type")
-        model_type = self.model_type if own is None else own
+        model_type = self.model_type if own is None else str(own)
         return {**group, **self.whole(whole, group), "model_type": model_type}
 
     def rename(self, name: str) -> str | None:

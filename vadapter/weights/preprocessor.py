@@ -41,7 +41,7 @@ SQUARES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "Gemma3ImageProcessor": lambda c: _stretched(c, c.get("size")),
     "Idefics3ImageProcessor": lambda c: _stretched(c, _longest(c)),
     "SmolVLMImageProcessor": lambda c: _stretched(c, _longest(c)),
-    "Qwen2VLImageProcessor": lambda c: _stretched(c, _GRID * c.get("patch_size", 14)),
+    "Qwen2VLImageProcessor": lambda c: _stretched(c, _grid(c)),
 }
 # video processor -> what its file may leave out
 VIDEO_PROCESSORS = {
@@ -135,6 +135,12 @@ def _stretched(config: Mapping[str, Any], size: Any) -> dict[str, Any]:
     """Return the file of a processor that stretches an image to a square, and does no more."""
     changed = {"image_processor_type": "SiglipImageProcessor", "size": size, "do_pad": False}
     return {**config, **changed, "do_center_crop": False}
+
+
+def _grid(config: Mapping[str, Any]) -> int:
+    if type(patch := config.get("patch_size", 14)) is not int:
+        raise ValueError(f"patch_size={patch!r} is not a whole number")
+    return _GRID * patch
 
 
 def _longest(config: Mapping[str, Any]) -> Any:
