@@ -154,6 +154,7 @@ def _cast(x: np.ndarray, dtype: str) -> np.ndarray:
 def _spec(spec: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return the spec of a component as other recipes need it: with the size of its vocabulary."""
     filled = expand("", spec)
+    filled.pop("part", None)  # which it was of the checkpoint that it started from
     if tokenizer is not None and not filled.get("vocab_size"):
         filled["vocab_size"] = tokenizer.vocab_size
     return filled
