@@ -11,14 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support import runs
 from support.cases import some_slow
 from support.hub_server import NEW
 from support.original import their_warnings
-from support.public_models import read_checkpoint
+from support.patches import use_devices
+from support.processors import CLIP, write_processor
+from support.public_models import read_checkpoint, write_model
+from support.public_tokenizers import llama2
 
 from vadapter.errors import CheckpointError
 from vadapter.models.registry import make_module
 from vadapter.models.transformer import text_mask
+from vadapter.recipe.schema import read
+from vadapter.stages.restore import open_run
+from vadapter.train.loop import train
 from vadapter.weights.hf_checkpoint import FAMILIES, Checkpoint, complete
 from vadapter.weights.name_mapping import Tokens
 from vadapter.weights.parts import MODELS
@@ -403,3 +410,50 @@ def test_a_published_part_has_its_published_number_of_parameters(name):
     for path, leaf in leaves:
         source = family.tables[0].source("/".join(k.key for k in path), leaf.shape)
         assert source is not None, path
+
+
+# -- a run -------------------------------------------------------------------------------------
+
+
+def test_a_recipe_takes_encoder_and_language_model_of_one_checkpoint(tmp_path, monkeypatch):
+    """And the tokenizer with its end, and the preprocessing of the images."""
+    use_devices(monkeypatch, 1)
+    world = runs.prepare(tmp_path)
+    sizes = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = json.loads((llama2(tmp_path / "vlm") / "config.json").read_text())
+    text |= {**sizes, "model_type": "llama", "hidden_size": 24, "max_position_embeddings": 512}
+    vision = {**sizes, "model_type": "clip_vision_model", "hidden_size": 16, "image_size": 32}
+    vision["patch_size"] = 8
+    write_model(tmp_path / "text", text)
+    write_model(tmp_path / "vision", vision, "vision_model.")
+    tensors = {}
+    for front, part in (("language_model.", "text"), ("vision_tower.", "vision")):
+        own = load_file(tmp_path / part / "model.safetensors")
+        tensors |= {f"{front}{name}": tensor for name, tensor in own.items()}
+    vlm = tmp_path / "vlm"
+    save_file(tensors, vlm / "model.safetensors")
+    whole = {"model_type": "llava", "text_config": text, "vision_config": vision}
+    (vlm / "config.json").write_text(json.dumps(whole))
+    write_processor(vlm, {**CLIP, "size": {"shortest_edge": 32}, "crop_size": 32})
+    config = runs.small(world)
+    with config.unlocked():
+        config.components.encoder = {"weights": str(vlm), "part": "vision"}
+        config.components.llm = {"weights": str(vlm), "part": "text"}
+        config.chain, config.evals = ("vadapter",), {}
+        stage = config.stages.vadapter
+        stage.update(chain=("front", "fc_out"), steps=2, evals=(), eval_every=0, exit_layer=0)
+        stage.start = {}
+        stage.optim.lr_mults = {}
+        config.stages = {"vadapter": stage}
+        config.tokenizer.data = ()
+        config.data.images.update(text_len=80, target_len=78)
+    train(read(config), tmp_path / "run")
+    loaded = open_run(tmp_path / "run")
+    assert loaded.view is not None
+    assert (loaded.view.size, loaded.tokenizer.eos_id) == (32, 2)
+    kernel = loaded.params["llm"]["stack"]["blocks"]["mlp"]["down"]["kernel"]
+    theirs = tensors["language_model.model.layers.1.mlp.down_proj.weight"]
+    np.testing.assert_array_equal(kernel[1], theirs.T)
+    assert kernel.shape[0] == 2
+    eyes = loaded.params["encoder"]["stack"]["blocks"]["mlp"]["up"]["kernel"]
+    assert eyes.shape[0] == 1, "LLaVA reads the layer before the last"
