@@ -6,7 +6,6 @@ users; where the original does not, anything but another exception. The keys are
 original's configuration, those that its code mentions, and those of all families' tables.
 """
 
-import copy
 import dataclasses
 import importlib
 import json
@@ -150,7 +149,7 @@ class Sweep:
         torch, text = self.torch, "vocab_size" in SMALL[config["model_type"]]
         kind = self.transformers.CONFIG_MAPPING[config["model_type"]]
         auto = self.transformers.AutoModelForCausalLM if text else self.transformers.AutoModel
-        edited = kind.from_dict(copy.deepcopy(config))
+        edited = kind.from_dict(json.loads(json.dumps(config)))
         edited._attn_implementation = "eager"
         with torch.device("meta"):
             count = sum(p.numel() for p in auto.from_config(edited).parameters())

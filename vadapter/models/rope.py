@@ -109,7 +109,7 @@ def _yarn(config: RopeConfig, freq: np.ndarray, rotated: int) -> np.ndarray:
     if config.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotated - 1)
-    ramp = (np.arange(len(freq), dtype=np.float32) - low) / max(high - low, 0.001)
+    ramp = (np.arange(len(freq), dtype=np.float32) - low) / (high - low or 0.001)
     return 1 - np.clip(ramp, 0, 1)
 
 
