@@ -83,6 +83,7 @@ def _gemma2(c: Config) -> Spec:
 
 def _gemma3(c: Config) -> Spec:
     far, near = _groups(c)
+    c = {**c, "original_max_position_embeddings": None}  # only that within a group counts
     spec = _second({**c, "rope_scaling": None, "rope_parameters": far}, c["sliding_window_pattern"])
     local = {**c, "rope_theta": c["rope_local_base_freq"]}
     return spec | {
