@@ -56,7 +56,9 @@ SMALL = {
 }
 # Families of other libraries, of other inputs or parts, or of no class of transformers.
 OTHERS = {"llama2c", "vadapter", "open_clip", "siglip2_vision_model", "blip-2", "blip_2_qformer",
-          "aimv2", "internvl_vision", "intern_vit_6b", "videomae", "vjepa2"}  # fmt: skip
+          "aimv2", "internvl_vision", "intern_vit_6b", "videomae", "vjepa2", "smolvlm_vision",
+          "idefics3_vision", "qwen2_5_vl_text", "qwen2_5_vl_vision", "qwen3_vl_text",
+          "qwen3_vl_vision"}  # fmt: skip
 # Group of rotary positions -> what a file has of it.
 GROUPS = {
     "linear": {"rope_type": "linear", "factor": 4.0},
