@@ -78,6 +78,10 @@ def test_both_stages_train_resume_and_evaluate_on_clips(world):
         assert np.isfinite(losses).all()
     done = json.loads((world / "run" / "vadapter" / DONE).read_text())
     assert "captions/cider" in done["scores"]
+
+
+@pytest.mark.slow
+def test_it_captions_images_and_clips(world):
     media = [world / "shapes" / name for name in ("02.png", "02.gif")]
     assert len(VAdapter(open_run(world / "run")).caption(media, max_new=3)) == 2
 

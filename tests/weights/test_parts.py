@@ -415,6 +415,7 @@ def test_a_published_part_has_its_published_number_of_parameters(name):
 # -- a run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_recipe_takes_encoder_and_language_model_of_one_checkpoint(tmp_path, monkeypatch):
     """And the tokenizer with its end, and the preprocessing of the images."""
     use_devices(monkeypatch, 1)

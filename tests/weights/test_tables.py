@@ -24,10 +24,22 @@ REAL = {
         "model.layers.0.self_attn.rotary_emb.inv_freq",  # huggyllama/llama-7b
         "gpt_neox.layers.5.attention.rotary_emb.inv_freq",  # EleutherAI/pythia-160m
     ],
-    r"^vision_tower\.": [  # google/gemma-3-4b-pt
-        "vision_tower.vision_model.embeddings.patch_embedding.weight",
+    r"^(vjepa2\.)?predictor\.": [  # facebook/vjepa2-vitl-fpc64-256, -fpc16-256-ssv2
+        "predictor.embeddings.mask_tokens",
+        "vjepa2.predictor.layer.11.mlp.fc1.weight",
     ],
-    r"^multi_modal_projector\.": ["multi_modal_projector.mm_input_projection_weight"],
+    r"^(pooler|classifier)\.": ["pooler.query_tokens", "classifier.weight"],
+    r"^(decoder|encoder_to_decoder|fc_norm|classifier)\.": [
+        "decoder.norm.weight",  # MCG-NJU/videomae-base
+        "encoder_to_decoder.weight",
+        "fc_norm.weight",  # MCG-NJU/videomae-base-finetuned-kinetics
+        "classifier.bias",
+    ],
+    r"^mask_token$": ["mask_token"],
+    r"^(merger|deepstack_merger_list)\.": [
+        "merger.ln_q.weight",  # Qwen/Qwen2.5-VL-3B-Instruct, behind "visual."
+        "deepstack_merger_list.0.linear_fc1.weight",  # Qwen/Qwen3-VL-4B-Instruct
+    ],
     r"\.attn\.(masked_)?bias$": [  # openai-community/gpt2
         "h.0.attn.bias",
         "transformer.h.11.attn.masked_bias",

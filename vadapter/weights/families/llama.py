@@ -30,7 +30,6 @@ from vadapter.weights.name_mapping import Table
 
 TABLE = Table(
     layers="model.layers.{}.",
-    prefixes=("", "language_model."),
     modules={
         "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
         "norm_attn": "input_layernorm",
@@ -39,7 +38,7 @@ TABLE = Table(
         "norm_mlp": "post_attention_layernorm",
         **{f"mlp/{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
     },
-    ignored=(r"rotary_emb\.inv_freq$", r"^vision_tower\.", r"^multi_modal_projector\."),
+    ignored=(r"rotary_emb\.inv_freq$",),
 )  # fmt: skip
 
 

@@ -53,8 +53,7 @@ _VIDEOMAE = Table(
         "mlp/up": "intermediate.dense", "mlp/down": "output.dense",
     },
     # behind the tokens, and the decoder of the pretraining
-    ignored=(r"^(decoder|encoder_to_decoder|fc_norm|classifier)\.", r"^mask_token$",
-             r"position_embeddings$"),
+    ignored=(r"^(decoder|encoder_to_decoder|fc_norm|classifier)\.", r"^mask_token$"),
 )  # fmt: skip
 _VIDEOMAE_OLD = _VIDEOMAE | {
     "attn/q/bias": "attention.attention.q_bias", "attn/v/bias": "attention.attention.v_bias"
