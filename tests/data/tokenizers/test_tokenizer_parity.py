@@ -175,6 +175,10 @@ IDS = {
         {"bos_token_id": 286, "eos_token_id": 287, "pad_token_id": 289},
         {"bos_token_id": 286, "eos_token_id": [288, 287], "pad_token_id": 289}),
     "no start": ({"eos_token_id": 287, "pad_token_id": 0}, None),
+    "the whole model's before its text model's": (
+        {"bos_token_id": 286, "eos_token_id": [287, 288],
+         "text_config": {"eos_token_id": 289, "bos_token_id": 286}}, None),
+    "the text model's alone": ({"text_config": {"eos_token_id": [287, 288]}}, None),
 }  # fmt: skip
 
 
@@ -192,9 +196,7 @@ def test_ids_of_the_config_files_are_those_that_transformers_would_generate_with
         if generation:
             theirs = transformers.GenerationConfig.from_pretrained(folder)
         else:
-            theirs = transformers.GenerationConfig.from_model_config(
-                transformers.PreTrainedConfig.from_pretrained(folder)
-            )
+            theirs = transformers.GenerationConfig.from_model_config(dict(files["config"]))
     ours, ends = PretrainedTokenizer.load(folder), theirs.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     assert ours.stop_ids == tuple(ends)
@@ -202,4 +204,8 @@ def test_ids_of_the_config_files_are_those_that_transformers_would_generate_with
     assert ours.bos_id == (config.get("bos_token_id") or ends[0])
     if "bos_token_id" in config:
         assert ours.bos_id == theirs.bos_token_id
+    # A name elsewhere is EOS; generation still ends where the original's does.
+    write(folder, tokenizer_config={"eos_token": "<|reserved_0|>"})
+    named = PretrainedTokenizer.load(folder)
+    assert {*named.stop_ids} == {named.eos_id, *ends}
     assert ours.pad_id == (ends[0] if theirs.pad_token_id is None else theirs.pad_token_id)

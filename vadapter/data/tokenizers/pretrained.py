@@ -11,10 +11,11 @@ The ids of BOS, EOS and PAD come from the first of these that has them:
   1. tokenizer_config.json      bos_token, eos_token, pad_token
   2. special_tokens_map.json    the same
   3. generation_config.json     bos_token_id, eos_token_id, pad_token_id
-  4. config.json                the same, or in its text_config
+  4. config.json                the same, or else in its text_config
 
-Without a BOS, EOS replaces it: it separated the texts that such a model was trained on. Further
-end ids, which generation_config.json may list, are in `stop_ids`. Id 0 may be an ordinary token.
+Without a BOS, EOS replaces it: it separated the texts that such a model was trained on. Generation
+ends at EOS and at what the original model ends at: the ids that generation_config.json lists, or
+config.json where there is no such file. All are `stop_ids`. Id 0 may be an ordinary token.
 
 SentencePiece adds a space before a complete text (its "dummy prefix"), whereas the pieces of a row
 (`vadapter.data.prompts`) have their own. So `encode(text)` adds none and is the inverse of
@@ -136,8 +137,10 @@ def _record(folder: Path, rows: int) -> dict[str, Any]:
     """Return the record that `save` writes for a model's folder."""
     spec = read_spec(folder)
     configs = {name: read_json(folder / name) for name in (*_NAMES, *_IDS)}
-    if isinstance(text_config := configs["config.json"].get("text_config"), dict):
-        configs["config.json"] |= {k: v for k, v in text_config.items() if v is not None}
+    config = configs["config.json"]
+    if isinstance(inner := config.get("text_config"), dict):
+        kept = {k for k, v in config.items() if k.endswith("_token_id") and v is not None}
+        config |= {k: v for k, v in inner.items() if v is not None and k not in kept}
     declared = configs["tokenizer_config.json"].get("added_tokens_decoder") or {}
     added = [*spec["added_tokens"], *({**token, "id": int(i)} for i, token in declared.items())]
     ids = dict(_vocab(spec)) | {token["content"]: token["id"] for token in added}
@@ -149,14 +152,14 @@ def _record(folder: Path, rows: int) -> dict[str, Any]:
             f"No end token for the tokenizer in {folder}: none of {', '.join(configs)} names "
             "an eos_token or eos_token_id. Add one; without it generation never stops"
         )
-    stops = list(dict.fromkeys(eos + _ids_of(configs["generation_config.json"], "eos")))
+    stops = list(dict.fromkeys(eos + _ids_of(configs["generation_config.json"] or config, "eos")))
     bos = bos or eos
     ends = {*bos, *stops}
     token_of = {i: token for token, i in ids.items()}
     controls = {token_of[i] for i in ends if i in token_of} | _controls(added, configs)
     vocab_size = 1 + max(*ids.values(), *ends)
     _remove(controls, spec, ends)
-    rows = int(rows or configs["config.json"].get("vocab_size") or vocab_size)
+    rows = int(rows or config.get("vocab_size") or vocab_size)
     needed = 1 + max(*_text_ids(spec), *bos, *eos)
     if rows < needed:
         raise _too_few_rows(folder, needed, rows)
