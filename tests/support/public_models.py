@@ -57,7 +57,7 @@ def write_model(
     shapes = jax.eval_shape(module.init, jax.random.key(0), example)
     rng, tensors = np.random.default_rng(0), {k: np.asarray(v, np.float32) for k, v in more.items()}
     for path, leaf in jax.tree_util.tree_flatten_with_path(nn.unbox(shapes)["params"])[0]:
-        source = family.tables[0].source("/".join(k.key for k in path), leaf.shape)
+        source = family.names(spec)[0].source("/".join(k.key for k in path), leaf.shape)
         assert source is not None
         for name in source.names:
             draw = rng.standard_normal(source.expected) * 0.2

@@ -25,13 +25,19 @@ from vadapter.weights.families import (
     exported,
     gemma,
     gpt2,
+    granite,
     idefics3,
     internvit,
     llama,
+    ministral,
     neox,
+    olmo,
     openclip,
+    phi,
     qformer,
     qwen_vl,
+    smollm3,
+    stablelm,
     timm,
     video,
 )
@@ -40,7 +46,11 @@ from vadapter.weights.name_mapping import Source, Table
 from vadapter.weights.preprocessor import PREPROCESSORS, read_preprocess
 from vadapter.weights.safetensors import TensorFiles
 
-LANGUAGE_MODELS = llama.FAMILIES | gemma.FAMILIES | gpt2.FAMILIES | neox.FAMILIES | qwen_vl.TEXT
+LANGUAGE_MODELS = (
+    llama.FAMILIES | gemma.FAMILIES | gpt2.FAMILIES | neox.FAMILIES | granite.FAMILIES
+    | ministral.FAMILIES | olmo.FAMILIES | phi.FAMILIES | smollm3.FAMILIES | stablelm.FAMILIES
+    | qwen_vl.TEXT
+)  # fmt: skip
 ENCODERS = (
     clip.FAMILIES | dinov2.FAMILIES | dinov3.FAMILIES | aimv2.FAMILIES | internvit.FAMILIES
     | openclip.FAMILIES | timm.FAMILIES | video.FAMILIES | idefics3.FAMILIES | qwen_vl.VISION
@@ -96,7 +106,7 @@ class Checkpoint:
         files = TensorFiles.open(path, rename) if part else family.files(path)
         if rename and not part:  # of a model whose text has always been read without naming it
             files = files.renamed(rename)
-        return cls(path, model_type, spec, family.tables, files)
+        return cls(path, model_type, spec, family.names(spec), files)
 
     def match(self, abstract: Any) -> Report:
         """Match the tensors to the parameters, by their names and shapes alone.

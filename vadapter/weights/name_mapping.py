@@ -31,13 +31,15 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias":
 class Part:
     """Projection `index` of the `count` that are concatenated in one tensor, along its outputs.
 
-    With `by_head` the outputs are grouped by head first: [heads, count, K] (GPT-NeoX).
+    With `by_head` the outputs are grouped by head first: [heads, count, K] (GPT-NeoX). Numbers of
+    outputs that differ are in `sizes`.
     """
 
     module: str
     index: int
     count: int
     by_head: bool = False
+    sizes: tuple[int, ...] = ()
 
 
 def fused(modules: str, name: str, by_head: bool = False) -> dict[str, Part]:
@@ -137,6 +139,18 @@ class Table:
         """Return the table with some modules renamed."""
         return dataclasses.replace(self, modules={**self.modules, **other})
 
+    def without(self, root: str) -> "Table":
+        """Return the table of names that lack a root, as where a base model was saved alone."""
+
+        def bare(form: Any) -> Any:
+            if isinstance(form, str):
+                return form.removeprefix(root)
+            key = "name" if isinstance(form, Tokens) else "module"
+            return dataclasses.replace(form, **{key: bare(getattr(form, key))})
+
+        modules = {module: bare(form) for module, form in self.modules.items()}
+        return dataclasses.replace(self, modules=modules, layers=self.layers.removeprefix(root))
+
     def source(self, path: str, shape: Sequence[int], prefix: str = "") -> "Source | None":
         """Return the source of our leaf, `stack/blocks/attn/q/kernel`; None if it has none."""
         stack = self._stack(path)
@@ -203,7 +217,7 @@ class Source:
             return (shape[-1], 3, *frames, side, side)
         form = self.form.module if isinstance(self.form, Pairs) else self.form
         if isinstance(form, Part):
-            shape = (*shape[:-1], shape[-1] * form.count)
+            shape = (*shape[:-1], sum(form.sizes) or shape[-1] * form.count)
         return shape[::-1] if self.transposed else shape
 
     def read(
@@ -248,7 +262,8 @@ class Source:
         bounds = [s.indices(n)[:2] for s, n in zip(index, whole, strict=True)]
         if isinstance(form, Part):
             a, b = bounds[-1]
-            bounds[-1] = (a + form.index * whole[-1], b + form.index * whole[-1])
+            before = sum(form.sizes[: form.index]) if form.sizes else form.index * whole[-1]
+            bounds[-1] = (a + before, b + before)
         slices = tuple(slice(a, b) for a, b in bounds)
         return files.read(name, slices[::-1]).T if self.transposed else files.read(name, slices)
 

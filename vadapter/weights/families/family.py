@@ -104,14 +104,15 @@ class Family:
 
     Attributes:
       reader: from the keys of the table, each with its value or default, to the component's spec.
-      tables: names of tensors in use; the table that matches a checkpoint best is taken.
+      tables: names of tensors in use, or those of a spec; the table that matches a checkpoint best
+        is taken.
       keys: the table of keys; None passes a file on as it is, one of a format of this package.
       aliases: other names of keys, which win over them, as the original's `attribute_map` does.
       files: opens the folder's tensors.
     """
 
     reader: Callable[[Config], Spec]
-    tables: tuple[Table, ...]
+    tables: tuple[Table, ...] | Callable[[Spec], tuple[Table, ...]]
     keys: Keys | None = None
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: Callable[[Path], TensorFiles] = TensorFiles.open
@@ -125,6 +126,10 @@ class Family:
         if self.keys is None:
             return self.reader(config)
         return self.reader(read(config, self.keys, self.aliases))
+
+    def names(self, spec: Spec) -> tuple[Table, ...]:
+        """Return the tables of a spec."""
+        return self.tables(spec) if callable(self.tables) else self.tables
 
 
 def read(config: Config, keys: Keys, aliases: Mapping[str, str] | None = None) -> Config:

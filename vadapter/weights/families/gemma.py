@@ -3,8 +3,6 @@
 Source: configuration_*.py and modeling_*.py of transformers' gemma, gemma2 and gemma3.
 """
 
-from collections.abc import Mapping
-
 from vadapter.weights.families import llama, rotary
 from vadapter.weights.families.family import (
     COUNT,
@@ -24,11 +22,14 @@ from vadapter.weights.families.family import (
     require_heads,
 )
 
-_TABLE2 = llama.TABLE | {
-    "norm_attn_out": "post_attention_layernorm",
-    "norm_mlp": "pre_feedforward_layernorm",
-    "norm_mlp_out": "post_feedforward_layernorm",
-}
+_TABLES2 = llama.tables(
+    llama.TABLE
+    | {
+        "norm_attn_out": "post_attention_layernorm",
+        "norm_mlp": "pre_feedforward_layernorm",
+        "norm_mlp_out": "post_feedforward_layernorm",
+    }
+)
 _TANH = "gelu_pytorch_tanh"
 _CAP = POSITIVE.or_null()
 # The first release wrote gelu for its approximation.
@@ -82,34 +83,14 @@ def _gemma2(c: Config) -> Spec:
 
 
 def _gemma3(c: Config) -> Spec:
-    far, near = _groups(c)
-    c = {**c, "original_max_position_embeddings": None}  # only that within a group counts
-    spec = _second({**c, "rope_scaling": None, "rope_parameters": far}, c["sliding_window_pattern"])
-    local = {**c, "rope_theta": c["rope_local_base_freq"]}
-    return spec | {
-        "qk_norm": True,
-        "rope_local": rotary.group_spec(local, near, c["head_dim"]),
-    }
-
-
-def _groups(c: Config) -> tuple[Config, Config]:
-    """Return the groups of rotary positions of layers without and with a window.
-
-    `rope_parameters` has one of each kind; `rope_scaling` changes that of layers without a window.
-    """
-    groups = c["rope_parameters"] or {}
-    for key in ({*groups} - {*llama.KINDS}) | {k for k in groups if not _group(groups[k])}:
-        refuse(f"rope_parameters.{key}", groups[key], f"it has groups {' and '.join(llama.KINDS)}")
-    far, near = (dict(groups.get(kind) or {}) for kind in llama.KINDS)
-    return {**far, **(c["rope_scaling"] or {})}, near
-
-
-def _group(value: object) -> bool:
-    return value is None or isinstance(value, Mapping)
+    far, near = llama.groups(c)
+    spec = _second(far, c["sliding_window_pattern"])
+    local = {**near, "rope_theta": c["rope_local_base_freq"]}
+    return spec | {"qk_norm": True, "rope_local": rotary.rotary(local, c["head_dim"])}
 
 
 FAMILIES: dict[str, Family] = {
-    "gemma": Family(_gemma, (llama.TABLE,), _GEMMA),
-    "gemma2": Family(_gemma2, (_TABLE2,), _GEMMA2),
-    "gemma3_text": Family(_gemma3, (_TABLE2,), _GEMMA3),
+    "gemma": Family(_gemma, llama.TABLES, _GEMMA),
+    "gemma2": Family(_gemma2, _TABLES2, _GEMMA2),
+    "gemma3_text": Family(_gemma3, _TABLES2, _GEMMA3),
 }

@@ -3,7 +3,7 @@
 Source: configuration_*.py and modeling_*.py of transformers' llama, mistral, qwen2 and qwen3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vadapter.weights import llama2c
@@ -42,6 +42,14 @@ TABLE = Table(
 )  # fmt: skip
 
 
+def tables(table: Table) -> tuple[Table, ...]:
+    """Return a table and that of a base model alone, which is saved without "model."."""
+    return table, table.without("model.")
+
+
+TABLES = tables(TABLE)
+
+
 def sizes(vocab: int, width: int, mlp: int, depth: int, heads: int) -> Keys:
     """Return the keys of sizes, whose defaults these are."""
     return {
@@ -60,22 +68,22 @@ LAYER_TYPES = Key(
         f"a list of {' and '.join(KINDS)}, or null",
     ),
 )
-_BASE: Keys = {
+BASE: Keys = {
     **LANGUAGE_MODEL,
     "hidden_act": Key("silu", GATED_ACTIVATION), "rms_norm_eps": Key(1e-6, POSITIVE),
     "tie_word_embeddings": SWITCH, "head_dim": OPTIONAL,
 }  # fmt: skip
 _LLAMA: Keys = {
-    **_BASE, **sizes(32_000, 4096, 11_008, 32, 32), **rotary.keys(2048),
+    **BASE, **sizes(32_000, 4096, 11_008, 32, 32), **rotary.keys(2048),
     "num_key_value_heads": OPTIONAL, "attention_bias": SWITCH, "mlp_bias": SWITCH,
 }  # fmt: skip
 _MISTRAL: Keys = {
-    **_BASE, **sizes(32_000, 4096, 14_336, 32, 32), **rotary.keys(131_072),
+    **BASE, **sizes(32_000, 4096, 14_336, 32, 32), **rotary.keys(131_072),
     "num_key_value_heads": Key(8, COUNT), "sliding_window": Key(4096, COUNT.or_null()),
     "layer_types": Key(None, only(None)),
 }  # fmt: skip
 _QWEN2: Keys = {
-    **_BASE, **sizes(151_936, 4096, 22_016, 32, 32), **rotary.keys(32_768),
+    **BASE, **sizes(151_936, 4096, 22_016, 32, 32), **rotary.keys(32_768),
     "num_key_value_heads": Key(32, COUNT.or_null()),
     "use_sliding_window": SWITCH, "sliding_window": Key(4096, COUNT.or_null()),
     "max_window_layers": Key(28, WHOLE), "layer_types": LAYER_TYPES,
@@ -83,8 +91,11 @@ _QWEN2: Keys = {
 _QWEN3: Keys = {**_QWEN2, "head_dim": Key(128, COUNT), "attention_bias": SWITCH}
 
 
-def decoder(c: Config) -> Spec:
-    """Return what the models of this file and Gemma share; `c` has at least `_BASE` and sizes."""
+def decoder(c: Config, *, partial: bool = False) -> Spec:
+    """Return what models that resemble Llama share; `c` has at least `BASE`, sizes and positions.
+
+    `partial` is that of the family's `rotary.keys`.
+    """
     heads = c["num_attention_heads"]
     require_heads(c, kv_heads="num_key_value_heads", head_dim="head_dim")
     return {
@@ -94,7 +105,7 @@ def decoder(c: Config) -> Spec:
         "head_dim": (head_dim := c["head_dim"] or c["hidden_size"] // heads),
         "mlp_dim": c["intermediate_size"], "mlp": GATED[c["hidden_act"]],
         "norm": "rms", "norm_eps": c["rms_norm_eps"], "bias": False, "mlp_bias": False,
-        "parallel": False, "rope": rotary.rotary(c, head_dim), "windows": (),
+        "parallel": False, "rope": rotary.rotary(c, head_dim, partial=partial), "windows": (),
         "max_len": c["max_position_embeddings"],
         "tied": c["tie_word_embeddings"], "embed_scale": False,
     }  # fmt: skip
@@ -115,6 +126,23 @@ def windows(c: Config, window: int | None, kinds: Sequence[str] | None, rest: An
     if any(slides) and not window:
         refuse("sliding_window", window, "layers with a window need one")
     return {"windows": tuple((window or 0) * slide for slide in slides) if any(slides) else ()}
+
+
+def groups(c: Config) -> tuple[Config, Config]:
+    """Return `c` with the rotary positions of layers without a window, and of those with one.
+
+    `rope_parameters` has a group of each kind; `rope_scaling` changes that of layers without a
+    window. What is beside the groups completes neither, except for `rope_theta`.
+    """
+    of_kind = c["rope_parameters"] or {}
+    for key, value in of_kind.items():
+        if key not in KINDS or not (value is None or isinstance(value, Mapping)):
+            refuse(f"rope_parameters.{key}", value, f"it has groups {' and '.join(KINDS)}")
+    far, near = (dict(of_kind.get(kind) or {}) for kind in KINDS)
+    both = {**far, **(c["rope_scaling"] or {})}, near
+    beside = {"rope_parameters": None, "original_max_position_embeddings": None}
+    # A key `truncate` is read beside the groups, where it may not be.
+    return tuple({**c, **beside, "rope_scaling": {**g, "truncate": True}} for g in both)  # type: ignore[return-value]
 
 
 def _llama(c: Config) -> Spec:
@@ -142,9 +170,9 @@ def _qwen3(c: Config) -> Spec:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_llama, (TABLE,), _LLAMA),
-    "mistral": Family(_mistral, (TABLE,), _MISTRAL),
-    "qwen2": Family(_qwen2, (TABLE,), _QWEN2),
-    "qwen3": Family(_qwen3, (TABLE,), _QWEN3),
+    "llama": Family(_llama, TABLES, _LLAMA),
+    "mistral": Family(_mistral, TABLES, _MISTRAL),
+    "qwen2": Family(_qwen2, TABLES, _QWEN2),
+    "qwen3": Family(_qwen3, TABLES, _QWEN3),
     "llama2c": Family(_llama, (llama2c.TABLE,), _LLAMA, files=llama2c.open_files),
 }

@@ -63,4 +63,6 @@ def _neox(c: Config) -> Spec:
     }  # fmt: skip
 
 
-FAMILIES: dict[str, Family] = {"gpt_neox": Family(_neox, (_TABLE,), _KEYS)}
+FAMILIES: dict[str, Family] = {
+    "gpt_neox": Family(_neox, (_TABLE, _TABLE.without("gpt_neox.")), _KEYS)
+}

@@ -29,6 +29,9 @@ from vadapter.weights.families.family import (
 _ANY = Values(lambda v: True, "anything")
 _NEEDED = Key(REQUIRED, POSITIVE)
 SHARE = Values(lambda v: POSITIVE.test(v) and v <= 1, "a number above 0 and at most 1")
+_FACTORS = Values(
+    lambda v: isinstance(v, list) and all(POSITIVE.test(x) for x in v), "a list of numbers above 0"
+)
 _LENGTH = Key(None, COUNT)  # completed by `max_position_embeddings`
 # Type of positions -> the keys of the group that it needs or may have.
 TYPES: dict[str, Keys] = {
@@ -44,6 +47,10 @@ TYPES: dict[str, Keys] = {
              "mscale": Key(None, NOT_NEGATIVE.or_null()),
              "mscale_all_dim": Key(None, NOT_NEGATIVE.or_null()),
              "truncate": Key(True, FLAG)},
+    "longrope": {"short_factor": Key(REQUIRED, _FACTORS), "long_factor": Key(REQUIRED, _FACTORS),
+                 "original_max_position_embeddings": _LENGTH,
+                 "factor": Key(None, POSITIVE.or_null()),
+                 "attention_factor": Key(None, POSITIVE.or_null())},
 }  # fmt: skip
 
 
@@ -96,6 +103,10 @@ def group_spec(c: Config, group: Config, head_dim: int, *, partial: bool = False
     part = 1.0 if part is None or not partial else float(part)
     if head_dim % 2 and int(head_dim * part) == head_dim:
         refuse("head_dim", head_dim, "rotary positions need an even one")
+    pairs = -(-int(head_dim * part) // 2)
+    for key in ("short_factor", "long_factor"):
+        if len(g.get(key, range(pairs))) != pairs:
+            refuse(key, g[key], f"it needs {pairs} numbers, one for each rotated pair of a head")
     return {"theta": float(g["rope_theta"]), "part": part} | _SCALINGS[kind](c, g)
 
 
@@ -142,8 +153,22 @@ def _yarn(c: Config, g: Config) -> Spec:
     return spec if amplitude is None else spec | {"attention_factor": float(amplitude)}
 
 
+def _longrope(c: Config, g: Config) -> Spec:
+    length = g["original_max_position_embeddings"]
+    factor = g["factor"] or c["max_position_embeddings"] / length
+    if factor > 1 and length < 2 and g["attention_factor"] is None:
+        refuse("original_max_position_embeddings", length, "longrope needs one above 1")
+    spec = {
+        "scaling": "longrope", "factor": float(factor), "original_len": length,
+        "short_factor": tuple(g["short_factor"]), "long_factor": tuple(g["long_factor"]),
+    }  # fmt: skip
+    scale = g["attention_factor"]
+    return spec if scale is None else spec | {"attention_factor": float(scale)}
+
+
 def _amplitude(factor: float, scale: float) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-_SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+_SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn,
+             "longrope": _longrope}  # fmt: skip
