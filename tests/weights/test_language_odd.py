@@ -90,7 +90,7 @@ def olmo3(rng):
 def granite(rng):
     return sizes(rng) | {
         "attention_bias": flag(rng), "mlp_bias": flag(rng), "embedding_multiplier": 1.7,
-        "logits_scaling": 0.3, "residual_multiplier": 0.22, "attention_multiplier": 0.31,
+        "logits_scaling": 1.9, "residual_multiplier": 0.22, "attention_multiplier": 0.17,
     }  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def compare_logits(torch, model, module, params):
     real = np.arange(T)[None, :] < np.array([T, 23, 7])[:, None]
     theirs, rounding = language_models.their_logits(torch, model, texts(), real)
     ours = np.asarray(language_models.logits(module, params, texts(), real))[real]
-    assert np.abs(theirs).max() > 2
+    assert np.abs(theirs).max() > 1
     assert rounding < 2 * TOLERANCE
     assert np.abs(ours - theirs).max() < TOLERANCE + rounding
 
