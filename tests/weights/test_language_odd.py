@@ -3,6 +3,8 @@
 Every family has one configuration in the fast tests; `-m slow` draws more.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 from support import language_models
@@ -12,7 +14,7 @@ V, T, NEW = 97, 40, 20
 TOLERANCE = 1e-4  # of logits of about 6
 
 
-def pick(rng, *values):
+def pick(rng, *values: Any) -> Any:
     return values[rng.integers(len(values))]
 
 
@@ -104,11 +106,10 @@ def ministral(rng):
 def ministral3(rng):
     keys = sizes(rng) | {"sliding_window": pick(rng, 7, None)}
     keys.setdefault("head_dim", 12)
-    group = yarn(rng) | {"llama_4_scaling_beta": 0.4}
-    group |= pick(
+    amplitude = pick(
         rng, {"mscale": 1.0, "mscale_all_dim": 1.0}, {}, {"mscale": 1.0, "mscale_all_dim": 0.3}
     )
-    return keys | {"rope_parameters": group}
+    return keys | {"rope_parameters": yarn(rng) | {"llama_4_scaling_beta": 0.4, **amplitude}}
 
 
 def stablelm(rng):

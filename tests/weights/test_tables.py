@@ -12,7 +12,7 @@ TABLES = [
     pytest.param(table, id=f"{name}-{i}")
     for name, family in FAMILIES.items()
     if name != COMPONENT_FORMAT  # which has our names
-    for i, table in enumerate(family.tables)
+    for i, table in enumerate(family.names({"heads": 1, "kv_heads": 1, "head_dim": 1}))
 ]
 ENDS = (  # not of a layer
     "embedding", "head", "norm", "position_embedding", "patches", "pre_norm", "norm_visual",
@@ -104,7 +104,9 @@ def mapped(table) -> set[str]:
         if isinstance(theirs, Tokens):
             found = {theirs.name}
         else:
-            module = theirs if isinstance(theirs, str) else theirs.module
+            module = theirs
+            while not isinstance(module, str):
+                module = module.module
             found = {module, f"{module}.weight", f"{module}.bias"}
         if ours not in ENDS and not isinstance(theirs, (Tokens, Patches)):
             found = {table.layers.format(i) + name for i in (0, 7, 31) for name in found}
