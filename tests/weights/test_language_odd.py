@@ -5,10 +5,14 @@ Every family has one configuration in the fast tests; `-m slow` draws more.
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from support import language_models
 from support.original import draw, their_warnings
+
+from vadapter.errors import CheckpointError
+from vadapter.weights.hf_checkpoint import Checkpoint
 
 V, T, NEW = 97, 40, 20
 TOLERANCE = 1e-4  # of logits of about 6
@@ -188,3 +192,27 @@ def test_more_logits_and_greedy_tokens_equal_the_originals(family, seed, origina
     compare_logits(originals[0], model, module, params)
     compare_greedy(originals[0], model, module, params, 6, 8)
     compare_greedy(originals[0], model, module, params, 20, NEW)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "phi3", "gemma2"])
+def test_a_base_model_saved_alone_reads_the_same(kind, originals, tmp_path):
+    transformers = originals[1]
+    keys = sizes(np.random.default_rng(0), head_dim=False) | {"tie_word_embeddings": True}
+    with their_warnings():
+        model = language_models.build(transformers, kind, keys)
+        model.save_pretrained(tmp_path / "whole")
+        model.base_model.save_pretrained(tmp_path / "base")
+    names = Checkpoint.open(tmp_path / "base").files.tensors
+    assert "layers.0.input_layernorm.weight" in names
+    _, whole, _ = language_models.load(tmp_path / "whole")
+    _, base, _ = language_models.load(tmp_path / "base")
+    jax.tree.map(np.testing.assert_array_equal, base, whole)
+
+
+def test_a_base_model_lacks_a_head_of_its_own_and_this_is_said(originals, tmp_path):
+    transformers = originals[1]
+    keys = sizes(np.random.default_rng(0)) | {"tie_word_embeddings": False}
+    with their_warnings():
+        language_models.build(transformers, "olmo2", keys).base_model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"\(1 tensor\):\n  missing: lm_head\.weight"):
+        language_models.load(tmp_path)

@@ -162,7 +162,7 @@ def test_every_vit_that_open_clip_configures_has_the_originals_tensors(open_clip
         )
         used = set()
         for path, leaf in leaves.items():
-            source = FAMILIES["open_clip"].tables[0].source(path, leaf.shape)
+            source = FAMILIES["open_clip"].names({})[0].source(path, leaf.shape)
             assert source is not None, (name, path)
             assert all(source.fits(expected[own]) for own in source.names), (name, path)
             used |= set(source.names)

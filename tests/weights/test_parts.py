@@ -408,7 +408,7 @@ def test_a_published_part_has_its_published_number_of_parameters(name):
     leaves = jax.tree_util.tree_flatten_with_path(nn.unbox(shapes)["params"])[0]
     assert sum(int(np.prod(leaf.shape)) for _, leaf in leaves) == published
     for path, leaf in leaves:
-        source = family.tables[0].source("/".join(k.key for k in path), leaf.shape)
+        source = family.names({})[0].source("/".join(k.key for k in path), leaf.shape)
         assert source is not None, path
 
 

@@ -227,7 +227,7 @@ def shapes_of(spec, family):
             found |= dict.fromkeys(source.names if source else [str(path)], source)
         return found
 
-    return [named(table) for table in family.tables]
+    return [named(table) for table in family.names({})]
 
 
 def every():

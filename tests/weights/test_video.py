@@ -176,6 +176,6 @@ def test_a_published_encoder_has_its_published_number_of_parameters(name):
     assert tokens.shape == (1, *positions, keys.get("hidden_size", 768))
     leaves = jax.tree_util.tree_flatten_with_path(nn.unbox(variables)["params"])[0]
     for path, leaf in leaves:
-        source = family.tables[0].source("/".join(k.key for k in path), leaf.shape)
+        source = family.names({})[0].source("/".join(k.key for k in path), leaf.shape)
         assert source is not None, path
     assert sum(int(np.prod(leaf.shape)) for _, leaf in leaves) == published

@@ -10,7 +10,7 @@ from vadapter.weights.name_mapping import Table, Tokens
 _TABLE = Table(
     layers="encoder.layers.{}.",
     modules={
-        **clip.FAMILIES["siglip_vision_model"].tables[0].modules,
+        **clip.FAMILIES["siglip_vision_model"].names({})[0].modules,
         "positions": Tokens(
             "embeddings.position_embedding.weight", grid=0, kernel="nearest"
         ),
