@@ -80,6 +80,11 @@ def test_both_stages_train_resume_and_evaluate_on_clips(world):
     assert "captions/cider" in done["scores"]
 
 
+def test_probes_of_frames_are_refused(world, capsys):
+    assert main.main(["inspect", str(world / "run"), "--probe"]) == ConfigError.exit_code
+    assert "sees clips as a whole" in "".join(capsys.readouterr())
+
+
 @pytest.mark.slow
 def test_it_captions_images_and_clips(world):
     media = [world / "shapes" / name for name in ("02.png", "02.gif")]

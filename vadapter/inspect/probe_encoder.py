@@ -123,9 +123,14 @@ def probe(
 
 def _probe(target: Target, stage: Stage, scenes: int, drawn: Drawn) -> Facts:
     """Return the record of one encoder; `drawn` has the scenes of the one before it."""
-    name, source = open_scenes(stage)
-    config, component = stage.recipe.data[name], stage.config.encoder
+    component = stage.config.encoder
     module: Any = stage.model.modules[component]
+    if getattr(module.config, "tubelet", 0):  # reversed tokens are not those of a reversed clip
+        raise ConfigError(
+            f"components.{component}: it sees clips as a whole, and --probe reads tokens of frames"
+        )
+    name, source = open_scenes(stage)
+    config = stage.recipe.data[name]
     params, view = stage.params[component], config.view(module.view)
     key = repr((source.size, source.seed, config.frames, view))
     if key not in drawn:

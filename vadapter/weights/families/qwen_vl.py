@@ -61,7 +61,9 @@ _INDICES = Values(
 _VISION: Keys = {
     "num_heads": Key(16, COUNT), "in_channels": Key(3, only(3)),
     "spatial_merge_size": Key(2, COUNT), "temporal_patch_size": Key(_FRAMES, only(_FRAMES)),
-    "rope_parameters": Key(None, GROUP.or_null()), "per_layer_config": Key(None, only(None)),
+    "rope_parameters": Key(None, GROUP.or_null()), "rope_scaling": Key(None, GROUP.or_null()),
+    "rope_theta": Key(10_000.0, POSITIVE), "head_dim": Key(None, only(None)),
+    "per_layer_config": Key(None, only(None)),
 }  # fmt: skip
 _VISION2_KEYS: Keys = {
     **_VISION, "depth": Key(32, COUNT), "hidden_size": Key(3584, COUNT),
@@ -81,9 +83,10 @@ def _vision(c: Config) -> Spec:
     require_heads(c, heads="num_heads")
     head_dim = c["hidden_size"] // c["num_heads"]
     require(c, "num_heads", head_dim % 4 == 0, "rows and columns turn halves of a head's pairs")
-    group = c["rope_parameters"] or {}
-    theta = group.get("rope_theta", 10_000.0)
-    if group.get("rope_type", "axial") not in ("axial", "default") or not POSITIVE.test(theta):
+    group = c["rope_scaling"] or c["rope_parameters"] or {}
+    theta = group.get("rope_theta", c["rope_theta"])
+    kind = group.get("rope_type", group.get("type", "axial"))
+    if kind not in ("axial", "default") or not POSITIVE.test(theta):
         refuse("rope_parameters", group, "only axial ones with a rope_theta above 0 are read")
     return {
         "kind": "vit", "image_size": _SIDE * c["patch_size"], "patch": c["patch_size"],
@@ -104,6 +107,7 @@ def _vision2(c: Config) -> Spec:
 
 
 def _vision3(c: Config) -> Spec:
+    require(c, "num_position_embeddings", c["num_position_embeddings"] > 3, "no grid of positions")
     return _vision(c) | {"mlp": ACTIVATIONS[c["hidden_act"]]}
 
 

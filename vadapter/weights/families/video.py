@@ -90,6 +90,8 @@ def _video(c: Config) -> Spec:
 
 
 def _vjepa2(c: Config) -> Spec:
+    head_dim = c["hidden_size"] // c["num_attention_heads"]
+    require(c, "num_attention_heads", head_dim >= 6, "three axes need a pair of a head's dims each")
     return _video(c) | {
         "image_size": c["crop_size"], "mlp_dim": int(c["hidden_size"] * c["mlp_ratio"]),
         "positions": "rope", "bias": c["qkv_bias"], "crop_pct": 224 / 256,
