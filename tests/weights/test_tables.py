@@ -66,6 +66,15 @@ REAL = {
     ],
     r"mask_token$": ["embeddings.mask_token"],  # facebook/dinov2-base
     r"^classifier\.": ["classifier.weight"],  # facebook/dinov2-base-imagenet1k-1-layer
+    r"^logit_scale$": ["logit_scale"],  # apple/aimv2-large-patch14-224-lit
+    r"^(visual\.trunk\.)?(head|fc_norm|attn_pool|rope)\.": [
+        "head.weight",  # timm/eva02_large_patch14_448.mim_m38m_ft_in22k_in1k
+        "fc_norm.bias",
+        "visual.trunk.attn_pool.latent",  # timm/ViT-B-16-SigLIP
+    ],
+    r"\.attn\.k_bias$": ["blocks.0.attn.k_bias"],  # of releases that saved it: zeros
+    r"^visual\.head\.": ["visual.head.proj.weight"],  # of open_clip around a model of timm
+    r"^(?!visual\.)text\.|^logit_": ["text.token_embedding.weight", "logit_bias"],
     r"^(?!visual\.)": [  # laion/CoCa-ViT-L-14-laion2B-s13B-b90k
         "text.token_embedding.weight",
         "text_decoder.cross_attn.0.attn.in_proj_weight",
