@@ -53,10 +53,11 @@ SMALL = {
     "dinov2_with_registers": VIT | {"mlp_ratio": 2},
     "dinov3_vit": MLP | {"num_register_tokens": 4},
     "aimv2_vision_model": MLP,
+    "internvl_vision": MLP,
 }
 # Families of other libraries, of other inputs or parts, or of no class of transformers.
 OTHERS = {"llama2c", "vadapter", "open_clip", "siglip2_vision_model", "blip-2", "blip_2_qformer",
-          "aimv2", "internvl_vision", "intern_vit_6b", "videomae", "vjepa2", "smolvlm_vision",
+          "aimv2", "intern_vit_6b", "videomae", "vjepa2", "smolvlm_vision",
           "idefics3_vision", "qwen2_5_vl_text", "qwen2_5_vl_vision", "qwen3_vl_text",
           "qwen3_vl_vision"}  # fmt: skip
 # Group of rotary positions -> what a file has of it.
@@ -171,7 +172,8 @@ class Sweep:
         """Its logits, or its tokens of patches."""
         if "vocab_size" in SMALL[config["model_type"]]:
             return model(self.torch.tensor(TOKENS)).logits.numpy()
-        size, side = model.config.image_size, model.config.image_size // model.config.patch_size
+        size, patch = (int(np.max(v)) for v in (model.config.image_size, model.config.patch_size))
+        side = size // patch
         images = self.torch.tensor(images_of(size)[:, 0].transpose(0, 3, 1, 2) / 255)
         # Class token and registers are in front.
         return model(images.to(model.dtype)).last_hidden_state[:, -side * side :].numpy()

@@ -81,6 +81,13 @@ REAL = {
         "logit_scale",
     ],
     r"^visual\.proj$": ["visual.proj"],
+    r"^(visual\.trunk\.)?(head|fc_norm|attn_pool)\.": [
+        "visual.trunk.attn_pool.latent",  # timm/ViT-SO400M-14-SigLIP-384
+        "head.weight",  # timm/vit_base_patch16_224.augreg_in21k
+        "fc_norm.bias",  # timm/eva02_large_patch14_448.mim_m38m_ft_in22k_in1k
+    ],
+    r"^visual\.head\.": ["visual.head.proj.weight"],  # timm/vit_medium_patch16_gap_256 in open_clip
+    r"^text\.": ["text.transformer.resblocks.0.attn.in_proj_weight"],
     r"^freqs_(cos|sin)$": ["freqs_cos", "freqs_sin"],  # llama2.c
     r"^qformer\.encoder\.layer\.\d+\.(intermediate|output)\.": [  # Salesforce/blip2-itm-vit-g
         "qformer.encoder.layer.0.intermediate.dense.weight",

@@ -34,7 +34,7 @@ _TABLE = Table(
         "norm_mlp": "rms_norm2", **{f"mlp/{x}": f"ffn.{x}_proj" for x in ("gate", "up", "down")},
     },
     ignored=(r"^(vision_model\.)?head\.", r"^text_model\.", r"^(visual|text)_projection\.",
-             r"^logit_scale$", r"position_ids$"),
+             r"^logit_(scale|bias)$", r"position_ids$"),
 )  # fmt: skip
 _APPLE = Table(
     layers="trunk.blocks.{}.",

@@ -214,8 +214,8 @@ _TABLE = Table(
         "norm_mlp": "norm2", "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2",
         "mlp/inner_norm": "mlp.norm", "scale_mlp_out": "ls2.gamma",
     },
-    ignored=(r"^(visual\.trunk\.)?(head|fc_norm|attn_pool|rope)\.", r"mask_token$",
-             r"\.attn\.k_bias$", r"^visual\.head\.", r"^(?!visual\.)text\.|^logit_"),
+    ignored=(r"^(visual\.trunk\.)?(head|fc_norm|attn_pool)\.", r"mask_token$",
+             r"^visual\.head\.", r"^text\.", r"^logit_(scale|bias)$"),
 )  # fmt: skip
 _PACKED: dict[str, Form] = {"mlp/gate": Part("mlp.fc1", 0, 2), "mlp/up": Part("mlp.fc1", 1, 2)}
 _SPLIT: dict[str, Form] = {"mlp/gate": "mlp.fc1_g", "mlp/up": "mlp.fc1_x"}
