@@ -66,15 +66,7 @@ REAL = {
     ],
     r"mask_token$": ["embeddings.mask_token"],  # facebook/dinov2-base
     r"^classifier\.": ["classifier.weight"],  # facebook/dinov2-base-imagenet1k-1-layer
-    r"^logit_scale$": ["logit_scale"],  # apple/aimv2-large-patch14-224-lit
-    r"^(visual\.trunk\.)?(head|fc_norm|attn_pool|rope)\.": [
-        "head.weight",  # timm/eva02_large_patch14_448.mim_m38m_ft_in22k_in1k
-        "fc_norm.bias",
-        "visual.trunk.attn_pool.latent",  # timm/ViT-B-16-SigLIP
-    ],
-    r"\.attn\.k_bias$": ["blocks.0.attn.k_bias"],  # of releases that saved it: zeros
     r"^visual\.head\.": ["visual.head.proj.weight"],  # of open_clip around a model of timm
-    r"^(?!visual\.)text\.|^logit_": ["text.token_embedding.weight", "logit_bias"],
     r"^(?!visual\.)": [  # laion/CoCa-ViT-L-14-laion2B-s13B-b90k
         "text.token_embedding.weight",
         "text_decoder.cross_attn.0.attn.in_proj_weight",
@@ -86,7 +78,6 @@ REAL = {
         "head.weight",  # timm/vit_base_patch16_224.augreg_in21k
         "fc_norm.bias",  # timm/eva02_large_patch14_448.mim_m38m_ft_in22k_in1k
     ],
-    r"^visual\.head\.": ["visual.head.proj.weight"],  # timm/vit_medium_patch16_gap_256 in open_clip
     r"^text\.": ["text.transformer.resblocks.0.attn.in_proj_weight"],
     r"^freqs_(cos|sin)$": ["freqs_cos", "freqs_sin"],  # llama2.c
     r"^qformer\.encoder\.layer\.\d+\.(intermediate|output)\.": [  # Salesforce/blip2-itm-vit-g
