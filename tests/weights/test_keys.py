@@ -32,6 +32,8 @@ LM = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_l
       "pad_token_id": 0}  # fmt: skip
 GROUPED = LM | {"num_key_value_heads": 2}
 WIDE = GROUPED | {"head_dim": 16}
+QUERIES = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8,
+           "llama_4_scaling_beta": 0.3}  # fmt: skip
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE,
        "patch_size": 8}  # fmt: skip
 MLP = VIT | {"intermediate_size": 48}
@@ -46,6 +48,14 @@ SMALL = {
     "gemma3_text": WIDE | {"sliding_window": 5, "sliding_window_pattern": 2},
     "gpt2": {"vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
     "gpt_neox": LM,
+    "phi3": GROUPED | {"partial_rotary_factor": 0.5, "sliding_window": 5},
+    "smollm3": GROUPED | {"no_rope_layer_interval": 2, "sliding_window": 5},
+    "olmo2": GROUPED,
+    "olmo3": GROUPED | {"sliding_window": 5},
+    "granite": GROUPED | {"attention_multiplier": 0.3, "logits_scaling": 2.0},
+    "ministral": WIDE | {"sliding_window": 5},
+    "ministral3": WIDE | {"rope_parameters": QUERIES},
+    "stablelm": GROUPED,
     "clip_vision_model": MLP,
     "metaclip_2_vision_model": MLP,
     "siglip_vision_model": MLP,

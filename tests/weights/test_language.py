@@ -290,6 +290,22 @@ PUBLISHED = {
         "gemma3_text", llama(262_144, 1152, 6912, 26, 4, 1, head_dim=256), 999_885_952),
     "gpt2": ("gpt2", {**GPT2, "vocab_size": 50_257, "n_embd": 768, "n_layer": 12, "n_head": 12,
                       "n_positions": 1024}, 124_439_808),
+    "Phi-3-mini-4k-instruct": (
+        "phi3", llama(32_064, 3072, 8192, 32, 32, 32), 3_821_079_552),
+    "Phi-4-mini-instruct": ("phi3", llama(200_064, 3072, 8192, 32, 24, 8, **TIED), 3_836_021_760),
+    "SmolLM3-3B": ("smollm3", llama(128_256, 2048, 11_008, 36, 16, 4, **TIED), 3_075_098_624),
+    "OLMo-2-1124-7B": ("olmo2", llama(100_352, 4096, 11_008, 32, 32, 32), 7_298_617_344),
+    "OLMo-2-0425-1B": ("olmo2", llama(100_352, 2048, 8192, 16, 16, 16), 1_484_916_736),
+    "Olmo-3-1025-7B": ("olmo3", llama(100_278, 4096, 11_008, 32, 32, 32), 7_298_011_136),
+    "granite-3.2-2b-instruct": (
+        "granite", llama(49_159, 2048, 8192, 40, 32, 8, **TIED), 2_533_539_840),
+    "Ministral-8B-Instruct-2410": (
+        "ministral", llama(131_072, 4096, 12_288, 36, 32, 8, head_dim=128), 8_019_808_256),
+    "Ministral-3-3B-Base-2512, text": (
+        "ministral3", llama(131_072, 3072, 9216, 26, 32, 8, **TIED), 3_429_006_336),
+    "stablelm-3b-4e1t": ("stablelm", llama(50_304, 2560, 6912, 32, 32, 32), 2_795_443_200),
+    "stablelm-2-1_6b": (
+        "stablelm", llama(100_352, 2048, 5632, 24, 32, 32, use_qkv_bias=True), 1_644_515_328),
     "pythia-160m": ("gpt_neox", llama(50_304, 768, 3072, 12, 12, 12), 162_322_944),
     "pythia-1b": ("gpt_neox", llama(50_304, 2048, 8192, 16, 8, 8), 1_011_781_632),
 }  # fmt: skip

@@ -54,16 +54,17 @@ def kinds(rng, depth):
 
 def phi3(rng):
     keys = sizes(rng, head_dim=False)
-    part = pick(rng, 1.0, 0.75, 0.5)
+    head_dim = keys["hidden_size"] // keys["num_attention_heads"]
+    part = pick(rng, *(p for p in (1.0, 0.75, 0.5) if head_dim * p % 2 == 0))
     keys |= {"partial_rotary_factor": part, "sliding_window": pick(rng, None, 5)}
     if rng.integers(3):
-        head_dim = keys["hidden_size"] // keys["num_attention_heads"]
         pairs = int(head_dim * part) // 2
         # Texts of up to 40 tokens are short ones or long ones.
-        keys |= {"original_max_position_embeddings": pick(rng, 16, 48)}
+        keys |= {"original_max_position_embeddings": (length := pick(rng, 16, 48))}
         stretch = lambda low: [float(x) for x in rng.uniform(low, 3 * low, pairs)]  # noqa: E731
         keys["rope_scaling"] = {"type": pick(rng, "longrope", "su"), "short_factor": stretch(1),
-                                "long_factor": stretch(2)}  # fmt: skip
+                                "long_factor": stretch(2),
+                                "original_max_position_embeddings": length}  # fmt: skip
     return keys
 
 
@@ -153,7 +154,7 @@ def compare_logits(torch, model, module, params):
     theirs, rounding = language_models.their_logits(torch, model, texts(), real)
     ours = np.asarray(language_models.logits(module, params, texts(), real))[real]
     assert np.abs(theirs).max() > 1
-    assert rounding < 2 * TOLERANCE
+    assert rounding < 5 * TOLERANCE  # of the original itself
     assert np.abs(ours - theirs).max() < TOLERANCE + rounding
 
 
