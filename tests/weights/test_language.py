@@ -237,6 +237,11 @@ def test_unused_tensors_of_the_table_are_reported(folder):
     ("config", "message"),
     [
         ({"model_type": "lama"}, r"config\.json: model_type 'lama': unknown; did you mean 'llama'"),
+        (
+            {"model_type": "qwen3_5_text"},
+            r"'qwen3_5_text': most layers of Qwen3\.5 are gated delta",
+        ),
+        ({"model_type": "gemma4_text"}, r"'gemma4_text': layers of Gemma 4 differ in their heads"),
         ({"hidden_act": "swish2"}, r"config\.json: hidden_act='swish2': only silu, "),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},

@@ -102,8 +102,9 @@ def granite(rng):
 
 
 def ministral(rng):
-    keys = sizes(rng) | {"sliding_window": pick(rng, 5, 5, None)}
-    if keys["sliding_window"] and flag(rng):
+    keys = sizes(rng) | {"sliding_window": 5}
+    keys.setdefault("head_dim", 12)  # which the original does not derive
+    if rng.integers(3):
         keys["layer_types"] = kinds(rng, keys["num_hidden_layers"])
     return keys
 
@@ -127,7 +128,7 @@ def stablelm(rng):
 
 
 FAMILIES = (phi3, smollm3, olmo2, olmo3, granite, ministral, ministral3, stablelm)
-FAST = {"phi3": 5, "smollm3": 1, "olmo2": 1, "olmo3": 1, "granite": 4, "ministral": 4,
+FAST = {"phi3": 5, "smollm3": 1, "olmo2": 1, "olmo3": 1, "granite": 4, "ministral": 9,
         "ministral3": 0, "stablelm": 1}  # fmt: skip
 
 

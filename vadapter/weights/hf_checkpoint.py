@@ -56,6 +56,13 @@ ENCODERS = (
     | openclip.FAMILIES | timm.FAMILIES | video.FAMILIES | idefics3.FAMILIES | qwen_vl.VISION
 )  # fmt: skip
 FAMILIES = LANGUAGE_MODELS | ENCODERS | qformer.FAMILIES | exported.FAMILIES
+# Language models of another kind: part of their model_type -> what makes them one.
+_OTHER_KINDS = {
+    "qwen3_5": "most layers of Qwen3.5 are gated delta networks, which hand a state from token to "
+    "token in place of attention",
+    "gemma4": "layers of Gemma 4 differ in their heads, and some have keys of other layers or "
+    "embeddings of their own",
+}
 _MAX_CONFIG = 2**20  # bytes of a config.json
 _SHOWN = 8  # names in a message
 # The two ends of a model, which it does without if it is used through its hidden states alone.
@@ -266,6 +273,10 @@ def describe(path: Path, part: str = "") -> tuple[str, dict[str, Any]]:
     if chosen := parts.find(whole, part):
         config = _checked(path, lambda: chosen.config(whole))
     model_type = config.get("model_type", "")
+    if reason := next((r for name, r in _OTHER_KINDS.items() if name in str(model_type)), ""):
+        raise CheckpointError(
+            f"{path / 'config.json'}: model_type {model_type!r}: {reason}; such models are not read"
+        )
     if model_type not in FAMILIES:
         raise CheckpointError(
             f"{path / 'config.json'}: model_type {model_type!r}: unknown"
