@@ -4,19 +4,19 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vadapter.config import nearest, resolve
+from vadapter.config import resolve
 from vadapter.console import listing, quantity, truncate
 from vadapter.distributed.mesh import read_sharded
 from vadapter.errors import CheckpointError
 from vadapter.models.paths import flatten
-from vadapter.weights import hub, llama2c, parts
+from vadapter.weights import foreign, hub, llama2c, parts
 from vadapter.weights.families import (
     aimv2,
     clip,
@@ -64,6 +64,7 @@ _OTHER_KINDS = {
     "embeddings of their own",
 }
 _MAX_CONFIG = 2**20  # bytes of a config.json
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # dtypes of parameters
 _SHOWN = 8  # names in a message
 # The two ends of a model, which it does without if it is used through its hidden states alone.
 _ENDS = (("embedding", "weight"), ("head", "weight"), ("norm", "weight"), ("norm", "bias"))
@@ -129,12 +130,14 @@ class Checkpoint:
         `abstract` is a tree of `jax.ShapeDtypeStruct`, with shardings where there is a mesh, and
         with the dtypes of the result unless `dtype` is given. Yields (path, array) of all that is
         not fresh, the parts of a path joined by "/"; raises as `match`, and as `TensorFiles.digest`
-        where the checkpoint says what its digest is.
+        where the checkpoint says what its digest is. Raises CheckpointError for a number that is
+        not finite, and for a head beside the embedding that is to be its copy and is not.
         """
         if self.files.expected:
             self.digest()
         leaves = flatten(abstract)
         sources = self._match(leaves)[1]
+        self._check_tied(leaves)
         head_dim = self.spec.get("head_dim") or self.spec["width"] // self.spec["heads"]
         for path, source in sources.items():
             leaf = leaves[path]
@@ -160,6 +163,14 @@ class Checkpoint:
         matched = {path: s for path, s in needed.items() if s is not None and path not in misfits}
         used = {name for source in matched.values() for name in source.names}
         unused = sorted(self.files.tensors.keys() - used)
+        wanted = [name for source in needed.values() if source for name in source.names]
+        if wanted and not any(name in self.files.tensors for name in wanted):
+            first = min(self.files.tensors, default="none")
+            raise MismatchError(
+                f"{self.path} has no tensor of {self.model_type}: its names are like {first!r}, "
+                f"those of {self.model_type} like {wanted[0]!r}",
+                tuple(misfits),
+            )
         faults = [fault for found in misfits.values() for fault in found]
         faults += [
             f"unexpected: {name}"
@@ -175,6 +186,24 @@ class Checkpoint:
         count = sum(int(np.prod(leaves[path].shape)) for path in matched)
         return Report(len(used), count, tuple(unused)), matched
 
+    def _check_tied(self, leaves: Mapping[str, Any]) -> None:
+        """Raise CheckpointError if a stored head differs from the embedding that takes its place.
+
+        The original loads such a head as it is, whatever its config.json says.
+        """
+        if "embedding/embedding" not in leaves or "head/kernel" in leaves:
+            return
+        table, prefix, sources = self._names(leaves)
+        head, source = f"{prefix}{table.modules.get('head')}.weight", sources["embedding/embedding"]
+        if source is None or head not in self.files.tensors:
+            return
+        if not self.files.equal(head, source.names[0]):
+            raise CheckpointError(
+                f"{self.path}: {head} is stored and is not {source.names[0]}, although config.json "
+                "ties the head to the embedding. Set tied=False beside weights to use the head "
+                "that is stored, as transformers does"
+            )
+
     def _faults(self, path: str, source: Source | None) -> list[str]:
         """Return what is wrong with the tensors of a leaf."""
         if source is None:
@@ -183,6 +212,11 @@ class Checkpoint:
         for name in source.names:
             if name not in self.files.tensors:
                 faults.append(f"missing: {name} (for {path})")
+            elif self.files.tensors[name].dtype.name not in FLOATS:
+                faults.append(
+                    f"quantized: {name} is {self.files.tensors[name].dtype.name}, and its scales "
+                    "are not read; give the checkpoint in float32, float16 or bfloat16"
+                )
             elif not source.fits(shape := self.files.tensors[name].shape):
                 faults.append(
                     f"shape mismatch: {name} is {list(shape)}, but {path} needs "
@@ -278,10 +312,7 @@ def describe(path: Path, part: str = "") -> tuple[str, dict[str, Any]]:
             f"{path / 'config.json'}: model_type {model_type!r}: {reason}; such models are not read"
         )
     if model_type not in FAMILIES:
-        raise CheckpointError(
-            f"{path / 'config.json'}: model_type {model_type!r}: unknown"
-            f"{nearest(str(model_type), FAMILIES)}"
-        )
+        raise CheckpointError(f"{path / 'config.json'}: {_unknown(model_type)}")
     try:
         spec = FAMILIES[model_type].spec(config)
     except KeyError as e:
@@ -293,8 +324,27 @@ def describe(path: Path, part: str = "") -> tuple[str, dict[str, Any]]:
     return model_type, spec
 
 
+def _unknown(model_type: Any) -> str:
+    """Return what a file says that no family is for, and what files of the families say.
+
+    No name is guessed: programs write this key, and names that are near are other models.
+    """
+    said = f"model_type {model_type!r} is not supported" if model_type else "it has no model_type"
+    kinds = {"language models": LANGUAGE_MODELS, "encoders": ENCODERS,
+             "models of several parts": parts.MODELS, "Q-Formers": qformer.FAMILIES}  # fmt: skip
+    lists = (f"{kind}: {', '.join(sorted(_written(names)))}" for kind, names in kinds.items())
+    return f"{said}. Supported are {'; '.join(lists)}"
+
+
+def _written(names: Iterable[str]) -> set[str]:
+    """Return those of the families that are a model_type of files of transformers."""
+    own = ("llama2c", "open_clip", "timm")
+    return {name for name in names if not name.startswith(own)}
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Return the config of a checkpoint, of all its parts, with its `model_type`."""
+    foreign.refuse(path)
     config: dict[str, Any] = {}
     for name in (name for name in CONFIGS if (path / name).is_file()):
         if (config := _read_json(path / name, CONFIGS[name])).get("model_type"):

@@ -136,7 +136,8 @@ class TensorFiles:
         `index` has slices of step 1 for the leading axes, as in numpy; None: everything.
 
         Raises:
-          CheckpointError: there is no such tensor, or the file changed since `open`.
+          CheckpointError: there is no such tensor, the file changed since `open`, or a number that
+            is read is infinite or not a number.
           ValueError: `index` has more slices than the tensor has axes, or other steps.
         """
         if name not in self.tensors:
@@ -150,9 +151,21 @@ class TensorFiles:
         with self._reading(info.file) as f:
             if out.size:
                 _fill(out, f, info.start, info.shape, bounds, self.block)
+            _require_finite(name, out)
             if info.dtype == np.bool_ and out.view(np.uint8).max(initial=0) > 1:
                 raise ValueError(f"tensor {name!r} of booleans holds bytes other than 0 and 1")
         return out
+
+    def equal(self, a: str, b: str) -> bool:
+        """Return whether two tensors are equal, bit by bit; holds some `block` bytes of each."""
+        info, other = self.tensors[a], self.tensors[b]
+        if (info.shape, info.dtype) != (other.shape, other.dtype):
+            return False
+        rows = max(1, self.block // max(1, math.prod(info.shape[1:]) * info.dtype.itemsize))
+        parts = (slice(i, i + rows) for i in range(0, info.shape[0], rows))
+        return all(
+            self.read(a, (part,)).tobytes() == self.read(b, (part,)).tobytes() for part in parts
+        )
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of the concatenated files; they must be as when opened.
@@ -218,6 +231,32 @@ def _renamed(
         first = min(tensors)
         raise ValueError(f"it holds no tensor of this part; its first is {first!r}")
     return {new: tensors[name] for new, name in named.items()}
+
+
+# dtype -> integers of its size with and without sign, and the bits of +inf and -inf. Everything
+# from there on is infinite or not a number, so that integers are compared, at memory speed.
+_INFINITIES = {
+    "float16": (np.dtype("<i2"), np.dtype("<u2"), 0x7C00, 0xFC00),
+    "bfloat16": (np.dtype("<i2"), np.dtype("<u2"), 0x7F80, 0xFF80),
+    "float32": (np.dtype("<i4"), np.dtype("<u4"), 0x7F80_0000, 0xFF80_0000),
+    "float64": (np.dtype("<i8"), np.dtype("<u8"), 0x7FF0 << 48, 0xFFF0 << 48),
+}
+_CHECKED = 2**18  # numbers at once, which stay in a processor's cache
+
+
+def _require_finite(name: str, tensor: np.ndarray) -> None:
+    """Raise ValueError if a contiguous tensor holds an infinity or something that is no number."""
+    if tensor.dtype.name not in _INFINITIES:
+        return
+    signed, unsigned, positive, negative = _INFINITIES[tensor.dtype.name]
+    flat = tensor.reshape(-1)
+    for i in range(0, flat.size, _CHECKED):
+        part = flat[i : i + _CHECKED]
+        if part.view(signed).max() >= positive or part.view(unsigned).max() >= negative:
+            raise ValueError(
+                f"tensor {name!r} holds numbers that are infinite or no numbers; a model with such "
+                "weights computes nothing: download it again, or give another checkpoint"
+            )
 
 
 def _shards(
