@@ -1,6 +1,7 @@
 """Weights that would compute nothing or something else: each is refused as what it is."""
 
 import json
+import zlib
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,8 @@ from support.public_models import read_checkpoint, write_model
 
 from vadapter.errors import CheckpointError
 from vadapter.models.registry import make_module
-from vadapter.weights.hf_checkpoint import Checkpoint, describe
+from vadapter.weights.hf_checkpoint import FAMILIES, Checkpoint, describe
+from vadapter.weights.parts import MODELS
 
 LLAMA = {"model_type": "llama", "tie_word_embeddings": True, "vocab_size": 97, "hidden_size": 32,
          "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -132,7 +134,7 @@ def test_a_folder_of_other_names_is_one_line(tmp_path):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("model_type", ["paligemma2", "gemma3n", "mistral3", "phi", "", None, 3])
+@pytest.mark.parametrize("model_type", ["paligemma2", "gemma3n", "mistral3", "phi", ""])
 def test_an_unknown_model_type_names_what_is_supported_and_guesses_nothing(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(
@@ -141,3 +143,37 @@ def test_an_unknown_model_type_names_what_is_supported_and_guesses_nothing(model
         describe(tmp_path)
     assert "did you mean" not in str(e.value)
     assert "open_clip" not in str(e.value)
+
+
+ODD = (None, True, False, 0, 1, -1, 2, 7, 224, 2**40, 0.5, float("nan"), float("inf"), "", "x",
+       "gelu", [], [1], [[]], ["x", None], {}, {"x": 1}, {"rope_type": "yarn"},
+       {"full_attention": None}, {"model_type": []}, {"quant_method": 1})  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", [*FAMILIES, *MODELS, "x"])
+def test_any_values_of_any_keys_are_read_or_an_error_for_users(model_type, tmp_path):
+    """Files with some random values, of keys that are known or not, also within groups."""
+    rng = np.random.default_rng(zlib.crc32(model_type.encode()))
+    family = FAMILIES.get(model_type)
+    keys = [*((family and family.keys) or ()), "vision_config", "text_config", "model_type", "x",
+            "qformer_config", "pretrained_cfg", "architecture", "model_args", "vision_cfg",
+            "tie_word_embeddings", "quantization_config"]  # fmt: skip
+
+    def pick(values):
+        return values[rng.integers(len(values))]
+
+    refused = 0
+    for _ in range(8):
+        config = {"model_type": model_type}
+        config |= {str(pick(keys)): pick(ODD) for _ in range(rng.integers(0, 3))}
+        group = {str(pick(keys)): pick(ODD) for _ in range(3)}
+        config |= {str(pick(["vision_config", "text_config", "rope_parameters", "x"])): group}
+        for part in ("", "vision", "text"):
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            try:
+                describe(tmp_path, part)
+            except CheckpointError:
+                refused += 1
+            except Exception as e:
+                raise AssertionError(f"{config}, part={part!r}") from e
+    assert refused

@@ -317,6 +317,8 @@ def describe(path: Path, part: str = "") -> tuple[str, dict[str, Any]]:
         spec = FAMILIES[model_type].spec(config)
     except KeyError as e:
         raise CheckpointError(f"{path / 'config.json'} has no {e.args[0]!r}") from None
+    except (TypeError, ValueError, AttributeError) as e:  # of a group that is no group
+        raise CheckpointError(f"{path / 'config.json'} cannot be read ({e})") from e
     if model_type in ENCODERS and any((path / name).is_file() for name in PREPROCESSORS):
         spec |= read_preprocess(path).fields()
     if chosen:
@@ -376,6 +378,8 @@ def _read_json(file: Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, A
 
 
 def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(kind := config.get("model_type") or "", str):
+        raise ValueError(f"its model_type is {kind!r}")
     if config.get("model_type") == "blip-2":
         return qformer.read_config(config)
     if config.get("model_type") is None and "architecture" in config:
