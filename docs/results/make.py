@@ -167,7 +167,7 @@ def _speed(measured: Measured, _: Measured | None) -> Iterator[str]:
         did = [each for each in seeds if each.point]
         part = f" in {len(did)} of {len(seeds)} seeds"
         ratio, counted = (ratios(did, "steps", count) for count in (False, True))
-        said = f"never{part}"
+        said = "never"
         if ratio and counted:
             said = f"{times(ratio)}{part}, with stage 1 {times(counted)}"
         yield f"{title(criterion)}: {said}"
