@@ -216,7 +216,7 @@ MISTAKES = {
     "encoder": "expected STAGE/NAME, such as vision/encoder",
     "visoin/encoder": "did you mean 'vision'",
     "vision/tlm": "'tlm' of vision: unknown; known: encoder, fusion, pooler, text",
-    "vadapter/fc_out": "weights are read for mobilenet, vit, lm, qformer, not for kind fc",
+    "vadapter/fc_out": "for mobilenet, video_vit, vit, lm, qformer, not for kind fc",
     "tlm/tlm,decoder/tlm": "--components: tlm twice",
 }
 

@@ -142,7 +142,7 @@ def test_a_card_of_hub_models_names_them_with_their_commits(public, tmp_path, mo
     ids = {loaded.recipe.components[name]["weights"]: repo for name, repo in found.items()}
     monkeypatch.setattr(
         module, "locate",
-        lambda weights, _: dataclasses.replace(snapshot, repo_id=ids[weights], revision=commit),
+        lambda weights, *_: dataclasses.replace(snapshot, repo_id=ids[weights], revision=commit),
     )  # fmt: skip
     export(loaded, tmp_path / "adapter")
     card = huggingface_hub.ModelCard.load(tmp_path / "adapter" / "README.md")

@@ -122,3 +122,20 @@ def test_a_convolutional_stem_of_other_sizes_is_refused(patch, width):
     )
     with pytest.raises(ConfigError, match=f"patch={patch} and width={width}"):
         tiny.init(ViT(config), np.zeros((1, 1, 24, 24, 3), np.uint8))
+
+
+SIDES = [tiny.IMAGE + step for step in (-tiny.VIT.patch, -1, 1, tiny.VIT.patch, tiny.IMAGE)]
+
+
+@pytest.mark.parametrize("positions", ["trained", "patches", "waves"])
+@pytest.mark.parametrize("border", [0, 1])
+def test_frames_of_another_size_than_the_encoders_are_never_cropped(positions, border, frames):
+    size = tiny.IMAGE + border  # a border that no patch covers
+    module = ViT(dataclasses.replace(tiny.VIT, image_size=size, positions=positions))
+    own = np.pad(frames, [(0, 0), (0, 0), (0, border), (0, border), (0, 0)])
+    jax.eval_shape(module.init, jax.random.key(0), own)
+    for side in (step + border for step in SIDES):
+        for shape in ((side, side), (size, side), (side, size)):
+            other = np.zeros((1, 1, *shape, 3), np.uint8)
+            with pytest.raises(ValueError, match=f"image_size is {size}"):
+                jax.eval_shape(module.init, jax.random.key(0), other)

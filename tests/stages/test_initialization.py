@@ -350,7 +350,7 @@ def test_starts_that_no_stage_of_the_run_provides_are_checked_beforehand(config,
     with config.unlocked():
         config.components.resampler.weights = "x"
     with pytest.raises(
-        ConfigError, match="for mobilenet, vit, lm, qformer, not for kind 'resampler'"
+        ConfigError, match="for mobilenet, video_vit, vit, lm, qformer, not for kind 'resampler'"
     ):
         check(resampler="weights", encoder="vision")
     with config.unlocked():

@@ -49,3 +49,21 @@ def normalize_pixels(
     shape = (*(1,) * (frames.ndim - 1), 3)
     shift, scale = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))
     return (frames.astype(jnp.float32) / 255 - shift) / scale
+
+
+def without_border(
+    frames: Float[Array, "*n H W 3"], image_size: int, patch: int
+) -> Float[Array, "*n h w 3"]:
+    """Return the pixels that whole patches cover, as a convolution of that stride reads them.
+
+    Raises:
+      ValueError: the frames are not of `image_size` pixels a side, what the encoder was built for.
+    """
+    height, width = frames.shape[-3:-1]
+    if (height, width) != (image_size, image_size):
+        raise ValueError(
+            f"frames of {height} x {width} pixels, but the encoder's image_size is {image_size}; "
+            "leave out the data's `size`, or set the encoder's image_size to it"
+        )
+    used = image_size // patch * patch
+    return frames[..., :used, :used, :]

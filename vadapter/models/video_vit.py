@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Num
 
 from vadapter.data.image_transform import ImageTransform
 from vadapter.errors import ConfigError
-from vadapter.models.encoder import HALF, EncoderConfig, normalize_pixels
+from vadapter.models.encoder import HALF, EncoderConfig, normalize_pixels, without_border
 from vadapter.models.layers import Dtype, MlpKind, Norm, default_init, partitioned
 from vadapter.models.rope import Angles
 from vadapter.models.transformer import BlockConfig, Remat, Stack
@@ -148,8 +148,7 @@ class Tubelets(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B F H W 3"]) -> Float[Array, "B S D"]:
         c = self.config
-        used = c.image_size // c.patch * c.patch
-        x = x[:, :, :used, :used]
+        x = without_border(x, c.image_size, c.patch)
         axes = "b (t f) (h p) (w q) c -> b (t h w) f (p q c)"
         x = rearrange(x, axes, f=c.tubelet, p=c.patch, q=c.patch)
         # One matrix for each frame of a tubelet.

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Num
 from vadapter.data.image_transform import ImageTransform
 from vadapter.errors import ConfigError
 from vadapter.models.adapters.pooler import Pooler, PoolerConfig
-from vadapter.models.encoder import HALF, EncoderConfig, normalize_pixels
+from vadapter.models.encoder import HALF, EncoderConfig, normalize_pixels, without_border
 from vadapter.models.grid_rope import GridRopeConfig, grid_rotary
 from vadapter.models.layers import (
     Dtype,
@@ -203,8 +203,7 @@ class ViT(nn.Module):
 
     def _patches(self, x: Float[Array, "n H W 3"]) -> Float[Array, "n N D"]:
         c = self.config
-        used = self._side * c.patch
-        x = x[:, :used, :used]
+        x = without_border(x, c.image_size, c.patch)
         if c.stem == "convolutions":
             x = ConvStem(c.width, c.patch, self.dtype, name="stem")(x)
             return rearrange(x, "n h w d -> n (h w) d")
