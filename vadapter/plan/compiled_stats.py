@@ -61,7 +61,7 @@ def tpu_stats(topology: Topology, traced: Any, arguments: Any, loops: int = 1) -
         "flops": flops.count_traced(traced.jaxpr.jaxpr, loops),
     }
     try:
-        with _no_compilation_cache():
+        with no_compilation_cache():
             compiled = traced.lower().compile(compiler_options=OPTIONS["tpu", ""])
     except jax.errors.JaxRuntimeError as error:
         if (needed := memory_needed(str(error))) is None:
@@ -89,7 +89,7 @@ def tpu_stats(topology: Topology, traced: Any, arguments: Any, loops: int = 1) -
 
 
 @contextlib.contextmanager
-def _no_compilation_cache() -> Iterator[None]:
+def no_compilation_cache() -> Iterator[None]:
     """Disable JAX's cache on disk, which cannot read programs for devices that are not present."""
     before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     jax.config.update("jax_compilation_cache_dir", None)
