@@ -95,6 +95,19 @@ def run(jobs: dict[str, list[str]], seconds: float) -> Iterator[dict[str, Any]]:
             yield {"job": name, "error": reason}
 
 
+def report(results: Iterator[dict[str, Any]], path: Path | None) -> int:
+    """Print each result, append it to the file at `path`, and return 1 if a job failed, else 0."""
+    failed = False
+    for result in results:
+        failed |= "error" in result
+        line = json.dumps(result)
+        print(line, flush=True)
+        if path:
+            with path.open("a") as file:
+                file.write(line + "\n")
+    return int(failed)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print a JSON object per result; return 1 if a job failed."""
     parser = argparse.ArgumentParser("gpu", description=(__doc__ or "").splitlines()[0])
@@ -102,15 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.5, help="for all jobs (9.5)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write gpu.jsonl there")
     args = parser.parse_args(argv)
-    failed = False
-    for result in run((TINY if args.tiny else FULL).jobs(), 60 * args.minutes):
-        failed |= "error" in result
-        line = json.dumps(result)
-        print(line, flush=True)
-        if args.out:
-            with (args.out / "gpu.jsonl").open("a") as file:
-                file.write(line + "\n")
-    return int(failed)
+    results = run((TINY if args.tiny else FULL).jobs(), 60 * args.minutes)
+    return report(results, args.out / "gpu.jsonl" if args.out else None)
 
 
 if __name__ == "__main__":

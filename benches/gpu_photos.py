@@ -7,11 +7,10 @@ HuggingFaceTB/SmolLM2-135M, from the hub).
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from benches.gpu import run
+from benches.gpu import report, run
 
 ARMS = ("vadapter", "perceiver", "mlp")
 SHORT = "--config.dtype=bfloat16"
@@ -49,14 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the results")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    failed = False
-    with (args.out / "gpu_photos.jsonl").open("a") as file:
-        planned = jobs(args.lm, args.out / "comparison", args.batch, args.steps)
-        for result in run(planned, 60 * args.minutes):
-            failed |= "error" in result
-            print(line := json.dumps(result), flush=True)
-            file.write(line + "\n")
-    return int(failed)
+    planned = jobs(args.lm, args.out / "comparison", args.batch, args.steps)
+    return report(run(planned, 60 * args.minutes), args.out / "gpu_photos.jsonl")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from vadapter.data.image_transform import Fit, ImageTransform, Interpolation
+from vadapter.errors import ConfigError
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -51,6 +52,13 @@ def normalize_pixels(
     return (frames.astype(jnp.float32) / 255 - shift) / scale
 
 
+def patches_a_side(image_size: int, patch: int) -> int:
+    """Return the number of whole patches along a side; raise ConfigError if there is none."""
+    if image_size < patch:
+        raise ConfigError(f"image_size={image_size} is less than one patch={patch}")
+    return image_size // patch
+
+
 def without_border(
     frames: Float[Array, "*n H W 3"], image_size: int, patch: int
 ) -> Float[Array, "*n h w 3"]:
@@ -65,5 +73,5 @@ def without_border(
             f"frames of {height} x {width} pixels, but the encoder's image_size is {image_size}; "
             "leave out the data's `size`, or set the encoder's image_size to it"
         )
-    used = image_size // patch * patch
+    used = patches_a_side(image_size, patch) * patch
     return frames[..., :used, :used, :]

@@ -16,7 +16,13 @@ from jaxtyping import Array, Float, Num
 
 from vadapter.data.image_transform import ImageTransform
 from vadapter.errors import ConfigError
-from vadapter.models.encoder import HALF, EncoderConfig, normalize_pixels, without_border
+from vadapter.models.encoder import (
+    HALF,
+    EncoderConfig,
+    normalize_pixels,
+    patches_a_side,
+    without_border,
+)
 from vadapter.models.layers import Dtype, MlpKind, Norm, default_init, partitioned
 from vadapter.models.rope import Angles
 from vadapter.models.transformer import BlockConfig, Remat, Stack
@@ -67,8 +73,7 @@ class VideoViTConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size < self.patch:
-            raise ConfigError(f"image_size={self.image_size} is less than one patch={self.patch}")
+        patches_a_side(self.image_size, self.patch)  # validates
         for key in ("frames", "still"):
             if getattr(self, key) % self.tubelet:
                 raise ConfigError(
@@ -92,11 +97,12 @@ class VideoViT(nn.Module):
 
     def tokens_per_frame(self) -> int:
         """Return N, the tokens of a time position."""
-        return (self.config.image_size // self.config.patch) ** 2
+        rows, columns = self.grid()
+        return rows * columns
 
     def grid(self) -> tuple[int, ...]:
         """Return the (rows, columns) of the tokens of a time position."""
-        side = self.config.image_size // self.config.patch
+        side = patches_a_side(self.config.image_size, self.config.patch)
         return side, side
 
     def time_positions(self, frames: int) -> int:

@@ -17,7 +17,13 @@ from jaxtyping import Array, Float, Num
 from vadapter.data.image_transform import ImageTransform
 from vadapter.errors import ConfigError
 from vadapter.models.adapters.pooler import Pooler, PoolerConfig
-from vadapter.models.encoder import HALF, EncoderConfig, normalize_pixels, without_border
+from vadapter.models.encoder import (
+    HALF,
+    EncoderConfig,
+    normalize_pixels,
+    patches_a_side,
+    without_border,
+)
 from vadapter.models.grid_rope import GridRopeConfig, grid_rotary
 from vadapter.models.layers import (
     Dtype,
@@ -150,10 +156,7 @@ class ViT(nn.Module):
     @property
     def _side(self) -> int:
         """The number of patches a side; ConfigError if there is none."""
-        c = self.config
-        if c.image_size < c.patch:
-            raise ConfigError(f"image_size={c.image_size} is less than one patch={c.patch}")
-        return c.image_size // c.patch
+        return patches_a_side(self.config.image_size, self.config.patch)
 
     @nn.compact
     def __call__(self, frames: Num[Array, "B F H W 3"]) -> Float[Array, "B F N D"]:
