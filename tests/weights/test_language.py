@@ -268,7 +268,9 @@ def test_a_corrupt_or_missing_config_is_an_error(folder):
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read .*download it again"):
         Checkpoint.open(path)
     (path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no config\.json: give a Hugging Face"):
+    with pytest.raises(
+        CheckpointError, match=r"\(model\.safetensors\) that has no config\.json: fe"
+    ):
         Checkpoint.open(path)
 
 

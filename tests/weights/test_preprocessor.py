@@ -100,13 +100,13 @@ def test_another_resolution_keeps_the_share_that_is_cut_off():
 
 REFUSED = {
     "not an object": ([], "not a JSON object"),
-    "nothing in it": ({}, "image_processor_type 'None' is unknown; known: BitImageProcessor"),
+    "nothing in it": ({}, "image_processor_type 'None' is not read; those that are: CLIPIm"),
     "NaFlex": (
         {**SIGLIP, "image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 25.5},
         "max_num_patches=25.5",
     ),
-    "language": ({**CLIP, "image_processor_type": "PixtralImageProcessor"}, "unknown"),
-    "a video's": ({**VJEPA2, "video_processor_type": "VideoProcessor"}, "'VideoProcessor' is unk"),
+    "language": ({**CLIP, "image_processor_type": "PixtralImageProcessor"}, "not read"),
+    "a video's": ({**VJEPA2, "video_processor_type": "VideoProcessor"}, "'VideoProcessor' is not "),
     "no resizing": ({**CLIP, "do_resize": False}, "do_resize=False"),
     "no scaling": ({**CLIP, "do_rescale": False}, "do_rescale=False"),
     "padding": ({**CLIP, "do_pad": True}, "do_pad=True"),

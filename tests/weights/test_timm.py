@@ -301,7 +301,7 @@ def write(folder, architecture="vit_base_patch16_siglip_224", pixels=PIXELS, **c
 
 REFUSED = {
     "another model": ({"architecture": "resnet50"}, "timm's 'resnet50' is not one of its"),
-    "a misspelt one": ({"architecture": "vit_base_patch16_siglip_225"}, "did you mean 'vit_base"),
+    "a misspelt one": ({"architecture": "vit_base_patch16_siglip_225"}, "_225' is not one"),
     "another block": ({"model_args": {"block_fn": "x"}}, "model_args.block_fn='x': it is not read"),
     "registers": ({"model_args": {"reg_tokens": 2}}, "reg_tokens=2: it is read with no_embed_cl"),
     "gray": ({"model_args": {"in_chans": 1}}, "in_chans=1: only 3 is read"),

@@ -218,6 +218,8 @@ def _check_positive(place: str, config: Any, *keys: str) -> None:
 
 
 def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
+    from vadapter.recipe.roles import check_roles
+
     place = f"config.stages.{name}"
     _check_names(f"{place}.kind", (stage.kind,), STAGES)
     vision, visual = stage.kind == "vision", STAGES[stage.kind].visual
@@ -233,8 +235,7 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
         raise ConfigError(
             f"{place}.evals: a stage of kind {stage.kind} does not write about images"
         )
-    if visual:
-        _check_encoder(place, recipe, components(stage)[0])
+    check_roles(place, recipe, stage)
     if vision and (stage.loss or stage.lm or stage.chain):
         raise ConfigError(f"{place}: kind vision takes no loss, lm or chain")
     if not stage.data:
@@ -264,16 +265,6 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> None:
         )
     if vision and stage.accumulate > 1:
         raise ConfigError(f"{place}: the contrastive loss needs the whole batch: accumulate=1")
-
-
-def _check_encoder(place: str, recipe: Recipe, name: str) -> None:
-    from vadapter.models.registry import ENCODERS, expand
-
-    if (kind := expand(name, recipe.components[name])["kind"]) not in ENCODERS:
-        raise ConfigError(
-            f"{place}: components.{name} is of kind {kind}, which reads no images; an encoder is "
-            f"of kind {' or '.join(ENCODERS)}"
-        )
 
 
 def _check_starts(recipe: Recipe, name: str, stage: StageConfig) -> None:

@@ -1,5 +1,6 @@
 """Public checkpoints as components: the spec from their config.json, the parameters by name."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,7 +17,7 @@ from vadapter.console import listing, quantity, truncate
 from vadapter.distributed.mesh import read_sharded
 from vadapter.errors import CheckpointError
 from vadapter.models.paths import flatten
-from vadapter.weights import foreign, hub, llama2c, parts
+from vadapter.weights import foreign, hub, llama2c, other_models, parts
 from vadapter.weights.families import (
     aimv2,
     clip,
@@ -41,6 +42,7 @@ from vadapter.weights.families import (
     timm,
     video,
 )
+from vadapter.weights.families.family import Config
 from vadapter.weights.files import Stamp
 from vadapter.weights.name_mapping import Source, Table
 from vadapter.weights.preprocessor import PREPROCESSORS, read_preprocess
@@ -108,10 +110,10 @@ class Checkpoint:
 
         `part` names one of a checkpoint that has several, see `parts`.
         """
-        model_type, spec = describe(path, part)
-        family = FAMILIES[model_type]
-        rename = parts.renamed(read_config(path), part)
-        files = TensorFiles.open(path, rename) if part else family.files(path)
+        config = read_config(path)
+        model_type, spec = _describe(path, config, part)
+        family, rename = FAMILIES[model_type], parts.renamed(config, part)
+        files = TensorFiles.open(path, rename) if part else family.files(path, config)
         if rename and not part:  # of a model whose text has always been read without naming it
             files = files.renamed(rename)
         return cls(path, model_type, spec, family.names(spec), files)
@@ -177,6 +179,14 @@ class Checkpoint:
             for name in unused
             if name not in named and not self._may_ignore(name, table, prefix, leaves)
         ]
+        head = sources.get("head/kernel")
+        if head and len(faults) == 1 and faults[0].startswith(f"missing: {head.names[0]}"):
+            raise MismatchError(
+                f"{self.path} has no {head.names[0]}: it is a base or embedding model, saved "
+                "without the head over words; give the checkpoint that has it, as one whose "
+                "architectures in config.json are …ForCausalLM",
+                tuple(misfits),
+            )
         if faults:
             raise MismatchError(
                 f"{self.path} does not match the parameters of {self.model_type} "
@@ -272,7 +282,10 @@ def locate(weights: str, key: str, part: str = "") -> hub.Snapshot:
     """
     shards = functools.partial(parts.shards, name=part) if part else None
     try:
-        return hub.resolve(resolve(weights, key), shards=shards)
+        snapshot = hub.resolve(resolve(weights, key), shards=shards)
+        if snapshot.repo_id and not any(snapshot.path.glob(hub.WEIGHTS)):
+            foreign.refuse_repository(snapshot.repo_id, hub.files(snapshot))
+        return snapshot
     except CheckpointError as error:
         raise CheckpointError(f"{key}: {error}") from error
 
@@ -303,22 +316,28 @@ def describe(path: Path, part: str = "") -> tuple[str, dict[str, Any]]:
     Raises:
       CheckpointError: an unsupported model or part, or a config.json that lacks a key.
     """
-    whole = config = read_config(path)
-    if chosen := parts.find(whole, part):
-        config = _checked(path, lambda: chosen.config(whole))
+    return _describe(path, read_config(path), part)
+
+
+def _describe(path: Path, whole: Config, part: str) -> tuple[str, dict[str, Any]]:
+    """Return what `describe` does, from the config of all parts."""
+    file = path / "config.json"
+    with _reading(file):
+        chosen = parts.find(whole, part)
+        config = chosen.config(whole) if chosen else whole
     model_type = config.get("model_type", "")
     if reason := next((r for name, r in _OTHER_KINDS.items() if name in str(model_type)), ""):
         raise CheckpointError(
-            f"{path / 'config.json'}: model_type {model_type!r}: {reason}; such models are not read"
+            f"{file}: model_type {model_type!r}: {reason}; such models are not read"
         )
     if model_type not in FAMILIES:
-        raise CheckpointError(f"{path / 'config.json'}: {_unknown(model_type)}")
-    try:
+        raise CheckpointError(f"{file}: {_unknown(model_type)}")
+    if model_type in LANGUAGE_MODELS:
+        other_models.require_words(file, config)
+    with _reading(file):
+        if variant := FAMILIES[model_type].variant:
+            model_type = variant(config)
         spec = FAMILIES[model_type].spec(config)
-    except KeyError as e:
-        raise CheckpointError(f"{path / 'config.json'} has no {e.args[0]!r}") from None
-    except (TypeError, ValueError, AttributeError) as e:  # of a group that is no group
-        raise CheckpointError(f"{path / 'config.json'} cannot be read ({e})") from e
     if model_type in ENCODERS and any((path / name).is_file() for name in PREPROCESSORS):
         spec |= read_preprocess(path).fields()
     if chosen:
@@ -332,6 +351,8 @@ def _unknown(model_type: Any) -> str:
     No name is guessed: programs write this key, and names that are near are other models.
     """
     said = f"model_type {model_type!r} is not supported" if model_type else "it has no model_type"
+    if (kind := other_models.kind_of(model_type)) is not None:
+        said = f"model_type {model_type!r} is {kind.what}: {kind.instead}"
     kinds = {"language models": LANGUAGE_MODELS, "encoders": ENCODERS,
              "models of several parts": parts.MODELS, "Q-Formers": qformer.FAMILIES}  # fmt: skip
     lists = (f"{kind}: {', '.join(sorted(_written(names)))}" for kind, names in kinds.items())
@@ -345,36 +366,47 @@ def _written(names: Iterable[str]) -> set[str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the config of a checkpoint, of all its parts, with its `model_type`."""
-    foreign.refuse(path)
+    """Return the config of a checkpoint, of all its parts, with its `model_type`.
+
+    Raises:
+      CheckpointError: a folder of a kind that is not read, or no config.json, or a corrupt one.
+    """
+    written = {name: _load(path / name) for name in CONFIGS if (path / name).is_file()}
+    own = written.get("config.json")
+    foreign.refuse(path, own if isinstance(own, Mapping) else {})
     config: dict[str, Any] = {}
-    for name in (name for name in CONFIGS if (path / name).is_file()):
-        if (config := _read_json(path / name, CONFIGS[name])).get("model_type"):
-            return config
+    for name, value in written.items():
+        with _reading(path / name):
+            if isinstance(value, Exception):
+                raise value
+            if (config := CONFIGS[name](value)).get("model_type"):
+                return config
     if file := llama2c.find(path):
         return llama2c.read_config(file)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path} has no config.json: give a Hugging Face model folder, or set the component's "
-            "`kind` for weights of another format"
-        )
+    if "config.json" not in written:
+        foreign.refuse_without_config(path)
     return config
 
 
-def _checked(path: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return read()
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise CheckpointError(f"{path / 'config.json'} cannot be read ({e})") from e
-
-
-def _read_json(file: Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def _load(file: Path) -> Any:
+    """Return the content of a JSON file, or what is wrong with it as a ValueError."""
     try:
         if file.stat().st_size > _MAX_CONFIG:
             raise ValueError(f"it has more than {_MAX_CONFIG} bytes")
-        return read(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise CheckpointError(f"{file} cannot be read ({e}); download it again") from e
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        return ValueError(f"{e}; download it again")
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn what a value of another type raises into a CheckpointError that names the file."""
+    try:
+        yield
+    except KeyError as e:
+        raise CheckpointError(f"{file} has no {e.args[0]!r}") from None
+    except (ValueError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{file} cannot be read ({e})") from e
 
 
 def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,15 @@ def _download(repo_id: str, revision: str, allow: Sequence[str]) -> Snapshot:
     return Snapshot(Path(path), repo_id, Path(path).name)  # …/snapshots/<commit>
 
 
+def files(snapshot: Snapshot) -> list[str]:
+    """Return the names of all files of a repository at its commit; [] where the hub is not asked.
+
+    They are only a hint: offline, or without an answer, there are none.
+    """
+    query = lambda api, repo_id: api.list_repo_files(repo_id, revision=snapshot.revision)  # noqa: E731
+    return _names_from(query, snapshot.repo_id)
+
+
 def repository(spec: str) -> tuple[str, str]:
     """Return (hub id, revision) if `resolve` would use the hub for `spec`, otherwise ("", "")."""
     repo_id, _, revision = spec.partition("@")

@@ -7,7 +7,7 @@ processors in the table below, and the preprocess_cfg of open_clip_config.json.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def _processor(config: Mapping[str, Any]) -> Preprocess:
     if kind in SQUARES:
         return _processor(SQUARES[kind](config))
     if kind not in PROCESSORS:
-        raise ValueError(f"image_processor_type {name!r} is unknown{nearest(kind, PROCESSORS)}")
+        raise ValueError(f"image_processor_type {name!r} is not read; {_known(PROCESSORS)}")
     if kind == "Siglip2ImageProcessor":
         config = _naflex(config)
     for key, only in (("do_resize", True), ("do_rescale", True), ("do_pad", False)):
@@ -131,6 +131,10 @@ def _processor(config: Mapping[str, Any]) -> Preprocess:
     )
 
 
+def _known(names: Iterable[str]) -> str:
+    return f"those that are: {', '.join(names)}"
+
+
 def _stretched(config: Mapping[str, Any], size: Any) -> dict[str, Any]:
     """Return the file of a processor that stretches an image to a square, and does no more."""
     changed = {"image_processor_type": "SiglipImageProcessor", "size": size, "do_pad": False}
@@ -151,9 +155,7 @@ def _video(config: Mapping[str, Any]) -> Preprocess:
     """Read a video's file; V-JEPA 2 ignores its `size`, which follows from the crop."""
     name = str(config.get("video_processor_type"))
     if name not in VIDEO_PROCESSORS:
-        raise ValueError(
-            f"video_processor_type {name!r} is unknown{nearest(name, VIDEO_PROCESSORS)}"
-        )
+        raise ValueError(f"video_processor_type {name!r} is not read; {_known(VIDEO_PROCESSORS)}")
     config = {"resample": 2, "do_center_crop": True, **VIDEO_PROCESSORS[name], **config}
     config["image_processor_type"] = "VideoMAEImageProcessor"
     if name == "VJEPA2VideoProcessor":

@@ -44,10 +44,11 @@ _DTYPES = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 # Suffix: arguments of `from_pretrained` that convert such a file.
-_FOREIGN = dict.fromkeys([".bin", ".pt", ".pth", ".ckpt", ".pkl"], "")
+PICKLES: tuple[str, ...] = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_FOREIGN: dict[str, str] = dict.fromkeys(PICKLES, "")
 _FOREIGN |= {".msgpack": ", from_flax=True", ".h5": ", from_tf=True"}
 # The class comes from config.json, as AutoModel would drop the head of a language model.
-_CONVERT = (
+CONVERT = (
     "import sys, transformers as t; a, b = sys.argv[1:]; "
     "m = getattr(t, t.AutoConfig.from_pretrained(a).architectures[0]); "
     "m.from_pretrained(a{options}).save_pretrained(b, safe_serialization=True)"
@@ -290,7 +291,7 @@ def _refuse_foreign(files: list[Path]) -> None:
         return
     file = min(options, key=lambda f: (options[f], f))
     folder = file.absolute().parent
-    library, script, source = "transformers", _CONVERT.format(options=options[file]), folder
+    library, script, source = "transformers", CONVERT.format(options=options[file]), folder
     if options[file]:
         library = "transformers<5"
     elif (folder / _OPEN_CLIP).is_file() and not (folder / "config.json").is_file():

@@ -72,11 +72,7 @@ def vit_keys(image: int, patch: int, act: str, eps: float) -> Keys:
 
 _MLP: Keys = {"intermediate_size": Key(3072, COUNT)}
 _CLIP_KEYS = vit_keys(224, 32, "quick_gelu", 1e-5) | _MLP
-_SIGLIP_KEYS: Keys = (
-    vit_keys(224, 16, "gelu_pytorch_tanh", 1e-6)
-    | _MLP
-    | {"num_patches": Key(None, COUNT.or_null())}
-)
+_SIGLIP_KEYS = vit_keys(224, 16, "gelu_pytorch_tanh", 1e-6) | _MLP
 _NAFLEX_KEYS: Keys = {**_SIGLIP_KEYS, "num_patches": Key(256, COUNT)}
 
 
@@ -103,8 +99,6 @@ def _clip(c: Config) -> Spec:
 
 
 def _siglip(c: Config) -> Spec:
-    if c["num_patches"] is not None:  # as some folders of the next name their model_type
-        return _naflex(c)
     return vit(c) | {"mlp_dim": c["intermediate_size"], "fit": "stretch"}
 
 
@@ -118,9 +112,15 @@ def _naflex(c: Config) -> Spec:
     }  # fmt: skip
 
 
+def _siglip_or_naflex(config: Config) -> str:
+    """Return the model_type of a config.json: some NaFlex SigLIP 2 name that of a SigLIP."""
+    naflex = config.get("num_patches") is not None
+    return "siglip2_vision_model" if naflex else "siglip_vision_model"
+
+
 FAMILIES: dict[str, Family] = {
     "clip_vision_model": Family(_clip, (_CLIP,), _CLIP_KEYS),
     "metaclip_2_vision_model": Family(_clip, (_CLIP,), _CLIP_KEYS),
-    "siglip_vision_model": Family(_siglip, (_SIGLIP, _NAFLEX), _SIGLIP_KEYS),
+    "siglip_vision_model": Family(_siglip, (_SIGLIP,), _SIGLIP_KEYS, variant=_siglip_or_naflex),
     "siglip2_vision_model": Family(_naflex, (_NAFLEX,), _NAFLEX_KEYS),
 }

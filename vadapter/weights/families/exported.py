@@ -5,7 +5,6 @@ weights, and the tokenizer of a language model.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,9 +34,8 @@ def _spec(config: Config) -> Spec:
     return dict(config["component"])
 
 
-def _open(folder: Path) -> TensorFiles:
-    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return dataclasses.replace(TensorFiles.open(folder), expected=record["sha256"])
+def _open(folder: Path, config: Config) -> TensorFiles:
+    return dataclasses.replace(TensorFiles.open(folder), expected=config["sha256"])
 
 
 FAMILIES: dict[str, Family] = {COMPONENT_FORMAT: Family(_spec, (_TABLE,), files=_open)}

@@ -108,14 +108,16 @@ class Family:
         is taken.
       keys: the table of keys; None passes a file on as it is, one of a format of this package.
       aliases: other names of keys, which win over them, as the original's `attribute_map` does.
-      files: opens the folder's tensors.
+      variant: from a config.json of it to the model_type that it is; None: its own.
+      files: opens the tensors of a folder, whose config.json is given, too.
     """
 
     reader: Callable[[Config], Spec]
     tables: tuple[Table, ...] | Callable[[Spec], tuple[Table, ...]]
     keys: Keys | None = None
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    files: Callable[[Path], TensorFiles] = TensorFiles.open
+    variant: Callable[[Config], str] | None = None
+    files: Callable[[Path, Config], TensorFiles] = lambda folder, config: TensorFiles.open(folder)
 
     def spec(self, config: Config) -> Spec:
         """Return the spec of a config.json.

@@ -174,5 +174,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(_mistral, TABLES, _MISTRAL),
     "qwen2": Family(_qwen2, TABLES, _QWEN2),
     "qwen3": Family(_qwen3, TABLES, _QWEN3),
-    "llama2c": Family(_llama, (llama2c.TABLE,), _LLAMA, files=llama2c.open_files),
+    "llama2c": Family(
+        _llama, (llama2c.TABLE,), _LLAMA, files=lambda folder, config: llama2c.open_files(folder)
+    ),
 }

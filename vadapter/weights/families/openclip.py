@@ -160,7 +160,7 @@ def _refuse(key: str, value: Any) -> None:
     )
 
 
-def _open(folder: Path) -> TensorFiles:
+def _open(folder: Path, config: Config) -> TensorFiles:
     """Open the tower's own file, whatever else is in the folder."""
     own = folder / _WEIGHTS
     return TensorFiles.open(own if own.is_file() else folder)

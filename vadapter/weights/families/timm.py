@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vadapter.config import nearest
 from vadapter.errors import CheckpointError
 from vadapter.weights.families.family import (
     COUNT,
@@ -105,15 +104,16 @@ def arguments(architecture: str, own: Mapping[str, Any]) -> dict[str, Any]:
             continue
         for key in own:
             if key not in keys and key not in _IGNORED:
-                refuse(f"model_args.{key}", own[key], f"it is not read{nearest(key, keys)}")
+                refuse(f"model_args.{key}", own[key], "it is not read")
         args = {**models()[cls][name], **own}
         if args.get("rope_rotate_half"):
             model_type += "_half"
         return {"model_type": model_type, **args}
-    known = [name for table in models().values() for name in table]
+    known = sum(len(table) for table in models().values())
     raise CheckpointError(
-        f"timm's {name!r} is not one of its {len(known)} plain ViTs that are read "
-        f"(SigLIP, CLIP, EVA-02, PE, DINOv2 and 3, AIMv2, …){nearest(name, known)}"
+        f"timm's {name!r} is not one of its {known} plain ViTs that are read: SigLIP, CLIP, "
+        "EVA-02, PE, DINOv2 and 3, AIMv2 and others. Give one of those, such as "
+        "timm/vit_so400m_patch14_siglip_384.webli"
     )
 
 
