@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support import guides
 from support import planned as planned_table
 from support.paths import RECIPES
+from support.public_tokenizers import llama2
 from support.recipes import tiny_recipe
 
 from vadapter.cli.main import main
@@ -462,6 +463,33 @@ def test_the_command_prints_and_saves_the_same_numbers(call, tmp_path):
         "total": sum(count.values()), "trained": count[True], "frozen": count[False],
     }  # fmt: skip
     assert f"{saved['parts']['llm']['parameters']:,}" in out
+
+
+def test_a_recipe_of_public_models_is_planned_from_their_config_json_alone(capfd, tmp_path):
+    """Of a CLIP and a Llama whose weights are not there; a batch has the encoder's resolution."""
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+              "num_attention_heads": 2}  # fmt: skip
+    clip = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, **shared}
+    eyes, words = tmp_path / "clip", llama2(tmp_path / "llama")
+    llama = json.loads((words / "config.json").read_text()) | {"model_type": "llama", **shared}
+    eyes.mkdir()
+    (eyes / "config.json").write_text(json.dumps(clip))
+    (words / "config.json").write_text(json.dumps(llama))
+    code = main([
+        "plan", f"--config=configs/public.py:encoder={eyes},tlm={words},llm={words},batch=4",
+        "--topology=cpu:1", "--stage=vadapter", "--decode=0", f"--json={tmp_path / 'plan.json'}",
+    ])  # fmt: skip
+    assert (code, capfd.readouterr().err) == (0, "")
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    assert saved["fits"]
+    # Norms of 2 * 16 numbers, a layer's four projections and two of its feed-forward, all biased.
+    layer = 2 * 32 + 4 * (16 * 16 + 16) + 2 * 16 * 32 + 32 + 16
+    tokens = (32 // 8) ** 2 + 1
+    assert saved["parts"]["encoder"]["parameters"] == (
+        2 * layer + 16 + 3 * 8 * 8 * 16 + tokens * 16 + 32
+    )
+    (rows,) = saved["rows"]
+    assert rows["batch_bytes"] > 4 * 32 * 32 * 3
 
 
 def fitting(monkeypatch, fits, made=None):

@@ -133,7 +133,7 @@ def plan(
       ConfigError: batch, mesh and topology do not match, or the compiler is not installed.
     """
     recipe, topology = _applied(recipe, name, setting), setting.topology
-    stage = Stage(recipe, name, make_mesh(recipe.mesh, devices(topology)))
+    stage = _stage(recipe, name, make_mesh(recipe.mesh, devices(topology)))
     config, modules = stage.config, dict[str, Any](stage.model.modules)
     check_batch_size(name, config, stage.mesh.size)
     if decode and not stage.captions:
@@ -209,6 +209,12 @@ def with_field(recipe: Recipe, name: str, field: str) -> tuple[str, ...]:
     return tuple(filter(has_field, parts))
 
 
+def _stage(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> Stage:
+    """Return a stage without its tokenizer; a public language model has a vocabulary of its own."""
+    public = recipe.components.get(recipe.stages[name].lm, {}).get("weights")
+    return Stage(recipe, name, mesh, vocab_size=1 if public else 0)
+
+
 def estimate_peak(recipe: Recipe, name: str, setting: Setting) -> int:
     """Estimate the peak of the train step on a device from its trace, in seconds, not minutes.
 
@@ -217,7 +223,7 @@ def estimate_peak(recipe: Recipe, name: str, setting: Setting) -> int:
     recipe = _applied(recipe, name, setting)
     fsdp, tensor = recipe.mesh.fsdp, recipe.mesh.tensor
     mesh = {"data": setting.topology.chips // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
-    stage = Stage(recipe, name, _one_device())
+    stage = _stage(recipe, name, _one_device())
     state = bytes_per_device((stage.abstract_state, stage.abstract_params()[1]))
     temporaries = max(_temporaries(stage, data[0], mesh) for data in _by_shape(stage))
     return state // (fsdp * tensor) + temporaries
