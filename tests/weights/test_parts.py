@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from support import runs
 from support.cases import some_slow
 from support.hub_server import NEW
+from support.language_models import greedy
 from support.original import their_warnings
 from support.patches import use_devices
 from support.processors import CLIP, write_processor
@@ -197,6 +198,17 @@ def test_the_vision_part_gives_what_the_originals_connector_reads(case, pair, re
         jax.tree.map(np.testing.assert_array_equal, params, same)
 
 
+def logits_of_text(torch, original, tokens, real):
+    """Their logits of rows that are text alone, padded where not `real`."""
+    options = {"attention_mask": torch.tensor(real.astype(np.int64))}
+    if original.config.model_type == "paligemma":  # otherwise a prefix, which attends both ways
+        options["token_type_ids"] = torch.ones(tokens.shape, dtype=torch.int64)
+    if original.config.model_type == "gemma3":
+        options["token_type_ids"] = torch.zeros(tokens.shape, dtype=torch.int64)
+    with torch.no_grad(), their_warnings():
+        return original(torch.tensor(tokens), use_cache=False, **options).logits.numpy()
+
+
 @pytest.mark.parametrize("case", some_slow(list(CASES), fast=FAST))
 def test_the_text_part_gives_the_originals_logits_of_text(case, pair, renamed, originals):
     torch, _ = originals
@@ -204,13 +216,7 @@ def test_the_text_part_gives_the_originals_logits_of_text(case, pair, renamed, o
     module, params = load(folder, "text")
     tokens, lengths = np.random.default_rng(0).integers(3, V - 1, (3, T)), np.array([T, 7, 3])
     real = np.arange(T)[None, :] < lengths[:, None]
-    options = {"attention_mask": torch.tensor(real.astype(np.int64))}
-    if case.startswith("paligemma"):  # otherwise a prefix, which attends both ways
-        options["token_type_ids"] = torch.ones(tokens.shape, dtype=torch.int64)
-    if case == "gemma3":
-        options["token_type_ids"] = torch.zeros(tokens.shape, dtype=torch.int64)
-    with torch.no_grad(), their_warnings():
-        expected = original(torch.tensor(tokens), **options).logits.numpy()[real]
+    expected = logits_of_text(torch, original, tokens, real)[real]
 
     @jax.jit
     def run(params, tokens, segments):
@@ -225,6 +231,25 @@ def test_the_text_part_gives_the_originals_logits_of_text(case, pair, renamed, o
     assert np.abs(ours - expected).max() < TOLERANCE
     for other in renamed(case):
         jax.tree.map(np.testing.assert_array_equal, params, load(other, "text")[1])
+
+
+@pytest.mark.parametrize("case", some_slow(list(CASES), fast=["paligemma 2", "qwen3_vl"]))
+def test_cached_greedy_decoding_of_the_text_part_is_the_originals_to_its_end(case, pair, originals):
+    """Theirs is the likeliest word after the whole text so far, without a cache; windows move."""
+    torch, _ = originals
+    original, folder = pair(case)
+    module, params = load(folder, "text")
+    tokens, new = np.random.default_rng(1).integers(3, V - 1, (2, 6)), 12
+    text = tokens
+    for _ in range(new):
+        words = logits_of_text(torch, original, text, np.ones(text.shape, bool))[:, -1].argmax(-1)
+        text = np.concatenate([text, words[:, None]], 1)
+    theirs = text[:, 6:]
+    stop = int(theirs[0, 5])
+    ended = np.cumsum(theirs == stop, 1) - (theirs == stop) > 0
+    assert ended.any()
+    ours = greedy(module, params, tokens, new, stop=(stop,))
+    np.testing.assert_array_equal(ours, np.where(ended, 0, theirs))
 
 
 @pytest.mark.parametrize(("old", "new"), [(26, 26), (27, 27), (32, 32), (26, 20), (32, 48)])
