@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,13 @@ class Counting(TensorFiles):
         out = super().read(name, index)
         self.reads.append((name, out.size))
         return out
+
+    def blocks(self, name: str, index: tuple[slice, ...], size: int) -> Iterator[np.ndarray]:
+        count = 0
+        for block in super().blocks(name, index, size):
+            count += block.size
+            yield block
+        self.reads.append((name, count))
 
 
 def write_model(

@@ -11,7 +11,8 @@ here, all of them or, where kinds of layers alternate, those of a kind; and a li
 import collections
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+import mmap
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,8 +22,8 @@ from vadapter.errors import CheckpointError
 from vadapter.models.paths import flatten, nest
 from vadapter.weights.safetensors import TensorFiles
 
-_ALIGNMENT = 64  # bytes, of XLA's arrays
-_STRIP = 64  # columns
+_STRIP = 64  # columns that are written at once
+_BLOCK = 2**18  # bytes that are copied at once
 _WIDENINGS = {(np.dtype(np.float16), np.dtype(np.float32))}  # the casts of `assign`: lossless
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -223,16 +224,51 @@ class Source:
     def read(
         self, files: TensorFiles, index: tuple[slice, ...], head_dim: int, dtype: np.dtype
     ) -> np.ndarray:
-        """Return a part of our leaf; no more than one of their tensors is held beside it.
+        """Return a part of our leaf, read in small blocks.
+
+        Where one of their tensors is more than a slice or a transpose away, all of it is held.
 
         `index` has the slices that a sharding requests; K = `head_dim`, where heads matter.
         """
         ranges = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
-        out = _aligned([len(r) for r in ranges], np.dtype(dtype))
+        out = _pages([len(r) for r in ranges], np.dtype(dtype))
         layers = ranges[0] if self.stacked else [0]
         for piece, i in zip(out if self.stacked else out[None], layers, strict=True):
-            _copy(piece, self._one(files, self.names[i], index[self.stacked :], head_dim))
+            self._write(piece, files, self.names[i], index[self.stacked :], head_dim)
         return out
+
+    def _write(
+        self, out: np.ndarray, files: TensorFiles, name: str, index: tuple[slice, ...],
+        head_dim: int,
+    ) -> None:  # fmt: skip
+        """Read one of their tensors, or a part of it, into an array of ours."""
+        if (slices := self._slices(index)) is None:
+            _copy(out, self._one(files, name, index, head_dim))
+        elif self.transposed:
+            row = math.prod(out.shape[:-1]) * files.tensors[name].dtype.itemsize
+            _write_columns(out, files.blocks(name, slices, _STRIP * row))
+        else:
+            at = 0
+            for block in files.blocks(name, slices, _BLOCK):
+                out[at : at + len(block)] = block
+                at += len(block)
+
+    def _slices(self, index: tuple[slice, ...]) -> tuple[slice, ...] | None:
+        """Return the slices of their tensor that `index` selects; None if it is no such part."""
+        form = self.form
+        special = isinstance(form, Tokens | Pairs) or (isinstance(form, Part) and form.by_head)
+        if special or not index or (isinstance(form, Patches) and self.transposed):
+            return None
+        bounds = [
+            s.indices(n)[:2] for s, n in zip(index, self.shape[self.stacked :], strict=True)
+        ]
+        if isinstance(form, Part):
+            a, b = bounds[-1]
+            outputs = self.shape[-1]
+            before = sum(form.sizes[: form.index]) if form.sizes else form.index * outputs
+            bounds[-1] = (a + before, b + before)
+        slices = tuple(slice(a, b) for a, b in bounds)
+        return slices[::-1] if self.transposed else slices
 
     def _one(
         self, files: TensorFiles, name: str, index: tuple[slice, ...], head_dim: int
@@ -259,38 +295,44 @@ class Source:
             tensor = tensor.reshape(-1, form.count, head_dim, *tensor.shape[1:])[:, form.index]
             tensor = tensor.reshape(-1, *tensor.shape[2:])
             return (tensor.T if self.transposed else tensor)[index]
-        bounds = [s.indices(n)[:2] for s, n in zip(index, whole, strict=True)]
-        if isinstance(form, Part):
-            a, b = bounds[-1]
-            before = sum(form.sizes[: form.index]) if form.sizes else form.index * whole[-1]
-            bounds[-1] = (a + before, b + before)
-        slices = tuple(slice(a, b) for a, b in bounds)
-        return files.read(name, slices[::-1]).T if self.transposed else files.read(name, slices)
+        tensor = files.read(name, self._slices(index))
+        return tensor.T if self.transposed else tensor
 
 
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Return a new array that a CPU device can use without a copy."""
+def _pages(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Return a new array that a CPU device can use without a copy.
+
+    It begins with a page, as XLA's arrays begin at multiples of 64 bytes. The pages are small:
+    numpy asks for huge ones, of which a virtual machine may have none that its host has backed.
+    Then the first use of 1 GB takes 2 seconds in the kernel instead of 0.4.
+    """
     size = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + size].view(dtype).reshape(shape)
+    pages = mmap.mmap(-1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, np.uint8, size).view(dtype).reshape(shape)
 
 
 def _copy(out: np.ndarray, tensor: np.ndarray) -> None:
-    """Assign `out[...] = tensor`, several times faster than numpy for a transposed matrix.
-
-    Copies strips through a small buffer. Its rows are padded: at a distance of a power of two they
-    would evict each other from the cache.
-    """
+    """Assign `out[...] = tensor`, several times faster than numpy for a transposed matrix."""
     if tensor.ndim != 2 or tensor.flags.c_contiguous:
         out[...] = tensor
         return
-    rows, columns = tensor.shape
-    buffer = np.empty((_STRIP, rows + _STRIP // 2), out.dtype)
-    for i in range(0, columns, _STRIP):
-        strip = buffer[: min(_STRIP, columns - i), :rows]
-        strip[...] = tensor[:, i : i + _STRIP].T
-        out[:, i : i + _STRIP] = strip.T
+    rows = tensor.T
+    _write_columns(out, (rows[i : i + _STRIP] for i in range(0, len(rows), _STRIP)))
+
+
+def _write_columns(out: np.ndarray, blocks: Iterable[np.ndarray]) -> None:
+    """Write rows, at most _STRIP at a time, as columns of a matrix, in their order.
+
+    They are copied through a small buffer. Its rows are padded: at a distance of a power of two
+    they would evict each other from the cache.
+    """
+    length, at = len(out), 0
+    buffer = np.empty((_STRIP, length + _STRIP // 2), out.dtype)
+    for block in blocks:
+        strip = buffer[: len(block), :length]
+        strip[...] = block
+        out[:, at : at + len(block)] = strip.T
+        at += len(block)
 
 
 def _tokens(tensor: np.ndarray, shape: Sequence[int], form: Tokens) -> np.ndarray:

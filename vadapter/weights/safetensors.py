@@ -141,21 +141,39 @@ class TensorFiles:
             is read is infinite or not a number.
           ValueError: `index` has more slices than the tensor has axes, or other steps.
         """
+        info, bounds = self._part(name, index)
+        out = np.empty([stop - start for start, stop in bounds], info.dtype)
+        with self._reading(info.file) as f:
+            _read(out, f, name, info, bounds, self.block)
+        return out
+
+    def blocks(self, name: str, index: tuple[slice, ...], size: int) -> Iterator[np.ndarray]:
+        """Yield the rows of `tensor[index]` in order, some at a time, in an array that is reused.
+
+        For copying: what is read at once stays in a processor's cache. A block has `size` bytes at
+        most, or one row. Arguments and errors as in `read`; the tensor has an axis at least.
+        """
+        info, bounds = self._part(name, index)
+        (start, stop), *rest = bounds
+        shape = [b - a for a, b in rest]
+        rows = max(1, size // max(1, math.prod(shape) * info.dtype.itemsize))
+        buffer = np.empty((min(rows, stop - start), *shape), info.dtype)
+        with self._reading(info.file) as f:
+            for i in range(start, stop, rows):
+                block = buffer[: stop - i]
+                _read(block, f, name, info, [(i, i + len(block)), *rest], self.block)
+                yield block
+
+    def _part(
+        self, name: str, index: tuple[slice, ...] | None
+    ) -> tuple[TensorInfo, list[tuple[int, int]]]:
+        """Return a tensor, and start and stop of `index` on every axis."""
         if name not in self.tensors:
             raise CheckpointError(
                 f"{self.path} holds no tensor {name!r}. Use the configuration that belongs to "
                 "these weights, or other weights."
             )
-        info = self.tensors[name]
-        bounds = _bounds(info.shape, index or ())
-        out = np.empty([stop - start for start, stop in bounds], info.dtype)
-        with self._reading(info.file) as f:
-            if out.size:
-                _fill(out, f, info.start, info.shape, bounds, self.block)
-            _require_finite(name, out)
-            if info.dtype == np.bool_ and out.view(np.uint8).max(initial=0) > 1:
-                raise ValueError(f"tensor {name!r} of booleans holds bytes other than 0 and 1")
-        return out
+        return (info := self.tensors[name]), _bounds(info.shape, index or ())
 
     def equal(self, a: str, b: str) -> bool:
         """Return whether two tensors are equal, bit by bit; holds some `block` bytes of each."""
@@ -400,6 +418,18 @@ def _bounds(shape: tuple[int, ...], index: tuple[slice, ...]) -> list[tuple[int,
         raise ValueError(f"{index} is not one slice of step 1 for each axis of {list(shape)}")
     limits = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
     return [(start, max(start, stop)) for start, stop in limits]
+
+
+def _read(
+    out: np.ndarray, f: BufferedReader, name: str, info: TensorInfo,
+    bounds: list[tuple[int, int]], block_bytes: int,
+) -> None:  # fmt: skip
+    """Read the part of a tensor within `bounds`; ValueError if it holds what is no number."""
+    if out.size:
+        _fill(out, f, info.start, info.shape, bounds, block_bytes)
+    _require_finite(name, out)
+    if info.dtype == np.bool_ and out.view(np.uint8).max(initial=0) > 1:
+        raise ValueError(f"tensor {name!r} of booleans holds bytes other than 0 and 1")
 
 
 def _fill(
