@@ -53,6 +53,7 @@ def get_config(arg=None):
         samples=0,
         steps=0,
         int8=False,
+        int4=False,
     )
     choose("rung", arg.rung, RUNGS)
     rung = RUNGS[arg.rung]
@@ -66,6 +67,8 @@ def get_config(arg=None):
     llm = dict(weights=arg.llm or rung["llm"], remat="names")
     if arg.int8:
         llm["int8"] = True
+    if arg.int4:
+        llm |= dict(int4=True, scale_group=64)
     resampler = dict(kind="resampler", queries=64, query_dim=768, hidden_dim=768, heads=12)
     training = dict(
         batch=batch,

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from vadapter.checkpoints.digest import combined, leaf_digest, leaf_paths, tree_digests
 
-DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "bool", "uint32", "int8"]
+DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "bool", "uint32", "int8", "int4"]
 
 
 def _array(dtype, shape=(16, 6), seed=0):
@@ -17,6 +17,7 @@ def _array(dtype, shape=(16, 6), seed=0):
 def _reference(x):
     """The definition in plain numpy: sum of word times odd weight, modulo 2**32."""
     x = np.asarray(x)
+    x = x.astype(np.int8) if x.dtype == "int4" else x
     words = x.astype(np.uint8) if x.dtype == bool else x.view(f"u{x.dtype.itemsize}")
     total = 0
     for i, word in enumerate(words.ravel().tolist()):
@@ -82,7 +83,7 @@ def test_moved_elements_and_shapes_change_the_combined_digest():
 
 
 def test_complex_and_sub_byte_arrays_are_refused():
-    for dtype in (jnp.complex64, jnp.int4):
+    for dtype in (jnp.complex64, jnp.uint4):
         with pytest.raises(TypeError, match="no digest for dtype"):
             leaf_digest(jnp.zeros((2,), dtype))
 

@@ -85,6 +85,12 @@ MISTAKES = {
     "int8 that would be trained": (
         "components.llm.int8", True, "components.llm.int8: llm is trained in stage llm, which int8"
     ),
+    "int4 that would be trained": (
+        "components.llm.int4", True, "components.llm.int4: llm is trained in stage llm, which int4"
+    ),
+    "groups of no scales": (
+        "components.llm.scale_group", 8, "components.llm.scale_group: no scale is stored without"
+    ),
     "images wanted, text given": (
         "stages.decoder.data", {"documents": 1.0},
         "config.stages.decoder: data 'documents' has no images, which decoder needs",
@@ -164,13 +170,21 @@ def test_a_mistake_is_one_line_with_its_key(config, mistake):
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_stays_frozen_may_be_int8(config):
+def test_integers_of_two_sizes_are_refused(config):
     assign(config, "components.llm.int8", True)
+    assign(config, "components.llm.int4", True)
+    with pytest.raises(ConfigError, match=r"components\.llm: int8 and int4 are set; choose one"):
+        read(config)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_model_that_stays_frozen_may_be_of_integers(config, kind):
+    assign(config, f"components.llm.{kind}", True)
     assign(config, "components.llm.weights", "weights")
     assign(config, "chain", ("tlm", "vision", "perceiver"))
     recipe = read(config)
     model = make_model(recipe, recipe.stages["perceiver"], 320)
-    assert model.modules["llm"].config.int8
+    assert getattr(model.modules["llm"].config, kind)
 
 
 def test_a_model_with_fewer_words_than_the_tokenizer_is_refused(config):

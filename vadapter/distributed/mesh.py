@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.dtypes import itemsize_bits
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
@@ -204,7 +205,7 @@ def poorly_sharded(tree: Any, at_least: int = LARGE) -> list[str]:
         if leaf.size >= at_least and shard * parts > leaf.size:
             lines.append(
                 f"{name} {leaf.dtype}{[*leaf.shape]}: {leaf.size // shard} parts instead of "
-                f"{parts}, {size(shard * leaf.dtype.itemsize)} on every device"
+                f"{parts}, {size(shard * itemsize_bits(leaf.dtype) // 8)} on every device"
             )
     return lines
 

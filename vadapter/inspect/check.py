@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.dtypes import itemsize_bits
 from jax.sharding import Mesh
 
 from vadapter.data.open import require_texts
@@ -15,6 +16,7 @@ from vadapter.data.tokenizers.pretrained import PretrainedTokenizer
 from vadapter.distributed import memory
 from vadapter.distributed.mesh import MeshConfig, make_mesh
 from vadapter.errors import Problems
+from vadapter.models.quantize import quantized
 from vadapter.models.registry import expand
 from vadapter.recipe.schema import Recipe, StageConfig, components, trained
 from vadapter.stages import initialization
@@ -106,7 +108,7 @@ def _component(stage: Stage, findings: Findings, name: str) -> Facts:
         "enters": jax.tree.map(_shape, enters), "leaves": jax.tree.map(_shape, leaves),
         "vocab_size": _vocab_size(stage, findings, name),
         "parameters": _count(stage.abstract[name]) if findings.built else None,
-        "trained": name in trained(stage.config), "int8": bool(spec.get("int8")),
+        "trained": name in trained(stage.config), "integers": quantized(spec),
         "lr_mult": stage.config.optim.lr_mults.get(name, 1.0),
         "start": _start(stage, findings, name),
     }  # fmt: skip
@@ -203,4 +205,4 @@ def _count(tree: Any) -> int:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(x.size * itemsize_bits(x.dtype) for x in jax.tree.leaves(tree)) // 8

@@ -38,7 +38,7 @@ def _stage(facts: Facts, stage: Facts) -> str:
 def _part(stage: Facts, part: Facts) -> tuple[str, ...]:
     count = part["parameters"]
     state = "trained" if part["trained"] else "frozen"
-    state += "\nint8" * part["int8"]
+    state += f"\n{part['integers']}" * bool(part["integers"])
     state += f"\nlr × {part['lr_mult']:g}" * (part["lr_mult"] != 1)
     return (
         part["name"],
@@ -98,12 +98,13 @@ def _totals(facts: Facts, stage: Facts) -> Iterator[str]:
         f"total {n['total']:,} parameters: {n['trained']:,} trained ({share:.1f} %), "
         f"{n['frozen']:,} frozen"
     )
-    int8 = " and int8" if any(part["int8"] for part in stage["components"]) else ""
+    kinds = sorted({part["integers"] for part in stage["components"]} - {""})
+    integers = "".join(f" and {kind}" for kind in kinds)
 
     def sizes(m: Facts) -> str:
         return (
-            f"{size(m['frozen'])} frozen ({facts['dtype']}{int8}), {size(m['trained'])} trained "
-            f"and {size(m['moments'])} moments (float32)"
+            f"{size(m['frozen'])} frozen ({facts['dtype']}{integers}), "
+            f"{size(m['trained'])} trained and {size(m['moments'])} moments (float32)"
         )
 
     yield f"memory {sizes(memory)}, without activations and gradients"

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vadapter.distributed.compile import unrolls
+from vadapter.models.quantize import STORED
 
 
 def pays(params: Mapping[str, Any], tokens: int) -> bool:
@@ -54,8 +55,8 @@ def layered(params: Mapping[str, Any]) -> dict[str, Any]:
     rows = zip(*([put(row) for row in np.asarray(leaf)] for leaf in leaves), strict=True)
     layers = tuple(structure.unflatten(row) for row in rows)
     new = {**params, "stack": {"blocks": layers}}
-    int8 = any(leaf.dtype == jnp.int8 for leaf in leaves)
-    if "head" not in params and not int8:  # the head of such a model would be int8, too
+    integers = any(leaf.dtype in STORED.values() for leaf in leaves)
+    if "head" not in params and not integers:  # the head of such a model would be, too
         table = np.asarray(params["embedding"]["embedding"])
         new["head"] = {"kernel": put(np.ascontiguousarray(table.T))}
     return new

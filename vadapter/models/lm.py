@@ -30,8 +30,8 @@ class LMConfig:
       vocab_size: V; 0 takes the size of the run's tokenizer.
       width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, norm_eps, norm_offset, bias,
         qkv_bias, mlp_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap, parallel, shared_norm,
-        pre_norms, post_norms, residual_scale, fused_attention, dropout, remat, int8: see
-        `transformer.BlockConfig`; int8 includes an untied head.
+        pre_norms, post_norms, residual_scale, fused_attention, dropout, remat, int8, int4,
+        scale_group: see `transformer.BlockConfig`; int8 and int4 include an untied head.
       rope: wavelengths of rotary positions.
       rope_local: those of layers with a window; None takes `rope`.
       rotated: whether a layer has rotary positions; the pattern is repeated over the layers
@@ -83,6 +83,8 @@ class LMConfig:
     remat: Remat = "none"
     dropout: float = 0.0
     int8: bool = False
+    int4: bool = False
+    scale_group: int = 0
 
     DERIVED: ClassVar = ("vocab_size",)
 

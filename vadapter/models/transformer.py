@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int
 from vadapter.distributed.compile import unrolls
 from vadapter.distributed.mesh import constrain
 from vadapter.models.adapters.cross_attention import Gated
-from vadapter.models.int8_linear import Int8Linear
 from vadapter.models.layers import (
     ATTENTION,
     Attention,
@@ -32,6 +31,8 @@ from vadapter.models.layers import (
     NormOver,
     linear,
 )
+from vadapter.models.quantize import STORED, quantized
+from vadapter.models.quantized_linear import QuantizedLinear
 from vadapter.models.rope import Rotary, factors
 
 # What `remat="names"` keeps for the backward pass. A frozen stack has no weight gradients, so the
@@ -73,7 +74,8 @@ class BlockConfig:
       fused_attention: attention by one kernel on TPUs where it is faster, see `fused_attention`.
       dropout: on both residual branches, active only where a `dropout` rng is given.
       remat: what the backward pass recomputes, see `REMAT`.
-      int8: kernels are int8 and cannot be trained, see `quantize`.
+      int8, int4: kernels are integers and cannot be trained, see `quantize`.
+      scale_group: inputs of such a kernel that share a scale; 0: all.
     """
 
     width: int
@@ -106,11 +108,15 @@ class BlockConfig:
     dropout: float = 0.0
     remat: Remat = "none"
     int8: bool = False
+    int4: bool = False
+    scale_group: int = 0
 
     @property
     def linear(self) -> Callable[..., nn.Module]:
         """The constructor of linear layers."""
-        return Int8Linear if self.int8 else linear
+        if not (integers := quantized(vars(self))):
+            return linear
+        return functools.partial(QuantizedLinear, stored=STORED[integers], group=self.scale_group)
 
     def attention(self, dtype: Dtype, name: str) -> Attention:
         """Return an attention layer of the block."""

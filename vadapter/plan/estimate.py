@@ -16,6 +16,7 @@ from vadapter.distributed.mesh import MeshConfig, filled, make_mesh
 from vadapter.distributed.topology import Topology, devices
 from vadapter.errors import ConfigError
 from vadapter.models.decoding import Decode
+from vadapter.models.quantize import quantized
 from vadapter.models.registry import expand, load_kind
 from vadapter.plan import liveness
 from vadapter.plan.compiled_stats import ProgramStats, tpu_stats, traced_stats, versions
@@ -87,7 +88,7 @@ class Plan:
     batch: int
     rows: tuple[Rows, ...]  # the steps by shape of batch, largest first
     remat: dict[str, str]
-    int8: tuple[str, ...]
+    integers: Mapping[str, str]  # component -> int8 or int4, of weights that are
     parts: dict[str, Part]
     optimizer: int  # bytes of the optimizer state on each device
     decode: Generation | None  # None: not planned
@@ -156,7 +157,7 @@ def plan(
         hosts=topology.hosts, mesh=dict(stage.mesh.shape), steps=config.steps, batch=config.batch,
         rows=tuple(rows),
         remat={part: modules[part].config.remat for part in with_field(recipe, name, "remat")},
-        int8=tuple(part for part in components(config) if recipe.components[part].get("int8")),
+        integers={p: kind for p in components(config) if (kind := quantized(recipe.components[p]))},
         parts=_parts(stage),
         optimizer=bytes_per_device(stage.abstract_state.opt_state),
         decode=_generation(stage, topology, decode or 0) if generates else None,
@@ -186,7 +187,7 @@ def _applied(recipe: Recipe, name: str, setting: Setting) -> Recipe:
     stage, specs = recipe.stages[name], dict(recipe.components)
     for part in with_field(recipe, name, "remat") if setting.remat else ():
         specs[part] = {**specs[part], "remat": setting.remat}
-    if setting.int8 and stage.lm not in trained(stage):
+    if setting.int8 and stage.lm not in trained(stage) and not quantized(specs[stage.lm]):
         specs[stage.lm] = {**specs[stage.lm], "int8": True}
     mesh = dataclasses.replace(recipe.mesh, slices=setting.topology.slices)
     if setting.fsdp:

@@ -96,7 +96,7 @@ class Search:
                 break
             yield dataclasses.replace(setting, topology=topology)
         quantizable = stage.lm in with_field(self.recipe, self.name, "int8")
-        settled = stage.lm in (*trained(stage), *planned.int8)
+        settled = stage.lm in (*trained(stage), *planned.integers)
         if quantizable and not settled and importlib.util.find_spec("qwix"):
             setting = dataclasses.replace(setting, int8=True)
             yield setting

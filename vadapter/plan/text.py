@@ -19,11 +19,11 @@ def as_text(plan: Plan) -> str:
 
 def _blocks(plan: Plan) -> Iterator[list[str]]:
     remat = ", ".join(f"{name} {kind}" for name, kind in plan.remat.items()) or "—"
-    int8 = f"; int8 {', '.join(plan.int8)}" if plan.int8 else ""
+    integers = "".join(f"; {kind} {part}" for part, kind in plan.integers.items())
     yield [
         f"{plan.stage}: {plan.kind}, {plan.steps:,} steps of {plan.batch:,} rows",
         f"on {plan.topology}: {quantity(plan.chips, 'chip')}, {quantity(plan.hosts, 'host')}",
-        f"mesh {axes(plan.mesh)}; remat {remat}{int8}",
+        f"mesh {axes(plan.mesh)}; remat {remat}{integers}",
         *wrap(plan.train.how, subsequent=""),
     ]
     yield [

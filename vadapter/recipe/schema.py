@@ -177,7 +177,7 @@ def read(config: Any) -> Recipe:
             raise ConfigError(f"config.evals.{name}.data={ev.data!r}: documents are not evaluated")
     for name, stage in recipe.stages.items():
         _check_stage(recipe, name, stage)
-    _check_int8(recipe)
+    _check_quantized(recipe)
     return recipe
 
 
@@ -191,18 +191,27 @@ def _complete(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return complete(spec, f"components.{name}.weights")
 
 
-def _check_int8(recipe: Recipe) -> None:
-    """Check that int8 components are frozen in all stages of the chain and qwix is installed."""
-    for name in (name for name, spec in recipe.components.items() if spec.get("int8")):
-        for stage in recipe.chain:
-            if name in trained(recipe.stages[stage]):
-                raise ConfigError(
-                    f"components.{name}.int8: {name} is trained in stage {stage}, which int8 "
-                    "weights cannot be; leave int8 out, or the stage out of config.chain"
-                )
-        from vadapter.models.quantize import library
+def _check_quantized(recipe: Recipe) -> None:
+    """Check that int8 and int4 components are frozen in the chain, and that qwix is installed."""
+    from vadapter.models.quantize import STORED, library
 
-        library()
+    for name, spec in recipe.components.items():
+        kinds = [kind for kind in STORED if spec.get(kind)]
+        if spec.get("scale_group") and not kinds:
+            raise ConfigError(
+                f"components.{name}.scale_group: no scale is stored without int8 or int4; set one"
+            )
+        if len(kinds) > 1:
+            raise ConfigError(f"components.{name}: {' and '.join(kinds)} are set; choose one")
+        for kind in kinds:
+            for stage in recipe.chain:
+                if name in trained(recipe.stages[stage]):
+                    raise ConfigError(
+                        f"components.{name}.{kind}: {name} is trained in stage {stage}, which "
+                        f"{kind} weights cannot be; leave {kind} out, or the stage out of "
+                        "config.chain"
+                    )
+            library()
 
 
 def _check_names(place: str, names: Iterable[str], choices: Collection[str]) -> None:

@@ -11,6 +11,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import optax
+from jax.dtypes import itemsize_bits
 
 from vadapter.data.batch import SPEC
 from vadapter.data.image_transform import ImageTransform
@@ -166,7 +167,8 @@ def in_compute_dtype(frozen: Any, dtype: Any) -> Any:
 def bytes_per_device(tree: Any) -> int:
     """Return the bytes that shapes with shardings take on each device."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    counts = (math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+    return sum(n * itemsize_bits(x.dtype) for n, x in zip(counts, leaves, strict=True)) // 8
 
 
 def row_shapes(

@@ -259,9 +259,7 @@ class Source:
         special = isinstance(form, Tokens | Pairs) or (isinstance(form, Part) and form.by_head)
         if special or not index or (isinstance(form, Patches) and self.transposed):
             return None
-        bounds = [
-            s.indices(n)[:2] for s, n in zip(index, self.shape[self.stacked :], strict=True)
-        ]
+        bounds = [s.indices(n)[:2] for s, n in zip(index, self.shape[self.stacked :], strict=True)]
         if isinstance(form, Part):
             a, b = bounds[-1]
             outputs = self.shape[-1]
