@@ -223,17 +223,18 @@ def test_fast_decoding_is_stated_beside_the_size_of_the_images(world):
     assert " 1 × 32 px, JPEGs fast, prompt" in as_text(facts)
 
 
-def test_int8_halves_the_memory_of_the_frozen_llm(world, public):
+@pytest.mark.parametrize(("kind", "share"), [("int8", 0.65), ("int4", 0.56)])
+def test_integers_take_a_share_of_the_memory_of_the_frozen_llm(world, public, kind, share):
     made = runs.public(world)
     whole = stages(public[0])["vadapter"]["memory"]["frozen"]
     with made.unlocked():
-        made.components.llm.int8 = True
+        made.components.llm[kind] = True
     facts = checked(made)
     assert facts["problems"] == []
     stage = stages(facts)["vadapter"]
-    assert parts(stage)["llm"]["int8"]
-    assert stage["memory"]["frozen"] < 0.65 * whole
-    assert "float32 and int8" in as_text(facts)
+    assert parts(stage)["llm"]["integers"] == kind
+    assert stage["memory"]["frozen"] < share * whole
+    assert f"float32 and {kind}" in as_text(facts)
 
 
 def test_memory_is_also_reported_per_device(world):

@@ -6,33 +6,21 @@ The numbers of the large checkpoint, beside the library's own reading:
 """
 
 import itertools
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support import load_memory
 from support.cases import some_slow
+
+from benches.bench_load import measure, write
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs /proc of Linux to measure memory"
 )
 
 
-def measure(*command) -> dict[str, float]:
-    """What `load_memory.py` prints, run in a process of its own."""
-    script = Path(load_memory.__file__)
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, command)], capture_output=True, text=True,
-        env={"PYTHONPATH": str(script.parents[2]), "PATH": "/usr/bin:/bin"}, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def show(name: str, found: dict[str, float]) -> None:
-    megabytes = {k: round(v / 1e6) for k, v in found.items() if k != "seconds"}
+    sizes = ("peak", "shards", "largest", "stored")
+    megabytes = {k: round(found[k] / 1e6) for k in sizes}
     speed = found["stored"] / found["seconds"] / 1e9
     print(f"\n{name}: {megabytes} MB, {found['seconds']:.1f} s, {speed:.2f} GB/s", end="")
 
@@ -44,7 +32,7 @@ def folders(tmp_path_factory):
 
     def folder(gigabytes):
         if gigabytes not in made:
-            made[gigabytes] = load_memory.write(tmp_path_factory.mktemp("large"), gigabytes)
+            made[gigabytes] = write(tmp_path_factory.mktemp("large"), gigabytes)
         return made[gigabytes]
 
     return folder
@@ -63,7 +51,7 @@ def test_peak_memory_is_the_own_shards_and_the_largest_tensor(
     folders, gigabytes, times, devices, dtype
 ):
     for _ in range(times):
-        found = measure("load", folders(gigabytes), devices, dtype)
+        found = measure("ours", folders(gigabytes), dtype, devices)
         show(f"{devices} devices, {dtype}", found)
         assert found["peak"] < found["shards"] + found["largest"]
         # All of it in the dtype asked for, once: replicas on one host are one.
@@ -73,8 +61,8 @@ def test_peak_memory_is_the_own_shards_and_the_largest_tensor(
 @pytest.mark.slow
 def test_loading_takes_at_most_four_times_as_long_as_the_librarys_own_reading(folders):
     """Ours also transposes every linear layer and stacks them."""
-    theirs = min(measure("safetensors", folders(2))["seconds"] for _ in range(3))
-    ours = [measure("load", folders(2), 1, "bfloat16") for _ in range(3)]
+    theirs = min(measure("library", folders(2))["seconds"] for _ in range(3))
+    ours = [measure("ours", folders(2)) for _ in range(3)]
     show("ours", min(ours, key=lambda found: found["seconds"]))
     print(f"\nsafetensors: {theirs:.1f} s", end="")
     assert min(found["seconds"] for found in ours) < 4 * theirs

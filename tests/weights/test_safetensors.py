@@ -105,6 +105,28 @@ def test_a_slice_is_what_numpy_would_slice(checkpoint, block):
             assert got.flags.owndata
 
 
+@pytest.mark.parametrize("size", [1, 30, MB], ids="size{}".format)
+def test_blocks_are_the_rows_of_a_slice_in_order_and_no_larger_than_asked(checkpoint, size):
+    dice = np.random.default_rng(1)
+    for name, array in _ARRAYS.items():
+        for _ in range(10 * bool(array.ndim)):
+            picks = np.sort(dice.integers(0, 9, (dice.integers(array.ndim + 1), 2)), axis=1)
+            index = tuple(slice(*pick) for pick in picks.tolist())
+            blocks = [block.copy() for block in checkpoint.blocks(name, index, size)]
+            got = np.concatenate([array[index][:0], *blocks])
+            np.testing.assert_array_equal(got, array[index], strict=True)
+            assert all(len(block) == 1 or block.nbytes <= size for block in blocks)
+
+
+def test_a_block_with_a_number_that_is_none_is_refused_by_the_name_of_its_tensor(tmp_path):
+    tensor = np.ones((64, 8), np.float32)
+    tensor[50, 3] = np.nan
+    safetensors.numpy.save_file({"w": tensor}, tmp_path / "model.safetensors")
+    blocks = TensorFiles.open(tmp_path).blocks("w", (), 256)
+    with pytest.raises(CheckpointError, match="'w' holds numbers that are infinite or no numbers"):
+        list(blocks)
+
+
 @pytest.mark.parametrize("index", [(slice(0, 6, 2),), (slice(None, None, -1),), (slice(1),) * 2])
 def test_other_indices_than_slices_of_step_one_are_errors_of_the_caller(checkpoint, index):
     with pytest.raises(ValueError, match="one slice of step 1 for each axis"):
