@@ -62,6 +62,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return name -> shape [out, in] of a Llama's tensors."""
     width, mlp = config["hidden_size"], config["intermediate_size"]
     narrow = width * config["num_key_value_heads"] // config["num_attention_heads"]
+    names: dict[str, tuple[int, ...]]
     names = dict.fromkeys(["model.embed_tokens", "lm_head"], (config["vocab_size"], width))
     names["model.norm"] = (width,)
     for i in range(config["num_hidden_layers"]):

@@ -40,7 +40,8 @@ def score(module: nn.Module, params: Any, tokens: np.ndarray) -> tuple[np.ndarra
 
     @jax.jit
     def run(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = module.apply({"params": params}, tokens)[:, :-1].astype(jnp.float32)
+        logits: Any = module.apply({"params": params}, tokens)
+        logits = logits[:, :-1].astype(jnp.float32)
         nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)
         return nats[..., 0], logits.argmax(-1)
 
@@ -79,7 +80,7 @@ def bench(folder: Path, text: str, tokens: int) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the lines of a model and a text."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="hub id or folder")
     parser.add_argument("text", type=Path, help="a text file")
     parser.add_argument("--tokens", type=int, default=8192)
