@@ -207,8 +207,9 @@ class Timm:
     def build(self, config):
         whole = self.files(config)["config.json"]
         # Some classes have a size of their own, but the file says what images the model takes.
+        own = {k: v for k, v in whole["model_args"].items() if v is not None}
         return imported("timm").create_model(
-            whole["architecture"], num_classes=0, **{"img_size": SIDE, **whole["model_args"]}
+            whole["architecture"], num_classes=0, **{"img_size": SIDE, **own}
         )
 
     def outputs(self, torch, model):

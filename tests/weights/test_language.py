@@ -285,42 +285,72 @@ def llama(vocab, width, mlp, depth, heads, kv, **keys):
 
 TIED = {"tie_word_embeddings": True}
 # name: (model_type, the keys of its config.json that set shapes, published parameters)
+# Above each where sizes were read on 2026-12-01: litgpt: config.py of Lightning-AI/litgpt, which
+# names the config.json of each; defaults: those of transformers' configuration, which is that of
+# this model; file: a config.json on huggingface.co.
 PUBLISHED = {
+    # litgpt; defaults
     "Llama-2-7b": ("llama", llama(32_000, 4096, 11_008, 32, 32, 32), 6_738_415_616),
+    # litgpt
     "Llama-3.1-8B": ("llama", llama(128_256, 4096, 14_336, 32, 32, 8), 8_030_261_248),
+    # litgpt
     "Llama-3.2-1B": (
         "llama", llama(128_256, 2048, 8192, 16, 32, 8, head_dim=64, **TIED), 1_235_814_400),
+    # litgpt
     "SmolLM2-135M": ("llama", llama(49_152, 576, 1536, 30, 9, 3, **TIED), 134_515_008),
+    # litgpt
     "TinyLlama-1.1B": ("llama", llama(32_000, 2048, 5632, 22, 32, 4), 1_100_048_384),
+    # litgpt; defaults
     "Mistral-7B-v0.1": ("mistral", llama(32_000, 4096, 14_336, 32, 32, 8), 7_241_732_096),
+    # litgpt, of Qwen2.5-0.5B
     "Qwen2-0.5B": ("qwen2", llama(151_936, 896, 4864, 24, 14, 2, **TIED), 494_032_768),
+    # litgpt
     "Qwen2.5-1.5B": ("qwen2", llama(151_936, 1536, 8960, 28, 12, 2, **TIED), 1_543_714_304),
+    # litgpt
     "Qwen3-0.6B": (
         "qwen3", llama(151_936, 1024, 3072, 28, 16, 8, head_dim=128, **TIED), 596_049_920),
+    # litgpt
     "gemma-2b": ("gemma", llama(256_000, 2048, 16_384, 18, 8, 1, head_dim=256), 2_506_172_416),
+    # litgpt; defaults
     "gemma-2-2b": ("gemma2", llama(256_000, 2304, 9216, 26, 8, 4, head_dim=256), 2_614_341_888),
+    # litgpt
     "gemma-2-9b": ("gemma2", llama(256_000, 3584, 14_336, 42, 16, 8, head_dim=256), 9_241_705_984),
+    # litgpt, of gemma-3-1b-it
     "gemma-3-1b-pt": (
         "gemma3_text", llama(262_144, 1152, 6912, 26, 4, 1, head_dim=256), 999_885_952),
+    # defaults
     "gpt2": ("gpt2", {**GPT2, "vocab_size": 50_257, "n_embd": 768, "n_layer": 12, "n_head": 12,
                       "n_positions": 1024}, 124_439_808),
+    # litgpt; defaults
     "Phi-3-mini-4k-instruct": (
         "phi3", llama(32_064, 3072, 8192, 32, 32, 32), 3_821_079_552),
+    # litgpt
     "Phi-4-mini-instruct": ("phi3", llama(200_064, 3072, 8192, 32, 24, 8, **TIED), 3_836_021_760),
+    # defaults
     "SmolLM3-3B": ("smollm3", llama(128_256, 2048, 11_008, 36, 16, 4, **TIED), 3_075_098_624),
+    # litgpt; file of OLMo-2-1124-7B-Instruct
     "OLMo-2-1124-7B": ("olmo2", llama(100_352, 4096, 11_008, 32, 32, 32), 7_298_617_344),
+    # file of a model trained from it
     "OLMo-2-0425-1B": ("olmo2", llama(100_352, 2048, 8192, 16, 16, 16), 1_484_916_736),
+    # not confirmed; defaults but for the vocabulary
     "Olmo-3-1025-7B": ("olmo3", llama(100_278, 4096, 11_008, 32, 32, 32), 7_298_011_136),
+    # file of a copy
     "granite-3.2-2b-instruct": (
-        "granite", llama(49_159, 2048, 8192, 40, 32, 8, **TIED), 2_533_539_840),
+        "granite", llama(49_155, 2048, 8192, 40, 32, 8, **TIED), 2_533_531_648),
+    # files of models trained from it
     "Ministral-8B-Instruct-2410": (
         "ministral", llama(131_072, 4096, 12_288, 36, 32, 8, head_dim=128), 8_019_808_256),
+    # not confirmed
     "Ministral-3-3B-Base-2512, text": (
         "ministral3", llama(131_072, 3072, 9216, 26, 32, 8, **TIED), 3_429_006_336),
+    # litgpt; defaults
     "stablelm-3b-4e1t": ("stablelm", llama(50_304, 2560, 6912, 32, 32, 32), 2_795_443_200),
+    # file of stablelm-2-1_6b-chat
     "stablelm-2-1_6b": (
         "stablelm", llama(100_352, 2048, 5632, 24, 32, 32, use_qkv_bias=True), 1_644_515_328),
+    # litgpt
     "pythia-160m": ("gpt_neox", llama(50_304, 768, 3072, 12, 12, 12), 162_322_944),
+    # litgpt
     "pythia-1b": ("gpt_neox", llama(50_304, 2048, 8192, 16, 8, 8), 1_011_781_632),
 }  # fmt: skip
 

@@ -391,27 +391,33 @@ def test_a_component_of_a_recipe_names_its_part_and_keeps_it(pair, tmp_path):
 # name: (part, keys of its config.json that set shapes, published parameters of that part: of
 # transformers' model built from them, without pooling heads, mergers and norms that are not used)
 PUBLISHED = {
+    # copies of its config.json in other projects
     "google/paligemma-3b-pt-224, vision": ("paligemma", "vision", {"vision_config": {
         "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
         "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}}, 412_442_352),
+    # copies of its config.json in other projects
     "google/paligemma-3b-pt-224, text": ("paligemma", "text", {"text_config": {
         "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16_384,
         "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1,
         "vocab_size": 257_216}}, 2_508_662_784),
+    # width: config.json of a copy; the rest: defaults of transformers
     "Qwen/Qwen2.5-VL-3B-Instruct, vision": ("qwen2_5_vl", "vision", {"vision_config": {
         "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
         "num_heads": 16, "out_hidden_size": 2048, "patch_size": 14, "window_size": 112}},
         # the two frames of a patch are one matrix here
         631_975_680 - 2 * 3 * 14**2 * 1280 // 2),
+    # config.json of a copy
     "Qwen/Qwen2.5-VL-3B-Instruct, text": ("qwen2_5_vl", "text", {
         "hidden_size": 2048, "intermediate_size": 11_008, "num_attention_heads": 16,
         "num_hidden_layers": 36, "num_key_value_heads": 2, "vocab_size": 151_936,
         "tie_word_embeddings": True, "rope_theta": 1e6,
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, 3_085_938_688),
+    # not confirmed
     "Qwen/Qwen3-VL-4B-Instruct, vision": ("qwen3_vl", "vision", {"vision_config": {
         "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16,
         "out_hidden_size": 2560, "patch_size": 16, "num_position_embeddings": 2304}},
         306_242_560 - 2 * 3 * 16**2 * 1024 // 2),
+    # not confirmed
     "HuggingFaceTB/SmolVLM-256M-Instruct, vision": ("smolvlm", "vision", {"vision_config": {
         "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
         "num_hidden_layers": 12, "patch_size": 16, "image_size": 512}}, 86_433_024),

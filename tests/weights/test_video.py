@@ -153,12 +153,16 @@ def test_names_of_the_first_release_are_read_the_same(pair, tmp_path):
 VITL = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 # name: (model_type, config.json, (T, N) of a clip, parameters of transformers' encoder alone)
 PUBLISHED = {
+    # defaults of transformers
     "facebook/vjepa2-vitl-fpc64-256": ("vjepa2", VITL, (32, 256), 303_885_312),
+    # not confirmed
     "facebook/vjepa2-vitg-fpc64-384": (
         "vjepa2", {"hidden_size": 1408, "num_hidden_layers": 40, "num_attention_heads": 22,
                    "mlp_ratio": 48 / 11, "crop_size": 384}, (32, 576), 1_012_173_952),
+    # defaults of transformers
     "MCG-NJU/videomae-base": (
         "videomae", {"use_mean_pooling": False}, (8, 196), 86_227_200),
+    # not confirmed
     "MCG-NJU/videomae-large": (
         "videomae", {**VITL, "intermediate_size": 4096, "use_mean_pooling": False},
         (8, 196), 303_885_312 - 24 * 1024),

@@ -306,37 +306,51 @@ def config(width, mlp, depth, heads, image, patch):
 
 # name: (model_type, config.json, parameters of transformers' model without pooling head and the
 # norm behind CLIP's last layer)
+# Above each where its sizes were read, on 2026-12-01: the defaults of transformers' configuration,
+# which are those of this model; the architecture of timm or open_clip; a config.json.
 PUBLISHED = {
+    # open_clip's ViT-L-14
     "openai/clip-vit-large-patch14": (
         "clip_vision_model", config(1024, 4096, 24, 16, 224, 14), 303_179_776 - 2048),
+    # defaults; open_clip's ViT-B-32
     "openai/clip-vit-base-patch32": (
         "clip_vision_model", config(768, 3072, 12, 12, 224, 32), 87_456_000 - 1536),
+    # defaults
     "google/siglip-base-patch16-224": (
         "siglip_vision_model", config(768, 3072, 12, 12, 224, 16), 92_884_224 - 7_087_104),
+    # file of a copy
     "google/siglip-so400m-patch14-384": (
         "siglip_vision_model", config(1152, 4304, 27, 16, 384, 14), 428_225_600 - 15_238_352),
+    # timm's vit_small_patch14_dinov2
     "facebook/dinov2-small": (
         "dinov2", config(384, 0, 12, 6, 518, 14), 22_056_576 - 384),  # without the mask token
+    # timm's vit_large_patch14_dinov2
     "facebook/dinov2-large": ("dinov2", config(1024, 0, 24, 16, 518, 14), 304_368_640 - 1024),
+    # defaults
     "facebook/dinov3-vits16-pretrain-lvd1689m": (
         "dinov3_vit", config(384, 1536, 12, 6, 224, 16) | {"num_register_tokens": 4},
         21_596_544 - 384),
+    # timm's vit_7b_patch16_dinov3
     "facebook/dinov3-vit7b16-pretrain-lvd1689m": (
         "dinov3_vit",
         config(4096, 8192, 40, 32, 224, 16)
         | {"num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu",
            "query_bias": False, "value_bias": False},
         6_716_035_072 - 4096),
+    # defaults
     "apple/aimv2-large-patch14-224": (
         "aimv2", config(1024, 2816, 24, 8, 224, 14), 309_197_824),
+    # defaults; timm's vit_intern300m_patch14_448
     "OpenGVLab/InternViT-300M-448px": (
         "intern_vit_6b",
         config(1024, 4096, 24, 16, 448, 14)
         | {"qkv_bias": True, "qk_normalization": False, "norm_type": "layer_norm"},
         304_012_288),
+    # defaults
     "google/siglip2-base-patch16-naflex": (
         "siglip2_vision_model", config(768, 3072, 12, 12, 0, 16) | {"image_size": 256},
         92_930_304 - 7_087_104),
+    # open_clip's ViT-H-14-worldwide-quickgelu
     "facebook/metaclip-2-worldwide-huge-quickgelu": (
         "metaclip_2_vision_model", config(1280, 5120, 32, 16, 224, 14), 630_766_080 - 2560),
 }  # fmt: skip
