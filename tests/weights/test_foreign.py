@@ -78,17 +78,17 @@ def test_a_matrix_of_integers_or_of_8_bit_floats_is_refused(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
-def test_a_number_that_is_not_finite_is_refused_by_the_name_of_its_tensor(value, dtype, tmp_path):
+def test_a_number_that_is_not_finite_is_refused_by_the_name_of_its_tensor(dtype, tmp_path):
     folder = write_model(tmp_path, LLAMA)
     tensors = load_file(folder / "model.safetensors")
     tensors = {k: v.astype(np.dtype(getattr(ml_dtypes, dtype, dtype))) for k, v in tensors.items()}
     save_file(tensors, folder / "model.safetensors")
     load(folder)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight' holds numbers"):
-        load(folder)
+    for value in (np.inf, -np.inf, np.nan, -np.nan):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight' holds numb"):
+            load(folder)
 
 
 def test_the_largest_finite_numbers_are_read(tmp_path):

@@ -398,7 +398,7 @@ class Sweep:
     def run(self, checkpoint, model_type):
         """The outputs of a checkpoint here, in the shape of the original's."""
         plain = {} if is_text(model_type) else {"mean": (0, 0, 0), "std": (1, 1, 1)}
-        if model_type.startswith("qwen"):
+        if OUTPUTS.get(model_type) is _qwen:
             plain["image_size"] = GRID * checkpoint.spec["patch"]
         queries = model_type == "blip_2_qformer"
         if queries:
@@ -472,12 +472,15 @@ def test_every_family_of_the_library_is_swept():
     assert {*SMALL, *OTHERS, *towers} == {*FAMILIES}
 
 
-# The fast tests take one edit of so many.
-STEPS = some_slow([1, 499], fast=[499])
+# The fast tests take one edit of so many, of one family of each kind of reader.
+STEP, QUICK = 499, ("llama", "gemma3_text", "qwen3", "ministral3", "clip_vision_model", "dinov3_vit",
+                    "timm_eva", "videomae", "qwen2_5_vl_vision", "blip_2_qformer")  # fmt: skip
+FAST = [(model_type, STEP) for model_type in QUICK]
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("model_type", SMALL)
+@pytest.mark.parametrize(
+    ("model_type", "step"), some_slow([*((m, 1) for m in SMALL), *FAST], fast=FAST)
+)
 def test_every_edited_key_is_read_as_by_the_original_or_refused(model_type, step, sweep):
     cases = list(edits(sweep.transformers, model_type))[::step]
     faults = [f"{what}: {fault}" for what, config in cases if (fault := sweep.fault(config))]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import runs
+from support import encoders, quick, runs
 from support.cases import some_slow
 from support.hub_server import NEW
 from support.language_models import greedy
@@ -189,7 +189,7 @@ def test_the_vision_part_gives_what_the_originals_connector_reads(case, pair, re
     module, params = load(folder, "vision", image_size=size)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 1, size, size, 3), np.uint8)
     expected = theirs_seen(torch, original, module, pixels)
-    ours = np.asarray(jax.jit(module.apply)({"params": params}, pixels))[:, 0]
+    ours = encoders.run(module, params, pixels)[:, 0]
     assert ours.shape == expected.shape
     assert np.abs(expected).max() > 1
     assert np.abs(ours - expected).max() < TOLERANCE
@@ -218,7 +218,7 @@ def test_the_text_part_gives_the_originals_logits_of_text(case, pair, renamed, o
     real = np.arange(T)[None, :] < lengths[:, None]
     expected = logits_of_text(torch, original, tokens, real)[real]
 
-    @jax.jit
+    @quick.jit
     def run(params, tokens, segments):
         positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
         apply = lambda *a, **kw: module.apply({"params": params}, *a, **kw)  # noqa: E731

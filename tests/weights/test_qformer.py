@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
+from support import encoders
 from support.original import draw, imported, their_warnings
 from support.public_models import read_checkpoint
 from support.qformer_files import SMALL, D, write_blip2
@@ -37,7 +38,7 @@ def load(folder, x, **keys):
 
 
 def run(module, params, x):
-    return np.asarray(jax.jit(module.apply)({"params": params}, x))
+    return encoders.run(module, params, x)
 
 
 # Of transformers' Blip2QFormerModel (5.24, float32), for the checkpoint that `write_blip2` writes.

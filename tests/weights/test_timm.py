@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
+from support import encoders
+from support.encoders import load
 from support.original import draw, imported, their_warnings
 from support.processors import image
-from support.public_models import read_checkpoint
 
 from vadapter.data.media.images import resize
 from vadapter.errors import CheckpointError
@@ -21,7 +22,7 @@ from vadapter.weights import hub
 from vadapter.weights.families import openclip
 from vadapter.weights.families.timm import FAMILIES, arguments, models
 from vadapter.weights.hf_checkpoint import FAMILIES as HF_FAMILIES
-from vadapter.weights.hf_checkpoint import Checkpoint, describe
+from vadapter.weights.hf_checkpoint import describe
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 33, "patch_size": 7}
 WHOLE = SMALL | {"img_size": 35}  # timm's models of any size refuse a border
@@ -93,15 +94,6 @@ def original(timm, tmp_path_factory):
     return make
 
 
-def load(folder, **overrides):
-    checkpoint = Checkpoint.open(folder)
-    module = make_module("encoder", dict(checkpoint.spec) | overrides)
-    size = module.config.image_size
-    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 1, size, size, 3)))
-    params, report = read_checkpoint(checkpoint, nn.unbox(shapes)["params"])
-    return module, params, report
-
-
 def theirs(model, pixels, penultimate=False):
     torch = imported("torch")
     x = (pixels.reshape(-1, *pixels.shape[2:]) / 255 - np.array(MEAN)) / np.array(STD)
@@ -119,7 +111,7 @@ def frames(size):
 
 
 def run(module, params, pixels):
-    return np.asarray(jax.jit(module.apply)({"params": params}, pixels))[0]
+    return encoders.run(module, params, pixels)[0]
 
 
 @pytest.mark.parametrize("name", CASES)

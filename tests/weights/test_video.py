@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.cases import some_slow
+from support.encoders import load, run
 from support.original import their_warnings
-from support.public_models import read_checkpoint
 
 from vadapter.errors import ConfigError
 from vadapter.models.registry import make_module
 from vadapter.weights.families.video import FAMILIES
-from vadapter.weights.hf_checkpoint import Checkpoint
 
 VJEPA2 = {"hidden_size": 36, "num_attention_heads": 3, "num_hidden_layers": 3, "mlp_ratio": 1.5,
           "patch_size": 6, "crop_size": 24, "frames_per_clip": 8, "pred_hidden_size": 12,
@@ -53,15 +52,6 @@ def pair(original_of):
     return original_of(build)
 
 
-def load(folder, **overrides):
-    checkpoint = Checkpoint.open(folder)
-    module = make_module("encoder", dict(checkpoint.spec) | overrides)
-    size = module.config.image_size
-    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 1, size, size, 3)))
-    params, report = read_checkpoint(checkpoint, nn.unbox(shapes)["params"])
-    return module, params, report
-
-
 def clip(frames, size=24):
     return np.random.default_rng(0).integers(0, 256, (2, frames, size, size, 3), np.uint8)
 
@@ -77,10 +67,6 @@ def theirs(originals, model, module, pixels):
     with torch.no_grad(), their_warnings():
         out = base(inputs, **options).last_hidden_state.numpy()
     return out.reshape(len(pixels), -1, module.tokens_per_frame(), c.width)
-
-
-def run(module, params, pixels):
-    return np.asarray(jax.jit(module.apply)({"params": params}, pixels))
 
 
 @pytest.mark.parametrize("case", some_slow(list(CASES), fast=FAST))

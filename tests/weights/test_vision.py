@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from einops import rearrange
 from safetensors.numpy import load_file, save_file
+from support.encoders import load, run
 from support.original import their_warnings
-from support.public_models import read_checkpoint, write_model
+from support.public_models import write_model
 
 from vadapter.errors import CheckpointError
 from vadapter.models.registry import make_module
-from vadapter.weights.hf_checkpoint import FAMILIES, Checkpoint, describe
+from vadapter.weights.hf_checkpoint import FAMILIES, describe
 from vadapter.weights.name_mapping import bicubic
 
 BASE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32,
@@ -73,15 +74,6 @@ def pair(original_of):
     return original_of(build)
 
 
-def load(folder, **overrides):
-    checkpoint = Checkpoint.open(folder)
-    module = make_module("encoder", dict(checkpoint.spec) | overrides)
-    size = module.config.image_size
-    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 1, size, size, 3)))
-    params, report = read_checkpoint(checkpoint, nn.unbox(shapes)["params"])
-    return module, params, report
-
-
 def frames(size=32):
     return np.random.default_rng(0).integers(0, 256, (2, 2, size, size, 3), np.uint8)
 
@@ -105,10 +97,6 @@ def theirs(originals, model, module, pixels, **options):
     return [
         h[:, front:].numpy().reshape(shape) for h in (out.last_hidden_state, *out.hidden_states)
     ]
-
-
-def run(module, params, pixels):
-    return np.asarray(jax.jit(module.apply)({"params": params}, pixels))
 
 
 @pytest.mark.parametrize("case", CASES)
