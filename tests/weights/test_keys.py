@@ -474,8 +474,8 @@ def test_every_family_of_the_library_is_swept():
 
 # The fast tests take one edit of so many, of one family of each kind of reader.
 STEP = 499
-QUICK = ("llama", "gemma3_text", "qwen3", "ministral3", "clip_vision_model", "dinov3_vit", "timm_eva",
-         "videomae", "qwen2_5_vl_vision", "blip_2_qformer")  # fmt: skip
+QUICK = ("llama", "gemma3_text", "qwen3", "ministral3", "clip_vision_model", "dinov3_vit",
+         "timm_eva", "videomae", "qwen2_5_vl_vision", "blip_2_qformer")  # fmt: skip
 FAST = [(model_type, STEP) for model_type in QUICK]
 
 
