@@ -104,6 +104,7 @@ CASES = {
     "rope, one key head, text": (False, {"kv_heads": 1}),
     "learned, all keys, image": (True, {"positions": "learned", "kv_heads": 4}),
     "learned, serial, text": (False, {"positions": "learned", "parallel": False}),
+    "gated delta networks, image": (True, {"delta": tiny.DELTA, "recurrent": (1, 1, 0)}),
 }
 
 

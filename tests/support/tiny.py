@@ -14,6 +14,7 @@ import numpy as np
 from vadapter.models.adapter_model import AdapterModel
 from vadapter.models.adapters.projection import Projection, ProjectionConfig
 from vadapter.models.adapters.resampler import Resampler, ResamplerConfig
+from vadapter.models.delta import DeltaConfig
 from vadapter.models.lm import LM, LMConfig
 from vadapter.models.vit import ViT, ViTConfig
 
@@ -21,6 +22,7 @@ V, B, IMAGE, N = 32, 8, 16, 4
 
 TLM = LMConfig(V, width=16, depth=2, heads=2, mlp_dim=32, max_len=64)
 LLM = LMConfig(V, width=24, depth=3, heads=4, kv_heads=2, mlp_dim=48, max_len=64, norm="rms")
+DELTA = DeltaConfig(key_heads=2, value_heads=4, key_dim=6, value_dim=5)
 VIT = ViTConfig(image_size=IMAGE, patch=8, width=16, depth=2, heads=2, mlp_dim=32)
 RESAMPLER = ResamplerConfig(queries=4, query_dim=16, hidden_dim=16, layers=1, heads=2)
 

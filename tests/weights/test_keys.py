@@ -37,6 +37,8 @@ GROUPED = LM | {"num_key_value_heads": 2}
 WIDE = GROUPED | {"head_dim": 16}
 QUERIES = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8,
            "llama_4_scaling_beta": 0.3}  # fmt: skip
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6,
+         "linear_value_head_dim": 10}  # fmt: skip
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE,
        "patch_size": 8}  # fmt: skip
 MLP = VIT | {"intermediate_size": 48}
@@ -68,6 +70,7 @@ SMALL = {
     "ministral": WIDE | {"sliding_window": 5},
     "ministral3": WIDE | {"rope_parameters": QUERIES},
     "stablelm": GROUPED,
+    "qwen3_5_text": WIDE | {"full_attention_interval": 2, "num_hidden_layers": 4, **DELTA},
     "clip_vision_model": MLP,
     "metaclip_2_vision_model": MLP,
     "siglip_vision_model": MLP,

@@ -30,6 +30,8 @@ BASE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden
         "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
 GROUPED = BASE | {"num_key_value_heads": 2}
 WIDE = GROUPED | {"head_dim": 16}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 8,
+         "linear_value_head_dim": 5, "linear_conv_kernel_dim": 3}  # fmt: skip
 GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
 
@@ -63,6 +65,7 @@ CASES = {
     "gpt2, untied": ("gpt2", GPT2 | {"tie_word_embeddings": False}),
     "neox": ("gpt_neox", BASE),
     "neox, serial": ("gpt_neox", BASE | {"use_parallel_residual": False}),
+    "qwen3.5": ("qwen3_5_text", WIDE | DELTA | {"full_attention_interval": 3}),
 }  # fmt: skip
 
 
@@ -96,7 +99,9 @@ def test_logits_equal_the_originals_with_padding(case, pair, originals):
     assert np.abs(ours - theirs).max() < TOLERANCE + rounding
 
 
-@pytest.mark.parametrize("case", ["llama, yarn positions", "qwen2, windows", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    "case", ["llama, yarn positions", "qwen2, windows", "gemma3", "gpt2", "qwen3.5"]
+)
 def test_cached_greedy_decoding_equals_the_originals(case, pair, originals):
     torch, _ = originals
     model, folder = pair(case)
@@ -245,8 +250,8 @@ def test_unused_tensors_of_the_table_are_reported(folder):
             r"config\.json: model_type 'lama' is not supported\. Supported are language mod",
         ),
         (
-            {"model_type": "qwen3_5_text"},
-            r"'qwen3_5_text': most layers of Qwen3\.5 are gated delta",
+            {"model_type": "qwen3_5_moe_text"},
+            r"'qwen3_5_moe_text' is not supported\. Supported are",
         ),
         ({"model_type": "gemma4_text"}, r"'gemma4_text': layers of Gemma 4 differ in their heads"),
         ({"hidden_act": "swish2"}, r"config\.json: hidden_act='swish2': only silu, "),
@@ -348,6 +353,10 @@ PUBLISHED = {
     # file of stablelm-2-1_6b-chat
     "stablelm-2-1_6b": (
         "stablelm", llama(100_352, 2048, 5632, 24, 32, 32, use_qkv_bias=True), 1_644_515_328),
+    # Its card: 32 layers of width 4096, of which every fourth has 16 heads and 4 of keys, of 256
+    # dims, the others 32 and 16 of 128. llama.cpp counts 8.95B parameters in its text.
+    "Qwen3.5-9B, text": (
+        "qwen3_5_text", llama(248_320, 4096, 12_288, 32, 16, 4, head_dim=256), 8_953_803_264),
     # litgpt
     "pythia-160m": ("gpt_neox", llama(50_304, 768, 3072, 12, 12, 12), 162_322_944),
     # litgpt

@@ -127,9 +127,24 @@ def stablelm(rng):
     }  # fmt: skip
 
 
-FAMILIES = (phi3, smollm3, olmo2, olmo3, granite, ministral, ministral3, stablelm)
+def qwen3_5_text(rng):
+    keys = sizes(rng) | {"attention_bias": flag(rng), "linear_num_key_heads": pick(rng, 1, 2, 3)}
+    keys.setdefault("head_dim", 12)
+    keys |= {
+        "linear_num_value_heads": keys["linear_num_key_heads"] * pick(rng, 1, 2, 3),
+        "linear_key_head_dim": pick(rng, 5, 8), "linear_value_head_dim": pick(rng, 4, 7),
+        "linear_conv_kernel_dim": pick(rng, 2, 4, 5),
+    }  # fmt: skip
+    if flag(rng):
+        kinds = ["full_attention", *(pick(rng, "linear_attention", "full_attention")
+                                     for _ in range(keys["num_hidden_layers"] - 1))]  # fmt: skip
+        return keys | {"layer_types": kinds}
+    return keys | {"full_attention_interval": 2}
+
+
+FAMILIES = (phi3, smollm3, olmo2, olmo3, granite, ministral, ministral3, stablelm, qwen3_5_text)
 FAST = {"phi3": 5, "smollm3": 1, "olmo2": 1, "olmo3": 1, "granite": 4, "ministral": 9,
-        "ministral3": 0, "stablelm": 1}  # fmt: skip
+        "ministral3": 0, "stablelm": 1, "qwen3_5_text": 0}  # fmt: skip
 
 
 def make(family, seed, originals, folder):

@@ -79,6 +79,12 @@ CASES = {
         "text_config": {**TEXT, "head_dim": 12, "rope_parameters": SECTIONS},
         "vision_config": {**QWEN_EYES, "num_position_embeddings": 16,
                           "deepstack_visual_indexes": [1]}}, 24),
+    "qwen3_5": ("Qwen3_5", {
+        "text_config": {**TEXT, "head_dim": 16, "linear_num_key_heads": 2, "linear_key_head_dim": 6,
+                        "linear_num_value_heads": 4, "linear_value_head_dim": 10,
+                        "full_attention_interval": 2, "tie_word_embeddings": True},
+        "vision_config": {**QWEN_EYES, "num_position_embeddings": 16},
+        "tie_word_embeddings": True}, 24),
 }  # fmt: skip
 FAST = ["llava", "qwen2_5_vl", "smolvlm, another grid"]
 

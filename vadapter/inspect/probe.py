@@ -22,7 +22,7 @@ from vadapter.evaluate.runner import Decoder
 from vadapter.inspect.attention import Maps, arrange, make_attention
 from vadapter.inspect.words import Words
 from vadapter.models.adapter_model import AdapterModel, Params
-from vadapter.models.lm import LM
+from vadapter.models.lm import LM, LMConfig
 from vadapter.models.losses import xent
 from vadapter.stages.stage import Stage
 
@@ -59,12 +59,14 @@ class Probe:
         self.stage, self.words = stage, words
         self.model, self.params = stage.adapter_model, stage.params
         self.decoder = Decoder(stage)
-        self.layers = layers or (max(1, self.depth // 2),)
+        period = self._lm.period
+        self.layers = layers or (max(period, self.depth // 2 // period * period),)
         for layer in self.layers:
-            if not 1 <= layer <= self.depth:
+            if not 1 <= layer <= self.depth or layer % period:
+                every = f", every {period} of them" if period > 1 else ""
                 raise ConfigError(
                     f"--layer={layer}: {self.model.lm} of stage {stage.name} has layers 1 to "
-                    f"{self.depth}"
+                    f"{self.depth}{every}"
                 )
         top = min(top, len(words.ids))
         self._encode = self._compile(self.model.encode)
@@ -81,9 +83,13 @@ class Probe:
     @property
     def depth(self) -> int:
         """The number of layers of the language model."""
+        return self._lm.depth
+
+    @property
+    def _lm(self) -> LMConfig:
         module = self.model.modules[self.model.lm]
         assert isinstance(module, LM)
-        return module.config.depth
+        return module.config
 
     @property
     def without_prefix(self) -> str:
@@ -199,7 +205,7 @@ def _lens(
 def first_layers(lm: Any, params: Mapping[str, Any], layers: int) -> tuple[LM, dict[str, Any]]:
     """Return a language model of the first layers of another, and its parameters."""
     module = LM(dataclasses.replace(lm.config, depth=layers), lm.dtype)
-    blocks = jax.tree.map(lambda x: x[:layers], params["stack"]["blocks"])
+    blocks = jax.tree.map(lambda x: x[: layers // module.config.period], params["stack"]["blocks"])
     return module, {**params, "stack": {**params["stack"], "blocks": blocks}}
 
 

@@ -30,9 +30,11 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.data.batch import Batch
+from vadapter.errors import ConfigError
 from vadapter.models.adapters import cross_attention, words
 from vadapter.models.adapters.cross_attention import CrossAttention, Gated, KeysValues
 from vadapter.models.adapters.words import Words
+from vadapter.models.delta import BOTH_WAYS
 from vadapter.models.layers import ATTENTION
 from vadapter.models.lm import LM
 from vadapter.models.transformer import text_mask, unpadded_rows
@@ -292,6 +294,9 @@ class AdapterModel(Components):
         mask = text_mask(segments)
         if not self.bidirectional or self.frozen_lm or prefix is None:
             return mask
+        lm = self.modules[self.lm]
+        if isinstance(lm, LM) and lm.config.delta is not None:
+            raise ConfigError(BOTH_WAYS)
         end = segments.shape[1] - text_len
         at = jnp.arange(segments.shape[1])
         query = (at >= end - prefix.shape[1]) & (at < end)

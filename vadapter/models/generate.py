@@ -308,7 +308,7 @@ def _pick(values: Shaped[Array, "B C ..."], index: Int[Array, "B K"]) -> Shaped[
 
 def _take(context: Context, rows: Int[Array, " BK"]) -> Context:
     """Return the context of other rows."""
-    stacked = isinstance(context.cache[0], jax.Array)
+    stacked = jax.tree.leaves(context.cache)[0].ndim == 4
     count = len(context.position)
 
     def of_rows(x: Shaped[Array, "... BN _ _"]) -> Shaped[Array, "... BKN _ _"]:

@@ -209,6 +209,7 @@ class Attention(nn.Module):
       qk_norm: constructor of a norm on queries and keys, before the rotation, or None.
       qk_norm_over: what that norm is over: each "head" (K), or all "heads" together (OLMo 2).
       inner_norm: constructor of a norm over all heads in front of the last projection, or None.
+      gate: outputs are multiplied by the sigmoid of a projection of `x` (Qwen3.5).
       scale: of the scores; 0: K ** -0.5.
       softcap: scores are cap · tanh(scores / cap) (Gemma 2); 0: no cap.
       rope_scale: see `rope.rotate`.
@@ -225,6 +226,7 @@ class Attention(nn.Module):
     qk_norm: Callable[[str], nn.Module] | None = None
     qk_norm_over: NormOver = "head"
     inner_norm: Callable[[str], nn.Module] | None = None
+    gate: bool = False
     scale: float = 0.0
     softcap: float = 0.0
     rope_scale: float = 1.0
@@ -278,6 +280,8 @@ class Attention(nn.Module):
 
         def out(y: Float[Array, "B T HK"]) -> Float[Array, "B T E"]:
             y = y if self.inner_norm is None else self.inner_norm("inner_norm")(y)
+            if self.gate:
+                y = y * nn.sigmoid(project(x, self.heads, "gate"))
             return self.linear(x.shape[-1], ("heads", "embed"), self.bias, self.dtype, name="o")(y)
 
         rotary = positions if isinstance(positions, tuple) else None

@@ -15,9 +15,19 @@ from jaxtyping import Array, Bool, Float, Int
 from vadapter.distributed.mesh import constrain
 from vadapter.errors import ConfigError
 from vadapter.models.adapters.cross_attention import Gated
+from vadapter.models.delta import DeltaConfig, empty
 from vadapter.models.layers import Dtype, MlpKind, Norm, NormKind, NormOver, partitioned
 from vadapter.models.rope import RopeConfig, amplitude, factors, frequencies, query_scale
-from vadapter.models.transformer import BlockConfig, Cache, PerLayer, Remat, Stack, unpadded_rows
+from vadapter.models.transformer import (
+    BlockConfig,
+    Cache,
+    LayerCache,
+    Layers,
+    PerLayer,
+    Remat,
+    Stack,
+    unpadded_rows,
+)
 
 EVERYTHING = 2**30  # the window of layers without one, in a model whose other layers have one
 
@@ -29,9 +39,12 @@ class LMConfig:
     Attributes:
       vocab_size: V; 0 takes the size of the run's tokenizer.
       width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, norm_eps, norm_offset, bias,
-        qkv_bias, mlp_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap, parallel, shared_norm,
-        pre_norms, post_norms, residual_scale, fused_attention, dropout, remat, int8, int4,
-        scale_group: see `transformer.BlockConfig`; int8 and int4 include an untied head.
+        qkv_bias, mlp_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap, attn_gate, parallel,
+        shared_norm, pre_norms, post_norms, residual_scale, fused_attention, dropout, remat, int8,
+        int4, scale_group: see `transformer.BlockConfig`; int8 and int4 include an untied head.
+      delta: gated delta networks in the place of attention, in the layers that `recurrent` marks.
+      recurrent: whether a layer has a gated delta network; the pattern is repeated over the layers,
+        whose number it divides (Qwen3.5: (1, 1, 1, 0)).
       rope: wavelengths of rotary positions.
       rope_local: those of layers with a window; None takes `rope`.
       rotated: whether a layer has rotary positions; the pattern is repeated over the layers
@@ -63,6 +76,9 @@ class LMConfig:
     qk_norm_over: NormOver = "head"
     attn_scale: float = 0.0
     attn_softcap: float = 0.0
+    attn_gate: bool = False
+    delta: DeltaConfig | None = None
+    recurrent: tuple[int, ...] = ()
     parallel: bool = True
     shared_norm: bool = True
     pre_norms: bool = True
@@ -93,6 +109,34 @@ class LMConfig:
         names = [f.name for f in dataclasses.fields(BlockConfig) if hasattr(self, f.name)]
         mine: dict[str, Any] = {name: getattr(self, name) for name in names}
         return BlockConfig(**mine, rope_scale=amplitude(self.rope))
+
+    @property
+    def period(self) -> int:
+        """The number of layers after which kinds of layers repeat; 1: all layers are alike."""
+        return len(self.recurrent) if self.delta and self.recurrent else 1
+
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        """Return the configurations of the blocks of a period.
+
+        Raises:
+          ConfigError: `depth` is no multiple of the period.
+        """
+        if self.depth % self.period:
+            raise ConfigError(
+                f"depth={self.depth}: kinds of layers repeat every {self.period} layers; the depth "
+                "must be a multiple of it"
+            )
+        block, plain = self.block(), dataclasses.replace(self.block(), delta=None)
+        return tuple(block if r else plain for r in _repeated(self.recurrent or (1,), self.period))
+
+    def per_kind(self) -> tuple[PerLayer, ...]:
+        """Return what `per_layer` does, for the layers of each place in a period."""
+        every = self.per_layer()
+        places = [
+            jax.tree.map(lambda x, i=i: x[i :: self.period], every) for i in range(self.period)
+        ]
+        kinds = zip(places, self.blocks(), strict=True)
+        return tuple(PerLayer() if block.delta else place for place, block in kinds)
 
     def per_layer(self, *, long: bool = False) -> PerLayer:
         """Return the rotary frequencies and windows of every layer; longrope's for `long` texts."""
@@ -136,7 +180,8 @@ class LM(nn.Module):
         if c.positions == "learned":
             init = partitioned(nn.initializers.normal(0.02), None, "embed")
             self.position_embedding = nn.Embed(c.max_len, c.width, self.dtype, embedding_init=init)
-        self.stack = Stack(c.block(), c.depth, self.dtype)
+        blocks = c.blocks()
+        self.stack = Stack(blocks[0] if c.period == 1 else blocks, c.depth, self.dtype)
         self.norm = Norm(c.norm, c.norm_eps, self.dtype, c.norm_offset)
         if not c.tied:
             self.head = c.block().linear(c.vocab_size, ("embed", "vocab"), dtype=self.dtype)
@@ -186,7 +231,8 @@ class LM(nn.Module):
                 )
             x = x + self.position_embedding(positions)
         layers, rotary, distance = *self._rotation(positions, cache, key_positions, index), None
-        if layers.window is not None:
+        kinds = layers if isinstance(layers, tuple) else (layers,)
+        if any(layer.window is not None for layer in kinds):
             keys = positions if key_positions is None else key_positions
             distance = positions[:, :, None] - keys[:, None, :]
         x, cache = self.stack(
@@ -198,13 +244,18 @@ class LM(nn.Module):
     def _rotation(
         self, positions: Int[Array, "B T"], cache: Cache | None,
         key_positions: Int[Array, "B S"] | None, index: Int[Array, ""] | int,
-    ) -> tuple[PerLayer, Any]:  # fmt: skip
+    ) -> tuple[Layers, Any]:  # fmt: skip
         """Return what differs between layers, and the positions or their rotation in all of them.
 
         Raises:
-          ConfigError: queries are scaled by their positions, but layers rotate differently.
+          ConfigError: queries are scaled by their positions, but layers rotate differently; or
+            positions are longrope's, and kinds of layers differ.
         """
         c = self.config
+        if c.period > 1:
+            if c.rope.query_beta or c.rope.scaling == "longrope":
+                raise ConfigError(f"rope.scaling={c.rope.scaling!r}: not where layers differ")
+            return c.per_kind(), positions
         layers = c.per_layer()
         if (freq := layers.freq) is None:
             return layers, positions
@@ -245,13 +296,22 @@ def empty_cache(
 ) -> Cache:
     """Return keys and values for `slots` tokens, none of which is written yet.
 
-    Those of all layers are `stacked`, or each layer has its own, see `Stack`.
+    Those of all layers are `stacked`, or each layer has its own, see `Stack`; where layers differ,
+    those of a period are a tuple.
     """
+    blocks, count = config.blocks(), config.depth // config.period
+    caches = tuple(_of_layer(block, batch, slots, dtype) for block in blocks)
+    one: Any = caches[0] if config.period == 1 else caches
+    if stacked:
+        return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), one)
+    return tuple(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one) for _ in range(count))
+
+
+def _of_layer(config: BlockConfig, batch: int, slots: int, dtype: Dtype) -> LayerCache:
+    """Return the shapes of the cache of one layer."""
+    if (delta := config.delta) is not None:
+        return jax.eval_shape(lambda: empty(delta, batch, dtype))
     kv_heads = config.kv_heads or config.heads
     head_dim = config.head_dim or config.width // config.heads
     shapes = (batch * kv_heads, head_dim, slots), (batch * kv_heads, slots, head_dim)
-    if stacked:
-        return tuple(jnp.zeros((config.depth, *shape), dtype) for shape in shapes)  # type: ignore[return-value]
-    return tuple(
-        (jnp.zeros(shapes[0], dtype), jnp.zeros(shapes[1], dtype)) for _ in range(config.depth)
-    )
+    return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)  # type: ignore[return-value]

@@ -19,7 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vadapter.distributed.compile import unrolls
 from vadapter.distributed.mesh import constrain
+from vadapter.errors import ConfigError
 from vadapter.models.adapters.cross_attention import Gated
+from vadapter.models.delta import DeltaCache, DeltaConfig, DeltaNet
 from vadapter.models.layers import (
     ATTENTION,
     Attention,
@@ -58,8 +60,9 @@ class BlockConfig:
       head_dim: 0: width // heads.
       mlp_dim: hidden width of the feed-forward.
       norm_offset: is added to the scales of norms.
-      bias, qkv_bias, key_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap: see
+      bias, qkv_bias, key_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap, attn_gate: see
         `layers.Attention`.
+      delta: a gated delta network in the place of attention, or None.
       mlp_bias: bias of the feed-forward; None takes `bias`.
       parallel: attention and feed-forward run side by side and are summed (PaLM), instead of one
         after the other; from one norm, or from two with `shared_norm=False` (GPT-NeoX).
@@ -95,6 +98,8 @@ class BlockConfig:
     qk_norm_over: NormOver = "head"
     attn_scale: float = 0.0
     attn_softcap: float = 0.0
+    attn_gate: bool = False
+    delta: DeltaConfig | None = None
     parallel: bool = False
     shared_norm: bool = True
     pre_norms: bool = True
@@ -118,6 +123,12 @@ class BlockConfig:
             return linear
         return functools.partial(QuantizedLinear, stored=STORED[integers], group=self.scale_group)
 
+    def mixer(self, dtype: Dtype) -> Attention | DeltaNet:
+        """Return the layer of the block in which tokens read from each other."""
+        if self.delta is None:
+            return self.attention(dtype, "attn")
+        return DeltaNet(self.delta, self.norm_eps, dtype, self.linear, name="delta")
+
     def attention(self, dtype: Dtype, name: str) -> Attention:
         """Return an attention layer of the block."""
         make_norm = functools.partial(self.make_norm, dtype)
@@ -127,8 +138,9 @@ class BlockConfig:
             qk_norm=make_norm if self.qk_norm else None,
             qk_norm_over=self.qk_norm_over,
             inner_norm=make_norm if self.inner_norms == "both" else None,
-            scale=self.attn_scale, softcap=self.attn_softcap, rope_scale=self.rope_scale,
-            fused=self.fused_attention, dtype=dtype, linear=self.linear, name=name,
+            gate=self.attn_gate, scale=self.attn_scale, softcap=self.attn_softcap,
+            rope_scale=self.rope_scale, fused=self.fused_attention, dtype=dtype,
+            linear=self.linear, name=name,
         )  # fmt: skip
 
     def make_norm(self, dtype: Dtype, name: str) -> Norm:
@@ -136,9 +148,10 @@ class BlockConfig:
         return Norm(self.norm, self.norm_eps, dtype, self.norm_offset, name=name)
 
 
-# Keys and values of a layer, and of all layers: stacked, or one pair for each.
-LayerCache = tuple[Float[Array, "BN K S"], Float[Array, "BN S K"]]
-Cache = tuple[Float[Array, "L BN K S"], Float[Array, "L BN S K"]] | tuple[LayerCache, ...]
+# Keys and values of a layer, or what its delta network hands on; and of all layers: stacked, or one
+# for each. Where layers differ, the same with a tuple for every period of them.
+LayerCache = tuple[Float[Array, "BN K S"], Float[Array, "BN S K"]] | DeltaCache
+Cache = tuple[Any, ...]
 Inputs = tuple[Float[Array, "B _ _"], ...]
 
 
@@ -149,6 +162,9 @@ class PerLayer:
     freq: Float[Array, "..."] | None = None  # rotary frequencies, [L, P]; None: no rotary positions
     window: Int[Array, "..."] | None = None  # [L]: keys this many positions back are out of reach
     amplitude: Float[Array, "..."] | None = None  # [L], of sine and cosine; None: `rope_scale`
+
+
+Layers = PerLayer | tuple[PerLayer, ...]  # one for each place in a period where layers differ
 
 
 class Block(nn.Module):
@@ -187,8 +203,8 @@ class Block(nn.Module):
         h = keys = pre("norm_attn", x)
         if self.last:
             x, h = x[:, -self.last :], h[:, -self.last :]
-            mask = None if mask is None else mask[:, -self.last :]
-        y, cache = c.attention(self.dtype, "attn")(
+            mask = mask if mask is None or c.delta else mask[:, -self.last :]
+        y, cache = c.mixer(self.dtype)(
             h, keys, mask=mask, positions=positions, freq=freq, cache=cache, index=index
         )
         y = post("norm_attn_out", y)
@@ -202,14 +218,38 @@ class Block(nn.Module):
         return constrain(x + post("norm_mlp_out", mlp(pre("norm_mlp", x))), "batch"), cache
 
 
+class Period(nn.Module):
+    """Blocks that differ, one after the other; as `Block`, caches and layers being tuples."""
+
+    config: tuple[BlockConfig, ...]
+    dtype: Dtype = jnp.float32
+    last: int = 0  # of the last block
+
+    @nn.compact
+    def __call__(self, x, cache, layers, *args):
+        new = []
+        for j, config in enumerate(self.config):
+            # Each is recomputed on its own: one block's arrays are in memory, not a period's.
+            block = rematerialized(Block, config.remat, prevent_cse=True)
+            last = self.last if j == len(self.config) - 1 else 0
+            x, own = block(config, self.dtype, last, name=f"block_{j}")(
+                x, cache and cache[j], layers[j], *args
+            )
+            new.append(own)
+        return x, cache and tuple(new)
+
+
 class Stack(nn.Module):
     """`depth` equal blocks, scanned: compile time does not grow with depth.
 
     Parameters are stacked on a leading `layers` axis. Given a tuple with the parameters of each
     block instead, see `layered`, it runs them one after the other; their cache is a tuple, too.
+
+    Blocks that differ are a tuple, a period that repeats until there are `depth` of them. What is
+    said of a block and its arguments is then that of a `Period`: caches and `layers` are tuples.
     """
 
-    config: BlockConfig
+    config: BlockConfig | tuple[BlockConfig, ...]
     depth: int
     dtype: Dtype = jnp.float32
 
@@ -218,7 +258,8 @@ class Stack(nn.Module):
         self, x: Float[Array, "B T E"], *,
         mask: Bool[Array, "B T S"] | None = None,
         positions: Int[Array, "B T"] | Rotary | None = None,
-        layers: PerLayer | None = None, distance: Int[Array, "B T S"] | None = None,
+        layers: Layers | None = None,
+        distance: Int[Array, "B T S"] | None = None,
         kv: Float[Array, "B C D"] | None = None, kv_mask: Bool[Array, "B T C"] | None = None,
         cache: Cache | None = None, index: Int[Array, ""] | int = 0, last: int = 0,
         gated: Gated | None = None, seen: Bool[Array, "B T"] | None = None,
@@ -245,6 +286,11 @@ class Stack(nn.Module):
             return self._unrolled(x, layers, masks, cache, index, gated, seen)
         if gated is not None:
             assert kv is None
+            if isinstance(self.config, tuple):
+                raise ConfigError(
+                    "gated cross-attention between layers is not possible with a language model "
+                    "whose layers differ; use a connector that makes a prefix"
+                )
             masks = (mask, positions, distance)
             x, cache = self._between(x, layers, masks, cache, index, gated, seen)
             return x[:, -last:] if last else x, cache
@@ -253,13 +299,13 @@ class Stack(nn.Module):
             assert kv is None
             return self._last(x, layers, (mask, positions, distance), last), None
         axes = (0, 0, *(nn.broadcast,) * 6)
-        blocks = scan_layers(Block, self.depth, self.config.remat, axes, (x,))
+        blocks = scan_layers(self._block_type, self._count, self._remat, axes, (x,))
         return blocks(self.config, self.dtype, name="blocks")(
             constrain(x, "batch"), cache, layers, mask, positions, distance, kv, kv_mask, index
         )
 
     def _last(
-        self, x: Float[Array, "B T E"], layers: PerLayer, masks: tuple[Any, ...], last: int
+        self, x: Float[Array, "B T E"], layers: Layers, masks: tuple[Any, ...], last: int
     ) -> Float[Array, "B _ E"]:
         """Run the blocks, the last one for the last tokens alone.
 
@@ -271,15 +317,28 @@ class Stack(nn.Module):
         def run(x: jax.Array, i: jax.Array | int, last: int) -> jax.Array:
             return self._block(i, layers, last)(x, None, masks, 0)[0]
 
-        if self.config.remat != "none":
-            policy = REMAT[self.config.remat]
+        if self._remat != "none" and self._block_type is Block:
+            policy = REMAT[self._remat]
             run = jax.checkpoint(run, prevent_cse=False, policy=policy, static_argnums=2)
         body = lambda x, i: (run(x, i, 0), None)  # noqa: E731
         x, _ = jax.lax.scan(
-            body, constrain(x, "batch"), jnp.arange(self.depth - 1),
-            unroll=max(1, _unroll(self.depth, self.config.remat, (x,)) - 1),
+            body, constrain(x, "batch"), jnp.arange(self._count - 1),
+            unroll=max(1, _unroll(self._count, self._remat, (x,)) - 1),
         )  # fmt: skip
-        return run(x, self.depth - 1, last)
+        return run(x, self._count - 1, last)
+
+    @property
+    def _block_type(self) -> type[nn.Module]:
+        return Period if isinstance(self.config, tuple) else Block
+
+    @property
+    def _count(self) -> int:
+        """The number of blocks, or of periods."""
+        return self.depth // (len(self.config) if isinstance(self.config, tuple) else 1)
+
+    @property
+    def _remat(self) -> Remat:
+        return (self.config[0] if isinstance(self.config, tuple) else self.config).remat
 
     @property
     def _params(self) -> Any:
@@ -287,13 +346,13 @@ class Stack(nn.Module):
         return self.variables.get("params", {}).get("blocks")
 
     def _unrolled(
-        self, x: Float[Array, "B T E"], layers: PerLayer, masks: tuple[Any, ...],
+        self, x: Float[Array, "B T E"], layers: Layers, masks: tuple[Any, ...],
         cache: Cache | None, index: Any, gated: Gated | None, seen: Any,
     ) -> tuple[Float[Array, "B T E"], Cache | None]:  # fmt: skip
         """Run the blocks one after the other, each with its own parameters and cache."""
         every = 0 if gated is None else gated.config.every
         x, new = constrain(x, "batch"), []
-        for i in range(self.depth):
+        for i in range(self._count):
             if gated is not None and (i + 1) % every == 0:
                 layer = jax.tree.map(lambda leaf, i=i: leaf[i // every], gated)
                 x = layer(x, seen)
@@ -301,7 +360,7 @@ class Stack(nn.Module):
             new.append(own)
         return x, cache and tuple(new)
 
-    def _block(self, i: jax.Array | int, layers: PerLayer, last: int = 0) -> Callable[..., Any]:
+    def _block(self, i: jax.Array | int, layers: Layers, last: int = 0) -> Callable[..., Any]:
         """Return block `i` as a function (x, its cache, masks, index) -> (states, cache).
 
         Its parameters are sliced out of the whole stack, unless they are separate.
@@ -309,13 +368,13 @@ class Stack(nn.Module):
         slice_of = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
         params, layer = self._params, jax.tree.map(slice_of, layers)
         params = params[i] if isinstance(params, tuple) else jax.tree.map(slice_of, params)
-        block = Block(self.config, self.dtype, last, parent=None)
+        block: Any = self._block_type(self.config, self.dtype, last, parent=None)  # type: ignore[call-arg]
         return lambda x, cache, masks, index: block.apply(
             {"params": params}, x, cache, layer, *masks, None, None, index
         )
 
     def _between(
-        self, x: Float[Array, "B T E"], layers: PerLayer, masks: tuple[Any, ...],
+        self, x: Float[Array, "B T E"], layers: Layers, masks: tuple[Any, ...],
         cache: Cache | None, index: Any, gated: Gated, seen: Any,
     ) -> tuple[Float[Array, "B T E"], Cache | None]:  # fmt: skip
         """Run groups of `every` blocks, each with a gated layer before its last block.
@@ -336,8 +395,8 @@ class Stack(nn.Module):
                 new.append(own)
             return constrain(x, "batch"), jax.tree.map(lambda *c: jnp.stack(c), *new)
 
-        if self.config.remat != "none":
-            policy = REMAT[self.config.remat]
+        if self._remat != "none":
+            policy = REMAT[self._remat]
             group = jax.checkpoint(group, prevent_cse=False, policy=policy)
         scanned = (jnp.arange(groups), gated, jax.tree.map(split, cache))
         x, caches = jax.lax.scan(group, constrain(x, "batch"), scanned)
@@ -363,10 +422,10 @@ def scan_layers(
       in_axes: of the call's other arguments: 0 where layers differ, `nn.broadcast` elsewhere.
       inputs: the arrays that enter a layer.
     """
-    if remat != "none":
+    if layer is not Period:  # whose blocks are, one by one
         # The compiler unrolls a loop of one layer. There it would recognize the recomputation as a
         # common subexpression, and keep the arrays after all, unless it is prevented from that.
-        layer = nn.remat(layer, prevent_cse=depth == 1, policy=REMAT[remat])
+        layer = rematerialized(layer, remat, prevent_cse=depth == 1)
     return nn.scan(
         layer,
         variable_axes={"params": 0, ATTENTION: 0},
@@ -376,6 +435,13 @@ def scan_layers(
         unroll=_unroll(depth, remat, inputs),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def rematerialized(layer: type[nn.Module], remat: Remat, *, prevent_cse: bool) -> Any:
+    """Return a module class whose backward pass recomputes what `remat` says."""
+    if remat == "none":
+        return layer
+    return nn.remat(layer, prevent_cse=prevent_cse, policy=REMAT[remat])
 
 
 _RUNS = contextvars.ContextVar("runs", default=0.0)  # of `with_runs`

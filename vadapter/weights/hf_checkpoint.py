@@ -36,6 +36,7 @@ from vadapter.weights.families import (
     openclip,
     phi,
     qformer,
+    qwen35,
     qwen_vl,
     smollm3,
     stablelm,
@@ -51,7 +52,7 @@ from vadapter.weights.safetensors import TensorFiles
 LANGUAGE_MODELS = (
     llama.FAMILIES | gemma.FAMILIES | gpt2.FAMILIES | neox.FAMILIES | granite.FAMILIES
     | ministral.FAMILIES | olmo.FAMILIES | phi.FAMILIES | smollm3.FAMILIES | stablelm.FAMILIES
-    | qwen_vl.TEXT
+    | qwen_vl.TEXT | qwen35.FAMILIES
 )  # fmt: skip
 ENCODERS = (
     clip.FAMILIES | dinov2.FAMILIES | dinov3.FAMILIES | aimv2.FAMILIES | internvit.FAMILIES
@@ -60,8 +61,6 @@ ENCODERS = (
 FAMILIES = LANGUAGE_MODELS | ENCODERS | qformer.FAMILIES | exported.FAMILIES
 # Language models of another kind: part of their model_type -> what makes them one.
 _OTHER_KINDS = {
-    "qwen3_5": "most layers of Qwen3.5 are gated delta networks, which hand a state from token to "
-    "token in place of attention",
     "gemma4": "layers of Gemma 4 differ in their heads, and some have keys of other layers or "
     "embeddings of their own",
 }

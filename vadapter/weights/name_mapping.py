@@ -136,6 +136,12 @@ class Table:
     ignored: tuple[str, ...] = ()
     optional: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def periodic(self, period: int) -> "Table":
+        """Return the table of layers that are in stacks of every so many, see
+        `models.transformer.Period`."""
+        places = {f"stack/blocks/block_{i}/": (i, period) for i in range(period)}
+        return self if period == 1 else dataclasses.replace(self, stacks=places)
+
     def __or__(self, other: Mapping[str, Form]) -> "Table":
         """Return the table with some modules renamed."""
         return dataclasses.replace(self, modules={**self.modules, **other})

@@ -186,9 +186,10 @@ MODELS: dict[str, dict[str, Part]] = {
     "smolvlm": _idefics("smolvlm"),
     "qwen2_5_vl": _qwen("qwen2_5_vl", _flat),
     "qwen3_vl": _qwen("qwen3_vl", _tied(False)),
+    "qwen3_5": _qwen("qwen3_5", _tied(False)),
 }  # fmt: skip
 # The part of a model that is taken where none is named; of one with a single part, that.
-_DEFAULTS = {"gemma3": "text"}
+_DEFAULTS = {"gemma3": "text", "qwen3_5": "text"}
 _WORDS = {"vision": "a vision encoder", "text": "a language model"}
 
 

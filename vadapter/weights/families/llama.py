@@ -128,6 +128,13 @@ def windows(c: Config, window: int | None, kinds: Sequence[str] | None, rest: An
     return {"windows": tuple((window or 0) * slide for slide in slides) if any(slides) else ()}
 
 
+def repeated(kinds: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the shortest pattern that, repeated, gives the kinds of all layers."""
+    depth = len(kinds)
+    periods = (n for n in range(1, depth + 1) if depth % n == 0)
+    return next(tuple(kinds[:n]) for n in periods if list(kinds[:n]) * (depth // n) == list(kinds))
+
+
 def groups(c: Config) -> tuple[Config, Config]:
     """Return `c` with the rotary positions of layers without a window, and of those with one.
 

@@ -1,4 +1,4 @@
-"""The vision encoders and the language models of Qwen2.5-VL and Qwen3-VL.
+"""The vision encoders of Qwen2.5-VL, Qwen3-VL and Qwen3.5, and the first two's language models.
 
 The tokens of an encoder are those that its merger reads, row by row. It takes images of any shape;
 here they are squares of 32 patches a side, or of `image_size`. Every frame of a clip is an image,
@@ -7,7 +7,8 @@ which the original repeats to fill the two frames of a patch.
 The three axes of rotary positions of the language models are one in text, which is all that is read
 here.
 
-Source: configuration_*.py and modeling_*.py of transformers' qwen2_5_vl and qwen3_vl.
+Source: configuration_*.py and modeling_*.py of transformers' qwen2_5_vl, qwen3_vl and
+qwen3_5.
 """
 
 from typing import Any
@@ -126,8 +127,8 @@ _TEXT3_KEYS: Keys = {
 }  # fmt: skip
 
 
-def _one_axis(c: Config) -> Config:
-    """Return the config with rotary positions of one axis in place of those of several."""
+def one_axis(c: Config) -> Config:
+    """Return the config of a text with rotary positions of one axis in place of several."""
 
     def one(group: Any) -> Any:
         if not group:
@@ -140,16 +141,17 @@ def _one_axis(c: Config) -> Config:
 
 
 def _text2(c: Config) -> Spec:
-    return llama.FAMILIES["qwen2"].reader(_one_axis(c))
+    return llama.FAMILIES["qwen2"].reader(one_axis(c))
 
 
 def _text3(c: Config) -> Spec:
-    return llama.decoder(_one_axis(c)) | {"bias": c["attention_bias"], "qk_norm": True}
+    return llama.decoder(one_axis(c)) | {"bias": c["attention_bias"], "qk_norm": True}
 
 
 VISION: dict[str, Family] = {
     "qwen2_5_vl_vision": Family(_vision2, (_VISION2,), _VISION2_KEYS, _ALIASES),
     "qwen3_vl_vision": Family(_vision3, (_VISION3,), _VISION3_KEYS, _ALIASES),
+    "qwen3_5_vision": Family(_vision3, (_VISION3,), _VISION3_KEYS, _ALIASES),
 }
 TEXT: dict[str, Family] = {
     "qwen2_5_vl_text": Family(_text2, (llama.TABLE,), _TEXT2_KEYS),
