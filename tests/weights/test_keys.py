@@ -37,6 +37,9 @@ GROUPED = LM | {"num_key_value_heads": 2}
 WIDE = GROUPED | {"head_dim": 16}
 QUERIES = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8,
            "llama_4_scaling_beta": 0.3}  # fmt: skip
+FAR = {"sliding_window": 5, "global_head_dim": 24, "num_hidden_layers": 2,
+       "num_global_key_value_heads": 1,
+       "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6,
          "linear_value_head_dim": 10}  # fmt: skip
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE,
@@ -67,10 +70,22 @@ SMALL = {
     "olmo2": GROUPED,
     "olmo3": GROUPED | {"sliding_window": 5},
     "granite": GROUPED | {"attention_multiplier": 0.3, "logits_scaling": 2.0},
+    "granitemoehybrid": GROUPED
+    | {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 48,
+        "mamba_expand": 1,
+        "mamba_n_heads": 4,
+        "layer_types": ["full_attention"] * 3,
+        "logits_scaling": 2.0,
+        "position_embedding_type": "rope",
+    },
     "ministral": WIDE | {"sliding_window": 5},
     "ministral3": WIDE | {"rope_parameters": QUERIES},
     "stablelm": GROUPED,
     "qwen3_5_text": WIDE | {"full_attention_interval": 2, "num_hidden_layers": 4, **DELTA},
+    "gemma4_text": WIDE | {"hidden_size_per_layer_input": 0, **FAR},
+    "gemma4_unified_text": WIDE | FAR | {"attention_k_eq_v": True},
     "clip_vision_model": MLP,
     "metaclip_2_vision_model": MLP,
     "siglip_vision_model": MLP,

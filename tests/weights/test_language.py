@@ -253,7 +253,7 @@ def test_unused_tensors_of_the_table_are_reported(folder):
             {"model_type": "qwen3_5_moe_text"},
             r"'qwen3_5_moe_text' is not supported\. Supported are",
         ),
-        ({"model_type": "gemma4_text"}, r"'gemma4_text': layers of Gemma 4 differ in their heads"),
+        ({"model_type": "gemma4_text"}, r"hidden_size_per_layer_input=256: only 0 \(no embedd"),
         ({"hidden_act": "swish2"}, r"config\.json: hidden_act='swish2': only silu, "),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
@@ -357,6 +357,12 @@ PUBLISHED = {
     # dims, the others 32 and 16 of 128. llama.cpp counts 8.95B parameters in its text.
     "Qwen3.5-9B, text": (
         "qwen3_5_text", llama(248_320, 4096, 12_288, 32, 16, 4, head_dim=256), 8_953_803_264),
+    # Its config: every sixth of 60 layers has 4 heads of keys of 512 dims, which are their values,
+    # too. Its card: 30.7B parameters.
+    "gemma-4-31B, text": (
+        "gemma4_text", llama(262_144, 5376, 21_504, 60, 32, 16, head_dim=256,
+                             attention_k_eq_v=True, num_global_key_value_heads=4,
+                             hidden_size_per_layer_input=0), 30_697_345_340),
     # litgpt
     "pythia-160m": ("gpt_neox", llama(50_304, 768, 3072, 12, 12, 12), 162_322_944),
     # litgpt

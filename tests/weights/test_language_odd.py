@@ -101,6 +101,15 @@ def granite(rng):
     }  # fmt: skip
 
 
+def granitemoehybrid(rng):
+    keys = granite(rng) | {
+        "num_local_experts": 0, "position_embedding_type": pick(rng, None, "rope"),
+    }  # fmt: skip
+    keys |= {"shared_intermediate_size": keys["intermediate_size"], "mamba_expand": 1,
+             "mamba_n_heads": keys["num_attention_heads"]}  # fmt: skip
+    return keys | {"layer_types": ["full_attention"] * keys["num_hidden_layers"]}
+
+
 def ministral(rng):
     keys = sizes(rng) | {"sliding_window": 5}
     keys.setdefault("head_dim", 12)  # which the original does not derive
@@ -142,9 +151,35 @@ def qwen3_5_text(rng):
     return keys | {"full_attention_interval": 2}
 
 
-FAMILIES = (phi3, smollm3, olmo2, olmo3, granite, ministral, ministral3, stablelm, qwen3_5_text)
+def gemma4_text(rng):
+    keys = sizes(rng) | {"attention_bias": flag(rng), "sliding_window": 5}
+    keys.setdefault("head_dim", 12)
+    heads, depth = keys["num_attention_heads"], keys["num_hidden_layers"]
+    every = pick(rng, 2, 3)
+    kinds = [("full" if i % every else "sliding") + "_attention" for i in range(depth)]
+    return keys | {
+        "hidden_size_per_layer_input": 0, "global_head_dim": pick(rng, 10, 18, keys["head_dim"]),
+        "attention_k_eq_v": flag(rng), "num_global_key_value_heads": pick(rng, 1, heads, None),
+        "layer_types": kinds, "final_logit_softcapping": pick(rng, None, 30.0),
+    }  # fmt: skip
+
+
+FAMILIES = (
+    phi3,
+    smollm3,
+    olmo2,
+    olmo3,
+    granite,
+    ministral,
+    ministral3,
+    stablelm,
+    qwen3_5_text,
+    gemma4_text,
+    granitemoehybrid,
+)
 FAST = {"phi3": 5, "smollm3": 1, "olmo2": 1, "olmo3": 1, "granite": 4, "ministral": 9,
-        "ministral3": 0, "stablelm": 1, "qwen3_5_text": 0}  # fmt: skip
+        "ministral3": 0, "stablelm": 1, "qwen3_5_text": 0, "gemma4_text": 1,
+        "granitemoehybrid": 0}  # fmt: skip
 
 
 def make(family, seed, originals, folder):
@@ -156,6 +191,9 @@ def make(family, seed, originals, folder):
         model = language_models.build(transformers, family.__name__, keys).eval()
         for name, p in model.named_parameters():
             p.copy_(draw(name, p))
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.copy_(0.7 + 0.5 * torch.rand(1))
         model.save_pretrained(folder)
     return model
 

@@ -139,7 +139,7 @@ def renamed(pair, tmp_path_factory):
 
 def load(folder, part, **overrides):
     checkpoint = Checkpoint.open(folder, part)
-    module = make_module(part, dict(checkpoint.spec) | overrides)
+    module = make_module("part", dict(checkpoint.spec) | overrides)
     size = getattr(module.config, "image_size", 0)
     example = np.zeros((1, 1, size, size, 3)) if size else jnp.zeros((1, 2), jnp.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), example)
@@ -362,6 +362,30 @@ def test_a_part_must_be_named_where_there_is_a_choice_and_gemma3_means_its_text(
     one, named = Checkpoint.open(folder), Checkpoint.open(folder, "text")
     assert one.spec == named.spec
     assert one.files.tensors.keys() == named.files.tensors.keys()
+
+
+@pytest.mark.parametrize("kind", ["Gemma4", "Gemma4Unified"])
+def test_the_text_of_a_gemma4_is_read_named_or_not(kind, original_of, originals):
+    torch, _ = originals
+    text = {**TEXT, "head_dim": 10, "global_head_dim": 14, "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"], "attention_k_eq_v": True,
+            "num_global_key_value_heads": 3, "hidden_size_per_layer_input": 0}  # fmt: skip
+
+    def build(transformers, kind):
+        config = getattr(transformers, f"{kind}Config")(text_config=text, **IDS)
+        return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+    original, folder = original_of(build)(kind)
+    tokens = np.random.default_rng(0).integers(3, V - 1, (2, T))
+    with torch.no_grad(), their_warnings():
+        expected = original(torch.tensor(tokens)).logits.numpy()
+    for part in ("", "text"):
+        module, params = load(folder, part)
+        ours = jax.jit(module.apply)({"params": params}, tokens)
+        assert np.abs(expected).max() > 1
+        assert np.abs(ours - expected).max() < TOLERANCE
+    with pytest.raises(CheckpointError, match=r"part='vision': a gemma4\w* has only 'text'"):
+        Checkpoint.open(folder, "vision")
 
 
 def test_a_checkpoint_without_parts_has_none_to_name(tmp_path):

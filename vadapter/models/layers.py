@@ -208,6 +208,9 @@ class Attention(nn.Module):
         keys have none if not `key_bias`.
       qk_norm: constructor of a norm on queries and keys, before the rotation, or None.
       qk_norm_over: what that norm is over: each "head" (K), or all "heads" together (OLMo 2).
+      value_eps: values are divided by their root mean square over a head, to whose square it is
+        added (Gemma 4); 0: they are not.
+      shared_values: keys are the values, too, before their norm and rotation (Gemma 4).
       inner_norm: constructor of a norm over all heads in front of the last projection, or None.
       gate: outputs are multiplied by the sigmoid of a projection of `x` (Qwen3.5).
       scale: of the scores; 0: K ** -0.5.
@@ -225,6 +228,8 @@ class Attention(nn.Module):
     key_bias: bool = True
     qk_norm: Callable[[str], nn.Module] | None = None
     qk_norm_over: NormOver = "head"
+    value_eps: float = 0.0
+    shared_values: bool = False
     inner_norm: Callable[[str], nn.Module] | None = None
     gate: bool = False
     scale: float = 0.0
@@ -272,7 +277,10 @@ class Attention(nn.Module):
             return constrain(x, "batch", None, "heads")
 
         q = project(x, self.heads, "q")
-        k, v = (project(kv, self.kv_heads, name) for name in "kv")
+        k = project(kv, self.kv_heads, "k")
+        v = k if self.shared_values else project(kv, self.kv_heads, "v")
+        if self.value_eps:
+            v = _normed(split(v), self.value_eps)
         if self.qk_norm is not None:
             if self.qk_norm_over == "head":
                 q, k = split(q), split(k)
@@ -328,6 +336,11 @@ class Attention(nn.Module):
         pairs = 0 if rotary is None else rotary[0].shape[-1]
         own = Kernel(self.heads, self.kv_heads, self.head_dim, self.scale, pairs)
         return own if own.is_faster(len(q), q.shape[1], k.shape[1], q.dtype) else None
+
+
+def _normed(x: Float[Array, "*n K"], eps: float) -> Float[Array, "*n K"]:
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 def attend(

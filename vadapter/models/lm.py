@@ -5,6 +5,7 @@ K head dim.
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -33,15 +34,26 @@ EVERYTHING = 2**30  # the window of layers without one, in a model whose other l
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadsConfig:
+    """Heads of some layers; see `transformer.BlockConfig`."""
+
+    head_dim: int
+    kv_heads: int
+    shared_values: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class LMConfig:
     """A decoder LM. The defaults are PaLM's block: parallel, SwiGLU, rotary, multi-query, no bias.
 
     Attributes:
       vocab_size: V; 0 takes the size of the run's tokenizer.
       width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, norm_eps, norm_offset, bias,
-        qkv_bias, mlp_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap, attn_gate, parallel,
-        shared_norm, pre_norms, post_norms, residual_scale, fused_attention, dropout, remat, int8,
-        int4, scale_group: see `transformer.BlockConfig`; int8 and int4 include an untied head.
+        qkv_bias, mlp_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap, attn_gate, value_norm,
+        parallel, shared_norm, pre_norms, post_norms, residual_scale, block_scale, fused_attention,
+        dropout, remat, int8, int4, scale_group: see `transformer.BlockConfig`; int8 and int4 include
+        an untied head.
+      far: heads of the layers without a window, where they differ; None: as those of the others.
       delta: gated delta networks in the place of attention, in the layers that `recurrent` marks.
       recurrent: whether a layer has a gated delta network; the pattern is repeated over the layers,
         whose number it divides (Qwen3.5: (1, 1, 1, 0)).
@@ -77,6 +89,8 @@ class LMConfig:
     attn_scale: float = 0.0
     attn_softcap: float = 0.0
     attn_gate: bool = False
+    value_norm: bool = False
+    far: HeadsConfig | None = None
     delta: DeltaConfig | None = None
     recurrent: tuple[int, ...] = ()
     parallel: bool = True
@@ -84,6 +98,7 @@ class LMConfig:
     pre_norms: bool = True
     post_norms: bool = False
     residual_scale: float = 1.0
+    block_scale: bool = False
     positions: Literal["rope", "learned"] = "rope"
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     rope_local: RopeConfig | None = None
@@ -113,7 +128,9 @@ class LMConfig:
     @property
     def period(self) -> int:
         """The number of layers after which kinds of layers repeat; 1: all layers are alike."""
-        return len(self.recurrent) if self.delta and self.recurrent else 1
+        patterns = [self.recurrent] if self.delta else []
+        patterns += [self.windows] if self.far else []
+        return math.lcm(*(len(pattern) or 1 for pattern in patterns))
 
     def blocks(self) -> tuple[BlockConfig, ...]:
         """Return the configurations of the blocks of a period.
@@ -126,25 +143,38 @@ class LMConfig:
                 f"depth={self.depth}: kinds of layers repeat every {self.period} layers; the depth "
                 "must be a multiple of it"
             )
-        block, plain = self.block(), dataclasses.replace(self.block(), delta=None)
-        return tuple(block if r else plain for r in _repeated(self.recurrent or (1,), self.period))
+        recurrent = _repeated(self.recurrent or (1,), self.period)
+        windows = _repeated(self.windows or (0,), self.period)
+        return tuple(self._kind(*kind) for kind in zip(recurrent, windows, strict=True))
+
+    def _kind(self, recurrent: int, window: int) -> BlockConfig:
+        """Return the block of a layer that is recurrent, or has a window."""
+        block = self.block()
+        if self.far is not None and not window:
+            block = dataclasses.replace(block, **dataclasses.asdict(self.far))
+        return block if recurrent else dataclasses.replace(block, delta=None)
 
     def per_kind(self) -> tuple[PerLayer, ...]:
         """Return what `per_layer` does, for the layers of each place in a period."""
-        every = self.per_layer()
-        places = [
-            jax.tree.map(lambda x, i=i: x[i :: self.period], every) for i in range(self.period)
-        ]
-        kinds = zip(places, self.blocks(), strict=True)
-        return tuple(PerLayer() if block.delta else place for place, block in kinds)
+        return tuple(
+            PerLayer() if block.delta else self.per_layer(i, self.period, head_dim=block.head_dim)
+            for i, block in enumerate(self.blocks())
+        )
 
-    def per_layer(self, *, long: bool = False) -> PerLayer:
-        """Return the rotary frequencies and windows of every layer; longrope's for `long` texts."""
-        windows = _repeated(self.windows or (0,), self.depth)
+    def per_layer(
+        self, start: int = 0, step: int = 1, *, head_dim: int = 0, long: bool = False
+    ) -> PerLayer:
+        """Return the rotary frequencies and windows of layers; longrope's for `long` texts.
+
+        Args:
+          start, step: the first of the layers, and how many each is behind the one before.
+          head_dim: of these layers; 0: that of the model.
+        """
+        windows = _repeated(self.windows or (0,), self.depth)[start::step]
         freq, scale, window = None, None, None
         if self.positions == "rope":
-            size = self.head_dim or self.width // self.heads
-            turns = _repeated(self.rotated or (1,), self.depth)
+            size = head_dim or self.head_dim or self.width // self.heads
+            turns = _repeated(self.rotated or (1,), self.depth)[start::step]
             ropes = [(w and self.rope_local) or self.rope for w in windows]
             pairs = list(zip(ropes, turns, strict=True))
             # An angle of 0 leaves queries and keys as they are.

@@ -21,7 +21,8 @@ class RopeConfig:
 
     Attributes:
       theta: base of the geometric progression of wavelengths.
-      part: share of the head dim that is rotated: the first R = part · K.
+      part: share of the head dim that is rotated: the first R = part · K; proportional (Gemma 4):
+        the first part of all K / 2 pairs, whose wavelengths are those of a whole head.
       factor: how many times longer the context becomes.
       original_len: training length in tokens; llama3 and yarn.
       low_freq_factor, high_freq_factor: llama3: wavelengths above original_len / low are stretched
@@ -39,7 +40,7 @@ class RopeConfig:
 
     theta: float = 10_000.0
     part: float = 1.0
-    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn", "longrope", "proportional"] = "none"
     factor: float = 1.0
     original_len: int = 0
     low_freq_factor: float = 1.0
@@ -64,16 +65,21 @@ def frequencies(
     Raises:
       ConfigError: the scaling is unknown, or lacks its `original_len` or factors.
     """
-    rotated = int(head_dim * config.part)
+    proportional = config.scaling == "proportional"
+    rotated = head_dim if proportional else int(head_dim * config.part)
     exponents = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
     freq = np.float32(1) / np.float32(config.theta) ** exponents
     if config.scaling == "none":
         return freq
     if config.scaling == "linear":
         return freq / np.float32(config.factor)
+    if proportional:
+        turning = np.arange(len(freq)) < int(config.part * head_dim // 2)
+        return np.where(turning, freq / np.float32(config.factor), 0).astype(np.float32)
     if config.scaling not in ("llama3", "yarn", "longrope"):
         raise ConfigError(
-            f"rope.scaling={config.scaling!r}: must be none, linear, llama3, yarn or longrope"
+            f"rope.scaling={config.scaling!r}: must be none, linear, llama3, yarn, "
+            "longrope or proportional"
         )
     if config.original_len < 1:
         message = f"rope.scaling={config.scaling!r} needs original_len, the training length"

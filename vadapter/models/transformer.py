@@ -62,6 +62,7 @@ class BlockConfig:
       norm_offset: is added to the scales of norms.
       bias, qkv_bias, key_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap, attn_gate: see
         `layers.Attention`.
+      value_norm, shared_values: see `layers.Attention`.
       delta: a gated delta network in the place of attention, or None.
       mlp_bias: bias of the feed-forward; None takes `bias`.
       parallel: attention and feed-forward run side by side and are summed (PaLM), instead of one
@@ -72,6 +73,7 @@ class BlockConfig:
         attention and feed-forward (EVA-02).
       layer_scale: outputs are multiplied by a trainable vector (DINOv2).
       residual_scale: outputs are multiplied by it (Granite).
+      block_scale: states behind the block are multiplied by a trainable number (Gemma 4).
       cross: a cross-attention between self-attention and feed-forward.
       rope_scale: see `rope.rotate`.
       fused_attention: attention by one kernel on TPUs where it is faster, see `fused_attention`.
@@ -99,6 +101,8 @@ class BlockConfig:
     attn_scale: float = 0.0
     attn_softcap: float = 0.0
     attn_gate: bool = False
+    value_norm: bool = False
+    shared_values: bool = False
     delta: DeltaConfig | None = None
     parallel: bool = False
     shared_norm: bool = True
@@ -107,6 +111,7 @@ class BlockConfig:
     inner_norms: InnerNorms = "none"
     layer_scale: bool = False
     residual_scale: float = 1.0
+    block_scale: bool = False
     cross: bool = False
     rope_scale: float = 1.0
     fused_attention: bool = True
@@ -136,7 +141,8 @@ class BlockConfig:
             self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads,
             bias=self.bias, qkv_bias=self.qkv_bias, key_bias=self.key_bias,
             qk_norm=make_norm if self.qk_norm else None,
-            qk_norm_over=self.qk_norm_over,
+            qk_norm_over=self.qk_norm_over, shared_values=self.shared_values,
+            value_eps=self.norm_eps if self.value_norm else 0.0,
             inner_norm=make_norm if self.inner_norms == "both" else None,
             gate=self.attn_gate, scale=self.attn_scale, softcap=self.attn_softcap,
             rope_scale=self.rope_scale, fused=self.fused_attention, dtype=dtype,
@@ -215,7 +221,11 @@ class Block(nn.Module):
         if c.cross:
             y, _ = c.attention(self.dtype, "cross")(norm("norm_cross")(x), kv, mask=kv_mask)
             x = x + drop(y)
-        return constrain(x + post("norm_mlp_out", mlp(pre("norm_mlp", x))), "batch"), cache
+        x = x + post("norm_mlp_out", mlp(pre("norm_mlp", x)))
+        if c.block_scale:
+            init: Any = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+            x = x * self.param("block_scale", init, (1,)).astype(x.dtype).reshape(1, 1, 1)
+        return constrain(x, "batch"), cache
 
 
 class Period(nn.Module):

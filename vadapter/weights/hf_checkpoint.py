@@ -25,6 +25,7 @@ from vadapter.weights.families import (
     dinov3,
     exported,
     gemma,
+    gemma4,
     gpt2,
     granite,
     idefics3,
@@ -52,18 +53,13 @@ from vadapter.weights.safetensors import TensorFiles
 LANGUAGE_MODELS = (
     llama.FAMILIES | gemma.FAMILIES | gpt2.FAMILIES | neox.FAMILIES | granite.FAMILIES
     | ministral.FAMILIES | olmo.FAMILIES | phi.FAMILIES | smollm3.FAMILIES | stablelm.FAMILIES
-    | qwen_vl.TEXT | qwen35.FAMILIES
+    | qwen_vl.TEXT | qwen35.FAMILIES | gemma4.FAMILIES
 )  # fmt: skip
 ENCODERS = (
     clip.FAMILIES | dinov2.FAMILIES | dinov3.FAMILIES | aimv2.FAMILIES | internvit.FAMILIES
     | openclip.FAMILIES | timm.FAMILIES | video.FAMILIES | idefics3.FAMILIES | qwen_vl.VISION
 )  # fmt: skip
 FAMILIES = LANGUAGE_MODELS | ENCODERS | qformer.FAMILIES | exported.FAMILIES
-# Language models of another kind: part of their model_type -> what makes them one.
-_OTHER_KINDS = {
-    "gemma4": "layers of Gemma 4 differ in their heads, and some have keys of other layers or "
-    "embeddings of their own",
-}
 _MAX_CONFIG = 2**20  # bytes of a config.json
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # dtypes of parameters
 _SHOWN = 8  # names in a message
@@ -325,10 +321,6 @@ def _describe(path: Path, whole: Config, part: str) -> tuple[str, dict[str, Any]
         chosen = parts.find(whole, part)
         config = chosen.config(whole) if chosen else whole
     model_type = config.get("model_type", "")
-    if reason := next((r for name, r in _OTHER_KINDS.items() if name in str(model_type)), ""):
-        raise CheckpointError(
-            f"{file}: model_type {model_type!r}: {reason}; such models are not read"
-        )
     if model_type not in FAMILIES:
         raise CheckpointError(f"{file}: {_unknown(model_type)}")
     if model_type in LANGUAGE_MODELS:

@@ -187,9 +187,11 @@ MODELS: dict[str, dict[str, Part]] = {
     "qwen2_5_vl": _qwen("qwen2_5_vl", _flat),
     "qwen3_vl": _qwen("qwen3_vl", _tied(False)),
     "qwen3_5": _qwen("qwen3_5", _tied(False)),
+    **{kind: {"text": Part("text_config", f"{kind}_text", _LLAVA_TEXT, whole=_tied(True),
+                           fixed=True)} for kind in ("gemma4", "gemma4_unified")},
 }  # fmt: skip
 # The part of a model that is taken where none is named; of one with a single part, that.
-_DEFAULTS = {"gemma3": "text", "qwen3_5": "text"}
+_DEFAULTS: dict[str, str] = dict.fromkeys(("gemma3", "gemma4", "gemma4_unified", "qwen3_5"), "text")
 _WORDS = {"vision": "a vision encoder", "text": "a language model"}
 
 
@@ -225,8 +227,9 @@ def find(whole: Config, name: str) -> Part | None:
 def renamed(whole: Config, name: str) -> Rename | None:
     """Return how the tensors of a part are renamed, see `find`; None: they are read as they are."""
     part = find(whole, name)
-    alone = part is None or (not name and len(MODELS[str(whole["model_type"])]) == 1)
-    return None if part is None or alone else part.rename
+    # Of a model of which one part alone is ever read, names are as they are in it.
+    named = name or str(whole.get("model_type", "")) in _DEFAULTS
+    return part.rename if part is not None and named else None
 
 
 def shards(folder: Path, name: str) -> list[str]:
