@@ -142,6 +142,7 @@ def mentioned(transformers, config):
 
 def keys(transformers, config):
     """The keys that are edited, with the value that each has in the original."""
+    config.allow_global_per_layer_attribute_access = True  # where layers have their own
     ours = {key for family in FAMILIES.values() for key in family.keys or ()}
     fields = {f.name for f in dataclasses.fields(config)}
     names = fields | mentioned(transformers, config) | ours | {*type(config).attribute_map}
