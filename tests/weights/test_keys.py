@@ -99,6 +99,7 @@ SMALL = {
     "siglip2_vision_model": MLP | {"num_patches": 16},
     "qwen2_5_vl_vision": EYES | {"window_size": 16, "fullatt_block_indexes": [1]},
     "qwen3_vl_vision": EYES | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    "qwen3_5_vision": EYES | {"num_position_embeddings": 16},
     "videomae": MLP | CLIP | {"num_frames": 4, "use_mean_pooling": False},
     "vjepa2": VJEPA2,
     "blip_2_qformer": {
@@ -324,6 +325,7 @@ def _queries(torch, model):
 # Outputs that are not those of all encoders of images.
 OUTPUTS = {"videomae": _clip, "vjepa2": _clip, "siglip2_vision_model": _naflex,
            "qwen2_5_vl_vision": _qwen, "qwen3_vl_vision": _qwen,
+           "qwen3_5_vision": _qwen,
            "blip_2_qformer": _queries}  # fmt: skip
 GRID = 8  # patches a side of an encoder of images of any shape
 
