@@ -51,8 +51,8 @@ class LMConfig:
       width, depth, heads, kv_heads, head_dim, mlp_dim, mlp, norm, norm_eps, norm_offset, bias,
         qkv_bias, mlp_bias, qk_norm, qk_norm_over, attn_scale, attn_softcap, attn_gate, value_norm,
         parallel, shared_norm, pre_norms, post_norms, residual_scale, block_scale, fused_attention,
-        dropout, remat, int8, int4, scale_group: see `transformer.BlockConfig`; int8 and int4 include
-        an untied head.
+        dropout, remat, int8, int4, scale_group: see `transformer.BlockConfig`; int8 and int4
+        include an untied head.
       far: heads of the layers without a window, where they differ; None: as those of the others.
       delta: gated delta networks in the place of attention, in the layers that `recurrent` marks.
       recurrent: whether a layer has a gated delta network; the pattern is repeated over the layers,
