@@ -5,7 +5,6 @@ import functools
 import flax.linen as nn
 import jax
 import numpy as np
-from support import quick
 from support.public_models import read_checkpoint
 
 from vadapter.models.registry import make_module
@@ -22,7 +21,7 @@ def load(folder, **overrides):
     return module, params, report
 
 
-@functools.partial(quick.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _tokens(module, params, pixels):
     return module.apply({"params": params}, pixels)
 

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from support import quick
 from support.original import their_warnings
 from support.public_models import read_checkpoint
 
@@ -34,7 +33,7 @@ def load(folder):
     return module, params, report
 
 
-@functools.partial(quick.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def logits(module, params, tokens, real):
     """Ours of rows whose ends are padding, where not `real`."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -67,7 +66,7 @@ def greedy(module, params, tokens, new, stop=(2,)):
         "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
     }
     lm = AdapterModel({"llm": module}, lm="llm")
-    run = quick.jit(lambda p, b: decode(lm, p, b, Decode(new), stop)["tokens"])
+    run = jax.jit(lambda p, b: decode(lm, p, b, Decode(new), stop)["tokens"])
     return np.asarray(run({"llm": params}, batch))
 
 

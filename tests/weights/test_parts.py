@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import encoders, quick, runs
+from support import encoders, runs
 from support.cases import some_slow
 from support.hub_server import NEW
 from support.language_models import greedy
@@ -224,7 +224,7 @@ def test_the_text_part_gives_the_originals_logits_of_text(case, pair, renamed, o
     real = np.arange(T)[None, :] < lengths[:, None]
     expected = logits_of_text(torch, original, tokens, real)[real]
 
-    @quick.jit
+    @jax.jit
     def run(params, tokens, segments):
         positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
         apply = lambda *a, **kw: module.apply({"params": params}, *a, **kw)  # noqa: E731
