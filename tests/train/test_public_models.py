@@ -187,7 +187,7 @@ def test_the_tokenizer_of_another_model_is_not_taken_for_this_ones(world, tmp_pa
 def test_a_folder_that_is_missing_or_no_model_is_named_by_its_key(world, tmp_path):
     for folder, message in (
         (tmp_path / "nowhere", r"components\.encoder\.weights: There is no folder"),
-        (tmp_path, r"components\.encoder\.weights: .* has no config\.json: give a"),
+        (tmp_path, r"components\.encoder\.weights: .* is empty: give a Hugging Face model folder"),
     ):
         with pytest.raises(CheckpointError, match=message):
             read(runs.public(world, weights=str(folder)))

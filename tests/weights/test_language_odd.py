@@ -269,5 +269,5 @@ def test_a_base_model_lacks_a_head_of_its_own_and_this_is_said(originals, tmp_pa
     keys = sizes(np.random.default_rng(0)) | {"tie_word_embeddings": False}
     with their_warnings():
         language_models.build(transformers, "olmo2", keys).base_model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"\(1 tensor\):\n  missing: lm_head\.weight"):
+    with pytest.raises(CheckpointError, match=r"no lm_head\.weight: it is a base or embedding"):
         language_models.load(tmp_path)

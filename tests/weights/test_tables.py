@@ -8,11 +8,13 @@ from vadapter.io.json_files import COMPONENT_FORMAT
 from vadapter.weights.hf_checkpoint import FAMILIES
 from vadapter.weights.name_mapping import Patches, Tokens
 
+# What tables depend on, of the smallest model of a family.
+SPEC = {"heads": 1, "kv_heads": 1, "head_dim": 1, "windows": (1, 0)}
 TABLES = [
     pytest.param(table, id=f"{name}-{i}")
     for name, family in FAMILIES.items()
     if name != COMPONENT_FORMAT  # which has our names
-    for i, table in enumerate(family.names({"heads": 1, "kv_heads": 1, "head_dim": 1}))
+    for i, table in enumerate(family.names(SPEC))
 ]
 ENDS = (  # not of a layer
     "embedding", "head", "norm", "position_embedding", "patches", "pre_norm", "norm_visual",
@@ -36,6 +38,7 @@ REAL = {
         "classifier.bias",
     ],
     r"^mask_token$": ["mask_token"],
+    r"^mtp\.": ["mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight"],  # Qwen/Qwen3.5-4B
     r"^(merger|deepstack_merger_list)\.": [
         "merger.ln_q.weight",  # Qwen/Qwen2.5-VL-3B-Instruct, behind "visual."
         "deepstack_merger_list.0.linear_fc1.weight",  # Qwen/Qwen3-VL-4B-Instruct

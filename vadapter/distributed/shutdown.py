@@ -27,6 +27,7 @@ _LINGER = 10.0  # seconds that process 0 waits for the others to exit
 _IGNORE_LOST_COORDINATOR = contextlib.suppress(jax.errors.JaxRuntimeError)
 _exiting = threading.Lock()  # acquired once, by the thread that ends this process
 _over = threading.Event()
+_looking = threading.Lock()  # held while reports are asked for, which JAX's client must outlive
 
 
 def follow() -> None:
@@ -39,7 +40,9 @@ def follow() -> None:
 def _follow() -> None:
     with _IGNORE_LOST_COORDINATOR:  # then JAX ends this process
         while not _over.wait(_EVERY):
-            if report := hosts.first_to_end():
+            with _looking:
+                report = None if _over.is_set() else hosts.first_to_end()
+            if report:
                 if not _over.wait(_GRACE):
                     _exit(*report)
                 return
@@ -60,7 +63,8 @@ def end_job(code: int, reason: str = "") -> int:
         hosts.exchange("", "the end", patience=hosts.WORK)
     except (HostError, jax.errors.JaxRuntimeError) as error:
         _exit(HostError.exit_code, str(error))
-    _over.set()
+    with _looking:
+        _over.set()
     watchdog.exit_within(hosts.deadline() + _LINGER)
     jax.distributed.shutdown()
     watchdog.disarm()

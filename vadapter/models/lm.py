@@ -22,7 +22,6 @@ from vadapter.models.rope import RopeConfig, amplitude, factors, frequencies, qu
 from vadapter.models.transformer import (
     BlockConfig,
     Cache,
-    LayerCache,
     Layers,
     PerLayer,
     Remat,
@@ -337,11 +336,11 @@ def empty_cache(
     return tuple(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one) for _ in range(count))
 
 
-def _of_layer(config: BlockConfig, batch: int, slots: int, dtype: Dtype) -> LayerCache:
-    """Return the shapes of the cache of one layer."""
+def _of_layer(config: BlockConfig, batch: int, slots: int, dtype: Dtype) -> Any:
+    """Return the shapes of a `LayerCache`."""
     if (delta := config.delta) is not None:
         return jax.eval_shape(lambda: empty(delta, batch, dtype))
     kv_heads = config.kv_heads or config.heads
     head_dim = config.head_dim or config.width // config.heads
     shapes = (batch * kv_heads, head_dim, slots), (batch * kv_heads, slots, head_dim)
-    return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)  # type: ignore[return-value]
+    return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)

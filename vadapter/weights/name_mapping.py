@@ -248,7 +248,8 @@ class Source:
         head_dim: int,
     ) -> None:  # fmt: skip
         """Read one of their tensors, or a part of it, into an array of ours."""
-        if (slices := self._slices(index)) is None:
+        slices = self._slices(index)
+        if slices is None or (self.transposed and out.ndim != 2):
             _copy(out, self._one(files, name, index, head_dim))
         elif self.transposed:
             row = math.prod(out.shape[:-1]) * files.tensors[name].dtype.itemsize

@@ -52,7 +52,7 @@ KINDS = {
     "states": _kind(
         "a language model whose layers hand on a state from word to word", _LLM,
         "mamba mamba2 falcon_mamba rwkv recurrent_gemma jamba bamba zamba zamba2 falcon_h1 "
-        "nemotron_h granitemoehybrid lfm2 qwen3_next xlstm",
+        "nemotron_h lfm2 qwen3_next xlstm",
     ),
     "experts": _kind(
         "a language model with a mixture of experts", _LLM,

@@ -68,7 +68,7 @@ def _tables(spec: Spec) -> tuple[Table, ...]:
         "delta/norm": "linear_attn.norm", "delta/a_log": "linear_attn.A_log",
         "delta/dt_bias": "linear_attn.dt_bias",
     }  # fmt: skip
-    if delta := spec["delta"]:
+    if delta := spec.get("delta"):
         keys, values = (delta[f"{x}_heads"] * delta[f"{x}_dim"] for x in ("key", "value"))
         for i, x in enumerate("qkv"):
             sizes = (keys, keys, values)
