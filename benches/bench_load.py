@@ -28,6 +28,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from benches.resident import forget_peak, resident
+
 CONFIG = {"model_type": "llama", "num_attention_heads": 16, "num_key_value_heads": 4,
           "max_position_embeddings": 2048}  # fmt: skip
 # transformers needs what we take from the shapes or do not need.
@@ -114,9 +116,10 @@ def ours(folder: Path, dtype: str, devices: int = 1) -> Facts:
 
 def original(folder: Path, dtype: str, **options: Any) -> Facts:
     """Load through transformers."""
-    sys.modules["torchvision"] = None  # type: ignore[assignment]  # of another build of torch
+    from benches.peer import originals
+
+    transformers = originals.transformers()
     import torch
-    import transformers
     from transformers.models.llama import modeling_llama  # noqa: F401  # imported outside the time
 
     transformers.logging.set_verbosity_error()
@@ -160,11 +163,11 @@ SIDES: dict[str, Callable[..., Facts]] = {
 
 def _measured(load: Callable[[], list[np.ndarray]]) -> Facts:
     """Return CPU and wall seconds of `load` and of reading what it returns, and bytes of memory."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before, began, spent = _status("VmRSS"), time.perf_counter(), os.times()
+    forget_peak()
+    before, began, spent = resident("VmRSS"), time.perf_counter(), os.times()
     arrays = load()
     seconds, loaded = time.perf_counter() - began, os.times()
-    peak, left = _status("VmHWM") - before, _status("VmRSS") - before
+    peak, left = resident("VmHWM") - before, resident("VmRSS") - before
     for array in arrays:
         np.bitwise_or.reduce(_words(array))
     used = os.times()
@@ -183,11 +186,6 @@ def _words(array: np.ndarray) -> np.ndarray:
     """Return the bytes of an array as integers, as large as they fit."""
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return flat.view(np.uint64 if flat.size % 8 == 0 else np.uint8)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key)))
 
 
 def measure(side: str, folder: Path, dtype: str = "bfloat16", devices: int = 1) -> Facts:

@@ -20,7 +20,7 @@ from jax.dtypes import itemsize_bits
 
 from vadapter.data.tokenizers.pretrained import PretrainedTokenizer
 from vadapter.models.paths import flatten
-from vadapter.models.quantize import quantize
+from vadapter.models.quantize import full_precision, quantize
 from vadapter.models.registry import make_module
 from vadapter.weights.hf_checkpoint import Checkpoint, locate
 
@@ -60,11 +60,8 @@ def bench(folder: Path, text: str, tokens: int) -> list[str]:
         module = make_module("llm", {**checkpoint.spec, **form})
         boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
         abstract = nn.unbox(boxed["params"])
-        full = make_module("llm", checkpoint.spec)
-        shapes = nn.unbox(
-            jax.eval_shape(full.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-        )
-        params = quantize(checkpoint.leaves(shapes["params"], jnp.dtype("float32")), abstract)
+        read = checkpoint.leaves(full_precision(abstract), jnp.dtype("float32"))
+        params = quantize(read, abstract)
         size = sum(x.size * itemsize_bits(x.dtype) for x in flatten(params).values()) / 8
         nats, best = score(module, params, rows)
         first = first or (nats, best)

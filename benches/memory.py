@@ -13,31 +13,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from benches.peer.case import Case
 from benches.peer.rows import ROWS
+from benches.resident import forget_peak, resident
 from vadapter import console
 from vadapter.distributed.compile import jit
 from vadapter.distributed.topology import parse
 from vadapter.plan.estimate import Setting, estimate_peak
 
 CASES = ("nano-lm", "nano-vadapter", "flickr8k-lm", "flickr8k-vadapter", "s30m-vadapter")
-STATUS = Path("/proc/self/status")
-
-
-def resident(key: str = "VmRSS") -> int:
-    """Return the bytes of this process in memory; VmHWM: the most since `forget_peak`."""
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return int(lines[key].split()[0]) * 1024
-
-
-def forget_peak() -> None:
-    """Let the kernel record the largest use of memory from now on."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def release() -> None:

@@ -25,8 +25,8 @@ def leaf_digest(x: jax.Array) -> jax.Array:
 
     Elementwise work and one sum: no reshape and no gather, so a sharded array stays sharded, and an
     integer sum is the same in any order. The weights are odd, hence invertible modulo 2**32, so one
-    changed element always changes the sum. Integers of 4 bits count as
-    int8; complex and other sub-byte elements are a TypeError.
+    changed element always changes the sum. int4 counts as int8; complex and other sub-byte elements
+    are a TypeError.
     """
     bits = _bits(jnp.asarray(x))
     index = jnp.zeros(bits.shape, jnp.uint32)
@@ -51,25 +51,27 @@ def _bits(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
     words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-    _check_dtype(x.dtype)
-    if x.dtype == jnp.int4:
-        x = x.astype(jnp.int8)
+    x = _of_bytes(x)
     return jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize]).astype(jnp.uint32)
 
 
-def _check_dtype(dtype: Any) -> None:
-    """Raise TypeError for a dtype without digest: complex, or of less than a byte."""
-    sub_byte = jnp.dtype(dtype).name in ("int2", "uint2", "uint4", "float4_e2m1fn")
-    if jnp.issubdtype(dtype, jnp.complexfloating) or sub_byte:
-        raise TypeError(f"no digest for dtype {dtype}")
+def _of_bytes(x: Any) -> Any:
+    """Return an array of whole bytes: int4 as int8, others as they are.
+
+    Raises TypeError for a dtype without digest: complex, or of less than a byte.
+    """
+    if x.dtype == jnp.int4:
+        return x.astype(jnp.int8)
+    sub_byte = jnp.dtype(x.dtype).name in ("int2", "uint2", "uint4", "float4_e2m1fn")
+    if jnp.issubdtype(x.dtype, jnp.complexfloating) or sub_byte:
+        raise TypeError(f"no digest for dtype {x.dtype}")
+    return x
 
 
 def host_digest(x: np.ndarray) -> int:
     """Return the same as `leaf_digest`, of an array in the host's memory; compiles nothing."""
-    _check_dtype(x.dtype)
+    x = _of_bytes(x)
     words = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
-    if x.dtype == jnp.int4:
-        x = x.astype(np.int8)
     flat = np.ascontiguousarray(x).reshape(-1).view(words[x.dtype.itemsize])
     weights = np.arange(_BLOCK, dtype=np.uint32) * np.uint32(_GOLDEN) + np.uint32(1)
     total = 0

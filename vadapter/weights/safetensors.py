@@ -180,11 +180,8 @@ class TensorFiles:
         info, other = self.tensors[a], self.tensors[b]
         if (info.shape, info.dtype) != (other.shape, other.dtype):
             return False
-        rows = max(1, self.block // max(1, math.prod(info.shape[1:]) * info.dtype.itemsize))
-        parts = (slice(i, i + rows) for i in range(0, info.shape[0], rows))
-        return all(
-            self.read(a, (part,)).tobytes() == self.read(b, (part,)).tobytes() for part in parts
-        )
+        blocks = zip(*(self.blocks(name, (), self.block) for name in (a, b)), strict=True)
+        return all(one.tobytes() == other.tobytes() for one, other in blocks)
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of the concatenated files; they must be as when opened.
